@@ -1,0 +1,97 @@
+"""Every error that a user can meet, and the exit code that each one ends a command with.
+
+    QuantizeError                    1  a build or a run failed
+    ├── UsageError                   2  the command line or an option is wrong
+    │   ├── RecipeError              2  a recipe, calibration spec or golden file is wrong (file:line:column)
+    │   └── MissingExtraError        2  an optional dependency is needed and is not installed
+    ├── RefusedError                 3  a check or a gate said no, before or after the work
+    │   ├── CheckpointError          3  the source checkpoint is damaged, unsafe or not supported
+    │   ├── PlanError                3  the recipe is valid, but this can't be built here
+    │   ├── VerifyError              3  an artifact is not what its manifest says, or does not run
+    │   └── GateError                3  an artifact breaks a limit of its recipe
+    ├── BuildError                   1  a step failed half-way
+    │   └── WorkerDied               1  the process that ran a step was killed or crashed
+    └── StoreError                   1  the store can't be read, written or locked
+
+An error says what is wrong, where, and what to do. Foreign exceptions are translated where they enter.
+"""
+
+from __future__ import annotations
+
+
+class QuantizeError(Exception):
+    """Base of all errors shown to users; `hint` says what to do about it."""
+
+    exit_code = 1
+
+    def __init__(self, message: str, *, hint: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+
+    def __str__(self) -> str:
+        return self.message if self.hint is None else f"{self.message}\n  {self.hint}"
+
+    def __reduce__(self) -> tuple[object, ...]:  # errors cross process borders; keyword arguments don't by default
+        return (_rebuild, (type(self), self.__dict__))
+
+
+def _rebuild(kind: type[QuantizeError], state: dict[str, object]) -> QuantizeError:
+    error = kind.__new__(kind)
+    Exception.__init__(error, state["message"])
+    error.__dict__.update(state)
+    return error
+
+
+class UsageError(QuantizeError):
+    """The command line, or an option, is wrong."""
+
+    exit_code = 2
+
+
+class RecipeError(UsageError):
+    """A recipe, calibration spec or golden file is wrong; the message starts with file:line:column."""
+
+
+class MissingExtraError(UsageError):
+    """A feature needs an optional dependency that is not installed."""
+
+    def __init__(self, feature: str, extra: str) -> None:
+        super().__init__(
+            f"{feature} needs an extra that is not installed",
+            hint=f"install it with: pip install 'quantize[{extra}]'",
+        )
+
+
+class RefusedError(QuantizeError):
+    """A check or a gate said no."""
+
+    exit_code = 3
+
+
+class CheckpointError(RefusedError):
+    """The source checkpoint is damaged, unsafe or not supported."""
+
+
+class PlanError(RefusedError):
+    """The recipe is valid, but what it asks for can't be built here."""
+
+
+class VerifyError(RefusedError):
+    """An artifact is not what its manifest says, or does not run."""
+
+
+class GateError(RefusedError):
+    """An artifact breaks a limit of its recipe."""
+
+
+class BuildError(QuantizeError):
+    """A step of a build failed."""
+
+
+class WorkerDied(BuildError):
+    """The process that ran a step was killed or crashed."""
+
+
+class StoreError(QuantizeError):
+    """The store can't be read, written or locked."""
