@@ -2,8 +2,8 @@
 
 In: a ModelShape, the bytes of the weights, a runtime, a KV type. Out: bytes, all integers, the same on every machine:
 weights, KV cache, overhead, an expected figure and a safe-upper one; a table; what the manifest keeps.
-Nothing is read or measured here, and nothing heavy is imported. Whether it fits a card is fit.py's matter; docs/estimates.md
-holds these formulas against llama.cpp's own log.
+Nothing is read or measured here, and nothing heavy is imported. Whether it fits a card is for fit.py;
+docs/estimates.md holds these formulas against llama.cpp's own log.
 """
 
 from __future__ import annotations

@@ -62,7 +62,7 @@ class ModelShape:
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> ModelShape:
-        """Parse a Hugging Face config; the text part of a multimodal one. Raises CheckpointError on a missing number."""
+        """Parse a Hugging Face config, or its text part. Raises CheckpointError on a missing number."""
         config = config.get("text_config") or config
         layers, hidden, heads = (_number(config, name) for name in ("layers", "hidden_size", "heads"))
         kv_heads = _first(config, ("num_key_value_heads", "num_kv_heads", "n_head_kv"))
