@@ -1,0 +1,183 @@
+"""A build's folder from staging to its place in the store: filled out of sight, synced, then one rename.
+
+In: a store root and a variant. Out: a complete artifact folder, or nothing. Names on disk are decided here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from quantize.cache import hash_file
+from quantize.errors import QuantizeError, StoreError
+from quantize.manifest import FILE_NAME, MEASUREMENTS_NAME, FileEntry, Manifest, read_manifest
+
+STAGING = ".staging"
+LOCKS = ".locks"
+CURRENT = "current"
+LOCK_POLL_SECONDS = 0.1
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """A finished artifact on disk."""
+
+    folder: Path
+    manifest: Manifest
+
+    @property
+    def ref(self) -> str:
+        """name/variant@digest12: names it wherever the store is."""
+        return f"{self.manifest.name}/{self.manifest.variant}@{self.manifest.short_digest}"
+
+    def measurements(self) -> dict[str, Any]:
+        """What was measured when and where; {} if nothing was."""
+        path = self.folder / MEASUREMENTS_NAME
+        with contextlib.suppress(OSError, ValueError):
+            data = json.loads(path.read_text(encoding="utf-8"))
+            if isinstance(data, dict):
+                return data
+        return {}
+
+
+def open_artifact(folder: Path) -> Artifact:
+    """Read an artifact's manifest. Raises VerifyError."""
+    return Artifact(folder, read_manifest(folder / FILE_NAME))
+
+
+def variant_folder(store: Path, name: str, variant: str) -> Path:
+    """Where the builds of a variant are."""
+    return store / name / variant
+
+
+@contextlib.contextmanager
+def store_errors(store: Path) -> Iterator[None]:
+    """Turn the system's errors into ours: disk full, read-only, no permission, name too long."""
+    try:
+        yield
+    except QuantizeError:
+        raise
+    except OSError as exc:
+        hints = {
+            errno.ENOSPC: "free some space and run the same build again",
+            errno.EDQUOT: "your quota is used up: free some space and run the same build again",
+            errno.EROFS: "the store is on a read-only file system: choose another with --store",
+            errno.EACCES: "check its permissions, or choose another with --store",
+            errno.ENAMETOOLONG: "use a shorter recipe or variant name, or a store nearer to the root",
+        }
+        message = f"store {store}: {exc.strerror or exc} ({exc.filename or 'no file'})"
+        raise StoreError(message, hint=hints.get(exc.errno or 0, "nothing that was there is lost")) from exc
+
+
+@contextlib.contextmanager
+def variant_lock(store: Path, name: str, variant: str) -> Iterator[None]:
+    """Hold the one lock of a variant; waits while another build has it. Raises StoreError where locks don't work."""
+    from filelock import FileLock
+
+    with store_errors(store):
+        folder = store / LOCKS
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(folder / f"{name}--{variant}.lock", poll_interval=LOCK_POLL_SECONDS)
+        try:
+            lock.acquire()
+        except NotImplementedError as exc:
+            hint = "put the store on a local disk, or one whose file system has locks"
+            raise StoreError(f"store {store}: this file system has no locks", hint=hint) from exc
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+@contextlib.contextmanager
+def staging_folder(store: Path, name: str, variant: str) -> Iterator[Path]:
+    """An empty folder on the store's own file system; what is still in it at the end is removed.
+
+    Only call under the variant's lock: what a killed build of it left behind is removed first.
+    """
+    root = store / STAGING
+    with store_errors(store):
+        root.mkdir(parents=True, exist_ok=True)
+        for leftover in root.glob(f"{name}--{variant}.*"):
+            shutil.rmtree(leftover, ignore_errors=True)
+        folder = root / f"{name}--{variant}.{uuid.uuid4().hex[:8]}"
+        folder.mkdir()
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        for empty in (root, store / LOCKS, store):
+            with contextlib.suppress(OSError):
+                if empty != store / LOCKS:
+                    empty.rmdir()  # only if nothing else is in it
+
+
+def describe_files(folder: Path, names: tuple[str, ...]) -> tuple[FileEntry, ...]:
+    """Size and hash of each named file, sorted by path."""
+    return tuple(
+        FileEntry(path=name, size_bytes=(folder / name).stat().st_size, sha256=hash_file(folder / name))
+        for name in sorted(names)
+    )
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file through a scratch name and one rename."""
+    scratch = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
+    scratch.write_text(text, encoding="utf-8")
+    scratch.replace(path)
+
+
+def write_measurements(folder: Path, measurements: Mapping[str, Any]) -> None:
+    """Write measurements.json, whole or not at all."""
+    text = json.dumps(measurements, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+    write_text(folder / MEASUREMENTS_NAME, text)
+
+
+def commit(store: Path, staging: Path, manifest: Manifest) -> Artifact:
+    """Put a complete staging folder in its place and point `current` at it.
+
+    If the same digest is there already, that folder stays and staging is dropped. Raises StoreError.
+    """
+    with store_errors(store):
+        write_text(staging / FILE_NAME, manifest.to_json())
+        sync_tree(staging)
+        final = variant_folder(store, manifest.name, manifest.variant) / manifest.short_digest
+        final.parent.mkdir(parents=True, exist_ok=True)
+        if not (final / FILE_NAME).is_file():
+            if final.exists():
+                shutil.rmtree(final)
+            staging.rename(final)
+        point_current(final)
+        _sync(final.parent)
+    return Artifact(final, manifest)
+
+
+def point_current(final: Path) -> None:
+    """Make `current` a relative link to an artifact's folder, in one step."""
+    link = final.parent / CURRENT
+    scratch = final.parent / f".{CURRENT}.{uuid.uuid4().hex[:8]}"
+    scratch.symlink_to(final.name)
+    scratch.replace(link)
+
+
+def sync_tree(folder: Path) -> None:
+    """Have every file and folder below on disk before anything points at it."""
+    for path in folder.rglob("*"):
+        _sync(path)
+    _sync(folder)
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

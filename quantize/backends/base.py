@@ -1,0 +1,127 @@
+"""What a backend is: the protocol between the build and one output format.
+
+A backend decides what is written and with which numerics. It gets a checkpoint, options and a staging folder, and
+never prints, never touches the store, and never falls back silently: what stays in high precision is reported.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from quantize.cache import Cache
+from quantize.checkpoint import Checkpoint
+from quantize.recipe import BackendOptions
+from quantize.report import Reporter
+from quantize.source import PinnedSource
+
+if TYPE_CHECKING:
+    from quantize.activations import Block
+
+
+@dataclass(frozen=True)
+class KeptTensor:
+    """A tensor that is stored with more bits than the variant asks for, and why."""
+
+    tensor: str
+    type: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class SizePlan:
+    """What a build would write, from headers alone.
+
+    file_bytes: all weight files. intermediate_bytes: what the cache needs beside them (shared by variants of a key).
+    """
+
+    file_bytes: int
+    weights_bytes: int
+    tensors: int
+    bits_per_weight: float
+    kept: tuple[KeptTensor, ...]
+    intermediate_bytes: int = 0
+    intermediate_key: str = ""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """How a build runs; none of it may change a byte of what is written."""
+
+    threads: int = 1
+    device: str = "cpu"
+    memory_budget_bytes: int | None = None
+
+
+@dataclass(frozen=True)
+class Context:
+    """All that a backend is given. Picklable: steps run in processes of their own.
+
+    staging: the artifact to be; everything in it is published. scratch: a folder of this build, removed afterwards.
+    """
+
+    variant: str
+    options: Any
+    source: PinnedSource
+    checkpoint: Checkpoint
+    cache: Cache
+    staging: Path
+    scratch: Path
+    limits: Limits = field(default_factory=Limits)
+
+
+@dataclass(frozen=True)
+class BuildResult:
+    """What a backend wrote into staging. `measurements` goes to measurements.json, the rest to the manifest."""
+
+    files: tuple[str, ...]
+    weights_bytes: int
+    bits: int | None
+    group_size: int | None
+    bits_per_weight: float
+    kept: tuple[KeptTensor, ...]
+    measurements: Mapping[str, Any] = field(default_factory=dict)
+
+
+class Collector(Protocol):
+    """Sees every decoder block of the calibration pass, in order, in the process that runs the pass."""
+
+    def add_block(self, block: Block) -> None:
+        """Take one block's weights and statistics; what is kept of them must stay small."""
+
+    def finish(self) -> None:
+        """The pass is over: write what the build needs into staging or scratch."""
+
+
+class Backend(Protocol):
+    """One output format."""
+
+    name: str
+    extra: str
+    Options: type[BackendOptions]
+
+    def tools(self, options: Any) -> Sequence[str]:
+        """Distributions whose versions can change the bytes; they enter the build key and the manifest."""
+
+    def needs_calibration(self, options: Any) -> bool:
+        """Whether the variant takes part in the calibration pass."""
+
+    def check(self, checkpoint: Checkpoint, options: Any) -> None:
+        """Raise PlanError for what can be known to fail from headers."""
+
+    def sizes(self, context: Context, options: Sequence[Any], reporter: Reporter) -> list[SizePlan]:
+        """Exact sizes of several variants of one checkpoint, from headers; writes only into context.scratch."""
+
+    def collector(self, context: Context, reporter: Reporter) -> Collector:
+        """The variant's part in the calibration pass; only called if needs_calibration."""
+
+    def build(self, context: Context, reporter: Reporter) -> BuildResult:
+        """Write the artifact's files into context.staging, after the pass if there is one."""
+
+    def verify(self, folder: Path, checkpoint: Checkpoint, limits: Limits, reporter: Reporter) -> Mapping[str, Any]:
+        """Open the artifact in its real runtime and compare it with its source. Raises VerifyError.
+
+        Returns facts for measurements.json.
+        """

@@ -1,0 +1,289 @@
+"""The GGUF format: every type that llama.cpp quantizes to, from one 16-bit file that all variants share.
+
+In: a checkpoint and options. Out: one .gguf file named by the GGUF convention. The numbers are llama.cpp's own;
+the calls into it are in engines/llama_cpp.py, the comparison with the source in engines/gguf_check.py.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field, field_validator
+
+from quantize.backends.base import BuildResult, Collector, Context, KeptTensor, Limits, SizePlan
+from quantize.backends.gguf_types import BITS, ELEMENT_TYPES, FTYPES, UNQUANTIZED_TYPES, base_type
+from quantize.checkpoint import Checkpoint
+from quantize.containers.gguf import GgufTensor, read_gguf
+from quantize.engines.llama_cpp import ConvertRequest, QuantizeSettings, SizedFile
+from quantize.errors import PlanError, VerifyError
+from quantize.manifest import tool_versions
+from quantize.marked_yaml import suggest
+from quantize.recipe import BackendOptions
+from quantize.report import Reporter, status
+from quantize.source import PinnedSource, dequantized_key
+from quantize.worker import run_step
+
+HUB_URL = "https://huggingface.co/"
+TRY_OUT_TOKENS = 16
+
+
+class GgufOptions(BackendOptions):
+    """The recipe section of a GGUF variant."""
+
+    type: str = Field(description="llama.cpp file type: Q4_K_M, Q5_K_M, Q8_0, …", json_schema_extra={"enum": [*FTYPES]})
+    imatrix: bool = Field(False, description="weigh errors by an importance matrix from the calibration pass")
+    overrides: dict[str, str] = Field(
+        default_factory=dict, description="type of each tensor whose name matches a regular expression"
+    )
+    output_type: str | None = Field(None, description="type of the output head")
+    embedding_type: str | None = Field(None, description="type of the token embedding")
+    pure: bool = Field(False, description="all tensors in one type, no mixture")
+
+    @field_validator("type")
+    @classmethod
+    def _known_type(cls, value: str) -> str:
+        if value not in FTYPES:
+            raise ValueError(f"unknown type || {suggest(value, [*FTYPES])}")
+        return value
+
+    @field_validator("output_type", "embedding_type")
+    @classmethod
+    def _known_element(cls, value: str | None) -> str | None:
+        if value is not None and value not in ELEMENT_TYPES:
+            raise ValueError(f"unknown tensor type || {suggest(value, [*ELEMENT_TYPES])}")
+        return value
+
+    @field_validator("overrides")
+    @classmethod
+    def _known_overrides(cls, value: dict[str, str]) -> dict[str, str]:
+        for pattern, kind in value.items():
+            if kind not in ELEMENT_TYPES:
+                raise ValueError(f"unknown tensor type {kind!r} for {pattern!r} || {suggest(kind, [*ELEMENT_TYPES])}")
+            try:
+                re.compile(pattern)
+            except re.error as exc:
+                raise ValueError(f"{pattern!r} is not a regular expression ({exc}) || a dot is written `\\.`") from exc
+        return value
+
+    def variant_name(self) -> str:
+        """`q4_k_m`, `q4_k_m-imatrix`, and a short hash where overrides or types differ from the plain ones."""
+        parts = [self.type.lower()] + (["imatrix"] if self.imatrix else []) + (["pure"] if self.pure else [])
+        special = [f"{key}={kind}" for key, kind in self.overrides.items()]
+        special += [f"{name}={kind}" for name in ("output_type", "embedding_type") if (kind := getattr(self, name))]
+        if special:
+            parts.append(hashlib.sha256("|".join(special).encode()).hexdigest()[:6])
+        return "-".join(parts)
+
+
+class GgufBackend:
+    """GGUF through llama.cpp."""
+
+    name = "gguf"
+    extra = "gguf"
+    Options = GgufOptions
+
+    def tools(self, options: GgufOptions) -> Sequence[str]:
+        """The converter, its libraries and the quantizer."""
+        calibrated = ["torch", "transformers"] if options.imatrix else []
+        return sorted({"llama-cpp-python", "auto-round", "gguf", *calibrated})
+
+    def needs_calibration(self, options: GgufOptions) -> bool:
+        """Only for an importance matrix."""
+        return options.imatrix
+
+    def check(self, checkpoint: Checkpoint, options: GgufOptions) -> None:
+        """Overrides must name tensors; whether the converter knows the model is seen when it is sized or built."""
+
+    def sizes(self, context: Context, options: Sequence[GgufOptions], reporter: Reporter) -> list[SizePlan]:
+        """By llama.cpp's dry run on a header-only conversion."""
+        from quantize.engines.llama_cpp import convert_and_size, dry_run
+
+        jobs = [_settings(item, context.limits, None) for item in options]
+        key, ready = self._intermediate(context)
+        if ready is not None:
+            sized = run_step("sizing the GGUF files", reporter, dry_run, ready, jobs)
+        else:
+            out = context.scratch / "headers.gguf"
+            request = _request(context)
+            sized = run_step("sizing the GGUF files", reporter, convert_and_size, request, out, jobs)
+        plans = []
+        outtype = context.checkpoint.dtype
+        for item, result in zip(options, sized, strict=True):
+            _check_overrides(item, [name for name, _, _ in result.tensors])
+            plans.append(_size_plan(context.checkpoint, item, result, outtype, key, ready is not None))
+        return plans
+
+    def collector(self, context: Context, reporter: Reporter) -> Collector:
+        """Keeps the diagonal of every Gram matrix and writes llama.cpp's imatrix file."""
+        from quantize.containers.imatrix import ImatrixCollector
+
+        return ImatrixCollector(context.scratch / "imatrix.gguf", context.checkpoint)
+
+    def build(self, context: Context, reporter: Reporter) -> BuildResult:
+        """Convert once per source, quantize, name the file by the convention."""
+        from quantize.engines.llama_cpp import quantize
+
+        options: GgufOptions = context.options
+        intermediate = self._convert(context, reporter)
+        imatrix = None
+        files = [_file_name(intermediate, options)]
+        if options.imatrix:
+            files.append(_file_name(intermediate, options).removesuffix(".gguf") + ".imatrix.gguf")
+            imatrix = context.staging / files[1]
+            (context.scratch / "imatrix.gguf").replace(imatrix)
+        status(reporter, context.variant, f"quantizing to {options.type}")
+        job = _settings(options, context.limits, imatrix)
+        out = context.staging / files[0]
+        warnings = run_step(f"quantizing to {options.type}", reporter, quantize, intermediate, out, job)
+        written = read_gguf(out)
+        _check_overrides(options, [*written.tensors])
+        tensors = list(written.tensors.values())
+        kept = _kept(options, [(item.name, item.type, item.shape) for item in tensors])
+        weights = sum(item.size_bytes for item in tensors)
+        bits = round(8 * weights / _elements(tensors), 4)
+        facts = {"llama_cpp_warnings": len(warnings)}
+        return BuildResult(tuple(files), weights, BITS[options.type], None, bits, kept, facts)
+
+    def verify(self, folder: Path, checkpoint: Checkpoint, limits: Limits, reporter: Reporter) -> Mapping[str, Any]:
+        """Tensor set, template and special tokens against the source; load and generate in llama.cpp."""
+        from quantize.engines.gguf_check import compare_with_source
+        from quantize.engines.llama_cpp import try_out
+
+        path = main_file(folder)
+        compare_with_source(read_gguf(path), checkpoint)
+        facts: dict[str, Any] = run_step("loading in llama.cpp", reporter, try_out, path, TRY_OUT_TOKENS, limits.threads)
+        return {"runtime": "llama.cpp", **facts}
+
+    def _intermediate(self, context: Context) -> tuple[str, Path | None]:
+        """Cache key of the 16-bit file, and the file itself if it is there."""
+        parts = [_checkpoint_key(context.source), context.checkpoint.dtype, *_metadata_lines(context)]
+        parts += [f"{name}={version}" for name, version in tool_versions(["auto-round", "gguf"]).items()]
+        key = hashlib.sha256("\n".join(parts).encode()).hexdigest()[:24]
+        found = sorted(context.cache.entry("gguf", key).glob("*.gguf"))
+        return key, (found[0] if found else None)
+
+    def _convert(self, context: Context, reporter: Reporter) -> Path:
+        from quantize.engines.llama_cpp import convert
+
+        key, ready = self._intermediate(context)
+        if ready is not None:
+            return ready
+        request = _request(context)
+
+        def fill(scratch: Path) -> None:
+            status(reporter, context.variant, f"converting to GGUF {request.outtype}, once for all GGUF variants")
+            out = scratch / f"{context.source.name}-{request.outtype}.gguf"
+            run_step("converting to GGUF", reporter, convert, request, out)
+
+        return sorted(context.cache.make("gguf", key, fill).glob("*.gguf"))[0]
+
+
+def main_file(folder: Path) -> Path:
+    """The model file of a GGUF artifact. Raises VerifyError."""
+    found = sorted(path for path in folder.glob("*.gguf") if not path.name.endswith(".imatrix.gguf"))
+    if not found:
+        raise VerifyError(f"{folder}: no .gguf file")
+    return found[0]
+
+
+def _checkpoint_key(source: PinnedSource) -> str:
+    return dequantized_key(source) if source.is_gguf else source.digest
+
+
+def _request(context: Context) -> ConvertRequest:
+    return ConvertRequest(context.checkpoint.folder, context.checkpoint.dtype, _metadata(context))
+
+
+def _metadata(context: Context) -> dict[str, Any]:
+    """general.* keys. Null stands for "leave it out": the converter would else guess from the folder's name."""
+    source = context.source
+    base = _base_model(source.base_model)
+    return {
+        "general.name": source.name,
+        "general.organization": base.get("organization"),
+        "general.quantized_by": "quantize",
+        "general.license": source.license,
+        "general.source.url": source.uri,
+        "general.base_models": [base] if base else None,
+    }
+
+
+def _metadata_lines(context: Context) -> list[str]:
+    return [f"{key}={value}" for key, value in sorted(_metadata(context).items(), key=lambda item: item[0])]
+
+
+def _base_model(hub_id: str | None) -> dict[str, str]:
+    if hub_id is None or "/" not in hub_id:
+        return {}
+    organization, name = hub_id.split("/", 1)
+    return {"name": name, "organization": organization, "repo_url": HUB_URL + hub_id}
+
+
+def _settings(options: GgufOptions, limits: Limits, imatrix: Path | None) -> QuantizeSettings:
+    return QuantizeSettings(
+        options.type, tuple(options.overrides.items()), options.output_type, options.embedding_type, options.pure,
+        imatrix, limits.threads,
+    )  # fmt: skip
+
+
+def _file_name(intermediate: Path, options: GgufOptions) -> str:
+    """<name>-<type>.gguf; the convention: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md."""
+    stem = intermediate.stem.rpartition("-")[0]
+    return f"{stem}-{options.type}{'-imatrix' if options.imatrix else ''}.gguf"
+
+
+def _check_overrides(options: GgufOptions, names: list[str]) -> None:
+    for pattern in options.overrides:
+        if not any(re.search(pattern, name) for name in names):
+            hint = f"tensors are called like: {', '.join(sorted(names)[:3])}"
+            raise PlanError(f"override {pattern!r} matches no tensor", hint=hint)
+
+
+def _size_plan(
+    checkpoint: Checkpoint, options: GgufOptions, sized: SizedFile, outtype: str, key: str, ready: bool
+) -> SizePlan:
+    weights = sum(size for _, _, size in sized.tensors)
+    kept = _kept(options, [(name, kind, ()) for name, kind, _ in sized.tensors])
+    intermediate = 0 if ready else int(checkpoint.parameters * (4 if outtype == "F32" else 2) * 1.02)
+    bits = round(8 * weights / checkpoint.parameters, 4)
+    return SizePlan(sized.file_bytes, weights, len(sized.tensors), bits, kept, intermediate, f"gguf-{key}")
+
+
+def _kept(options: GgufOptions, tensors: list[tuple[str, str, tuple[int, ...]]]) -> tuple[KeptTensor, ...]:
+    """Tensors with more bits than the type's own, each with the reason that can be told from its shape and type."""
+    base = base_type(options.type)
+    kept = []
+    for name, kind, shape in tensors:
+        if kind == base or ELEMENT_TYPES[kind] <= ELEMENT_TYPES[base] + 0.01:
+            continue
+        kept.append(KeptTensor(name, kind, _reason(options, name, kind, shape, base)))
+    return tuple(sorted(kept, key=lambda item: item.tensor))
+
+
+def _reason(options: GgufOptions, name: str, kind: str, shape: tuple[int, ...], base: str) -> str:
+    if any(re.search(pattern, name) for pattern in options.overrides):
+        return "recipe: overrides"
+    if name == "token_embd.weight" and options.embedding_type == kind:
+        return "recipe: embedding_type"
+    if name == "output.weight" and options.output_type == kind:
+        return "recipe: output_type"
+    if kind in UNQUANTIZED_TYPES:
+        return "llama.cpp keeps norms, biases and other small tensors unquantized"
+    if shape and shape[0] % 256 and (base.endswith("_K") or base.startswith("IQ")):
+        return f"row of {shape[0]} values is no multiple of 256: {kind} instead of a 256-value type"
+    return f"llama.cpp's mixture for {options.type}"
+
+
+def _elements(tensors: list[GgufTensor]) -> int:
+    total = 0
+    for item in tensors:
+        count = 1
+        for number in item.shape:
+            count *= number
+        total += count
+    return total
+

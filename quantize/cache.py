@@ -1,0 +1,132 @@
+"""What can be made again: file hashes, checkpoints dequantized from GGUF, 16-bit GGUF intermediates, baselines.
+
+In: a root folder. Out: paths of finished entries, each made once, under a lock, and put in place by one rename.
+Losing the cache costs time, never an artifact.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import sqlite3
+import uuid
+from collections.abc import Callable
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+from quantize.errors import StoreError
+
+CHUNK_BYTES = 4 << 20
+
+
+def default_cache_root() -> Path:
+    """$QUANTIZE_CACHE, else the user's cache folder as the platform has it."""
+    import platformdirs
+
+    given = os.environ.get("QUANTIZE_CACHE")
+    return Path(given).expanduser() if given else Path(platformdirs.user_cache_dir("quantize"))
+
+
+class Cache:
+    """A folder of entries that are complete as soon as they are visible."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+
+    def sha256(self, path: Path, progress: Callable[[int], None] | None = None) -> str:
+        """Hex sha256 of a file, read again only if its path, size, mtime or inode differ from last time.
+
+        progress: called with the number of bytes of each chunk that is read. Raises StoreError, OSError.
+        """
+        path = path.resolve()
+        stat = path.stat()
+        seen = (str(path), stat.st_size, stat.st_mtime_ns, stat.st_ino)
+        with closing(self._database()) as database:
+            query = "SELECT sha256 FROM hashes WHERE path = ? AND size = ? AND mtime_ns = ? AND inode = ?"
+            row = database.execute(query, seen).fetchone()
+            if row is not None:
+                return str(row[0])
+            digest = hash_file(path, progress)
+            with database:
+                database.execute("INSERT OR REPLACE INTO hashes VALUES (?, ?, ?, ?, ?)", (*seen, digest))
+        return digest
+
+    def fact(self, key: str, find: Callable[[], Any]) -> Any:
+        """What `find` says of some content, as JSON data, remembered under `key`: for what is costly to find out."""
+        with closing(self._database()) as database:
+            row = database.execute("SELECT value FROM facts WHERE key = ?", (key,)).fetchone()
+            if row is not None:
+                return json.loads(row[0])
+            value = find()
+            with database:
+                database.execute("INSERT OR REPLACE INTO facts VALUES (?, ?)", (key, json.dumps(value)))
+        return value
+
+    def entry(self, kind: str, key: str) -> Path:
+        """Where the entry is, or would be."""
+        return self.root / kind / key
+
+    def make(self, kind: str, key: str, build: Callable[[Path], None]) -> Path:
+        """The entry's folder; if it is not there, `build` fills a scratch folder that then becomes it.
+
+        Two processes that ask at once: the second waits and gets what the first made. Raises StoreError.
+        """
+        from filelock import FileLock
+
+        final = self.entry(kind, key)
+        if final.is_dir():
+            return final
+        try:
+            final.parent.mkdir(parents=True, exist_ok=True)
+            with FileLock(final.parent / f".{key}.lock"):
+                if final.is_dir():
+                    return final
+                _remove_leftovers(final)
+                scratch = final.with_name(f".{key}.{uuid.uuid4().hex[:8]}.tmp")
+                scratch.mkdir()
+                try:
+                    build(scratch)
+                    scratch.rename(final)
+                finally:
+                    shutil.rmtree(scratch, ignore_errors=True)
+        except PermissionError as exc:
+            raise StoreError(f"cache {self.root}: no permission ({exc.filename})", hint="set QUANTIZE_CACHE") from exc
+        return final
+
+    def remove(self, kind: str, key: str) -> None:
+        """Drop an entry."""
+        shutil.rmtree(self.entry(kind, key), ignore_errors=True)
+
+    def _database(self) -> sqlite3.Connection:
+        try:
+            self.root.mkdir(parents=True, exist_ok=True)
+            database = sqlite3.connect(self.root / "index.sqlite", timeout=60)
+            database.execute(
+                "CREATE TABLE IF NOT EXISTS hashes"
+                " (path TEXT PRIMARY KEY, size INTEGER, mtime_ns INTEGER, inode INTEGER, sha256 TEXT)"
+            )
+            database.execute("CREATE TABLE IF NOT EXISTS facts (key TEXT PRIMARY KEY, value TEXT)")
+        except (OSError, sqlite3.Error) as exc:
+            hint = "set QUANTIZE_CACHE to a folder that can be written"
+            raise StoreError(f"cache {self.root} can't be used: {exc}", hint=hint) from exc
+        return database
+
+
+def hash_file(path: Path, progress: Callable[[int], None] | None = None) -> str:
+    """Hex sha256 of a file's bytes."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(CHUNK_BYTES):
+            digest.update(chunk)
+            if progress is not None:
+                progress(len(chunk))
+    return digest.hexdigest()
+
+
+def _remove_leftovers(final: Path) -> None:
+    """Scratch folders of a build that was killed; its lock is ours now, so nobody works in them."""
+    for leftover in final.parent.glob(f".{final.name}.*.tmp"):
+        shutil.rmtree(leftover, ignore_errors=True)

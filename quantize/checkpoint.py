@@ -1,0 +1,276 @@
+"""A local folder -> Checkpoint: its config, its tensor table, lazy reads and a content hash; every check before work.
+
+In: a folder in the Hugging Face layout with safetensors weights. Out: a Checkpoint, or CheckpointError that names
+what is damaged, unsafe or missing. Fetching from a hub, a package or a GGUF file is left to source.py.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from quantize.containers.safetensors import TensorInfo, read_header
+from quantize.errors import CheckpointError
+
+if TYPE_CHECKING:
+    import torch
+
+INDEX_NAME = "model.safetensors.index.json"
+MAX_JSON_BYTES = 256 << 20
+FLOAT_DTYPES = ("F16", "BF16", "F32")
+CARRIED_FILES = ("LICENSE*", "NOTICE*", "USE_POLICY*")  # go with every artifact
+TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+    "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json", "vocab.txt",
+)  # fmt: skip
+VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
+CONFIG_FILES = ("config.json", "generation_config.json")
+# Multiply by the exponent mask: a value is NaN or Inf where all exponent bits are set (IEEE 754; bfloat16 alike).
+EXPONENT_MASKS = {"F16": ("<u2", 0x7C00), "BF16": ("<u2", 0x7F80), "F32": ("<u4", 0x7F800000)}
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A full-precision model on disk. `tensors` lists every tensor by name, in the order of the shards."""
+
+    folder: Path
+    config: Mapping[str, Any]
+    tensors: Mapping[str, TensorInfo]
+    tokenizer_config: Mapping[str, Any]
+
+    @property
+    def architecture(self) -> str:
+        """First entry of `architectures` in config.json."""
+        return str(self.config["architectures"][0])
+
+    @property
+    def parameters(self) -> int:
+        """Number of weights; a tied output head counts once."""
+        return sum(tensor.elements for tensor in self.tensors.values())
+
+    @property
+    def weights_bytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(tensor.size_bytes for tensor in self.tensors.values())
+
+    @property
+    def dtype(self) -> str:
+        """The dtype that most weights have: F16, BF16 or F32."""
+        sizes: dict[str, int] = {}
+        for tensor in self.tensors.values():
+            sizes[tensor.dtype] = sizes.get(tensor.dtype, 0) + tensor.elements
+        return max(sorted(sizes), key=lambda name: sizes[name])
+
+    @cached_property
+    def chat_template(self) -> str | None:
+        """The chat template, from chat_template.jinja or tokenizer_config.json; None if there is none."""
+        file = self.folder / "chat_template.jinja"
+        if file.is_file():
+            return file.read_text(encoding="utf-8")
+        template = self.tokenizer_config.get("chat_template")
+        return template if isinstance(template, str) else None
+
+    def files(self) -> list[Path]:
+        """Every file that the model consists of: config, tokenizer, weights, licence, card; sorted by name."""
+        names = {*CONFIG_FILES, *TOKENIZER_FILES, INDEX_NAME, "README.md"}
+        found = {self.folder / name for name in names if (self.folder / name).is_file()}
+        found.update(tensor.path for tensor in self.tensors.values())
+        for pattern in CARRIED_FILES:
+            found.update(path for path in self.folder.glob(pattern) if path.is_file())
+        return sorted(found, key=lambda path: path.relative_to(self.folder).as_posix())
+
+    def read(self, name: str) -> torch.Tensor:
+        """One tensor in its own dtype and shape, read when asked for. Needs torch. Raises KeyError, CheckpointError."""
+        from safetensors import SafetensorError, safe_open
+
+        info = self.tensors[name]
+        try:
+            with safe_open(info.path, framework="pt") as file:
+                tensor: torch.Tensor = file.get_tensor(name)
+                return tensor
+        except (SafetensorError, OSError) as exc:
+            raise CheckpointError(f"{info.path.name}: tensor {name!r} can't be read: {exc}") from exc
+
+
+def open_checkpoint(folder: Path) -> Checkpoint:
+    """Open a folder and check all that headers can tell.
+
+    Raises CheckpointError: no config or architecture, pickled weights, index entries that leave the folder,
+    missing shards, damaged tensors, weights that are quantized already, tokenizer missing or too large.
+    """
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder}: no such folder", hint="name a folder with config.json and *.safetensors")
+    config = _config(folder)
+    tensors = _tensor_table(folder)
+    _check_dtypes(tensors, config)
+    tokenizer_config = _optional_json(folder / "tokenizer_config.json")
+    checkpoint = Checkpoint(folder, config, tensors, tokenizer_config)
+    _check_tokenizer(checkpoint)
+    return checkpoint
+
+
+def check_finite(checkpoint: Checkpoint) -> Iterator[tuple[int, int]]:
+    """Read all weights once and yield (bytes done, bytes in all). Raises CheckpointError at the first NaN or Inf."""
+    import numpy as np
+
+    total, done, chunk_bytes = checkpoint.weights_bytes, 0, 64 << 20
+    for tensor in checkpoint.tensors.values():
+        kind, mask = EXPONENT_MASKS[tensor.dtype]
+        with tensor.path.open("rb") as file:
+            file.seek(tensor.offset)
+            left = tensor.size_bytes
+            while left:
+                raw = file.read(min(left, chunk_bytes))
+                if not raw:
+                    raise CheckpointError(f"{tensor.path.name}: truncated in tensor {tensor.name!r}")
+                values = np.frombuffer(raw, dtype=kind)
+                if bool(((values & mask) == mask).any()):
+                    raise CheckpointError(
+                        f"tensor {tensor.name!r} in {tensor.path.name} has NaN or Inf weights",
+                        hint="the training run or the download went wrong: take an earlier or a fresh copy",
+                    )
+                left -= len(raw)
+                done += len(raw)
+        yield done, total
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    path = folder / "config.json"
+    if not path.is_file():
+        raise CheckpointError(f"{folder}: no config.json", hint="is this a Hugging Face model folder?")
+    config = _optional_json(path)
+    architectures = config.get("architectures")
+    if not isinstance(architectures, list) or not architectures or not isinstance(architectures[0], str):
+        raise CheckpointError(
+            "config.json: no `architectures`", hint='add it, for example "architectures": ["LlamaForCausalLM"]'
+        )
+    if "auto_map" in config:
+        raise CheckpointError(
+            "config.json: `auto_map` asks to run code that the model brings along",
+            hint="remote code is never run; use a checkpoint of an architecture that transformers has itself",
+        )
+    if config.get("quantization_config"):
+        method = config["quantization_config"].get("quant_method", "some method")
+        raise CheckpointError(
+            f"config.json: the weights are quantized already ({method})", hint="start from the full-precision model"
+        )
+    return config
+
+
+def _optional_json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    if path.stat().st_size > MAX_JSON_BYTES:
+        raise CheckpointError(f"{path.name}: too large to be what its name says")
+    try:
+        data = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as exc:
+        raise CheckpointError(f"{path.name}: not JSON ({str(exc)[:100]})", hint="download it again") from exc
+    if not isinstance(data, dict):
+        raise CheckpointError(f"{path.name}: not a JSON object", hint="download it again")
+    return data
+
+
+def _tensor_table(folder: Path) -> dict[str, TensorInfo]:
+    index = folder / INDEX_NAME
+    if index.is_file():
+        return _sharded(folder, index)
+    single = folder / "model.safetensors"
+    if single.is_file():
+        _check_inside(folder, "model.safetensors", "the folder")
+        tensors = read_header(single)
+        if not tensors:
+            raise CheckpointError("model.safetensors: has no tensors", hint="download it again")
+        return tensors
+    shards = sorted(folder.glob("model-*-of-*.safetensors"))
+    if shards:
+        raise CheckpointError(f"{folder}: shards without {INDEX_NAME}", hint="download the index too")
+    pickled = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt") for path in folder.glob(pattern))
+    if pickled:
+        raise CheckpointError(
+            f"{folder}: the weights are pickled ({pickled[0]}); opening them could run any code",
+            hint="convert them where you trust them: model.save_pretrained(folder, safe_serialization=True)",
+        )
+    raise CheckpointError(f"{folder}: no model.safetensors", hint="name a folder with safetensors weights")
+
+
+def _sharded(folder: Path, index: Path) -> dict[str, TensorInfo]:
+    weight_map = _optional_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{index.name}: no `weight_map`", hint="download it again")
+    headers: dict[str, dict[str, TensorInfo]] = {}
+    for shard in dict.fromkeys(weight_map.values()):
+        _check_inside(folder, shard, index.name)
+        if not (folder / shard).is_file():
+            raise CheckpointError(f"{index.name}: shard {shard} is missing", hint="download the model again")
+        headers[shard] = read_header(folder / shard)
+    for name, shard in weight_map.items():
+        if name not in headers[shard]:
+            raise CheckpointError(f"{shard}: tensor {name!r} is in the index, not in the shard")
+    tensors: dict[str, TensorInfo] = {}
+    for shard in sorted(headers):
+        for name, info in headers[shard].items():
+            if name in tensors or weight_map.get(name) != shard:
+                raise CheckpointError(f"{shard}: tensor {name!r} is not where the index says", hint="rebuild the index")
+            tensors[name] = info
+    return tensors
+
+
+def _check_inside(folder: Path, name: object, said_by: str) -> None:
+    """Refuse names that leave the folder. A symlink is fine when it stays inside, or in a hub cache's blobs."""
+    if not isinstance(name, str) or not name or "\0" in name:
+        raise CheckpointError(f"{said_by}: {name!r} is not a file name")
+    target = (folder / name).resolve()
+    blobs = folder.resolve().parent.parent / "blobs"
+    root = folder.resolve()
+    plain = not Path(name).is_absolute() and ".." not in Path(name).parts
+    if not plain or not (target.is_relative_to(root) or target.is_relative_to(blobs)):
+        raise CheckpointError(f"{said_by}: {name!r} leaves the folder", hint="this checkpoint can't be trusted")
+
+
+def _check_dtypes(tensors: Mapping[str, TensorInfo], config: Mapping[str, Any]) -> None:
+    for tensor in tensors.values():
+        if tensor.dtype not in FLOAT_DTYPES:
+            raise CheckpointError(
+                f"{tensor.path.name}: tensor {tensor.name!r} is {tensor.dtype}; full precision is F16, BF16 or F32",
+                hint="start from the checkpoint before it was quantized or converted",
+            )
+    if not any("embed" in name or "wte" in name for name in tensors):
+        raise CheckpointError("the weights have no embedding tensor", hint="is this a whole model, not an adapter?")
+    if config.get("vocab_size") is not None and not isinstance(config["vocab_size"], int):
+        raise CheckpointError("config.json: `vocab_size` is not a number")
+
+
+def _check_tokenizer(checkpoint: Checkpoint) -> None:
+    if not any((checkpoint.folder / name).is_file() for name in VOCABULARY_FILES):
+        raise CheckpointError(
+            f"{checkpoint.folder}: no tokenizer ({', '.join(VOCABULARY_FILES[:3])})",
+            hint="save it beside the weights: tokenizer.save_pretrained(folder)",
+        )
+    rows = max((t.shape[0] for n, t in checkpoint.tensors.items() if "embed_tokens" in n and len(t.shape) == 2), default=0)
+    vocabulary = _optional_json(checkpoint.folder / "tokenizer.json")
+    ids = _token_ids(vocabulary)
+    if rows and ids and max(ids) >= rows:
+        raise CheckpointError(
+            f"the tokenizer has ids up to {max(ids)}, the embedding only {rows} rows",
+            hint="they are of different models, or the embedding was not resized after tokens were added",
+        )
+
+
+def _token_ids(tokenizer: Mapping[str, Any]) -> set[int]:
+    model = tokenizer.get("model")
+    vocabulary = model.get("vocab") if isinstance(model, dict) else None
+    ids: set[int] = set()
+    if isinstance(vocabulary, dict):
+        ids.update(value for value in vocabulary.values() if isinstance(value, int))
+    elif isinstance(vocabulary, list):
+        ids.update(range(len(vocabulary)))
+    added = tokenizer.get("added_tokens")
+    for item in added if isinstance(added, list) else []:
+        if isinstance(item, dict) and isinstance(item.get("id"), int):
+            ids.add(item["id"])
+    return ids

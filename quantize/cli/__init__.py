@@ -1,0 +1,98 @@
+"""The command line: parse, call one function, print. A command's module is imported only when it is called."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+import traceback
+from typing import Any
+
+import click
+
+from quantize import __version__
+from quantize.errors import QuantizeError
+
+INTERRUPTED = 130
+
+# Command -> (module, one line for --help). Help must not import the modules.
+COMMANDS: dict[str, tuple[str, str]] = {
+    "plan": ("plan", "Show what a recipe would build: sizes, disk, what is built already. Writes nothing."),
+    "build": ("build", "Build every variant of a recipe that is not up to date."),
+    "list": ("list", "List artifacts, recipes or formats."),
+    "show": ("show", "Show one artifact: its manifest and what was measured."),
+    "verify": ("verify", "Check an artifact: hashes, tensors, and that it runs."),
+    "diff": ("diff", "Compare two artifacts: settings, files, tensor types, sizes."),
+    "gc": ("gc", "Remove superseded artifacts and leftovers; shows them only, unless told to."),
+    "schema": ("schema", "Print the JSON Schema of recipes or manifests."),
+}
+
+
+class LazyGroup(click.Group):
+    """Finds commands in COMMANDS and turns every error into a message and an exit code, in one place."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """All commands, in the order of use."""
+        return [*COMMANDS]
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """Import and return one command."""
+        if cmd_name not in COMMANDS:
+            return None
+        module = importlib.import_module(f"quantize.cli.{COMMANDS[cmd_name][0]}")
+        command: click.Command = module.command
+        return command
+
+    def resolve_command(self, ctx: click.Context, args: list[str]) -> tuple[Any, Any, list[str]]:
+        """As click does, and suggest the nearest command for an unknown one."""
+        if args and args[0] not in COMMANDS and not args[0].startswith("-"):
+            import difflib
+
+            near = difflib.get_close_matches(args[0], COMMANDS, n=1)
+            extra = f" Did you mean `{near[0]}`?" if near else ""
+            raise click.UsageError(f"No such command {args[0]!r}.{extra}", ctx)
+        return super().resolve_command(ctx, args)
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """List the commands from the table, importing none."""
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, text) for name, (_, text) in COMMANDS.items()])
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run a command; map errors to exit codes."""
+        try:
+            return super().invoke(ctx)
+        except QuantizeError as exc:
+            _fail(ctx, f"error: {exc}", exc)
+            ctx.exit(exc.exit_code)
+        except KeyboardInterrupt:
+            click.echo("interrupted; nothing half-written is left in the store", err=True)
+            ctx.exit(INTERRUPTED)
+        except (click.ClickException, click.exceptions.Exit, click.Abort, BrokenPipeError):
+            raise
+        except Exception as exc:  # noqa: BLE001 - the last place that can keep a traceback from a user
+            _fail(ctx, f"internal error: {type(exc).__name__}: {exc}\n  run again with -v and report what it prints", exc)
+            ctx.exit(1)
+
+
+def _fail(ctx: click.Context, message: str, exc: BaseException) -> None:
+    if ctx.meta.get("quantize.verbose"):
+        click.echo("".join(traceback.format_exception(exc)), err=True)
+    click.echo(message, err=True)
+
+
+def set_verbose(ctx: click.Context, _parameter: click.Parameter, value: bool) -> bool:
+    """Remember -v for the error handler, wherever on the line it stands."""
+    if value:
+        ctx.meta["quantize.verbose"] = True
+    return value
+
+
+@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="quantize")
+@click.option("-v", "--verbose", is_flag=True, expose_value=False, callback=set_verbose, help="Show tracebacks.")
+def main() -> None:
+    """make for quantized models: one recipe in; pinned, verified, measured artifacts out."""
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,68 @@
+"""quantize build RECIPE"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from quantize.backends import formats
+from quantize.build import Outcome, RunOptions, build
+from quantize.cli.common import (
+    json_option, limits_options, make_limits, open_cache, print_json, print_table, quiet_option, size_text,
+    store_option, verbose_option,
+)  # fmt: skip
+from quantize.cli.progress import console_reporter
+from quantize.recipe import load_recipe
+from quantize.store import Store
+
+
+@click.command("build")
+@click.argument("recipe", type=click.Path(path_type=Path))
+@click.option("--only", multiple=True, metavar="VARIANT", help="Build only this variant; may be given several times.")
+@click.option("--force", is_flag=True, help="Build again what is up to date.")
+@click.option("--keep-going/--fail-fast", default=True, help="Go on with other variants after a failure.  [default: go on]")
+@store_option
+@limits_options
+@json_option
+@quiet_option
+@verbose_option
+def command(
+    recipe: Path, only: tuple[str, ...], force: bool, keep_going: bool, store: Store, threads: int | None, device: str,
+    memory_budget: str | None, as_json: bool, quiet: bool,
+) -> None:  # fmt: skip
+    """Build every variant of RECIPE that is not up to date, each verified before it appears in the store."""
+    parsed = load_recipe(recipe, formats())
+    run = RunOptions(make_limits(threads, device, memory_budget), keep_going, force, only)
+    with console_reporter(quiet=quiet or as_json) as reporter:
+        outcomes = build(parsed, store, open_cache(), reporter, run)
+    if as_json:
+        print_json([_as_json(item) for item in outcomes])
+    else:
+        columns = [("VARIANT", "left"), ("STATE", "left"), ("SIZE", "right"), ("SECONDS", "right"), ("ARTIFACT", "left")]
+        print_table(columns, [_row(item) for item in outcomes], empty="nothing to build")
+    failed = [item.error for item in outcomes if item.error is not None]
+    if failed:
+        click.echo(f"{len(failed)} of {len(outcomes)} variants failed; first: {failed[0]}", err=True)
+        click.get_current_context().exit(max(error.exit_code for error in failed))
+
+
+def _row(item: Outcome) -> list[str]:
+    if item.artifact is None:
+        return [item.variant, item.state, "", f"{item.seconds:.1f}" if item.seconds else "", ""]
+    seconds = f"{item.seconds:.1f}" if item.state == "built" else ""
+    return [item.variant, item.state, size_text(item.artifact.manifest.size_bytes), seconds, item.artifact.ref]
+
+
+def _as_json(item: Outcome) -> dict[str, Any]:
+    manifest = item.artifact.manifest if item.artifact else None
+    return {
+        "variant": item.variant,
+        "state": item.state,
+        "seconds": round(item.seconds, 2),
+        "folder": str(item.artifact.folder) if item.artifact else None,
+        "digest": manifest.digest if manifest else None,
+        "size_bytes": manifest.size_bytes if manifest else None,
+        "error": str(item.error) if item.error else None,
+    }

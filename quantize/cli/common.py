@@ -1,0 +1,128 @@
+"""What commands share: options, the store and cache they mean, tables and JSON on stdout."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+from quantize.cache import Cache, default_cache_root
+from quantize.cli import set_verbose
+from quantize.errors import UsageError
+from quantize.store import Store, default_store_root
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+MAX_TABLE_COLUMNS = 200
+
+
+def verbose_option(function: Function) -> Function:
+    """-v after the command as well as before it."""
+    return click.option(
+        "-v", "--verbose", is_flag=True, expose_value=False, callback=set_verbose, help="Show tracebacks."
+    )(function)
+
+
+def store_option(function: Function) -> Function:
+    """--store DIR, passed as a Store."""
+    return click.option(
+        "--store",
+        type=click.Path(path_type=Path, file_okay=False),
+        default=None,
+        callback=lambda _c, _p, value: Store(value or default_store_root()),
+        help="Folder of the artifacts.  [default: $QUANTIZE_STORE or artifacts/]",
+    )(function)
+
+
+def json_option(function: Function) -> Function:
+    """--json, passed as as_json."""
+    return click.option("--json", "as_json", is_flag=True, help="Print JSON for programs.")(function)
+
+
+def quiet_option(function: Function) -> Function:
+    """--quiet: nothing on stderr but errors and warnings."""
+    return click.option("-q", "--quiet", is_flag=True, help="No progress on stderr.")(function)
+
+
+def limits_options(function: Function) -> Function:
+    """--threads, --device, --memory-budget: how to run, never what to build."""
+    options = [
+        click.option("--threads", type=click.IntRange(min=1), default=None, help="CPU threads.  [default: all cores]"),
+        click.option("--device", default="cpu", show_default=True, help="cpu, or cuda[:N] for the calibration pass."),
+        click.option("--memory-budget", default=None, metavar="SIZE", help="Memory to stay under, such as 6GiB."),
+    ]
+    for option in reversed(options):
+        function = option(function)
+    return function
+
+
+def make_limits(threads: int | None, device: str, memory_budget: str | None) -> Any:
+    """Limits from the options. Raises UsageError for a size that can't be read."""
+    from quantize.backends.base import Limits
+
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    budget = parse_size(memory_budget) if memory_budget else None
+    return Limits(threads or cores, device, budget)
+
+
+def parse_size(text: str) -> int:
+    """Bytes from `6GiB`, `500 MB`, `1e9`. Raises UsageError."""
+    units = {"": 1, "b": 1, "k": 1000, "kb": 1000, "kib": 1 << 10, "m": 10**6, "mb": 10**6, "mib": 1 << 20}
+    units |= {"g": 10**9, "gb": 10**9, "gib": 1 << 30, "t": 10**12, "tb": 10**12, "tib": 1 << 40}
+    number = text.strip().rstrip("abgikmtABGIKMT")
+    unit = text.strip()[len(number) :].lower()
+    try:
+        value = float(number) * units[unit]
+        if not 0 < value < 1 << 60:
+            raise ValueError(number)
+    except (ValueError, KeyError) as exc:
+        raise UsageError(f"{text!r} is not a size", hint="write it like 6GiB or 500MB") from exc
+    return int(value)
+
+
+def open_cache() -> Cache:
+    """The cache of this user."""
+    return Cache(default_cache_root())
+
+
+def print_json(data: Any) -> None:
+    """Print data as JSON on stdout."""
+    click.echo(json.dumps(data, indent=2, ensure_ascii=False))
+
+
+def print_table(columns: Sequence[tuple[str, str]], rows: Sequence[Sequence[str]], *, empty: str) -> None:
+    """Print a table on stdout; columns are (title, "left" or "right")."""
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    if not rows:
+        click.echo(empty)
+        return
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for title, side in columns:
+        table.add_column(title, justify="right" if side == "right" else "left", no_wrap=True)
+    for row in rows:
+        table.add_row(*row)
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=MAX_TABLE_COLUMNS)
+    console.print(table)
+
+
+def size_text(size_bytes: int) -> str:
+    """Bytes for people, in decimal units as disks and downloads are."""
+    value, unit = float(size_bytes), "B"
+    for unit in ("B", "kB", "MB", "GB", "TB"):
+        if value < 1000 or unit == "TB":
+            break
+        value /= 1000
+    return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
+
+
+def memory_text(size_bytes: int) -> str:
+    """Bytes of memory for people, in binary units as cards are sold."""
+    return f"{size_bytes / 2**30:.2f} GiB"

@@ -1,0 +1,44 @@
+"""quantize gc"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import click
+
+from quantize.cli.common import json_option, print_json, print_table, size_text, store_option, verbose_option
+from quantize.store import Store
+
+
+@click.command("gc")
+@click.option("--delete", is_flag=True, help="Remove what is shown; without it nothing is touched.")
+@store_option
+@json_option
+@verbose_option
+def command(delete: bool, store: Store, as_json: bool) -> None:
+    """Show, or with --delete remove, superseded artifacts, broken folders and what killed builds left behind.
+
+    The current artifact of a variant, and any that artifacts.lock pins, are never removed.
+    """
+    found = [*store.removable(), *((folder, "left by a killed build") for folder in store.leftovers())]
+    rows = [(folder, reason, _bytes(folder)) for folder, reason in found]
+    if delete:
+        removable = {folder for folder, _ in store.removable()}
+        for folder, _, _ in rows:
+            if folder in removable:
+                store.remove(folder)
+            else:
+                shutil.rmtree(folder, ignore_errors=True)
+    if as_json:
+        print_json([{"folder": str(f), "reason": r, "size_bytes": s, "removed": delete} for f, r, s in rows])
+        return
+    table = [[str(folder), reason, size_text(size)] for folder, reason, size in rows]
+    print_table([("FOLDER", "left"), ("WHY", "left"), ("SIZE", "right")], table, empty="nothing to remove")
+    if rows:
+        total = size_text(sum(size for _, _, size in rows))
+        click.echo(f"{total} removed" if delete else f"{total} would be removed; run again with --delete")
+
+
+def _bytes(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file() and not path.is_symlink())

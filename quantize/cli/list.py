@@ -1,0 +1,114 @@
+"""quantize list artifacts|recipes|formats"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from quantize.artifact import Artifact
+from quantize.cli.common import json_option, memory_text, print_json, print_table, size_text, store_option, verbose_option
+from quantize.errors import RecipeError
+from quantize.store import Store
+
+
+@click.group("list")
+def command() -> None:
+    """List artifacts, recipes or formats."""
+
+
+@command.command("artifacts")
+@click.option("--all", "everything", is_flag=True, help="Superseded builds too, not only the current ones.")
+@store_option
+@json_option
+@verbose_option
+def artifacts(everything: bool, store: Store, as_json: bool) -> None:
+    """List the artifacts in the store: size, bits a weight, VRAM estimate, digest, when built."""
+    found = [item for item in store.artifacts() if everything or store.is_current(item)]
+    if as_json:
+        print_json([_as_json(store, item) for item in found])
+    else:
+        columns = [("NAME", "left"), ("VARIANT", "left"), ("FORMAT", "left"), ("SIZE", "right"), ("BITS/WEIGHT", "right")]
+        columns += [("VRAM 4K", "right"), ("DIGEST", "left"), ("BUILT", "left")]
+        print_table(columns, [_row(item) for item in found], empty=f"no artifacts in {store.root}/; see `quantize build`")
+    for item in store.broken():
+        click.echo(f"warning: {item.folder}: {item.reason}", err=True)
+
+
+@command.command("recipes")
+@click.argument("folder", type=click.Path(path_type=Path, file_okay=False), default="recipes")
+@json_option
+@verbose_option
+def recipes(folder: Path, as_json: bool) -> None:
+    """List the recipes in FOLDER, with what each would build."""
+    from quantize.backends import formats
+    from quantize.recipe import load_recipe
+
+    rows: list[dict[str, Any]] = []
+    for path in sorted([*folder.glob("*.yaml"), *folder.glob("*.yml")]):
+        try:
+            recipe = load_recipe(path, formats())
+            model = recipe.source.model if isinstance(recipe.source.model, str) else recipe.source.model.file
+            variants = [item.name for item in recipe.variants]
+            rows.append({"path": str(path), "name": recipe.name, "model": model, "variants": variants, "error": None})
+        except RecipeError as exc:
+            rows.append({"path": str(path), "name": "", "model": "", "variants": [], "error": exc.message.splitlines()[0]})
+    if as_json:
+        print_json(rows)
+        return
+    table = [[row["path"], row["name"], row["model"], row["error"] or ", ".join(row["variants"])] for row in rows]
+    columns = [("RECIPE", "left"), ("NAME", "left"), ("MODEL", "left"), ("VARIANTS", "left")]
+    print_table(columns, table, empty=f"no recipes in {folder}/")
+
+
+@command.command("formats")
+@json_option
+@verbose_option
+def list_formats(as_json: bool) -> None:
+    """List the formats that can be built, with the options that a recipe may give."""
+    from quantize.backends import backends
+
+    rows = [
+        {"format": name, "extra": item.extra, "options": list(item.Options.model_fields)}
+        for name, item in backends().items()
+    ]
+    if as_json:
+        print_json(rows)
+        return
+    columns = [("FORMAT", "left"), ("EXTRA", "left"), ("OPTIONS", "left")]
+    table = [[str(row["format"]), str(row["extra"]), ", ".join(row["options"])] for row in rows]
+    print_table(columns, table, empty="no formats")
+
+
+def _row(item: Artifact) -> list[str]:
+    manifest = item.manifest
+    built = str(item.measurements().get("built_at", ""))[:16].replace("T", " ")
+    return [
+        manifest.name, manifest.variant, manifest.format, size_text(manifest.size_bytes),
+        f"{manifest.bits_per_weight:.2f}", memory_text(vram_bytes(item, 4096)), manifest.short_digest, built,
+    ]  # fmt: skip
+
+
+def vram_bytes(item: Artifact, context: int) -> int:
+    """The expected estimate for one sequence at the largest context in the table up to `context`."""
+    cells = [cell for cell in item.manifest.estimate["vram_bytes"] if cell["concurrency"] == 1]
+    fitting = [cell for cell in cells if cell["context"] <= context] or cells[:1]
+    return int(fitting[-1]["expected_bytes"])
+
+
+def _as_json(store: Store, item: Artifact) -> dict[str, Any]:
+    manifest = item.manifest
+    return {
+        "name": manifest.name,
+        "variant": manifest.variant,
+        "format": manifest.format,
+        "size_bytes": manifest.size_bytes,
+        "bits_per_weight": manifest.bits_per_weight,
+        "vram_bytes": vram_bytes(item, 4096),
+        "digest": manifest.digest,
+        "current": store.is_current(item),
+        "built_at": item.measurements().get("built_at"),
+        "folder": str(item.folder),
+        "files": [entry.model_dump() for entry in manifest.files],
+    }

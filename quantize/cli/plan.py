@@ -1,0 +1,83 @@
+"""quantize plan RECIPE"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from quantize.backends import formats
+from quantize.cli.common import (
+    json_option, limits_options, make_limits, open_cache, print_json, print_table, quiet_option, size_text,
+    store_option, verbose_option,
+)  # fmt: skip
+from quantize.cli.progress import console_reporter
+from quantize.plan import Job, Plan, make_plan
+from quantize.recipe import load_recipe
+from quantize.store import Store
+
+
+@click.command("plan")
+@click.argument("recipe", type=click.Path(path_type=Path))
+@store_option
+@limits_options
+@json_option
+@quiet_option
+@verbose_option
+def command(
+    recipe: Path, store: Store, threads: int | None, device: str, memory_budget: str | None, as_json: bool, quiet: bool
+) -> None:
+    """Show what RECIPE would build: exact sizes, disk needed and free, what is built already. Writes nothing."""
+    parsed = load_recipe(recipe, formats())
+    with console_reporter(quiet=quiet or as_json) as reporter:
+        plan = make_plan(parsed, store, open_cache(), reporter, make_limits(threads, device, memory_budget))
+    if as_json:
+        print_json(_as_json(plan))
+    else:
+        _print(plan)
+    refused = [job.refusal for job in plan.jobs if job.refusal is not None]
+    if refused:
+        raise refused[0]
+
+
+def _print(plan: Plan) -> None:
+    columns = [("VARIANT", "left"), ("FORMAT", "left"), ("TENSORS", "right"), ("SIZE", "right")]
+    columns += [("BYTES", "right"), ("BITS/WEIGHT", "right"), ("KEPT HIGHER", "right"), ("STATE", "left")]
+    print_table(columns, [_row(job) for job in plan.jobs], empty="nothing to build")
+    click.echo(f"source  {plan.source.uri}  sha256 {plan.source.digest[:12]}")
+    if plan.disk_needed_bytes is not None:
+        click.echo(f"disk    {size_text(plan.disk_needed_bytes)} needed at the peak, {size_text(plan.disk_free_bytes)} free")
+
+
+def _row(job: Job) -> list[str]:
+    name, size = job.variant.name, job.size
+    state = f"up to date ({job.existing.manifest.short_digest})" if job.existing else "to build"
+    state = f"refused: {job.refusal.message.splitlines()[0]}" if job.refusal else state
+    if size is None:
+        return [name, job.variant.format, "", "", "", "", "", state]
+    numbers = [str(size.tensors), size_text(size.file_bytes), f"{size.file_bytes:,}", f"{size.bits_per_weight:.2f}"]
+    return [name, job.variant.format, *numbers, str(len(size.kept)), state]
+
+
+def _as_json(plan: Plan) -> dict[str, Any]:
+    return {
+        "recipe": plan.recipe.name,
+        "source": {"uri": plan.source.uri, "sha256": plan.source.digest},
+        "disk_needed_bytes": plan.disk_needed_bytes,
+        "disk_free_bytes": plan.disk_free_bytes,
+        "variants": [
+            {
+                "name": job.variant.name,
+                "format": job.variant.format,
+                "build_key": job.build_key,
+                "up_to_date": job.existing is not None,
+                "file_bytes": job.size.file_bytes if job.size else None,
+                "weights_bytes": job.size.weights_bytes if job.size else None,
+                "bits_per_weight": job.size.bits_per_weight if job.size else None,
+                "tensors": job.size.tensors if job.size else None,
+                "refusal": str(job.refusal) if job.refusal else None,
+            }
+            for job in plan.jobs
+        ],
+    }

@@ -1,0 +1,53 @@
+"""quantize show ARTIFACT"""
+
+from __future__ import annotations
+
+import json
+
+import click
+
+from quantize.cli.common import json_option, memory_text, print_json, print_table, size_text, store_option, verbose_option
+from quantize.store import Store
+
+
+@click.command("show")
+@click.argument("artifact")
+@store_option
+@json_option
+@verbose_option
+def command(artifact: str, store: Store, as_json: bool) -> None:
+    """Show ARTIFACT (name/variant, name/variant@digest, a digest, or a folder)."""
+    found = store.find(artifact)
+    manifest = found.manifest
+    if as_json:
+        print_json({"manifest": manifest.model_dump(mode="json"), "measurements": found.measurements()})
+        return
+    click.echo(f"{found.ref}\n{manifest.digest}\n{found.folder}\n")
+    before = f" (was {manifest.source.quantized_before} once)" if manifest.source.quantized_before else ""
+    facts = [
+        ("source", manifest.source.uri + before),
+        ("licence", manifest.source.license or "unknown"),
+        ("architecture", f"{manifest.source.architecture}, {manifest.source.parameters:,} parameters"),
+        ("options", json.dumps(manifest.options, sort_keys=True)),
+        ("bits a weight", f"{manifest.bits_per_weight:.4f}"),
+        ("build key", manifest.build_key),
+        ("tools", ", ".join(f"{name} {version}" for name, version in manifest.tools.items())),
+    ]
+    if manifest.calibration is not None:
+        facts.append(("calibration", f"{manifest.calibration.sequences} sequences, {manifest.calibration.tokens:,} tokens"))
+    for name, value in facts:
+        click.echo(f"{name:>14}  {value}")
+    files = [[entry.path, size_text(entry.size_bytes), entry.sha256] for entry in manifest.files]
+    print_table([("FILE", "left"), ("SIZE", "right"), ("SHA256", "left")], files, empty="no files")
+    cells = manifest.estimate["vram_bytes"]
+    rows = [
+        [f"{cell['context']:,}", str(cell["concurrency"]), memory_text(cell["expected_bytes"]), memory_text(cell["upper_bytes"])]
+        for cell in cells
+    ]
+    columns = [("CONTEXT", "right"), ("SEQUENCES", "right"), ("MEMORY", "right"), ("TO BE SAFE", "right")]
+    print_table(columns, rows, empty="no estimate")
+    reasons: dict[str, int] = {}
+    for item in manifest.kept_in_high_precision:
+        reasons[f"{item.type}: {item.reason}"] = reasons.get(f"{item.type}: {item.reason}", 0) + 1
+    kept = [[str(count), reason] for reason, count in sorted(reasons.items())]
+    print_table([("TENSORS", "right"), ("KEPT IN HIGHER PRECISION", "left")], kept, empty="nothing kept in higher precision")

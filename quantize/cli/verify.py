@@ -1,0 +1,42 @@
+"""quantize verify ARTIFACT…"""
+
+from __future__ import annotations
+
+import click
+
+from quantize.backends import backends
+from quantize.cli.common import json_option, make_limits, open_cache, print_json, quiet_option, store_option, verbose_option
+from quantize.cli.progress import console_reporter
+from quantize.errors import UsageError
+from quantize.reopen import reopen_source
+from quantize.store import Store
+from quantize.verify import check_files
+
+
+@click.command("verify")
+@click.argument("artifacts", nargs=-1, metavar="ARTIFACT...")
+@click.option("--hashes-only", is_flag=True, help="Only files, sizes and hashes; load nothing.")
+@store_option
+@json_option
+@quiet_option
+@verbose_option
+def command(artifacts: tuple[str, ...], hashes_only: bool, store: Store, as_json: bool, quiet: bool) -> None:
+    """Check each ARTIFACT (all current ones if none is named) against its manifest, and run it."""
+    found = [store.find(ref) for ref in artifacts] or [item for item in store.artifacts() if store.is_current(item)]
+    if not found:
+        raise UsageError(f"no artifacts in {store.root}", hint="build some first")
+    results = []
+    for artifact in found:
+        with console_reporter(quiet=quiet or as_json) as reporter:
+            check_files(artifact, reporter)
+            facts = {}
+            if not hashes_only:
+                checkpoint = reopen_source(artifact, open_cache(), reporter)
+                backend = backends()[artifact.manifest.format]
+                limits = make_limits(None, "cpu", None)
+                facts = dict(backend.verify(artifact.folder, checkpoint, limits, reporter))
+        results.append({"artifact": artifact.ref, "digest": artifact.manifest.digest, **facts})
+        if not as_json:
+            click.echo(f"{artifact.ref}: good")
+    if as_json:
+        print_json(results)

@@ -1,0 +1,1 @@
+"""Bytes on disk that several backends share: safetensors shards and GGUF files."""

@@ -1,0 +1,83 @@
+"""A GGUF file -> an FP16 checkpoint in the Hugging Face layout, by transformers' own GGUF loader.
+
+In: the GGUF file and an empty folder. Out: config, tokenizer and safetensors in that folder. Runs in a worker.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from quantize.containers.safetensors import header_bytes
+from quantize.errors import CheckpointError, MissingExtraError
+from quantize.report import Reporter
+
+SHARD_SIZE = "5GB"
+
+
+def dequantize_gguf(reporter: Reporter, gguf: Path, out: Path) -> None:
+    """Write the weights of `gguf` as FP16 safetensors, with config and tokenizer. Raises CheckpointError."""
+    transformers, torch = _libraries()
+    try:
+        config = transformers.GgufConfig(dequantize=True)
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            gguf.parent, gguf_file=gguf.name, dtype=torch.float16, quantization_config=config
+        )
+    except (ValueError, KeyError, NotImplementedError) as exc:
+        raise _unsupported(gguf, exc) from exc
+    model.save_pretrained(out, max_shard_size=SHARD_SIZE)
+    _write_rest(transformers, gguf, out)
+
+
+def skeleton_of_gguf(reporter: Reporter, gguf: Path, out: Path) -> None:
+    """Write what dequantize_gguf would, but with a sparse file of zeros for the weights: for planning from headers."""
+    transformers, torch = _libraries()
+    try:
+        config = transformers.AutoConfig.from_pretrained(gguf.parent, gguf_file=gguf.name)
+        with torch.device("meta"):
+            model = transformers.AutoModelForCausalLM.from_config(config)
+    except (ValueError, KeyError, NotImplementedError) as exc:
+        raise _unsupported(gguf, exc) from exc
+    tied = set(getattr(model, "_tied_weights_keys", None) or ()) if config.tie_word_embeddings else set()
+    names = sorted(name for name in model.state_dict() if name not in tied)
+    shapes = {name: ("F16", tuple(model.state_dict()[name].shape)) for name in names}
+    config.architectures = [type(model).__name__]
+    config.dtype = torch.float16
+    config.save_pretrained(out)
+    _write_sparse(out / "model.safetensors", shapes)
+    _write_rest(transformers, gguf, out)
+
+
+def _write_sparse(path: Path, shapes: dict[str, tuple[str, tuple[int, ...]]]) -> None:
+    header = header_bytes(shapes)
+    last = json.loads(header[8:])
+    end = max(entry["data_offsets"][1] for name, entry in last.items() if name != "__metadata__")
+    with path.open("wb") as file:
+        file.write(header)
+        file.truncate(len(header) + end)
+
+
+def _write_rest(transformers: Any, gguf: Path, out: Path) -> None:
+    tokenizer = transformers.AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    tokenizer.save_pretrained(out)
+    path = out / "tokenizer_config.json"
+    settings = json.loads(path.read_text(encoding="utf-8"))
+    for key in ("is_local", "local_files_only", "name_or_path"):
+        settings.pop(key, None)  # where it was loaded from is not part of the model
+    path.write_text(json.dumps(settings, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _libraries() -> tuple[Any, Any]:
+    try:
+        import torch
+        import transformers
+    except ImportError as exc:
+        raise MissingExtraError("a GGUF file as source", "gguf") from exc
+    return transformers, torch
+
+
+def _unsupported(gguf: Path, exc: Exception) -> CheckpointError:
+    first = (str(exc).splitlines() or [type(exc).__name__])[0][:200]
+    hint = "start from the model's safetensors checkpoint instead"
+    return CheckpointError(f"{gguf.name}: transformers can't dequantize it ({first})", hint=hint)

@@ -1,0 +1,315 @@
+"""llama.cpp through its Python packages: convert to a 16-bit GGUF, quantize it, and try an artifact out.
+
+In: paths and settings. Out: GGUF files and plain facts about them. Every public function runs in a worker process.
+What to ask for is decided in backends/gguf.py.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from quantize.errors import BuildError, MissingExtraError, PlanError, VerifyError
+from quantize.report import Reporter, progress
+
+LINE = re.compile(r"^\[\s*\d+/\s*\d+\]\s+(\S+)\s+-\s+\[([\d,\s]+)\], type =\s*(\S+), .*?(?:\((\w+)\))?\s*$")
+FALLBACK = "tensor cols"
+LARGE_BYTES = 1 << 30  # below it one thread is fast enough, and never waits on a busy machine's other cores
+NEEDS_IMATRIX = "require an imatrix"
+
+
+@dataclass(frozen=True)
+class QuantizeSettings:
+    """What llama_model_quantize is asked for. `overrides` are (regular expression, ggml type name)."""
+
+    type: str
+    overrides: tuple[tuple[str, str], ...] = ()
+    output_type: str | None = None
+    embedding_type: str | None = None
+    pure: bool = False
+    imatrix: Path | None = None
+    threads: int = 1
+
+
+@dataclass(frozen=True)
+class ConvertRequest:
+    """A checkpoint folder, the 16- or 32-bit type to convert to, and the general.* metadata to write."""
+
+    folder: Path
+    outtype: str
+    metadata: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class SizedFile:
+    """What a quantization would write: total bytes of the file, and the ggml type of each tensor."""
+
+    file_bytes: int
+    tensors: tuple[tuple[str, str, int], ...]  # name, type, bytes
+
+
+def convert(
+    reporter: Reporter, request: ConvertRequest, out: Path, *, header_only: bool = False
+) -> None:
+    """Write the checkpoint as one unquantized GGUF file; with header_only the weights stay a hole in a sparse file.
+
+    The converter is llama.cpp's own, as auto-round bundles it. Raises PlanError if it does not know the architecture.
+    """
+    gguf, model_class = _converter(request.folder)
+    metadata_path = out.with_suffix(".metadata.json")
+    metadata_path.write_text(json.dumps(_with_name_parts(gguf, request.metadata)), encoding="utf-8")
+    kinds = {"F16": "MOSTLY_F16", "BF16": "MOSTLY_BF16", "F32": "ALL_F32"}
+    try:
+        kind = gguf.LlamaFileType[kinds[request.outtype]]
+        model = model_class(request.folder, kind, out, metadata_override=metadata_path)
+        _write_converted(model, out, request.metadata.get("general.license"), reporter, header_only)
+    except (ValueError, KeyError, TypeError, NotImplementedError, AttributeError, OSError) as exc:
+        first = (str(exc).splitlines() or [type(exc).__name__])[0][:300]
+        raise BuildError(f"converting to GGUF: {type(exc).__name__}: {first}") from exc
+    finally:
+        metadata_path.unlink(missing_ok=True)
+
+
+def dry_run(reporter: Reporter, source: Path, jobs: Sequence[QuantizeSettings]) -> list[SizedFile]:
+    """The exact sizes that each job would have, by llama.cpp's own dry run. `source` may be header-only.
+
+    Raises PlanError: a type needs an importance matrix, or llama.cpp refuses the job.
+    """
+    from quantize.containers.gguf import read_gguf
+
+    header = read_gguf(source)
+    data_bytes = sum(_padded(tensor.size_bytes) for tensor in header.tensors.values())
+    header_bytes = source.stat().st_size - data_bytes
+    results = []
+    for job in jobs:
+        log = _quantize(source, source.with_suffix(".dry"), job, dry=True)
+        tensors = _parse_log(log)
+        if len(tensors) != len(header.tensors):
+            raise BuildError(f"llama.cpp's dry run named {len(tensors)} of {len(header.tensors)} tensors")
+        size = header_bytes + sum(_padded(item[2]) for item in tensors)
+        results.append(SizedFile(size, tuple(tensors)))
+    return results
+
+
+def convert_and_size(
+    reporter: Reporter, request: ConvertRequest, out: Path, jobs: Sequence[QuantizeSettings]
+) -> list[SizedFile]:
+    """For planning: convert headers only, then size every job; leaves nothing behind."""
+    try:
+        convert(reporter, request, out, header_only=True)
+        return dry_run(reporter, out, jobs)
+    finally:
+        out.unlink(missing_ok=True)
+
+
+def quantize(reporter: Reporter, source: Path, out: Path, job: QuantizeSettings) -> list[str]:
+    """Quantize `source` into `out`; returns llama.cpp's warnings. Raises PlanError, BuildError."""
+    log = _quantize(source, out, job, dry=False)
+    return [line for line in log.splitlines() if "WARNING" in line or FALLBACK in line]
+
+
+def try_out(reporter: Reporter, path: Path, tokens: int, threads: int) -> dict[str, Any]:
+    """Load a GGUF file with every tensor checked, and generate greedily twice.
+
+    Returns {"tokens": [ids], "load_seconds": s}. Raises VerifyError: does not load, logits not finite, two runs differ.
+    """
+    import time
+
+    llama_cpp, log = _library()
+    start = time.perf_counter()
+    parameters = llama_cpp.llama_model_default_params()
+    parameters.check_tensors = True
+    parameters.n_gpu_layers = 0
+    model = llama_cpp.llama_model_load_from_file(str(path).encode(), parameters)
+    if not model:
+        raise VerifyError(f"{path.name}: llama.cpp does not load it", hint=_last_line("".join(log)))
+    seconds = time.perf_counter() - start
+    try:
+        first, second = (_generate(llama_cpp, model, path, tokens, threads) for _ in range(2))
+    finally:
+        llama_cpp.llama_model_free(model)
+    if first != second:
+        raise VerifyError(f"{path.name}: two greedy runs differ ({first[:8]} and {second[:8]})")
+    return {"tokens": first, "load_seconds": round(seconds, 3)}
+
+
+def _generate(llama_cpp: Any, model: Any, path: Path, count: int, threads: int) -> list[int]:
+    import numpy as np
+
+    parameters = llama_cpp.llama_context_default_params()
+    parameters.n_ctx = 256
+    parameters.n_threads = parameters.n_threads_batch = threads if path.stat().st_size > LARGE_BYTES else 1
+    context = llama_cpp.llama_init_from_model(model, parameters)
+    if not context:
+        raise VerifyError(f"{path.name}: llama.cpp makes no context for it")
+    try:
+        vocabulary = llama_cpp.llama_model_get_vocab(model)
+        width = llama_cpp.llama_vocab_n_tokens(vocabulary)
+        pending, chosen = _prompt(llama_cpp, vocabulary, width), []
+        for _ in range(count):
+            array = (llama_cpp.llama_token * len(pending))(*pending)
+            if llama_cpp.llama_decode(context, llama_cpp.llama_batch_get_one(array, len(pending))) != 0:
+                raise VerifyError(f"{path.name}: llama.cpp can't run it")
+            logits = np.ctypeslib.as_array(llama_cpp.llama_get_logits_ith(context, -1), (width,))
+            if not bool(np.isfinite(logits).all()):
+                raise VerifyError(f"{path.name}: the logits are not finite", hint="a tensor is damaged")
+            pending = [int(logits.argmax())]
+            chosen += pending
+        return chosen
+    finally:
+        llama_cpp.llama_free(context)
+
+
+def _prompt(llama_cpp: Any, vocabulary: Any, width: int) -> list[int]:
+    text = b"The capital of France is"
+    buffer = (llama_cpp.llama_token * 64)()
+    count = llama_cpp.llama_tokenize(vocabulary, text, len(text), buffer, 64, True, False)
+    ids = [int(buffer[index]) for index in range(max(0, count))]
+    return ids if ids and max(ids) < width else [0]
+
+
+def _converter(folder: Path) -> tuple[Any, Any]:
+    try:
+        import gguf
+        from auto_round.export.export_to_gguf.llama_cpp_conversion import get_conversion
+    except ImportError as exc:
+        raise MissingExtraError("the GGUF format", "gguf") from exc
+    architecture = json.loads((folder / "config.json").read_text(encoding="utf-8"))["architectures"][0]
+    try:
+        return gguf, get_conversion(folder).get_model_class(architecture)
+    except NotImplementedError as exc:
+        raise PlanError(
+            f"llama.cpp's converter does not know the architecture {architecture}",
+            hint="a newer auto-round may bundle a converter that does; the other formats do not need it",
+        ) from exc
+
+
+def _with_name_parts(gguf: Any, metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """Add what the name says by the GGUF naming convention; null keeps the converter from guessing by folder name."""
+    name = str(metadata["general.name"])
+    _, _, base, finetune, version, _ = gguf.Metadata.get_model_id_components(name)
+    parts = {"general.basename": base or name, "general.finetune": finetune, "general.version": version}
+    return {**metadata, **parts, "general.size_label": None}
+
+
+def _write_converted(model: Any, out: Path, license_id: str | None, reporter: Reporter, header_only: bool) -> None:
+    model.prepare_tensors()
+    model.prepare_metadata(vocab_only=False)
+    writer = model.gguf_writer
+    if license_id is not None:
+        writer.add_license(license_id)  # the converter's metadata file has no key for it
+    writer.write_header_to_file(path=out)
+    writer.write_kv_data_to_file()
+    if header_only:
+        sizes = [info.nbytes for shard in writer.tensors for info in shard.values()]
+        writer.write_ti_data_to_file()
+        file = writer.fout[0]
+        file.truncate(_padded(file.tell()) + sum(_padded(size) for size in sizes))
+    else:
+        total = sum(info.nbytes for shard in writer.tensors for info in shard.values())
+        progress(reporter, "", "converting to GGUF", 0, total)
+        writer.write_tensors_to_file(progress=False)
+        progress(reporter, "", "converting to GGUF", total, total)
+    writer.close()
+
+
+def _padded(size: int, alignment: int = 32) -> int:
+    return (size + alignment - 1) // alignment * alignment
+
+
+def _quantize(source: Path, out: Path, job: QuantizeSettings, *, dry: bool) -> str:
+    llama_cpp, log = _library()
+    parameters = llama_cpp.llama_model_quantize_default_params()
+    parameters.ftype = getattr(llama_cpp, f"LLAMA_FTYPE_{_ftype_suffix(job.type)}")
+    parameters.nthread = job.threads
+    parameters.pure = job.pure
+    parameters.dry_run = dry
+    if job.output_type:
+        parameters.output_tensor_type = _ggml_type(job.output_type)
+    if job.embedding_type:
+        parameters.token_embedding_type = _ggml_type(job.embedding_type)
+    keep: list[Any] = []
+    if job.overrides:
+        rows = [(pattern.encode(), _ggml_type(name)) for pattern, name in job.overrides] + [(None, 0)]
+        parameters.tt_overrides = (llama_cpp.llama_model_tensor_override * len(rows))(*rows)
+    if job.imatrix is not None:
+        parameters.imatrix = _imatrix(llama_cpp, job.imatrix, keep)
+    code = llama_cpp.llama_model_quantize(str(source).encode(), str(out).encode(), ctypes.byref(parameters))
+    text = "".join(log)
+    if NEEDS_IMATRIX in text or "without an importance matrix" in text or "Missing importance matrix" in text:
+        raise PlanError(f"{job.type} needs an importance matrix", hint="add `imatrix: true` to the variant")
+    if code != 0:
+        raise BuildError(f"llama.cpp could not quantize to {job.type}: {_last_line(text)}")
+    return text
+
+
+def _imatrix(llama_cpp: Any, path: Path, keep: list[Any]) -> Any:
+    """The rows of an importance matrix file as llama.cpp wants them: mean squared input of each tensor."""
+    from quantize.containers.imatrix import read_imatrix
+
+    rows = []
+    for name, values in read_imatrix(path).items():
+        buffer = (ctypes.c_float * len(values))(*values)
+        keep += [buffer, name.encode()]
+        rows.append((keep[-1], ctypes.cast(buffer, ctypes.POINTER(ctypes.c_float)), len(values)))
+    rows.append((None, None, 0))
+    return (llama_cpp.llama_model_imatrix_data * len(rows))(*rows)
+
+
+def _ftype_suffix(name: str) -> str:
+    return "ALL_F32" if name == "F32" else f"MOSTLY_{name}"
+
+
+def _ggml_type(name: str) -> int:
+    import gguf
+
+    return int(gguf.GGMLQuantizationType[name].value)
+
+
+def _parse_log(log: str) -> list[tuple[str, str, int]]:
+    from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+
+    names = {item.name.lower(): item for item in GGMLQuantizationType}
+    tensors = []
+    for line in log.splitlines():
+        match = LINE.match(line)
+        if match is None:
+            continue
+        kind = names[(match[4] or match[3]).lower()]
+        elements = 1
+        for number in match[2].split(","):
+            elements *= int(number)
+        block, block_bytes = GGML_QUANT_SIZES[kind]
+        tensors.append((match[1], kind.name, elements // block * block_bytes))
+    return tensors
+
+
+_callback: Any = None
+
+
+def _library() -> tuple[Any, list[str]]:
+    """The llama_cpp package, with its log going to a fresh list instead of stderr."""
+    global _callback
+    try:
+        import llama_cpp
+    except ImportError as exc:
+        raise MissingExtraError("the GGUF format", "gguf") from exc
+    lines: list[str] = []
+
+    def keep(level: int, text: bytes, data: Any) -> None:
+        lines.append(text.decode("utf-8", "replace"))
+
+    _callback = llama_cpp.llama_log_callback(keep)  # llama.cpp keeps the pointer: it must outlive this call
+    llama_cpp.llama_log_set(_callback, ctypes.c_void_p(0))
+    return llama_cpp, lines
+
+
+def _last_line(log: str) -> str:
+    lines = [line.strip() for line in log.splitlines() if line.strip()]
+    failed = [line for line in lines if "fail" in line.lower() or "error" in line.lower()]
+    return (failed or lines or ["no message"])[-1][:300]

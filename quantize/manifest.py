@@ -1,0 +1,166 @@
+"""manifest.json: what an artifact is, from what, with what. The same inputs give the same bytes.
+
+In: plain facts. Out: a frozen Manifest, its JSON, its digest. Nothing that differs from run to run belongs here:
+times, hosts, speeds and measured memory are in measurements.json.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from quantize import __version__
+from quantize.errors import VerifyError
+
+SCHEMA_VERSION = 1
+FILE_NAME = "manifest.json"
+MEASUREMENTS_NAME = "measurements.json"
+RECIPE_NAME = "recipe.yaml"
+CARD_NAME = "README.md"
+PAPERS = (FILE_NAME, MEASUREMENTS_NAME, RECIPE_NAME, CARD_NAME)  # about the artifact, not part of what is pinned
+MAX_BYTES = 64 << 20
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class FileEntry(_Frozen):
+    """One file of the artifact: path with forward slashes, inside the artifact."""
+
+    path: str
+    size_bytes: int
+    sha256: str
+
+
+class SourceEntry(_Frozen):
+    """The full-precision model that the artifact was made from."""
+
+    uri: str
+    revision: str | None
+    name: str
+    base_model: str | None
+    license: str | None
+    architecture: str
+    parameters: int
+    weights_bytes: int
+    quantized_before: str | None
+    files: tuple[FileEntry, ...]
+
+
+class CalibrationEntry(_Frozen):
+    """The text that was shown: `hash` is the sha256 over the token ids, in order."""
+
+    spec: dict[str, Any]
+    hash: str
+    sequences: int
+    tokens: int
+    seed: int
+
+
+class KeptEntry(_Frozen):
+    """A tensor stored with more bits than the variant asks for."""
+
+    tensor: str
+    type: str
+    reason: str
+
+
+class Manifest(_Frozen):
+    """All that is pinned about an artifact. `digest` is the sha256 of the canonical JSON of the other fields."""
+
+    schema_version: int
+    name: str
+    variant: str
+    format: str
+    options: dict[str, Any]
+    bits: int | None
+    group_size: int | None
+    bits_per_weight: float
+    source: SourceEntry
+    calibration: CalibrationEntry | None
+    tools: dict[str, str]
+    files: tuple[FileEntry, ...]
+    kept_in_high_precision: tuple[KeptEntry, ...]
+    size_bytes: int
+    estimate: dict[str, Any]
+    build_key: str
+    digest: str = ""
+
+    def sealed(self) -> Manifest:
+        """The same manifest with its digest filled in."""
+        return self.model_copy(update={"digest": self.computed_digest()})
+
+    def computed_digest(self) -> str:
+        """sha256 of the RFC 8785 form of every field but `digest`."""
+        return "sha256:" + canonical_hash(self.model_dump(mode="json", exclude={"digest"}))
+
+    @property
+    def short_digest(self) -> str:
+        """The first twelve hex digits: the folder's name."""
+        return self.digest.removeprefix("sha256:")[:12]
+
+    def to_json(self) -> str:
+        """The text of manifest.json: indented, keys sorted."""
+        return json.dumps(self.model_dump(mode="json"), indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+
+
+def canonical_hash(data: Any) -> str:
+    """Hex sha256 of data in canonical JSON (RFC 8785)."""
+    import rfc8785
+
+    return hashlib.sha256(rfc8785.dumps(data)).hexdigest()
+
+
+def read_manifest(path: Path) -> Manifest:
+    """Read and check a manifest.json. Raises VerifyError: not there, not ours, newer than this program, altered."""
+    try:
+        if path.stat().st_size > MAX_BYTES:
+            raise VerifyError(f"{path}: too large to be a manifest")
+        data = json.loads(path.read_bytes())
+    except OSError as exc:
+        raise VerifyError(f"{path}: {exc.strerror}", hint="is this the folder of an artifact?") from exc
+    except (ValueError, RecursionError) as exc:
+        raise VerifyError(f"{path}: not JSON ({str(exc)[:80]})", hint="build the artifact again") from exc
+    data = upgrade(data, path)
+    try:
+        manifest = Manifest.model_validate(data)
+    except ValidationError as exc:
+        first = exc.errors()[0]
+        where = ".".join(str(step) for step in first["loc"])
+        raise VerifyError(f"{path}: `{where}`: {first['msg']}", hint="build the artifact again") from exc
+    if manifest.digest != manifest.computed_digest():
+        raise VerifyError(f"{path}: altered: its content does not have the digest that it states")
+    return manifest
+
+
+def upgrade(data: Any, path: Path) -> Any:
+    """Bring an older schema version up to this one. Raises VerifyError if it is newer than this program."""
+    version = data.get("schema_version") if isinstance(data, Mapping) else None
+    if not isinstance(version, int) or version < 1:
+        raise VerifyError(f"{path}: no `schema_version`", hint="is this the manifest of an artifact?")
+    if version > SCHEMA_VERSION:
+        raise VerifyError(f"{path}: schema version {version} is newer than this program", hint="upgrade quantize")
+    return data
+
+
+def manifest_schema() -> dict[str, Any]:
+    """The JSON Schema (draft 2020-12) of manifest.json."""
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **Manifest.model_json_schema()}
+
+
+def tool_versions(distributions: Iterable[str]) -> dict[str, str]:
+    """Installed versions of `distributions`, and quantize's own; those that are not installed are left out."""
+    versions = {"quantize": __version__}
+    for name in distributions:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return dict(sorted(versions.items()))

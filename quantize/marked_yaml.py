@@ -1,0 +1,228 @@
+"""YAML text -> validated models, with every error at file:line:column and the offending line shown.
+
+In: the path or text of a YAML file, a pydantic model. Out: an instance of the model, or RecipeError.
+What the fields mean is left to the models.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from quantize.errors import RecipeError
+
+MAX_BYTES = 1 << 20
+MAX_VALUES = 50_000  # a file that grows past this through aliases is an attack or an accident
+MAX_DEPTH = 50
+
+Location = tuple[int | str, ...]
+Model = TypeVar("Model", bound=BaseModel)
+
+
+@dataclass(frozen=True)
+class Document:
+    """Plain data from a YAML file and where each key and value of it stands (line and column from 0)."""
+
+    path: str
+    lines: tuple[str, ...]
+    data: Any
+    values: Mapping[Location, tuple[int, int]]
+    keys: Mapping[Location, tuple[int, int]]
+
+    def error(self, at: Location, message: str, *, hint: str | None = None, key: bool = False) -> RecipeError:
+        """A RecipeError at the key (key=True) or value that `at` names, or at its nearest parent."""
+        marks = self.keys if key else self.values
+        where = (0, 0)
+        for length in range(len(at), -1, -1):
+            if at[:length] in marks:
+                where = marks[at[:length]]
+                break
+        return _error(self.path, self.lines, where, message, hint)
+
+
+def read_document(path: Path) -> Document:
+    """Read a YAML file as UTF-8.
+
+    Raises RecipeError: not there, not readable, too large, not UTF-8, not YAML, a key twice, alias bomb.
+    """
+    try:
+        size = path.stat().st_size
+        if path.is_dir():
+            raise RecipeError(f"{path}:1:1: this is a folder, not a file", hint="name the YAML file itself")
+        if size > MAX_BYTES:
+            raise RecipeError(f"{path}:1:1: {size:,} bytes is too large", hint=f"at most {MAX_BYTES:,} are read")
+        text = path.read_bytes().decode("utf-8")
+    except FileNotFoundError as exc:
+        raise RecipeError(f"{path}:1:1: no such file", hint=_similar_file(path)) from exc
+    except UnicodeDecodeError as exc:
+        raise RecipeError(f"{path}:1:1: not UTF-8 text (byte {exc.start})", hint="save the file as UTF-8") from exc
+    except OSError as exc:
+        raise RecipeError(f"{path}:1:1: can't be read: {exc.strerror}", hint="check its permissions") from exc
+    return parse_document(text, str(path))
+
+
+def parse_document(text: str, path: str) -> Document:
+    """Parse YAML text; `path` is only used in messages. Raises RecipeError as read_document does."""
+    lines = tuple(text.splitlines())
+    try:
+        node = yaml.compose(text, Loader=yaml.SafeLoader)
+    except yaml.MarkedYAMLError as exc:
+        mark = exc.problem_mark or exc.context_mark
+        where = (mark.line, mark.column) if mark else (0, 0)
+        raise _error(path, lines, where, f"not valid YAML: {exc.problem or exc.context}", None) from exc
+    except (yaml.YAMLError, RecursionError) as exc:
+        raise RecipeError(f"{path}:1:1: not valid YAML: {_first_line(exc)}") from exc
+    if node is None:
+        raise RecipeError(f"{path}:1:1: the file is empty", hint="start from one of the files in recipes/")
+    builder = _Builder(path, lines)
+    data = builder.build(node, (), 0)
+    return Document(path, lines, data, builder.values, builder.keys)
+
+
+def validate(model: type[Model], document: Document, *, at: Location = ()) -> Model:
+    """Make `model` from the part of the document at `at`. Raises RecipeError for the first thing that is wrong."""
+    part = document.data
+    for step in at:
+        part = part[step]
+    if not isinstance(part, dict):
+        kind = "list" if isinstance(part, list) else "single value"
+        raise document.error(at, f"expected keys and values here, found a {kind}")
+    try:
+        return model.model_validate(part, context={"path": document.path})
+    except ValidationError as exc:
+        raise _translate(exc, document, at, model) from exc
+
+
+def suggest(word: str, known: list[str]) -> str | None:
+    """A hint for a misspelt word: the nearest known one, else all of them."""
+    near = difflib.get_close_matches(word.lower(), [name.lower() for name in known], n=1, cutoff=0.6)
+    if near:
+        original = next(name for name in known if name.lower() == near[0])
+        return f"did you mean `{original}`?"
+    return f"known: {', '.join(known)}" if known else None
+
+
+class _Builder:
+    """Walks a composed YAML tree into plain data and notes where everything stands."""
+
+    def __init__(self, path: str, lines: tuple[str, ...]) -> None:
+        self.path, self.lines = path, lines
+        self.values: dict[Location, tuple[int, int]] = {}
+        self.keys: dict[Location, tuple[int, int]] = {}
+        self._scalars = yaml.SafeLoader("")
+
+    def build(self, node: yaml.Node, at: Location, depth: int) -> Any:
+        where = (node.start_mark.line, node.start_mark.column)
+        if len(self.values) > MAX_VALUES or depth > MAX_DEPTH:
+            raise _error(self.path, self.lines, where, "too many values, or nested too deeply", "aliases multiply")
+        self.values[at] = where
+        if isinstance(node, yaml.MappingNode):
+            return {key: self.build(value, (*at, key), depth + 1) for key, value in self._pairs(node, at)}
+        if isinstance(node, yaml.SequenceNode):
+            return [self.build(item, (*at, index), depth + 1) for index, item in enumerate(node.value)]
+        try:
+            return self._scalars.construct_object(node)  # type: ignore[no-untyped-call]
+        except (yaml.YAMLError, ValueError) as exc:
+            raise _error(self.path, self.lines, where, f"not a plain value: {_first_line(exc)}", None) from exc
+
+    def _pairs(self, node: yaml.MappingNode, at: Location) -> Iterator[tuple[str, yaml.Node]]:
+        seen: set[str] = set()
+        for key_node, value_node in node.value:
+            where = (key_node.start_mark.line, key_node.start_mark.column)
+            if not isinstance(key_node, yaml.ScalarNode):
+                raise _error(self.path, self.lines, where, "a key must be a single word", None)
+            key = str(key_node.value)
+            if key in seen:
+                raise _error(self.path, self.lines, where, f"key `{key}` is here twice", "remove one of the two")
+            seen.add(key)
+            self.keys[(*at, key)] = where
+            yield key, value_node
+
+
+def _translate(exc: ValidationError, document: Document, at: Location, model: type[BaseModel]) -> RecipeError:
+    problem = min(exc.errors(include_url=False), key=lambda item: _rank(item, document, at))
+    location = (*at, *_known_part(problem["loc"], document, at))
+    kind = problem["type"]
+    if kind == "extra_forbidden":
+        key = str(problem["loc"][-1])
+        fields = [item for item in _fields_at(model, problem["loc"][:-1]) if item not in _siblings(document, location)]
+        return document.error(location, f"unknown key `{key}`", hint=suggest(key, fields), key=True)
+    if kind == "missing":
+        return document.error(location, f"key `{problem['loc'][-1]}` is missing", hint="add it")
+    message = problem["msg"].removeprefix("Value error, ")
+    found = problem.get("input")
+    if isinstance(found, (str, int, float, bool)) and not message.startswith(("`", "'")):
+        message = f"{message}, found {found!r}"
+    name = next((str(step) for step in reversed(location) if isinstance(step, str)), "")
+    message, _, hint = message.partition(" || ")
+    return document.error(location, f"`{name}`: {message}" if name else message, hint=hint or None)
+
+
+def _rank(problem: Any, document: Document, at: Location) -> tuple[int, int, int]:
+    """Errors in the order of the file; of several readings of one value, the one that got deepest into it."""
+    location = (*at, *_known_part(problem["loc"], document, at))
+    marks = document.keys if problem["type"] == "extra_forbidden" else document.values
+    line, column = marks.get(location, document.values.get(location, (0, 0)))
+    return (0 if problem["type"] == "extra_forbidden" else 1, line, column)
+
+
+def _known_part(loc: Location, document: Document, at: Location) -> Location:
+    """Drop the steps that pydantic adds for union members: they name no place in the file."""
+    kept: Location = ()
+    for step in loc:
+        if (*at, *kept, step) in document.values:
+            kept = (*kept, step)
+    return kept
+
+
+def _siblings(document: Document, location: Location) -> set[str]:
+    parent = location[:-1]
+    return {str(key[-1]) for key in document.keys if key[:-1] == parent and key != location}
+
+
+def _fields_at(model: type[BaseModel], loc: Location) -> list[str]:
+    """Names of the keys that may stand at `loc` inside `model`."""
+    current: Any = model
+    for step in loc:
+        inner = _models_in(current.model_fields[step].annotation) if step in current.model_fields else []
+        named = [item for item in inner if item.__name__ == step]
+        if named or inner:
+            current = (named or inner)[0]
+    return [field.alias or name for name, field in current.model_fields.items()]
+
+
+def _models_in(annotation: Any) -> list[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [found for part in getattr(annotation, "__args__", ()) for found in _models_in(part)]
+
+
+def _error(
+    path: str, lines: tuple[str, ...], where: tuple[int, int], message: str, hint: str | None
+) -> RecipeError:
+    line, column = where
+    text = f"{path}:{line + 1}:{column + 1}: {message}"
+    if line < len(lines) and lines[line].strip():
+        shown = lines[line][:160]
+        gutter = f"  {line + 1:>4} | "
+        text += f"\n{gutter}{shown}\n{' ' * (len(gutter) - 2)}| {' ' * min(column, 160)}^"
+    return RecipeError(text, hint=hint)
+
+
+def _first_line(exc: BaseException) -> str:
+    return (str(exc).splitlines() or [type(exc).__name__])[0]
+
+
+def _similar_file(path: Path) -> str | None:
+    try:
+        names = [item.name for item in path.parent.iterdir() if item.suffix in {".yaml", ".yml"}]
+    except OSError:
+        return f"the folder {path.parent} is not there either"
+    near = difflib.get_close_matches(path.name, names, n=1)
+    return f"did you mean {path.parent / near[0]}?" if near else "check the path"

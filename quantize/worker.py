@@ -1,0 +1,171 @@
+"""Runs one long step in a process of its own, so that its crash is an error with a name and not the end of the run.
+
+In: a picklable function, its arguments, the name of the step. Out: its result, its events, or its QuantizeError;
+WorkerDied if the process was killed or crashed, with the memory that it had.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import os
+import signal
+import sys
+import tempfile
+import threading
+import traceback
+from collections.abc import Callable, Iterator
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any, ParamSpec, TypeVar
+
+from quantize.errors import BuildError, QuantizeError, WorkerDied
+from quantize.report import Event, Reporter
+
+P = ParamSpec("P")
+Result = TypeVar("Result")
+LOG_TAIL_BYTES = 2000
+POLL_SECONDS = 0.2
+
+
+class PipeReporter:
+    """Sends events to the parent process."""
+
+    def __init__(self, pipe: Connection) -> None:
+        self._pipe = pipe
+        self._lock = threading.Lock()
+
+    def emit(self, event: Event) -> None:
+        """Send one event; a parent that is gone is noticed by the watchdog."""
+        with self._lock, contextlib.suppress(OSError):
+            self._pipe.send(("event", event))
+
+
+def run_step(
+    step: str, reporter: Reporter, function: Callable[..., Result], *args: Any, **kwargs: Any
+) -> Result:
+    """Call `function(reporter, *args, **kwargs)` in a fresh process and return what it returns.
+
+    Raises: the function's own QuantizeError; BuildError for any other exception, with its traceback kept for -v;
+    WorkerDied if the process ended without an answer.
+    """
+    context = multiprocessing.get_context("spawn")
+    parent, child = context.Pipe()
+    with tempfile.TemporaryFile(prefix="quantize-step-") as log, _plain_main():
+        os.set_inheritable(log.fileno(), True)
+        path = f"/proc/{os.getpid()}/fd/{log.fileno()}"
+        process = context.Process(target=_child, args=(child, path, function, args, kwargs), daemon=True)
+        process.start()
+        child.close()
+        peak = 0
+        try:
+            while True:
+                while not parent.poll(POLL_SECONDS):
+                    peak = max(peak, _memory_bytes(process.pid))
+                kind, payload = parent.recv()
+                if kind == "event":
+                    reporter.emit(payload)
+                    continue
+                process.join()
+                return _answer(step, kind, payload)
+        except EOFError:
+            process.join()
+            raise _death(step, process.exitcode, peak, _tail(log)) from None
+        finally:
+            if process.is_alive():
+                process.kill()
+                process.join()
+            parent.close()
+
+
+def _answer(step: str, kind: str, payload: Any) -> Any:
+    if kind == "result":
+        return payload
+    if kind == "error":
+        raise payload
+    error = BuildError(f"{step}: {payload[0]}", hint="run again with -v for the traceback")
+    error.__cause__ = RuntimeError(payload[1])
+    raise error
+
+
+def _child(pipe: Connection, log: str, function: Callable[..., Any], args: Any, kwargs: Any) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides, and kills us if it must
+    _redirect_output(log)
+    threading.Thread(target=_die_with_parent, args=(os.getppid(),), daemon=True).start()
+    try:
+        message = ("result", function(PipeReporter(pipe), *args, **kwargs))
+    except QuantizeError as exc:
+        message = ("error", exc)
+    except MemoryError:
+        message = ("error", BuildError("out of memory", hint="lower --memory-budget, or close other programs"))
+    except BaseException as exc:  # noqa: BLE001 - everything must reach the parent, which gives it a name
+        first = (str(exc).splitlines() or [""])[0][:300]
+        message = ("crash", (f"{type(exc).__name__}: {first}", traceback.format_exc()))
+    pipe.send(message)
+    pipe.close()
+
+
+def _redirect_output(log: str) -> None:
+    """Send what libraries print, C or Python, to the step's log: stdout belongs to results."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    try:
+        target = os.open(log, os.O_WRONLY | os.O_APPEND)
+    except OSError:
+        target = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(target, 1)
+    os.dup2(target, 2)
+
+
+def _die_with_parent(parent: int) -> None:
+    """A step whose parent was killed must not go on writing into a folder that nobody owns any more."""
+    pause = threading.Event()
+    while os.getppid() == parent:
+        pause.wait(0.1)
+    os._exit(1)
+
+
+@contextlib.contextmanager
+def _plain_main() -> Iterator[None]:
+    """Keep multiprocessing from running the caller's script again in the child: steps never live in it."""
+    main = sys.modules["__main__"]
+    spec, file = getattr(main, "__spec__", None), getattr(main, "__file__", None)
+    main.__spec__ = None
+    if file is not None:
+        del main.__file__
+    try:
+        yield
+    finally:
+        main.__spec__ = spec
+        if file is not None:
+            main.__file__ = file
+
+
+def _memory_bytes(pid: int | None) -> int:
+    """Peak resident memory of a process so far, in bytes; 0 where the system does not tell."""
+    with contextlib.suppress(OSError, ValueError, IndexError):
+        for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    return 0
+
+
+def _tail(log: Any) -> str:
+    size = log.seek(0, os.SEEK_END)
+    log.seek(max(0, size - LOG_TAIL_BYTES))
+    return str(log.read().decode("utf-8", "replace"))
+
+
+def _death(step: str, exitcode: int | None, peak: int, log: str) -> WorkerDied:
+    memory = f"; it had {peak / 2**20:,.0f} MiB of memory" if peak else ""
+    error: WorkerDied
+    if exitcode is not None and exitcode < 0:
+        name = signal.Signals(-exitcode).name
+        hint = "the kernel does this when memory runs out: lower --memory-budget, or free memory"
+        hint = hint if name == "SIGKILL" else "this is a crash in a library; run again with -v for its last output"
+        error = WorkerDied(f"{step}: the process was ended by {name}{memory}", hint=hint)
+    else:
+        hint = "run again with -v for its last output"
+        error = WorkerDied(f"{step}: the process ended without an answer (exit {exitcode}){memory}", hint=hint)
+    error.__cause__ = RuntimeError(log)
+    return error
