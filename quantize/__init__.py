@@ -1,3 +1,3 @@
-"""quantize: make for quantized models. A recipe and a checkpoint go in; pinned, verified, measured artifacts come out."""
+"""make for quantized models: a recipe and a checkpoint go in; pinned, verified, measured artifacts come out."""
 
 __version__ = "0.1.0"

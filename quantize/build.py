@@ -17,8 +17,14 @@ from pathlib import Path
 from typing import Any
 
 from quantize.artifact import (
-    Artifact, commit, describe_files, staging_folder, variant_lock, write_measurements, write_text,
-)  # fmt: skip
+    Artifact,
+    commit,
+    describe_files,
+    staging_folder,
+    variant_lock,
+    write_measurements,
+    write_text,
+)
 from quantize.backends.base import BuildResult, Context, Limits
 from quantize.cache import Cache
 from quantize.card import render_card
@@ -26,9 +32,16 @@ from quantize.checkpoint import CARRIED_FILES, Checkpoint
 from quantize.errors import QuantizeError
 from quantize.estimate import manifest_estimate
 from quantize.manifest import (
-    CARD_NAME, MEASUREMENTS_NAME, RECIPE_NAME, SCHEMA_VERSION, CalibrationEntry, FileEntry, KeptEntry, Manifest,
+    CARD_NAME,
+    MEASUREMENTS_NAME,
+    RECIPE_NAME,
+    SCHEMA_VERSION,
+    CalibrationEntry,
+    FileEntry,
+    KeptEntry,
+    Manifest,
     SourceEntry,
-)  # fmt: skip
+)
 from quantize.plan import Job, identify_jobs
 from quantize.recipe import Recipe
 from quantize.report import Event, Reporter, note, status, warn
@@ -75,7 +88,6 @@ class _Build:
         self.source: PinnedSource = pin_source(recipe, cache, reporter)
         self.outcomes: dict[str, Outcome] = {}
         self.checkpoint: Checkpoint
-        self.calibration: CalibrationEntry | None = None
 
     def all(self) -> list[Outcome]:
         jobs = self._wanted(identify_jobs(self.recipe, self.source, self.store))
@@ -142,15 +154,13 @@ class _Build:
                 from quantize.calibrated import run_pass
 
                 assert self.recipe.calibration is not None  # identify_jobs refused the recipe otherwise
-                passed = run_pass(
-                    self.recipe, [(item.job.backend.name, item.context) for item in works], self.reporter
-                )
-                self.calibration = passed.entry
+                passed = run_pass(self.recipe, [(item.job.backend.name, item.context) for item in works], self.reporter)
             for work in works:
                 error = passed.errors.get(work.context.variant)
                 if error is not None:
                     self._finished(Outcome(work.context.variant, "failed", error=error))
                 elif self._goes_on(work.job):
+                    work.context = replace(work.context, calibration=passed.entry)
                     self._build_one(work, {"calibration_pass": passed.measurements})
 
     def _build_one(self, work: _Work, measured: dict[str, Any] | None = None) -> None:
@@ -169,13 +179,18 @@ class _Build:
     def _commit(self, work: _Work, result: BuildResult, measured: dict[str, Any], seconds: float) -> Artifact:
         staging = work.context.staging
         names = (*result.files, *self._carry_papers(staging))
-        manifest = self._manifest(work.job, result, describe_files(staging, tuple(dict.fromkeys(names))))
+        files = describe_files(staging, tuple(dict.fromkeys(names)))
+        manifest = self._manifest(work.job, result, files, work.context.calibration)
         write_text(staging / RECIPE_NAME, self.recipe.text)
         write_text(staging / CARD_NAME, render_card(manifest))
         measurements = {
             "built_at": datetime.now(UTC).isoformat(timespec="seconds"),
             "build_seconds": round(seconds, 2),
-            "machine": {"system": platform.system(), "processor": platform.machine(), "threads": self.run.limits.threads},
+            "machine": {
+                "system": platform.system(),
+                "processor": platform.machine(),
+                "threads": self.run.limits.threads,
+            },
             **measured,
             **result.measurements,
         }
@@ -192,9 +207,10 @@ class _Build:
                     names.append(path.name)
         return names
 
-    def _manifest(self, job: Job, result: BuildResult, files: tuple[FileEntry, ...]) -> Manifest:
+    def _manifest(
+        self, job: Job, result: BuildResult, files: tuple[FileEntry, ...], calibration: CalibrationEntry | None
+    ) -> Manifest:
         source, checkpoint = self.source, self.checkpoint
-        calibrated = job.backend.needs_calibration(job.variant.options)
         return Manifest(
             schema_version=SCHEMA_VERSION,
             name=self.recipe.name,
@@ -218,7 +234,7 @@ class _Build:
                     FileEntry(path=item.path, size_bytes=item.size_bytes, sha256=item.sha256) for item in source.files
                 ),
             ),
-            calibration=self.calibration if calibrated else None,
+            calibration=calibration,
             tools=job.tools,
             files=files,
             kept_in_high_precision=tuple(
@@ -244,7 +260,9 @@ class _Build:
             self.reporter.emit(Event("done", outcome.variant, f"{outcome.state}{where}"))
 
 
-def build(recipe: Recipe, store: Store, cache: Cache, reporter: Reporter, run: RunOptions | None = None) -> list[Outcome]:
+def build(
+    recipe: Recipe, store: Store, cache: Cache, reporter: Reporter, run: RunOptions | None = None
+) -> list[Outcome]:
     """Build every variant of a recipe that is not up to date.
 
     Raises CheckpointError, PlanError, MissingExtraError for what stops all of them; the rest is in the outcomes.

@@ -15,7 +15,7 @@ USAGE: Mapping[str, str] = {
     "gguf": "llama-server -m {file}",
     "awq": "vllm serve <this folder>",
     "gptq": "vllm serve <this folder>",
-    "bitsandbytes": 'python -c "from transformers import AutoModelForCausalLM as M; M.from_pretrained(\'.\')"',
+    "bitsandbytes": "python -c \"from transformers import AutoModelForCausalLM as M; M.from_pretrained('.')\"",
 }
 REASONS_SHOWN = 8
 
@@ -83,5 +83,7 @@ def _provenance(manifest: Manifest) -> str:
     ]
     if manifest.calibration is not None:
         entry = manifest.calibration
-        lines.insert(1, f"- calibration: {entry.sequences} sequences, {entry.tokens:,} tokens, hash `{entry.hash[:16]}…`")
+        lines.insert(
+            1, f"- calibration: {entry.sequences} sequences, {entry.tokens:,} tokens, hash `{entry.hash[:16]}…`"
+        )
     return "## Made from\n\n" + "\n".join(lines)

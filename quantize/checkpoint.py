@@ -251,7 +251,9 @@ def _check_tokenizer(checkpoint: Checkpoint) -> None:
             f"{checkpoint.folder}: no tokenizer ({', '.join(VOCABULARY_FILES[:3])})",
             hint="save it beside the weights: tokenizer.save_pretrained(folder)",
         )
-    rows = max((t.shape[0] for n, t in checkpoint.tensors.items() if "embed_tokens" in n and len(t.shape) == 2), default=0)
+    rows = max(
+        (t.shape[0] for n, t in checkpoint.tensors.items() if "embed_tokens" in n and len(t.shape) == 2), default=0
+    )
     vocabulary = _optional_json(checkpoint.folder / "tokenizer.json")
     ids = _token_ids(vocabulary)
     if rows and ids and max(ids) >= rows:

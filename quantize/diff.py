@@ -38,7 +38,9 @@ def tensor_types(artifact: Artifact) -> dict[str, str]:
         if entry.path.endswith(".imatrix.gguf"):
             continue
         if entry.path.endswith(".gguf"):
-            types.update({item.name: f"{item.type} ({item.size_bytes:,} B)" for item in read_gguf(path).tensors.values()})
+            types.update(
+                {item.name: f"{item.type} ({item.size_bytes:,} B)" for item in read_gguf(path).tensors.values()}
+            )
         elif entry.path.endswith(".safetensors"):
             types.update({item.name: f"{item.dtype} ({item.size_bytes:,} B)" for item in read_header(path).values()})
     return types

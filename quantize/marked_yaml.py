@@ -127,7 +127,7 @@ class _Builder:
         if isinstance(node, yaml.SequenceNode):
             return [self.build(item, (*at, index), depth + 1) for index, item in enumerate(node.value)]
         try:
-            return self._scalars.construct_object(node)  # type: ignore[no-untyped-call]
+            return self._scalars.construct_object(node)
         except (yaml.YAMLError, ValueError) as exc:
             raise _error(self.path, self.lines, where, f"not a plain value: {_first_line(exc)}", None) from exc
 
@@ -203,9 +203,7 @@ def _models_in(annotation: Any) -> list[type[BaseModel]]:
     return [found for part in getattr(annotation, "__args__", ()) for found in _models_in(part)]
 
 
-def _error(
-    path: str, lines: tuple[str, ...], where: tuple[int, int], message: str, hint: str | None
-) -> RecipeError:
+def _error(path: str, lines: tuple[str, ...], where: tuple[int, int], message: str, hint: str | None) -> RecipeError:
     line, column = where
     text = f"{path}:{line + 1}:{column + 1}: {message}"
     if line < len(lines) and lines[line].strip():

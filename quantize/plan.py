@@ -106,9 +106,7 @@ def disk_free_bytes(root: Path) -> int:
         raise StoreError(f"store {root}: {exc.strerror}") from exc
 
 
-def _build_key(
-    recipe: Recipe, source: PinnedSource, variant: Variant, backend: Backend, tools: dict[str, str]
-) -> str:
+def _build_key(recipe: Recipe, source: PinnedSource, variant: Variant, backend: Backend, tools: dict[str, str]) -> str:
     calibration: Any = None
     if backend.needs_calibration(variant.options):
         from quantize.calibration import identify

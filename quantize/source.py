@@ -94,7 +94,9 @@ def open_source(pinned: PinnedSource, cache: Cache, reporter: Reporter) -> Check
     """
     folder = pinned.location
     if pinned.is_gguf:
-        folder = cache.make("checkpoints", dequantized_key(pinned), lambda scratch: _dequantize(pinned, scratch, reporter))
+        folder = cache.make(
+            "checkpoints", dequantized_key(pinned), lambda scratch: _dequantize(pinned, scratch, reporter)
+        )
     checkpoint = open_checkpoint(folder)
     cache.fact(f"finite:{pinned.digest}", lambda: _check_finite(checkpoint, reporter))
     return checkpoint
@@ -159,7 +161,8 @@ def _pin_folder(
         progress(reporter, "", f"hashing {folder.name}", done, total)
 
     files = tuple(
-        SourceFile(path.relative_to(folder).as_posix(), path.stat().st_size, cache.sha256(path, count)) for path in paths
+        SourceFile(path.relative_to(folder).as_posix(), path.stat().st_size, cache.sha256(path, count))
+        for path in paths
     )
     card = card_metadata(folder / "README.md")
     hub_id = uri.removeprefix("hub:").partition("@")[0] if uri.startswith("hub:") else None

@@ -29,7 +29,9 @@ def check_files(artifact: Artifact, reporter: Reporter) -> None:
             raise VerifyError(f"{artifact.ref}: {entry.path} is missing", hint="build or pull it again")
         size = path.stat().st_size
         if size != entry.size_bytes:
-            raise VerifyError(f"{artifact.ref}: {entry.path} has {size:,} bytes, the manifest says {entry.size_bytes:,}")
+            raise VerifyError(
+                f"{artifact.ref}: {entry.path} has {size:,} bytes, the manifest says {entry.size_bytes:,}"
+            )
         if hash_file(path, count) != entry.sha256:
             raise VerifyError(f"{artifact.ref}: {entry.path} was altered: its sha256 is not the manifest's")
     _check_no_others(artifact)

@@ -41,9 +41,7 @@ class PipeReporter:
             self._pipe.send(("event", event))
 
 
-def run_step(
-    step: str, reporter: Reporter, function: Callable[..., Result], *args: Any, **kwargs: Any
-) -> Result:
+def run_step(step: str, reporter: Reporter, function: Callable[..., Result], *args: Any, **kwargs: Any) -> Result:
     """Call `function(reporter, *args, **kwargs)` in a fresh process and return what it returns.
 
     Raises: the function's own QuantizeError; BuildError for any other exception, with its traceback kept for -v;
@@ -67,7 +65,8 @@ def run_step(
                     reporter.emit(payload)
                     continue
                 process.join()
-                return _answer(step, kind, payload)
+                result: Result = _answer(step, kind, payload)
+                return result
         except EOFError:
             process.join()
             raise _death(step, process.exitcode, peak, _tail(log)) from None

@@ -118,10 +118,10 @@ class GgufBackend:
         return plans
 
     def collector(self, context: Context, reporter: Reporter) -> Collector:
-        """Keeps the diagonal of every Gram matrix and writes llama.cpp's imatrix file."""
-        from quantize.containers.imatrix import ImatrixCollector
+        """Keeps the diagonal of every Gram matrix."""
+        from quantize.backends.gguf_imatrix import ImatrixCollector
 
-        return ImatrixCollector(context.scratch / "imatrix.gguf", context.checkpoint)
+        return ImatrixCollector(context.scratch / "imatrix.safetensors")
 
     def build(self, context: Context, reporter: Reporter) -> BuildResult:
         """Convert once per source, quantize, name the file by the convention."""
@@ -134,7 +134,7 @@ class GgufBackend:
         if options.imatrix:
             files.append(_file_name(intermediate, options).removesuffix(".gguf") + ".imatrix.gguf")
             imatrix = context.staging / files[1]
-            (context.scratch / "imatrix.gguf").replace(imatrix)
+            _write_imatrix(context, intermediate, imatrix)
         status(reporter, context.variant, f"quantizing to {options.type}")
         job = _settings(options, context.limits, imatrix)
         out = context.staging / files[0]
@@ -155,7 +155,9 @@ class GgufBackend:
 
         path = main_file(folder)
         compare_with_source(read_gguf(path), checkpoint)
-        facts: dict[str, Any] = run_step("loading in llama.cpp", reporter, try_out, path, TRY_OUT_TOKENS, limits.threads)
+        facts: dict[str, Any] = run_step(
+            "loading in llama.cpp", reporter, try_out, path, TRY_OUT_TOKENS, limits.threads
+        )
         return {"runtime": "llama.cpp", **facts}
 
     def _intermediate(self, context: Context) -> tuple[str, Path | None]:
@@ -236,6 +238,17 @@ def _file_name(intermediate: Path, options: GgufOptions) -> str:
     return f"{stem}-{options.type}{'-imatrix' if options.imatrix else ''}.gguf"
 
 
+def _write_imatrix(context: Context, intermediate: Path, out: Path) -> None:
+    from quantize.architecture import block_count
+    from quantize.backends.gguf_imatrix import write_from_scratch
+
+    assert context.calibration is not None  # the build runs the pass before it calls us
+    blocks = block_count(context.checkpoint.config)
+    write_from_scratch(
+        context.scratch / "imatrix.safetensors", out, read_gguf(intermediate), blocks, context.calibration
+    )
+
+
 def _check_overrides(options: GgufOptions, names: list[str]) -> None:
     for pattern in options.overrides:
         if not any(re.search(pattern, name) for name in names):
@@ -286,4 +299,3 @@ def _elements(tensors: list[GgufTensor]) -> int:
             count *= number
         total += count
     return total
-

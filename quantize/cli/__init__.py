@@ -70,7 +70,9 @@ class LazyGroup(click.Group):
         except (click.ClickException, click.exceptions.Exit, click.Abort, BrokenPipeError):
             raise
         except Exception as exc:  # noqa: BLE001 - the last place that can keep a traceback from a user
-            _fail(ctx, f"internal error: {type(exc).__name__}: {exc}\n  run again with -v and report what it prints", exc)
+            _fail(
+                ctx, f"internal error: {type(exc).__name__}: {exc}\n  run again with -v and report what it prints", exc
+            )
             ctx.exit(1)
 
 

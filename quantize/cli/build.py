@@ -10,9 +10,17 @@ import click
 from quantize.backends import formats
 from quantize.build import Outcome, RunOptions, build
 from quantize.cli.common import (
-    json_option, limits_options, make_limits, open_cache, print_json, print_table, quiet_option, size_text,
-    store_option, verbose_option,
-)  # fmt: skip
+    json_option,
+    limits_options,
+    make_limits,
+    open_cache,
+    print_json,
+    print_table,
+    quiet_option,
+    size_text,
+    store_option,
+    verbose_option,
+)
 from quantize.cli.progress import console_reporter
 from quantize.recipe import load_recipe
 from quantize.store import Store
@@ -22,7 +30,9 @@ from quantize.store import Store
 @click.argument("recipe", type=click.Path(path_type=Path))
 @click.option("--only", multiple=True, metavar="VARIANT", help="Build only this variant; may be given several times.")
 @click.option("--force", is_flag=True, help="Build again what is up to date.")
-@click.option("--keep-going/--fail-fast", default=True, help="Go on with other variants after a failure.  [default: go on]")
+@click.option(
+    "--keep-going/--fail-fast", default=True, help="Go on with other variants after a failure.  [default: go on]"
+)
 @store_option
 @limits_options
 @json_option
@@ -40,7 +50,13 @@ def command(
     if as_json:
         print_json([_as_json(item) for item in outcomes])
     else:
-        columns = [("VARIANT", "left"), ("STATE", "left"), ("SIZE", "right"), ("SECONDS", "right"), ("ARTIFACT", "left")]
+        columns = [
+            ("VARIANT", "left"),
+            ("STATE", "left"),
+            ("SIZE", "right"),
+            ("SECONDS", "right"),
+            ("ARTIFACT", "left"),
+        ]
         print_table(columns, [_row(item) for item in outcomes], empty="nothing to build")
     failed = [item.error for item in outcomes if item.error is not None]
     if failed:

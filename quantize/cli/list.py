@@ -8,7 +8,15 @@ from typing import Any
 import click
 
 from quantize.artifact import Artifact
-from quantize.cli.common import json_option, memory_text, print_json, print_table, size_text, store_option, verbose_option
+from quantize.cli.common import (
+    json_option,
+    memory_text,
+    print_json,
+    print_table,
+    size_text,
+    store_option,
+    verbose_option,
+)
 from quantize.errors import RecipeError
 from quantize.store import Store
 
@@ -29,9 +37,17 @@ def artifacts(everything: bool, store: Store, as_json: bool) -> None:
     if as_json:
         print_json([_as_json(store, item) for item in found])
     else:
-        columns = [("NAME", "left"), ("VARIANT", "left"), ("FORMAT", "left"), ("SIZE", "right"), ("BITS/WEIGHT", "right")]
+        columns = [
+            ("NAME", "left"),
+            ("VARIANT", "left"),
+            ("FORMAT", "left"),
+            ("SIZE", "right"),
+            ("BITS/WEIGHT", "right"),
+        ]
         columns += [("VRAM 4K", "right"), ("DIGEST", "left"), ("BUILT", "left")]
-        print_table(columns, [_row(item) for item in found], empty=f"no artifacts in {store.root}/; see `quantize build`")
+        print_table(
+            columns, [_row(item) for item in found], empty=f"no artifacts in {store.root}/; see `quantize build`"
+        )
     for item in store.broken():
         click.echo(f"warning: {item.folder}: {item.reason}", err=True)
 
@@ -53,7 +69,9 @@ def recipes(folder: Path, as_json: bool) -> None:
             variants = [item.name for item in recipe.variants]
             rows.append({"path": str(path), "name": recipe.name, "model": model, "variants": variants, "error": None})
         except RecipeError as exc:
-            rows.append({"path": str(path), "name": "", "model": "", "variants": [], "error": exc.message.splitlines()[0]})
+            rows.append(
+                {"path": str(path), "name": "", "model": "", "variants": [], "error": exc.message.splitlines()[0]}
+            )
     if as_json:
         print_json(rows)
         return

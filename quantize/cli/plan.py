@@ -9,9 +9,17 @@ import click
 
 from quantize.backends import formats
 from quantize.cli.common import (
-    json_option, limits_options, make_limits, open_cache, print_json, print_table, quiet_option, size_text,
-    store_option, verbose_option,
-)  # fmt: skip
+    json_option,
+    limits_options,
+    make_limits,
+    open_cache,
+    print_json,
+    print_table,
+    quiet_option,
+    size_text,
+    store_option,
+    verbose_option,
+)
 from quantize.cli.progress import console_reporter
 from quantize.plan import Job, Plan, make_plan
 from quantize.recipe import load_recipe
@@ -47,7 +55,9 @@ def _print(plan: Plan) -> None:
     print_table(columns, [_row(job) for job in plan.jobs], empty="nothing to build")
     click.echo(f"source  {plan.source.uri}  sha256 {plan.source.digest[:12]}")
     if plan.disk_needed_bytes is not None:
-        click.echo(f"disk    {size_text(plan.disk_needed_bytes)} needed at the peak, {size_text(plan.disk_free_bytes)} free")
+        click.echo(
+            f"disk    {size_text(plan.disk_needed_bytes)} needed at the peak, {size_text(plan.disk_free_bytes)} free"
+        )
 
 
 def _row(job: Job) -> list[str]:

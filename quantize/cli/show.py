@@ -6,7 +6,15 @@ import json
 
 import click
 
-from quantize.cli.common import json_option, memory_text, print_json, print_table, size_text, store_option, verbose_option
+from quantize.cli.common import (
+    json_option,
+    memory_text,
+    print_json,
+    print_table,
+    size_text,
+    store_option,
+    verbose_option,
+)
 from quantize.store import Store
 
 
@@ -34,14 +42,21 @@ def command(artifact: str, store: Store, as_json: bool) -> None:
         ("tools", ", ".join(f"{name} {version}" for name, version in manifest.tools.items())),
     ]
     if manifest.calibration is not None:
-        facts.append(("calibration", f"{manifest.calibration.sequences} sequences, {manifest.calibration.tokens:,} tokens"))
+        facts.append(
+            ("calibration", f"{manifest.calibration.sequences} sequences, {manifest.calibration.tokens:,} tokens")
+        )
     for name, value in facts:
         click.echo(f"{name:>14}  {value}")
     files = [[entry.path, size_text(entry.size_bytes), entry.sha256] for entry in manifest.files]
     print_table([("FILE", "left"), ("SIZE", "right"), ("SHA256", "left")], files, empty="no files")
     cells = manifest.estimate["vram_bytes"]
     rows = [
-        [f"{cell['context']:,}", str(cell["concurrency"]), memory_text(cell["expected_bytes"]), memory_text(cell["upper_bytes"])]
+        [
+            f"{cell['context']:,}",
+            str(cell["concurrency"]),
+            memory_text(cell["expected_bytes"]),
+            memory_text(cell["upper_bytes"]),
+        ]
         for cell in cells
     ]
     columns = [("CONTEXT", "right"), ("SEQUENCES", "right"), ("MEMORY", "right"), ("TO BE SAFE", "right")]
@@ -50,4 +65,6 @@ def command(artifact: str, store: Store, as_json: bool) -> None:
     for item in manifest.kept_in_high_precision:
         reasons[f"{item.type}: {item.reason}"] = reasons.get(f"{item.type}: {item.reason}", 0) + 1
     kept = [[str(count), reason] for reason, count in sorted(reasons.items())]
-    print_table([("TENSORS", "right"), ("KEPT IN HIGHER PRECISION", "left")], kept, empty="nothing kept in higher precision")
+    print_table(
+        [("TENSORS", "right"), ("KEPT IN HIGHER PRECISION", "left")], kept, empty="nothing kept in higher precision"
+    )

@@ -5,7 +5,15 @@ from __future__ import annotations
 import click
 
 from quantize.backends import backends
-from quantize.cli.common import json_option, make_limits, open_cache, print_json, quiet_option, store_option, verbose_option
+from quantize.cli.common import (
+    json_option,
+    make_limits,
+    open_cache,
+    print_json,
+    quiet_option,
+    store_option,
+    verbose_option,
+)
 from quantize.cli.progress import console_reporter
 from quantize.errors import UsageError
 from quantize.reopen import reopen_source

@@ -53,9 +53,7 @@ class SizedFile:
     tensors: tuple[tuple[str, str, int], ...]  # name, type, bytes
 
 
-def convert(
-    reporter: Reporter, request: ConvertRequest, out: Path, *, header_only: bool = False
-) -> None:
+def convert(reporter: Reporter, request: ConvertRequest, out: Path, *, header_only: bool = False) -> None:
     """Write the checkpoint as one unquantized GGUF file; with header_only the weights stay a hole in a sparse file.
 
     The converter is llama.cpp's own, as auto-round bundles it. Raises PlanError if it does not know the architecture.
@@ -249,14 +247,14 @@ def _quantize(source: Path, out: Path, job: QuantizeSettings, *, dry: bool) -> s
 
 
 def _imatrix(llama_cpp: Any, path: Path, keep: list[Any]) -> Any:
-    """The rows of an importance matrix file as llama.cpp wants them: mean squared input of each tensor."""
+    """The rows of an importance matrix file as llama.cpp wants them; `keep` holds the memory that they point to."""
     from quantize.containers.imatrix import read_imatrix
 
-    rows = []
+    rows: list[tuple[Any, Any, int]] = []
     for name, values in read_imatrix(path).items():
-        buffer = (ctypes.c_float * len(values))(*values)
-        keep += [buffer, name.encode()]
-        rows.append((keep[-1], ctypes.cast(buffer, ctypes.POINTER(ctypes.c_float)), len(values)))
+        keep += [values, name.encode()]
+        pointer = values.ctypes.data_as(ctypes.POINTER(ctypes.c_float))
+        rows.append((keep[-1], pointer, len(values)))
     rows.append((None, None, 0))
     return (llama_cpp.llama_model_imatrix_data * len(rows))(*rows)
 
