@@ -178,6 +178,9 @@ def compute_buffer_bytes(shape: ModelShape, context: int, settings: Settings, *,
     mask = masks * tokens * _pad(context) * (2 if settings.flash_attention else 4)
     head = logits + 3 * tokens * hidden * 4
     feed_forward = tokens * 4 * (3 * shape.intermediate_size + 4 * hidden) + mask
+    if shape.experts_used > 1:  # each expert that a token visits answers for itself before the answers are added
+        routed = tokens * 4 * 2 * (shape.intermediate_size + shape.experts_used * hidden) + mask
+        feed_forward = max(feed_forward, routed)
     widest = max((layer.values for layer in shape.kv_layers), default=0)
     attention = mask + tokens * 4 * (4 * hidden + shape.heads * shape.head_dim + widest)
     if not settings.flash_attention:
@@ -186,15 +189,15 @@ def compute_buffer_bytes(shape: ModelShape, context: int, settings: Settings, *,
 
 
 def repacked_bytes(tensors: Iterable[tuple[str, str, int]], *, tied: bool) -> int:
-    """Bytes of GGUF weights that llama.cpp keeps twice on an x86 CPU.
+    """Bytes that llama.cpp needs on an x86 CPU beyond the file, because it keeps rearranged copies of some matrices.
 
-    tensors: (name, ggml type, bytes). The token embedding is repacked only where it also serves as the head.
+    tensors: (name, ggml type, bytes) in the order of the file. The token embedding is copied only where it also serves
+    as the head. What lies before the first and after the last tensor that is used in place is unmapped again.
     """
-    return sum(
-        size
-        for name, kind, size in tensors
-        if kind.upper() in _REPACKED_TYPES and (tied or not name.startswith("token_embd")) and name.endswith(".weight")
-    )
+    table = [(size, kind.upper() in _REPACKED_TYPES, name.startswith("token_embd")) for name, kind, size in tensors]
+    in_place = [i for i, (_, copied, embedding) in enumerate(table) if not copied or embedding]
+    first, last = (in_place[0], in_place[-1]) if in_place else (0, -1)
+    return sum(size for size, copied, embedding in table[first : last + 1] if copied and (tied or not embedding))
 
 
 def vram_table(

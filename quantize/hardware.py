@@ -129,7 +129,7 @@ def detect() -> Machine:
 def _split_size(name: str) -> tuple[str, int | None]:
     """("rtx4060ti", 16) of "NVIDIA GeForce RTX 4060 Ti 16GB"; letters and digits only, no maker's name."""
     text = name.lower()
-    size = re.search(r"(?<![\d.])(\d+)\s*gi?b?\b", text)
+    size = re.search(r"(?<![\d.])(\d+)\s*gi?b\b", text)
     if size:
         text = text[: size.start()] + text[size.end() :]
     text = re.sub(r"\b(mobile|max-?q)\b", "laptop", text)

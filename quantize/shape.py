@@ -14,6 +14,7 @@ from quantize.errors import CheckpointError
 
 _NO_KV_LAYER_TYPES = frozenset({"linear_attention", "mamba", "mamba2", "recurrent", "conv", "mlp", "moe", "ffn"})
 _SLIDING_LAYER_TYPES = frozenset({"sliding_attention", "chunked_attention", "local_attention", "local"})
+_EXPERTS_USED = ("num_experts_per_tok", "num_experts_per_token", "moe_top_k")
 _NAMES: dict[str, tuple[str, ...]] = {  # today's name first, then the names older configs use
     "layers": ("num_hidden_layers", "n_layer", "n_layers", "num_layers"),
     "hidden_size": ("hidden_size", "n_embd", "d_model"),
@@ -59,6 +60,7 @@ class ModelShape:
     kv_layers: tuple[KvLayer, ...] = field(repr=False)
     latent_attention: bool = False
     experts: int = 0
+    experts_used: int = 0
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> ModelShape:
@@ -85,6 +87,7 @@ class ModelShape:
             kv_layers=_kv_layers(config, layers, heads, int(kv_heads), int(head_dim)),
             latent_attention=latent,
             experts=_first(config, ("num_local_experts", "num_experts", "n_routed_experts")) or 0,
+            experts_used=_first(config, _EXPERTS_USED) or 0,
         )
 
     @classmethod
@@ -145,7 +148,7 @@ def _number(config: Mapping[str, Any], name: str) -> int:
 
 def _intermediate(config: Mapping[str, Any], hidden: int) -> int:
     dense = _first(config, _NAMES["intermediate_size"]) or 4 * hidden
-    used = _first(config, ("num_experts_per_tok", "num_experts_per_token", "moe_top_k")) or 0
+    used = _first(config, _EXPERTS_USED) or 0
     expert = _first(config, ("moe_intermediate_size",)) or dense
     return max(dense, used * expert)
 

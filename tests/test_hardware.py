@@ -1,0 +1,155 @@
+"""Cards by the names people write, sizes, this machine, and what fits."""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from quantize import hardware
+from quantize.errors import UsageError
+from quantize.estimate import ModelShape, Settings, estimate
+from quantize.fit import Workload, advise, judge, usable_bytes
+from quantize.hardware import GIB, Card, card_names, card_of, detect, find_card, parse_size
+
+LLAMA_8B = ModelShape.from_config(
+    {
+        "num_hidden_layers": 32, "hidden_size": 4096, "num_attention_heads": 32, "num_key_value_heads": 8,
+        "intermediate_size": 14336, "vocab_size": 128256, "max_position_embeddings": 131072,
+    }
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("written", "name", "gib"),
+    [
+        ("RTX 4060 8GB", "RTX 4060", 8),
+        ("rtx4060ti 16 GB", "RTX 4060 Ti 16GB", 16),
+        ("NVIDIA GeForce RTX 4070 Laptop GPU", "RTX 4070 Laptop", 8),
+        ("rtx 4070 mobile", "RTX 4070 Laptop", 8),
+        ("NVIDIA A100-SXM4-80GB", "A100 80GB", 80),
+        ("A100", "A100", 40),
+        ("NVIDIA H100 80GB HBM3", "H100", 80),
+        ("T4", "Tesla T4", 16),
+    ],
+)
+def test_cards_are_found_as_people_write_them(written: str, name: str, gib: int) -> None:
+    assert find_card(written) == Card(name, gib * GIB)
+
+
+@pytest.mark.parametrize("name", card_names())
+def test_every_card_finds_itself(name: str) -> None:
+    assert find_card(name).name == name
+
+
+@pytest.mark.parametrize(
+    ("written", "message"),
+    [
+        ("RTX 4065", "did you mean RTX 4060"),
+        ("RTX 4060 9GB", "has 8 GB, not 9 GB"),
+        ("a toaster", "--vram 8GiB"),
+    ],
+)
+def test_a_miss_says_what_to_write(written: str, message: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        find_card(written)
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [("8GiB", 8 * GIB), ("8G", 8 * GIB), ("7.5 GB", 7_500_000_000), ("800 MiB", 800 * 2**20), ("42", 42)],
+)
+def test_sizes(text: str, size: int) -> None:
+    assert parse_size(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "eight", "8 TB of it", "-1GiB", "1e3"])
+def test_bad_sizes(text: str) -> None:
+    with pytest.raises(UsageError, match="is no size"):
+        parse_size(text)
+
+
+def test_options_become_a_card() -> None:
+    assert card_of() is None
+    assert card_of(gpu="L4") == Card("L4", 24 * GIB)
+    assert card_of(vram="8GiB") == Card("8GiB", 8 * GIB, known=False)
+    assert card_of(gpu="L4", vram="12GiB") == Card("L4 (12GiB)", 12 * GIB, known=False)
+    with pytest.raises(UsageError, match="more than 0"):
+        card_of(vram="0")
+
+
+def test_this_machine() -> None:
+    machine = detect()
+    assert machine.cores >= 1
+    assert 0 < machine.available_ram_bytes <= machine.ram_bytes
+
+
+def test_a_cgroup_limits_memory_and_cores(tmp_path: Path) -> None:
+    (tmp_path / "memory.max").write_text("4294967296\n")
+    (tmp_path / "memory.current").write_text("1073741824\n")
+    (tmp_path / "cpu.max").write_text("150000 100000\n")
+    assert hardware._cgroup_memory(tmp_path) == (4 * GIB, GIB)
+    assert 1 <= hardware._cores(tmp_path) <= 2
+    (tmp_path / "memory.max").write_text("max\n")
+    assert hardware._cgroup_memory(tmp_path) == (None, 0)
+
+
+def test_gpus_are_read_from_nvidia_smi(monkeypatch: pytest.MonkeyPatch) -> None:
+    def answer(command: tuple[str, ...], **_: Any) -> subprocess.CompletedProcess[str]:
+        return subprocess.CompletedProcess(command, 0, "NVIDIA GeForce RTX 4060, 8188, 512\nbroken line\n", "")
+
+    monkeypatch.setattr(hardware.shutil, "which", lambda name: f"/usr/bin/{name}")
+    monkeypatch.setattr(hardware.subprocess, "run", answer)
+    (gpu,) = hardware._nvidia_gpus()
+    assert (gpu.name, gpu.vram_bytes, gpu.used_bytes) == ("NVIDIA GeForce RTX 4060", 8188 * 2**20, 512 * 2**20)
+
+
+def test_a_driver_that_fails_is_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise subprocess.CalledProcessError(9, "nvidia-smi")
+
+    monkeypatch.setattr(hardware.shutil, "which", lambda name: f"/usr/bin/{name}")
+    monkeypatch.setattr(hardware.subprocess, "run", fail)
+    assert hardware._nvidia_gpus() == ()
+
+
+def test_seven_and_a_half_of_eight_is_not_enough() -> None:
+    cell = estimate(LLAMA_8B, 7_000_000_000, context=2048)
+    assert cell.expected_bytes < 7.5 * GIB
+    assert judge(cell, 8 * GIB).word == "does not fit"
+    assert usable_bytes(8 * GIB) < 7.5 * GIB
+
+
+def test_the_three_words() -> None:
+    words = [judge(estimate(LLAMA_8B, 4_920_000_000, context=4096), size * GIB // 10).word for size in (80, 66, 60)]
+    assert words == ["fits", "tight", "does not fit"]
+
+
+def test_suggestions_are_true() -> None:
+    work = Workload(LLAMA_8B, 4_920_000_000, "gguf", Settings(), context=16384, concurrency=4)
+    verdict = advise(work, 8 * GIB, {"Q2_K": (3_180_000_000, "gguf"), "Q8_0": (8_500_000_000, "gguf")})
+    assert verdict.word == "does not fit"
+    assert verdict.suggestions[0] == "context 2048"
+    assert "KV cache at q8_0, and context 4096" in verdict.suggestions
+    smaller = Workload(LLAMA_8B, 4_920_000_000, "gguf", Settings(kv_type="q8_0"), context=4096, concurrency=4)
+    assert judge(smaller.estimate(), 8 * GIB).word == "fits"
+
+
+def test_a_smaller_variant_is_suggested() -> None:
+    work = Workload(LLAMA_8B, 8_500_000_000, "gguf", Settings(), context=4096, concurrency=1)
+    verdict = advise(work, 8 * GIB, {"Q4_K_M": (4_920_000_000, "gguf"), "Q5_K_M": (7_000_000_000, "gguf")})
+    assert verdict.suggestions[0] == "variant Q4_K_M (4.58 GiB)"
+
+
+def test_what_cannot_be_helped_says_so() -> None:
+    work = Workload(LLAMA_8B, 16_000_000_000, "safetensors", Settings(runtime="transformers"), 4096, 1)
+    (only,) = advise(work, 8 * GIB).suggestions
+    assert "no change" in only
+    assert "14.90 GiB of it weights" in only
+
+
+def test_what_fits_needs_no_suggestion() -> None:
+    assert advise(Workload(LLAMA_8B, 10**9, "gguf", Settings(), 2048, 1), 24 * GIB).suggestions == ()
