@@ -151,17 +151,24 @@ class _Build:
                 if (work := self._open_work(job, held)) is not None:
                     works.append(work)
             if works:
-                from quantize.calibrated import run_pass
+                self._run_pass(works)
 
-                assert self.recipe.calibration is not None  # identify_jobs refused the recipe otherwise
-                passed = run_pass(self.recipe, [(item.job.backend.name, item.context) for item in works], self.reporter)
+    def _run_pass(self, works: list[_Work]) -> None:
+        from quantize.calibrated import run_pass
+
+        try:
+            passed = run_pass(self.recipe, [(item.job.backend.name, item.context) for item in works], self.reporter)
+        except QuantizeError as exc:
             for work in works:
-                error = passed.errors.get(work.context.variant)
-                if error is not None:
-                    self._finished(Outcome(work.context.variant, "failed", error=error))
-                elif self._goes_on(work.job):
-                    work.context = replace(work.context, calibration=passed.entry)
-                    self._build_one(work, {"calibration_pass": passed.measurements})
+                self._finished(Outcome(work.context.variant, "failed", error=exc))
+            return
+        for work in works:
+            error = passed.errors.get(work.context.variant)
+            if error is not None:
+                self._finished(Outcome(work.context.variant, "failed", error=error))
+            elif self._goes_on(work.job):
+                work.context = replace(work.context, calibration=passed.entry)
+                self._build_one(work, {"calibration_pass": passed.measurements})
 
     def _build_one(self, work: _Work, measured: dict[str, Any] | None = None) -> None:
         job, context = work.job, work.context

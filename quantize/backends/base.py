@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from quantize.cache import Cache
 from quantize.checkpoint import Checkpoint
+from quantize.manifest import CalibrationEntry
 from quantize.recipe import BackendOptions
 from quantize.report import Reporter
 from quantize.source import PinnedSource
@@ -60,6 +61,7 @@ class Context:
     """All that a backend is given. Picklable: steps run in processes of their own.
 
     staging: the artifact to be; everything in it is published. scratch: a folder of this build, removed afterwards.
+    calibration: what the pass saw; None before it, and for variants that need none.
     """
 
     variant: str
@@ -70,6 +72,7 @@ class Context:
     staging: Path
     scratch: Path
     limits: Limits = field(default_factory=Limits)
+    calibration: CalibrationEntry | None = None
 
 
 @dataclass(frozen=True)

@@ -1,12 +1,12 @@
-"""llama.cpp's importance matrix file: mean squared input of each channel, a tensor pair for each linear.
+"""llama.cpp's importance matrix file: sums of squared inputs of each channel, a tensor pair for each linear.
 
-In: sums of squares and counts. Out: a GGUF file as `llama-imatrix` writes it (general.type "imatrix"), and back.
+In: sums of squares and token counts by GGUF tensor name. Out: a GGUF file as `llama-imatrix` writes it, and back.
 The format: llama.cpp, tools/imatrix: `<tensor>.in_sum2` (sums) and `<tensor>.counts` (tokens; one per expert).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,35 +14,37 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
+    Floats = NDArray[np.float32]
+
+SUMS, COUNTS = ".in_sum2", ".counts"
+
 
 def write_imatrix(
-    path: Path, sums: Mapping[str, tuple[NDArray[np.float32], NDArray[np.float32]]], *, chunk_tokens: int, chunks: int,
-    dataset: str,
-) -> None:  # fmt: skip
+    path: Path, sums: Mapping[str, tuple[Floats, Floats]], *, dataset: str, chunks: int, chunk_tokens: int
+) -> None:
     """Write sums of squares [experts, inputs] and counts [experts], float32 both, by GGUF tensor name.
 
-    dataset: a name of the text, never a path.
+    dataset: a name of the text, never a path. chunks, chunk_tokens: the text's sequences and their longest length.
     """
     import gguf
 
     writer = gguf.GGUFWriter(path, "imatrix")
-    writer.kv_data[0].pop("general.architecture", None)  # llama.cpp's file has a general.type only
     writer.add_type("imatrix")
     writer.add_array("imatrix.datasets", [dataset])
     writer.add_uint32("imatrix.chunk_count", chunks)
     writer.add_uint32("imatrix.chunk_size", chunk_tokens)
     for name in sorted(sums):
         squares, counts = sums[name]
-        writer.add_tensor(f"{name}.in_sum2", squares)
-        writer.add_tensor(f"{name}.counts", counts.reshape(-1, 1))
+        writer.add_tensor(name + SUMS, squares)
+        writer.add_tensor(name + COUNTS, counts.reshape(-1, 1))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
 
 
-def read_imatrix(path: Path) -> dict[str, Sequence[float]]:
-    """Mean squared inputs by tensor name, experts one after another: what llama_model_quantize takes.
+def read_imatrix(path: Path) -> dict[str, Floats]:
+    """Mean squared inputs by tensor name, float32, experts one after another: what llama_model_quantize takes.
 
     An expert that saw no token gets ones: all its channels weigh the same.
     """
@@ -50,12 +52,12 @@ def read_imatrix(path: Path) -> dict[str, Sequence[float]]:
     import numpy as np
 
     tensors = {item.name: item.data for item in gguf.GGUFReader(path).tensors}
-    result: dict[str, Sequence[float]] = {}
+    result: dict[str, Floats] = {}
     for name, squares in tensors.items():
-        if not name.endswith(".in_sum2"):
+        if not name.endswith(SUMS):
             continue
-        counts = np.asarray(tensors[name.removesuffix(".in_sum2") + ".counts"]).reshape(-1, 1)
+        counts = np.asarray(tensors[name.removesuffix(SUMS) + COUNTS]).reshape(-1, 1)
         rows = np.asarray(squares, dtype=np.float32).reshape(len(counts), -1)
         means = np.where(counts > 0, rows / np.maximum(counts, 1), 1.0).astype(np.float32)
-        result[name.removesuffix(".in_sum2")] = means.reshape(-1).tolist()
+        result[name.removesuffix(SUMS)] = np.ascontiguousarray(means.reshape(-1))
     return result

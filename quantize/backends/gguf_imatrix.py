@@ -1,0 +1,72 @@
+"""The GGUF backend's part in the calibration pass: the diagonal of every Gram matrix, as an importance matrix.
+
+In: blocks of the pass. Out: first sums by Hugging Face names in a scratch file, then llama.cpp's imatrix file, once
+the GGUF architecture is known that says what each tensor is called there.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from quantize.containers.gguf import GgufFile
+from quantize.containers.imatrix import write_imatrix
+from quantize.errors import BuildError
+from quantize.manifest import CalibrationEntry
+
+if TYPE_CHECKING:
+    from quantize.activations import Block
+
+EXPERT = re.compile(r"\.experts\.(\d+)\.")
+
+
+class ImatrixCollector:
+    """Keeps sums of squared inputs; a few kilobytes a block."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._rows: dict[str, Any] = {}
+
+    def add_block(self, block: Block) -> None:
+        """Take the diagonals of a block's Gram matrices."""
+        import torch
+
+        for linear in block.layout.linears:
+            gram = block.grams[linear.input]
+            self._rows[linear.tensor] = gram.matrix.diagonal().float().cpu().contiguous().clone()
+            self._rows[linear.tensor + ":tokens"] = torch.tensor([float(gram.tokens)])
+
+    def finish(self) -> None:
+        """Write the scratch file."""
+        from safetensors.torch import save_file
+
+        save_file(self._rows, self._path)
+
+
+def write_from_scratch(scratch: Path, out: Path, model: GgufFile, blocks: int, calibration: CalibrationEntry) -> None:
+    """Turn the scratch file into llama.cpp's. Raises BuildError for a linear that has no name in GGUF."""
+    import gguf
+    import numpy as np
+    from safetensors.numpy import load_file
+
+    kinds = {name: kind for kind, name in gguf.MODEL_ARCH_NAMES.items()}
+    names = gguf.get_tensor_name_map(kinds[str(model.fields["general.architecture"])], blocks)
+    rows: dict[str, dict[int, tuple[Any, Any]]] = {}
+    found = load_file(scratch)
+    for tensor in (name for name in found if not name.endswith(":tokens")):
+        expert = EXPERT.search(tensor)
+        merged = EXPERT.sub(".experts.", tensor)
+        name = names.get_name(merged, try_suffixes=(".weight",))
+        if name is None:
+            raise BuildError(f"{tensor} has no name in GGUF's {model.fields['general.architecture']}")
+        rows.setdefault(name, {})[int(expert[1]) if expert else 0] = (found[tensor], found[tensor + ":tokens"])
+    sums = {
+        name: (
+            np.stack([experts[index][0] for index in sorted(experts)]),
+            np.concatenate([experts[index][1] for index in sorted(experts)]),
+        )
+        for name, experts in rows.items()
+    }
+    length = int(calibration.spec["sequence_length"])
+    write_imatrix(out, sums, dataset=str(calibration.spec["dataset"]), chunks=calibration.sequences, chunk_tokens=length)

@@ -1,0 +1,183 @@
+"""What the GPTQ and AWQ formats share: a Hugging Face folder whose block linears are packed integers.
+
+In: a checkpoint, the names of a packed linear's tensors, blocks as the pass yields them. Out: safetensors shards in
+a fixed order, config.json with its quantization_config, the tokenizer. Which integers is left to the two backends.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from quantize.architecture import block_count, block_index, block_layout
+from quantize.backends.base import Context, KeptTensor, SizePlan
+from quantize.checkpoint import CONFIG_FILES, TOKENIZER_FILES, Checkpoint
+from quantize.containers.shards import ShardWriter, files_bytes, table_bytes
+from quantize.errors import BuildError, PlanError
+
+if TYPE_CHECKING:
+    import torch
+
+    from quantize.activations import Block
+
+Shape = tuple[int, ...]
+PackedTable = Callable[[int, int], dict[str, tuple[str, Shape]]]  # (out, in) -> suffix -> (dtype, shape)
+STORED_DTYPE = "F16"
+RESULTS_NAME = "pass.json"
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Every tensor of the artifact in writing order, and the linears that are packed."""
+
+    table: dict[str, tuple[str, Shape]]
+    packed: frozenset[str]
+
+
+def plan_layout(checkpoint: Checkpoint, packed_table: PackedTable) -> Layout:
+    """The tensors that the artifact will have: outside the blocks first, then block after block, the head last.
+
+    Raises CheckpointError for an architecture that is not in the table.
+    """
+    config = checkpoint.config
+    packed = {linear.tensor for index in range(block_count(config)) for linear in block_layout(config, index).linears}
+    table: dict[str, tuple[str, Shape]] = {}
+    for name in sorted(checkpoint.tensors, key=_order):
+        shape = checkpoint.tensors[name].shape
+        if name in packed:
+            prefix = name.removesuffix("weight")
+            table.update({prefix + suffix: entry for suffix, entry in packed_table(shape[0], shape[1]).items()})
+        else:
+            table[name] = (STORED_DTYPE, shape)
+    return Layout(table, frozenset(packed))
+
+
+def _order(name: str) -> tuple[int, int, str]:
+    block = block_index(name)
+    if block is not None:
+        return (1, block, name)
+    return (0 if "embed" in name else 2, 0, name)
+
+
+def check_group_size(checkpoint: Checkpoint, group_size: int, out_multiple: int, in_multiple: int) -> None:
+    """Refuse a group size or a shape that the packed layout can't hold. Raises PlanError, CheckpointError."""
+    for index in range(block_count(checkpoint.config)):
+        for linear in block_layout(checkpoint.config, index).linears:
+            info = checkpoint.tensors.get(linear.tensor)
+            if info is None:
+                raise PlanError(f"the checkpoint lacks {linear.tensor}", hint="does its config.json belong to it?")
+            out, width = info.shape
+            if width % group_size:
+                fits = [size for size in (16, 32, 64, 128, 256) if width % size == 0]
+                raise PlanError(
+                    f"group_size {group_size} does not divide the {width} inputs of {linear.tensor}",
+                    hint=f"sizes that do: {', '.join(map(str, fits)) or width}",
+                )
+            if out % out_multiple or width % in_multiple:
+                raise PlanError(f"{linear.tensor} is {out} x {width}; packing needs multiples of {out_multiple} x {in_multiple}")
+
+
+def size_plan(checkpoint: Checkpoint, layout: Layout, config_text: str) -> SizePlan:
+    """Exact bytes of the weight files, and of what is copied beside them."""
+    weights = table_bytes(layout.table)
+    beside = sum(path.stat().st_size for path in copied_files(checkpoint)) + len(config_text.encode())
+    bits = round(8 * weights / checkpoint.parameters, 4)
+    return SizePlan(files_bytes(layout.table) + beside, weights, len(layout.table), bits, kept_tensors(checkpoint, layout))
+
+
+def kept_tensors(checkpoint: Checkpoint, layout: Layout) -> tuple[KeptTensor, ...]:
+    """Every tensor that is not packed, with the reason."""
+    kept = []
+    for name in sorted(set(checkpoint.tensors) - layout.packed):
+        if block_index(name) is None:
+            reason = "embedding, head and final norm stay in FP16 in this format"
+        elif len(checkpoint.tensors[name].shape) == 1:
+            reason = "norms and biases stay in FP16"
+        else:
+            reason = "routers stay in FP16: their few weights decide which expert runs"
+        kept.append(KeptTensor(name, STORED_DTYPE, reason))
+    return tuple(kept)
+
+
+def config_text(checkpoint: Checkpoint, quantization_config: Mapping[str, Any]) -> str:
+    """config.json of the artifact: the source's, in FP16, with how it was quantized."""
+    config = {key: value for key, value in checkpoint.config.items() if key not in {"torch_dtype", "_name_or_path"}}
+    config |= {"dtype": "float16", "quantization_config": dict(quantization_config)}
+    return json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+
+
+def copied_files(checkpoint: Checkpoint) -> list[Path]:
+    """Tokenizer and generation settings: they go along unchanged."""
+    names = [name for name in (*CONFIG_FILES, *TOKENIZER_FILES) if name != "config.json"]
+    return [checkpoint.folder / name for name in names if (checkpoint.folder / name).is_file()]
+
+
+def write_beside(context: Context, text: str) -> tuple[str, ...]:
+    """Write config.json and copy the tokenizer into staging; the names of what was written."""
+    (context.staging / "config.json").write_text(text, encoding="utf-8")
+    for path in copied_files(context.checkpoint):
+        shutil.copyfile(path, context.staging / path.name)
+    return ("config.json", *(path.name for path in copied_files(context.checkpoint)))
+
+
+class PackedCollector:
+    """Writes the artifact's shards while the pass goes on; `solve` turns one block into its tensors.
+
+    solve: block -> (tensors by full name without those that stay as they are, loss of each linear).
+    """
+
+    def __init__(
+        self, context: Context, layout: Layout,
+        solve: Callable[[Block], tuple[dict[str, torch.Tensor], dict[str, Any]]],
+    ) -> None:  # fmt: skip
+        self._context, self._layout, self._solve = context, layout, solve
+        self._writer = ShardWriter(context.staging, layout.table)
+        self._names: Iterator[str] = iter(layout.table)
+        self._pending: str | None = next(self._names, None)
+        self._layers: dict[str, Any] = {}
+
+    def add_block(self, block: Block) -> None:
+        """Solve a block and append its tensors to the shards."""
+        self._copy_until(block.index)
+        solved, losses = self._solve(block)
+        self._layers.update(losses)
+        while self._pending is not None and block_index(self._pending) == block.index:
+            tensor = solved.get(self._pending)
+            if tensor is None:
+                tensor = block.weights[self._pending]
+            self._write(tensor)
+
+    def finish(self) -> None:
+        """Write what follows the blocks, and leave the pass's results for the build."""
+        self._copy_until(None)
+        files = self._writer.finish()
+        data = {"files": files, "layers": self._layers}
+        (self._context.scratch / RESULTS_NAME).write_text(json.dumps(data), encoding="utf-8")
+
+    def _copy_until(self, block: int | None) -> None:
+        """Copy tensors from the source up to the first one of `block`."""
+        while self._pending is not None and (block is None or block_index(self._pending) != block):
+            self._write(self._context.checkpoint.read(self._pending))
+
+    def _write(self, tensor: torch.Tensor) -> None:
+        import torch
+
+        assert self._pending is not None
+        if tensor.is_floating_point():
+            half = tensor.to(torch.float16)
+            if not bool(torch.isfinite(half).all()):
+                hint = "this format stores FP16; the model has weights beyond its range of 65,504"
+                raise BuildError(f"tensor {self._pending} does not fit FP16", hint=hint)
+            tensor = half
+        self._writer.write(self._pending, tensor)
+        self._pending = next(self._names, None)
+
+
+def pass_results(context: Context) -> tuple[Sequence[str], dict[str, Any]]:
+    """What the collector left: the weight files, and the loss of each linear."""
+    data = json.loads((context.scratch / RESULTS_NAME).read_text(encoding="utf-8"))
+    return data["files"], data["layers"]

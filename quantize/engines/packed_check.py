@@ -1,0 +1,97 @@
+"""A packed safetensors artifact in its real runtime: transformers loads it, another library unpacks it, it generates.
+
+In: an artifact's folder. Out: facts, or VerifyError. Runs in a worker: gptqmodel patches other libraries on import.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+from quantize.errors import MissingExtraError, VerifyError
+from quantize.report import Reporter
+
+TOKENS = 16
+PROMPT = "The capital of France is"
+
+
+def check_packed(reporter: Reporter, folder: Path, method: str, threads: int) -> dict[str, Any]:
+    """Load with transformers + gptqmodel, compare each linear's weights with our own unpacking, generate greedily twice.
+
+    Raises VerifyError: does not load, weights differ, logits not finite, two runs differ. MissingExtraError.
+    """
+    os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")  # it refuses to start with fewer, on machines of few cores
+    try:
+        import gptqmodel  # noqa: F401 - transformers needs it to load these formats; a missing one must be named
+        import torch
+    except ImportError as exc:
+        raise MissingExtraError(f"loading {method.upper()} artifacts", "gptqmodel") from exc
+    torch.set_num_threads(threads)
+    started = time.perf_counter()
+    model = load_causal_lm(folder)
+    seconds = time.perf_counter() - started
+    compared = _compare_weights(model, folder, method)
+    tokens = generate_twice(model, folder)
+    return {"runtime": "transformers + gptqmodel", "linears": compared, "tokens": tokens, "load_seconds": round(seconds, 2)}
+
+
+def load_causal_lm(folder: Path) -> Any:
+    """The model in a folder, on the CPU, by transformers. Raises VerifyError."""
+    from transformers import AutoModelForCausalLM
+
+    try:
+        return AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, device_map="cpu").eval()
+    except (ValueError, OSError, RuntimeError, KeyError, TypeError, AttributeError, NotImplementedError) as exc:
+        first = (str(exc).splitlines() or [type(exc).__name__])[0][:300]
+        raise VerifyError(f"{folder.name}: transformers does not load it: {first}") from exc
+
+
+def generate_twice(model: Any, folder: Path) -> list[int]:
+    """Greedy tokens. Raises VerifyError: logits not finite, or two runs differ."""
+    import torch
+    from transformers import AutoTokenizer
+
+    prompt = AutoTokenizer.from_pretrained(folder, local_files_only=True)(PROMPT, return_tensors="pt")["input_ids"]
+    limit = model.config.get_text_config().vocab_size
+    prompt = prompt[prompt < limit].reshape(1, -1) if bool((prompt >= limit).any()) else prompt
+    runs = []
+    with torch.inference_mode():
+        for _ in range(2):
+            ids, cache, chosen = prompt, None, []
+            for _ in range(TOKENS):
+                output = model(input_ids=ids, past_key_values=cache, use_cache=True)
+                logits, cache = output.logits[0, -1].float(), output.past_key_values
+                if not bool(torch.isfinite(logits).all()):
+                    raise VerifyError(f"{folder.name}: the logits are not finite", hint="a tensor is damaged")
+                ids = logits.argmax().reshape(1, 1)
+                chosen.append(int(ids))
+            runs.append(chosen)
+    if runs[0] != runs[1]:
+        raise VerifyError(f"{folder.name}: two greedy runs differ ({runs[0][:8]} and {runs[1][:8]})")
+    return runs[0]
+
+
+def _compare_weights(model: Any, folder: Path, method: str) -> int:
+    """Each packed linear, dequantized by gptqmodel, against our own unpacking of the file's tensors."""
+    import torch
+
+    from quantize.engines.unpack import open_packed
+
+    compared = 0
+    unpacked = open_packed(folder, method)
+    for name, module in model.named_modules():
+        if not hasattr(module, "dequantize_weight"):
+            continue
+        ours = unpacked.dequantize(name)
+        theirs = module.dequantize_weight()
+        theirs = theirs[0] if isinstance(theirs, tuple) else theirs
+        theirs = theirs.float().T[:, : ours.shape[1]] if theirs.shape != ours.shape else theirs.float()
+        if not torch.allclose(theirs, ours, rtol=2e-3, atol=1e-6):
+            worst = float((theirs - ours).abs().max())
+            raise VerifyError(f"{folder.name}: {name} unpacks differently in gptqmodel (by up to {worst:.3g})")
+        compared += 1
+    if compared != len(unpacked.linears):
+        raise VerifyError(f"{folder.name}: gptqmodel took {compared} linears as packed, the files have {len(unpacked.linears)}")
+    return compared
