@@ -1,0 +1,286 @@
+"""Runs one decoder block at a time with transformers' own layer code, and records what its linears read.
+
+In: a checkpoint's config and one block's weights. Out: the block's output, and a Gram matrix for each distinct input.
+Left to others: which blocks in which order, and where hidden states live (activations). The model is built on the meta
+device, so rotary embeddings, masks, sliding windows and soft caps are those of transformers, and only the block that
+runs has weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from quantize.architecture import BlockLayout, Experts, architecture_of
+from quantize.errors import CheckpointError
+from quantize.numerics.gram import Gram, GramAccumulator
+
+STARVED_TOKENS = 256  # an expert that saw fewer is calibrated on all experts' tokens instead
+_KEPT_TOKENS = 2048  # how many of those are kept for it
+
+
+class _Stop(Exception):
+    """Leaves a forward pass whose remainder nobody needs."""
+
+
+class BlockRunner:
+    """A model without weights, into which one block's weights are put at a time.
+
+    precision "bfloat16" runs matrix products of the forward pass in that type (autocast); Gram matrices and the
+    residual stream stay float32.
+    """
+
+    def __init__(self, folder: Path, config: dict[str, Any], device: str, precision: str) -> None:
+        self.device = torch.device(device)
+        self._autocast = precision == "bfloat16"
+        self._model = _meta_model(folder, architecture_of(config).attention)
+        self._base: Any = self._model.model
+        for module in self._model.modules():
+            if module._non_persistent_buffers_set:
+                _materialize(self._model, module, self.device)
+        self.hidden_size = int(self._model.config.hidden_size)
+        self.blocks = len(self._base.layers)
+        self._arguments: dict[int, list[dict[str, Any]]] = {}
+
+    def embed(self, embedding: Tensor, sequences: list[Tensor]) -> Iterator[Tensor]:
+        """The first block's input of each sequence, [length, hidden] float32, as the model's own forward makes it.
+
+        embedding [vocabulary, hidden] may be of any floating type: only the rows in use are converted.
+        """
+        used, positions = torch.unique(torch.cat(sequences), return_inverse=True)
+        table = self._base.embed_tokens
+        table.weight = nn.Parameter(embedding[used].to(self.device, torch.float32), requires_grad=False)
+        start = 0
+        for sequence in sequences:
+            ids = positions[start : start + len(sequence)].to(self.device)[None]
+            start += len(sequence)
+            states, arguments = self._intercept(ids)
+            self._arguments.setdefault(len(sequence), arguments)
+            yield states[0]
+        table.weight = nn.Parameter(table.weight.to("meta"), requires_grad=False)
+
+    def load(self, layout: BlockLayout, weights: dict[str, Tensor]) -> None:
+        """Put a block's float32 weights (full names) in place; they are shared, not copied."""
+        layer = self._base.layers[layout.index]
+        state = {layout.module_path(name): tensor for name, tensor in weights.items()}
+        if layout.experts is not None:
+            layer.mlp.experts = _RoutedExperts(layout.experts, weights, layer.mlp.experts.act_fn)
+            state = {name: tensor for name, tensor in state.items() if ".experts." not in name}
+        try:
+            layer.load_state_dict(state, strict=True, assign=True)
+        except RuntimeError as exc:
+            raise CheckpointError(f"block {layout.index}: tensors don't fit the architecture: {exc}") from exc
+
+    def unload(self, index: int) -> None:
+        """Let go of a block's weights."""
+        layer = self._base.layers[index]
+        for module in layer.modules():
+            if isinstance(module, _RoutedExperts):
+                module.weights.clear()
+        layer.to_empty(device="meta")
+
+    def run(self, index: int, states: Tensor) -> Tensor:
+        """One block over states [sequences, length, hidden]; the output has the same shape, float32."""
+        arguments = self._arguments[states.shape[1]][index]
+        context: AbstractContextManager[object] = nullcontext()
+        if self._autocast:
+            context = torch.autocast(self.device.type, torch.bfloat16)
+        with torch.no_grad(), context:
+            output = self._base.layers[index](states, **arguments)
+        result: Tensor = output[0] if isinstance(output, tuple) else output
+        return result.float()
+
+    @contextmanager
+    def recording(self, layout: BlockLayout, *, output_needed: bool) -> Iterator[BlockRecorder]:
+        """While open, run_recorded() of the yielded recorder also accumulates the inputs of every linear."""
+        layer = self._base.layers[layout.index]
+        recorder = BlockRecorder(self, layout, output_needed)
+        handles = recorder.attach(layer)
+        try:
+            yield recorder
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _intercept(self, ids: Tensor) -> tuple[Tensor, list[dict[str, Any]]]:
+        found: list[Tensor] = []
+        arguments: list[dict[str, Any]] = []
+        layers = self._base.layers
+
+        def record(states: Tensor, **kwargs: Any) -> Tensor:
+            if not found:
+                found.append(states)
+            arguments.append(kwargs)
+            if len(arguments) == len(layers):
+                raise _Stop
+            return states
+
+        for layer in layers:
+            layer.forward = record
+        try:
+            with torch.no_grad():
+                self._base(input_ids=ids, use_cache=False)
+        except _Stop:
+            pass
+        finally:
+            for layer in layers:
+                del layer.forward
+        return found[0], arguments
+
+
+class BlockRecorder:
+    """Accumulates the Gram matrices of one block over many batches."""
+
+    def __init__(self, runner: BlockRunner, layout: BlockLayout, output_needed: bool) -> None:
+        self._runner, self._layout, self._output_needed = runner, layout, output_needed
+        self._sums: dict[str, GramAccumulator] = {}
+        self._kept: list[Tensor] = []
+        self._pending: set[str] = set()
+        self._keys = {key for key, readers in layout.inputs.items() if readers[0].expert is None}
+        if layout.experts is not None:
+            self._keys |= {layout.experts.input, "experts"}
+
+    def run(self, states: Tensor) -> Tensor | None:
+        """Run the block and add to the sums; None when nobody needs the output and the pass stopped early."""
+        self._pending = set(self._keys)
+        try:
+            return self._runner.run(self._layout.index, states)
+        except _Stop:
+            return None
+
+    def attach(self, layer: nn.Module) -> list[Any]:
+        """Put hooks on one linear of each input."""
+        handles = []
+        for key, readers in self._layout.inputs.items():
+            if readers[0].expert is None:
+                module = layer.get_submodule(self._layout.module_path(readers[0].tensor).removesuffix(".weight"))
+                handles.append(module.register_forward_pre_hook(self._hook(key)))
+        experts = self._layout.experts
+        if experts is not None:
+            routed = layer.get_submodule(experts.module)
+            assert isinstance(routed, _RoutedExperts)
+            routed.record = self._record_expert
+            handles.append(routed.register_forward_pre_hook(self._moe_hook(experts)))
+            handles.append(routed.register_forward_hook(lambda *_: self._seen("experts")))
+        return handles
+
+    def finish(self) -> dict[str, Gram]:
+        """The Gram matrix of each input key. Starved experts take statistics of all experts' tokens, and say so."""
+        experts = self._layout.experts
+        if experts is None:
+            return {key: self._sums.pop(key).finish() for key in list(self._sums)}
+        shared = self._sums.pop(experts.input).finish()
+        grams = {experts.input: shared}
+        layer = self._runner._base.layers[self._layout.index]
+        routed = layer.get_submodule(experts.module)
+        for expert in range(experts.count):
+            keys = experts.expert_input.format(expert=expert), experts.output.format(expert=expert)
+            sums = [self._sums.pop(key, None) for key in keys]
+            if sums[0] is not None and sums[1] is not None and sums[0].tokens >= STARVED_TOKENS:
+                grams.update({key: part.finish() for key, part in zip(keys, sums, strict=True) if part is not None})
+                continue
+            seen = 0 if sums[0] is None else sums[0].tokens
+            note = f"expert saw {seen} tokens, fewer than {STARVED_TOKENS}: calibrated on all experts' tokens"
+            grams[keys[0]] = Gram(shared.matrix, shared.mean_abs, shared.tokens, note)
+            output = GramAccumulator(routed.width, self._runner.device)
+            for states in self._kept:
+                output.add(routed.inner(expert, states))
+            grams[keys[1]] = output.finish(note)
+        grams.update({key: self._sums.pop(key).finish() for key in list(self._sums)})
+        return grams
+
+    def _hook(self, key: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        def record(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            self._add(key, inputs[0])
+            self._seen(key)
+
+        return record
+
+    def _moe_hook(self, experts: Experts) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        def record(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            if experts.input in self._pending:  # not yet recorded by a shared expert that reads the same tensor
+                self._add(experts.input, inputs[0])
+                self._seen(experts.input)
+            kept = sum(states.shape[0] for states in self._kept)
+            if kept < _KEPT_TOKENS:
+                self._kept.append(inputs[0][: _KEPT_TOKENS - kept].clone())
+
+        return record
+
+    def _record_expert(self, expert: int, states: Tensor, inner: Tensor) -> None:
+        experts = self._layout.experts
+        assert experts is not None
+        self._add(experts.expert_input.format(expert=expert), states)
+        self._add(experts.output.format(expert=expert), inner)
+
+    def _add(self, key: str, x: Tensor) -> None:
+        if key not in self._sums:
+            self._sums[key] = GramAccumulator(x.shape[-1], self._runner.device)
+        with torch.autocast(self._runner.device.type, enabled=False):
+            self._sums[key].add(x)
+
+    def _seen(self, key: str) -> None:
+        self._pending.discard(key)
+        if not self._pending and not self._output_needed:
+            raise _Stop
+
+
+class _RoutedExperts(nn.Module):
+    """Experts with one weight each as on disk, in the place of transformers' fused ones."""
+
+    def __init__(self, experts: Experts, weights: dict[str, Tensor], act_fn: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.weights = [
+            tuple(weights[name.format(expert=expert)] for name in (experts.gate, experts.up, experts.down))
+            for expert in range(experts.count)
+        ]
+        self.act_fn = act_fn
+        self.width = int(self.weights[0][2].shape[1])
+        self.record: Callable[[int, Tensor, Tensor], None] | None = None
+
+    def inner(self, expert: int, states: Tensor) -> Tensor:
+        """What the expert's down projection reads."""
+        gate, up, _ = self.weights[expert]
+        product: Tensor = self.act_fn(nn.functional.linear(states, gate)) * nn.functional.linear(states, up)
+        return product
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """Sum of each token's chosen experts, weighted by the router."""
+        output = torch.zeros_like(hidden_states)
+        for expert, (_, _, down) in enumerate(self.weights):
+            tokens, places = torch.where(top_k_index == expert)
+            if tokens.numel() == 0:
+                continue
+            states = hidden_states[tokens]
+            inner = self.inner(expert, states)
+            if self.record is not None:
+                self.record(expert, states, inner)
+            result = nn.functional.linear(inner, down) * top_k_weights[tokens, places, None]
+            output.index_add_(0, tokens, result.to(output.dtype))
+        return output
+
+
+def _meta_model(folder: Path, attention: str) -> Any:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    try:
+        config = AutoConfig.from_pretrained(folder)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, attn_implementation=attention, dtype=torch.float32)
+    except (OSError, ValueError, KeyError, TypeError) as exc:
+        raise CheckpointError(f"{folder}: transformers can't build this model: {exc}") from exc
+    return model.eval()
+
+
+def _materialize(model: Any, module: nn.Module, device: torch.device) -> None:
+    """Give a module's computed buffers (rotary frequencies, embedding scale) real values, as loading a model does."""
+    for name in module._non_persistent_buffers_set:
+        buffer = module._buffers[name]
+        if buffer is not None:
+            module._buffers[name] = torch.empty_like(buffer, device=device)
+    model._init_weights(module)

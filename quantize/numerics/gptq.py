@@ -1,0 +1,204 @@
+"""GPTQ from a Gram matrix: rounding with error feedback, so that W X stays close, not W.
+
+In: weights [out, in] that share one input, and that input's Gram matrix. Out: Quantized, and the loss it leaves.
+Left to others: the statistics (gram), channel scales (awq), packing. Method: Frantar et al. 2022 (GPTQ) in the LDL form
+of Chee et al. 2023 (QuIP, which proves the two equal): H = R Rᵀ with R upper triangular gives the feedback directly,
+with one Cholesky factorization and no inverse. Columns are visited in an order by diag H that keeps groups whole
+(groups first, then columns within them), so codes are stored in the original order and inference pays nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from quantize.errors import BuildError
+from quantize.numerics.rtn import Quantized, check_shape, round_to_nearest
+from quantize.numerics.scales import ScaleSearch
+
+DAMPING = 0.01
+ROWS = 4096  # output rows solved at a time: bounds memory; rows don't depend on one another
+_BLOCK = 64  # columns between two products with all earlier errors
+
+
+@dataclass(frozen=True)
+class Factor:
+    """What depends on the input alone; shared by every linear, bit width and variant that reads it.
+
+    gram: [in, in] float32, as given. order: int64 [in], visiting order. feedback: unit upper triangular [in, in] in
+    that order. weights: float32 [in], diag of the Gram matrix with damping, in that order.
+    damping: the fraction of the mean diagonal that was added; above what was asked for if that did not factorize.
+    """
+
+    gram: Tensor
+    order: Tensor
+    feedback: Tensor
+    weights: Tensor
+    damping: float
+    group_size: int
+
+
+@dataclass(frozen=True)
+class Solution:
+    """One quantized linear. Losses are tr(ΔW G ΔWᵀ): squared output error summed over outputs and calibration tokens.
+
+    loss: what is left. nearest_loss: what rounding to nearest would have left. fallback_rows: output rows for which
+    rounding to nearest was better and was taken.
+    """
+
+    quantized: Quantized
+    loss: float
+    nearest_loss: float
+    fallback_rows: int
+
+
+def factorize(gram: Tensor, group_size: int, *, damping: float = DAMPING) -> Factor:
+    """Order the columns and factorize the damped Gram matrix; damping rises tenfold until it is positive definite.
+
+    gram: [in, in] float32, symmetric.
+
+    Raises:
+        BuildError: it is not finite, or the group size does not divide its width.
+    """
+    check_shape(gram.shape[0], 4, group_size)
+    diagonal = gram.diagonal()
+    if not bool(torch.isfinite(diagonal).all()):
+        raise BuildError("the Gram matrix is not finite", hint="the model overflows on the calibration text")
+    order = group_order(diagonal, group_size)
+    mean = float(diagonal.double().mean())
+    while mean > 0 and damping < 1e3:
+        matrix = gram[order][:, order]
+        matrix.diagonal().add_(damping * mean)
+        weights = matrix.diagonal().clone()
+        lower, info = torch.linalg.cholesky_ex(matrix.flip(0, 1))
+        if int(info) == 0:
+            upper = lower.flip(0, 1)
+            return Factor(gram, order, upper.div_(upper.diagonal().clone()), weights, damping, group_size)
+        damping = max(damping * 10, 1e-4)
+    identity = torch.eye(gram.shape[0], device=gram.device)  # no data: rounding to nearest
+    return Factor(gram, order, identity, torch.ones_like(diagonal), float("inf"), group_size)
+
+
+def group_order(diagonal: Tensor, group_size: int) -> Tensor:
+    """Groups by falling sum of the diagonal, columns by falling diagonal inside each; int64 [in]."""
+    groups = diagonal.view(-1, group_size)
+    outer = torch.argsort(groups.sum(1), descending=True, stable=True)
+    inner = torch.argsort(groups, dim=1, descending=True, stable=True)
+    return (outer[:, None] * group_size + inner[outer]).reshape(-1)
+
+
+def solve(weights: Sequence[Tensor], factor: Factor, *, bits: int, symmetric: bool = True) -> list[Solution]:
+    """Quantize linears that share one input.
+
+    weights: each [out, in] floating. Zero points are at least 1, since GPTQ v1 can't store 0. No output row is worse
+    under the undamped Gram matrix than rounded to nearest.
+
+    Raises:
+        BuildError: bits not supported.
+    """
+    sizes = [weight.shape[0] for weight in weights]
+    stacked = torch.cat([weight.float() for weight in weights]) if len(weights) > 1 else weights[0].float()
+    check_shape(stacked.shape[1], bits, factor.group_size)
+    starts = range(0, len(stacked), ROWS)
+    parts = [_solve_rows(stacked[start : start + ROWS], factor, bits, symmetric) for start in starts]
+    solved = _concatenate([part.quantized for part in parts])
+    figures = torch.stack([torch.cat([part.figures[row] for part in parts]) for row in range(3)]).cpu().double()
+    solutions: list[Solution] = []
+    start = 0
+    for quantized, size in zip(solved.split(sizes), sizes, strict=True):
+        loss, nearest, fallback = figures[:, start : start + size].sum(1).tolist()
+        solutions.append(Solution(quantized, loss, nearest, int(fallback)))
+        start += size
+    return solutions
+
+
+@dataclass(frozen=True)
+class _Rows:
+    quantized: Quantized
+    figures: Tensor  # [3, out]: loss, loss of rounding to nearest, 1 where that was taken
+
+
+def _solve_rows(rows: Tensor, factor: Factor, bits: int, symmetric: bool) -> _Rows:
+    solved = _sweep(rows, factor, bits, symmetric)
+    nearest = round_to_nearest(rows, bits=bits, group_size=factor.group_size, symmetric=symmetric)
+    loss = row_losses(solved.dequantize() - rows, factor.gram)
+    bound = row_losses(nearest.dequantize() - rows, factor.gram)
+    worse = loss > bound
+    if bool(worse.any()):
+        solved = _merge(solved, nearest, worse)
+    return _Rows(solved, torch.stack((torch.minimum(loss, bound), bound, worse.float())))
+
+
+def row_losses(error: Tensor, gram: Tensor) -> Tensor:
+    """diag(E G Eᵀ): each output row's squared error summed over the calibration tokens, float32 [out]."""
+    losses: Tensor = torch.linalg.vecdot(error @ gram, error)
+    return losses
+
+
+def _sweep(weight: Tensor, factor: Factor, bits: int, symmetric: bool) -> Quantized:
+    """Round column after column, feeding each error forward; everything is held transposed, [in, out]."""
+    group_size, order, feedback = factor.group_size, factor.order, factor.feedback
+    search = ScaleSearch(bits, symmetric, smallest_zero=1)
+    original = weight.T[order]
+    width, out = original.shape
+    errors = torch.empty_like(original)
+    codes = torch.empty(width, out, dtype=torch.uint8, device=weight.device)
+    scales = torch.empty(width // group_size, out, device=weight.device)
+    zeros = torch.empty_like(scales)
+    for place in range(width // group_size):
+        start, stop = place * group_size, (place + 1) * group_size
+        target = original[start:stop].clone()
+        if start:
+            target.addmm_(feedback[:start, start:stop].T, errors[:start])
+        scale, zero = search.best(target, factor.weights[start:stop])
+        group = int(order[start]) // group_size
+        scales[group], zeros[group] = scale, zero
+        for first in range(start, stop, _BLOCK):
+            last = min(first + _BLOCK, stop)
+            block = target[first - start : last - start]
+            if first > start:
+                block.addmm_(feedback[start:first, first:last].T, errors[start:first])
+            inner = feedback[first:last, first:last]
+            steps = _round_block(block, original[first:last], errors[first:last], inner, scale, zero, bits)
+            codes[first:last] = steps.add_(zero)
+    stored = torch.empty_like(codes)
+    stored[order] = codes
+    scales, zeros = scales.T.half().contiguous(), zeros.T.to(torch.uint8).contiguous()
+    return Quantized(stored.T.contiguous(), scales, zeros, bits, group_size)
+
+
+def _round_block(
+    target: Tensor, original: Tensor, errors: Tensor, feedback: Tensor, scale: Tensor, zero: Tensor, bits: int
+) -> Tensor:
+    """Round a block's columns in turn; fills `errors` (original - rounded), returns codes less zero point."""
+    low, high = -zero, (2**bits - 1) - zero
+    steps = torch.empty_like(target)
+    inverse = scale.reciprocal()
+    for column in range(target.shape[0]):
+        step = torch.mul(target[column], inverse, out=steps[column]).round_()
+        torch.clamp(step, low, high, out=step)
+        error = torch.addcmul(original[column], step, scale, value=-1, out=errors[column])
+        if column + 1 < target.shape[0]:
+            target[column + 1 :].addr_(feedback[column, column + 1 :], error)
+    return steps
+
+
+def _merge(solved: Quantized, nearest: Quantized, take_nearest: Tensor) -> Quantized:
+    pick = take_nearest[:, None]
+    return Quantized(
+        torch.where(pick, nearest.codes, solved.codes),
+        torch.where(pick, nearest.scales, solved.scales),
+        torch.where(pick, nearest.zeros, solved.zeros),
+        solved.bits,
+        solved.group_size,
+    )
+
+
+def _concatenate(parts: list[Quantized]) -> Quantized:
+    if len(parts) == 1:
+        return parts[0]
+    codes, scales, zeros = (torch.cat([getattr(part, name) for part in parts]) for name in ("codes", "scales", "zeros"))
+    return Quantized(codes, scales, zeros, parts[0].bits, parts[0].group_size)

@@ -1,0 +1,73 @@
+"""Gram matrices of a linear's inputs: all that GPTQ, AWQ and the importance matrix need to know of the data.
+
+In: activations, a few thousand rows at a time. Out: Gram (XᵀX, mean |x|, token count) and the importance vector.
+Left to others: where the activations come from (activations), what is done with the statistics (gptq, awq, backends).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+PANEL = 192  # columns of one panel of the upper triangle: 2 cores reach 290 of 206 GFLOP/s there (half is skipped)
+
+
+@dataclass(frozen=True)
+class Gram:
+    """Second moments of an input.
+
+    matrix: XᵀX summed over tokens, [in, in] float32, symmetric. mean_abs: mean of |x|, [in] float32.
+    tokens: rows of X that were summed. note: where they came from, when not from the linear's own input.
+    """
+
+    matrix: Tensor
+    mean_abs: Tensor
+    tokens: int
+    note: str = ""
+
+
+def importance(gram: Gram) -> Tensor:
+    """The importance of each input channel as llama.cpp's imatrix has it: mean of squared activations, [in] float32."""
+    return gram.matrix.diagonal() / max(gram.tokens, 1)
+
+
+class GramAccumulator:
+    """Sums XᵀX and |x| over batches, in the order in which they are added.
+
+    Only panels of the upper triangle are multiplied (a blocked rank-k update, float32), which takes 5/8 of the work of
+    the full product. The summation order is fixed by the batches alone, so the same batches give the same bits.
+    """
+
+    def __init__(self, width: int, device: torch.device | str = "cpu") -> None:
+        self._matrix = torch.zeros(width, width, device=device)
+        self._sum_abs = torch.zeros(width, device=device)
+        self._tokens = 0
+
+    def add(self, x: Tensor) -> None:
+        """Add rows x [..., in] of any floating type."""
+        width = self._matrix.shape[0]
+        rows = x.reshape(-1, width).float()
+        if rows.shape[0] == 0:
+            return
+        for start in range(0, width, PANEL):
+            stop = min(start + PANEL, width)
+            self._matrix[start:stop, start:].addmm_(rows[:, start:stop].T, rows[:, start:])
+        self._sum_abs += rows.abs().sum(0)
+        self._tokens += rows.shape[0]
+
+    @property
+    def tokens(self) -> int:
+        """Rows added so far."""
+        return self._tokens
+
+    def finish(self, note: str = "") -> Gram:
+        """Mirror the upper triangle and return the sums; the accumulator must not be used afterwards."""
+        matrix, width = self._matrix, self._matrix.shape[0]
+        for start in range(0, width, PANEL):
+            stop = min(start + PANEL, width)
+            square = matrix[start:stop, start:stop]
+            square.copy_(torch.triu(square) + torch.triu(square, 1).T)
+            matrix[stop:, start:stop] = matrix[start:stop, stop:].T
+        return Gram(matrix, self._sum_abs / max(self._tokens, 1), self._tokens, note)
