@@ -22,6 +22,7 @@ from quantize.manifest import FILE_NAME, MEASUREMENTS_NAME, FileEntry, Manifest,
 
 STAGING = ".staging"
 LOCKS = ".locks"
+SCRATCH = ".scratch"  # ends the name of the folder beside a staging folder that a build works in
 CURRENT = "current"
 LOCK_POLL_SECONDS = 0.1
 
@@ -79,22 +80,41 @@ def store_errors(store: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def variant_lock(store: Path, name: str, variant: str) -> Iterator[None]:
-    """Hold the one lock of a variant; waits while another build has it. Raises StoreError where locks don't work."""
+    """Hold the one lock of a variant; waits while another build has it. Raises StoreError where locks don't work.
+
+    The lock's file is gone afterwards. It is removed before the lock is released, and filelock takes no lock on a
+    file that was removed meanwhile, so those who wait for it go on to the next file of that name.
+    """
     from filelock import FileLock
 
+    path = lock_path(store, name, variant)
+    lock = FileLock(path, poll_interval=LOCK_POLL_SECONDS)
     with store_errors(store):
-        folder = store / LOCKS
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(folder / f"{name}--{variant}.lock", poll_interval=LOCK_POLL_SECONDS)
-        try:
-            lock.acquire()
-        except NotImplementedError as exc:
-            hint = "put the store on a local disk, or one whose file system has locks"
-            raise StoreError(f"store {store}: this file system has no locks", hint=hint) from exc
+        while not lock.is_locked:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                lock.acquire()
+            except FileNotFoundError:
+                continue  # another build has just removed the empty folder
+            except NotImplementedError as exc:
+                hint = "put the store on a local disk, or one whose file system has locks"
+                raise StoreError(f"store {store}: this file system has no locks", hint=hint) from exc
     try:
         yield
     finally:
+        path.unlink(missing_ok=True)
         lock.release()
+        _remove_if_empty(path.parent, store)
+
+
+def lock_path(store: Path, name: str, variant: str) -> Path:
+    """Where a variant's lock is while it is held."""
+    return store / LOCKS / f"{name}--{variant}.lock"
+
+
+def staged_variant(folder_name: str) -> str:
+    """`name--variant` of a staging or scratch folder's name."""
+    return folder_name.removesuffix(SCRATCH).rpartition(".")[0]
 
 
 @contextlib.contextmanager
@@ -105,19 +125,24 @@ def staging_folder(store: Path, name: str, variant: str) -> Iterator[Path]:
     """
     root = store / STAGING
     with store_errors(store):
-        root.mkdir(parents=True, exist_ok=True)
         for leftover in root.glob(f"{name}--{variant}.*"):
-            shutil.rmtree(leftover, ignore_errors=True)
+            if staged_variant(leftover.name) == f"{name}--{variant}":
+                shutil.rmtree(leftover, ignore_errors=True)
         folder = root / f"{name}--{variant}.{uuid.uuid4().hex[:8]}"
-        folder.mkdir()
+        while not folder.is_dir():
+            with contextlib.suppress(FileNotFoundError):  # another build has just removed the empty folder above
+                folder.mkdir(parents=True)
     try:
         yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-        for empty in (root, store / LOCKS, store):
-            with contextlib.suppress(OSError):
-                if empty != store / LOCKS:
-                    empty.rmdir()  # only if nothing else is in it
+        _remove_if_empty(root, store)
+
+
+def _remove_if_empty(*folders: Path) -> None:
+    for folder in folders:
+        with contextlib.suppress(OSError):
+            folder.rmdir()
 
 
 def describe_files(folder: Path, names: tuple[str, ...]) -> tuple[FileEntry, ...]:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from quantize.artifact import (
+    SCRATCH,
     Artifact,
     commit,
     describe_files,
@@ -133,7 +134,7 @@ class _Build:
             self._finished(Outcome(name, "up to date", existing))
             return None
         staging = held.enter_context(staging_folder(self.store.root, self.recipe.name, name))
-        scratch = staging.with_name(staging.name + ".scratch")
+        scratch = staging.with_name(staging.name + SCRATCH)
         scratch.mkdir()
         held.callback(shutil.rmtree, scratch, ignore_errors=True)
         context = Context(

@@ -153,8 +153,11 @@ def _config(folder: Path) -> dict[str, Any]:
             "config.json: `auto_map` asks to run code that the model brings along",
             hint="remote code is never run; use a checkpoint of an architecture that transformers has itself",
         )
-    if config.get("quantization_config"):
-        method = config["quantization_config"].get("quant_method", "some method")
+    quantized = config.get("quantization_config") or {}
+    if not isinstance(quantized, dict):
+        raise CheckpointError("config.json: `quantization_config` is not an object", hint="download it again")
+    if quantized:
+        method = quantized.get("quant_method", "some method")
         raise CheckpointError(
             f"config.json: the weights are quantized already ({method})", hint="start from the full-precision model"
         )
@@ -203,8 +206,9 @@ def _sharded(folder: Path, index: Path) -> dict[str, TensorInfo]:
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{index.name}: no `weight_map`", hint="download it again")
     headers: dict[str, dict[str, TensorInfo]] = {}
-    for shard in dict.fromkeys(weight_map.values()):
+    for shard in weight_map.values():
         _check_inside(folder, shard, index.name)
+    for shard in dict.fromkeys(weight_map.values()):
         if not (folder / shard).is_file():
             raise CheckpointError(f"{index.name}: shard {shard} is missing", hint="download the model again")
         headers[shard] = read_header(folder / shard)

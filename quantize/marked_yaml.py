@@ -7,7 +7,7 @@ What the fields mean is left to the models.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -21,6 +21,22 @@ MAX_BYTES = 1 << 20
 MAX_VALUES = 50_000  # a file that grows past this through aliases is an attack or an accident
 MAX_DEPTH = 50
 
+COLLECTION_TAGS = {"tag:yaml.org,2002:map", "tag:yaml.org,2002:seq"}
+MESSAGES = {  # pydantic's error type -> our words, where its own speak of Python
+    "model_type": "expected keys and values here",
+    "dict_type": "expected keys and values here",
+    "list_type": "expected a list",
+    "string_type": "expected text",
+    "bool_type": "expected true or false",
+    "int_type": "expected a whole number",
+    "float_type": "expected a number",
+    "too_short": "must have at least {min_length} item",
+    "greater_than": "must be more than {gt}",
+    "greater_than_equal": "must be at least {ge}",
+    "less_than": "must be less than {lt}",
+    "less_than_equal": "must be at most {le}",
+}
+
 Location = tuple[int | str, ...]
 Model = TypeVar("Model", bound=BaseModel)
 
@@ -30,6 +46,7 @@ class Document:
     """Plain data from a YAML file and where each key and value of it stands (line and column from 0)."""
 
     path: str
+    text: str
     lines: tuple[str, ...]
     data: Any
     values: Mapping[Location, tuple[int, int]]
@@ -82,11 +99,14 @@ def parse_document(text: str, path: str) -> Document:
         raise RecipeError(f"{path}:1:1: the file is empty", hint="start from one of the files in recipes/")
     builder = _Builder(path, lines)
     data = builder.build(node, (), 0)
-    return Document(path, lines, data, builder.values, builder.keys)
+    return Document(path, text, lines, data, builder.values, builder.keys)
 
 
-def validate(model: type[Model], document: Document, *, at: Location = ()) -> Model:
-    """Make `model` from the part of the document at `at`. Raises RecipeError for the first thing that is wrong."""
+def validate(model: type[Model], document: Document, *, at: Location = (), also: Sequence[str] = ()) -> Model:
+    """Make `model` from the part of the document at `at`. Raises RecipeError for the first thing that is wrong.
+
+    also: keys that the caller has read already, for suggestions.
+    """
     part = document.data
     for step in at:
         part = part[step]
@@ -96,7 +116,7 @@ def validate(model: type[Model], document: Document, *, at: Location = ()) -> Mo
     try:
         return model.model_validate(part, context={"path": document.path})
     except ValidationError as exc:
-        raise _translate(exc, document, at, model) from exc
+        raise _translate(exc, document, at, model, also) from exc
 
 
 def suggest(word: str, known: list[str]) -> str | None:
@@ -120,8 +140,11 @@ class _Builder:
     def build(self, node: yaml.Node, at: Location, depth: int) -> Any:
         where = (node.start_mark.line, node.start_mark.column)
         if len(self.values) > MAX_VALUES or depth > MAX_DEPTH:
-            raise _error(self.path, self.lines, where, "too many values, or nested too deeply", "aliases multiply")
+            hint = "write it with fewer levels and aliases"
+            raise _error(self.path, self.lines, where, "too many values, or nested too deeply", hint)
         self.values[at] = where
+        if isinstance(node, yaml.CollectionNode) and node.tag not in COLLECTION_TAGS:
+            raise _error(self.path, self.lines, where, f"the tag {node.tag!r} is not allowed", "write plain YAML")
         if isinstance(node, yaml.MappingNode):
             return {key: self.build(value, (*at, key), depth + 1) for key, value in self._pairs(node, at)}
         if isinstance(node, yaml.SequenceNode):
@@ -138,6 +161,9 @@ class _Builder:
             if not isinstance(key_node, yaml.ScalarNode):
                 raise _error(self.path, self.lines, where, "a key must be a single word", None)
             key = str(key_node.value)
+            if key == "<<":
+                hint = "name shared options once, under `defaults:`"
+                raise _error(self.path, self.lines, where, "merge keys are not read", hint)
             if key in seen:
                 raise _error(self.path, self.lines, where, f"key `{key}` is here twice", "remove one of the two")
             seen.add(key)
@@ -145,31 +171,48 @@ class _Builder:
             yield key, value_node
 
 
-def _translate(exc: ValidationError, document: Document, at: Location, model: type[BaseModel]) -> RecipeError:
-    problem = min(exc.errors(include_url=False), key=lambda item: _rank(item, document, at))
+def _translate(
+    exc: ValidationError, document: Document, at: Location, model: type[BaseModel], also: Sequence[str]
+) -> RecipeError:
+    problems = exc.errors(include_url=False)
+    apt = [item for item in problems if not _is_other_reading(item, problems, document, at)]
+    problem = min(apt, key=_rank(document, at))
     location = (*at, *_known_part(problem["loc"], document, at))
     kind = problem["type"]
     if kind == "extra_forbidden":
         key = str(problem["loc"][-1])
-        fields = [item for item in _fields_at(model, problem["loc"][:-1]) if item not in _siblings(document, location)]
+        fields = [*_fields_at(model, problem["loc"][:-1]), *(also if len(problem["loc"]) == 1 else ())]
+        fields = [item for item in fields if item not in _siblings(document, location)]
         return document.error(location, f"unknown key `{key}`", hint=suggest(key, fields), key=True)
     if kind == "missing":
         return document.error(location, f"key `{problem['loc'][-1]}` is missing", hint="add it")
-    message = problem["msg"].removeprefix("Value error, ")
+    message = MESSAGES.get(kind, problem["msg"].removeprefix("Value error, ")).format(**problem.get("ctx", {}))
+    message, _, hint = message.partition(" || ")
     found = problem.get("input")
     if isinstance(found, (str, int, float, bool)) and not message.startswith(("`", "'")):
         message = f"{message}, found {found!r}"
     name = next((str(step) for step in reversed(location) if isinstance(step, str)), "")
-    message, _, hint = message.partition(" || ")
     return document.error(location, f"`{name}`: {message}" if name else message, hint=hint or None)
 
 
-def _rank(problem: Any, document: Document, at: Location) -> tuple[int, int, int]:
-    """Errors in the order of the file; of several readings of one value, the one that got deepest into it."""
-    location = (*at, *_known_part(problem["loc"], document, at))
-    marks = document.keys if problem["type"] == "extra_forbidden" else document.values
-    line, column = marks.get(location, document.values.get(location, (0, 0)))
-    return (0 if problem["type"] == "extra_forbidden" else 1, line, column)
+def _is_other_reading(problem: Any, problems: Sequence[Any], document: Document, at: Location) -> bool:
+    """Whether a value that may be one of several things was read as one that it is not, and another went deeper."""
+    loc = problem["loc"]
+    if not problem["type"].endswith("_type") or (*at, *loc) in document.values:
+        return False
+    return any(len(item["loc"]) > len(loc) and item["loc"][: len(loc) - 1] == loc[:-1] for item in problems)
+
+
+def _rank(document: Document, at: Location) -> Callable[[Any], tuple[int, int, int]]:
+    """Sorts errors: unknown keys first, then in the order of the file."""
+
+    def rank(problem: Any) -> tuple[int, int, int]:
+        location = (*at, *_known_part(problem["loc"], document, at))
+        marks = document.keys if problem["type"] == "extra_forbidden" else document.values
+        line, column = marks.get(location, document.values.get(location, (0, 0)))
+        return (0 if problem["type"] == "extra_forbidden" else 1, line, column)
+
+    return rank
 
 
 def _known_part(loc: Location, document: Document, at: Location) -> Location:

@@ -8,16 +8,34 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    StringConstraints,
+    ValidationInfo,
+    field_validator,
+)
 
 from quantize.marked_yaml import Document, Location, read_document, suggest, validate
 
-SlugText = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")]
+SLUG = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+SLUG_HINT = "letters, digits, `.`, `_` and `-`, the first a letter or digit, at most 100"
 Strict = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+def _slug(value: str) -> str:
+    if not SLUG.fullmatch(value):
+        raise ValueError(f"can't be the name of a folder || {SLUG_HINT}")
+    return value
+
+
+SlugText = Annotated[str, AfterValidator(_slug), Field(json_schema_extra={"pattern": f"^{SLUG.pattern}$"})]
 
 
 class BackendOptions(BaseModel):
@@ -59,13 +77,20 @@ class Source(BaseModel):
     base_model: str | None = Field(None, description="hub id of the model that this is, for cards and provenance")
     license: str | None = Field(None, description="SPDX id or hub licence name, where the checkpoint does not say")
 
-    @model_validator(mode="after")
-    def _revision_of_a_hub_id(self) -> Source:
-        if self.revision is not None and (isinstance(self.model, PackageFile) or is_path_text(self.model)):
-            raise ValueError("`revision` only goes with a hub id || remove it: files are pinned by their hash")
-        if self.model == "":
-            raise ValueError("`model` is empty || name a hub id, a folder or a file")
-        return self
+    @field_validator("model")
+    @classmethod
+    def _not_empty(cls, value: str | PackageFile) -> str | PackageFile:
+        if value == "":
+            raise ValueError("is empty || name a hub id, a folder or a file")
+        return value
+
+    @field_validator("revision")
+    @classmethod
+    def _of_a_hub_id(cls, value: str | None, info: ValidationInfo) -> str | None:
+        model = info.data.get("model", "")
+        if value is not None and (isinstance(model, PackageFile) or is_path_text(model)):
+            raise ValueError("only goes with a hub id || remove it: files are pinned by their hash")
+        return value
 
 
 class CalibrationSpec(BaseModel):
@@ -163,8 +188,7 @@ def load_recipe(path: Path, formats: Mapping[str, type[BackendOptions]]) -> Reci
     file = validate(_RecipeFile, document)
     variants = _variants(document, file, formats)
     calibration = _calibration(document, file, path)
-    text = "\n".join(document.lines) + "\n"
-    return Recipe(file.name, file.description, file.source, calibration, variants, file.gates, path, text)
+    return Recipe(file.name, file.description, file.source, calibration, variants, file.gates, path, document.text)
 
 
 def load_calibration(path: Path) -> CalibrationSpec:
@@ -210,8 +234,9 @@ def _variants(
         name = section.get("format", file.defaults.get("format"))
         if not isinstance(name, str) or name not in formats:
             raise document.error((*at, "format"), f"unknown format {name!r}", hint=suggest(str(name), known))
-        for merged in _expand(document, at, section, file.defaults, formats[name]):
-            variants.append(_variant(at, document, merged, name, formats[name]))
+        for merged, origins in _expand(document, at, section, file.defaults, formats[name]):
+            shown = _shown(document, at, merged, origins)
+            variants.append(_variant(at, shown, merged, name, formats[name]))
         _check_unique(document, at, variants)
     return tuple(variants)
 
@@ -226,12 +251,16 @@ def _check_defaults(document: Document, file: _RecipeFile, formats: Mapping[str,
 
 def _expand(
     document: Document, at: Location, section: dict[str, Any], defaults: dict[str, Any], options: type[BackendOptions]
-) -> list[dict[str, Any]]:
-    """Put the defaults under a section, and `types: [A, B]` apart into one section each."""
+) -> list[tuple[dict[str, Any], dict[str, Location]]]:
+    """Put the defaults under a section, and `types: [A, B]` apart into one section each.
+
+    With each comes where the values stand that are not in the section itself.
+    """
     shared = {key: value for key, value in defaults.items() if key in options.model_fields}
     merged = {**shared, **section}
+    origins: dict[str, Location] = {key: ("defaults", key) for key in shared if key not in section}
     if "types" not in section or "type" not in options.model_fields:
-        return [merged]
+        return [(merged, origins)]
     types = merged.pop("types")
     if "type" in section:
         raise document.error((*at, "types"), "`type` and `types` together", hint="keep one of the two", key=True)
@@ -239,27 +268,32 @@ def _expand(
         raise document.error((*at, "types"), "`types` must be a list with at least one type")
     if section.get("name") is not None and len(types) > 1:
         raise document.error((*at, "name"), "one `name` for several types", hint="leave `name` out", key=True)
-    return [{**merged, "type": item} for item in types]
+    return [({**merged, "type": item}, {**origins, "type": (*at, "types", index)}) for index, item in enumerate(types)]
 
 
 def _variant(
     at: Location, document: Document, merged: dict[str, Any], format_name: str, options: type[BackendOptions]
 ) -> Variant:
-    name = merged.pop("name", None)
-    merged.pop("format", None)
-    data = _nested(document.data, at, merged)
-    shown = Document(document.path, document.lines, data, document.values, document.keys)
-    parsed = validate(options, shown, at=at)
-    if name is not None and not (isinstance(name, str) and re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", name)):
-        hint = "letters, digits, `.`, `_` and `-`, at most 100"
-        raise document.error((*at, "name"), f"{name!r} can't be the name of a folder", hint=hint)
+    name = merged.get("name")
+    also = ["name", "format"] + (["types"] if "type" in options.model_fields else [])
+    parsed = validate(options, document, at=at, also=also)
+    if name is not None and not (isinstance(name, str) and SLUG.fullmatch(name)):
+        raise document.error((*at, "name"), f"`name`: can't be the name of a folder, found {name!r}", hint=SLUG_HINT)
     return Variant(name or parsed.variant_name(), format_name, parsed)
 
 
-def _nested(data: Any, at: Location, merged: dict[str, Any]) -> Any:
-    sections = list(data["variants"])
-    sections[int(at[1])] = merged
-    return {**data, "variants": sections}
+def _shown(document: Document, at: Location, merged: dict[str, Any], origins: dict[str, Location]) -> Document:
+    """The document with a variant's merged options in its place, and marks that still lead to where each was written.
+
+    Without `name` and `format`, which are not for the format to read.
+    """
+    sections = list(document.data["variants"])
+    sections[int(at[1])] = {key: value for key, value in merged.items() if key not in {"name", "format"}}
+    values = dict(document.values)
+    for key, origin in origins.items():
+        inner = {place: mark for place, mark in document.values.items() if place[: len(origin)] == origin}
+        values.update({(*at, key, *place[len(origin) :]): mark for place, mark in inner.items()})
+    return replace(document, data={**document.data, "variants": sections}, values=values)
 
 
 def _check_unique(document: Document, at: Location, variants: list[Variant]) -> None:

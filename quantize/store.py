@@ -14,7 +14,16 @@ from pathlib import Path
 
 import yaml
 
-from quantize.artifact import CURRENT, LOCKS, STAGING, Artifact, open_artifact, store_errors, variant_lock
+from quantize.artifact import (
+    CURRENT,
+    LOCKS,
+    STAGING,
+    Artifact,
+    open_artifact,
+    staged_variant,
+    store_errors,
+    variant_lock,
+)
 from quantize.errors import UsageError, VerifyError
 from quantize.manifest import FILE_NAME
 
@@ -140,7 +149,10 @@ class Store:
     def _is_held(self, staging_name: str) -> bool:
         from filelock import FileLock, Timeout
 
-        lock = FileLock(self.root / LOCKS / f"{staging_name.rpartition('.')[0]}.lock")
+        path = self.root / LOCKS / f"{staged_variant(staging_name)}.lock"
+        if not path.exists():
+            return False
+        lock = FileLock(path)
         try:
             lock.acquire(timeout=0)
         except Timeout:

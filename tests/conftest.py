@@ -1,0 +1,99 @@
+"""What all tests share: a tiny checkpoint, one build of it, a command runner, and a store and cache of their own."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import click.testing
+import pytest
+
+from quantize.backends import formats
+from quantize.build import Outcome, build
+from quantize.cache import Cache
+from quantize.cli import main
+from quantize.recipe import Recipe, load_recipe
+from quantize.report import ListReporter
+from quantize.store import Store
+from quantize.testing import FakeBackend, installed_backends, make_checkpoint, write_recipe
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # read when the hub client is first imported: no test may fetch anything
+
+BUILT_TYPES = ("Q4_K_M", "Q8_0", "F16", "Q5_K_S", "IQ4_XS", "Q2_K", "Q4_0")
+
+
+@pytest.fixture(autouse=True)
+def _own_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No test may see, or write into, the store and cache of whoever runs it."""
+    monkeypatch.setenv("QUANTIZE_STORE", str(tmp_path / "artifacts"))
+    monkeypatch.setenv("QUANTIZE_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny FP16 checkpoint; not to be changed."""
+    return make_checkpoint(tmp_path_factory.mktemp("checkpoint") / "tiny")
+
+
+@pytest.fixture
+def own_tiny(tiny: Path, tmp_path: Path) -> Path:
+    """A copy of the tiny checkpoint that a test may damage."""
+    return Path(shutil.copytree(tiny, tmp_path / "model"))
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    """The test's own store."""
+    return Store(tmp_path / "artifacts")
+
+
+@pytest.fixture
+def cache(tmp_path: Path) -> Cache:
+    """The test's own cache."""
+    return Cache(tmp_path / "cache")
+
+
+@pytest.fixture
+def fake() -> Iterator[FakeBackend]:
+    """The fake format, installed as the only one."""
+    backend = FakeBackend()
+    with installed_backends(backend):
+        yield backend
+
+
+class Built:
+    """GGUF builds of the tiny checkpoint, made once; `copy` gives a test a store of its own to spoil."""
+
+    def __init__(self, root: Path, recipe: Recipe, outcomes: list[Outcome]) -> None:
+        self.root, self.recipe, self.outcomes = root, recipe, outcomes
+        self.store, self.cache = Store(root / "artifacts"), Cache(root / "cache")
+
+    def copy(self, to: Path) -> Store:
+        """The store, copied to a folder that a test may change."""
+        return Store(Path(shutil.copytree(self.store.root, to, symlinks=True)))
+
+
+@pytest.fixture(scope="session")
+def built(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Built:
+    """The tiny checkpoint in several GGUF types, built by the Python interface."""
+    root = tmp_path_factory.mktemp("built")
+    path = write_recipe(root / "tiny.yaml", tiny, [{"format": "gguf", "types": list(BUILT_TYPES)}])
+    recipe = load_recipe(path, formats())
+    outcomes = build(recipe, Store(root / "artifacts"), Cache(root / "cache"), ListReporter())
+    assert [item.error for item in outcomes if item.error] == []
+    return Built(root, recipe, outcomes)
+
+
+Run = Callable[..., click.testing.Result]
+
+
+@pytest.fixture
+def run() -> Run:
+    """Call the command line in this process: run("build", path) -> exit_code, stdout, stderr."""
+
+    def call(*args: object) -> click.testing.Result:
+        return click.testing.CliRunner().invoke(main, [str(arg) for arg in args], prog_name="quantize")
+
+    return call
