@@ -177,8 +177,8 @@ def test_our_recipes_load_and_fit_the_schema(path: Path, validator: jsonschema.D
 
 ONLY_THE_PARSER_KNOWS = {  # what JSON Schema can't say: files, places, other values, the YAML itself
     "anchor_contains_itself", "asks_for_an_object", "bad_regular_expression", "calibration_file_missing",
-    "control_character", "duplicate_key", "duplicate_variants", "empty", "impossible_date", "key_is_a_list", "merge_key",
-    "missing_format",
+    "control_character", "duplicate_key", "duplicate_variants", "empty", "impossible_date", "key_is_a_list",
+    "merge_key", "missing_format",
     "model_is_empty", "name_is_a_date", "nested_too_deeply", "not_utf8", "not_yaml", "one_name_for_several_types",
     "only_comments", "package_file_is_no_gguf", "package_file_leaves_the_package", "package_not_installed",
     "package_without_that_file", "revision_of_a_local_path", "source_is_a_text_file", "source_is_missing",
