@@ -117,7 +117,7 @@ def check_finite(checkpoint: Checkpoint) -> Iterator[tuple[int, int]]:
     """Read all weights once and yield (bytes done, bytes in all). Raises CheckpointError at the first NaN or Inf."""
     import numpy as np
 
-    total, done, chunk_bytes = checkpoint.weights_bytes, 0, 64 << 20
+    total, done, chunk_bytes = checkpoint.weights_bytes, 0, 4 << 20
     for tensor in checkpoint.tensors.values():
         kind, mask = EXPONENT_MASKS[tensor.dtype]
         with tensor.path.open("rb") as file:

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 Shape = tuple[int, ...]
 PackedTable = Callable[[int, int], dict[str, tuple[str, Shape]]]  # (out, in) -> suffix -> (dtype, shape)
 STORED_DTYPE = "F16"
+DTYPE_NAMES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32"}
 RESULTS_NAME = "pass.json"
 
 
@@ -38,7 +39,7 @@ class Layout:
     packed: frozenset[str]
 
 
-def plan_layout(checkpoint: Checkpoint, packed_table: PackedTable) -> Layout:
+def plan_layout(checkpoint: Checkpoint, packed_table: PackedTable, stored_dtype: str = STORED_DTYPE) -> Layout:
     """The tensors that the artifact will have: outside the blocks first, then block after block, the head last.
 
     Raises CheckpointError for an architecture that is not in the table.
@@ -52,7 +53,7 @@ def plan_layout(checkpoint: Checkpoint, packed_table: PackedTable) -> Layout:
             prefix = name.removesuffix("weight")
             table.update({prefix + suffix: entry for suffix, entry in packed_table(shape[0], shape[1]).items()})
         else:
-            table[name] = (STORED_DTYPE, shape)
+            table[name] = (stored_dtype, shape)
     return Layout(table, frozenset(packed))
 
 
@@ -81,32 +82,35 @@ def check_group_size(checkpoint: Checkpoint, group_size: int, out_multiple: int,
                 raise PlanError(f"{linear.tensor} is {out} x {width}; packing needs multiples of {out_multiple} x {in_multiple}")
 
 
-def size_plan(checkpoint: Checkpoint, layout: Layout, config_text: str) -> SizePlan:
+def size_plan(
+    checkpoint: Checkpoint, layout: Layout, config_text: str, stored_dtype: str = STORED_DTYPE
+) -> SizePlan:
     """Exact bytes of the weight files, and of what is copied beside them."""
     weights = table_bytes(layout.table)
     beside = sum(path.stat().st_size for path in copied_files(checkpoint)) + len(config_text.encode())
     bits = round(8 * weights / checkpoint.parameters, 4)
-    return SizePlan(files_bytes(layout.table) + beside, weights, len(layout.table), bits, kept_tensors(checkpoint, layout))
+    kept = kept_tensors(checkpoint, layout, stored_dtype)
+    return SizePlan(files_bytes(layout.table) + beside, weights, len(layout.table), bits, kept)
 
 
-def kept_tensors(checkpoint: Checkpoint, layout: Layout) -> tuple[KeptTensor, ...]:
+def kept_tensors(checkpoint: Checkpoint, layout: Layout, stored_dtype: str = STORED_DTYPE) -> tuple[KeptTensor, ...]:
     """Every tensor that is not packed, with the reason."""
     kept = []
     for name in sorted(set(checkpoint.tensors) - layout.packed):
         if block_index(name) is None:
-            reason = "embedding, head and final norm stay in FP16 in this format"
+            reason = "embedding, head and final norm stay unquantized in this format"
         elif len(checkpoint.tensors[name].shape) == 1:
-            reason = "norms and biases stay in FP16"
+            reason = "norms and biases stay unquantized"
         else:
-            reason = "routers stay in FP16: their few weights decide which expert runs"
-        kept.append(KeptTensor(name, STORED_DTYPE, reason))
+            reason = "routers stay unquantized: their few weights decide which expert runs"
+        kept.append(KeptTensor(name, stored_dtype, reason))
     return tuple(kept)
 
 
-def config_text(checkpoint: Checkpoint, quantization_config: Mapping[str, Any]) -> str:
-    """config.json of the artifact: the source's, in FP16, with how it was quantized."""
+def config_text(checkpoint: Checkpoint, quantization_config: Mapping[str, Any], dtype: str = "float16") -> str:
+    """config.json of the artifact: the source's, with the dtype of what stays unquantized and how the rest was."""
     config = {key: value for key, value in checkpoint.config.items() if key not in {"torch_dtype", "_name_or_path"}}
-    config |= {"dtype": "float16", "quantization_config": dict(quantization_config)}
+    config |= {"dtype": dtype, "quantization_config": dict(quantization_config)}
     return json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
 
 

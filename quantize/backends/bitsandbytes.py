@@ -1,0 +1,140 @@
+"""The bitsandbytes formats: LLM.int8 (row-wise INT8) and NF4, as transformers saves them.
+
+In: a checkpoint, read tensor by tensor. Out: a Hugging Face folder with the same tensors as transformers' own
+save_pretrained of the model quantized on load. No calibration; memory holds one tensor at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field
+
+from quantize.backends import packed
+from quantize.backends.base import BuildResult, Collector, Context, Limits, SizePlan
+from quantize.checkpoint import Checkpoint
+from quantize.engines.bitsandbytes import NF4_BLOCK, nf4_state
+from quantize.errors import PlanError
+from quantize.recipe import BackendOptions
+from quantize.report import Reporter, status
+from quantize.worker import run_step
+
+
+class BitsandbytesOptions(BackendOptions):
+    """The recipe section of a bitsandbytes variant."""
+
+    type: Literal["int8", "nf4"] = Field("int8", description="LLM.int8, or 4-bit NormalFloat in blocks of 64")
+    threshold: float = Field(6.0, ge=0, description="activations beyond this are multiplied in 16 bit (int8 only)")
+
+    def variant_name(self) -> str:
+        """`bnb-int8` or `bnb-nf4`."""
+        return f"bnb-{self.type}"
+
+
+class BitsandbytesBackend:
+    """bitsandbytes, streamed."""
+
+    name = "bitsandbytes"
+    extra = "bnb"
+    Options = BitsandbytesOptions
+
+    def tools(self, options: BitsandbytesOptions) -> Sequence[str]:
+        """The rounding is bitsandbytes' own."""
+        return ("bitsandbytes", "torch")
+
+    def needs_calibration(self, options: BitsandbytesOptions) -> bool:
+        """Never."""
+        return False
+
+    def check(self, checkpoint: Checkpoint, options: BitsandbytesOptions) -> None:
+        """Experts are no linears of their own in transformers, so bitsandbytes leaves them alone: refuse."""
+        from quantize.architecture import block_count, block_layout
+
+        if any(block_layout(checkpoint.config, index).experts for index in range(block_count(checkpoint.config))):
+            raise PlanError(
+                f"bitsandbytes does not quantize the experts of {checkpoint.architecture}",
+                hint="use a gguf, gptq or awq variant for this model",
+            )
+
+    def sizes(self, context: Context, options: Sequence[BitsandbytesOptions], reporter: Reporter) -> list[SizePlan]:
+        """By arithmetic: the layout fixes every byte."""
+        return [_size(context.checkpoint, item) for item in options]
+
+    def collector(self, context: Context, reporter: Reporter) -> Collector:
+        """Never called: needs_calibration is False."""
+        raise NotImplementedError
+
+    def build(self, context: Context, reporter: Reporter) -> BuildResult:
+        """Quantize and write one tensor after another, in a worker."""
+        from quantize.engines.bitsandbytes import write_quantized
+
+        options: BitsandbytesOptions = context.options
+        layout = _layout(context.checkpoint, options)
+        status(reporter, context.variant, f"quantizing to {options.type}")
+        files = run_step(
+            f"quantizing to {options.type}", reporter, write_quantized, context.checkpoint, context.staging,
+            layout.table, layout.packed, options.type, context.variant,
+        )  # fmt: skip
+        beside = packed.write_beside(context, _config(context.checkpoint, options))
+        size = _size(context.checkpoint, options)
+        bits, block = (8, None) if options.type == "int8" else (4, NF4_BLOCK)
+        return BuildResult((*files, *beside), size.weights_bytes, bits, block, size.bits_per_weight, size.kept)
+
+    def verify(self, folder: Path, checkpoint: Checkpoint, limits: Limits, reporter: Reporter) -> Mapping[str, Any]:
+        """Load with transformers + bitsandbytes and generate."""
+        from quantize.engines.bitsandbytes import check_loaded
+
+        status(reporter, "", "loading in transformers with bitsandbytes")
+        facts: dict[str, Any] = run_step("loading in transformers", reporter, check_loaded, folder, limits.threads)
+        return facts
+
+
+def _layout(checkpoint: Checkpoint, options: BitsandbytesOptions) -> packed.Layout:
+    state = len(nf4_state(checkpoint.dtype, (1, 1))) - len("[1, 1]")
+
+    def int8(out: int, width: int) -> dict[str, tuple[str, packed.Shape]]:
+        return {"SCB": ("F32", (out,)), "weight": ("I8", (out, width)), "weight_format": ("U8", ())}
+
+    def nf4(out: int, width: int) -> dict[str, tuple[str, packed.Shape]]:
+        blocks = -(-out * width // NF4_BLOCK)
+        return {
+            "weight": ("U8", ((out * width + 1) // 2, 1)),
+            "weight.absmax": ("F32", (blocks,)),
+            "weight.quant_map": ("F32", (16,)),
+            "weight.quant_state.bitsandbytes__nf4": ("U8", (state + len(f"[{out}, {width}]"),)),
+        }
+
+    layout = packed.plan_layout(checkpoint, int8 if options.type == "int8" else nf4, stored_dtype=checkpoint.dtype)
+    return layout
+
+
+def _size(checkpoint: Checkpoint, options: BitsandbytesOptions) -> SizePlan:
+    layout = _layout(checkpoint, options)
+    return packed.size_plan(checkpoint, layout, _config(checkpoint, options), stored_dtype=checkpoint.dtype)
+
+
+def _config(checkpoint: Checkpoint, options: BitsandbytesOptions) -> str:
+    four = options.type == "nf4"
+    return packed.config_text(
+        checkpoint,
+        {
+            "quant_method": "bitsandbytes",
+            "_load_in_4bit": four,
+            "_load_in_8bit": not four,
+            "load_in_4bit": four,
+            "load_in_8bit": not four,
+            "llm_int8_threshold": options.threshold,
+            "llm_int8_skip_modules": None,
+            "llm_int8_enable_fp32_cpu_offload": False,
+            "llm_int8_has_fp16_weight": False,
+            "bnb_4bit_quant_type": "nf4" if four else "fp4",
+            "bnb_4bit_use_double_quant": False,
+            "bnb_4bit_compute_dtype": packed.DTYPE_NAMES[checkpoint.dtype] if four else "float32",
+            "bnb_4bit_quant_storage": "uint8",
+        },
+        dtype=packed.DTYPE_NAMES[checkpoint.dtype],
+    )
+
+

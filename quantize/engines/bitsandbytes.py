@@ -1,0 +1,106 @@
+"""bitsandbytes in a worker: quantize a checkpoint tensor by tensor, and try an artifact out in transformers.
+
+In: a checkpoint and the table of what to write. Out: shards. The rounding is numerics/int8.py's and numerics/nf4.py's.
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from quantize.checkpoint import Checkpoint
+from quantize.containers.shards import ShardWriter, Table
+from quantize.errors import MissingExtraError
+from quantize.report import Reporter, progress
+
+if TYPE_CHECKING:
+    import torch
+
+NF4_BLOCK = 64
+
+
+def write_quantized(
+    reporter: Reporter, checkpoint: Checkpoint, staging: Path, table: Table, packed: frozenset[str], kind: str,
+    variant: str,
+) -> tuple[str, ...]:  # fmt: skip
+    """Write every tensor of `table` in order; the linears in `packed` become INT8 or NF4. Returns the file names."""
+    _check_installed()
+    pending: dict[str, torch.Tensor] = {}
+    with ShardWriter(staging, table) as writer:
+        for done, name in enumerate(table):
+            if name not in pending:
+                pending = _tensors_of(checkpoint, _source_of(name, checkpoint, packed), packed, kind)
+            writer.write(name, pending.pop(name))
+            progress(reporter, variant, f"quantizing to {kind}, tensors", done + 1, len(table))
+        return writer.finish()
+
+
+def check_loaded(reporter: Reporter, folder: Path, threads: int) -> dict[str, Any]:
+    """Load with transformers + bitsandbytes on the CPU and generate greedily twice. Raises VerifyError."""
+    _check_installed()
+    import torch
+
+    from quantize.engines.packed_check import generate_twice, load_causal_lm
+
+    torch.set_num_threads(threads)
+    started = time.perf_counter()
+    model = load_causal_lm(folder)
+    seconds = round(time.perf_counter() - started, 2)
+    return {"runtime": "transformers + bitsandbytes", "tokens": generate_twice(model, folder), "load_seconds": seconds}
+
+
+def nf4_state(dtype: str, shape: tuple[int, int]) -> bytes:
+    """What bitsandbytes stores beside an NF4 weight about how to read it, as JSON bytes."""
+    names = {"F16": "float16", "BF16": "bfloat16", "F32": "float32"}
+    size = f"[{shape[0]}, {shape[1]}]"
+    text = f'{{"quant_type": "nf4", "blocksize": {NF4_BLOCK}, "dtype": "{names[dtype]}", "shape": {size}}}'
+    return text.encode()
+
+
+def _source_of(name: str, checkpoint: Checkpoint, packed: frozenset[str]) -> str:
+    """The source tensor that an output tensor is made of."""
+    if name in checkpoint.tensors:
+        return name
+    stem = name.partition(".weight.")[0] if ".weight." in name else name.rpartition(".")[0]
+    return f"{stem}.weight"
+
+
+def _tensors_of(checkpoint: Checkpoint, source: str, packed: frozenset[str], kind: str) -> dict[str, torch.Tensor]:
+    weight = checkpoint.read(source)
+    if source not in packed:
+        return {source: weight}
+    prefix = source.removesuffix("weight")
+    if kind == "int8":
+        from quantize.numerics.int8 import quantize_int8
+
+        rows = quantize_int8(weight)
+        import torch
+
+        return {
+            f"{prefix}SCB": rows.scales,
+            f"{prefix}weight": rows.codes,
+            f"{prefix}weight_format": torch.zeros((), dtype=torch.uint8),
+        }
+    from quantize.numerics.nf4 import quantize_nf4
+
+    blocks = quantize_nf4(weight)
+    return {
+        source: blocks.words,
+        f"{source}.absmax": blocks.absmax,
+        f"{source}.quant_map": blocks.levels,
+        f"{source}.quant_state.bitsandbytes__nf4": _state(checkpoint, weight),
+    }
+
+
+def _state(checkpoint: Checkpoint, weight: torch.Tensor) -> torch.Tensor:
+    import torch
+
+    return torch.tensor(list(nf4_state(checkpoint.dtype, (weight.shape[0], weight.shape[1]))), dtype=torch.uint8)
+
+
+def _check_installed() -> None:
+    try:
+        import bitsandbytes  # noqa: F401 - only to say plainly that it is missing
+    except ImportError as exc:
+        raise MissingExtraError("the bitsandbytes format", "bnb") from exc
