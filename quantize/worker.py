@@ -69,7 +69,7 @@ def run_step(step: str, reporter: Reporter, function: Callable[..., Result], *ar
                 return result
         except EOFError:
             process.join()
-            raise _death(step, process.exitcode, peak, _tail(log)) from None
+            raise _death(step, process.exitcode, peak) from RuntimeError(_tail(log))
         finally:
             if process.is_alive():
                 process.kill()
@@ -155,16 +155,12 @@ def _tail(log: Any) -> str:
     return str(log.read().decode("utf-8", "replace"))
 
 
-def _death(step: str, exitcode: int | None, peak: int, log: str) -> WorkerDied:
+def _death(step: str, exitcode: int | None, peak: int) -> WorkerDied:
     memory = f"; it had {peak / 2**20:,.0f} MiB of memory" if peak else ""
-    error: WorkerDied
     if exitcode is not None and exitcode < 0:
         name = signal.Signals(-exitcode).name
         hint = "the kernel does this when memory runs out: lower --memory-budget, or free memory"
         hint = hint if name == "SIGKILL" else "this is a crash in a library; run again with -v for its last output"
-        error = WorkerDied(f"{step}: the process was ended by {name}{memory}", hint=hint)
-    else:
-        hint = "run again with -v for its last output"
-        error = WorkerDied(f"{step}: the process ended without an answer (exit {exitcode}){memory}", hint=hint)
-    error.__cause__ = RuntimeError(log)
-    return error
+        return WorkerDied(f"{step}: the process was ended by {name}{memory}", hint=hint)
+    hint = "run again with -v for its last output"
+    return WorkerDied(f"{step}: the process ended without an answer (exit {exitcode}){memory}", hint=hint)
