@@ -1,0 +1,155 @@
+"""AWQ from Gram matrices: input-channel scales that protect the channels that matter, then a clip search.
+
+In: weights [out, in] that read one input, and Gram matrices. Out: channel scales; Quantized of scaled weights.
+Left to others: folding the inverse scales into what feeds the input (folding), packing. Method: Lin et al. 2023 (AWQ);
+where AWQ runs the layer for every grid point, the output error here is tr(ΔW G ΔWᵀ), which is the same number.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from quantize.numerics.gptq import row_losses
+from quantize.numerics.gram import Gram
+from quantize.numerics.rtn import Quantized, check_shape, encode, round_to_nearest
+from quantize.numerics.scales import ScaleSearch
+
+BITS = 4
+RATIOS = tuple(step / 10 for step in range(10))
+REFINEMENT = (-0.05, 0.05)
+SEARCH_ROWS = 256  # output rows that the ratio search looks at, for each Gram matrix
+
+
+@dataclass(frozen=True)
+class Reader:
+    """A weight [out, in] and the Gram matrix of the input that it reads. Readers of a group share their channels."""
+
+    weight: Tensor
+    gram: Gram
+
+
+@dataclass(frozen=True)
+class Tie:
+    """Channels that must share a scale: `repeats` runs of `head_dim` in a row (query heads of one key-value head)."""
+
+    head_dim: int
+    repeats: int
+
+    def mean(self, values: Tensor) -> Tensor:
+        """Replace each channel's value by the mean over the channels it is tied to; [in] in and out."""
+        if self.repeats == 1:
+            return values
+        runs = values.view(-1, self.repeats, self.head_dim)
+        return runs.mean(1, keepdim=True).expand_as(runs).reshape(-1)
+
+
+@dataclass(frozen=True)
+class ScaleChoice:
+    """scales: float32 [in], by which weights are multiplied and inputs divided; all 1 at ratio 0.
+
+    loss and nearest_loss: tr(ΔW G ΔWᵀ) over the rows searched, at the chosen ratio and at ratio 0.
+    """
+
+    scales: Tensor
+    ratio: float
+    loss: float
+    nearest_loss: float
+
+
+def channel_scales(energy: Tensor, ratio: float, tie: Tie | None = None) -> Tensor:
+    """rms(x)^ratio, tied, normalized to a geometric mid-range of 1.
+
+    energy: float32 [in], mean of squared activations. Returns float32 [in]; exactly 1 at ratio 0.
+    """
+    tied = energy if tie is None else tie.mean(energy)
+    rms = tied.clamp_min(float(tied.mean()) * 1e-8 + 1e-30).sqrt()
+    scales = rms.pow(ratio)
+    return scales / (scales.amax() * scales.amin()).sqrt()
+
+
+def search_scales(
+    readers: Sequence[Reader], *, group_size: int, tie: Tie | None = None, ratios: Sequence[float] = RATIOS
+) -> ScaleChoice:
+    """The exponent that loses least over all readers, on a grid and then between its points.
+
+    Only every n-th output row is looked at, up to SEARCH_ROWS for each Gram matrix: the best exponent is a sum over
+    rows, and a sample finds it. Rounding is to nearest without clipping, as in the paper's search.
+
+    Raises:
+        BuildError: the group size does not divide the input width.
+    """
+    check_shape(readers[0].weight.shape[1], BITS, group_size)
+    samples = _samples(readers)
+    energy = _energy(readers)
+
+    def lost(ratio: float) -> float:
+        scales = channel_scales(energy, ratio, tie)
+        return sum(_rounding_loss(rows, gram, scales, group_size) for rows, gram in samples)
+
+    losses = {ratio: lost(ratio) for ratio in ratios}
+    best = min(losses, key=lambda ratio: losses[ratio])
+    if len(ratios) > 1:
+        for step in REFINEMENT:
+            losses.setdefault(max(0.0, best + step), lost(max(0.0, best + step)))
+        best = min(losses, key=lambda ratio: losses[ratio])
+    nearest = losses[0.0] if 0.0 in losses else lost(0.0)
+    if losses[best] > nearest:
+        best, losses[0.0] = 0.0, nearest
+    return ScaleChoice(channel_scales(energy, best, tie), best, losses[best], nearest)
+
+
+def quantize_scaled(
+    weights: Sequence[Tensor], energy: Tensor, scales: Tensor, *, group_size: int, clip: bool = True
+) -> list[Quantized]:
+    """4-bit asymmetric codes of already scaled weights that share one input.
+
+    weights: each [out, in], multiplied by `scales` [in]. energy: diag of the unscaled input's Gram matrix, [in].
+    clip=False rounds to nearest over the full range.
+
+    Raises:
+        BuildError: the group size does not divide the input width.
+    """
+    check_shape(weights[0].shape[1], BITS, group_size)
+    if not clip:
+        return [round_to_nearest(each, bits=BITS, group_size=group_size, symmetric=False) for each in weights]
+    stacked = torch.cat([each.float() for each in weights]) if len(weights) > 1 else weights[0].float()
+    importance = energy / scales.square()
+    if float(importance.sum()) <= 0:
+        importance = torch.ones_like(importance)
+    search = ScaleSearch(BITS, symmetric=False)
+    out, groups = stacked.shape[0], stacked.shape[1] // group_size
+    steps, zeros = stacked.new_empty(out, groups), stacked.new_empty(out, groups)
+    for group in range(groups):
+        part = slice(group * group_size, (group + 1) * group_size)
+        steps[:, group], zeros[:, group] = search.best(stacked[:, part].T.contiguous(), importance[part])
+    encoded = encode(stacked, steps, zeros, bits=BITS, group_size=group_size)
+    return list(encoded.split([each.shape[0] for each in weights]))
+
+
+def _samples(readers: Sequence[Reader]) -> list[tuple[Tensor, Tensor]]:
+    """(sampled rows [n, in] float32, Gram matrix) for each distinct Gram matrix."""
+    shared: dict[int, list[Reader]] = {}
+    for reader in readers:
+        shared.setdefault(id(reader.gram.matrix), []).append(reader)
+    limit = max(32, SEARCH_ROWS // len(shared))
+    samples: list[tuple[Tensor, Tensor]] = []
+    for alike in shared.values():
+        stride = -(-sum(reader.weight.shape[0] for reader in alike) // limit)
+        rows = torch.cat([reader.weight[::stride].float() for reader in alike])
+        samples.append((rows, alike[0].gram.matrix))
+    return samples
+
+
+def _energy(readers: Sequence[Reader]) -> Tensor:
+    grams = {id(reader.gram.matrix): reader.gram for reader in readers}.values()
+    total = torch.stack([gram.matrix.diagonal() for gram in grams]).sum(0)
+    return total / max(1, sum(gram.tokens for gram in grams))
+
+
+def _rounding_loss(rows: Tensor, gram: Tensor, scales: Tensor, group_size: int) -> float:
+    rounded = round_to_nearest(rows * scales, bits=BITS, group_size=group_size, symmetric=False).dequantize()
+    return float(row_losses(rounded.div_(scales).sub_(rows), gram).double().cpu().sum())
