@@ -169,20 +169,31 @@ def write_measurements(folder: Path, measurements: Mapping[str, Any]) -> None:
 def commit(store: Path, staging: Path, manifest: Manifest) -> Artifact:
     """Put a complete staging folder in its place and point `current` at it.
 
-    If the same digest is there already, that folder stays and staging is dropped. Raises StoreError.
+    If the same digest is there already and intact, that folder stays and staging is dropped. Raises StoreError.
     """
     with store_errors(store):
         write_text(staging / FILE_NAME, manifest.to_json())
         sync_tree(staging)
         final = variant_folder(store, manifest.name, manifest.variant) / manifest.short_digest
         final.parent.mkdir(parents=True, exist_ok=True)
-        if not (final / FILE_NAME).is_file():
+        if not _is_intact(final, manifest):
+            damaged = staging.with_name(staging.name + SCRATCH) / "damaged"
             if final.exists():
-                shutil.rmtree(final)
+                damaged.parent.mkdir(exist_ok=True)
+                final.rename(damaged)
             staging.rename(final)
+            shutil.rmtree(damaged, ignore_errors=True)
         point_current(final)
         _sync(final.parent)
     return Artifact(final, manifest)
+
+
+def _is_intact(folder: Path, manifest: Manifest) -> bool:
+    names = tuple(entry.path for entry in manifest.files)
+    if not all((folder / name).is_file() for name in (FILE_NAME, *names)):
+        return False
+    same_manifest = (folder / FILE_NAME).read_bytes() == manifest.to_json().encode()
+    return same_manifest and describe_files(folder, names) == manifest.files
 
 
 def point_current(final: Path) -> None:

@@ -28,6 +28,7 @@ from quantize.errors import UsageError, VerifyError
 from quantize.manifest import FILE_NAME
 
 DIGEST_FOLDER = re.compile(r"^[0-9a-f]{12}$")
+PIN = re.compile(r"sha256:[0-9a-f]{12,64}")
 PINS_NAME = "artifacts.lock"
 
 
@@ -127,9 +128,9 @@ class Store:
                 continue
             try:
                 data = yaml.safe_load(path.read_text(encoding="utf-8"))
-                digests += [str(item["digest"]) for item in data["artifacts"]]
-            except (yaml.YAMLError, KeyError, TypeError, UnicodeDecodeError) as exc:
-                hint = "it must be a list `artifacts:` of items with a `digest`"
+                digests += [_pin(item["digest"]) for item in data["artifacts"]]
+            except (yaml.YAMLError, KeyError, TypeError, ValueError) as exc:
+                hint = "it must be a list `artifacts:` of items with a `digest` of at least 12 hex digits"
                 raise UsageError(f"{path}: can't be read, so nothing is removed", hint=hint) from exc
         return digests
 
@@ -165,6 +166,13 @@ class Store:
         if digest:
             return [item for item in same if item.manifest.digest.startswith(f"sha256:{digest}")]
         return [item for item in same if self.is_current(item)]
+
+
+def _pin(digest: object) -> str:
+    text = f"sha256:{str(digest).removeprefix('sha256:')}"
+    if not PIN.fullmatch(text):
+        raise ValueError(digest)
+    return text
 
 
 def _open(folder: Path) -> Artifact | Broken:
