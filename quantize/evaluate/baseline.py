@@ -1,0 +1,178 @@
+"""What the full-precision source says of the windows: computed once, kept on disk, compared with many times.
+
+In: a Runtime with the source, Windows. Out: a Baseline: for every prediction the source's likeliest tokens with their
+log-probabilities, and what it gave the token that came. A small vocabulary is kept whole; of a large one the likeliest
+1,024 and the mass of all others together. Comparing is left to metrics.py.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from quantize.cache import Cache
+from quantize.evaluate.runtimes import Runtime
+from quantize.evaluate.text import Windows
+from quantize.report import Reporter, progress
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from quantize.evaluate.runtimes import LogProbs
+
+KIND = "baselines"
+FORMAT = 1
+LIKELIEST = 1024
+FILE = "baseline.npz"
+_LEAST_MASS = 1e-12  # float32 sums of probabilities are no finer
+
+
+@dataclass(frozen=True)
+class Compressed:
+    """Distributions over a choice of tokens and all others together.
+
+    chosen: float32 [rows, k] log-probabilities of the chosen tokens. others: float32 [rows], that of all other tokens
+    together; -inf where the choice is the whole vocabulary.
+    """
+
+    chosen: NDArray[np.float32]
+    others: NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """One row a prediction, windows one after the other. tokens: int32 [rows, k], the likeliest first."""
+
+    tokens: NDArray[np.int32]
+    distribution: Compressed
+    target_log_probs: NDArray[np.float32]
+    vocabulary: int
+    windows_hash: str
+    runtime: str
+    version: str
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether every token of the vocabulary is kept, so that KL divergences are exact."""
+        return int(self.tokens.shape[1]) == self.vocabulary
+
+
+def compress(log_probs: LogProbs, tokens: NDArray[np.int32]) -> Compressed:
+    """The log-probabilities [rows, vocabulary] of the given tokens [rows, k], and of all others together."""
+    import numpy as np
+
+    chosen = np.take_along_axis(log_probs, tokens, axis=1).astype(np.float32)
+    if tokens.shape[1] == log_probs.shape[1]:
+        return Compressed(chosen, np.full(len(chosen), -np.inf, np.float32))
+    left = 1.0 - np.exp(chosen, dtype=np.float64).sum(axis=1)
+    return Compressed(chosen, np.log(np.maximum(left, _LEAST_MASS)).astype(np.float32))
+
+
+def record(runtime: Runtime, windows: Windows, reporter: Reporter, *, keep: int = LIKELIEST) -> Baseline:
+    """Run the source over the windows. keep: tokens to keep a prediction. Raises VerifyError."""
+    import numpy as np
+
+    keep = min(keep, runtime.vocabulary)
+    tokens, chosen, others, targets = [], [], [], []
+    for _, block, following in blocks(runtime, windows, reporter, "reading the held-out text with the source"):
+        best = _likeliest(block, keep)
+        part = compress(block, best)
+        tokens.append(best)
+        chosen.append(part.chosen)
+        others.append(part.others)
+        targets.append(np.take_along_axis(block, following[:, None], axis=1)[:, 0])
+    return Baseline(
+        tokens=np.concatenate(tokens),
+        distribution=Compressed(np.concatenate(chosen), np.concatenate(others)),
+        target_log_probs=np.concatenate(targets),
+        vocabulary=runtime.vocabulary,
+        windows_hash=windows.hash,
+        runtime=runtime.name,
+        version=runtime.version,
+    )
+
+
+def blocks(
+    runtime: Runtime, windows: Windows, reporter: Reporter, text: str
+) -> Iterator[tuple[int, LogProbs, NDArray[np.int64]]]:
+    """(first row, log-probabilities [rows, vocabulary], the tokens that followed [rows]) over all windows in order."""
+    import numpy as np
+
+    row = 0
+    for number, ids in enumerate(windows.token_ids):
+        progress(reporter, "", f"{text} (windows)", number, len(windows.token_ids))
+        at = 0
+        for block in runtime.log_probs(ids):
+            yield row, block, np.asarray(ids[at + 1 : at + 1 + len(block)], dtype=np.int64)
+            at += len(block)
+            row += len(block)
+    progress(reporter, "", f"{text} (windows)", len(windows.token_ids), len(windows.token_ids))
+
+
+def baseline_key(source_digest: str, windows: Windows, tools: Mapping[str, str], *, keep: int = LIKELIEST) -> str:
+    """Hex sha256 that names a baseline: the source by content, the token ids, what it runs in, and what is kept."""
+    pinned = {"format": FORMAT, "source": source_digest, "windows": windows.hash, "tools": dict(tools), "keep": keep}
+    return hashlib.sha256(json.dumps(pinned, sort_keys=True).encode()).hexdigest()
+
+
+def save(baseline: Baseline, folder: Path) -> None:
+    """Write a baseline into a folder."""
+    import numpy as np
+
+    about = {
+        "vocabulary": baseline.vocabulary,
+        "windows_hash": baseline.windows_hash,
+        "runtime": baseline.runtime,
+        "version": baseline.version,
+    }
+    np.savez(
+        folder / FILE,
+        tokens=baseline.tokens,
+        chosen=baseline.distribution.chosen,
+        others=baseline.distribution.others,
+        targets=baseline.target_log_probs,
+        about=np.frombuffer(json.dumps(about).encode(), dtype=np.uint8),
+    )
+
+
+def load(folder: Path) -> Baseline:
+    """Read what save wrote. Raises ValueError, OSError, KeyError: the entry is damaged."""
+    import numpy as np
+
+    with np.load(folder / FILE, allow_pickle=False) as data:
+        about: dict[str, Any] = json.loads(data["about"].tobytes())
+        return Baseline(
+            data["tokens"], Compressed(data["chosen"], data["others"]), data["targets"],
+            int(about["vocabulary"]), str(about["windows_hash"]), str(about["runtime"]), str(about["version"]),
+        )  # fmt: skip
+
+
+def find(cache: Cache, key: str) -> Baseline | None:
+    """The baseline in the cache; None, and the entry dropped, if it is not there or can't be read."""
+    import zipfile
+
+    folder = cache.entry(KIND, key)
+    if not folder.is_dir():
+        return None
+    try:
+        return load(folder)
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile):
+        cache.remove(KIND, key)
+        return None
+
+
+def _likeliest(block: LogProbs, keep: int) -> NDArray[np.int32]:
+    """Tokens [rows, keep] by falling log-probability; of equal ones the lower id first."""
+    import numpy as np
+
+    if keep < block.shape[1]:
+        some = np.sort(np.argpartition(-block, keep - 1, axis=1)[:, :keep], axis=1)
+    else:
+        some = np.broadcast_to(np.arange(block.shape[1]), block.shape)
+    order = np.argsort(-np.take_along_axis(block, some, axis=1), axis=1, kind="stable")
+    return np.take_along_axis(some, order, axis=1).astype(np.int32)

@@ -1,0 +1,150 @@
+"""Graders: does an answer pass.
+
+In: a Grade, the text of an answer, for `same` the source's answer too. Out: Verdict, with a reason when it does not.
+Pure functions on text. What a model thinks aloud between <think> tags is not part of its answer.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import re
+import unicodedata
+from dataclasses import dataclass
+from typing import Any
+
+from quantize.evaluate.golden import Grade, import_jsonschema
+
+DEFAULT_SIMILARITY = 0.8
+_THOUGHT = re.compile(r"<think>.*?(?:</think>|$)", re.DOTALL)
+_FENCE = re.compile(r"^```[\w-]*\n(.*?)\n?```$", re.DOTALL)
+_EDGES = " \t\r\n.,;:!?\"'`*_()[]«»“”‘’"
+
+# How people and models say that they don't know, that something is not there, or that they won't say.
+_REFUSALS = (
+    "don't know", "do not know", "not know", "not sure", "no idea", "can't", "cannot", "can not", "unable to",
+    "couldn't find", "could not find", "no information", "not enough information", "not have information",
+    "don't have", "do not have", "not aware", "not familiar", "no record", "no such", "not mentioned", "not mention",
+    "not provided", "not provide", "not specified", "not specify", "not stated", "not state", "not say", "not exist",
+    "unknown", "not a real", "fictional",
+    "không biết", "không có thông tin", "không có đủ thông tin", "không thể", "không rõ", "không chắc", "chưa biết",
+    "không tồn tại", "không có thật", "không nói", "không nêu", "không được nêu", "không đề cập", "không được đề cập",
+    "không nhắc", "không được nhắc", "không tìm thấy", "chưa có thông tin", "chưa rõ",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """passed, and if not why."""
+
+    passed: bool
+    reason: str = ""
+
+
+def grade(rule: Grade, answer: str, source_answer: str | None = None) -> Verdict:
+    """Judge an answer. source_answer: for `same`; None means that the answer is the source's own, which passes."""
+    text = _THOUGHT.sub("", answer).strip()
+    if rule.kind == "same":
+        return _grade_same(text, source_answer, rule.similarity or DEFAULT_SIMILARITY)
+    if not text:
+        return Verdict(False, "the answer is empty")
+    if rule.kind == "exact":
+        return _grade_exact(text, rule.answers or [])
+    if rule.kind == "contains":
+        return _grade_contains(text, rule)
+    if rule.kind == "regex":
+        found = re.search(rule.pattern or "", unicodedata.normalize("NFC", text))
+        return Verdict(True) if found else Verdict(False, f"no match of {rule.pattern}")
+    if rule.kind == "json":
+        return _grade_json(text, rule)
+    return _grade_refusal(text, rule)
+
+
+def normalize(text: str) -> str:
+    """Composed letters, no case, straight quotes, single spaces: what is compared."""
+    plain = unicodedata.normalize("NFC", text).casefold().replace("’", "'")
+    return " ".join(plain.split())
+
+
+def parse_json(text: str, *, strict: bool) -> Any:
+    """The JSON value of an answer: all of it (a code fence around it aside), or the first value in it.
+
+    Raises ValueError: there is none.
+    """
+    fenced = _FENCE.match(text)
+    bare = fenced.group(1) if fenced else text
+    if strict:
+        return json.loads(bare, parse_constant=_refuse_constant)
+    decoder = json.JSONDecoder(parse_constant=_refuse_constant)
+    for start in (match.start() for match in re.finditer(r"[\[{]", bare)):
+        try:
+            return decoder.raw_decode(bare, start)[0]
+        except ValueError:
+            continue
+    return json.loads(bare, parse_constant=_refuse_constant)
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is no JSON")
+
+
+def _grade_exact(text: str, answers: list[str]) -> Verdict:
+    given = normalize(text).strip(_EDGES)
+    if any(given == normalize(answer).strip(_EDGES) for answer in answers):
+        return Verdict(True)
+    return Verdict(False, f"is not {' or '.join(answers)}")
+
+
+def _grade_contains(text: str, rule: Grade) -> Verdict:
+    given = normalize(text)
+    missing = [part for part in rule.all or [] if not _occurs(part, given)]
+    if missing:
+        return Verdict(False, f"does not say {', '.join(missing)}")
+    if rule.any and not any(_occurs(part, given) for part in rule.any):
+        return Verdict(False, f"says none of {', '.join(rule.any)}")
+    return _without(rule.none, given)
+
+
+def _occurs(part: str, given: str) -> bool:
+    """As whole words: 3 is not in 1303, and "bé" is not in "béo"."""
+    wanted = re.escape(normalize(part))
+    return re.search(rf"(?<!\w){wanted}(?!\w)", given) is not None
+
+
+def _without(unwanted: list[str] | None, given: str) -> Verdict:
+    for part in unwanted or []:
+        if _occurs(part, given):
+            return Verdict(False, f"says {part}")
+    return Verdict(True)
+
+
+def _grade_json(text: str, rule: Grade) -> Verdict:
+    try:
+        value = parse_json(text, strict=bool(rule.strict))
+    except (ValueError, RecursionError) as exc:
+        return Verdict(False, f"not JSON: {str(exc)[:120]}")
+    if rule.schema_ is None:
+        return Verdict(True)
+    validator = import_jsonschema().Draft202012Validator(rule.schema_)
+    problem = next(iter(validator.iter_errors(value)), None)
+    if problem is None:
+        return Verdict(True)
+    place = "/".join(map(str, problem.absolute_path)) or "the top"
+    return Verdict(False, f"JSON, but not as the schema has it: at {place}: {problem.message[:120]}")
+
+
+def _grade_refusal(text: str, rule: Grade) -> Verdict:
+    given = normalize(text)
+    if not any(phrase in given for phrase in _REFUSALS):
+        return Verdict(False, "answers as if it knew")
+    return _without(rule.none, given)
+
+
+def _grade_same(text: str, source_answer: str | None, least: float) -> Verdict:
+    if source_answer is None:
+        return Verdict(True)
+    source = _THOUGHT.sub("", source_answer)
+    likeness = difflib.SequenceMatcher(None, normalize(source).split(), normalize(text).split(), autojunk=False).ratio()
+    if likeness >= least:
+        return Verdict(True)
+    return Verdict(False, f"shares {likeness:.0%} of its words with the source's answer, {least:.0%} are asked for")

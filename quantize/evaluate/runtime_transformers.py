@@ -1,0 +1,161 @@
+"""transformers as a Runtime: full precision, AWQ and GPTQ (through gptqmodel), bitsandbytes INT8.
+
+In: a folder in the Hugging Face layout and token ids. Out: log-probabilities and greedy answers. No code of the model's
+own is run. Import it in a worker: gptqmodel patches other libraries and reads the environment.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from quantize.errors import MissingExtraError, VerifyError
+from quantize.evaluate.runtimes import ModelRef, Request, block_rows, log_softmax, runtime_of
+
+if TYPE_CHECKING:
+    from quantize.evaluate.runtimes import LogProbs
+
+BATCH_REQUESTS = 8
+BATCH_TOKENS = 4096  # prompts of one batch, padding included: keeps prefill memory flat
+
+
+class TransformersRuntime:
+    """A folder in transformers, on a GPU if there is one, else on the CPU in float32."""
+
+    def __init__(self, model: ModelRef, *, threads: int = 0) -> None:
+        self._label = model.folder.name
+        torch = _import_torch(model.format)
+        self.name, self.version = runtime_of(model.format)
+        if threads:
+            torch.set_num_threads(threads)
+        self._torch = torch
+        self._device = "cuda" if torch.cuda.is_available() else "cpu"
+        self._model = _load(model, self._device)
+        self.vocabulary = int(self._model.get_output_embeddings().weight.shape[0])
+
+    def log_probs(self, window: Sequence[int]) -> Iterator[LogProbs]:
+        """See Runtime; a window longer than a block goes through in pieces, over one KV cache."""
+        torch, rows, cache = self._torch, block_rows(self.vocabulary), None
+        last = len(window) - 1
+        for start in range(0, last, rows):
+            ids = torch.tensor([list(window[start : min(start + rows, last)])], device=self._device)
+            with torch.inference_mode():
+                output = self._model(input_ids=ids, past_key_values=cache, use_cache=last > rows)
+            cache = output.past_key_values if last > rows else None
+            yield log_softmax(output.logits[0].float().cpu().numpy(), self._label)
+
+    def answer(self, requests: Sequence[Request]) -> list[list[int]]:
+        """See Runtime; prompts of like length go together, padded on the left."""
+        order = sorted(range(len(requests)), key=lambda index: len(requests[index].token_ids))
+        answers: dict[int, list[int]] = {}
+        batch: list[int] = []
+        for index in order:
+            longest = len(requests[index].token_ids)
+            if batch and (len(batch) == BATCH_REQUESTS or longest * (len(batch) + 1) > BATCH_TOKENS):
+                answers.update(self._answer_batch(batch, requests))
+                batch = []
+            batch.append(index)
+        if batch:
+            answers.update(self._answer_batch(batch, requests))
+        return [answers[index] for index in range(len(requests))]
+
+    def _answer_batch(self, members: list[int], requests: Sequence[Request]) -> dict[int, list[int]]:
+        torch = self._torch
+        width = max(len(requests[index].token_ids) for index in members)
+        pads = [width - len(requests[index].token_ids) for index in members]
+        rows = [[0] * pad + list(requests[i].token_ids) for pad, i in zip(pads, members, strict=True)]
+        mask = [[0] * pad + [1] * (width - pad) for pad in pads]
+        step = torch.tensor(rows, device=self._device)
+        attention = torch.tensor(mask, device=self._device)
+        positions = (attention.cumsum(-1) - 1).clamp(min=0)
+        chosen: dict[int, list[int]] = {index: [] for index in members}
+        open_ones, cache = set(members), None
+        while open_ones:
+            with torch.inference_mode():
+                output = self._model(
+                    input_ids=step, attention_mask=attention, position_ids=positions,
+                    past_key_values=cache, use_cache=True, logits_to_keep=1,
+                )  # fmt: skip
+            cache = output.past_key_values
+            tokens = output.logits[:, -1].argmax(-1)
+            open_ones -= _take(tokens.tolist(), members, requests, chosen, open_ones)
+            step, positions = tokens[:, None], positions[:, -1:] + 1
+            attention = torch.cat([attention, attention.new_ones((len(members), 1))], dim=1)
+        return chosen
+
+    def close(self) -> None:
+        """See Runtime."""
+        self._model = None
+
+
+def _take(
+    tokens: list[int],
+    members: list[int],
+    requests: Sequence[Request],
+    chosen: dict[int, list[int]],
+    open_ones: set[int],
+) -> set[int]:
+    """Add a token to every open answer; the answers that end with it."""
+    ended = set()
+    for index, token in zip(members, tokens, strict=True):
+        if index not in open_ones:
+            continue
+        if token in requests[index].stop:
+            ended.add(index)
+            continue
+        chosen[index].append(token)
+        if len(chosen[index]) == requests[index].max_tokens:
+            ended.add(index)
+    return ended
+
+
+def _import_torch(format: str) -> Any:
+    if format in ("awq", "gptq"):
+        os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")  # it refuses to start with fewer, on machines of few cores
+    try:
+        with _quiet():
+            import torch
+            import transformers
+
+            if format in ("awq", "gptq"):
+                import gptqmodel  # noqa: F401 - transformers needs it for these formats; say so by name
+            if format == "bitsandbytes":
+                import bitsandbytes  # noqa: F401
+    except ImportError as exc:
+        extra = {"awq": "gptqmodel", "gptq": "gptqmodel", "bitsandbytes": "bitsandbytes"}.get(format, "torch")
+        raise MissingExtraError(f"evaluating a {format} model", extra) from exc
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    return torch
+
+
+def _load(model: ModelRef, device: str) -> Any:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    dtype = torch.float32 if device == "cpu" and model.format in ("safetensors", "bitsandbytes") else "auto"
+    try:
+        with _quiet():
+            loaded = AutoModelForCausalLM.from_pretrained(
+                model.folder, local_files_only=True, trust_remote_code=False, device_map=device, dtype=dtype
+            )
+    except (ValueError, OSError, RuntimeError, KeyError, TypeError, AttributeError, NotImplementedError) as exc:
+        first = (str(exc).splitlines() or [type(exc).__name__])[0][:300]
+        raise VerifyError(f"{model.folder.name}: transformers does not load it: {first}") from exc
+    return loaded.eval()
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Warnings of libraries being imported or loading a model are not the user's."""
+    level = logging.getLogger().level
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            yield
+        finally:
+            logging.getLogger().setLevel(level)

@@ -1,0 +1,121 @@
+"""One face for the runtimes that artifacts really run in: llama.cpp for GGUF, transformers for everything else.
+
+In: where a model is and its format. Out: a Runtime, that gives next-token log-probabilities and greedy answers for
+token ids. What token ids mean is left to the tokenizer of the source, so that both models are asked the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from quantize.errors import MissingExtraError, UsageError, VerifyError
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    LogProbs = NDArray[np.float32]
+
+FORMATS = ("gguf", "awq", "gptq", "bitsandbytes", "safetensors")
+BLOCK_BYTES = 256 * 2**20
+"""Log-probabilities that are in memory at once; longer windows come in several blocks."""
+
+
+@dataclass(frozen=True)
+class ModelRef:
+    """A model to evaluate: its folder, its format, and for GGUF the name of the (first) file in the folder."""
+
+    folder: Path
+    format: str
+    main_file: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.format not in FORMATS:
+            raise UsageError(f"{self.format!r} is no format to evaluate", hint=f"one of: {', '.join(FORMATS)}")
+        if self.format == "gguf" and self.main_file is None:
+            raise UsageError("a GGUF model needs the name of its file")
+
+    @property
+    def path(self) -> Path:
+        """The GGUF file, or the folder."""
+        return self.folder / self.main_file if self.main_file else self.folder
+
+
+@dataclass(frozen=True)
+class Request:
+    """Token ids to answer, greedily, with at most `max_tokens` more; `stop` are the ids that end an answer."""
+
+    token_ids: tuple[int, ...]
+    max_tokens: int
+    stop: frozenset[int] = frozenset()
+
+
+class Runtime(Protocol):
+    """A loaded model. name and version say what it runs in; `vocabulary` is the width of its distribution."""
+
+    name: str
+    version: str
+    vocabulary: int
+
+    def log_probs(self, window: Sequence[int]) -> Iterator[LogProbs]:
+        """Blocks of rows, in order, float32 [rows, vocabulary]: row i is the distribution of token i + 1.
+
+        There are len(window) - 1 rows in all. A block is valid until the next one. Raises VerifyError if not finite.
+        """
+
+    def answer(self, requests: Sequence[Request]) -> list[list[int]]:
+        """The new token ids of each answer, without the stop token."""
+
+    def close(self) -> None:
+        """Give the memory back."""
+
+
+def open_runtime(model: ModelRef, *, context: int, threads: int = 0) -> Runtime:
+    """Load a model. context: the longest window or prompt and answer, in tokens. threads: 0 leaves it to the runtime.
+
+    Raises VerifyError: it does not load. MissingExtraError: its runtime is not installed. UsageError: no such file.
+    """
+    if not model.path.exists():
+        raise UsageError(f"{model.path}: no such {'file' if model.main_file else 'folder'}")
+    if model.format == "gguf":
+        from quantize.evaluate.runtime_llama_cpp import LlamaCppRuntime
+
+        return LlamaCppRuntime(model.path, context=context, threads=threads)
+    from quantize.evaluate.runtime_transformers import TransformersRuntime
+
+    return TransformersRuntime(model, threads=threads)
+
+
+def runtime_of(format: str) -> tuple[str, str]:
+    """Name and versions of the runtime that a format runs in. Raises MissingExtraError: it is not installed."""
+    if format == "gguf":
+        name, packages, extra = "llama.cpp", ("llama-cpp-python",), "gguf"
+    else:
+        helper = {"awq": "gptqmodel", "gptq": "gptqmodel", "bitsandbytes": "bitsandbytes"}.get(format)
+        name, packages, extra = "transformers", ("transformers", "torch", *filter(None, [helper])), helper or "torch"
+    try:
+        return name, ", ".join(f"{package} {version(package)}" for package in packages)
+    except PackageNotFoundError as exc:
+        raise MissingExtraError(f"evaluating a {format} model", extra) from exc
+
+
+def block_rows(vocabulary: int) -> int:
+    """Rows of float32 log-probabilities that fit a block."""
+    return max(16, BLOCK_BYTES // (4 * vocabulary))
+
+
+def log_softmax(logits: Any, what: str) -> LogProbs:
+    """Row-wise log-softmax of finite logits [rows, vocabulary], in place where it can. Raises VerifyError."""
+    import numpy as np
+
+    highest = logits.max(axis=-1, keepdims=True)
+    if not bool(np.isfinite(highest).all()) or bool(np.isnan(logits).any()):
+        raise VerifyError(f"{what}: the logits are not finite", hint="a tensor is damaged; quantize verify names it")
+    shifted = np.subtract(logits, highest, dtype=np.float32)
+    total = np.exp(shifted).sum(axis=-1, keepdims=True, dtype=np.float64)
+    shifted -= np.log(total).astype(np.float32)
+    return shifted  # type: ignore[no-any-return]

@@ -1,0 +1,196 @@
+"""One evaluation: the source's side once, from the cache if it is there; then the artifact's; then both compared.
+
+In: a Job (two models, held-out text, golden prompts, settings). Out: Evaluation. Both public functions are meant to run
+in a worker process (run_step): they load libraries that patch others, and hold a whole model.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+
+from quantize.cache import Cache
+from quantize.errors import VerifyError
+from quantize.evaluate.answers import GoldenResult, compare_answers
+from quantize.evaluate.baseline import KIND, LIKELIEST, Baseline, baseline_key, find, record, save
+from quantize.evaluate.golden import GoldenSet, load_golden
+from quantize.evaluate.metrics import Quality, check_same_vocabulary, measure
+from quantize.evaluate.prompts import Asked, PromptTokenizer, ask
+from quantize.evaluate.runtimes import ModelRef, Runtime, open_runtime, runtime_of
+from quantize.evaluate.text import DEFAULT_WINDOW, Windows, check_disjoint, cut_windows, load_text
+from quantize.report import Reporter, status
+from quantize.shape import ModelShape
+
+ANSWERS_KIND = "golden-answers"
+DEFAULT_CONTEXT = 2048
+MAX_OTHER_TOKENS = 0.05
+"""Share of the tokens in use that may be spelled otherwise: converters rename special and added ones."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """What to evaluate, and on what.
+
+    source_digest: names the source's content, for the cache. text: `python-docs` or a file relative to `base`.
+    windows_limit: at most so many windows, 0 for all. golden: files or folders; none asks nothing. context: tokens of a
+    golden prompt and its answer, 0 for the smaller of 2,048 and the model's own. calibration: token ids that the
+    artifact was calibrated on, which the text must not share.
+    """
+
+    source: ModelRef
+    source_digest: str
+    artifact: ModelRef
+    cache: Path
+    text: str = "python-docs"
+    base: Path = Path()
+    column: str = "text"
+    window: int = DEFAULT_WINDOW
+    windows_limit: int = 0
+    golden: tuple[Path, ...] = ()
+    context: int = 0
+    threads: int = 0
+    calibration: tuple[tuple[int, ...], ...] = ()
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What was measured of one artifact; golden is None where no prompts were given."""
+
+    quality: Quality
+    golden: GoldenResult | None
+
+
+@dataclass(frozen=True)
+class _Material:
+    """What both models are given."""
+
+    tokenizer: PromptTokenizer
+    windows: Windows
+    golden: GoldenSet | None
+    asked: Asked | None
+    context: int
+
+
+def prepare_source(reporter: Reporter, job: Job) -> None:
+    """Put the source's side into the cache. Raises UsageError, RecipeError, RefusedError, VerifyError."""
+    _source_side(reporter, job, _material(job))
+
+
+def evaluate(reporter: Reporter, job: Job) -> Evaluation:
+    """Measure an artifact against its source.
+
+    Raises UsageError (text, prompts), RecipeError (golden files), RefusedError (text that was calibrated on),
+    VerifyError (an artifact does not run, or is one of another model), MissingExtraError.
+    """
+    material = _material(job)
+    baseline, source_answers = _source_side(reporter, job, material)
+    status(reporter, "", f"loading the {job.artifact.format} artifact")
+    with closing(open_runtime(job.artifact, context=_longest(job, material), threads=job.threads)) as runtime:
+        check_same_vocabulary(runtime.vocabulary, baseline.vocabulary, material.windows)
+        _check_same_tokens(runtime, job.artifact, material)
+        quality = measure(runtime, material.windows, baseline, reporter)
+        if material.golden is None or material.asked is None:
+            return Evaluation(quality, None)
+        answers = _answers(reporter, runtime, material, "artifact")
+    prompts, context = material.asked.prompts, material.context
+    return Evaluation(quality, compare_answers(material.golden, prompts, source_answers, answers, context))
+
+
+def _material(job: Job) -> _Material:
+    tokenizer = PromptTokenizer(_tokenizer_folder(job))
+    text = load_text(job.text, job.base, column=job.column)
+    windows = cut_windows(text, tokenizer.encode, prefix=tokenizer.prefix, window=job.window, limit=job.windows_limit)
+    check_disjoint(windows, job.calibration)
+    if not job.golden:
+        return _Material(tokenizer, windows, None, None, 0)
+    golden = load_golden(job.golden)
+    context = job.context or min(DEFAULT_CONTEXT, _max_context(job.source.folder))
+    return _Material(tokenizer, windows, golden, ask(golden, tokenizer, context), context)
+
+
+def _tokenizer_folder(job: Job) -> Path:
+    return job.source.folder if (job.source.folder / "tokenizer_config.json").is_file() else job.artifact.folder
+
+
+def _max_context(folder: Path) -> int:
+    path = folder / "config.json"
+    if not path.is_file():
+        return DEFAULT_CONTEXT
+    return ModelShape.from_config(json.loads(path.read_text(encoding="utf-8"))).max_context
+
+
+def _longest(job: Job, material: _Material) -> int:
+    return max(job.window, material.context)
+
+
+def _source_side(reporter: Reporter, job: Job, material: _Material) -> tuple[Baseline, tuple[str, ...]]:
+    """The source's baseline and golden answers; the source is only loaded for what is not in the cache."""
+    cache = Cache(job.cache)
+    tools = dict(zip(("name", "version"), runtime_of(job.source.format), strict=True))
+    key = baseline_key(job.source_digest, material.windows, tools, keep=LIKELIEST)
+    answers_key = _answers_key(job, material, tools)
+    baseline, answers = find(cache, key), _find_answers(cache, answers_key)
+    if baseline is not None and answers is not None:
+        return baseline, answers
+    status(reporter, "", "loading the source")
+    with closing(open_runtime(job.source, context=_longest(job, material), threads=job.threads)) as runtime:
+        if baseline is None:
+            baseline = made = record(runtime, material.windows, reporter)
+            cache.make(KIND, key, lambda folder: save(made, folder))
+        if answers is None:
+            answers = texts = tuple(_answers(reporter, runtime, material, "source"))
+            cache.make(ANSWERS_KIND, answers_key, lambda folder: _save_answers(texts, folder))
+    return baseline, answers
+
+
+def _answers(reporter: Reporter, runtime: Runtime, material: _Material, side: str) -> list[str]:
+    if material.asked is None:
+        return []
+    status(reporter, "", f"asking the {side} {len(material.asked.requests)} golden prompts")
+    return [material.tokenizer.decode(ids) for ids in runtime.answer(material.asked.requests)]
+
+
+def _answers_key(job: Job, material: _Material, tools: dict[str, str]) -> str:
+    asked = material.asked
+    requests = [[item.token_ids, item.max_tokens, sorted(item.stop)] for item in asked.requests] if asked else []
+    pinned = json.dumps([job.source_digest, requests, tools], sort_keys=True)
+    return hashlib.sha256(pinned.encode()).hexdigest()
+
+
+def _save_answers(answers: Sequence[str], folder: Path) -> None:
+    (folder / "answers.json").write_text(json.dumps(list(answers), ensure_ascii=False), encoding="utf-8")
+
+
+def _find_answers(cache: Cache, key: str) -> tuple[str, ...] | None:
+    try:
+        return tuple(json.loads((cache.entry(ANSWERS_KIND, key) / "answers.json").read_text(encoding="utf-8")))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError):
+        cache.remove(ANSWERS_KIND, key)
+        return None
+
+
+def _check_same_tokens(runtime: Runtime, artifact: ModelRef, material: _Material) -> None:
+    """Raise VerifyError if the tokens of the text are other tokens in the artifact: figures would mean nothing."""
+    used = sorted({token for ids in material.windows.token_ids for token in ids})
+    expected = material.tokenizer.pieces(used)
+    spell = getattr(runtime, "token_text", None)
+    if spell is not None:
+        found = [spell(token) for token in used]
+    elif (artifact.folder / "tokenizer_config.json").is_file():
+        found = PromptTokenizer(artifact.folder).pieces(used)
+    else:
+        return
+    other = [index for index, pair in enumerate(zip(expected, found, strict=True)) if pair[0] != pair[1]]
+    if len(other) > MAX_OTHER_TOKENS * len(used):
+        first = other[0]
+        raise VerifyError(
+            f"{artifact.path.name}: {len(other)} of {len(used)} tokens are not the source's "
+            f"(token {used[first]} is {found[first]!r}, in the source {expected[first]!r})",
+            hint="is this an artifact of another model?",
+        )
