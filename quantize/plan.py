@@ -163,15 +163,22 @@ def _size_group(
     group: Sequence[Job], context: Context, reporter: Reporter
 ) -> list[tuple[Job, SizePlan | QuantizeError]]:
     backend = group[0].backend
+    checked = [(job, _refusal(job, context.checkpoint)) for job in group]
+    refused = [(job, error) for job, error in checked if error is not None]
+    good = [job for job, error in checked if error is None]
     try:
-        for job in group:
-            backend.check(context.checkpoint, job.variant.options)
-        sizes = backend.sizes(context, [job.variant.options for job in group], reporter)
-        return list(zip(group, sizes, strict=True))
+        sizes = backend.sizes(context, [job.variant.options for job in good], reporter) if good else []
     except QuantizeError as exc:
-        if len(group) == 1:
-            return [(group[0], exc)]
-        return [pair for job in group for pair in _size_group([job], context, reporter)]
+        sizes = [exc] * len(good)
+    return [*refused, *zip(good, sizes, strict=True)]
+
+
+def _refusal(job: Job, checkpoint: Checkpoint) -> QuantizeError | None:
+    try:
+        job.backend.check(checkpoint, job.variant.options)
+    except QuantizeError as exc:
+        return exc
+    return None
 
 
 def _disk_needed(jobs: Sequence[Job]) -> int:

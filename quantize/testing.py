@@ -20,7 +20,7 @@ import quantize.backends
 from quantize.backends.base import Backend, BuildResult, Collector, Context, KeptTensor, Limits, SizePlan
 from quantize.checkpoint import INDEX_NAME, Checkpoint
 from quantize.containers.safetensors import TensorInfo, header_bytes, read_header
-from quantize.errors import BuildError, PlanError, VerifyError
+from quantize.errors import BuildError, PlanError, QuantizeError, VerifyError
 from quantize.recipe import BackendOptions
 from quantize.report import Reporter, progress
 
@@ -244,15 +244,12 @@ class FakeBackend:
         if options.fail == "check":
             raise PlanError("the fake format refuses this checkpoint", hint="as it was told to")
 
-    def sizes(self, context: Context, options: Sequence[FakeOptions], reporter: Reporter) -> list[SizePlan]:
+    def sizes(
+        self, context: Context, options: Sequence[FakeOptions], reporter: Reporter
+    ) -> Sequence[SizePlan | QuantizeError]:
         """One byte a weight, four for norms, and the header."""
-        if any(item.fail == "sizes" for item in options):
-            raise PlanError("the fake format can't size this", hint="as it was told to")
-        checkpoint = context.checkpoint
-        entries = {name: (_stored_dtype(item), item.shape) for name, item in checkpoint.tensors.items()}
-        weights = sum(item.elements * (1 if _stored_dtype(item) == "I8" else 4) for item in checkpoint.tensors.values())
-        total, bits = len(header_bytes(entries)) + weights, round(8 * weights / checkpoint.parameters, 4)
-        return [SizePlan(total, weights, len(entries), bits, _kept(checkpoint)) for _ in options]
+        refusal = PlanError("the fake format can't size this", hint="as it was told to")
+        return [refusal if item.fail == "sizes" else _size(context.checkpoint) for item in options]
 
     def collector(self, context: Context, reporter: Reporter) -> Collector:
         """Never called: it needs no calibration."""
@@ -279,10 +276,8 @@ class FakeBackend:
                 if options.fail == "build":
                     raise BuildError("the fake format failed half-way", hint="as it was told to")
         self.built.append(context.variant)
-        (size,) = self.sizes(context, [FakeOptions()], reporter)
-        return BuildResult(
-            (path.name,), size.weights_bytes, options.bits, None, size.bits_per_weight, _kept(checkpoint)
-        )
+        size = _size(checkpoint)
+        return BuildResult((path.name,), size.weights_bytes, options.bits, None, size.bits_per_weight, size.kept)
 
     def verify(self, folder: Path, checkpoint: Checkpoint, limits: Limits, reporter: Reporter) -> Mapping[str, Any]:
         """The same tensors as the source has."""
@@ -318,6 +313,13 @@ def _encoded(array: Array, dtype: str) -> bytes:
 
 def _stored_dtype(tensor: TensorInfo) -> str:
     return "I8" if len(tensor.shape) > 1 else "F32"
+
+
+def _size(checkpoint: Checkpoint) -> SizePlan:
+    entries = {name: (_stored_dtype(item), item.shape) for name, item in checkpoint.tensors.items()}
+    weights = sum(item.elements * (1 if _stored_dtype(item) == "I8" else 4) for item in checkpoint.tensors.values())
+    bits = round(8 * weights / checkpoint.parameters, 4)
+    return SizePlan(len(header_bytes(entries)) + weights, weights, len(entries), bits, _kept(checkpoint))
 
 
 def _kept(checkpoint: Checkpoint) -> tuple[KeptTensor, ...]:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from quantize.cache import Cache
 from quantize.checkpoint import Checkpoint
+from quantize.errors import QuantizeError
 from quantize.manifest import CalibrationEntry
 from quantize.recipe import BackendOptions
 from quantize.report import Reporter
@@ -114,8 +115,11 @@ class Backend(Protocol):
     def check(self, checkpoint: Checkpoint, options: Any) -> None:
         """Raise PlanError for what can be known to fail from headers."""
 
-    def sizes(self, context: Context, options: Sequence[Any], reporter: Reporter) -> list[SizePlan]:
-        """Exact sizes of several variants of one checkpoint, from headers; writes only into context.scratch."""
+    def sizes(self, context: Context, options: Sequence[Any], reporter: Reporter) -> Sequence[SizePlan | QuantizeError]:
+        """Exact sizes of several variants of one checkpoint, from headers; writes only into context.scratch.
+
+        Gives, not raises, the error of one variant that can't be; raises what stops all of them.
+        """
 
     def collector(self, context: Context, reporter: Reporter) -> Collector:
         """The variant's part in the calibration pass; only called if needs_calibration."""

@@ -19,7 +19,7 @@ from quantize.backends.gguf_types import BITS, ELEMENT_TYPES, FTYPES, UNQUANTIZE
 from quantize.checkpoint import Checkpoint
 from quantize.containers.gguf import GgufTensor, read_gguf
 from quantize.engines.llama_cpp import ConvertRequest, QuantizeSettings, SizedFile
-from quantize.errors import PlanError, VerifyError
+from quantize.errors import PlanError, QuantizeError, VerifyError
 from quantize.manifest import tool_versions
 from quantize.marked_yaml import suggest
 from quantize.recipe import BackendOptions
@@ -98,7 +98,9 @@ class GgufBackend:
     def check(self, checkpoint: Checkpoint, options: GgufOptions) -> None:
         """Overrides must name tensors; whether the converter knows the model is seen when it is sized or built."""
 
-    def sizes(self, context: Context, options: Sequence[GgufOptions], reporter: Reporter) -> list[SizePlan]:
+    def sizes(
+        self, context: Context, options: Sequence[GgufOptions], reporter: Reporter
+    ) -> Sequence[SizePlan | QuantizeError]:
         """By llama.cpp's dry run on a header-only conversion."""
         from quantize.engines.llama_cpp import convert_and_size, dry_run
 
@@ -110,11 +112,17 @@ class GgufBackend:
             out = context.scratch / "headers.gguf"
             request = _request(context)
             sized = run_step("sizing the GGUF files", reporter, convert_and_size, request, out, jobs)
-        plans = []
+        plans: list[SizePlan | QuantizeError] = []
         outtype = context.checkpoint.dtype
         for item, result in zip(options, sized, strict=True):
-            _check_overrides(item, [name for name, _, _ in result.tensors])
-            plans.append(_size_plan(context.checkpoint, item, result, outtype, key, ready is not None))
+            if isinstance(result, QuantizeError):
+                plans.append(result)
+                continue
+            try:
+                _check_overrides(item, [name for name, _, _ in result.tensors])
+                plans.append(_size_plan(context.checkpoint, item, result, outtype, key, ready is not None))
+            except PlanError as exc:
+                plans.append(exc)
         return plans
 
     def collector(self, context: Context, reporter: Reporter) -> Collector:

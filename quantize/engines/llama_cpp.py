@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from quantize.errors import BuildError, MissingExtraError, PlanError, VerifyError
+from quantize.errors import BuildError, MissingExtraError, PlanError, QuantizeError, VerifyError
 from quantize.report import Reporter, progress
 
 LINE = re.compile(r"^\[\s*\d+/\s*\d+\]\s+(\S+)\s+-\s+\[([\d,\s]+)\], type =\s*(\S+), .*?(?:\((\w+)\))?\s*$")
@@ -76,20 +76,23 @@ def convert(reporter: Reporter, request: ConvertRequest, out: Path, *, header_on
         metadata_path.unlink(missing_ok=True)
 
 
-def dry_run(reporter: Reporter, source: Path, jobs: Sequence[QuantizeSettings]) -> list[SizedFile]:
+def dry_run(reporter: Reporter, source: Path, jobs: Sequence[QuantizeSettings]) -> list[SizedFile | QuantizeError]:
     """The exact sizes that each job would have, by llama.cpp's own dry run. `source` may be header-only.
 
-    Raises PlanError: a type needs an importance matrix, or llama.cpp refuses the job.
+    A job that llama.cpp refuses, or that needs an importance matrix, gets its error in its place.
     """
     from quantize.containers.gguf import read_gguf
 
     header = read_gguf(source)
     data_bytes = sum(_padded(tensor.size_bytes) for tensor in header.tensors.values())
     header_bytes = source.stat().st_size - data_bytes
-    results = []
+    results: list[SizedFile | QuantizeError] = []
     for job in jobs:
-        log = _quantize(source, source.with_suffix(".dry"), job, dry=True)
-        tensors = _parse_log(log)
+        try:
+            tensors = _parse_log(_quantize(source, source.with_suffix(".dry"), job, dry=True))
+        except QuantizeError as exc:
+            results.append(exc)
+            continue
         if len(tensors) != len(header.tensors):
             raise BuildError(f"llama.cpp's dry run named {len(tensors)} of {len(header.tensors)} tensors")
         size = header_bytes + sum(_padded(item[2]) for item in tensors)
@@ -99,7 +102,7 @@ def dry_run(reporter: Reporter, source: Path, jobs: Sequence[QuantizeSettings]) 
 
 def convert_and_size(
     reporter: Reporter, request: ConvertRequest, out: Path, jobs: Sequence[QuantizeSettings]
-) -> list[SizedFile]:
+) -> list[SizedFile | QuantizeError]:
     """For planning: convert headers only, then size every job; leaves nothing behind."""
     try:
         convert(reporter, request, out, header_only=True)
