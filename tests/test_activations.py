@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,9 @@ from torch import Tensor, nn
 
 from quantize.activations import stream_blocks
 from quantize.architecture import TABLE, block_layouts
+from quantize.errors import BuildError, CheckpointError
+from quantize.numerics.gram import Gram
+from quantize.report import ListReporter
 from tests.architectures import CONFIGS, SavedCheckpoint, save, tiny_model, token_ids
 
 
@@ -75,3 +79,123 @@ def test_gram_matrices_equal_those_of_the_whole_model(name: str, tmp_path: Path)
             torch.testing.assert_close(gram.mean_abs.double(), rows.abs().mean(0), rtol=2e-4, atol=2e-5)
     assert found == set(expected)
     assert set(CONFIGS) == set(TABLE)
+
+
+def collect(checkpoint: SavedCheckpoint, ids: list[list[int]], **options: Any) -> dict[tuple[int, str], Gram]:
+    blocks = stream_blocks(checkpoint, ids, tokens_per_batch=60, **options)
+    return {(block.index, key): gram for block in blocks for key, gram in block.grams.items()}
+
+
+def assert_same_bits(found: dict[tuple[int, str], Gram], expected: dict[tuple[int, str], Gram]) -> None:
+    assert set(found) == set(expected)
+    for key, gram in expected.items():
+        assert torch.equal(found[key].matrix, gram.matrix), key
+        assert torch.equal(found[key].mean_abs, gram.mean_abs), key
+        assert found[key].tokens == gram.tokens
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> SavedCheckpoint:
+    return save(tiny_model("LlamaForCausalLM"), tmp_path_factory.mktemp("llama"))
+
+
+def test_spilled_states_change_no_bit_and_leave_no_file(llama: SavedCheckpoint, tmp_path: Path) -> None:
+    expected = collect(llama, token_ids())
+    spilled = collect(llama, token_ids(), memory_budget_bytes=1, workdir=tmp_path / "spill")
+    assert_same_bits(spilled, expected)
+    assert list((tmp_path / "spill").iterdir()) == []
+
+
+def test_thread_count_changes_no_bit(llama: SavedCheckpoint) -> None:
+    before = torch.get_num_threads()
+    try:
+        found = []
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            found.append(collect(llama, token_ids()))
+    finally:
+        torch.set_num_threads(before)
+    assert_same_bits(found[0], found[1])
+
+
+@pytest.mark.parametrize("budget", [None, 1])
+def test_starting_at_a_later_block_changes_no_bit(llama: SavedCheckpoint, tmp_path: Path, budget: int | None) -> None:
+    expected = {key: gram for key, gram in collect(llama, token_ids()).items() if key[0] >= 2}
+    found = collect(llama, token_ids(), memory_budget_bytes=budget, workdir=tmp_path, start_block=2)
+    assert_same_bits(found, expected)
+
+
+def test_a_killed_pass_resumes_from_its_files(
+    llama: SavedCheckpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = {key: gram for key, gram in collect(llama, token_ids()).items() if key[0] >= 1}
+    options: dict[str, Any] = {"memory_budget_bytes": 1, "workdir": tmp_path}
+    killed = stream_blocks(llama, token_ids(), tokens_per_batch=60, **options)
+    assert [next(killed).index, next(killed).index] == [0, 1]
+    killed.close()
+    read: list[str] = []
+    spy = SavedCheckpoint.read
+    monkeypatch.setattr(SavedCheckpoint, "read", lambda self, name: (read.append(name), spy(self, name))[1])
+    assert_same_bits(collect(llama, token_ids(), start_block=1, **options), expected)
+    assert not any(name.startswith("model.layers.0.") for name in read)
+
+
+def test_files_of_other_tokens_are_not_resumed(llama: SavedCheckpoint, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"memory_budget_bytes": 1, "workdir": tmp_path}
+    killed = stream_blocks(llama, token_ids(seed=1), **options)
+    next(killed), next(killed)
+    killed.close()
+    expected = {key: gram for key, gram in collect(llama, token_ids()).items() if key[0] >= 1}
+    assert_same_bits(collect(llama, token_ids(), start_block=1, **options), expected)
+
+
+def test_weights_are_float32_and_dropped_after_the_block(llama: SavedCheckpoint) -> None:
+    stream = stream_blocks(llama, token_ids())
+    block = next(stream)
+    name = "model.layers.0.mlp.down_proj.weight"
+    assert torch.equal(block.weights[name], llama.read(name).float())
+    weight, gram = weakref.ref(block.weights[name]), weakref.ref(block.grams["mlp"].matrix)
+    del block
+    next(stream)
+    assert weight() is None
+    assert gram() is None
+
+
+def test_bfloat16_is_close(llama: SavedCheckpoint) -> None:
+    expected, found = collect(llama, token_ids()), collect(llama, token_ids(), precision="bfloat16")
+    for key, gram in expected.items():
+        assert float((found[key].matrix - gram.matrix).norm() / gram.matrix.norm()) < 0.03
+
+
+def test_starved_experts_use_all_experts_tokens_and_say_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("quantize.block_runner.STARVED_TOKENS", 10_000)
+    checkpoint = save(tiny_model("MixtralForCausalLM"), tmp_path)
+    reporter = ListReporter()
+    block = next(stream_blocks(checkpoint, token_ids(), reporter=reporter))
+    shared = block.grams["mlp"]
+    for expert in range(4):
+        gram, output = block.grams[f"expert_{expert}"], block.grams[f"expert_{expert}_output"]
+        assert torch.equal(gram.matrix, shared.matrix)
+        assert "fewer than 10000" in gram.note
+        assert output.tokens == sum(len(ids) for ids in token_ids())
+    warning = next(event.text for event in reporter.events if event.kind == "warning")
+    assert warning.startswith("block 0: 4 starved")
+
+
+def test_refusals(llama: SavedCheckpoint, tmp_path: Path) -> None:
+    with pytest.raises(BuildError, match="no tokens"):
+        next(stream_blocks(llama, [[]]))
+    with pytest.raises(BuildError, match=r"more than the budget of 1\n.*folder to spill"):
+        next(stream_blocks(llama, token_ids(), memory_budget_bytes=1))
+    foreign = tmp_path / "config.json"
+    foreign.write_text((llama.folder / "config.json").read_text().replace("LlamaForCausalLM", "MambaForCausalLM"))
+    with pytest.raises(CheckpointError, match="not in the table: MambaForCausalLM"):
+        next(stream_blocks(SavedCheckpoint(tmp_path), token_ids()))
+
+
+def test_progress_ends_at_the_total(llama: SavedCheckpoint) -> None:
+    reporter = ListReporter()
+    for _ in stream_blocks(llama, token_ids(), reporter=reporter):
+        pass
+    events = [event for event in reporter.events if event.kind == "progress"]
+    assert events[-1].done == events[-1].total == 3 * sum(len(ids) for ids in token_ids())

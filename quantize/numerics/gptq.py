@@ -20,6 +20,7 @@ from quantize.numerics.rtn import Quantized, check_shape, round_to_nearest
 from quantize.numerics.scales import ScaleSearch
 
 DAMPING = 0.01
+SMALLEST_ZERO = 1  # GPTQ v1 stores zero points less one
 ROWS = 4096  # output rows solved at a time: bounds memory; rows don't depend on one another
 _BLOCK = 64  # columns between two products with all earlier errors
 
@@ -123,7 +124,7 @@ class _Rows:
 
 def _solve_rows(rows: Tensor, factor: Factor, bits: int, symmetric: bool) -> _Rows:
     solved = _sweep(rows, factor, bits, symmetric)
-    nearest = round_to_nearest(rows, bits=bits, group_size=factor.group_size, symmetric=symmetric)
+    nearest = _nearest(rows, factor, bits, symmetric)
     loss = row_losses(solved.dequantize() - rows, factor.gram)
     bound = row_losses(nearest.dequantize() - rows, factor.gram)
     worse = loss > bound
@@ -141,7 +142,7 @@ def row_losses(error: Tensor, gram: Tensor) -> Tensor:
 def _sweep(weight: Tensor, factor: Factor, bits: int, symmetric: bool) -> Quantized:
     """Round column after column, feeding each error forward; everything is held transposed, [in, out]."""
     group_size, order, feedback = factor.group_size, factor.order, factor.feedback
-    search = ScaleSearch(bits, symmetric, smallest_zero=1)
+    search = ScaleSearch(bits, symmetric, smallest_zero=SMALLEST_ZERO)
     original = weight.T[order]
     width, out = original.shape
     errors = torch.empty_like(original)
@@ -184,6 +185,11 @@ def _round_block(
         if column + 1 < target.shape[0]:
             target[column + 1 :].addr_(feedback[column, column + 1 :], error)
     return steps
+
+
+def _nearest(rows: Tensor, factor: Factor, bits: int, symmetric: bool) -> Quantized:
+    size = factor.group_size
+    return round_to_nearest(rows, bits=bits, group_size=size, symmetric=symmetric, smallest_zero=SMALLEST_ZERO)
 
 
 def _merge(solved: Quantized, nearest: Quantized, take_nearest: Tensor) -> Quantized:

@@ -94,12 +94,12 @@ def _pack_nibbles(values: Tensor) -> Tensor:
     """uint8 [n, out] -> int32 [n, out/8] in AWQ's order."""
     ordered = values.reshape(values.shape[0], -1, 8)[..., list(AWQ_ORDER)]
     pairs = ordered[..., 0::2] | (ordered[..., 1::2] << 4)
-    return pairs.contiguous().view(torch.int32).squeeze(-1)
+    return _rows(pairs).view(torch.int32).squeeze(-1)
 
 
 def _unpack_nibbles(words: Tensor) -> Tensor:
     """int32 [n, out/8] in AWQ's order -> uint8 [n, out]."""
-    pairs = words.contiguous().unsqueeze(-1).view(torch.uint8)
+    pairs = _rows(words.unsqueeze(-1)).view(torch.uint8)
     ordered = torch.stack((pairs & 15, pairs >> 4), -1).flatten(-2)
     inverse = [AWQ_ORDER.index(place) for place in range(8)]
     return ordered[..., inverse].flatten(1)
@@ -115,13 +115,12 @@ def _pack_bits(values: Tensor, bits: int) -> Tensor:
             packed |= parts[:, place] << (bits * place)
     else:
         packed = _bytes_of_bits(values, bits)
-    columns = packed.T.contiguous().view(torch.int32)
-    return columns.T.contiguous()
+    return _rows(packed.T).view(torch.int32).T.contiguous()
 
 
 def _unpack_bits(words: Tensor, bits: int) -> Tensor:
     """int32 [n*bits/32, m] -> uint8 [n, m], the inverse of _pack_bits."""
-    packed = words.T.contiguous().view(torch.uint8).T
+    packed = _rows(words.T).view(torch.uint8).T
     if 8 % bits == 0:
         mask = 2**bits - 1
         parts = torch.stack([(packed >> (bits * place)) & mask for place in range(8 // bits)], 1)
@@ -135,6 +134,11 @@ def _bytes_of_bits(values: Tensor, bits: int) -> Tensor:
     stream = torch.stack([(values >> place) & 1 for place in range(bits)], 1).flatten(0, 1)
     octets = stream.view(-1, 8, stream.shape[1])
     return sum((octets[:, place] << place for place in range(1, 8)), octets[:, 0])
+
+
+def _rows(tensor: Tensor) -> Tensor:
+    # contiguous() leaves the strides of axes of one element as they are, and view() to another type looks at those
+    return tensor.clone(memory_format=torch.contiguous_format)
 
 
 def _gcd(bits: int) -> int:

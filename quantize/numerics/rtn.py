@@ -78,10 +78,11 @@ def code_limits(bits: int, zeros: Tensor) -> tuple[Tensor, Tensor]:
     return -zeros, (2**bits - 1) - zeros
 
 
-def full_range(groups: Tensor, bits: int, *, symmetric: bool) -> tuple[Tensor, Tensor]:
+def full_range(groups: Tensor, bits: int, *, symmetric: bool, smallest_zero: int = 0) -> tuple[Tensor, Tensor]:
     """Scales and zero points that cover each group's range (no clipping).
 
-    groups: [..., group_size]. Returns float32 scales (float16 values) and zero points, [...].
+    groups: [..., group_size]. smallest_zero: 1 where a format can't store a zero point of 0.
+    Returns float32 scales (float16 values) and zero points, [...].
     """
     top = 2**bits - 1
     if symmetric:
@@ -89,17 +90,24 @@ def full_range(groups: Tensor, bits: int, *, symmetric: bool) -> tuple[Tensor, T
         return scale, torch.full_like(scale, 2 ** (bits - 1))
     low, high = groups.amin(-1).clamp_max(0), groups.amax(-1).clamp_min(0)
     scale = stored_scale((high - low) / top)
-    return scale, (-low / scale).round_().clamp_(0, top)
+    zero = (-low / scale).round_().clamp_(0, top)
+    if smallest_zero > 0:
+        short = zero < smallest_zero
+        scale = torch.where(short, stored_scale(high / (top - smallest_zero)), scale)
+        zero = torch.where(short, torch.full_like(zero, smallest_zero), zero)
+    return scale, zero
 
 
-def round_to_nearest(weight: Tensor, *, bits: int, group_size: int, symmetric: bool) -> Quantized:
+def round_to_nearest(
+    weight: Tensor, *, bits: int, group_size: int, symmetric: bool, smallest_zero: int = 0
+) -> Quantized:
     """Round each group of `group_size` weights along the input to the nearest of 2**bits levels over its full range.
 
     weight: [out, in] floating. Raises BuildError as check_shape does.
     """
     check_shape(weight.shape[1], bits, group_size)
     groups = weight.float().view(weight.shape[0], -1, group_size)
-    scales, zeros = full_range(groups, bits, symmetric=symmetric)
+    scales, zeros = full_range(groups, bits, symmetric=symmetric, smallest_zero=smallest_zero)
     return encode(weight, scales, zeros, bits=bits, group_size=group_size)
 
 

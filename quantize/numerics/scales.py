@@ -60,6 +60,7 @@ class _Columns:
         half = 2.0 ** (self._kind.bits - 1)
         reach = self._values.abs().amax(0) / half
         zero = torch.full_like(reach, half)
+        self._try(stored_scale(reach * (2 * half / self._top)), zero)  # the full range of rounding to nearest
         for fraction in SYMMETRIC_GRID:
             self._try(stored_scale(reach * fraction), zero)
             self._try(stored_scale(reach * -fraction), zero)

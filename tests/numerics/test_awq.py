@@ -1,0 +1,104 @@
+"""AWQ's search: at ratio 0 it is rounding to nearest, it never loses to it, and it finds what hurts."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from quantize.errors import BuildError
+from quantize.numerics.awq import Reader, Tie, channel_scales, quantize_scaled, search_scales
+from quantize.numerics.gptq import row_losses
+from quantize.numerics.gram import Gram
+from quantize.numerics.rtn import round_to_nearest
+
+seeds = st.integers(0, 2**32 - 1)
+
+
+def problem(seed: int, out: int = 24, width: int = 64, tokens: int = 300) -> Reader:
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(tokens, width, generator=generator)
+    x[:, :: width // 4] *= 30
+    weight = torch.randn(out, width, generator=generator) * 0.1
+    return Reader(weight, Gram(x.T @ x, x.abs().mean(0), tokens))
+
+
+@given(seeds, st.sampled_from([16, 32, 64]))
+@settings(max_examples=30)
+def test_ratio_zero_is_rounding_to_nearest(seed: int, group_size: int) -> None:
+    reader = problem(seed)
+    choice = search_scales([reader], group_size=group_size, ratios=(0.0,))
+    assert choice.ratio == 0
+    assert torch.equal(choice.scales, torch.ones(64))
+    (found,) = quantize_scaled(
+        [reader.weight * choice.scales], reader.gram.matrix.diagonal(), choice.scales, group_size=group_size, clip=False
+    )
+    nearest = round_to_nearest(reader.weight, bits=4, group_size=group_size, symmetric=False)
+    assert torch.equal(found.codes, nearest.codes)
+    assert torch.equal(found.dequantize(), nearest.dequantize())
+
+
+@given(seeds)
+@settings(max_examples=20)
+def test_the_choice_loses_no_more_than_rounding_and_says_how_much(seed: int) -> None:
+    reader = problem(seed)
+    choice = search_scales([reader], group_size=32)
+    assert choice.loss <= choice.nearest_loss
+    (found,) = quantize_scaled(
+        [reader.weight * choice.scales], reader.gram.matrix.diagonal(), choice.scales, group_size=32, clip=False
+    )
+    loss = row_losses(found.dequantize() / choice.scales - reader.weight, reader.gram.matrix).sum()
+    assert choice.loss == pytest.approx(float(loss), rel=1e-3)
+
+
+def test_outlier_channels_are_protected_and_clipping_helps() -> None:
+    reader = problem(0, out=96)
+    choice = search_scales([reader], group_size=32)
+    assert choice.ratio > 0
+    assert choice.loss < 0.5 * choice.nearest_loss
+    assert bool((choice.scales[::16] > choice.scales[1::16]).all())
+    weights, energy = [reader.weight * choice.scales], reader.gram.matrix.diagonal()
+    losses = []
+    for clip in (False, True):
+        (found,) = quantize_scaled(weights, energy, choice.scales, group_size=32, clip=clip)
+        losses.append(float(row_losses(found.dequantize() / choice.scales - reader.weight, reader.gram.matrix).sum()))
+    assert losses[1] < losses[0]
+
+
+def test_tied_channels_share_scales() -> None:
+    tie = Tie(head_dim=4, repeats=3)
+    scales = channel_scales(torch.rand(24, generator=torch.Generator().manual_seed(0)), 0.5, tie)
+    runs = scales.view(2, 3, 4)
+    assert torch.equal(runs, runs[:, :1].expand_as(runs))
+    assert len(set(runs[0, 0].tolist())) == 4
+
+
+def test_readers_of_different_inputs_share_scales_and_losses_add() -> None:
+    first, second = problem(0), problem(1)
+    alone = [search_scales([reader], group_size=32, ratios=(0.0,)).nearest_loss for reader in (first, second)]
+    assert search_scales([first, second], group_size=32).nearest_loss == pytest.approx(sum(alone), rel=1e-4)
+
+
+def test_inputs_that_were_never_seen_leave_scales_at_one() -> None:
+    reader = Reader(problem(0).weight, Gram(torch.zeros(64, 64), torch.zeros(64), 0))
+    choice = search_scales([reader], group_size=32)
+    assert torch.equal(choice.scales, torch.ones(64))
+    (found,) = quantize_scaled([reader.weight], torch.zeros(64), choice.scales, group_size=32)
+    assert float((found.dequantize() - reader.weight).abs().max()) < 0.1
+
+
+def test_group_size_must_divide() -> None:
+    with pytest.raises(BuildError, match="does not divide an input width of 64"):
+        search_scales([problem(0)], group_size=48)
+
+
+def test_linears_together_equal_linears_alone() -> None:
+    reader = problem(0)
+    scales: Tensor = channel_scales(reader.gram.matrix.diagonal(), 0.3)
+    parts = [reader.weight[:8] * scales, reader.weight[8:] * scales]
+    energy = reader.gram.matrix.diagonal()
+    together = quantize_scaled(parts, energy, scales, group_size=32)
+    for part, found in zip(parts, together, strict=True):
+        assert torch.equal(quantize_scaled([part], energy, scales, group_size=32)[0].codes, found.codes)

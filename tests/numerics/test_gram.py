@@ -1,0 +1,53 @@
+"""Gram matrices: the sums, their order, and the importance vector."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from quantize.numerics.gram import Gram, GramAccumulator, importance
+
+
+@given(st.integers(0, 2**32 - 1), st.integers(1, 450), st.lists(st.integers(0, 40), min_size=1, max_size=4))
+@settings(max_examples=20)
+def test_sums_of_batches_equal_the_whole(seed: int, width: int, sizes: list[int]) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    batches = [torch.randn(size, width, generator=generator) for size in sizes]
+    accumulator = GramAccumulator(width)
+    for batch in batches:
+        accumulator.add(batch)
+    whole = torch.cat(batches).double()
+    gram = accumulator.finish("why")
+    assert (gram.tokens, gram.note) == (len(whole), "why")
+    assert torch.equal(gram.matrix, gram.matrix.T)
+    torch.testing.assert_close(gram.matrix.double(), whole.T @ whole, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(gram.mean_abs.double(), whole.abs().sum(0) / max(len(whole), 1), rtol=1e-4, atol=1e-5)
+    mean_square = whole.square().sum(0) / max(len(whole), 1)
+    torch.testing.assert_close(importance(gram).double(), mean_square, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("width", [64, 576, 1000])
+def test_thread_count_changes_no_bit(width: int) -> None:
+    x = torch.randn(777, width, generator=torch.Generator().manual_seed(0))
+    found: list[Gram] = []
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            accumulator = GramAccumulator(width)
+            accumulator.add(x)
+            accumulator.add(x * 2)
+            found.append(accumulator.finish())
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(found[0].matrix, found[1].matrix)
+    assert torch.equal(found[0].mean_abs, found[1].mean_abs)
+
+
+def test_leading_axes_are_tokens() -> None:
+    accumulator = GramAccumulator(8)
+    accumulator.add(torch.ones(2, 3, 8, dtype=torch.bfloat16))
+    assert accumulator.tokens == 6
+    assert bool((accumulator.finish().matrix == 6).all())

@@ -1,0 +1,89 @@
+"""The architecture table: names that exist, roles of every tensor, and refusals."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from quantize.architecture import (
+    TABLE,
+    Role,
+    RowsSource,
+    architecture_of,
+    block_count,
+    block_index,
+    block_layout,
+    block_layouts,
+    tensor_role,
+)
+from quantize.errors import CheckpointError
+from tests.architectures import save, tiny_model
+
+
+@pytest.mark.parametrize("name", sorted(TABLE))
+def test_names_exist_and_every_matrix_has_a_role(name: str, tmp_path: Path) -> None:
+    checkpoint = save(tiny_model(name), tmp_path)
+    tensors = set(checkpoint.tensors)
+    named: set[str] = set()
+    for layout in block_layouts(checkpoint.config):
+        for group in layout.groups:
+            named |= {linear.tensor for linear in group.linears} | set(group.passengers)
+            assert group.source is not None
+            assert group.source.tensor in tensors
+            if isinstance(group.source, RowsSource):
+                width = checkpoint.read(group.linears[0].tensor).shape[1]
+                assert (group.source.stop - group.source.start) * group.source.repeats == width
+                assert group.source.stop <= checkpoint.read(group.source.tensor).shape[0]
+    assert named <= tensors
+    for tensor in tensors:
+        role = tensor_role(checkpoint.config, tensor)
+        assert role is not Role.OTHER, tensor
+        matrix = checkpoint.read(tensor).dim() == 2
+        assert matrix == (role in {Role.LINEAR, Role.ROUTER, Role.EMBEDDING, Role.HEAD}), tensor
+
+
+def test_the_table_covers_what_the_readme_promises() -> None:
+    families = ("Llama", "Mistral", "Qwen2", "Qwen3", "Gemma2", "Gemma3", "Phi3", "Mixtral", "Qwen2Moe", "Qwen3Moe")
+    assert sorted(TABLE) == sorted(f"{family}ForCausalLM" for family in families)
+
+
+def test_grouped_query_attention_shares_scales_of_query_heads() -> None:
+    config = {"architectures": ["LlamaForCausalLM"], "hidden_size": 96, "intermediate_size": 8}
+    config |= {"num_hidden_layers": 2, "num_attention_heads": 6, "num_key_value_heads": 2}
+    source = block_layout(config, 1).groups[1].source
+    assert source == RowsSource("model.layers.1.self_attn.v_proj.weight", 0, 32, 16, 3)
+
+
+def test_fused_values_are_the_last_rows() -> None:
+    config = {"architectures": ["Phi3ForCausalLM"], "hidden_size": 64, "intermediate_size": 40}
+    config |= {"num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 2}
+    groups = {group.name: group.source for group in block_layout(config, 0).groups}
+    assert groups["attention_output"] == RowsSource("model.layers.0.self_attn.qkv_proj.weight", 96, 128, 16, 2)
+    assert groups["mlp_output"] == RowsSource("model.layers.0.mlp.gate_up_proj.weight", 40, 80)
+
+
+def test_unknown_architecture_says_how_to_add_it() -> None:
+    with pytest.raises(CheckpointError, match=r"not in the table: MambaForCausalLM\n.*add a row to TABLE"):
+        architecture_of({"architectures": ["MambaForCausalLM"]})
+    with pytest.raises(CheckpointError, match=r"none .config.json has no 'architectures'"):
+        architecture_of({})
+
+
+@pytest.mark.parametrize("value", [None, 0, -1, True, "4", 2.5])
+def test_missing_or_wrong_number_is_refused(value: object) -> None:
+    config = {"architectures": ["LlamaForCausalLM"], "num_hidden_layers": value}
+    with pytest.raises(CheckpointError, match=r"num_hidden_layers must be a positive whole number"):
+        block_count(config)
+
+
+def test_block_index_of_a_tensor() -> None:
+    assert block_index("model.layers.12.mlp.down_proj.weight") == 12
+    assert block_index("model.norm.weight") is None
+
+
+def test_reading_the_table_imports_no_torch() -> None:
+    code = "import sys, quantize.architecture; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
