@@ -1,0 +1,237 @@
+"""Artifacts that were spoilt: each damage is refused, with its own message, by the command line."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import gguf
+import numpy as np
+import pytest
+
+from quantize.artifact import Artifact, open_artifact
+from quantize.backends.base import Limits
+from quantize.backends.gguf import GgufBackend
+from quantize.checkpoint import open_checkpoint
+from quantize.engines import llama_cpp as engine
+from quantize.errors import VerifyError
+from quantize.report import ListReporter, SilentReporter
+from quantize.testing import write_json
+from quantize.verify import check_files
+from tests.bad_checkpoints import change_json
+from tests.conftest import Built, Run
+
+
+@pytest.fixture
+def artifact(built: Built, tmp_path: Path) -> Artifact:
+    """A Q8_0 artifact that a test may spoil."""
+    (item,) = [item for item in built.store.artifacts() if item.manifest.variant == "q8_0"]
+    return open_artifact(Path(shutil.copytree(item.folder, tmp_path / "spoilt")))
+
+
+def weights(artifact: Artifact) -> Path:
+    (path,) = artifact.folder.glob("*.gguf")
+    return path
+
+
+def flip(artifact: Artifact) -> None:
+    with weights(artifact).open("r+b") as file:
+        file.seek(-100_000, os.SEEK_END)
+        byte = file.read(1)[0]
+        file.seek(-1, os.SEEK_CUR)
+        file.write(bytes([byte ^ 1]))
+
+
+def add_file(artifact: Artifact) -> None:
+    (artifact.folder / "more").mkdir()
+    (artifact.folder / "more" / "extra.bin").write_text("x")
+
+
+def change_manifest(artifact: Artifact) -> None:
+    path = artifact.folder / "manifest.json"
+    path.write_text(path.read_text().replace('"bits": 8', '"bits": 4'))
+
+
+def reseal(artifact: Artifact, path: str) -> None:
+    """A manifest with a good digest that names another file first."""
+    entry = artifact.manifest.files[0].model_copy(update={"path": path})
+    files = (entry, *artifact.manifest.files[1:])
+    sealed = artifact.manifest.model_copy(update={"files": files}).sealed()
+    (artifact.folder / "manifest.json").write_text(sealed.to_json())
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (flip, "tiny-Q8_0.gguf was altered: its sha256 is not the manifest's"),
+        (lambda item: weights(item).unlink(), "tiny-Q8_0.gguf is missing"),
+        (lambda item: os.truncate(weights(item), 1_000_000), "tiny-Q8_0.gguf has 1,000,000 bytes, the manifest says"),
+        (lambda item: (item.folder / "LICENSE").write_text("mine"), "LICENSE has 4 bytes, the manifest says 29"),
+        (add_file, "more/extra.bin is not in the manifest"),
+        (change_manifest, "altered: its content does not have the digest that it states"),
+        (lambda item: (item.folder / "manifest.json").write_text("{"), "manifest.json: not JSON"),
+        (lambda item: reseal(item, "../tiny/LICENSE"), "the manifest names '../tiny/LICENSE', outside the artifact"),
+        (lambda item: reseal(item, "/etc/passwd"), "the manifest names '/etc/passwd', outside the artifact"),
+    ],
+    ids=["flipped", "missing", "truncated", "licence", "extra", "manifest", "no-json", "dotdot", "absolute"],
+)  # fmt: skip
+def test_spoilt_files(spoil: Callable[[Artifact], object], message: str, artifact: Artifact, run: Run) -> None:
+    assert run("verify", "--hashes-only", artifact.folder).exit_code == 0
+    spoil(artifact)
+    result = run("verify", "--hashes-only", artifact.folder)
+    assert message in result.stderr
+    assert result.exit_code == 3
+    assert "good" not in result.stdout
+
+
+def test_good_files_are_read_to_the_end(artifact: Artifact) -> None:
+    events = ListReporter()
+    check_files(artifact, events)
+    assert events.events[-1].done == events.events[-1].total == artifact.manifest.size_bytes
+
+
+def test_papers_may_change(artifact: Artifact) -> None:
+    """Measurements and the card are about the artifact; eval and people may add to them."""
+    (artifact.folder / "measurements.json").write_text("{}")
+    (artifact.folder / "README.md").write_text("# Better words\n")
+    check_files(artifact, SilentReporter())
+
+
+# --- against the source -----------------------------------------------------------------------------------------------
+
+
+def rewrite(path: Path, change: Callable[[dict[str, gguf.ReaderField]], None], drop: str = "") -> None:
+    """Write a GGUF file again by the gguf package, with other fields, or without a tensor."""
+    reader = gguf.GGUFReader(path)
+    fields = dict(reader.fields)
+    change(fields)
+    writer = gguf.GGUFWriter(path.with_suffix(".new"), "llama")
+    for name, field in fields.items():
+        if not name.startswith("GGUF.") and name != "general.architecture":
+            kind, sub = field.types[0], field.types[-1] if field.types[0] == gguf.GGUFValueType.ARRAY else None
+            writer.add_key_value(name, field.contents(), kind, sub_type=sub)
+    for item in reader.tensors:
+        if item.name != drop:
+            writer.add_tensor(item.name, item.data, raw_dtype=item.tensor_type)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    path.with_suffix(".new").replace(path)
+
+
+class Other:
+    """A field with another value."""
+
+    def __init__(self, field: gguf.ReaderField, value: object) -> None:
+        self.types, self.value = field.types, value
+
+    def contents(self) -> object:
+        return self.value
+
+
+def set_field(name: str, value: object) -> Callable[[dict[str, gguf.ReaderField]], None]:
+    def change(fields: dict[str, gguf.ReaderField]) -> None:
+        fields[name] = Other(fields[name], value)
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "drop", "message"),
+    [
+        (lambda fields: fields.pop("tokenizer.chat_template"), "", "the chat template is lost"),
+        (set_field("tokenizer.chat_template", "{{ x }}"), "", "the chat template differs from the source's"),
+        (set_field("tokenizer.ggml.eos_token_id", 0), "", "eos token is 0, the source's '</s>' is 2"),
+        (set_field("tokenizer.ggml.bos_token_id", 2), "", "bos token is 2, the source's '<s>' is 1"),
+        (lambda fields: fields.pop("tokenizer.ggml.eos_token_id"), "", "no eos token; the source has '</s>' (2)"),
+        (lambda _: None, "blk.1.ffn_up.weight", "tensor blk.1.ffn_up.weight of the source's "),
+    ],
+    ids=["no-template", "template", "eos", "bos", "no-eos", "tensor"],
+)
+def test_what_the_source_has_and_the_file_has_not(
+    change: Callable[[dict[str, gguf.ReaderField]], None], drop: str, message: str, artifact: Artifact, tiny: Path
+) -> None:
+    rewrite(weights(artifact), change, drop)
+    with pytest.raises(VerifyError, match=re.escape(f"tiny-Q8_0.gguf: {message}")):
+        GgufBackend().verify(artifact.folder, open_checkpoint(tiny), Limits(), SilentReporter())
+
+
+def test_another_source_of_the_same_shape_is_not_taken_for_it(built: Built, run: Run, tmp_path: Path) -> None:
+    (item,) = [item for item in built.store.artifacts() if item.manifest.variant == "q8_0"]
+    folder = Path(shutil.copytree(item.folder, tmp_path / "copy"))
+    model = Path(shutil.copytree(str(built.recipe.source.model), tmp_path / "tiny"))
+    change_json(model / "config.json", rope_theta=500_000.0)
+    (folder / "recipe.yaml").write_text(built.recipe.text.replace(str(built.recipe.source.model), str(model)))
+    result = run("verify", folder)
+    assert "the source local:tiny is not the one that it was built from" in result.stderr
+    assert result.exit_code == 3
+
+
+def test_verify_runs_every_current_artifact(built: Built, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("QUANTIZE_STORE", str(built.store.root))
+    monkeypatch.setenv("QUANTIZE_CACHE", str(built.cache.root))
+    names = [f"tiny/{name}" for name in ("q8_0", "iq4_xs")]
+    result = run("verify", "--json", *names)
+    assert result.exit_code == 0
+    for item in json.loads(result.stdout):
+        assert item["runtime"] == "llama.cpp"
+        assert len(item["tokens"]) == 16
+
+
+def test_verify_with_nothing_to_verify(run: Run) -> None:
+    result = run("verify")
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert "no artifacts in" in result.stderr
+
+
+# --- in the runtime ---------------------------------------------------------------------------------------------------
+
+
+def spoil_tensor(artifact: Artifact, name: str, raw: bytes) -> None:
+    path = weights(artifact)
+    (item,) = [item for item in gguf.GGUFReader(path).tensors if item.name == name]
+    with path.open("r+b") as file:
+        file.seek(int(item.data_offset))
+        file.write(raw)
+
+
+def test_a_nan_in_a_tensor_does_not_load(artifact: Artifact) -> None:
+    spoil_tensor(artifact, "blk.0.ffn_up.weight", np.float16("nan").tobytes())
+    with pytest.raises(VerifyError, match=r"tiny-Q8_0\.gguf: llama\.cpp does not load it"):
+        engine.try_out(SilentReporter(), weights(artifact), 4, 1)
+
+
+def test_weights_that_overflow_are_seen_in_the_logits(artifact: Artifact) -> None:
+    """Finite in the file, so it loads; not finite once it runs."""
+    spoil_tensor(artifact, "output_norm.weight", np.full(256, 3e38, dtype=np.float32).tobytes())
+    with pytest.raises(VerifyError, match=r"tiny-Q8_0\.gguf: the logits are not finite"):
+        engine.try_out(SilentReporter(), weights(artifact), 4, 1)
+
+
+def test_a_truncated_file_does_not_load(artifact: Artifact) -> None:
+    os.truncate(weights(artifact), 1_400_000)
+    with pytest.raises(VerifyError, match=r"tiny-Q8_0\.gguf: llama\.cpp does not load it"):
+        engine.try_out(SilentReporter(), weights(artifact), 4, 1)
+
+
+def test_two_runs_that_differ_are_refused(artifact: Artifact, monkeypatch: pytest.MonkeyPatch) -> None:
+    answers = iter([[1, 2], [1, 3]])
+    monkeypatch.setattr(engine, "_generate", lambda *_: next(answers))
+    with pytest.raises(VerifyError, match=r"two greedy runs differ \(\[1, 2\] and \[1, 3\]\)"):
+        engine.try_out(SilentReporter(), weights(artifact), 2, 1)
+
+
+def test_a_good_file_runs_the_same_each_time(artifact: Artifact) -> None:
+    facts = [engine.try_out(SilentReporter(), weights(artifact), 8, 1) for _ in range(2)]
+    assert facts[0]["tokens"] == facts[1]["tokens"] == artifact.measurements()["verify"]["tokens"][:8]
+
+
+def test_a_folder_without_weights(tmp_path: Path, tiny: Path) -> None:
+    write_json(tmp_path / "manifest.json", {})
+    with pytest.raises(VerifyError, match=r"no \.gguf file"):
+        GgufBackend().verify(tmp_path, open_checkpoint(tiny), Limits(), SilentReporter())
