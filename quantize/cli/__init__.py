@@ -23,6 +23,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "verify": ("verify", "Check an artifact: hashes, tensors, and that it runs."),
     "diff": ("diff", "Compare two artifacts: settings, files, tensor types, sizes."),
     "gc": ("gc", "Remove superseded artifacts and leftovers; shows them only, unless told to."),
+    "calibration": ("calibration", "Show the text that calibrated formats see."),
     "schema": ("schema", "Print the JSON Schema of recipes or manifests."),
 }
 

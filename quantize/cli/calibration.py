@@ -1,0 +1,81 @@
+"""quantize calibration show SPEC"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import click
+
+from quantize.backends import formats
+from quantize.calibration import CalibrationSet, load_calibration_set, load_tokenizer
+from quantize.cli.common import json_option, open_cache, print_json, quiet_option, verbose_option
+from quantize.cli.progress import console_reporter
+from quantize.errors import UsageError
+from quantize.recipe import Recipe, load_calibration, load_recipe
+from quantize.source import open_source, pin_source
+
+
+@click.group("calibration")
+def command() -> None:
+    """Look at calibration text."""
+
+
+@command.command("show")
+@click.argument("spec", type=click.Path(path_type=Path))
+@click.option("--recipe", type=click.Path(path_type=Path), help="Recipe whose model tokenizes; needed unless SPEC is one.")
+@click.option("--sequences", type=click.IntRange(min=0), default=3, show_default=True, help="How many to print.")
+@json_option
+@quiet_option
+@verbose_option
+def show(spec: Path, recipe: Path | None, sequences: int, as_json: bool, quiet: bool) -> None:
+    """Print what the model will really see: counts, the hash, and the first sequences after tokenizing.
+
+    SPEC is a calibration/*.yaml file, or a recipe with calibration.
+    """
+    parsed = _recipe(spec, recipe)
+    assert parsed.calibration is not None
+    with console_reporter(quiet=quiet or as_json) as reporter:
+        cache = open_cache()
+        checkpoint = open_source(pin_source(parsed, cache, reporter), cache, reporter)
+        found = load_calibration_set(parsed.calibration, parsed.path.parent, checkpoint.folder)
+    tokenizer = load_tokenizer(checkpoint.folder)
+    texts = [tokenizer.decode(ids) for ids in found.token_ids[:sequences]]
+    if as_json:
+        print_json({**_facts(found), "texts": texts})
+        return
+    for name, value in _facts(found).items():
+        click.echo(f"{name:>13}  {value}")
+    for number, (ids, text) in enumerate(zip(found.token_ids, texts, strict=False), 1):
+        click.echo(f"\n--- sequence {number} of {len(found.token_ids)}, {len(ids)} tokens ---\n{text}")
+
+
+def _recipe(spec: Path, recipe: Path | None) -> Recipe:
+    if recipe is not None:
+        return replace(load_recipe(recipe, formats()), calibration=load_calibration(spec))
+    if _is_calibration_file(spec):
+        hint = "give the recipe whose model tokenizes: --recipe recipes/NAME.yaml"
+        raise UsageError(f"{spec} is calibration text without a model", hint=hint)
+    parsed = load_recipe(spec, formats())
+    if parsed.calibration is None:
+        raise UsageError(f"{spec}: the recipe has no calibration", hint="name a calibration/*.yaml file and --recipe")
+    return parsed
+
+
+def _is_calibration_file(spec: Path) -> bool:
+    try:
+        load_calibration(spec)
+    except UsageError:
+        return False
+    return True
+
+
+def _facts(found: CalibrationSet) -> dict[str, int | str]:
+    return {
+        "sequences": len(found.token_ids),
+        "tokens": found.tokens,
+        "shortest": min(len(ids) for ids in found.token_ids),
+        "longest": max(len(ids) for ids in found.token_ids),
+        "rows skipped": found.skipped_rows,
+        "hash": found.hash,
+    }
