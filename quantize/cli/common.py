@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -16,7 +17,7 @@ from quantize.errors import UsageError
 from quantize.store import Store, default_store_root
 
 Function = TypeVar("Function", bound=Callable[..., Any])
-MAX_TABLE_COLUMNS = 200
+UNLIMITED_COLUMNS = 10_000  # in a pipe or a file nothing is cut
 
 
 def verbose_option(function: Function) -> Function:
@@ -107,10 +108,8 @@ def print_table(columns: Sequence[tuple[str, str]], rows: Sequence[Sequence[str]
         table.add_column(title, justify="right" if side == "right" else "left", no_wrap=True)
     for row in rows:
         table.add_row(*row)
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=MAX_TABLE_COLUMNS)
-    console.print(table)
+    width = None if sys.stdout.isatty() else UNLIMITED_COLUMNS
+    Console(width=width, markup=False, emoji=False, highlight=False).print(table)  # cells are text, brackets and all
 
 
 def size_text(size_bytes: int) -> str:

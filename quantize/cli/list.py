@@ -53,7 +53,7 @@ def artifacts(everything: bool, store: Store, as_json: bool) -> None:
 
 
 @command.command("recipes")
-@click.argument("folder", type=click.Path(path_type=Path, file_okay=False), default="recipes")
+@click.argument("folder", type=click.Path(path_type=Path, file_okay=False, exists=True), default="recipes")
 @json_option
 @verbose_option
 def recipes(folder: Path, as_json: bool) -> None:
