@@ -1,4 +1,4 @@
-"""Writes docs/commands.md from the commands' own help: python docs/make_commands.py. A test holds the file against it."""
+"""Writes docs/commands.md from the commands' own help: python docs/make_commands.py. A test compares the two."""
 
 from __future__ import annotations
 
@@ -11,9 +11,14 @@ from quantize.cli import COMMANDS, main
 
 def render() -> str:
     """The text of docs/commands.md."""
-    parts = ["# Commands", "Results go to stdout, progress and log to stderr. Exit codes: 0 done; 1 build or run failed;"]
+    parts = [
+        "# Commands",
+        "Results go to stdout, progress and log to stderr. Exit codes: 0 done; 1 build or run failed;",
+    ]
     parts[1] += " 2 wrong usage or recipe; 3 a check refused; 130 interrupted. `-v` adds tracebacks.\n"
-    context = click.Context(main, info_name="quantize", max_content_width=100, terminal_width=100)
+    context = click.Context(
+        main, info_name="quantize", max_content_width=100, terminal_width=100, **main.context_settings
+    )
     for name in COMMANDS:
         command = main.get_command(context, name)
         assert command is not None

@@ -1,0 +1,131 @@
+"""The shape of the code: who may import whom, and how long a module may be."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parent.parent / "quantize"
+MAX_LINES = 400
+
+# Lowest first; a module imports from its own layer and from those below. A name stands for a module or a whole folder;
+# the longest that fits decides. What belongs together is one layer.
+LAYERS: list[set[str]] = [
+    {"", "errors"},
+    {"report"},
+    {"numerics", "shape", "manifest", "cache", "worker", "marked_yaml", "containers", "folding", "architecture"},
+    {"estimate", "hardware", "recipe", "checkpoint"},
+    {"engines", "containers.shards"},
+    {"fit", "source", "artifact"},
+    {"block_runner", "hidden_states", "activations", "calibration"},
+    {"store", "verify", "diff", "card"},
+    {"backends", "evaluate"},
+    {"plan", "reopen", "calibrated", "testing"},
+    {"build"},
+    {"publish"},
+    {"bench", "serve"},
+    {"cli", "__main__"},
+]
+
+
+def module_name(path: Path) -> str:
+    """Dotted name inside the package; "" for the package itself."""
+    parts = path.relative_to(PACKAGE).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+MODULES = {module_name(path): path for path in sorted(PACKAGE.rglob("*.py"))}
+
+
+def layer(module: str) -> int:
+    """Index of the layer that a module is in."""
+    names = {name: index for index, layer_names in enumerate(LAYERS) for name in layer_names}
+    fitting = [name for name in names if module == name or (name and module.startswith(name + "."))]
+    assert fitting, f"{module} is in no layer: give it a place in tests/test_structure.py"
+    return names[max(fitting, key=len)]
+
+
+def imported(path: Path) -> set[str]:
+    """Modules of the package that a file imports when it is imported; not what it imports for types, or later."""
+    found: set[str] = set()
+
+    def visit(nodes: list[ast.stmt]) -> None:
+        for node in nodes:
+            if isinstance(node, ast.If):
+                visit([] if "TYPE_CHECKING" in ast.unparse(node.test) else node.body)
+                visit(node.orelse)
+            elif isinstance(node, ast.Try):
+                visit(node.body)
+            elif isinstance(node, ast.Import):
+                found.update(alias.name for alias in node.names)
+            elif isinstance(node, ast.ImportFrom):
+                base = node.module or ""
+                found.update(
+                    f"{base}.{alias.name}" if f"{base}.{alias.name}".removeprefix("quantize.") in MODULES else base
+                    for alias in node.names
+                )
+
+    visit(ast.parse(path.read_text(encoding="utf-8")).body)
+    return {name.removeprefix("quantize").removeprefix(".") for name in found if name.partition(".")[0] == "quantize"}
+
+
+def later_imports(path: Path) -> set[str]:
+    """Modules of the package that a file imports anywhere, in functions and for types too."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    return {
+        node.module.removeprefix("quantize.")
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("quantize.")
+    }
+
+
+@pytest.mark.parametrize("module", [name for name in MODULES if name])
+def test_imports_go_down(module: str) -> None:
+    own = layer(module)
+    up = {name for name in imported(MODULES[module]) if layer(name) > own}
+    assert up == set(), f"{module} may not import what is above it"
+
+
+@pytest.mark.parametrize("module", [name for name in MODULES if name])
+def test_late_imports_go_down_too(module: str) -> None:
+    """An import inside a function saves time; it is no way round the order."""
+    own = layer(module)
+    up = {name for name in later_imports(MODULES[module]) if layer(name) > own}
+    assert up == set(), f"{module} may not import what is above it"
+
+
+def test_nothing_imports_in_a_circle() -> None:
+    """Not even inside a layer."""
+    graph = {name: {other for other in imported(path) if other != name} for name, path in MODULES.items()}
+    done: set[str] = set()
+
+    def walk(name: str, trail: tuple[str, ...]) -> None:
+        assert name not in trail, " -> ".join((*trail[trail.index(name) :], name))
+        if name in done:
+            return
+        for other in sorted(graph.get(name, ())):
+            walk(other, (*trail, name))
+        done.add(name)
+
+    for name in graph:
+        walk(name, ())
+
+
+@pytest.mark.parametrize("module", list(MODULES))
+def test_no_module_is_too_long(module: str) -> None:
+    assert len(MODULES[module].read_text(encoding="utf-8").splitlines()) <= MAX_LINES
+
+
+@pytest.mark.parametrize("module", list(MODULES))
+def test_every_module_says_what_it_is_for(module: str) -> None:
+    text = MODULES[module].read_text(encoding="utf-8")
+    assert not text.strip() or ast.get_docstring(ast.parse(text)), "open with what comes in and what goes out"
+
+
+def test_the_layers_name_nothing_that_is_not_there() -> None:
+    planned = {"publish", "bench", "serve"}  # of the design, not written yet
+    names = {name for names in LAYERS for name in names if name}
+    folders = {name.rpartition(".")[0] for name in MODULES}
+    assert {name for name in names if name not in MODULES and name not in folders} <= planned
