@@ -44,7 +44,7 @@ class TensorSource(Protocol):
         """Folder with config.json."""
 
     @property
-    def config(self) -> dict[str, Any]:
+    def config(self) -> Mapping[str, Any]:
         """config.json."""
 
     @property
@@ -98,7 +98,7 @@ def stream_blocks(
     sequences = [ids for ids in sequences if ids.numel()]
     if not sequences:
         raise BuildError("the calibration set has no tokens")
-    runner = BlockRunner(checkpoint.folder, checkpoint.config, device, precision)
+    runner = BlockRunner(checkpoint.folder, dict(checkpoint.config), device, precision)
     batches = make_batches([len(ids) for ids in sequences], tokens_per_batch)
     ordered = [sequences[member] for batch in batches for member in batch.members]
     tokens = sum(len(ids) for ids in ordered)
