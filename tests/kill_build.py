@@ -1,0 +1,142 @@
+"""Kill a build with SIGKILL at random moments, again and again: the store must never hold a broken artifact.
+
+python tests/kill_build.py RECIPE [--rounds 20] [--seed 0]: works in a folder of its own, prints a line for each round
+and a summary, and exits 1 if anything was broken. Every round starts from an empty store; the cache is kept, so that
+kills also fall into its work in the first rounds, and past it in the later ones.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from quantize.artifact import open_artifact
+from quantize.errors import VerifyError
+from quantize.report import SilentReporter
+from quantize.store import Store
+from quantize.verify import check_files
+
+
+@dataclass(frozen=True)
+class Round:
+    """One killed build: how far it got, what stood in the store then, and how the next build ended."""
+
+    killed_after: float
+    was_running: bool
+    good: int
+    broken: tuple[str, ...]
+    next_code: int
+    leftovers: tuple[str, ...]
+
+    @property
+    def ok(self) -> bool:
+        """Nothing broken, and the next build went well and cleaned up."""
+        return not self.broken and self.next_code == 0 and not self.leftovers
+
+
+def command(recipe: Path, work: Path) -> tuple[list[str], dict[str, str]]:
+    """The build as a user calls it, in a store and cache of this run."""
+    environment = {**os.environ, "QUANTIZE_STORE": str(work / "artifacts"), "QUANTIZE_CACHE": str(work / "cache")}
+    return [sys.executable, "-m", "quantize", "build", str(recipe), "--quiet", "--json"], environment
+
+
+def build(recipe: Path, work: Path) -> tuple[int, float]:
+    """A build that nobody disturbs: exit code and seconds."""
+    arguments, environment = command(recipe, work)
+    start = time.perf_counter()
+    code = subprocess.run(arguments, env=environment, stdout=subprocess.DEVNULL, check=False).returncode
+    return code, time.perf_counter() - start
+
+
+def killed_build(recipe: Path, work: Path, after: float) -> bool:
+    """Start a build and kill it, the process alone, after some seconds; whether it was still running then."""
+    arguments, environment = command(recipe, work)
+    process = subprocess.Popen(arguments, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        process.wait(after)
+    except subprocess.TimeoutExpired:
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+        return True
+    return False
+
+
+def broken_in(store: Store) -> tuple[int, tuple[str, ...]]:
+    """How many artifacts are good to the last byte, and what is wrong with anything else in sight."""
+    problems = [f"{item.folder}: {item.reason}" for item in store.broken()]
+    good = 0
+    for artifact in store.artifacts():
+        try:
+            check_files(artifact, SilentReporter())
+            good += 1
+        except VerifyError as exc:
+            problems.append(str(exc))
+    for link in store.root.glob("*/*/current"):
+        try:
+            open_artifact(link.resolve())
+        except VerifyError as exc:
+            problems.append(f"{link}: {exc}")
+    return good, tuple(problems)
+
+
+def leftovers_of(work: Path) -> tuple[str, ...]:
+    """Scratch that should be gone after a build that ended well."""
+    found = [*(work / "artifacts").glob(".staging/*"), *(work / "artifacts").glob(".locks/*")]
+    return tuple(str(path.relative_to(work)) for path in found)
+
+
+def run(
+    recipe: Path, work: Path, rounds: int, seed: int, window: float | None = None, *, keep_cache: bool = False
+) -> list[Round]:
+    """All rounds; `window` is the time within which kills fall, measured by a build if it is not given."""
+    randomness, results = random.Random(seed), []
+    if window is None:
+        code, window = build(recipe, work)
+        if code != 0:
+            raise SystemExit(f"the recipe does not build undisturbed (exit {code})")
+        shutil.rmtree(work / "cache")
+    store = Store(work / "artifacts")
+    for number in range(rounds):
+        with contextlib.suppress(FileNotFoundError):
+            shutil.rmtree(store.root)
+        if number == rounds // 2 and not keep_cache:  # the second half starts with nothing in the cache either
+            shutil.rmtree(work / "cache", ignore_errors=True)
+        after = randomness.uniform(0.05, window)
+        was_running = killed_build(recipe, work, after)
+        time.sleep(0.3)  # the steps of the killed build see that it is gone
+        good, broken = broken_in(store)
+        code, _ = build(recipe, work)
+        final_good, final_broken = broken_in(store)
+        broken = (*broken, *final_broken, *(() if final_good else ("the next build left no artifact",)))
+        results.append(Round(after, was_running, good, broken, code, leftovers_of(work)))
+        print(json.dumps({"round": number + 1, "ok": results[-1].ok, **results[-1].__dict__}), flush=True)
+    return results
+
+
+def main() -> int:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("recipe", type=Path)
+    parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="quantize-kill-") as work:
+        results = run(options.recipe, Path(work), options.rounds, options.seed)
+    killed, bad = sum(item.was_running for item in results), [item for item in results if not item.ok]
+    print(f"{len(results)} rounds, {killed} killed while running, {len(bad)} went wrong")
+    return 1 if bad else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
