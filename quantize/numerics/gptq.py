@@ -91,11 +91,18 @@ def group_order(diagonal: Tensor, group_size: int) -> Tensor:
     return (outer[:, None] * group_size + inner[outer]).reshape(-1)
 
 
-def solve(weights: Sequence[Tensor], factor: Factor, *, bits: int, symmetric: bool = True) -> list[Solution]:
+def solve(
+    weights: Sequence[Tensor],
+    factor: Factor,
+    *,
+    bits: int,
+    symmetric: bool = True,
+    smallest_zero: int = SMALLEST_ZERO,
+) -> list[Solution]:
     """Quantize linears that share one input.
 
-    weights: each [out, in] floating. Zero points are at least 1, since GPTQ v1 can't store 0. No output row is worse
-    under the undamped Gram matrix than rounded to nearest.
+    weights: each [out, in] floating. smallest_zero: 1 for GPTQ v1, which can't store a zero point of 0. No output row
+    is worse under the undamped Gram matrix than rounded to nearest.
 
     Raises:
         BuildError: bits not supported.
@@ -103,8 +110,9 @@ def solve(weights: Sequence[Tensor], factor: Factor, *, bits: int, symmetric: bo
     sizes = [weight.shape[0] for weight in weights]
     stacked = torch.cat([weight.float() for weight in weights]) if len(weights) > 1 else weights[0].float()
     check_shape(stacked.shape[1], bits, factor.group_size)
+    kind = ScaleSearch(bits, symmetric, smallest_zero)
     starts = range(0, len(stacked), ROWS)
-    parts = [_solve_rows(stacked[start : start + ROWS], factor, bits, symmetric) for start in starts]
+    parts = [_solve_rows(stacked[start : start + ROWS], factor, kind) for start in starts]
     solved = _concatenate([part.quantized for part in parts])
     figures = torch.stack([torch.cat([part.figures[row] for part in parts]) for row in range(3)]).cpu().double()
     solutions: list[Solution] = []
@@ -122,9 +130,9 @@ class _Rows:
     figures: Tensor  # [3, out]: loss, loss of rounding to nearest, 1 where that was taken
 
 
-def _solve_rows(rows: Tensor, factor: Factor, bits: int, symmetric: bool) -> _Rows:
-    solved = _sweep(rows, factor, bits, symmetric)
-    nearest = _nearest(rows, factor, bits, symmetric)
+def _solve_rows(rows: Tensor, factor: Factor, kind: ScaleSearch) -> _Rows:
+    solved = _sweep(rows, factor, kind)
+    nearest = _nearest(rows, factor, kind)
     loss = row_losses(solved.dequantize() - rows, factor.gram)
     bound = row_losses(nearest.dequantize() - rows, factor.gram)
     worse = loss > bound
@@ -139,10 +147,9 @@ def row_losses(error: Tensor, gram: Tensor) -> Tensor:
     return losses
 
 
-def _sweep(weight: Tensor, factor: Factor, bits: int, symmetric: bool) -> Quantized:
+def _sweep(weight: Tensor, factor: Factor, search: ScaleSearch) -> Quantized:
     """Round column after column, feeding each error forward; everything is held transposed, [in, out]."""
     group_size, order, feedback = factor.group_size, factor.order, factor.feedback
-    search = ScaleSearch(bits, symmetric, smallest_zero=SMALLEST_ZERO)
     original = weight.T[order]
     width, out = original.shape
     errors = torch.empty_like(original)
@@ -163,12 +170,12 @@ def _sweep(weight: Tensor, factor: Factor, bits: int, symmetric: bool) -> Quanti
             if first > start:
                 block.addmm_(feedback[start:first, first:last].T, errors[start:first])
             inner = feedback[first:last, first:last]
-            steps = _round_block(block, original[first:last], errors[first:last], inner, scale, zero, bits)
+            steps = _round_block(block, original[first:last], errors[first:last], inner, scale, zero, search.bits)
             codes[first:last] = steps.add_(zero)
     stored = torch.empty_like(codes)
     stored[order] = codes
     scales, zeros = scales.T.half().contiguous(), zeros.T.to(torch.uint8).contiguous()
-    return Quantized(stored.T.contiguous(), scales, zeros, bits, group_size)
+    return Quantized(stored.T.contiguous(), scales, zeros, search.bits, group_size)
 
 
 def _round_block(
@@ -187,9 +194,9 @@ def _round_block(
     return steps
 
 
-def _nearest(rows: Tensor, factor: Factor, bits: int, symmetric: bool) -> Quantized:
-    size = factor.group_size
-    return round_to_nearest(rows, bits=bits, group_size=size, symmetric=symmetric, smallest_zero=SMALLEST_ZERO)
+def _nearest(rows: Tensor, factor: Factor, kind: ScaleSearch) -> Quantized:
+    size, zero = factor.group_size, kind.smallest_zero
+    return round_to_nearest(rows, bits=kind.bits, group_size=size, symmetric=kind.symmetric, smallest_zero=zero)
 
 
 def _merge(solved: Quantized, nearest: Quantized, take_nearest: Tensor) -> Quantized:

@@ -9,7 +9,14 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from quantize.errors import BuildError
-from quantize.numerics.awq import Reader, Tie, channel_scales, quantize_scaled, search_scales
+from quantize.numerics.awq import (
+    Reader,
+    Tie,
+    channel_scales,
+    quantize_compensated,
+    quantize_scaled,
+    search_scales,
+)
 from quantize.numerics.gptq import row_losses
 from quantize.numerics.gram import Gram
 from quantize.numerics.rtn import round_to_nearest
@@ -102,3 +109,18 @@ def test_linears_together_equal_linears_alone() -> None:
     together = quantize_scaled(parts, energy, scales, group_size=32)
     for part, found in zip(parts, together, strict=True):
         assert torch.equal(quantize_scaled([part], energy, scales, group_size=32)[0].codes, found.codes)
+
+
+def test_compensation_loses_less_than_rounding_with_a_clip_search() -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(300, 64, generator=generator) @ (torch.eye(64) + torch.randn(64, 64, generator=generator) / 6)
+    weight, gram = torch.randn(48, 64, generator=generator) * 0.1, x.T @ x
+    scales = channel_scales(gram.diagonal(), 0.4)
+    (compensated,) = quantize_compensated([weight * scales], gram, scales, group_size=32)
+    (rounded,) = quantize_scaled([weight * scales], gram.diagonal(), scales, group_size=32)
+    losses = [
+        float(row_losses(found.dequantize() / scales - weight, gram).sum())
+        for found in (compensated.quantized, rounded)
+    ]
+    assert losses[0] < 0.7 * losses[1]
+    assert compensated.loss == pytest.approx(losses[0], rel=1e-3)
