@@ -123,7 +123,7 @@ def detect() -> Machine:
     limit, used = _cgroup_memory()
     if limit is not None and limit < total:
         total, available = limit, min(available, max(0, limit - used))
-    return Machine(gpus=_nvidia_gpus(), ram_bytes=total, available_ram_bytes=available, cores=_cores())
+    return Machine(gpus=_nvidia_gpus(), ram_bytes=total, available_ram_bytes=available, cores=usable_cores())
 
 
 def _split_size(name: str) -> tuple[str, int | None]:
@@ -187,7 +187,7 @@ def _cgroup_memory(root: Path = Path("/sys/fs/cgroup")) -> tuple[int | None, int
     return None, 0
 
 
-def _cores(root: Path = Path("/sys/fs/cgroup")) -> int:
+def usable_cores(root: Path = Path("/sys/fs/cgroup")) -> int:
     """Cores that this process may use: its affinity, cut by the cgroup's quota (rounded up)."""
     affinity = getattr(os, "sched_getaffinity", None)
     cores = len(affinity(0)) if affinity else os.cpu_count() or 1

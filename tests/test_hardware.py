@@ -92,7 +92,7 @@ def test_a_cgroup_limits_memory_and_cores(tmp_path: Path) -> None:
     (tmp_path / "memory.current").write_text("1073741824\n")
     (tmp_path / "cpu.max").write_text("150000 100000\n")
     assert hardware._cgroup_memory(tmp_path) == (4 * GIB, GIB)
-    assert 1 <= hardware._cores(tmp_path) <= 2
+    assert 1 <= hardware.usable_cores(tmp_path) <= 2
     (tmp_path / "memory.max").write_text("max\n")
     assert hardware._cgroup_memory(tmp_path) == (None, 0)
 

@@ -100,7 +100,7 @@ class Prompt(BaseModel):
     @model_validator(mode="after")
     def _haystack_has_a_place(self) -> Prompt:
         if (self.haystack is not None) != (PLACE in self.prompt):
-            raise ValueError(f"`haystack` and {PLACE} in `prompt` go together || give both or none")
+            raise ValueError("`haystack`, and its name in braces in `prompt`, go together || give both or none")
         return self
 
 
@@ -171,7 +171,9 @@ def check_schema(schema: dict[str, Any] | bool) -> None:
         jsonschema.Draft202012Validator.check_schema(schema)
     except jsonschema.SchemaError as exc:
         place = "/".join(map(str, exc.absolute_path)) or "the top"
-        raise ValueError(f"`schema` is no JSON Schema (at {place}: {exc.message[:120]}) || correct it") from exc
+        raise ValueError(
+            f"`schema` is no JSON Schema (wrong at {place}) || see json-schema.org, draft 2020-12"
+        ) from exc
 
 
 def import_jsonschema() -> Any:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from quantize.errors import MissingExtraError, UsageError, VerifyError
 from quantize.evaluate.runtimes import Request, block_rows, log_softmax, runtime_of
+from quantize.hardware import usable_cores
 
 if TYPE_CHECKING:
     from quantize.evaluate.runtimes import LogProbs
@@ -50,8 +51,8 @@ class LlamaCppRuntime:
         params.n_ctx = self._size
         params.n_batch = min(self._size, block_rows(self.vocabulary))
         params.n_ubatch = min(params.n_batch, PREFILL_TOKENS)
-        if threads:
-            params.n_threads = params.n_threads_batch = threads
+        # Its threads wait for each other by spinning: one core that is busy elsewhere makes all of them slow.
+        params.n_threads = params.n_threads_batch = threads or max(1, usable_cores() - 1)
         self._rows = int(params.n_batch)
         self._context = library.llama_init_from_model(self._model, params)
         if not self._context:

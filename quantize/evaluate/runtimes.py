@@ -92,6 +92,7 @@ def open_runtime(model: ModelRef, *, context: int, threads: int = 0) -> Runtime:
 
 def runtime_of(format: str) -> tuple[str, str]:
     """Name and versions of the runtime that a format runs in. Raises MissingExtraError: it is not installed."""
+    packages: tuple[str, ...]
     if format == "gguf":
         name, packages, extra = "llama.cpp", ("llama-cpp-python",), "gguf"
     else:
