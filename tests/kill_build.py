@@ -1,8 +1,8 @@
 """Kill a build with SIGKILL at random moments, again and again: the store must never hold a broken artifact.
 
-python tests/kill_build.py RECIPE [--rounds 20] [--seed 0]: works in a folder of its own, prints a line for each round
-and a summary, and exits 1 if anything was broken. Every round starts from an empty store; the cache is kept, so that
-kills also fall into its work in the first rounds, and past it in the later ones.
+python -m tests.kill_build RECIPE [--rounds 20] [--seed 0] [--only VARIANT]: works in a folder of its own, prints a line
+for each round and a summary, and exits 1 if anything was broken. Every round starts from an empty store. The cache is
+kept, but for the round in the middle: so kills fall into its work there, and past it in the others.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -45,23 +46,24 @@ class Round:
         return not self.broken and self.next_code == 0 and not self.leftovers
 
 
-def command(recipe: Path, work: Path) -> tuple[list[str], dict[str, str]]:
+def command(recipe: Path, work: Path, only: Sequence[str]) -> tuple[list[str], dict[str, str]]:
     """The build as a user calls it, in a store and cache of this run."""
     environment = {**os.environ, "QUANTIZE_STORE": str(work / "artifacts"), "QUANTIZE_CACHE": str(work / "cache")}
-    return [sys.executable, "-m", "quantize", "build", str(recipe), "--quiet", "--json"], environment
+    options = [argument for variant in only for argument in ("--only", variant)]
+    return [sys.executable, "-m", "quantize", "build", str(recipe), "--quiet", "--json", *options], environment
 
 
-def build(recipe: Path, work: Path) -> tuple[int, float]:
+def build(recipe: Path, work: Path, only: Sequence[str] = ()) -> tuple[int, float]:
     """A build that nobody disturbs: exit code and seconds."""
-    arguments, environment = command(recipe, work)
+    arguments, environment = command(recipe, work, only)
     start = time.perf_counter()
     code = subprocess.run(arguments, env=environment, stdout=subprocess.DEVNULL, check=False).returncode
     return code, time.perf_counter() - start
 
 
-def killed_build(recipe: Path, work: Path, after: float) -> bool:
+def killed_build(recipe: Path, work: Path, after: float, only: Sequence[str] = ()) -> bool:
     """Start a build and kill it, the process alone, after some seconds; whether it was still running then."""
-    arguments, environment = command(recipe, work)
+    arguments, environment = command(recipe, work, only)
     process = subprocess.Popen(arguments, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
         process.wait(after)
@@ -97,12 +99,19 @@ def leftovers_of(work: Path) -> tuple[str, ...]:
 
 
 def run(
-    recipe: Path, work: Path, rounds: int, seed: int, window: float | None = None, *, keep_cache: bool = False
+    recipe: Path,
+    work: Path,
+    rounds: int,
+    seed: int,
+    window: float | None = None,
+    *,
+    keep_cache: bool = False,
+    only: Sequence[str] = (),
 ) -> list[Round]:
     """All rounds; `window` is the time within which kills fall, measured by a build if it is not given."""
     randomness, results = random.Random(seed), []
     if window is None:
-        code, window = build(recipe, work)
+        code, window = build(recipe, work, only)
         if code != 0:
             raise SystemExit(f"the recipe does not build undisturbed (exit {code})")
         shutil.rmtree(work / "cache")
@@ -113,10 +122,10 @@ def run(
         if number == rounds // 2 and not keep_cache:  # the second half starts with nothing in the cache either
             shutil.rmtree(work / "cache", ignore_errors=True)
         after = randomness.uniform(0.05, window)
-        was_running = killed_build(recipe, work, after)
+        was_running = killed_build(recipe, work, after, only)
         time.sleep(0.3)  # the steps of the killed build see that it is gone
         good, broken = broken_in(store)
-        code, _ = build(recipe, work)
+        code, _ = build(recipe, work, only)
         final_good, final_broken = broken_in(store)
         broken = (*broken, *final_broken, *(() if final_good else ("the next build left no artifact",)))
         results.append(Round(after, was_running, good, broken, code, leftovers_of(work)))
@@ -130,9 +139,10 @@ def main() -> int:
     parser.add_argument("recipe", type=Path)
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--only", action="append", default=[], metavar="VARIANT")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="quantize-kill-") as work:
-        results = run(options.recipe, Path(work), options.rounds, options.seed)
+        results = run(options.recipe, Path(work), options.rounds, options.seed, only=options.only)
     killed, bad = sum(item.was_running for item in results), [item for item in results if not item.ok]
     print(f"{len(results)} rounds, {killed} killed while running, {len(bad)} went wrong")
     return 1 if bad else 0
