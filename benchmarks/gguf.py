@@ -131,7 +131,11 @@ def main() -> None:
             {
                 "types": TYPES,
                 "by_hand": {"seconds": round(best_hand[0], 2), "peak_bytes": peak_hand},
-                "quantize": {"seconds": round(best_ours[0], 2), "peak_bytes": peak_ours, "also": "hashes, verifies, runs"},
+                "quantize": {
+                    "seconds": round(best_ours[0], 2),
+                    "peak_bytes": peak_ours,
+                    "also": "hashes, verifies, runs",
+                },
                 "times_faster": round(best_hand[0] / best_ours[0], 2),
                 "peak_memory_ratio": round(peak_ours / peak_hand, 3),
             },

@@ -3,7 +3,7 @@
     python benchmarks/models.py demo OUT | dithered OUT | random OUT --layers 28 --hidden 3072 …
 
 The demo model was Q4_1 once, so its weights lie on a grid of 16 levels a block of 32, which flatters or hurts 4-bit
-methods. The dithered copy adds seeded uniform noise of half a step to each linear weight, (max - min) / 15 of its block.
+methods. The dithered copy adds seeded uniform noise of half a step, (max - min) / 15 of its block, to each linear weight.
 Random models are written one tensor at a time, so that their size is bounded by the disk only.
 """
 
@@ -51,7 +51,9 @@ def dithered(source: Path, out: Path) -> Path:
     return out
 
 
-def random_llama(out: Path, tokenizer: Path, *, layers: int, hidden: int, intermediate: int, heads: int, kv_heads: int) -> Path:
+def random_llama(
+    out: Path, tokenizer: Path, *, layers: int, hidden: int, intermediate: int, heads: int, kv_heads: int
+) -> Path:
     """A Llama of random FP16 weights with another model's tokenizer, written one tensor at a time."""
     import torch
 

@@ -42,7 +42,7 @@ class _Part:
 
 
 def run_pass(recipe: Recipe, variants: Sequence[tuple[str, Context]], reporter: Reporter) -> PassResult:
-    """Run the pass for (backend name, context) pairs. Raises PlanError, BuildError, WorkerDied if no variant gets it."""
+    """Run the pass for (backend name, context) pairs. Raises PlanError, BuildError, WorkerDied if it ends early."""
     assert recipe.calibration is not None
     names = ", ".join(context.variant for _, context in variants)
     status(reporter, "", f"calibration pass for {names}")

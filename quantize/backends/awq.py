@@ -31,7 +31,9 @@ class AwqOptions(BackendOptions):
     """The recipe section of an AWQ variant."""
 
     bits: Literal[4] = 4
-    group_size: int = Field(128, ge=16, le=1024, description="weights that share a scale; must divide every input width")
+    group_size: int = Field(
+        128, ge=16, le=1024, description="weights that share a scale; must divide every input width"
+    )
     clip: bool = Field(True, description="search for a smaller range than the full one in each group")
 
     def variant_name(self) -> str:
@@ -89,7 +91,9 @@ class AwqBackend:
         from quantize.engines.packed_check import check_packed
 
         status(reporter, "", "loading in transformers with gptqmodel")
-        facts: dict[str, Any] = run_step("loading in transformers", reporter, check_packed, folder, "awq", limits.threads)
+        facts: dict[str, Any] = run_step(
+            "loading in transformers", reporter, check_packed, folder, "awq", limits.threads
+        )
         return facts
 
 
@@ -101,7 +105,7 @@ def solve_block(block: Block, options: AwqOptions) -> tuple[dict[str, torch.Tens
     from quantize.numerics.packing import pack_awq
 
     choices = {group.name: _search(group, block, options) for group in block.layout.groups if group.source is not None}
-    dtypes = {name: torch.float16 for name in block.weights}
+    dtypes = dict.fromkeys(block.weights, torch.float16)
     scales = {name: choice.scales for name, choice in choices.items()}
     folded = fold_block(block.layout, block.weights, scales, dtypes)
     tensors = {name: folded.weights[name] for name in folded.changed}
@@ -129,7 +133,12 @@ def _search(group: FoldGroup, block: Block, options: AwqOptions) -> Any:
 
 
 def _quantize(
-    weights: list[torch.Tensor], names: list[str], block: Block, key: str, scales: torch.Tensor | None, options: AwqOptions
+    weights: list[torch.Tensor],
+    names: list[str],
+    block: Block,
+    key: str,
+    scales: torch.Tensor | None,
+    options: AwqOptions,
 ) -> list[tuple[str, Any, float]]:
     """(name, Quantized, loss as a share of the output's energy) of linears that read one input."""
     import torch

@@ -106,8 +106,7 @@ def _layout(checkpoint: Checkpoint, options: BitsandbytesOptions) -> packed.Layo
             "weight.quant_state.bitsandbytes__nf4": ("U8", (state + len(f"[{out}, {width}]"),)),
         }
 
-    layout = packed.plan_layout(checkpoint, int8 if options.type == "int8" else nf4, stored_dtype=checkpoint.dtype)
-    return layout
+    return packed.plan_layout(checkpoint, int8 if options.type == "int8" else nf4, stored_dtype=checkpoint.dtype)
 
 
 def _size(checkpoint: Checkpoint, options: BitsandbytesOptions) -> SizePlan:
@@ -136,5 +135,3 @@ def _config(checkpoint: Checkpoint, options: BitsandbytesOptions) -> str:
         },
         dtype=packed.DTYPE_NAMES[checkpoint.dtype],
     )
-
-

@@ -69,4 +69,6 @@ def write_from_scratch(scratch: Path, out: Path, model: GgufFile, blocks: int, c
         for name, experts in rows.items()
     }
     length = int(calibration.spec["sequence_length"])
-    write_imatrix(out, sums, dataset=str(calibration.spec["dataset"]), chunks=calibration.sequences, chunk_tokens=length)
+    write_imatrix(
+        out, sums, dataset=str(calibration.spec["dataset"]), chunks=calibration.sequences, chunk_tokens=length
+    )

@@ -31,7 +31,9 @@ class GptqOptions(BackendOptions):
     """The recipe section of a GPTQ variant."""
 
     bits: Bits = 4
-    group_size: int = Field(128, ge=16, le=1024, description="weights that share a scale; must divide every input width")
+    group_size: int = Field(
+        128, ge=16, le=1024, description="weights that share a scale; must divide every input width"
+    )
     symmetric: bool = Field(True, description="no zero points; what vLLM's Marlin kernels want")
     damping: float = Field(0.01, gt=0, lt=1, description="share of the mean diagonal that is added to the Gram matrix")
 
@@ -91,7 +93,9 @@ class GptqBackend:
         from quantize.engines.packed_check import check_packed
 
         status(reporter, "", "loading in transformers with gptqmodel")
-        facts: dict[str, Any] = run_step("loading in transformers", reporter, check_packed, folder, "gptq", limits.threads)
+        facts: dict[str, Any] = run_step(
+            "loading in transformers", reporter, check_packed, folder, "gptq", limits.threads
+        )
         return facts
 
 

@@ -79,12 +79,12 @@ def check_group_size(checkpoint: Checkpoint, group_size: int, out_multiple: int,
                     hint=f"sizes that do: {', '.join(map(str, fits)) or width}",
                 )
             if out % out_multiple or width % in_multiple:
-                raise PlanError(f"{linear.tensor} is {out} x {width}; packing needs multiples of {out_multiple} x {in_multiple}")
+                raise PlanError(
+                    f"{linear.tensor} is {out} x {width}; packing needs multiples of {out_multiple} x {in_multiple}"
+                )
 
 
-def size_plan(
-    checkpoint: Checkpoint, layout: Layout, config_text: str, stored_dtype: str = STORED_DTYPE
-) -> SizePlan:
+def size_plan(checkpoint: Checkpoint, layout: Layout, config_text: str, stored_dtype: str = STORED_DTYPE) -> SizePlan:
     """Exact bytes of the weight files, and of what is copied beside them."""
     weights = table_bytes(layout.table)
     beside = sum(path.stat().st_size for path in copied_files(checkpoint)) + len(config_text.encode())

@@ -23,7 +23,9 @@ def command() -> None:
 
 @command.command("show")
 @click.argument("spec", type=click.Path(path_type=Path))
-@click.option("--recipe", type=click.Path(path_type=Path), help="Recipe whose model tokenizes; needed unless SPEC is one.")
+@click.option(
+    "--recipe", type=click.Path(path_type=Path), help="Recipe whose model tokenizes; needed unless SPEC is one."
+)
 @click.option("--sequences", type=click.IntRange(min=0), default=3, show_default=True, help="How many to print.")
 @json_option
 @quiet_option

@@ -18,7 +18,7 @@ PROMPT = "The capital of France is"
 
 
 def check_packed(reporter: Reporter, folder: Path, method: str, threads: int) -> dict[str, Any]:
-    """Load with transformers + gptqmodel, compare each linear's weights with our own unpacking, generate greedily twice.
+    """Load with transformers + gptqmodel, compare each linear with our own unpacking, generate greedily twice.
 
     Raises VerifyError: does not load, weights differ, logits not finite, two runs differ. MissingExtraError.
     """
@@ -34,7 +34,12 @@ def check_packed(reporter: Reporter, folder: Path, method: str, threads: int) ->
     seconds = time.perf_counter() - started
     compared = _compare_weights(model, folder, method)
     tokens = generate_twice(model, folder)
-    return {"runtime": "transformers + gptqmodel", "linears": compared, "tokens": tokens, "load_seconds": round(seconds, 2)}
+    return {
+        "runtime": "transformers + gptqmodel",
+        "linears": compared,
+        "tokens": tokens,
+        "load_seconds": round(seconds, 2),
+    }
 
 
 def load_causal_lm(folder: Path) -> Any:
@@ -90,7 +95,9 @@ def _compare_weights(model: Any, folder: Path, method: str) -> int:
             raise VerifyError(f"{folder.name}: {name} unpacks differently in gptqmodel", hint="a packing defect")
         compared += 1
     if compared != len(unpacked.linears):
-        raise VerifyError(f"{folder.name}: gptqmodel took {compared} linears as packed, the files have {len(unpacked.linears)}")
+        raise VerifyError(
+            f"{folder.name}: gptqmodel took {compared} linears as packed, the files have {len(unpacked.linears)}"
+        )
     return compared
 
 

@@ -30,7 +30,9 @@ def sample_from_model(
         for members in by_length.values():
             for start in range(0, len(members), BATCH):
                 group = members[start : start + BATCH]
-                for index, ids in zip(group, _continue(model, [rows[i] for i in group], sequence_length, generator), strict=True):
+                for index, ids in zip(
+                    group, _continue(model, [rows[i] for i in group], sequence_length, generator), strict=True
+                ):
                     rows[index] = ids
     return rows
 
