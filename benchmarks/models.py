@@ -3,7 +3,8 @@
     python benchmarks/models.py demo OUT | dithered OUT | random OUT --layers 28 --hidden 3072 …
 
 The demo model was Q4_1 once, so its weights lie on a grid of 16 levels a block of 32, which flatters or hurts 4-bit
-methods. The dithered copy adds seeded uniform noise of half a step, (max - min) / 15 of its block, to each linear weight.
+methods. The dithered copy moves each linear weight by seeded uniform noise of up to half a step of its block, where a
+step is (max - min) / 15.
 Random models are written one tensor at a time, so that their size is bounded by the disk only.
 """
 
