@@ -35,10 +35,14 @@ class AwqOptions(BackendOptions):
         128, ge=16, le=1024, description="weights that share a scale; must divide every input width"
     )
     clip: bool = Field(True, description="search for a smaller range than the full one in each group")
+    rounding: Literal["nearest", "gptq"] = Field(
+        "nearest", description="nearest is AWQ as published; gptq feeds rounding errors forward: better, slower"
+    )
 
     def variant_name(self) -> str:
-        """`awq-int4-g128`, with `-noclip` without the clip search."""
-        return f"awq-int4-g{self.group_size}{'' if self.clip else '-noclip'}"
+        """`awq-int4-g128`, with `-noclip` without the clip search and `-gptq` with error feedback."""
+        feedback = "-gptq" if self.rounding == "gptq" else ""
+        return f"awq-int4-g{self.group_size}{'' if self.clip else '-noclip'}{feedback}"
 
 
 class AwqBackend:
@@ -143,11 +147,14 @@ def _quantize(
     """(name, Quantized, loss as a share of the output's energy) of linears that read one input."""
     import torch
 
-    from quantize.numerics.awq import quantize_scaled
+    from quantize.numerics.awq import quantize_compensated, quantize_scaled
     from quantize.numerics.gptq import row_losses
 
     gram = block.grams[key].matrix
     scales = torch.ones_like(gram.diagonal()) if scales is None else scales
+    if options.rounding == "gptq":
+        solutions = quantize_compensated(weights, gram, scales, group_size=options.group_size)
+        return [(name, item.quantized, item.loss) for name, item in zip(names, solutions, strict=True)]
     found = quantize_scaled(weights, gram.diagonal(), scales, group_size=options.group_size, clip=options.clip)
     results = []
     for name, weight, quantized in zip(names, weights, found, strict=True):
