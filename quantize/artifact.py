@@ -25,6 +25,7 @@ LOCKS = ".locks"
 SCRATCH = ".scratch"  # ends the name of the folder beside a staging folder that a build works in
 CURRENT = "current"
 LOCK_POLL_SECONDS = 0.1
+MKDIR_TRIES = 100
 
 
 @dataclass(frozen=True)
@@ -91,7 +92,7 @@ def variant_lock(store: Path, name: str, variant: str) -> Iterator[None]:
     lock = FileLock(path, poll_interval=LOCK_POLL_SECONDS)
     with store_errors(store):
         while not lock.is_locked:
-            path.parent.mkdir(parents=True, exist_ok=True)
+            _make_folder(path.parent)
             try:
                 lock.acquire()
             except FileNotFoundError:
@@ -129,14 +130,22 @@ def staging_folder(store: Path, name: str, variant: str) -> Iterator[Path]:
             if staged_variant(leftover.name) == f"{name}--{variant}":
                 shutil.rmtree(leftover, ignore_errors=True)
         folder = root / f"{name}--{variant}.{uuid.uuid4().hex[:8]}"
-        while not folder.is_dir():
-            with contextlib.suppress(FileNotFoundError):  # another build has just removed the empty folder above
-                folder.mkdir(parents=True)
+        _make_folder(folder)
     try:
         yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
         _remove_if_empty(root, store)
+
+
+def _make_folder(folder: Path) -> None:
+    """Make a folder and those above it, while other builds may be removing them because they are empty."""
+    for _ in range(MKDIR_TRIES):
+        with contextlib.suppress(FileNotFoundError, FileExistsError):
+            folder.mkdir(parents=True)
+        if folder.is_dir():
+            return
+    folder.mkdir(parents=True)
 
 
 def _remove_if_empty(*folders: Path) -> None:

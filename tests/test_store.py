@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -475,3 +476,24 @@ def test_events_of_a_build(recipe: Callable[[Variants], Recipe], store: Store, c
     events = ListReporter()
     build(recipe(INT8), store, cache, events)
     assert [event.kind for event in events.events if event.subject == "int8"][-2:] == ["status", "done"]
+
+
+def test_folders_that_others_remove_because_they_are_empty_are_made_again(tmp_path: Path) -> None:
+    root, stop = tmp_path / "store", threading.Event()
+
+    def remove() -> None:
+        while not stop.is_set():
+            for folder in (root / ".locks", root / ".staging", root):
+                with contextlib.suppress(OSError):
+                    folder.rmdir()
+
+    remover = threading.Thread(target=remove)
+    remover.start()
+    try:
+        for _ in range(300):
+            with variant_lock(root, "name", "variant"), staging_folder(root, "name", "variant") as folder:
+                (folder / "file").write_text("x")
+    finally:
+        stop.set()
+        remover.join()
+    assert not root.exists()
