@@ -55,6 +55,14 @@ class TensorSource(Protocol):
         """One tensor, in the type it is stored in."""
 
 
+def fastest_precision(device: str) -> Precision:
+    """The type in which the forward pass is fastest on this machine: bfloat16 where hardware multiplies it."""
+    if torch.device(device).type == "cuda":
+        return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
+    native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return "bfloat16" if native else "float32"
+
+
 @dataclass(frozen=True)
 class Block:
     """One decoder block and the statistics of what its linears read.

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from quantize.activations import stream_blocks
+from quantize.activations import fastest_precision, stream_blocks
 from quantize.architecture import TABLE, block_layouts
 from quantize.errors import BuildError, CheckpointError
 from quantize.numerics.gram import Gram
@@ -159,6 +159,10 @@ def test_weights_are_float32_and_dropped_after_the_block(llama: SavedCheckpoint)
     next(stream)
     assert weight() is None
     assert gram() is None
+
+
+def test_fastest_precision_is_one_that_the_pass_takes(llama: SavedCheckpoint) -> None:
+    assert next(stream_blocks(llama, token_ids(), precision=fastest_precision("cpu"))).index == 0
 
 
 def test_bfloat16_is_close(llama: SavedCheckpoint) -> None:

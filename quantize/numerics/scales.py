@@ -18,7 +18,7 @@ from quantize.numerics.rtn import stored_scale
 
 SYMMETRIC_GRID = tuple(step / 20 for step in range(22, 11, -1))  # of max |w| / 2**(bits - 1)
 ASYMMETRIC_GRID = tuple(step / 20 for step in range(20, 9, -1))  # of (max - min) / (2**bits - 1)
-_CHUNK = 2**17  # values searched at a time: two cores' caches hold them
+_CHUNK, _CUDA_CHUNK = 2**17, 2**25  # values searched at a time: what caches hold, what fills a GPU
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class ScaleSearch:
         """
         size, count = values.shape
         scales, zeros = values.new_empty(count), values.new_empty(count)
-        step = max(1, _CHUNK // size)
+        step = max(1, (_CUDA_CHUNK if values.is_cuda else _CHUNK) // size)
         for start in range(0, count, step):
             part = slice(start, start + step)
             heavy = weights[:, None] if weights.dim() == 1 else weights[:, part]
