@@ -54,7 +54,7 @@ def _pass(reporter: Reporter, spec: CalibrationSpec, base: Path, variants: list[
 
     from quantize.activations import stream_blocks
     from quantize.backends import backends
-    from quantize.calibration import load_calibration_set
+    from quantize.calibration import load_calibration_set, pinned_spec
 
     context = variants[0][1]
     torch.set_num_threads(context.limits.threads)
@@ -62,7 +62,7 @@ def _pass(reporter: Reporter, spec: CalibrationSpec, base: Path, variants: list[
     started = time.perf_counter()
     found = load_calibration_set(spec, base, context.checkpoint.folder)
     entry = CalibrationEntry(
-        spec=_pinned_spec(spec),
+        spec=pinned_spec(spec),
         hash=found.hash,
         sequences=len(found.token_ids),
         tokens=found.tokens,
@@ -104,12 +104,6 @@ def _take(part: _Part, step: Any, reporter: Reporter) -> None:
     part.seconds += time.perf_counter() - started
     if part.error is not None:
         warn(reporter, part.context.variant, f"leaves the calibration pass: {part.error.message}")
-
-
-def _pinned_spec(spec: CalibrationSpec) -> dict[str, Any]:
-    data = spec.model_dump(mode="json")
-    data["dataset"] = Path(spec.dataset).name if spec.dataset.startswith((".", "/", "~")) else spec.dataset
-    return data
 
 
 def _warn_if_few(reporter: Reporter, context: Context, spec: CalibrationSpec, sequences: int, tokens: int) -> None:

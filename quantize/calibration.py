@@ -67,6 +67,13 @@ def identify(spec: CalibrationSpec, recipe: Recipe) -> dict[str, Any]:
     return data
 
 
+def pinned_spec(spec: CalibrationSpec) -> dict[str, Any]:
+    """The spec as manifests have it: a local file by its name, without its folder."""
+    data = spec.model_dump(mode="json")
+    data["dataset"] = Path(spec.dataset).name if is_path_text(spec.dataset) else spec.dataset
+    return data
+
+
 def load_calibration_set(spec: CalibrationSpec, base: Path, folder: Path) -> CalibrationSet:
     """Read, tokenize and cut the text. base: where relative paths start. folder: the model, for its tokenizer.
 

@@ -19,7 +19,7 @@ from quantize.backends.base import Backend, Context, Limits, SizePlan
 from quantize.cache import Cache
 from quantize.checkpoint import Checkpoint, open_checkpoint
 from quantize.errors import PlanError, QuantizeError, StoreError
-from quantize.manifest import canonical_hash, tool_versions
+from quantize.manifest import CalibrationEntry, canonical_hash, tool_versions
 from quantize.recipe import Recipe, Variant
 from quantize.report import Reporter, status
 from quantize.source import PinnedSource, dequantized_key, open_source, pin_source
@@ -65,7 +65,7 @@ def make_plan(recipe: Recipe, store: Store, cache: Cache, reporter: Reporter, li
     jobs = identify_jobs(recipe, source, store)
     with tempfile.TemporaryDirectory(prefix="quantize-plan-") as scratch:
         checkpoint = _checkpoint_headers(source, cache, Path(scratch) / "checkpoint", reporter)
-        sized = _sized(jobs, source, checkpoint, cache, Path(scratch), limits, reporter)
+        sized = _sized(jobs, source, checkpoint, cache, Path(scratch), limits, _expected(recipe), reporter)
         needed = _disk_needed(sized) + _dequantized_bytes(source, checkpoint, cache)
     free = disk_free_bytes(store.root)
     plan = Plan(recipe, source, tuple(sized), needed, free)
@@ -143,15 +143,25 @@ def _checkpoint_headers(source: PinnedSource, cache: Cache, scratch: Path, repor
     return open_checkpoint(scratch)
 
 
+def _expected(recipe: Recipe) -> CalibrationEntry | None:
+    """What the manifest will say of the calibration text, as far as the spec tells: enough to size what names it."""
+    spec = recipe.calibration
+    if spec is None:
+        return None
+    from quantize.calibration import pinned_spec
+
+    return CalibrationEntry(spec=pinned_spec(spec), hash="", sequences=spec.samples, tokens=0, seed=spec.seed)
+
+
 def _sized(
     jobs: list[Job], source: PinnedSource, checkpoint: Checkpoint, cache: Cache, scratch: Path, limits: Limits,
-    reporter: Reporter,
+    calibration: CalibrationEntry | None, reporter: Reporter,
 ) -> list[Job]:  # fmt: skip
     """Fill in sizes, one call for each format; a variant that can't be sized gets its refusal instead."""
     result = {job.variant.name: job for job in jobs}
     for format_name in dict.fromkeys(job.variant.format for job in jobs):
         group = [job for job in jobs if job.variant.format == format_name]
-        context = Context("", None, source, checkpoint, cache, scratch, scratch, limits)
+        context = Context("", None, source, checkpoint, cache, scratch, scratch, limits, calibration)
         status(reporter, "", f"sizing {len(group)} {format_name} variants")
         for job, outcome in _size_group(group, context, reporter):
             filled = replace(job, refusal=outcome) if isinstance(outcome, QuantizeError) else replace(job, size=outcome)

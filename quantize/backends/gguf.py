@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -120,7 +121,9 @@ class GgufBackend:
                 continue
             try:
                 _check_overrides(item, [name for name, _, _ in result.tensors])
-                plans.append(_size_plan(context.checkpoint, item, result, outtype, key, ready is not None))
+                plan = _size_plan(context.checkpoint, item, result, outtype, key, ready is not None)
+                extra = _imatrix_bytes(context, result.architecture) if item.imatrix else 0
+                plans.append(replace(plan, file_bytes=plan.file_bytes + extra))
             except PlanError as exc:
                 plans.append(exc)
         return plans
@@ -235,9 +238,15 @@ def _base_model(hub_id: str | None) -> dict[str, str]:
 
 def _settings(options: GgufOptions, limits: Limits, imatrix: Path | None) -> QuantizeSettings:
     return QuantizeSettings(
-        options.type, tuple(options.overrides.items()), options.output_type, options.embedding_type, options.pure,
-        imatrix, limits.threads,
-    )  # fmt: skip
+        type=options.type,
+        overrides=tuple(options.overrides.items()),
+        output_type=options.output_type,
+        embedding_type=options.embedding_type,
+        pure=options.pure,
+        imatrix=imatrix,
+        imatrix_later=options.imatrix and imatrix is None,
+        threads=limits.threads,
+    )
 
 
 def _file_name(intermediate: Path, options: GgufOptions) -> str:
@@ -247,14 +256,23 @@ def _file_name(intermediate: Path, options: GgufOptions) -> str:
 
 
 def _write_imatrix(context: Context, intermediate: Path, out: Path) -> None:
-    from quantize.architecture import block_count
     from quantize.backends.gguf_imatrix import write_from_scratch
 
     assert context.calibration is not None  # the build runs the pass before it calls us
-    blocks = block_count(context.checkpoint.config)
-    write_from_scratch(
-        context.scratch / "imatrix.safetensors", out, read_gguf(intermediate), blocks, context.calibration
-    )
+    architecture = str(read_gguf(intermediate).fields["general.architecture"])
+    scratch = context.scratch / "imatrix.safetensors"
+    write_from_scratch(scratch, out, architecture, context.checkpoint, context.calibration)
+
+
+def _imatrix_bytes(context: Context, architecture: str) -> int:
+    """Size of the importance matrix file, found by writing one of zeros."""
+    from quantize.backends.gguf_imatrix import write_from_scratch, write_zeros
+
+    assert context.calibration is not None  # a recipe without calibration was refused before
+    scratch, out = context.scratch / "zeros.safetensors", context.scratch / "zeros.gguf"
+    write_zeros(scratch, context.checkpoint)
+    write_from_scratch(scratch, out, architecture, context.checkpoint, context.calibration)
+    return out.stat().st_size
 
 
 def _check_overrides(options: GgufOptions, names: list[str]) -> None:

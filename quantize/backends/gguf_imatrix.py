@@ -10,7 +10,8 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from quantize.containers.gguf import GgufFile
+from quantize.architecture import block_count, block_layout
+from quantize.checkpoint import Checkpoint
 from quantize.containers.imatrix import write_imatrix
 from quantize.errors import BuildError
 from quantize.manifest import CalibrationEntry
@@ -44,14 +45,29 @@ class ImatrixCollector:
         save_file(self._rows, self._path)
 
 
-def write_from_scratch(scratch: Path, out: Path, model: GgufFile, blocks: int, calibration: CalibrationEntry) -> None:
+def write_zeros(path: Path, checkpoint: Checkpoint) -> None:
+    """A scratch file with the shapes that a pass would leave: for planning from headers."""
+    import numpy as np
+    from safetensors.numpy import save_file
+
+    rows: dict[str, Any] = {}
+    for index in range(block_count(checkpoint.config)):
+        for linear in block_layout(checkpoint.config, index).linears:
+            rows[linear.tensor] = np.zeros(checkpoint.tensors[linear.tensor].shape[1], np.float32)
+            rows[linear.tensor + ":tokens"] = np.zeros(1, np.float32)
+    save_file(rows, path)
+
+
+def write_from_scratch(
+    scratch: Path, out: Path, architecture: str, checkpoint: Checkpoint, calibration: CalibrationEntry
+) -> None:
     """Turn the scratch file into llama.cpp's. Raises BuildError for a linear that has no name in GGUF."""
     import gguf
     import numpy as np
     from safetensors.numpy import load_file
 
     kinds = {name: kind for kind, name in gguf.MODEL_ARCH_NAMES.items()}
-    names = gguf.get_tensor_name_map(kinds[str(model.fields["general.architecture"])], blocks)
+    names = gguf.get_tensor_name_map(kinds[architecture], block_count(checkpoint.config))
     rows: dict[str, dict[int, tuple[Any, Any]]] = {}
     found = load_file(scratch)
     for tensor in (name for name in found if not name.endswith(":tokens")):
@@ -59,7 +75,7 @@ def write_from_scratch(scratch: Path, out: Path, model: GgufFile, blocks: int, c
         merged = EXPERT.sub(".experts.", tensor)
         name = names.get_name(merged, try_suffixes=(".weight",))
         if name is None:
-            raise BuildError(f"{tensor} has no name in GGUF's {model.fields['general.architecture']}")
+            raise BuildError(f"{tensor} has no name in GGUF's {architecture}")
         rows.setdefault(name, {})[int(expert[1]) if expert else 0] = (found[tensor], found[tensor + ":tokens"])
     sums = {
         name: (

@@ -23,7 +23,7 @@ from quantize.report import Reporter, progress
 LINE = re.compile(r"^\[\s*\d+/\s*\d+\]\s+(\S+)\s+-\s+\[([\d,\s]+)\], type =\s*(\S+), .*?(?:\((\w+)\))?\s*$")
 FALLBACK = "tensor cols"
 LARGE_BYTES = 1 << 30  # below it one thread is fast enough, and never waits on a busy machine's other cores
-NEEDS_IMATRIX = "require an imatrix"
+NEEDS_IMATRIX = ("require an imatrix", "without an importance matrix", "Missing importance matrix")
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,7 @@ class QuantizeSettings:
     embedding_type: str | None = None
     pure: bool = False
     imatrix: Path | None = None
+    imatrix_later: bool = False  # a dry run of what will have one
     threads: int = 1
 
 
@@ -52,6 +53,7 @@ class ConvertRequest:
 class SizedFile:
     """What a quantization would write: total bytes of the file, and the ggml type of each tensor."""
 
+    architecture: str
     file_bytes: int
     tensors: tuple[tuple[str, str, int], ...]  # name, type, bytes
 
@@ -96,7 +98,7 @@ def dry_run(reporter: Reporter, source: Path, jobs: Sequence[QuantizeSettings]) 
         if len(tensors) != len(header.tensors):
             raise BuildError(f"llama.cpp's dry run named {len(tensors)} of {len(header.tensors)} tensors")
         size = header_bytes + sum(_padded(item[2]) for item in tensors)
-        results.append(SizedFile(size, tuple(tensors)))
+        results.append(SizedFile(str(header.fields["general.architecture"]), size, tuple(tensors)))
     return results
 
 
@@ -269,7 +271,8 @@ def _quantize(source: Path, out: Path, job: QuantizeSettings, *, dry: bool) -> s
         parameters.imatrix = _imatrix(llama_cpp, job.imatrix, keep)
     code = llama_cpp.llama_model_quantize(str(source).encode(), str(out).encode(), ctypes.byref(parameters))
     text = "".join(log)
-    if NEEDS_IMATRIX in text or "without an importance matrix" in text or "Missing importance matrix" in text:
+    lacks_imatrix = any(words in text for words in NEEDS_IMATRIX)
+    if lacks_imatrix and not job.imatrix_later:
         raise PlanError(f"{job.type} needs an importance matrix", hint="add `imatrix: true` to the variant")
     if code != 0:
         raise BuildError(f"llama.cpp could not quantize to {job.type}: {_last_line(text)}")
