@@ -19,7 +19,7 @@ from quantize.evaluate.runtimes import ModelRef, Request, block_rows, log_softma
 if TYPE_CHECKING:
     from quantize.evaluate.runtimes import LogProbs
 
-BATCH_REQUESTS = 8
+BATCH_REQUESTS = 16
 BATCH_TOKENS = 4096  # prompts of one batch, padding included: keeps prefill memory flat
 
 

@@ -13,6 +13,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from quantize.backends import formats
+from quantize.build import build
+from quantize.cache import Cache
 from quantize.errors import UsageError, VerifyError
 from quantize.evaluate.baseline import record
 from quantize.evaluate.metrics import Quality, measure
@@ -20,14 +23,25 @@ from quantize.evaluate.prompts import PromptTokenizer
 from quantize.evaluate.runtimes import ModelRef, Request, open_runtime
 from quantize.evaluate.session import Job, evaluate
 from quantize.evaluate.text import Windows, cut_windows, load_text
+from quantize.recipe import load_recipe
 from quantize.report import ListReporter, SilentReporter
-from quantize.testing import TinyModel, make_checkpoint
+from quantize.store import Store
+from quantize.testing import TinyModel, make_checkpoint, write_recipe, write_weights
+from quantize.worker import run_step
 from tests.conftest import Built
 
 pytest.importorskip("torch")
 pytest.importorskip("llama_cpp")
 QUIET = SilentReporter()
 WINDOW = 128
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread() -> None:
+    """Tiny matrices are not worth a second core, and threads that wait for a busy one are slow."""
+    import torch
+
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="module")
@@ -235,3 +249,29 @@ def test_references_are_checked() -> None:
         ModelRef(Path(), "onnx")
     with pytest.raises(UsageError, match="needs the name of its file"):
         ModelRef(Path(), "gguf")
+
+
+def test_a_tensor_that_is_not_finite_is_refused(job: Job, tiny: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(tiny, tmp_path / "damaged"))
+    weights = TinyModel().weights()
+    weights["model.layers.1.mlp.up_proj.weight"][7, 7] = np.nan
+    write_weights(copy, weights)
+    with pytest.raises(VerifyError, match="damaged: the logits are not finite"):
+        evaluate(QUIET, dataclasses.replace(job, artifact=ModelRef(copy, "safetensors")))
+
+
+@pytest.mark.demo
+def test_packed_formats_in_their_real_runtime(tiny: Path, job: Job, tmp_path: Path) -> None:
+    """AWQ and GPTQ through gptqmodel, INT8 through bitsandbytes; in workers: gptqmodel patches other libraries."""
+    pytest.importorskip("gptqmodel")
+    pytest.importorskip("bitsandbytes")
+    variants = [{"format": "awq"}, {"format": "gptq"}, {"format": "bitsandbytes"}]
+    calibration = {"dataset": "python-docs", "samples": 4, "sequence_length": 128}
+    recipe = load_recipe(write_recipe(tmp_path / "packed.yaml", tiny, variants, calibration=calibration), formats())
+    for outcome in build(recipe, Store(tmp_path / "artifacts"), Cache(tmp_path / "cache"), QUIET):
+        assert outcome.artifact is not None, outcome.error
+        artifact = ModelRef(outcome.artifact.folder, outcome.artifact.manifest.format)
+        found = run_step("evaluate", QUIET, evaluate, dataclasses.replace(job, artifact=artifact))
+        assert 0 < found.quality.mean_kl < 0.1
+        assert found.quality.perplexity_ratio == pytest.approx(1, abs=0.1)
+        assert found.golden is not None
