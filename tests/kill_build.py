@@ -1,14 +1,13 @@
 """Kill a build with SIGKILL at random moments, again and again: the store must never hold a broken artifact.
 
 python -m tests.kill_build RECIPE [--rounds 20] [--seed 0] [--only VARIANT]: works in a folder of its own, prints a line
-for each round and a summary, and exits 1 if anything was broken. Every round starts from an empty store. The cache is
-kept, but for the round in the middle: so kills fall into its work there, and past it in the others.
+for each round and a summary, and exits 1 if anything was broken. Every round starts from an empty store, every fourth
+from an empty cache too: so kills fall into converting there, into quantizing, verifying and committing in the others.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import os
 import random
@@ -34,6 +33,7 @@ class Round:
     """One killed build: how far it got, what stood in the store then, and how the next build ended."""
 
     killed_after: float
+    cold: bool
     was_running: bool
     good: int
     broken: tuple[str, ...]
@@ -99,38 +99,39 @@ def leftovers_of(work: Path) -> tuple[str, ...]:
 
 
 def run(
-    recipe: Path,
-    work: Path,
-    rounds: int,
-    seed: int,
-    window: float | None = None,
-    *,
-    keep_cache: bool = False,
-    only: Sequence[str] = (),
+    recipe: Path, work: Path, rounds: int, seed: int, *, only: Sequence[str] = (), cold: bool = True
 ) -> list[Round]:
-    """All rounds; `window` is the time within which kills fall, measured by a build if it is not given."""
-    randomness, results = random.Random(seed), []
-    if window is None:
-        code, window = build(recipe, work, only)
-        if code != 0:
-            raise SystemExit(f"the recipe does not build undisturbed (exit {code})")
-        shutil.rmtree(work / "cache")
-    store = Store(work / "artifacts")
+    """All rounds. A kill falls anywhere in the time that the build takes undisturbed, measured first.
+
+    cold: every fourth round starts with an empty cache; otherwise what is in work/cache stays.
+    """
+    store, randomness, results = Store(work / "artifacts"), random.Random(seed), []
+    cold_seconds = undisturbed(recipe, work, only) if cold else 0.0
+    shutil.rmtree(store.root, ignore_errors=True)
+    warm_seconds = undisturbed(recipe, work, only)
     for number in range(rounds):
-        with contextlib.suppress(FileNotFoundError):
-            shutil.rmtree(store.root)
-        if number == rounds // 2 and not keep_cache:  # the second half starts with nothing in the cache either
-            shutil.rmtree(work / "cache", ignore_errors=True)
-        after = randomness.uniform(0.05, window)
+        shutil.rmtree(store.root)
+        is_cold = cold and number % 4 == 3
+        if is_cold:
+            shutil.rmtree(work / "cache")
+        after = randomness.uniform(0.05, cold_seconds if is_cold else warm_seconds)
         was_running = killed_build(recipe, work, after, only)
         time.sleep(0.3)  # the steps of the killed build see that it is gone
         good, broken = broken_in(store)
         code, _ = build(recipe, work, only)
         final_good, final_broken = broken_in(store)
         broken = (*broken, *final_broken, *(() if final_good else ("the next build left no artifact",)))
-        results.append(Round(after, was_running, good, broken, code, leftovers_of(work)))
+        results.append(Round(after, is_cold, was_running, good, broken, code, leftovers_of(work)))
         print(json.dumps({"round": number + 1, "ok": results[-1].ok, **results[-1].__dict__}), flush=True)
     return results
+
+
+def undisturbed(recipe: Path, work: Path, only: Sequence[str]) -> float:
+    """Seconds of a build that nobody kills."""
+    code, seconds = build(recipe, work, only)
+    if code != 0:
+        raise SystemExit(f"the recipe does not build undisturbed (exit {code})")
+    return seconds
 
 
 def main() -> int:
