@@ -73,8 +73,8 @@ class TransformersRuntime:
         attention = torch.tensor(mask, device=self._device)
         positions = (attention.cumsum(-1) - 1).clamp(min=0)
         chosen: dict[int, list[int]] = {index: [] for index in members}
-        open_ones, cache = set(members), None
-        while open_ones:
+        cache = None
+        while members:
             with torch.inference_mode():
                 output = self._model(
                     input_ids=step, attention_mask=attention, position_ids=positions,
@@ -82,9 +82,17 @@ class TransformersRuntime:
                 )  # fmt: skip
             cache = output.past_key_values
             tokens = output.logits[:, -1].argmax(-1)
-            open_ones -= _take(tokens.tolist(), members, requests, chosen, open_ones)
+            rows_left = [
+                row for row, (index, token) in enumerate(zip(members, tokens.tolist(), strict=True))
+                if _goes_on(requests[index], chosen[index], token)
+            ]  # fmt: skip
             step, positions = tokens[:, None], positions[:, -1:] + 1
             attention = torch.cat([attention, attention.new_ones((len(members), 1))], dim=1)
+            if rows_left and len(rows_left) < len(members):  # answers that are done cost nothing from here on
+                keep = torch.tensor(rows_left, device=self._device)
+                step, positions, attention = step[keep], positions[keep], attention[keep]
+                cache.batch_select_indices(keep)
+            members = [members[row] for row in rows_left]
         return chosen
 
     def close(self) -> None:
@@ -92,25 +100,12 @@ class TransformersRuntime:
         self._model = None
 
 
-def _take(
-    tokens: list[int],
-    members: list[int],
-    requests: Sequence[Request],
-    chosen: dict[int, list[int]],
-    open_ones: set[int],
-) -> set[int]:
-    """Add a token to every open answer; the answers that end with it."""
-    ended = set()
-    for index, token in zip(members, tokens, strict=True):
-        if index not in open_ones:
-            continue
-        if token in requests[index].stop:
-            ended.add(index)
-            continue
-        chosen[index].append(token)
-        if len(chosen[index]) == requests[index].max_tokens:
-            ended.add(index)
-    return ended
+def _goes_on(request: Request, chosen: list[int], token: int) -> bool:
+    """Add a token to an answer, unless it ends it; whether more is to come."""
+    if token in request.stop:
+        return False
+    chosen.append(token)
+    return len(chosen) < request.max_tokens
 
 
 def _import_torch(format: str) -> Any:
