@@ -19,7 +19,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import models
+sys.path[0] = str(Path(__file__).resolve().parents[1])  # or benchmarks/gguf.py would stand for the gguf package
 
 HERE = Path(__file__).resolve().parent
 RECIPE = """
@@ -105,6 +105,8 @@ def main() -> None:
     parser.add_argument("--checkpoints", nargs="+", choices=["plain", "dithered"], default=["plain", "dithered"])
     parser.add_argument("--work", type=Path, default=None)
     args = parser.parse_args()
+    from benchmarks import models
+
     with tempfile.TemporaryDirectory() as scratch:
         root = args.work or Path(scratch)
         root.mkdir(parents=True, exist_ok=True)
