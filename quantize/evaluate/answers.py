@@ -6,7 +6,6 @@ both; and the rates that the gates look at. The runtimes are run by session.py.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -74,11 +73,14 @@ class GoldenResult:
         return sum(item.source.passed for item in self.results if item.kind == "json")
 
     @property
+    def json_lost(self) -> int:
+        """JSON prompts that the source passes and the artifact does not."""
+        return sum(item.change == "lost" for item in self.results if item.kind == "json")
+
+    @property
     def json_loss(self) -> float | None:
-        """Share of the JSON prompts that the source passes and the artifact does not."""
-        changes = Counter(item.change for item in self.results if item.kind == "json")
-        passed = changes["kept"] + changes["lost"]
-        return changes["lost"] / passed if passed else None
+        """Share of the source's good JSON answers that are lost."""
+        return self.json_lost / self.json_source_passed if self.json_source_passed else None
 
     def keys(self, change: str) -> tuple[str, ...]:
         """Keys of the prompts with that change."""

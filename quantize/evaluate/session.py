@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +17,7 @@ from quantize.cache import Cache
 from quantize.errors import VerifyError
 from quantize.evaluate.answers import GoldenResult, compare_answers
 from quantize.evaluate.baseline import KIND, LIKELIEST, Baseline, baseline_key, find, record, save
+from quantize.evaluate.decision import Figures
 from quantize.evaluate.golden import GoldenSet, load_golden
 from quantize.evaluate.metrics import Quality, check_same_vocabulary, measure
 from quantize.evaluate.prompts import Asked, PromptTokenizer, ask
@@ -98,6 +99,25 @@ def evaluate(reporter: Reporter, job: Job) -> Evaluation:
         answers = _answers(reporter, runtime, material, "artifact")
     prompts, context = material.asked.prompts, material.context
     return Evaluation(quality, compare_answers(material.golden, prompts, source_answers, answers, context))
+
+
+def figures(
+    evaluation: Evaluation, *, size_bytes: int, source_bytes: int, checks: Mapping[str, bool] | None = None
+) -> Figures:
+    """What the decision rule looks at; serving figures are added by whoever measured them."""
+    quality, golden = evaluation.quality, evaluation.golden
+    return Figures(
+        mean_kl=quality.mean_kl,
+        perplexity_ratio=quality.perplexity_ratio,
+        golden_source_passed=golden.source_passed if golden else None,
+        golden_artifact_passed=golden.artifact_passed if golden else None,
+        golden_prompts=len(golden.results) if golden else None,
+        json_source_passed=golden.json_source_passed if golden else None,
+        json_lost=golden.json_lost if golden else None,
+        size_bytes=size_bytes,
+        source_bytes=source_bytes,
+        checks=dict(checks or {}),
+    )
 
 
 def _material(job: Job) -> _Material:

@@ -18,10 +18,11 @@ from quantize.build import build
 from quantize.cache import Cache
 from quantize.errors import UsageError, VerifyError
 from quantize.evaluate.baseline import record
+from quantize.evaluate.decision import Limits, decide
 from quantize.evaluate.metrics import Quality, measure
 from quantize.evaluate.prompts import PromptTokenizer
 from quantize.evaluate.runtimes import ModelRef, Request, open_runtime
-from quantize.evaluate.session import Job, evaluate
+from quantize.evaluate.session import Job, evaluate, figures
 from quantize.evaluate.text import Windows, cut_windows, load_text
 from quantize.recipe import load_recipe
 from quantize.report import ListReporter, SilentReporter
@@ -201,6 +202,10 @@ def test_a_session_from_folders_to_figures(job: Job) -> None:
     assert found.golden is not None
     assert [item.key for item in found.golden.results] == ["mine/same", "mine/json", "mine/long"]
     assert found.golden.results[0].source.passed
+    measured = figures(found, size_bytes=1, source_bytes=2, checks={"loads": True})
+    assert measured.mean_kl == found.quality.mean_kl
+    assert measured.golden_prompts == 3
+    assert "size" not in {item.gate for item in decide(measured, Limits()).missing}
 
 
 def test_the_source_is_read_once(job: Job, built: Built, monkeypatch: pytest.MonkeyPatch) -> None:
