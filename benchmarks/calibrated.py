@@ -33,9 +33,9 @@ GPTQ = "  - {format: gptq, group_size: 64}\n"
 ALL = GPTQ + "  - {format: awq, group_size: 64}\n  - {format: gguf, type: Q4_K_M, imatrix: true}\n"
 
 
-def run(*command: str, env: dict[str, str] | None = None) -> str:
+def run(*command: str, env: dict[str, str] | None = None, cwd: Path | None = None) -> str:
     """Standard output's last line of a command that must succeed."""
-    done = subprocess.run([sys.executable, *command], capture_output=True, text=True, env=env)
+    done = subprocess.run([sys.executable, *command], capture_output=True, text=True, env=env, cwd=cwd)
     if done.returncode:
         sys.exit(f"{' '.join(command)} failed:\n{done.stderr[-3000:]}")
     return done.stdout.strip().splitlines()[-1] if done.stdout.strip() else ""
@@ -43,7 +43,8 @@ def run(*command: str, env: dict[str, str] | None = None) -> str:
 
 def peer(checkpoint: Path, method: str, out: Path) -> dict[str, Any]:
     """GPTQModel in a process of its own."""
-    result: dict[str, Any] = json.loads(run(str(HERE / "peer_gptqmodel.py"), str(checkpoint), method, str(out)))
+    command = (str(HERE / "peer_gptqmodel.py"), str(checkpoint.resolve()), method, str(out.resolve()))
+    result: dict[str, Any] = json.loads(run(*command, cwd=out.parent))  # it leaves a folder of logs where it runs
     result["perplexity"] = perplexity(out)
     return result
 
