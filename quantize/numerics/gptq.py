@@ -74,13 +74,24 @@ def factorize(gram: Tensor, group_size: int, *, damping: float = DAMPING) -> Fac
         matrix = gram[order][:, order]
         matrix.diagonal().add_(damping * mean)
         weights = matrix.diagonal().clone()
-        lower, info = torch.linalg.cholesky_ex(matrix.flip(0, 1))
+        lower, info = _cholesky(matrix.flip(0, 1))
         if int(info) == 0:
             upper = lower.flip(0, 1)
             return Factor(gram, order, upper.div_(upper.diagonal().clone()), weights, damping, group_size)
         damping = max(damping * 10, 1e-4)
     identity = torch.eye(gram.shape[0], device=gram.device)  # no data: rounding to nearest
     return Factor(gram, order, identity, torch.ones_like(diagonal), float("inf"), group_size)
+
+
+def _cholesky(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """Lower factor and LAPACK's info, on one thread: LAPACK's bits depend on the number of threads, ours must not."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        lower, info = torch.linalg.cholesky_ex(matrix)
+    finally:
+        torch.set_num_threads(threads)
+    return lower, info
 
 
 def group_order(diagonal: Tensor, group_size: int) -> Tensor:
