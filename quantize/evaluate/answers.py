@@ -46,26 +46,45 @@ class PromptResult:
 
 @dataclass(frozen=True)
 class GoldenResult:
-    """All prompts. Rates are None where the source passed nothing that they could be relative to."""
+    """All prompts. Rates are None where the source passed nothing that they could be relative to.
+
+    Prompts graded `same` have no right answer, and the source always passes them: they are shown, and counted apart.
+    """
 
     results: tuple[PromptResult, ...]
     golden_hash: str
     context: int
 
     @property
+    def judged(self) -> tuple[PromptResult, ...]:
+        """The prompts that have a right answer."""
+        return tuple(item for item in self.results if item.kind != "same")
+
+    @property
     def source_passed(self) -> int:
-        """Prompts that the source passes."""
-        return sum(item.source.passed for item in self.results)
+        """Judged prompts that the source passes."""
+        return sum(item.source.passed for item in self.judged)
 
     @property
     def artifact_passed(self) -> int:
-        """Prompts that the artifact passes."""
-        return sum(item.artifact.passed for item in self.results)
+        """Judged prompts that the artifact passes."""
+        return sum(item.artifact.passed for item in self.judged)
+
+    @property
+    def lost(self) -> int:
+        """Judged prompts that only the source passes."""
+        return sum(item.change == "lost" for item in self.judged)
 
     @property
     def pass_rate_ratio(self) -> float | None:
         """Artifact's passes over the source's."""
         return self.artifact_passed / self.source_passed if self.source_passed else None
+
+    @property
+    def same_rate(self) -> float | None:
+        """Share of the prompts graded `same` whose answer is near the source's."""
+        same = [item.artifact.passed for item in self.results if item.kind == "same"]
+        return sum(same) / len(same) if same else None
 
     @property
     def json_source_passed(self) -> int:
@@ -94,7 +113,8 @@ def compare_answers(
     results = []
     for item, asked, theirs, ours in zip(golden.prompts, prompts, source, artifact, strict=True):
         rule = item.prompt.grade
-        judged_source, judged_artifact = grade(rule, theirs), grade(rule, ours, theirs)
+        judged_source = grade(rule, theirs, question=asked)
+        judged_artifact = grade(rule, ours, theirs, question=asked)
         results.append(
             PromptResult(
                 key=item.key,

@@ -8,8 +8,10 @@ Default limits and why:
   the capital of France in broken French. Text that looks right is lost between the two.
 - perplexity ratio 1.05: the same files measured 1.004 and 1.084; what is published for 4-bit builds of 7B models is
   1.01 to 1.05, so a larger loss is more than the bits have to cost.
-- golden prompts: 95 % of what the source passes, and of its JSON answers nine in ten: single answers flip by rounding
-  alone, and a set of 40 prompts allows one or two.
+- golden prompts: 95 % of what the source passes, and of its JSON answers nine in ten. Single answers flip by rounding
+  alone: with Q8_0 the demo model's "Paris" hangs on whether flash attention is on. So the default limit refuses only
+  what chance does not explain (a sign test of lost against gained prompts, 5 %), and flags the rest; a limit that a
+  recipe sets itself is taken at its word.
 - size below the source's: or there is no point.
 - perplexity better than the source's by over 5 % is flagged, not praised: it is a wrong baseline, wrong text, or text
   that was calibrated on.
@@ -17,6 +19,7 @@ Default limits and why:
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
@@ -26,6 +29,7 @@ from quantize.errors import GateError
 Outcome = Literal["passed", "refused", "flagged", "insufficient evidence"]
 MIN_GOLDEN_PASSES = 5
 """A source that passes fewer prompts says nothing about what was lost."""
+SIGNIFICANCE = 0.05
 
 
 @dataclass(frozen=True)
@@ -41,11 +45,15 @@ class Limits:
     max_latency_p95_seconds: float | None = None
     max_error_rate: float | None = None
     max_memory_bytes: int | None = None
+    golden_beyond_chance: bool = True
 
     def with_gates(self, gates: Mapping[str, Any]) -> Limits:
         """These limits with those of a recipe's `gates` in their place; None keeps the default."""
         known = {item.name for item in fields(self)}
-        return replace(self, **{name: value for name, value in gates.items() if name in known and value is not None})
+        given = {name: value for name, value in gates.items() if name in known and value is not None}
+        if "min_golden_pass_rate" in given:
+            given.setdefault("golden_beyond_chance", False)
+        return replace(self, **given)
 
 
 @dataclass(frozen=True)
@@ -59,6 +67,7 @@ class Figures:
     golden_source_passed: int | None = None
     golden_artifact_passed: int | None = None
     golden_prompts: int | None = None
+    golden_lost: int | None = None
     json_source_passed: int | None = None
     json_lost: int | None = None
     size_bytes: int | None = None
@@ -179,7 +188,19 @@ def _golden(figures: Figures, limits: Limits) -> Finding:
     counts = f"passes {artifact}{of}, the source {source}: {rate:.0%}"
     if rate >= limits.min_golden_pass_rate:
         return Finding("golden prompts", "passed", f"{counts}, at least {limits.min_golden_pass_rate:.0%} are needed")
-    return Finding("golden prompts", "refused", f"{counts} is under the limit of {limits.min_golden_pass_rate:.0%}")
+    counts += f" is under the limit of {limits.min_golden_pass_rate:.0%}"
+    lost = source - artifact if figures.golden_lost is None else figures.golden_lost
+    chance = sign_test(lost, lost - (source - artifact))
+    if limits.golden_beyond_chance and chance >= SIGNIFICANCE:
+        reason = f"{counts}, but {lost} lost and {lost - source + artifact} gained may be chance (p = {chance:.2f})"
+        return Finding("golden prompts", "flagged", f"{reason}: read them, or ask more")
+    return Finding("golden prompts", "refused", counts)
+
+
+def sign_test(lost: int, gained: int) -> float:
+    """Probability that at least `lost` of the changed answers are losses if losses and gains were equally likely."""
+    changed = lost + max(0, gained)
+    return sum(math.comb(changed, k) for k in range(lost, changed + 1)) / float(2**changed)
 
 
 def _json(figures: Figures, limits: Limits) -> Finding:

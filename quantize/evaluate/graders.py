@@ -1,7 +1,8 @@
 """Graders: does an answer pass.
 
 In: a Grade, the text of an answer, for `same` the source's answer too. Out: Verdict, with a reason when it does not.
-Pure functions on text. What a model thinks aloud between <think> tags is not part of its answer.
+Pure functions on text. What a model thinks aloud between <think> tags is not part of its answer. Two ways to be right
+by accident don't count: going round in circles until the right word comes, and "I don't know" copied from the question.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ from typing import Any
 from quantize.evaluate.golden import Grade, import_jsonschema
 
 DEFAULT_SIMILARITY = 0.8
+LOOP_WORDS = 24
+SHORT_ANSWER = 20  # characters: a bare "I don't know" is an answer, even if the question offered it
 _THOUGHT = re.compile(r"<think>.*?(?:</think>|$)", re.DOTALL)
 _FENCE = re.compile(r"^```[\w-]*\n(.*?)\n?```$", re.DOTALL)
 _EDGES = " \t\r\n.,;:!?\"'`*_()[]«»“”‘’"
@@ -41,13 +44,18 @@ class Verdict:
     reason: str = ""
 
 
-def grade(rule: Grade, answer: str, source_answer: str | None = None) -> Verdict:
-    """Judge an answer. source_answer: for `same`; None means that the answer is the source's own, which passes."""
+def grade(rule: Grade, answer: str, source_answer: str | None = None, *, question: str = "") -> Verdict:
+    """Judge an answer. source_answer: for `same`; None means that the answer is the source's own, which passes.
+
+    question: what was asked; whole sentences of it that the answer repeats are no refusal.
+    """
     text = _THOUGHT.sub("", answer).strip()
     if rule.kind == "same":
         return _grade_same(text, source_answer, rule.similarity or DEFAULT_SIMILARITY)
     if not text:
         return Verdict(False, "the answer is empty")
+    if rule.kind != "json" and is_looping(text):
+        return Verdict(False, "goes round in circles")
     if rule.kind == "exact":
         return _grade_exact(text, rule.answers or [])
     if rule.kind == "contains":
@@ -57,7 +65,7 @@ def grade(rule: Grade, answer: str, source_answer: str | None = None) -> Verdict
         return Verdict(True) if found else Verdict(False, f"no match of {rule.pattern}")
     if rule.kind == "json":
         return _grade_json(text, rule)
-    return _grade_refusal(text, rule)
+    return _grade_refusal(text, rule, question)
 
 
 def normalize(text: str) -> str:
@@ -133,11 +141,24 @@ def _grade_json(text: str, rule: Grade) -> Verdict:
     return Verdict(False, f"JSON, but not as the schema has it: at {place}: {problem.message[:120]}")
 
 
-def _grade_refusal(text: str, rule: Grade) -> Verdict:
-    given = normalize(text)
-    if not any(phrase in given for phrase in _REFUSALS):
+def is_looping(text: str) -> bool:
+    """Whether most of a longer answer is repetition: under half of its runs of three words are distinct."""
+    words = normalize(text).split()
+    if len(words) < LOOP_WORDS:
+        return False
+    runs = [tuple(words[start : start + 3]) for start in range(len(words) - 2)]
+    return 2 * len(set(runs)) < len(runs)
+
+
+def _grade_refusal(text: str, rule: Grade, question: str) -> Verdict:
+    asked = normalize(question)
+    sentences = [normalize(part) for part in re.split(r"(?<=[.!?;:\n])\s+|\n", text)]
+    own = " ".join(
+        part for part in sentences if not asked or part.strip(_EDGES) not in asked or len(part) < SHORT_ANSWER
+    )
+    if not any(phrase in own for phrase in _REFUSALS):
         return Verdict(False, "answers as if it knew")
-    return _without(rule.none, given)
+    return _without(rule.none, normalize(text))
 
 
 def _grade_same(text: str, source_answer: str | None, least: float) -> Verdict:

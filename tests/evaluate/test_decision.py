@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from quantize.errors import GateError
-from quantize.evaluate.decision import Decision, Figures, Limits, decide
+from quantize.evaluate.decision import Decision, Figures, Limits, decide, sign_test
 
 GOOD = Figures(
     mean_kl=0.004,
@@ -56,7 +56,7 @@ def test_q8_and_int8_pass(ratio: float, kl: float) -> None:
 @pytest.mark.parametrize(
     ("gate", "changes", "number"),
     [
-        ("golden prompts", {"golden_artifact_passed": 18}, "passes 18 of 41, the source 20: 90%"),
+        ("golden prompts", {"golden_artifact_passed": 15}, "passes 15 of 41, the source 20: 75%"),
         ("JSON answers", {"json_lost": 1}, "1 of the source's 6 good JSON answers are lost (17%)"),
         ("size", {"size_bytes": 270}, "270 of 270 bytes"),
         ("KL divergence", {"mean_kl": math.nan}, "nan"),
@@ -110,6 +110,29 @@ def test_serving_figures_count_where_a_limit_is_given() -> None:
 def test_a_recipe_s_gates_take_the_place_of_the_defaults() -> None:
     limits = Limits().with_gates({"max_kl": 0.2, "max_perplexity_ratio": None, "unknown": 1})
     assert (limits.max_kl, limits.max_perplexity_ratio) == (0.2, 1.05)
+
+
+@pytest.mark.parametrize(
+    ("lost", "gained", "outcome"),
+    [(1, 0, "passed"), (4, 0, "flagged"), (5, 0, "refused"), (6, 2, "flagged"), (8, 1, "refused")],
+)
+def test_a_few_lost_prompts_may_be_chance(lost: int, gained: int, outcome: str) -> None:
+    decision = changed(golden_artifact_passed=20 - lost + gained, golden_lost=lost)
+    (finding,) = [item for item in decision.findings if item.gate == "golden prompts"]
+    assert finding.outcome == outcome
+
+
+def test_a_recipe_s_own_rate_is_taken_at_its_word() -> None:
+    limits = Limits().with_gates({"min_golden_pass_rate": 0.95})
+    measured = dataclasses.replace(GOOD, golden_artifact_passed=18, golden_lost=2)
+    assert [item.gate for item in decide(measured, limits).refusals] == ["golden prompts"]
+    assert decide(measured, Limits()).accepted
+
+
+def test_the_sign_test_by_hand() -> None:
+    assert sign_test(5, 0) == 1 / 32
+    assert sign_test(0, 0) == 1
+    assert sign_test(1, 1) == 0.75
 
 
 figures = st.builds(

@@ -125,6 +125,22 @@ def test_the_same_as_the_source() -> None:
     assert not judged("", source, kind="same")
 
 
+def test_a_refusal_must_be_the_model_s_own() -> None:
+    question = 'The shop opens at nine. If the text does not say it, answer "I don\'t know". Who owns the shop?'
+    rule = Grade.model_validate({"kind": "refusal"})
+    assert grade(rule, "I don't know.", question=question).passed
+    assert grade(rule, "The text does not say who owns it.", question=question).passed
+    assert not grade(rule, 'If the text does not say it, answer "I don\'t know".', question=question).passed
+
+
+def test_going_round_in_circles_is_no_answer() -> None:
+    circle = "la Cité, la France, Paris, " * 10
+    assert not judged(circle, kind="contains", all=["Paris"])
+    assert judged("Paris", kind="contains", all=["Paris"])
+    prose = "The capital of France is Paris, a city on the Seine that has been the seat of government for most of the "
+    assert judged(prose + "time since the twelfth century, with short breaks.", kind="contains", all=["Paris"])
+
+
 def test_a_failure_says_why() -> None:
     verdict = grade(Grade.model_validate({"kind": "json", "schema": {"properties": {"a": {"const": 2}}}}), '{"a": 1}')
     assert verdict.reason == "JSON, but not as the schema has it: at a: 2 was expected"
@@ -200,6 +216,14 @@ def test_answers_side_by_side(tmp_path: Path) -> None:
     assert result.json_loss == 0.5
     assert result.keys("lost") == ("mine/a", "mine/d")
     assert result.results[3].artifact.reason.startswith("not JSON")
+
+
+def test_prompts_without_a_right_answer_are_counted_apart(tmp_path: Path) -> None:
+    text = THREE + "  - {id: e, prompt: Say e., grade: {kind: same}}\n"
+    result = compare_answers(load_golden([write(tmp_path, text)]), ["?"] * 5, ["a"] * 5, ["a", "a", "a", "a", "z"], 256)
+    assert (result.source_passed, result.artifact_passed, len(result.judged)) == (1, 1, 4)
+    assert result.same_rate == 0
+    assert result.lost == 0
 
 
 def test_a_source_that_passes_nothing_gives_no_rate(tmp_path: Path) -> None:
