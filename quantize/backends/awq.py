@@ -154,8 +154,9 @@ def _quantize(
     scales = torch.ones_like(gram.diagonal()) if scales is None else scales
     if options.rounding == "gptq":
         solutions = quantize_compensated(weights, gram, scales, group_size=options.group_size)
-        return [(name, item.quantized, item.loss) for name, item in zip(names, solutions, strict=True)]
-    found = quantize_scaled(weights, gram.diagonal(), scales, group_size=options.group_size, clip=options.clip)
+        found = [solution.quantized for solution in solutions]
+    else:
+        found = quantize_scaled(weights, gram.diagonal(), scales, group_size=options.group_size, clip=options.clip)
     results = []
     for name, weight, quantized in zip(names, weights, found, strict=True):
         lost = float(row_losses((quantized.dequantize() - weight) / scales, gram).double().sum())

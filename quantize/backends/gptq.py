@@ -102,7 +102,7 @@ class GptqBackend:
 def solve_block(
     block: Block, options: GptqOptions, variant: str, reporter: Reporter
 ) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """Packed tensors of a block's linears, and each one's loss; linears that share an input share a factorization."""
+    """Packed tensors of a block's linears, and each one's squared output error; one factorization for each input."""
     from quantize.numerics.gptq import factorize, solve
     from quantize.numerics.packing import pack_gptq
 
@@ -120,8 +120,8 @@ def solve_block(
             prefix = linear.tensor.removesuffix("weight")
             tensors |= {f"{prefix}{field}": getattr(words, field) for field in ("qweight", "qzeros", "scales", "g_idx")}
             layers[prefix.removesuffix(".")] = {
-                "loss": round(solution.loss, 8),
-                "round_to_nearest_loss": round(solution.nearest_loss, 8),
+                "squared_error": round(solution.loss, 6),
+                "nearest_squared_error": round(solution.nearest_loss, 6),
                 "damping": factor.damping,
             }
     return tensors, layers

@@ -1,0 +1,257 @@
+"""GPTQ, AWQ, bitsandbytes and imatrix GGUF, end to end on a tiny checkpoint: one pass, one contract.
+
+Oracles: transformers with gptqmodel or bitsandbytes (inside verify, in a worker), transformers' own save_pretrained,
+gguf's reader, safetensors' own reader, and activations recorded from the whole model.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from quantize.artifact import Artifact
+from quantize.backends import backends, formats
+from quantize.backends.base import Limits
+from quantize.build import RunOptions, build
+from quantize.cache import Cache
+from quantize.checkpoint import open_checkpoint
+from quantize.errors import VerifyError
+from quantize.plan import make_plan
+from quantize.recipe import Recipe, load_recipe
+from quantize.report import ListReporter
+from quantize.store import Store
+from quantize.testing import TinyModel, make_checkpoint, write_recipe
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # transformers and its plugins warn on import
+
+VARIANTS: list[dict[str, Any]] = [
+    {"format": "gptq", "group_size": 64},
+    {"format": "gptq", "bits": 8, "group_size": 32, "symmetric": False},
+    {"format": "awq", "group_size": 64},
+    {"format": "awq", "group_size": 64, "rounding": "gptq"},
+    {"format": "gguf", "type": "Q4_K_M", "imatrix": True},
+    {"format": "gguf", "type": "IQ2_XXS", "imatrix": True},
+    {"format": "bitsandbytes", "type": "int8"},
+    {"format": "bitsandbytes", "type": "nf4"},
+]
+CALIBRATION = {"dataset": "text.txt", "samples": 8, "sequence_length": 64, "minimum_tokens": 16}
+
+
+@dataclass(frozen=True)
+class Run:
+    """One build of all variants."""
+
+    recipe: Recipe
+    store: Store
+    cache: Cache
+    reporter: ListReporter
+
+    def artifact(self, variant: str) -> Artifact:
+        return self.store.find(f"tiny/{variant}")
+
+
+def run_all(checkpoint: Path, root: Path, threads: int) -> Run:
+    root.mkdir()
+    paragraphs = [f"Paragraph {index}: the quick brown fox jumps over the lazy dog. " * 3 for index in range(12)]
+    (root / "text.txt").write_text("\n\n".join(paragraphs))
+    recipe = load_recipe(write_recipe(root / "tiny.yaml", checkpoint, VARIANTS, calibration=CALIBRATION), formats())
+    run = Run(recipe, Store(root / "artifacts"), Cache(root / "cache"), ListReporter())
+    outcomes = build(recipe, run.store, run.cache, run.reporter, RunOptions(Limits(threads=threads)))
+    assert {item.variant: str(item.error) for item in outcomes if item.error} == {}
+    return run
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_checkpoint(tmp_path_factory.mktemp("calibrated") / "tiny", TinyModel())
+
+
+@pytest.fixture(scope="module")
+def run(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    return run_all(checkpoint, tmp_path_factory.mktemp("first") / "run", threads=2)
+
+
+def tensors_of(artifact: Artifact) -> dict[str, torch.Tensor]:
+    return load_file(artifact.folder / "model.safetensors")
+
+
+def test_every_variant_is_built_and_named(run: Run) -> None:
+    names = {item.manifest.variant for item in run.store.artifacts()}
+    assert names == {
+        "gptq-int4-g64", "gptq-int8-g32-asym", "awq-int4-g64", "awq-int4-g64-gptq", "q4_k_m-imatrix", "iq2_xxs-imatrix",
+        "bnb-int8", "bnb-nf4",
+    }  # fmt: skip
+
+
+def test_one_pass_served_all_calibrated_variants(run: Run) -> None:
+    passes = [event.text for event in run.reporter.events if event.text.startswith("calibration pass for")]
+    assert len(passes) == 1
+    measured = [
+        json.dumps(item.measurements()["calibration_pass"], sort_keys=True)
+        for item in run.store.artifacts()
+        if item.manifest.calibration is not None
+    ]
+    assert len(measured) == 6
+    assert len(set(measured)) == 1
+
+
+def test_the_manifest_has_the_text_by_hash(run: Run) -> None:
+    entries = {item.manifest.variant: item.manifest.calibration for item in run.store.artifacts()}
+    assert entries.pop("bnb-int8") is None
+    assert entries.pop("bnb-nf4") is None
+    (entry,) = {json.dumps(item.model_dump(), sort_keys=True) for item in entries.values() if item}
+    data = json.loads(entry)
+    assert data["sequences"] == 8
+    assert 8 * 16 <= data["tokens"] <= 8 * 64
+    assert data["spec"]["dataset"] == "text.txt"
+
+
+def test_same_bytes_in_another_folder_with_another_thread_count(run: Run, checkpoint: Path, tmp_path: Path) -> None:
+    again = run_all(checkpoint, tmp_path / "again", threads=1)
+    first = {item.manifest.variant: item.manifest.digest for item in run.store.artifacts()}
+    assert {item.manifest.variant: item.manifest.digest for item in again.store.artifacts()} == first
+
+
+def test_size_equals_plan(run: Run, tmp_path: Path) -> None:
+    plan = make_plan(run.recipe, Store(tmp_path / "empty"), run.cache, ListReporter())
+    assert [str(job.refusal) for job in plan.jobs if job.refusal] == []
+    for job in plan.jobs:
+        assert job.size is not None
+        manifest = run.artifact(job.variant.name).manifest
+        written = sum(entry.size_bytes for entry in manifest.files if entry.path != "LICENSE")
+        assert (job.variant.name, job.size.file_bytes) == (job.variant.name, written)
+        assert job.size.bits_per_weight == manifest.bits_per_weight
+
+
+def test_every_kept_tensor_has_its_reason(run: Run, checkpoint: Path) -> None:
+    kept = {item.tensor: item.reason for item in run.artifact("gptq-int4-g64").manifest.kept_in_high_precision}
+    assert set(kept) == {name for name in open_checkpoint(checkpoint).tensors if "proj" not in name}
+    assert all(kept.values())
+
+
+@pytest.mark.parametrize("variant", ["gptq-int4-g64", "gptq-int8-g32-asym", "awq-int4-g64", "awq-int4-g64-gptq"])
+def test_verify_found_every_linear_as_gptqmodel_unpacks_it(run: Run, variant: str) -> None:
+    facts = run.artifact(variant).measurements()["verify"]
+    assert facts["linears"] == 14  # two blocks of seven
+    assert len(facts["tokens"]) == 16
+
+
+def test_gptq_leaves_less_than_rounding_to_nearest(run: Run) -> None:
+    layers = run.artifact("gptq-int4-g64").measurements()["layers"]
+    assert len(layers) == 14
+    assert all(0 < item["squared_error"] <= item["nearest_squared_error"] for item in layers.values())
+
+
+def test_error_feedback_leaves_less_than_awq_alone(run: Run) -> None:
+    plain, fed = (
+        sum(item["loss"] for item in run.artifact(name).measurements()["layers"].values())
+        for name in ("awq-int4-g64", "awq-int4-g64-gptq")
+    )
+    assert fed < plain
+
+
+def test_what_is_not_packed_is_the_source_bit_for_bit(run: Run, checkpoint: Path) -> None:
+    source = load_file(checkpoint / "model.safetensors")
+    written = tensors_of(run.artifact("gptq-int4-g64"))
+    for name, tensor in source.items():
+        if "proj" not in name:
+            assert torch.equal(written[name], tensor)
+
+
+@pytest.mark.parametrize(("kind", "flag"), [("int8", "load_in_8bit"), ("nf4", "load_in_4bit")])
+def test_bitsandbytes_tensors_are_what_transformers_saves(
+    run: Run, checkpoint: Path, tmp_path: Path, kind: str, flag: str
+) -> None:
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    options: dict[str, Any] = {flag: True}
+    if kind == "nf4":
+        options |= {"bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": torch.float16}
+    model = AutoModelForCausalLM.from_pretrained(
+        checkpoint, quantization_config=BitsAndBytesConfig(**options), device_map="cpu", dtype=torch.float16
+    )
+    model.save_pretrained(tmp_path / "theirs")
+    theirs, ours = load_file(tmp_path / "theirs" / "model.safetensors"), tensors_of(run.artifact(f"bnb-{kind}"))
+    assert set(ours) == set(theirs)
+    for name, tensor in theirs.items():
+        assert ours[name].dtype == tensor.dtype, name
+        assert torch.equal(ours[name], tensor), name
+    saved = json.loads((tmp_path / "theirs" / "config.json").read_text())["quantization_config"]
+    config = json.loads((run.artifact(f"bnb-{kind}").folder / "config.json").read_text())["quantization_config"]
+    assert config == saved
+
+
+def test_the_importance_matrix_is_the_mean_square_of_what_each_linear_reads(run: Run, checkpoint: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    from quantize.calibration import load_calibration_set
+
+    assert run.recipe.calibration is not None
+    ids = load_calibration_set(run.recipe.calibration, run.recipe.path.parent, checkpoint).token_ids
+    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).eval()
+    sums: dict[str, torch.Tensor] = {}
+
+    def add(key: str) -> Any:
+        def hook(_module: Any, inputs: tuple[torch.Tensor, ...]) -> None:
+            sums[key] = sums.get(key, torch.zeros(inputs[0].shape[-1])) + inputs[0].reshape(
+                -1, inputs[0].shape[-1]
+            ).square().sum(0)
+
+        return hook
+
+    layers = model.model.layers
+    layers[0].self_attn.q_proj.register_forward_pre_hook(add("blk.0.attn_q.weight"))
+    layers[1].mlp.down_proj.register_forward_pre_hook(add("blk.1.ffn_down.weight"))
+    with torch.inference_mode():
+        for row in ids:
+            model(input_ids=torch.tensor([row]))
+    (path,) = run.artifact("q4_k_m-imatrix").folder.glob("*.imatrix.gguf")
+    reader = gguf.GGUFReader(path)
+    found = {item.name: np.asarray(item.data) for item in reader.tensors}
+    assert reader.fields["general.type"].contents() == "imatrix"
+    assert len(found) == 2 * 14
+    for name, expected in sums.items():
+        assert found[f"{name}.counts"].item() == sum(map(len, ids))
+        np.testing.assert_allclose(found[f"{name}.in_sum2"].reshape(-1), expected.numpy(), rtol=2e-4)
+
+
+def test_llama_cpp_used_the_importance_matrix(run: Run, checkpoint: Path, tmp_path: Path) -> None:
+    path = write_recipe(tmp_path / "plain.yaml", checkpoint, [{"format": "gguf", "type": "Q4_K_M"}])
+    (plain,) = build(load_recipe(path, formats()), Store(tmp_path / "plain"), run.cache, ListReporter())
+    assert plain.artifact is not None
+    weighted = run.artifact("q4_k_m-imatrix").folder
+    (first,) = plain.artifact.folder.glob("*.gguf")
+    (second,) = [item for item in weighted.glob("*.gguf") if not item.name.endswith(".imatrix.gguf")]
+    one, two = ({t.name: t.data.tobytes() for t in gguf.GGUFReader(item).tensors} for item in (first, second))
+    assert one.keys() == two.keys()
+    assert sum(one[name] != two[name] for name in one) >= 10
+
+
+@pytest.mark.parametrize(
+    ("variant", "tensor", "spoil", "message"),
+    [
+        ("gptq-int4-g64", "model.layers.1.mlp.up_proj.scales", float("nan"), "unpacks differently|not finite"),
+        ("awq-int4-g64", "model.layers.0.input_layernorm.weight", float("inf"), "not finite"),
+        ("bnb-int8", "model.layers.1.mlp.down_proj.SCB", float("nan"), "not finite"),
+    ],
+)
+def test_a_damaged_tensor_is_refused(
+    run: Run, checkpoint: Path, tmp_path: Path, variant: str, tensor: str, spoil: float, message: str
+) -> None:
+    artifact = run.artifact(variant)
+    folder = Path(shutil.copytree(artifact.folder, tmp_path / "spoilt"))
+    tensors = load_file(folder / "model.safetensors")
+    tensors[tensor] = torch.full_like(tensors[tensor], spoil)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    backend = backends()[artifact.manifest.format]
+    with pytest.raises(VerifyError, match=message):
+        backend.verify(folder, open_checkpoint(checkpoint), Limits(), ListReporter())
