@@ -126,9 +126,8 @@ def staging_folder(store: Path, name: str, variant: str) -> Iterator[Path]:
     """
     root = store / STAGING
     with store_errors(store):
-        for leftover in root.glob(f"{name}--{variant}.*"):
-            if staged_variant(leftover.name) == f"{name}--{variant}":
-                shutil.rmtree(leftover, ignore_errors=True)
+        for leftover in _leftovers(store, name, variant):
+            shutil.rmtree(leftover, ignore_errors=True)
         folder = root / f"{name}--{variant}.{uuid.uuid4().hex[:8]}"
         _make_folder(folder)
     try:
@@ -136,6 +135,40 @@ def staging_folder(store: Path, name: str, variant: str) -> Iterator[Path]:
     finally:
         shutil.rmtree(folder, ignore_errors=True)
         _remove_if_empty(root, store)
+
+
+def settle(store: Path, artifact: Artifact) -> None:
+    """Make good what a build that was killed just after its commit left: its scratch folder, its lock, `current`.
+
+    Does nothing where there is nothing to do, where a running build holds the variant, or where the store is read-only.
+    """
+    from filelock import FileLock, Timeout
+
+    name, variant = artifact.manifest.name, artifact.manifest.variant
+    path, link = lock_path(store, name, variant), artifact.folder.parent / CURRENT
+    current = link.is_symlink() and os.readlink(link) == artifact.folder.name
+    if current and not path.exists() and not _leftovers(store, name, variant):
+        return
+    lock = FileLock(path)
+    try:
+        _make_folder(path.parent)
+        lock.acquire(timeout=0)
+    except (Timeout, OSError):
+        return
+    try:
+        for leftover in _leftovers(store, name, variant):
+            shutil.rmtree(leftover, ignore_errors=True)
+        if not current:
+            point_current(artifact.folder)
+    finally:
+        path.unlink(missing_ok=True)
+        lock.release()
+        _remove_if_empty(path.parent, store / STAGING)
+
+
+def _leftovers(store: Path, name: str, variant: str) -> list[Path]:
+    root, wanted = store / STAGING, f"{name}--{variant}"
+    return [item for item in root.glob(f"{wanted}.*") if staged_variant(item.name) == wanted]
 
 
 def _make_folder(folder: Path) -> None:

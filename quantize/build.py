@@ -21,6 +21,7 @@ from quantize.artifact import (
     Artifact,
     commit,
     describe_files,
+    settle,
     staging_folder,
     variant_lock,
     write_measurements,
@@ -96,7 +97,8 @@ class _Build:
         jobs = self._wanted(identify_jobs(self.recipe, self.source, self.store))
         todo = [job for job in jobs if job.existing is None or self.run.force]
         for job in jobs:
-            if job not in todo:
+            if job not in todo and job.existing is not None:
+                settle(self.store.root, job.existing)
                 self._finished(Outcome(job.variant.name, "up to date", job.existing))
         if todo:
             self.checkpoint = open_source(self.source, self.cache, self.reporter)

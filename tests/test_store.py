@@ -497,3 +497,19 @@ def test_folders_that_others_remove_because_they_are_empty_are_made_again(tmp_pa
         stop.set()
         remover.join()
     assert not root.exists()
+
+
+def test_an_up_to_date_build_makes_good_what_a_kill_after_its_commit_left(built: Built, tmp_path: Path) -> None:
+    store = built.copy(tmp_path / "left")
+    artifact = next(item for item in store.artifacts() if store.is_current(item))
+    name = f"{artifact.manifest.name}--{artifact.manifest.variant}"
+    scratch = store.root / ".staging" / f"{name}.0a1b2c3d.scratch"
+    scratch.mkdir(parents=True)
+    lock = store.root / ".locks" / f"{name}.lock"
+    lock.parent.mkdir()
+    lock.touch()
+    (artifact.folder.parent / "current").unlink()
+    build(built.recipe, store, built.cache, SilentReporter())
+    assert store.is_current(artifact)
+    assert not scratch.exists()
+    assert not lock.exists()
