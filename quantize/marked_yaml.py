@@ -186,7 +186,10 @@ def _translate(
         return document.error(location, f"unknown key `{key}`", hint=suggest(key, fields), key=True)
     if kind == "missing":
         return document.error(location, f"key `{problem['loc'][-1]}` is missing", hint="add it")
-    message = MESSAGES.get(kind, problem["msg"].removeprefix("Value error, ")).format(**problem.get("ctx", {}))
+    if kind in MESSAGES:
+        message = MESSAGES[kind].format(**problem.get("ctx", {}))
+    else:
+        message = problem["msg"].removeprefix("Value error, ")  # may hold braces of the user's own
     message, _, hint = message.partition(" || ")
     found = problem.get("input")
     if isinstance(found, (str, int, float, bool)) and not message.startswith(("`", "'")):
