@@ -25,7 +25,7 @@ LOCKS = ".locks"
 SCRATCH = ".scratch"  # ends the name of the folder beside a staging folder that a build works in
 CURRENT = "current"
 LOCK_POLL_SECONDS = 0.1
-MKDIR_TRIES = 100
+MKDIR_TRIES = 10_000  # each takes microseconds; only a store whose root can not be made uses them up
 
 
 @dataclass(frozen=True)
