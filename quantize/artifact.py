@@ -95,8 +95,8 @@ def variant_lock(store: Path, name: str, variant: str) -> Iterator[None]:
             _make_folder(path.parent)
             try:
                 lock.acquire()
-            except FileNotFoundError:
-                continue  # another build has just removed the empty folder
+            except (FileNotFoundError, FileExistsError):
+                continue  # another build has just removed, or made, the empty folder
             except NotImplementedError as exc:
                 hint = "put the store on a local disk, or one whose file system has locks"
                 raise StoreError(f"store {store}: this file system has no locks", hint=hint) from exc
