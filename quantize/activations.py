@@ -10,17 +10,18 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
 
-from quantize.architecture import BlockLayout, block_layout
+from quantize.architecture import BlockLayout, Linear, block_layout
 from quantize.block_runner import BlockRunner
 from quantize.errors import BuildError, CheckpointError
 from quantize.hidden_states import Batch, FileStates, HiddenStates, MemoryStates, make_batches
+from quantize.numerics.gptq import row_losses
 from quantize.numerics.gram import Gram
 from quantize.report import Reporter, SilentReporter, progress, warn
 
@@ -76,6 +77,15 @@ class Block:
     weights: dict[str, Tensor]
     grams: dict[str, Gram]
     inputs: dict[str, str]
+    _energies: dict[str, float] = field(default_factory=dict, repr=False)
+
+    def share(self, loss: float, linear: Linear) -> float:
+        """A squared output error over the calibration tokens as a share of the output's energy tr(W G Wᵀ)."""
+        if linear.tensor not in self._energies:
+            energies = row_losses(self.weights[linear.tensor], self.grams[linear.input].matrix)
+            self._energies[linear.tensor] = float(energies.double().sum())
+        energy = self._energies[linear.tensor]
+        return float(f"{loss / energy:.6g}") if energy > 0 else 0.0
 
 
 def stream_blocks(

@@ -7,19 +7,16 @@ folder is backends/packed.py's.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
 from quantize.architecture import FoldGroup, RowsSource, block_count, block_layout
 from quantize.backends import packed
-from quantize.backends.base import BuildResult, Collector, Context, Limits, SizePlan
+from quantize.backends.base import Context
 from quantize.checkpoint import Checkpoint
 from quantize.recipe import BackendOptions
-from quantize.report import Reporter, status
-from quantize.worker import run_step
+from quantize.report import Reporter
 
 if TYPE_CHECKING:
     import torch
@@ -45,63 +42,49 @@ class AwqOptions(BackendOptions):
         return f"awq-int4-g{self.group_size}{'' if self.clip else '-noclip'}{feedback}"
 
 
-class AwqBackend:
+class AwqBackend(packed.PackedBackend):
     """AWQ from the shared Gram matrices."""
 
     name = "awq"
-    extra = "gptqmodel"
     Options = AwqOptions
-
-    def tools(self, options: AwqOptions) -> Sequence[str]:
-        """The numerics run on torch; the pass on transformers' layers."""
-        return ("torch", "transformers")
-
-    def needs_calibration(self, options: AwqOptions) -> bool:
-        """Always."""
-        return True
 
     def check(self, checkpoint: Checkpoint, options: AwqOptions) -> None:
         """Group size and shapes must fit the packed words."""
         packed.check_group_size(checkpoint, options.group_size, 8, 1)
 
-    def sizes(self, context: Context, options: Sequence[AwqOptions], reporter: Reporter) -> list[SizePlan]:
-        """By arithmetic: the layout fixes every byte."""
-        return [
-            packed.size_plan(context.checkpoint, _layout(context.checkpoint, item), _config(context.checkpoint, item))
-            for item in options
-        ]
+    def solve(self, block: Block, context: Context, reporter: Reporter) -> packed.Solved:
+        """Scales, folds and rounds."""
+        return solve_block(block, context.options)
 
-    def collector(self, context: Context, reporter: Reporter) -> Collector:
-        """Scales, folds and rounds each block."""
+    def layout(self, checkpoint: Checkpoint, options: AwqOptions) -> packed.Layout:
+        """The gemm layout: words along the output axis."""
+        group_size = options.group_size
 
-        def solve(block: Block) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-            return solve_block(block, context.options)
+        def table(out: int, width: int) -> dict[str, tuple[str, packed.Shape]]:
+            return {
+                "qweight": ("I32", (width, out // 8)),
+                "qzeros": ("I32", (width // group_size, out // 8)),
+                "scales": ("F16", (width // group_size, out)),
+            }
 
-        return packed.PackedCollector(context, _layout(context.checkpoint, context.options), solve)
+        return packed.plan_layout(checkpoint, table)
 
-    def build(self, context: Context, reporter: Reporter) -> BuildResult:
-        """Add config and tokenizer to the shards that the pass wrote."""
-        options: AwqOptions = context.options
-        files, layers = packed.pass_results(context)
-        beside = packed.write_beside(context, _config(context.checkpoint, options))
-        size = self.sizes(context, [options], reporter)[0]
-        return BuildResult(
-            (*files, *beside), size.weights_bytes, options.bits, options.group_size, size.bits_per_weight, size.kept,
-            {"layers": layers},
-        )  # fmt: skip
-
-    def verify(self, folder: Path, checkpoint: Checkpoint, limits: Limits, reporter: Reporter) -> Mapping[str, Any]:
-        """Independent unpacking by gptqmodel, and greedy generation through transformers."""
-        from quantize.engines.packed_check import check_packed
-
-        status(reporter, "", "loading in transformers with gptqmodel")
-        facts: dict[str, Any] = run_step(
-            "loading in transformers", reporter, check_packed, folder, "awq", limits.threads
+    def config(self, checkpoint: Checkpoint, options: AwqOptions) -> str:
+        """With the quantization_config that transformers, vLLM and SGLang read."""
+        return packed.config_text(
+            checkpoint,
+            {
+                "quant_method": "awq",
+                "version": "gemm",
+                "bits": options.bits,
+                "group_size": options.group_size,
+                "zero_point": True,
+                "modules_to_not_convert": _unconverted(checkpoint),
+            },
         )
-        return facts
 
 
-def solve_block(block: Block, options: AwqOptions) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+def solve_block(block: Block, options: AwqOptions) -> packed.Solved:
     """All tensors of a block that change (packed linears, folded norms and biases), and each linear's loss."""
     import torch
 
@@ -118,13 +101,14 @@ def solve_block(block: Block, options: AwqOptions) -> tuple[dict[str, torch.Tens
         used = folded.scales.get(group.name)
         ratio = choices[group.name].ratio if group.name in choices else 0.0
         for key in dict.fromkeys(linear.input for linear in group.linears):
-            members = [linear.tensor for linear in group.linears if linear.input == key]
-            weights = [folded.weights[name] for name in members]
-            for name, quantized, loss in _quantize(weights, members, block, key, used, options):
+            members = [linear for linear in group.linears if linear.input == key]
+            weights = [folded.weights[linear.tensor] for linear in members]
+            found = _quantize(weights, block.grams[key].matrix, used, options)
+            for linear, (quantized, loss) in zip(members, found, strict=True):
                 words = pack_awq(quantized)
-                prefix = name.removesuffix("weight")
+                prefix = linear.tensor.removesuffix("weight")
                 tensors |= {f"{prefix}{field}": getattr(words, field) for field in ("qweight", "qzeros", "scales")}
-                layers[prefix.removesuffix(".")] = {"loss": round(loss, 8), "ratio": round(ratio, 4)}
+                layers[prefix.removesuffix(".")] = {"loss": block.share(loss, linear), "ratio": round(ratio, 4)}
     return tensors, layers
 
 
@@ -137,59 +121,24 @@ def _search(group: FoldGroup, block: Block, options: AwqOptions) -> Any:
 
 
 def _quantize(
-    weights: list[torch.Tensor],
-    names: list[str],
-    block: Block,
-    key: str,
-    scales: torch.Tensor | None,
-    options: AwqOptions,
-) -> list[tuple[str, Any, float]]:
-    """(name, Quantized, loss as a share of the output's energy) of linears that read one input."""
+    weights: list[torch.Tensor], gram: torch.Tensor, scales: torch.Tensor | None, options: AwqOptions
+) -> list[tuple[Any, float]]:
+    """(Quantized, squared output error over the calibration tokens) of scaled weights that read one input."""
     import torch
 
     from quantize.numerics.awq import quantize_compensated, quantize_scaled
     from quantize.numerics.gptq import row_losses
 
-    gram = block.grams[key].matrix
     scales = torch.ones_like(gram.diagonal()) if scales is None else scales
     if options.rounding == "gptq":
         solutions = quantize_compensated(weights, gram, scales, group_size=options.group_size)
         found = [solution.quantized for solution in solutions]
     else:
         found = quantize_scaled(weights, gram.diagonal(), scales, group_size=options.group_size, clip=options.clip)
-    results = []
-    for name, weight, quantized in zip(names, weights, found, strict=True):
-        lost = float(row_losses((quantized.dequantize() - weight) / scales, gram).double().sum())
-        energy = float(row_losses(weight / scales, gram).double().sum())
-        results.append((name, quantized, lost / energy if energy > 0 else 0.0))
-    return results
-
-
-def _layout(checkpoint: Checkpoint, options: AwqOptions) -> packed.Layout:
-    group_size = options.group_size
-
-    def table(out: int, width: int) -> dict[str, tuple[str, packed.Shape]]:
-        return {
-            "qweight": ("I32", (width, out // 8)),
-            "qzeros": ("I32", (width // group_size, out // 8)),
-            "scales": ("F16", (width // group_size, out)),
-        }
-
-    return packed.plan_layout(checkpoint, table)
-
-
-def _config(checkpoint: Checkpoint, options: AwqOptions) -> str:
-    return packed.config_text(
-        checkpoint,
-        {
-            "quant_method": "awq",
-            "version": "gemm",
-            "bits": options.bits,
-            "group_size": options.group_size,
-            "zero_point": True,
-            "modules_to_not_convert": _unconverted(checkpoint),
-        },
-    )
+    return [
+        (quantized, float(row_losses((quantized.dequantize() - weight) / scales, gram).double().sum()))
+        for weight, quantized in zip(weights, found, strict=True)
+    ]
 
 
 def _unconverted(checkpoint: Checkpoint) -> list[str]:

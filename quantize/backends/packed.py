@@ -14,10 +14,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from quantize.architecture import block_count, block_index, block_layout
-from quantize.backends.base import Context, KeptTensor, SizePlan
+from quantize.backends.base import BuildResult, Collector, Context, KeptTensor, Limits, SizePlan
 from quantize.checkpoint import CONFIG_FILES, TOKENIZER_FILES, Checkpoint
 from quantize.containers.shards import ShardWriter, files_bytes, table_bytes
 from quantize.errors import BuildError, PlanError
+from quantize.report import Reporter, status
+from quantize.worker import run_step
 
 if TYPE_CHECKING:
     import torch
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
 
 Shape = tuple[int, ...]
 PackedTable = Callable[[int, int], dict[str, tuple[str, Shape]]]  # (out, in) -> suffix -> (dtype, shape)
+Solved = tuple["dict[str, torch.Tensor]", dict[str, Any]]  # tensors that change, by full name; loss of each linear
 STORED_DTYPE = "F16"
 DTYPE_NAMES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32"}
 RESULTS_NAME = "pass.json"
@@ -129,15 +132,9 @@ def write_beside(context: Context, text: str) -> tuple[str, ...]:
 
 
 class PackedCollector:
-    """Writes the artifact's shards while the pass goes on; `solve` turns one block into its tensors.
+    """Writes the artifact's shards while the pass goes on; `solve` turns one block into its tensors."""
 
-    solve: block -> (tensors by full name without those that stay as they are, loss of each linear).
-    """
-
-    def __init__(
-        self, context: Context, layout: Layout,
-        solve: Callable[[Block], tuple[dict[str, torch.Tensor], dict[str, Any]]],
-    ) -> None:  # fmt: skip
+    def __init__(self, context: Context, layout: Layout, solve: Callable[[Block], Solved]) -> None:
         self._context, self._layout, self._solve = context, layout, solve
         self._writer = ShardWriter(context.staging, layout.table)
         self._names: Iterator[str] = iter(layout.table)
@@ -181,7 +178,59 @@ class PackedCollector:
         self._pending = next(self._names, None)
 
 
-def pass_results(context: Context) -> tuple[Sequence[str], dict[str, Any]]:
-    """What the collector left: the weight files, and the loss of each linear."""
-    data = json.loads((context.scratch / RESULTS_NAME).read_text(encoding="utf-8"))
-    return data["files"], data["layers"]
+class PackedBackend:
+    """What a format of packed integers does whatever its integers are; `layout`, `config` and `solve` differ."""
+
+    name: str
+    extra = "gptqmodel"
+
+    def layout(self, checkpoint: Checkpoint, options: Any) -> Layout:
+        """Every tensor of the artifact."""
+        raise NotImplementedError
+
+    def config(self, checkpoint: Checkpoint, options: Any) -> str:
+        """config.json of the artifact."""
+        raise NotImplementedError
+
+    def solve(self, block: Block, context: Context, reporter: Reporter) -> Solved:
+        """Tensors of a block that change, and each linear's loss."""
+        raise NotImplementedError
+
+    def tools(self, options: Any) -> Sequence[str]:
+        """The numerics run on torch; the pass on transformers' layers."""
+        return ("torch", "transformers")
+
+    def needs_calibration(self, options: Any) -> bool:
+        """Always."""
+        return True
+
+    def sizes(self, context: Context, options: Sequence[Any], reporter: Reporter) -> list[SizePlan]:
+        """By arithmetic: the layout fixes every byte."""
+        checkpoint = context.checkpoint
+        return [size_plan(checkpoint, self.layout(checkpoint, item), self.config(checkpoint, item)) for item in options]
+
+    def collector(self, context: Context, reporter: Reporter) -> Collector:
+        """Solves each block as the pass yields it."""
+        layout = self.layout(context.checkpoint, context.options)
+        return PackedCollector(context, layout, lambda block: self.solve(block, context, reporter))
+
+    def build(self, context: Context, reporter: Reporter) -> BuildResult:
+        """Add config and tokenizer to the shards that the pass wrote."""
+        options = context.options
+        results = json.loads((context.scratch / RESULTS_NAME).read_text(encoding="utf-8"))
+        beside = write_beside(context, self.config(context.checkpoint, options))
+        size = self.sizes(context, [options], reporter)[0]
+        return BuildResult(
+            (*results["files"], *beside), size.weights_bytes, options.bits, options.group_size, size.bits_per_weight,
+            size.kept, {"layers": results["layers"]},
+        )  # fmt: skip
+
+    def verify(self, folder: Path, checkpoint: Checkpoint, limits: Limits, reporter: Reporter) -> Mapping[str, Any]:
+        """Independent unpacking by gptqmodel, and greedy generation through transformers."""
+        from quantize.engines.packed_check import check_packed
+
+        status(reporter, "", "loading in transformers with gptqmodel")
+        facts: dict[str, Any] = run_step(
+            "loading in transformers", reporter, check_packed, folder, self.name, limits.threads
+        )
+        return facts
