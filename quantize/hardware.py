@@ -17,7 +17,9 @@ from pathlib import Path
 from quantize.errors import UsageError
 
 GIB = 2**30
-_UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
+_UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
+_UNITS |= {"kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
+_LARGEST_SIZE = 2**60
 _NVIDIA_SMI = ("nvidia-smi", "--query-gpu=name,memory.total,memory.used", "--format=csv,noheader,nounits")
 
 # GiB as the makers print it; a "24 GB" card has 24 x 2^30 bytes, less what its driver keeps.
@@ -73,14 +75,18 @@ class Machine:
 
 
 def parse_size(text: str) -> int:
-    """Bytes of "8GiB", "7.5 GB", "800 MiB" or a plain number. Raises UsageError."""
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmg]?i?b?)\s*", text.lower())
-    unit = match.group(2) if match else None
-    if unit is not None and unit and not unit.endswith("b"):
-        unit += "b" if unit.endswith("i") else "ib"  # "8G" on a card means 8 GiB
-    if match is None or unit not in _UNITS:
+    """Bytes of "8GiB", "7.5 GB", "800M" or a plain number, above 0. Raises UsageError.
+
+    KB, MB, GB and TB are powers of 1000; KiB to TiB, and bare K, M, G and T, of 1024: an "8G" card has 8 GiB.
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?(?:e\d{1,2})?)\s*([kmgt]?i?b?)\s*", text.lower())
+    unit = match.group(2) if match else ""
+    if unit and not unit.endswith("b"):
+        unit += "b" if unit.endswith("i") else "ib"
+    size = float(match.group(1)) * _UNITS.get(unit, 0) if match else 0.0
+    if not 1 <= size < _LARGEST_SIZE:
         raise UsageError(f"{text!r} is no size", hint="write it like 8GiB, 7.5GB or 800MiB")
-    return int(float(match.group(1)) * _UNITS[unit])
+    return int(size)
 
 
 def find_card(name: str) -> Card:
@@ -107,8 +113,6 @@ def card_of(gpu: str | None = None, vram: str | None = None) -> Card | None:
     if vram is None:
         return None if gpu is None else find_card(gpu)
     size = parse_size(vram)
-    if size < 1:
-        raise UsageError("a card needs more than 0 bytes of memory")
     return Card(vram.strip() if gpu is None else f"{gpu} ({vram.strip()})", size, known=False)
 
 

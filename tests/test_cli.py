@@ -16,7 +16,7 @@ import pytest
 
 from quantize import __version__
 from quantize.cli import COMMANDS, main
-from quantize.cli.common import memory_text, parse_size, size_text
+from quantize.cli.common import memory_text, size_text
 from quantize.errors import QuantizeError, RefusedError, StoreError, UsageError
 from quantize.testing import write_recipe
 from tests.conftest import Run
@@ -295,20 +295,6 @@ def test_a_table_cuts_nothing_and_reads_no_markup(tiny: Path, run: Run, tmp_path
 
 
 # --- small things -----------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [("6GiB", 6 << 30), ("500 MB", 500_000_000), ("1e9", 10**9), ("1.5k", 1500), ("7b", 7), ("2TiB", 2 << 40)],
-)
-def test_sizes_are_read(text: str, expected: int) -> None:
-    assert parse_size(text) == expected
-
-
-@pytest.mark.parametrize("text", ["", "GiB", "-1GB", "1XB", "1 GB GB", "nan", "inf", "1e99", "0"])
-def test_sizes_that_are_none(text: str) -> None:
-    with pytest.raises(UsageError, match="is not a size"):
-        parse_size(text)
 
 
 @pytest.mark.parametrize(

@@ -60,13 +60,27 @@ def test_a_miss_says_what_to_write(written: str, message: str) -> None:
 
 @pytest.mark.parametrize(
     ("text", "size"),
-    [("8GiB", 8 * GIB), ("8G", 8 * GIB), ("7.5 GB", 7_500_000_000), ("800 MiB", 800 * 2**20), ("42", 42)],
+    [
+        ("8GiB", 8 * GIB),
+        ("8G", 8 * GIB),
+        ("7.5 GB", 7_500_000_000),
+        ("800 MiB", 800 * 2**20),
+        ("42", 42),
+        ("1.5k", 1536),
+        ("1e9", 10**9),
+        ("7b", 7),
+        ("2TiB", 2**41),
+        ("2t", 2**41),
+        ("500 MB", 500_000_000),
+    ],
 )
 def test_sizes(text: str, size: int) -> None:
     assert parse_size(text) == size
 
 
-@pytest.mark.parametrize("text", ["", "eight", "8 TB of it", "-1GiB", "1e3"])
+@pytest.mark.parametrize(
+    "text", ["", "eight", "8 TB of it", "-1GiB", "GiB", "1XB", "1 GB GB", "nan", "inf", "1e99", "0", "0.5"]
+)
 def test_bad_sizes(text: str) -> None:
     with pytest.raises(UsageError, match="is no size"):
         parse_size(text)
@@ -77,7 +91,7 @@ def test_options_become_a_card() -> None:
     assert card_of(gpu="L4") == Card("L4", 24 * GIB)
     assert card_of(vram="8GiB") == Card("8GiB", 8 * GIB, known=False)
     assert card_of(gpu="L4", vram="12GiB") == Card("L4 (12GiB)", 12 * GIB, known=False)
-    with pytest.raises(UsageError, match="more than 0"):
+    with pytest.raises(UsageError, match="'0' is no size"):
         card_of(vram="0")
 
 

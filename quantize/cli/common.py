@@ -13,7 +13,6 @@ import click
 
 from quantize.cache import Cache, default_cache_root
 from quantize.cli import set_verbose
-from quantize.errors import UsageError
 from quantize.store import Store, default_store_root
 
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -63,25 +62,11 @@ def limits_options(function: Function) -> Function:
 def make_limits(threads: int | None, device: str, memory_budget: str | None) -> Any:
     """Limits from the options. Raises UsageError for a size that can't be read."""
     from quantize.backends.base import Limits
+    from quantize.hardware import parse_size
 
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     budget = parse_size(memory_budget) if memory_budget else None
     return Limits(threads or cores, device, budget)
-
-
-def parse_size(text: str) -> int:
-    """Bytes from `6GiB`, `500 MB`, `1e9`. Raises UsageError."""
-    units = {"": 1, "b": 1, "k": 1000, "kb": 1000, "kib": 1 << 10, "m": 10**6, "mb": 10**6, "mib": 1 << 20}
-    units |= {"g": 10**9, "gb": 10**9, "gib": 1 << 30, "t": 10**12, "tb": 10**12, "tib": 1 << 40}
-    number = text.strip().rstrip("abgikmtABGIKMT")
-    unit = text.strip()[len(number) :].lower()
-    try:
-        value = float(number) * units[unit]
-        if not 0 < value < 1 << 60:
-            raise ValueError(number)
-    except (ValueError, KeyError) as exc:
-        raise UsageError(f"{text!r} is not a size", hint="write it like 6GiB or 500MB") from exc
-    return int(value)
 
 
 def open_cache() -> Cache:

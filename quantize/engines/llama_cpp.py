@@ -149,6 +149,7 @@ def _generate(llama_cpp: Any, model: Any, path: Path, count: int, threads: int) 
 
     parameters = llama_cpp.llama_context_default_params()
     parameters.n_ctx = 256
+    parameters.flash_attn_type = llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED  # as evaluation has it
     parameters.n_threads = parameters.n_threads_batch = threads if path.stat().st_size > LARGE_BYTES else 1
     context = llama_cpp.llama_init_from_model(model, parameters)
     if not context:

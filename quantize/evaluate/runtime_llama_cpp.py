@@ -1,4 +1,4 @@
-"""llama.cpp as a Runtime: the build that llama-cpp-python carries, with its own default settings.
+"""llama.cpp as a Runtime: the build that llama-cpp-python carries, with flash attention off.
 
 In: a GGUF file and token ids. Out: log-probabilities and greedy answers. Only the C interface is used, so that memory
 is one block of logits and a KV cache for one sequence.
@@ -51,6 +51,8 @@ class LlamaCppRuntime:
         params.n_ctx = self._size
         params.n_batch = min(self._size, block_rows(self.vocabulary))
         params.n_ubatch = min(params.n_batch, PREFILL_TOKENS)
+        # Left to itself llama.cpp turns it on where it can, and answers change by that alone.
+        params.flash_attn_type = library.LLAMA_FLASH_ATTN_TYPE_DISABLED
         # Its threads wait for each other by spinning: one core that is busy elsewhere makes all of them slow.
         params.n_threads = params.n_threads_batch = threads or max(1, usable_cores() - 1)
         self._rows = int(params.n_batch)
