@@ -41,7 +41,8 @@ def check_loaded(reporter: Reporter, folder: Path, threads: int) -> dict[str, An
     _check_installed()
     import torch
 
-    from quantize.engines.packed_check import generate_twice, load_causal_lm
+    from quantize.engines.packed_check import generate_twice
+    from quantize.engines.transformers_model import load_causal_lm
 
     torch.set_num_threads(threads)
     started = time.perf_counter()

@@ -5,12 +5,12 @@ In: an artifact's folder. Out: facts, or VerifyError. Runs in a worker: gptqmode
 
 from __future__ import annotations
 
-import os
 import time
 from pathlib import Path
 from typing import Any
 
-from quantize.errors import MissingExtraError, VerifyError
+from quantize.engines.transformers_model import import_torch, load_causal_lm
+from quantize.errors import VerifyError
 from quantize.report import Reporter
 
 TOKENS = 16
@@ -22,12 +22,7 @@ def check_packed(reporter: Reporter, folder: Path, method: str, threads: int) ->
 
     Raises VerifyError: does not load, weights differ, logits not finite, two runs differ. MissingExtraError.
     """
-    os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")  # it refuses to start with fewer, on machines of few cores
-    try:
-        import gptqmodel  # noqa: F401 - transformers needs it to load these formats; a missing one must be named
-        import torch
-    except ImportError as exc:
-        raise MissingExtraError(f"loading {method.upper()} artifacts", "gptqmodel") from exc
+    torch = import_torch(method, f"loading {method.upper()} artifacts")
     torch.set_num_threads(threads)
     started = time.perf_counter()
     model = load_causal_lm(folder)
@@ -40,17 +35,6 @@ def check_packed(reporter: Reporter, folder: Path, method: str, threads: int) ->
         "tokens": tokens,
         "load_seconds": round(seconds, 2),
     }
-
-
-def load_causal_lm(folder: Path) -> Any:
-    """The model in a folder, on the CPU, by transformers. Raises VerifyError."""
-    from transformers import AutoModelForCausalLM
-
-    try:
-        return AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, device_map="cpu").eval()
-    except (ValueError, OSError, RuntimeError, KeyError, TypeError, AttributeError, NotImplementedError) as exc:
-        first = (str(exc).splitlines() or [type(exc).__name__])[0][:300]
-        raise VerifyError(f"{folder.name}: transformers does not load it: {first}") from exc
 
 
 def generate_twice(model: Any, folder: Path) -> list[int]:

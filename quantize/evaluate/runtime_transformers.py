@@ -6,14 +6,10 @@ own is run. Import it in a worker: gptqmodel patches other libraries and reads t
 
 from __future__ import annotations
 
-import logging
-import os
-import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from quantize.errors import MissingExtraError, VerifyError
+from quantize.engines.transformers_model import import_torch, load_causal_lm, serving_dtype
 from quantize.evaluate.runtimes import ModelRef, Request, block_rows, log_softmax, runtime_of
 
 if TYPE_CHECKING:
@@ -28,13 +24,14 @@ class TransformersRuntime:
 
     def __init__(self, model: ModelRef, *, threads: int = 0) -> None:
         self._label = model.folder.name
-        torch = _import_torch(model.format)
+        torch = import_torch(model.format, f"evaluating a {model.format} model")
         self.name, self.version = runtime_of(model.format)
         if threads:
             torch.set_num_threads(threads)
         self._torch = torch
         self._device = "cuda" if torch.cuda.is_available() else "cpu"
-        self._model = _load(model, self._device)
+        dtype = serving_dtype(model.format, self._device)
+        self._model = load_causal_lm(model.folder, self._device, dtype=dtype)
         self.vocabulary = int(self._model.get_output_embeddings().weight.shape[0])
 
     def log_probs(self, window: Sequence[int]) -> Iterator[LogProbs]:
@@ -106,51 +103,3 @@ def _goes_on(request: Request, chosen: list[int], token: int) -> bool:
         return False
     chosen.append(token)
     return len(chosen) < request.max_tokens
-
-
-def _import_torch(format: str) -> Any:
-    if format in ("awq", "gptq"):
-        os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")  # it refuses to start with fewer, on machines of few cores
-    try:
-        with _quiet():
-            import torch
-            import transformers
-
-            if format in ("awq", "gptq"):
-                import gptqmodel  # noqa: F401 - transformers needs it for these formats; say so by name
-            if format == "bitsandbytes":
-                import bitsandbytes  # noqa: F401
-    except ImportError as exc:
-        extra = {"awq": "gptqmodel", "gptq": "gptqmodel", "bitsandbytes": "bitsandbytes"}.get(format, "torch")
-        raise MissingExtraError(f"evaluating a {format} model", extra) from exc
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    return torch
-
-
-def _load(model: ModelRef, device: str) -> Any:
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    dtype = torch.float32 if device == "cpu" and model.format in ("safetensors", "bitsandbytes") else "auto"
-    try:
-        with _quiet():
-            loaded = AutoModelForCausalLM.from_pretrained(
-                model.folder, local_files_only=True, trust_remote_code=False, device_map=device, dtype=dtype
-            )
-    except (ValueError, OSError, RuntimeError, KeyError, TypeError, AttributeError, NotImplementedError) as exc:
-        first = (str(exc).splitlines() or [type(exc).__name__])[0][:300]
-        raise VerifyError(f"{model.folder.name}: transformers does not load it: {first}") from exc
-    return loaded.eval()
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Warnings of libraries being imported or loading a model are not the user's."""
-    level = logging.getLogger().level
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        try:
-            yield
-        finally:
-            logging.getLogger().setLevel(level)

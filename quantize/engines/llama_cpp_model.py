@@ -1,0 +1,233 @@
+"""An open GGUF file in llama.cpp, through the C interface of llama-cpp-python: what measuring and serving share.
+
+In: a GGUF file, how much context for how many sequences. Out: an OpenModel that tokenizes, decodes batches and gives
+logits. What to ask it, and how to choose tokens, is left to evaluate and serve.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+import types
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from quantize.errors import MissingExtraError, UsageError, VerifyError
+from quantize.hardware import usable_cores
+
+MICRO_BATCH_TOKENS = 512
+LOG_LINES = 2000
+SPLIT_NONE = 0  # llama.cpp's LLAMA_SPLIT_MODE_NONE: the whole model on main_gpu
+
+_log_callback: Any = None
+_log_lines: list[str] = []
+
+
+@dataclass(frozen=True)
+class ModelSettings:
+    """How to open a model.
+
+    context: tokens of each of `sequences`. batch: most tokens of one decode, given the size of the vocabulary.
+    threads: 0 leaves one core to others.
+    flash_attention: None is llama.cpp's own choice. gpu_layers: -1 is all; None is llama.cpp's own choice.
+    """
+
+    context: int
+    sequences: int = 1
+    batch: Callable[[int], int] = lambda _: MICRO_BATCH_TOKENS
+    threads: int = 0
+    flash_attention: bool | None = None
+    gpu_layers: int | None = None
+    main_gpu: int | None = None
+
+
+class Entry(NamedTuple):
+    """One token of a batch: where it stands in its sequence, and whether its logits are wanted."""
+
+    token: int
+    position: int
+    sequence: int
+    logits: bool
+
+
+class OpenModel:
+    """A loaded model with one context. Not for two threads at once."""
+
+    def __init__(
+        self, path: Path, settings: ModelSettings, *, progress: Callable[[float], None] | None = None,
+        feature: str = "running a GGUF file",
+    ) -> None:  # fmt: skip
+        """progress: called with 0..1 while loading. feature: what the missing package would be needed for.
+
+        Raises VerifyError: llama.cpp can't load it. UsageError: more context than the model has. MissingExtraError.
+        """
+        self.library = _load_library(feature)
+        self._name = path.name
+        self._settings = settings
+        self.model: Any = None
+        self.context: Any = None
+        self._open_model(path, progress)
+        self._open_context()
+
+    def _open_model(self, path: Path, progress: Callable[[float], None] | None) -> None:
+        library, settings = self.library, self._settings
+        params = library.llama_model_default_params()
+        if settings.gpu_layers is not None:
+            params.n_gpu_layers = settings.gpu_layers
+        if settings.main_gpu is not None:
+            params.split_mode, params.main_gpu = SPLIT_NONE, settings.main_gpu
+        if progress is not None:
+            params.progress_callback = library.llama_progress_callback(lambda share, _: (progress(share), True)[1])
+        self.model = library.llama_model_load_from_file(str(path).encode(), params)
+        if not self.model:
+            raise VerifyError(f"{self._name}: llama.cpp does not load it", hint=last_log_line())
+        self.vocab = library.llama_model_get_vocab(self.model)
+        self.vocabulary = int(library.llama_vocab_n_tokens(self.vocab))
+        self.trained_context = int(library.llama_model_n_ctx_train(self.model))
+
+    def _open_context(self) -> None:
+        library, settings = self.library, self._settings
+        if self.trained_context and settings.context > self.trained_context:
+            self.close()
+            raise UsageError(f"{self._name}: {settings.context} tokens are more than its context of "
+                             f"{self.trained_context}")  # fmt: skip
+        self.size = max(settings.context, 16)
+        params = library.llama_context_default_params()
+        params.n_ctx = self.size * settings.sequences
+        params.n_seq_max = settings.sequences
+        params.n_batch = min(self.size * settings.sequences, settings.batch(self.vocabulary))
+        params.n_ubatch = min(params.n_batch, MICRO_BATCH_TOKENS)
+        # Its threads wait for each other by spinning: one core that is busy elsewhere makes all of them slow.
+        params.n_threads = params.n_threads_batch = settings.threads or max(1, usable_cores() - 1)
+        if settings.flash_attention is not None:
+            params.flash_attn_type = int(settings.flash_attention)
+        self.batch_tokens = int(params.n_batch)
+        self.context = library.llama_init_from_model(self.model, params)
+        if not self.context:
+            self.close()
+            raise VerifyError(f"{self._name}: llama.cpp makes no context for it", hint=last_log_line())
+        self._memory = library.llama_get_memory(self.context)
+
+    def decode(self, entries: Iterable[Entry]) -> None:
+        """Run one batch. Raises VerifyError: a token that the vocabulary lacks, or llama.cpp can't run it."""
+        rows = list(entries)
+        batch = self.library.llama_batch_init(len(rows), 0, 1)
+        try:
+            batch.n_tokens = len(rows)
+            for index, row in enumerate(rows):
+                if not 0 <= row.token < self.vocabulary:
+                    raise VerifyError(f"{self._name}: has no token {row.token}; it is not of the same vocabulary")
+                batch.token[index], batch.pos[index] = row.token, row.position
+                batch.n_seq_id[index], batch.seq_id[index][0] = 1, row.sequence
+                batch.logits[index] = row.logits
+            if self.library.llama_decode(self.context, batch) != 0:
+                raise VerifyError(f"{self._name}: llama.cpp can't run it", hint=last_log_line())
+        finally:
+            self.library.llama_batch_free(batch)
+
+    def logits(self, rows: int) -> Any:
+        """float32 [rows, vocabulary] of the last batch: only the tokens that asked for them. Valid until the next."""
+        import numpy as np
+
+        return np.ctypeslib.as_array(self.library.llama_get_logits(self.context), (rows, self.vocabulary))
+
+    def forget(self) -> None:
+        """Empty the KV cache."""
+        self.library.llama_memory_clear(self._memory, True)
+
+    def forget_after(self, sequence: int, position: int) -> bool:
+        """Keep only the first `position` tokens of a sequence; False where this kind of model can't."""
+        return bool(self.library.llama_memory_seq_rm(self._memory, sequence, position, -1))
+
+    def tokenize(self, text: str, *, special: bool, start: bool) -> list[int]:
+        """Token ids. special: <|names|> in the text are control tokens. start: begin as the model's sequences do."""
+        raw = text.encode("utf-8")
+        room = len(raw) + 8
+        tokens = (ctypes.c_int32 * room)()
+        count = self.library.llama_tokenize(self.vocab, raw, len(raw), tokens, room, start, special)
+        if count < 0:
+            raise VerifyError(f"{self._name}: its tokenizer makes more tokens of a text than the text has bytes")
+        return tokens[:count]
+
+    def piece(self, token: int) -> bytes:
+        """The bytes that a token writes; control tokens write none."""
+        size = 64
+        while True:
+            buffer = ctypes.create_string_buffer(size)
+            count = self.library.llama_token_to_piece(self.vocab, token, buffer, size, 0, False)
+            if count >= 0:
+                return buffer.raw[:count]
+            size = -count
+
+    def token_text(self, token: int) -> str:
+        """The piece of a token as the file has it, control tokens too."""
+        raw = self.library.llama_vocab_get_text(self.vocab, token)
+        return raw.decode("utf-8", "replace") if raw else ""
+
+    def ends(self, token: int) -> bool:
+        """Whether a token ends an answer."""
+        return bool(self.library.llama_vocab_is_eog(self.vocab, token))
+
+    def metadata(self, key: str) -> str | None:
+        """A key-value of the file as text."""
+        size = 4096
+        while True:
+            buffer = ctypes.create_string_buffer(size)
+            count = self.library.llama_model_meta_val_str(self.model, key.encode(), buffer, size)
+            if count < size:
+                return buffer.value.decode("utf-8", "replace") if count >= 0 else None
+            size = count + 1
+
+    def close(self) -> None:
+        """Give the memory back."""
+        if self.context:
+            self.library.llama_free(self.context)
+        if self.model:
+            self.library.llama_model_free(self.model)
+        self.context = self.model = None
+
+
+def import_bindings_only() -> None:
+    """Let llama_cpp's C bindings be imported without the rest of the package, and so without numpy.
+
+    For a process of its own that uses nothing else of it: saves 24 MB and a tenth of a second.
+    """
+    found = find_spec("llama_cpp")
+    if found is None or "llama_cpp" in sys.modules:
+        return
+    package = types.ModuleType("llama_cpp")
+    package.__path__ = list(found.submodule_search_locations or [])
+    sys.modules["llama_cpp"] = package
+
+
+def _load_library(feature: str) -> Any:
+    """llama.cpp's C functions, with its log kept instead of printed."""
+    global _log_callback
+    try:
+        import llama_cpp.llama_cpp as library
+    except ImportError as exc:
+        raise MissingExtraError(feature, "gguf") from exc
+
+    def keep(_level: int, text: bytes, _data: Any) -> None:
+        _log_lines.append(text.decode("utf-8", "replace"))
+        del _log_lines[:-LOG_LINES]
+
+    _log_callback = library.llama_log_callback(keep)  # llama.cpp keeps the pointer: it must outlive this call
+    library.llama_log_set(_log_callback, ctypes.c_void_p(0))
+    library.llama_backend_init()
+    return library
+
+
+def log_text() -> str:
+    """What llama.cpp has said lately."""
+    return "".join(_log_lines)
+
+
+def last_log_line() -> str:
+    """The last line of its log that speaks of a failure, else the last at all."""
+    lines = [line.strip() for line in _log_lines if line.strip()]
+    failed = [line for line in lines if "fail" in line.lower() or "error" in line.lower()]
+    return (failed or lines or ["llama.cpp gave no message"])[-1][:300]

@@ -1,0 +1,74 @@
+"""A folder in the Hugging Face layout, loaded by transformers: what checking, measuring and serving share.
+
+In: a folder, its format, a device. Out: the model, each weight read straight to the device. No code of the model's own
+is run. Call it in a worker: gptqmodel patches other libraries and reads the environment.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from quantize.errors import MissingExtraError, VerifyError
+
+LOAD_ERRORS = (ValueError, OSError, RuntimeError, KeyError, TypeError, AttributeError, NotImplementedError)
+_EXTRAS = {"awq": "gptqmodel", "gptq": "gptqmodel", "bitsandbytes": "bnb"}
+
+
+def import_torch(format: str, feature: str) -> Any:
+    """torch, with what transformers needs for a format. Raises MissingExtraError, which names the feature."""
+    if format in ("awq", "gptq"):
+        os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")  # it refuses to start with fewer, on machines of few cores
+    try:
+        with quiet():
+            import torch
+            import transformers
+
+            if format in ("awq", "gptq"):
+                import gptqmodel  # noqa: F401 - transformers needs it for these formats; say so by name
+            if format == "bitsandbytes":
+                import bitsandbytes  # noqa: F401
+    except ImportError as exc:
+        raise MissingExtraError(feature, _EXTRAS.get(format, "torch")) from exc
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    return torch
+
+
+def load_causal_lm(folder: Path, device: str = "cpu", *, dtype: Any = "auto") -> Any:
+    """The model in a folder, ready to answer, all of it on one device. Raises VerifyError."""
+    from transformers import AutoModelForCausalLM
+
+    try:
+        with quiet():
+            loaded = AutoModelForCausalLM.from_pretrained(
+                folder, local_files_only=True, trust_remote_code=False, device_map=device, dtype=dtype
+            )
+    except LOAD_ERRORS as exc:
+        first = (str(exc).splitlines() or [type(exc).__name__])[0][:300]
+        raise VerifyError(f"{folder.name}: transformers does not load it: {first}") from exc
+    return loaded.eval()
+
+
+def serving_dtype(format: str, device: str) -> Any:
+    """The dtype to compute in: a CPU is fastest in float32, where the format leaves the choice."""
+    import torch
+
+    return torch.float32 if device == "cpu" and format in ("safetensors", "bitsandbytes") else "auto"
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Warnings of libraries being imported or loading a model are not the user's."""
+    level = logging.getLogger().level
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            yield
+        finally:
+            logging.getLogger().setLevel(level)
