@@ -208,6 +208,14 @@ def write_measurements(folder: Path, measurements: Mapping[str, Any]) -> None:
     write_text(folder / MEASUREMENTS_NAME, text)
 
 
+def update_measurements(store: Path, artifact: Artifact, changes: Mapping[str, Any]) -> None:
+    """Put some keys into an artifact's measurements.json, the others stay. Raises StoreError."""
+    name, variant = artifact.manifest.name, artifact.manifest.variant
+    inside = artifact.folder.absolute().is_relative_to(store.absolute())
+    with variant_lock(store, name, variant) if inside else contextlib.nullcontext(), store_errors(store):
+        write_measurements(artifact.folder, {**artifact.measurements(), **changes})
+
+
 def commit(store: Path, staging: Path, manifest: Manifest) -> Artifact:
     """Put a complete staging folder in its place and point `current` at it.
 

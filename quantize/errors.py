@@ -11,6 +11,7 @@
     │   └── GateError                3  an artifact breaks a limit of its recipe
     ├── BuildError                   1  a step failed half-way
     │   └── WorkerDied               1  the process that ran a step was killed or crashed
+    ├── BenchError                   1  a server can't be measured: not there, or not what it should be
     └── StoreError                   1  the store can't be read, written or locked
 
 An error says what is wrong, where, and what to do. Foreign exceptions are translated where they enter.
@@ -91,6 +92,10 @@ class BuildError(QuantizeError):
 
 class WorkerDied(BuildError):
     """The process that ran a step was killed or crashed."""
+
+
+class BenchError(QuantizeError):
+    """A server can't be measured: it is not there, or does not answer as it should."""
 
 
 class StoreError(QuantizeError):

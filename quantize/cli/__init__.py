@@ -21,6 +21,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "list": ("list", "List artifacts, recipes or formats."),
     "show": ("show", "Show one artifact: its manifest and what was measured."),
     "verify": ("verify", "Check an artifact: hashes, tensors, and that it runs."),
+    "bench": ("bench", "Load a server, or an artifact's own, and time its answers."),
     "diff": ("diff", "Compare two artifacts: settings, files, tensor types, sizes."),
     "gc": ("gc", "Remove superseded artifacts and leftovers; shows them only, unless told to."),
     "calibration": ("calibration", "Show the text that calibrated formats see."),

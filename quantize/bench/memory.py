@@ -1,0 +1,165 @@
+"""Memory of a server on this machine while it is measured: RAM of its processes, and of the GPUs.
+
+In: a process id, or the port that it listens on. Out: MemoryUse, or None where it can't be seen. RAM is the resident
+memory of the process and its children, mapped weights included; pages that several of them share count several times.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import ipaddress
+import socket
+import threading
+from dataclasses import dataclass
+from typing import Any, Literal, Self
+
+import psutil
+
+from quantize.bench.result import MemoryUse
+
+EVERY_SECONDS = 0.1
+
+
+def is_local(host: str) -> bool:
+    """Whether a host name means this machine's loopback, or one of its own addresses."""
+    with contextlib.suppress(ValueError):
+        if ipaddress.ip_address(host).is_loopback:
+            return True
+    if host == "localhost":
+        return True
+    own = {item.address for items in psutil.net_if_addrs().values() for item in items}
+    with contextlib.suppress(OSError):
+        return socket.gethostbyname(host) in own
+    return False
+
+
+def listener(port: int) -> int | None:
+    """Process id of whoever listens on a TCP port here; None where it is not seen, or not allowed to be."""
+    with contextlib.suppress(psutil.Error, OSError):
+        for item in psutil.net_connections(kind="tcp"):
+            if item.status == psutil.CONN_LISTEN and item.laddr and item.laddr.port == port and item.pid:
+                return int(item.pid)
+    return None
+
+
+def family(pid: int) -> list[psutil.Process]:
+    """A process and all below it; empty when it is gone."""
+    try:
+        process = psutil.Process(pid)
+        return [process, *process.children(recursive=True)]
+    except psutil.Error:
+        return []
+
+
+def resident_bytes(pid: int) -> int:
+    """RAM of a process and all below it."""
+    total = 0
+    for process in family(pid):
+        with contextlib.suppress(psutil.Error):
+            total += process.memory_info().rss
+    return total
+
+
+class Gpus:
+    """The NVIDIA GPUs of this machine, through NVML; none where there is no driver or no nvidia-ml-py."""
+
+    def __init__(self) -> None:
+        self._nvml: Any = None
+        self._handles: list[Any] = []
+        with contextlib.suppress(ImportError):
+            self._nvml = importlib.import_module("pynvml")
+        if self._nvml is None:
+            return
+        try:
+            self._nvml.nvmlInit()
+            count = self._nvml.nvmlDeviceGetCount()
+            self._handles = [self._nvml.nvmlDeviceGetHandleByIndex(index) for index in range(count)]
+        except self._nvml.NVMLError:
+            self._handles = []
+
+    def __bool__(self) -> bool:
+        return bool(self._handles)
+
+    def used(self, pids: set[int]) -> tuple[int | None, int]:
+        """(bytes of these processes, bytes in use on all devices); None where the driver does not name them."""
+        mine = [
+            int(item.usedGpuMemory)
+            for handle in self._handles
+            for item in self._nvml.nvmlDeviceGetComputeRunningProcesses(handle)
+            if item.pid in pids and item.usedGpuMemory
+        ]
+        whole = sum(int(self._nvml.nvmlDeviceGetMemoryInfo(handle).used) for handle in self._handles)
+        return (sum(mine) if mine else None), whole
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """Bytes at one moment."""
+
+    ram: int
+    vram: int | None
+    device: int
+
+
+class MemoryWatch:
+    """Looks at a server's memory every tenth of a second, in a thread; `mark` keeps what it is at a moment."""
+
+    def __init__(self, pid: int | None, gpus: Gpus | None = None) -> None:
+        self.pid, self.gpus = pid, gpus if gpus is not None else Gpus()
+        self._marks: dict[str, _Seen] = {}
+        self._peak = _Seen(0, None, 0)
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+
+    def __enter__(self) -> Self:
+        if self.pid is not None:
+            self.mark("before load")
+            self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._over.set()
+        if self._thread.is_alive():
+            self._thread.join()
+
+    def mark(self, name: str) -> None:
+        """Remember the memory now as "before load" or "after warm-up"."""
+        if self.pid is not None:
+            self._marks[name] = self._look()
+
+    def ram(self) -> MemoryUse | None:
+        """RAM of the server; None where it was not seen."""
+        before, after = self._ends()
+        if before is None or after is None or not self._peak.ram:
+            return None
+        return _use("process", before.ram, after.ram, self._peak.ram)
+
+    def vram(self) -> MemoryUse | None:
+        """Memory of the GPUs; None without any."""
+        before, after = self._ends()
+        if not self.gpus or before is None or after is None:
+            return None
+        if before.vram is not None and after.vram is not None and self._peak.vram is not None:
+            return _use("process", before.vram, after.vram, self._peak.vram)
+        return _use("device", before.device, after.device, self._peak.device)
+
+    def _ends(self) -> tuple[_Seen | None, _Seen | None]:
+        before = self._marks.get("before load")
+        return before, self._marks.get("after warm-up", before)
+
+    def _look(self) -> _Seen:
+        pid, peak = self.pid or 0, self._peak
+        vram, device = self.gpus.used({item.pid for item in family(pid)}) if self.gpus else (None, 0)
+        seen = _Seen(resident_bytes(pid), vram, device)
+        most = max((item for item in (peak.vram, vram) if item is not None), default=None)
+        self._peak = _Seen(max(peak.ram, seen.ram), most, max(peak.device, device))
+        return seen
+
+    def _run(self) -> None:
+        while not self._over.wait(EVERY_SECONDS):
+            self._look()
+
+
+def _use(scope: Literal["process", "device"], before: int, after: int, peak: int) -> MemoryUse:
+    return MemoryUse(scope=scope, before_load_bytes=before, after_warm_up_bytes=after, peak_bytes=peak)

@@ -1,0 +1,159 @@
+"""A server of our own for an artifact, on a loopback port, for as long as it is measured.
+
+In: an artifact, context, threads. Out: a running Server (its endpoint and process id), stopped at the end whatever
+happens. `quantize serve` serves every format; llama-cpp-python's own server serves GGUF files and nothing else.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Literal
+
+import httpx2
+
+from quantize.artifact import Artifact
+from quantize.bench.client import Endpoint
+from quantize.errors import BenchError, MissingExtraError, UsageError
+from quantize.manifest import tool_versions
+
+Kind = Literal["auto", "quantize", "llama-cpp-python"]
+KINDS: tuple[Kind, ...] = ("auto", "quantize", "llama-cpp-python")
+LLAMA_SERVER_MODULES = ("llama_cpp", "uvicorn", "fastapi", "sse_starlette", "starlette_context", "pydantic_settings")
+READY_SECONDS = 600.0
+STOP_SECONDS = 15.0
+POLL_SECONDS = 0.1
+LOG_LINES = 12
+
+
+@dataclass(frozen=True)
+class Server:
+    """A server that answers. name: what runs; runtime: versions; ready_seconds: from its start to its first answer."""
+
+    endpoint: Endpoint
+    pid: int
+    name: str
+    runtime: dict[str, str]
+    context: int
+    threads: int
+    ready_seconds: float
+
+
+@dataclass(frozen=True)
+class _Plan:
+    name: str
+    command: list[str]
+    ready_path: str
+    tools: tuple[str, ...]
+
+
+@contextlib.contextmanager
+def running(artifact: Artifact, kind: Kind, *, context: int, threads: int) -> Iterator[Server]:
+    """Start a server for an artifact and stop it at the end.
+
+    Raises UsageError (a kind that can't serve this format), MissingExtraError, BenchError (it ends, or never answers).
+    """
+    port = free_port()
+    plan = _plan(artifact, kind, port, context, threads)
+    with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as log:
+        start = time.perf_counter()
+        process = subprocess.Popen(
+            plan.command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=os.name == "posix"
+        )
+        try:
+            root = f"http://127.0.0.1:{port}"
+            _wait(process, root + plan.ready_path, plan.name, log)
+            ready = time.perf_counter() - start
+            versions = tool_versions(plan.tools)
+            yield Server(Endpoint(f"{root}/v1", "openai"), process.pid, plan.name, versions, context, threads, ready)
+        finally:
+            _stop(process)
+
+
+def free_port() -> int:
+    """A TCP port on the loopback interface that nobody listens on now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def choose(format: str, kind: Kind) -> Literal["quantize", "llama-cpp-python"]:
+    """The server for a format. Raises UsageError or MissingExtraError."""
+    if kind == "llama-cpp-python" and format != "gguf":
+        raise UsageError(f"llama-cpp-python's server can't serve {format}", hint="use --server quantize")
+    if kind != "auto":
+        return kind
+    gateway = importlib.util.find_spec("quantize.serve") is not None and _installed(("fastapi", "uvicorn"))
+    if gateway or format != "gguf":
+        return "quantize"
+    return "llama-cpp-python"
+
+
+def _plan(artifact: Artifact, kind: Kind, port: int, context: int, threads: int) -> _Plan:
+    chosen = choose(artifact.manifest.format, kind)
+    address = ["--host", "127.0.0.1", "--port", str(port)]
+    if chosen == "llama-cpp-python":
+        if not _installed(LLAMA_SERVER_MODULES):
+            hint = "pip install 'llama-cpp-python[server]', or use --server quantize"
+            raise UsageError("llama-cpp-python's server is not installed", hint=hint)
+        model = ["--model", str(_gguf_path(artifact)), "--n_ctx", str(context), "--n_threads", str(threads)]
+        options = ["--logits_all", "false", "--interrupt_requests", "false", "--verbose", "false"]
+        command = [sys.executable, "-m", "llama_cpp.server", *address, *model, *options]
+        return _Plan("llama_cpp.server", command, "/v1/models", ("llama-cpp-python", "uvicorn"))
+    if not _installed(("fastapi", "uvicorn")):
+        raise MissingExtraError(f"a server for {artifact.manifest.format}", "serve")
+    command = [sys.executable, "-m", "quantize", "serve", str(artifact.folder), *address]
+    command += ["--context", str(context), "--threads", str(threads)]
+    return _Plan("quantize serve", command, "/ready", ("uvicorn", *artifact.manifest.tools))
+
+
+def _installed(modules: tuple[str, ...]) -> bool:
+    return all(importlib.util.find_spec(name) is not None for name in modules)
+
+
+def _gguf_path(artifact: Artifact) -> Path:
+    names = sorted(item.path for item in artifact.manifest.files if item.path.endswith(".gguf"))
+    return artifact.folder / names[0]
+
+
+def _wait(process: subprocess.Popen[bytes], url: str, name: str, log: IO[str]) -> None:
+    end = time.monotonic() + READY_SECONDS
+    with httpx2.Client(trust_env=False, timeout=5.0) as client:
+        while time.monotonic() < end:
+            if process.poll() is not None:
+                raise BenchError(f"{name} ended with exit code {process.returncode}", hint=_tail(log))
+            with contextlib.suppress(httpx2.HTTPError):
+                if client.get(url).status_code == 200:
+                    return
+            time.sleep(POLL_SECONDS)
+    raise BenchError(f"{name} was not ready within {READY_SECONDS:.0f} s", hint=_tail(log))
+
+
+def _tail(log: IO[str]) -> str:
+    log.seek(0)
+    lines = [line.rstrip() for line in log if line.strip()]
+    return "\n  ".join(["it said:", *lines[-LOG_LINES:]]) if lines else "it said nothing"
+
+
+def _stop(process: subprocess.Popen[bytes]) -> None:
+    """End the server and what it started; kill what does not listen."""
+    for number in (signal.SIGTERM, signal.SIGKILL if os.name == "posix" else signal.SIGTERM):
+        if process.poll() is not None:
+            return
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            if os.name == "posix":
+                os.killpg(process.pid, number)
+            else:
+                process.terminate()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(STOP_SECONDS)
