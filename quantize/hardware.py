@@ -123,11 +123,17 @@ def card_names() -> tuple[str, ...]:
 
 def detect() -> Machine:
     """Look at this machine; parts that can't be read are left out, never guessed."""
+    total, available = ram()
+    return Machine(gpus=_nvidia_gpus(), ram_bytes=total, available_ram_bytes=available, cores=usable_cores())
+
+
+def ram() -> tuple[int, int]:
+    """(total, available) bytes of RAM that a process here may use: the container's where its cgroup has a limit."""
     total, available = _memory()
     limit, used = _cgroup_memory()
     if limit is not None and limit < total:
         total, available = limit, min(available, max(0, limit - used))
-    return Machine(gpus=_nvidia_gpus(), ram_bytes=total, available_ram_bytes=available, cores=usable_cores())
+    return total, available
 
 
 def _split_size(name: str) -> tuple[str, int | None]:
