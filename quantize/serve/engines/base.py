@@ -1,0 +1,85 @@
+"""What the gateway asks of anything that answers, and what it may ask in return.
+
+In: a Call. Out: a whole answer as a dict, or its server-sent events as bytes. Local models and upstreams are both
+Engines; what they can't do is a Failure.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncGenerator
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from quantize.serve.protocol import ChatRequest, CompletionRequest
+
+STATES = ("loading", "ready", "restarting", "failed", "stopped")
+
+
+@dataclass
+class Status:
+    """Where an engine is. percent: of loading. reason: why it is not ready. details: what it said of itself."""
+
+    state: str = "loading"
+    percent: int = 0
+    reason: str = "loading"
+    details: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def ready(self) -> bool:
+        """Whether it answers."""
+        return self.state == "ready"
+
+
+@dataclass
+class Call:
+    """One request on its way to an engine, and what is known of its answer so far. Times are of time.monotonic()."""
+
+    request: ChatRequest | CompletionRequest
+    body: bytes
+    trace_id: str
+    max_input_tokens: int | None = None
+    max_output_tokens: int | None = None
+    created: int = field(default_factory=lambda: int(time.time()))
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    first_token_at: float | None = None
+
+    @property
+    def is_chat(self) -> bool:
+        """Whether it is a conversation, not a plain prompt."""
+        return isinstance(self.request, ChatRequest)
+
+    @property
+    def wants_usage(self) -> bool:
+        """Whether a stream ends with the tokens."""
+        options = self.request.stream_options
+        return options is not None and options.include_usage
+
+    def saw_token(self) -> None:
+        """Remember when the first token came."""
+        if self.first_token_at is None:
+            self.first_token_at = time.monotonic()
+
+
+class Engine(Protocol):
+    """Something that answers under a name."""
+
+    name: str
+    runtime: str
+    status: Status
+
+    async def start(self) -> None:
+        """Begin to load; returns at once."""
+
+    async def stop(self) -> None:
+        """End it, whatever it is doing."""
+
+    async def complete(self, call: Call) -> dict[str, Any]:
+        """The whole answer in OpenAI's shape. Raises Failure."""
+
+    def stream(self, call: Call) -> AsyncGenerator[bytes]:
+        """The answer as server-sent events, the last one [DONE]. Raises Failure, at any point."""
+
+    def memory_bytes(self) -> int:
+        """Resident memory of its process; 0 if it is not ours."""

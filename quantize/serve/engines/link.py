@@ -1,0 +1,221 @@
+"""A child process that holds a model: started, listened to, restarted when it dies.
+
+In: what to load. Out: a Status that follows it, and for each order its frames. What these mean is left to local.py.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import socket
+import sys
+import tempfile
+from collections.abc import AsyncGenerator, Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import orjson
+
+from quantize.serve.engines.base import Status
+from quantize.serve.failures import Failure, not_ready
+
+LINE_BYTES = 64 << 20
+FIRST_PAUSE, LONGEST_PAUSE = 0.5, 30.0
+DEATHS_WHILE_LOADING = 2
+LOG_TAIL_BYTES = 2000
+
+Listener = Callable[[str, dict[str, Any]], None]
+
+
+@dataclass(frozen=True)
+class Target:
+    """What a child is to load: the kind of model, and its options."""
+
+    name: str
+    kind: str
+    options: Mapping[str, Any]
+
+
+class Child(Protocol):
+    """A running child: a socket to it, and how it ends."""
+
+    connection: socket.socket
+    pid: int
+
+    async def wait(self) -> str:
+        """Why it ended, in words."""
+
+    def kill(self) -> None:
+        """End it now."""
+
+
+class ProcessChild:
+    """A child in a process of its own. Its output goes to a file that nobody reads unless it crashes."""
+
+    def __init__(self, process: asyncio.subprocess.Process, connection: socket.socket) -> None:
+        self._process = process
+        self.connection = connection
+        self.pid = process.pid
+
+    @classmethod
+    async def start(cls) -> ProcessChild:
+        """A fresh process at one end of a socket."""
+        ours, theirs = socket.socketpair()
+        with theirs, tempfile.TemporaryFile(prefix="quantize-serve-") as log:
+            process = await asyncio.create_subprocess_exec(
+                sys.executable, "-m", "quantize.serve.engines.child", str(theirs.fileno()),
+                pass_fds=[theirs.fileno()], stdin=asyncio.subprocess.DEVNULL, stdout=log, stderr=log,
+                start_new_session=True,
+            )  # fmt: skip
+        return cls(process, ours)
+
+    async def wait(self) -> str:
+        """See Child."""
+        code = await self._process.wait()
+        if code < 0:
+            name = signal.Signals(-code).name
+            memory = "; the kernel does this when memory runs out" if name == "SIGKILL" else ""
+            return f"the model's process was ended by {name}{memory}"
+        return f"the model's process ended (exit {code})"
+
+    def kill(self) -> None:
+        """See Child."""
+        with contextlib.suppress(ProcessLookupError):
+            self._process.kill()
+
+
+class Link:
+    """Keeps one child running and passes frames between it and those who wait for them."""
+
+    def __init__(
+        self, target: Target, tell: Listener, launch: Callable[[], Any] = ProcessChild.start,
+    ) -> None:  # fmt: skip
+        """tell(event, facts) is called when the child loads, is ready, dies or fails."""
+        self.target = target
+        self.status = Status()
+        self._tell = tell
+        self._launch = launch
+        self._child: Child | None = None
+        self._writer: asyncio.StreamWriter | None = None
+        self._orders: dict[int, asyncio.Queue[dict[str, Any]]] = {}
+        self._next = 0
+        self._task: asyncio.Task[None] | None = None
+
+    @property
+    def pid(self) -> int | None:
+        """Of the child, while there is one."""
+        return self._child.pid if self._child else None
+
+    def start(self) -> None:
+        """Begin to load."""
+        self._task = asyncio.create_task(self._keep_running())
+
+    async def stop(self) -> None:
+        """End the child."""
+        self.status = Status("stopped", 0, "the gateway is stopping", self.status.details)
+        if self._task is not None:
+            self._task.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._task
+
+    async def frames(self, order: Mapping[str, Any]) -> AsyncGenerator[dict[str, Any]]:
+        """Send an order and give its frames; an iterator that is closed early cancels the order. Raises Failure."""
+        if not self.status.ready or self._writer is None:
+            raise not_ready(self.target.name, self.status.reason)
+        self._next += 1
+        number, inbox = self._next, asyncio.Queue[dict[str, Any]]()
+        self._orders[number] = inbox
+        self._write({"op": "generate", "id": number, **order})
+        over = False
+        try:
+            while not over:
+                frame = await inbox.get()
+                if "fail" in frame:
+                    over = True
+                    raise _failure(frame["fail"])
+                over = "end" in frame
+                yield frame
+        finally:
+            self._orders.pop(number, None)
+            if not over:
+                self._write({"op": "cancel", "id": number})
+
+    def _write(self, order: Mapping[str, Any]) -> None:
+        if self._writer is not None:
+            self._writer.write(orjson.dumps(order) + b"\n")
+
+    async def _keep_running(self) -> None:
+        pause, deaths = FIRST_PAUSE, 0
+        while True:
+            was_ready, reason = await self._run_once()
+            deaths = 0 if was_ready else deaths + 1
+            pause = FIRST_PAUSE if was_ready else min(pause * 2, LONGEST_PAUSE)
+            if self.status.state == "failed" or deaths >= DEATHS_WHILE_LOADING:
+                self.status = Status("failed", 0, self.status.reason if self.status.state == "failed" else reason)
+                self._tell("engine_failed", {"reason": self.status.reason})
+                return
+            self.status = Status("restarting", 0, f"{reason}; starting again in {pause:g} s", self.status.details)
+            self._tell("engine_died", {"reason": reason, "restart_in_seconds": pause})
+            await asyncio.sleep(pause)
+
+    async def _run_once(self) -> tuple[bool, str]:
+        """Run a child to its end: whether it ever was ready, and why it ended."""
+        child: Child = await self._launch()
+        self._child = child
+        self.status = Status("loading", 0, "starting")
+        self._tell("engine_starting", {"pid": child.pid})
+        was_ready = False
+        try:
+            reader, self._writer = await asyncio.open_connection(sock=child.connection, limit=LINE_BYTES)
+            self._write({"op": "load", "kind": self.target.kind, "model": dict(self.target.options)})
+            with contextlib.suppress(ConnectionError):
+                async for line in reader:
+                    self._take(orjson.loads(line))
+                    was_ready = was_ready or self.status.ready
+            self._writer.close()
+            return was_ready, await child.wait()
+        finally:
+            child.kill()
+            self._writer = self._child = None
+            self._lose_orders()
+
+    def _take(self, frame: dict[str, Any]) -> None:
+        if "id" in frame:
+            inbox = self._orders.get(frame["id"])
+            if inbox is not None:
+                inbox.put_nowait(frame)
+        elif "progress" in frame:
+            percent = int(frame["progress"])
+            self.status = Status("loading", percent, f"loading, {percent} %")
+            self._tell("engine_loading", {"percent": percent})
+        elif "ready" in frame:
+            self.status = Status("ready", 100, "", frame["ready"])
+            self._tell("engine_ready", frame["ready"])
+        elif "failed" in frame:
+            self.status = Status("failed", 0, frame["failed"])
+
+    def _lose_orders(self) -> None:
+        message = "the model's process ended while it was answering"
+        fail = {"status": 503, "code": "engine_crashed", "message": message, "param": None}
+        for inbox in self._orders.values():
+            inbox.put_nowait({"fail": fail})
+
+
+def _failure(fields: Mapping[str, Any]) -> Failure:
+    status = int(fields["status"])
+    lost = status >= 500
+    return Failure(
+        status, fields["code"], fields["message"],
+        param=fields["param"], retry_after=2 if lost else None, elsewhere=lost,
+    )  # fmt: skip
+
+
+def resident_bytes(pid: int | None) -> int:
+    """Resident memory of a process; 0 where the system does not tell."""
+    try:
+        with open(f"/proc/{pid or os.getpid()}/statm", "rb") as file:
+            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except (OSError, ValueError, IndexError):
+        return 0

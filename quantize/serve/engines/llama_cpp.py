@@ -1,0 +1,234 @@
+"""llama.cpp as a Model: continuous batching over one context, sampling by llama.cpp's own samplers.
+
+In: a GGUF file and options. Out: tokens for several sequences at once. Flash attention is off: llama.cpp's automatic
+choice of it changes answers. What a slot still holds of an earlier conversation is not computed again.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from quantize.engines.llama_cpp_model import Entry, ModelSettings, OpenModel, import_bindings_only, log_text
+from quantize.errors import VerifyError
+from quantize.serve.engines.chat_template import ChatTemplate
+from quantize.serve.engines.model import Chosen, Description, Progress, Refused, Sampling
+from quantize.serve.engines.text import BytePieces
+
+PREFILL_TOKENS = 256  # of one step: longer prompts take turns with answers that are under way
+ALL_LAYERS = -1
+RANDOM_SEED = 0xFFFFFFFF  # llama.cpp takes a random one then
+PENALTY_TOKENS = 64  # llama.cpp's own default for how far penalties look back
+SUPPORTS = ("top_k", "min_p", "penalties", "repetition_penalty", "logprobs", "json", "grammar")
+_ASSIGNED = re.compile(r"layer\s+\d+ assigned to device (\S+?),?\s")
+
+
+@dataclass
+class Running:
+    """One answer in progress. position: tokens that the KV cache has of it."""
+
+    tokens: list[int]
+    position: int
+    sampler: Any
+    sampling: Sampling
+
+
+class LlamaCppModel:
+    """See Model."""
+
+    def __init__(self, options: Mapping[str, Any], progress: Progress) -> None:
+        import_bindings_only()
+        slots, gpu = int(options["slots"]), options["device"] != "cpu"
+        layers = options.get("gpu_layers")
+        settings = ModelSettings(
+            context=int(options["context"]),
+            sequences=slots,
+            batch=lambda _: max(PREFILL_TOKENS, slots),
+            threads=int(options.get("threads") or 0),
+            flash_attention=False,
+            gpu_layers=(ALL_LAYERS if layers is None else int(layers)) if gpu else 0,
+            main_gpu=int(options["device"].partition(":")[2] or 0) if gpu else None,
+        )
+        self._open = OpenModel(Path(options["path"]), settings, progress=progress, feature="serving a GGUF file")
+        self._library = self._open.library
+        self._sequences: dict[int, Running] = {}
+        self._kept: dict[int, list[int]] = {slot: [] for slot in range(slots)}
+        self._template = self._chat_template()
+        self.description = self._describe(options, slots, gpu)
+
+    def _describe(self, options: Mapping[str, Any], slots: int, gpu: bool) -> Description:
+        from importlib.metadata import version
+
+        devices = dict(Counter(_ASSIGNED.findall(log_text())))
+        wanted = options.get("gpu_layers")
+        warnings = []
+        if gpu and wanted is None and "CPU" in devices:
+            why = "" if self._library.llama_supports_gpu_offload() else ": this llama-cpp-python is built without CUDA"
+            warnings.append(f"{devices['CPU']} of {sum(devices.values())} layers are on the CPU, not on the GPU{why}")
+        if self._template is None:
+            warnings.append("the file has no chat template: only /v1/completions and /v1/generate answer")
+        return Description(
+            f"llama.cpp (llama-cpp-python {version('llama-cpp-python')})", self._open.size, slots,
+            str(options["device"]), [*SUPPORTS, *(["chat"] if self._template else [])], devices, warnings,
+        )  # fmt: skip
+
+    def _chat_template(self) -> ChatTemplate | None:
+        text = self._open.metadata("tokenizer.chat_template")
+        if not text:
+            return None
+        names = {"bos_token": self._library.llama_vocab_bos, "eos_token": self._library.llama_vocab_eos}
+        numbers = {name: int(get(self._open.vocab)) for name, get in names.items()}
+        self._special = {name: self._open.token_text(token) if token >= 0 else "" for name, token in numbers.items()}
+        return ChatTemplate(text, self._special)
+
+    def chat_tokens(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+        """See Model."""
+        if self._template is None:
+            raise Refused(422, "no_chat_template", "the model has no chat template: use /v1/completions")
+        text = self._template.render(messages)
+        start = not (self._special["bos_token"] and text.startswith(self._special["bos_token"]))
+        return self._open.tokenize(text, special=True, start=start)
+
+    def text_tokens(self, text: str) -> list[int]:
+        """See Model."""
+        return self._open.tokenize(text, special=False, start=True)
+
+    def begin(self, tokens: Sequence[int], sampling: Sampling) -> int:
+        """See Model."""
+        if any(not 0 <= token < self._open.vocabulary for token in tokens):
+            raise Refused(422, "invalid_value", "the prompt has a token that the vocabulary lacks", "prompt")
+        sampler = self._sampler(sampling)
+        free = [slot for slot in self._kept if slot not in self._sequences]
+        slot = max(free, key=lambda item: _common(self._kept[item], tokens))
+        keep = min(_common(self._kept[slot], tokens), len(tokens) - 1)
+        if not self._open.forget_after(slot, keep):
+            self._open.forget_after(slot, 0)
+            keep = 0
+        self._kept[slot] = []
+        self._sequences[slot] = Running(list(tokens), keep, sampler, sampling)
+        return slot
+
+    def step(self) -> dict[int, Chosen]:
+        """See Model. One batch: the next token of each answer, and as much of the prompts as there is room for."""
+        entries: list[Entry] = []
+        rows: dict[int, int] = {}
+        pending = sorted(self._sequences.items(), key=lambda item: len(item[1].tokens) - item[1].position)
+        for slot, item in pending:
+            stop = min(len(item.tokens), item.position + self._open.batch_tokens - len(entries))
+            last = len(item.tokens) - 1
+            entries += [Entry(item.tokens[p], p, slot, p == last) for p in range(item.position, stop)]
+            item.position = stop
+            if stop == len(item.tokens):
+                rows[slot] = len(entries) - 1
+        try:
+            self._open.decode(entries)
+        except VerifyError as exc:
+            raise RuntimeError(exc.message) from exc
+        return {slot: self._choose(self._sequences[slot], row) for slot, row in rows.items()}
+
+    def _choose(self, item: Running, row: int) -> Chosen:
+        token = int(self._library.llama_sampler_sample(item.sampler, self._open.context, row))
+        item.tokens.append(token)
+        if item.sampling.logprobs is None:
+            return Chosen(token)
+        return _with_logprobs(token, self._logits(row), item.sampling.logprobs)
+
+    def _logits(self, row: int) -> Any:
+        import numpy as np
+
+        pointer = self._library.llama_get_logits_ith(self._open.context, row)
+        return np.ctypeslib.as_array(pointer, (self._open.vocabulary,)).astype(np.float64)
+
+    def end(self, slot: int) -> None:
+        """See Model."""
+        item = self._sequences.pop(slot)
+        self._library.llama_sampler_free(item.sampler)
+        self._kept[slot] = item.tokens[: item.position]
+
+    def ends(self, token: int) -> bool:
+        """See Model."""
+        return self._open.ends(token)
+
+    def detokenizer(self) -> BytePieces:
+        """See Model."""
+        return BytePieces(self._open.piece)
+
+    def token_bytes(self, token: int) -> bytes:
+        """See Model."""
+        return self._open.piece(token)
+
+    def memory(self) -> dict[str, Any]:
+        """See Model; llama.cpp does not say what it has on a GPU, the gateway asks the driver."""
+        return {"gpu": None}
+
+    def _sampler(self, sampling: Sampling) -> Any:
+        """llama.cpp's samplers in the order of its own tools. Raises Refused: the grammar can't be read."""
+        library = self._library
+        chain = library.llama_sampler_chain_init(library.llama_sampler_chain_default_params())
+
+        def add(sampler: Any) -> None:
+            library.llama_sampler_chain_add(chain, sampler)
+
+        grammar = _grammar(sampling)
+        if grammar is not None:
+            made = library.llama_sampler_init_grammar(self._open.vocab, grammar.encode(), b"root")
+            if not made:
+                library.llama_sampler_free(chain)
+                raise Refused(422, "invalid_grammar", "llama.cpp can't read the grammar", "grammar")
+            add(made)
+        penalties = (sampling.repetition_penalty, sampling.frequency_penalty, sampling.presence_penalty)
+        if penalties != (1.0, 0.0, 0.0):
+            add(library.llama_sampler_init_penalties(self._open.vocabulary, PENALTY_TOKENS, *penalties))
+        if sampling.temperature == 0:
+            add(library.llama_sampler_init_greedy())
+            return chain
+        if sampling.top_k:
+            add(library.llama_sampler_init_top_k(sampling.top_k))
+        if sampling.top_p < 1:
+            add(library.llama_sampler_init_top_p(sampling.top_p, 1))
+        if sampling.min_p:
+            add(library.llama_sampler_init_min_p(sampling.min_p, 1))
+        add(library.llama_sampler_init_temp(sampling.temperature))
+        seed = (
+            0xFFFFFFFF if sampling.seed is None else sampling.seed % 0xFFFFFFFF
+        )  # all ones: llama.cpp takes a random one
+        add(library.llama_sampler_init_dist(seed))
+        return chain
+
+
+def _grammar(sampling: Sampling) -> str | None:
+    """GBNF of what an answer must fit. Raises Refused: the schema can't be expressed."""
+    if sampling.json_schema is None:
+        return sampling.grammar
+    import json
+
+    from llama_cpp.llama_grammar import JSON_GBNF, json_schema_to_gbnf
+
+    if not sampling.json_schema:
+        return str(JSON_GBNF)
+    try:
+        return str(json_schema_to_gbnf(json.dumps(sampling.json_schema)))
+    except Exception as exc:
+        message = f"the JSON schema can't be made a grammar ({type(exc).__name__})"
+        raise Refused(422, "invalid_json_schema", message, "response_format") from exc
+
+
+def _common(first: Sequence[int], second: Sequence[int]) -> int:
+    """Length of the common beginning."""
+    for index, (one, other) in enumerate(zip(first, second, strict=False)):
+        if one != other:
+            return index
+    return min(len(first), len(second))
+
+
+def _with_logprobs(token: int, logits: Any, count: int) -> Chosen:
+    import numpy as np
+
+    highest = float(logits.max())
+    logprobs = logits - highest - np.log(np.exp(logits - highest).sum())
+    best = np.argsort(logprobs)[::-1][:count].tolist()
+    return Chosen(token, float(logprobs[token]), tuple((item, float(logprobs[item])) for item in best))

@@ -1,0 +1,256 @@
+"""A local model as an Engine: OpenAI's requests to a child's orders, the child's frames to OpenAI's answers.
+
+In: a Call. Out: dicts and server-sent events. Fields that the model can't honour are a 422 that names them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Callable
+from contextlib import aclosing
+from typing import Any
+
+import orjson
+
+from quantize.serve.engines.base import Call, Status
+from quantize.serve.engines.link import Link, Listener, ProcessChild, Target, resident_bytes
+from quantize.serve.failures import Failure, not_ready, unsupported
+from quantize.serve.protocol import ChatRequest, CompletionRequest, Message
+
+DONE = b"data: [DONE]\n\n"
+LEAST_TEMPERATURE = 1e-3  # below it sampling is greedy: dividing by it overflows
+LOCAL_ROLES = ("system", "user", "assistant")
+
+
+class LocalEngine:
+    """See Engine. tell(event, facts): what happens to the child, and what each generation did to memory."""
+
+    def __init__(self, target: Target, tell: Listener, launch: Callable[[], Any] = ProcessChild.start) -> None:
+        self.name = target.name
+        self._tell = tell
+        self._link = Link(target, tell, launch)
+
+    @property
+    def status(self) -> Status:
+        """See Engine."""
+        return self._link.status
+
+    @property
+    def runtime(self) -> str:
+        """See Engine."""
+        return str(self.status.details.get("runtime", self._link.target.kind))
+
+    async def start(self) -> None:
+        """See Engine."""
+        self._link.start()
+
+    async def stop(self) -> None:
+        """See Engine."""
+        await self._link.stop()
+
+    def memory_bytes(self) -> int:
+        """See Engine."""
+        return resident_bytes(self._link.pid) if self._link.pid else 0
+
+    @property
+    def pid(self) -> int | None:
+        """Of the model's process."""
+        return self._link.pid
+
+    async def complete(self, call: Call) -> dict[str, Any]:
+        """See Engine."""
+        text: list[str] = []
+        logprobs: list[dict[str, Any]] = []
+        finish = ""
+        async with aclosing(self._frames(call)) as frames:
+            async for frame in frames:
+                if "text" in frame:
+                    text.append(frame["text"])
+                    logprobs += frame["logprobs"]
+                elif "end" in frame:
+                    finish = frame["end"]["finish"]
+        choice = _choice(call, "".join(text), logprobs, finish, whole=True)
+        return {**self._head(call, whole=True), "choices": [choice], "usage": _usage(call), "trace_id": call.trace_id}
+
+    async def stream(self, call: Call) -> AsyncGenerator[bytes]:
+        """See Engine."""
+        head = {**self._head(call, whole=False), "trace_id": call.trace_id}
+        async with aclosing(self._frames(call)) as frames:
+            async for frame in frames:
+                if "start" in frame:
+                    if call.is_chat:
+                        first = {"index": 0, "delta": {"role": "assistant", "content": ""}, "finish_reason": None}
+                        yield _event({**head, "choices": [first]})
+                elif "text" in frame:
+                    choice = _choice(call, frame["text"], frame["logprobs"], None, whole=False)
+                    yield _event({**head, "choices": [choice]})
+                else:
+                    choice = _choice(call, "", [], frame["end"]["finish"], whole=False)
+                    yield _event({**head, "choices": [choice]})
+        if call.wants_usage:
+            yield _event({**head, "choices": [], "usage": _usage(call)})
+        yield DONE
+
+    async def _frames(self, call: Call) -> AsyncGenerator[dict[str, Any]]:
+        """The child's frames; counts tokens into the call on the way."""
+        if not self.status.ready:  # before what it can do is asked
+            raise not_ready(self.name, self.status.reason)
+        order = self._order(call)
+        async with aclosing(self._link.frames(order)) as frames:
+            async for frame in frames:
+                if "start" in frame:
+                    call.prompt_tokens = frame["start"]["prompt_tokens"]
+                    self._tell("generation_started", {"trace_id": call.trace_id, **frame["start"]})
+                elif "text" in frame:
+                    call.saw_token()
+                    call.completion_tokens = frame["tokens"]
+                else:
+                    call.saw_token()
+                    call.completion_tokens = frame["end"]["tokens"]
+                    self._tell("generation_ended", {"trace_id": call.trace_id, **frame["end"]})
+                yield frame
+
+    def _order(self, call: Call) -> dict[str, Any]:
+        request = call.request
+        self._refuse_what_it_cannot(request)
+        stop = [request.stop] if isinstance(request.stop, str) else list(request.stop or ())
+        temperature = 1.0 if request.temperature is None else request.temperature
+        order: dict[str, Any] = {
+            "max_tokens": _max_tokens(request),
+            "max_input_tokens": call.max_input_tokens,
+            "max_output_tokens": call.max_output_tokens,
+            "stop": stop,
+            "sampling": {
+                "temperature": temperature if temperature > LEAST_TEMPERATURE else 0.0,
+                "top_p": 1.0 if request.top_p is None else request.top_p,
+                "top_k": request.top_k or 0,
+                "min_p": request.min_p or 0.0,
+                "seed": request.seed,
+                "presence_penalty": request.presence_penalty or 0.0,
+                "frequency_penalty": request.frequency_penalty or 0.0,
+                "repetition_penalty": request.repetition_penalty or 1.0,
+                "logprobs": _logprobs(request),
+                "json_schema": _json_schema(request),
+                "grammar": request.grammar,
+            },
+        }
+        if isinstance(request, ChatRequest):
+            order["messages"] = [self._message(item) for item in request.messages]
+        else:
+            order["prompt"] = _prompt(request)
+        return order
+
+    def _refuse_what_it_cannot(self, request: ChatRequest | CompletionRequest) -> None:
+        for field, value in (request.model_extra or {}).items():
+            if value is not None:
+                raise unsupported(field[:40] if field.isidentifier() else "an unknown field", self.runtime)
+        if request.n not in (None, 1):
+            raise unsupported("n", self.runtime, ": one answer a request")
+        has = set(self.status.details.get("supports", ()))
+        wants = {
+            "top_k": bool(request.top_k),
+            "min_p": bool(request.min_p),
+            "presence_penalty": bool(request.presence_penalty) and "penalties" not in has,
+            "frequency_penalty": bool(request.frequency_penalty) and "penalties" not in has,
+            "repetition_penalty": request.repetition_penalty not in (None, 1.0),
+            "logprobs": _logprobs(request) is not None,
+            "grammar": request.grammar is not None,
+            "response_format": _json_schema(request) is not None and "json" not in has,
+        }
+        for field, wanted in wants.items():
+            if wanted and field not in has:
+                raise unsupported(field, self.runtime)
+        if request.grammar is not None and _json_schema(request) is not None:
+            raise Failure(422, "invalid_value", "grammar and response_format exclude each other", param="grammar")
+
+    def _message(self, message: Message) -> dict[str, str]:
+        role = "system" if message.role == "developer" else message.role
+        if role not in LOCAL_ROLES or any(value is not None for value in (message.model_extra or {}).values()):
+            raise unsupported("messages", self.runtime, ": only role and content, and no tools")
+        if isinstance(message.content, list):
+            if any(part.type != "text" or part.text is None for part in message.content):
+                raise unsupported("messages", self.runtime, ": content other than text")
+            return {"role": role, "content": "".join(part.text or "" for part in message.content)}
+        return {"role": role, "content": message.content or ""}
+
+    def _head(self, call: Call, *, whole: bool) -> dict[str, Any]:
+        prefix = "chatcmpl" if call.is_chat else "cmpl"
+        kind = ("chat.completion" if whole else "chat.completion.chunk") if call.is_chat else "text_completion"
+        return {"id": f"{prefix}-{call.trace_id}", "object": kind, "created": call.created, "model": self.name}
+
+
+def _event(data: dict[str, Any]) -> bytes:
+    return b"data: " + orjson.dumps(data) + b"\n\n"
+
+
+def _choice(
+    call: Call, text: str, logprobs: list[dict[str, Any]], finish: str | None, *, whole: bool
+) -> dict[str, Any]:
+    choice: dict[str, Any] = {"index": 0}
+    if not call.is_chat:
+        choice["text"] = text
+        choice["logprobs"] = _text_logprobs(logprobs) if logprobs else None
+    elif whole:
+        choice["message"] = {"role": "assistant", "content": text}
+        choice["logprobs"] = {"content": logprobs} if logprobs else None
+    else:
+        choice["delta"] = {"content": text} if text else {}
+        choice["logprobs"] = {"content": logprobs} if logprobs else None
+    return {**choice, "finish_reason": finish}
+
+
+def _text_logprobs(logprobs: list[dict[str, Any]]) -> dict[str, Any]:
+    """OpenAI's older shape, for /v1/completions."""
+    offsets, position = [], 0
+    for item in logprobs:
+        offsets.append(position)
+        position += len(item["token"])
+    return {
+        "tokens": [item["token"] for item in logprobs],
+        "token_logprobs": [item["logprob"] for item in logprobs],
+        "top_logprobs": [{top["token"]: top["logprob"] for top in item["top_logprobs"]} for item in logprobs],
+        "text_offset": offsets,
+    }
+
+
+def _usage(call: Call) -> dict[str, int]:
+    total = call.prompt_tokens + call.completion_tokens
+    return {
+        "prompt_tokens": call.prompt_tokens,
+        "completion_tokens": call.completion_tokens,
+        "total_tokens": total,
+    }
+
+
+def _max_tokens(request: ChatRequest | CompletionRequest) -> int | None:
+    if isinstance(request, ChatRequest) and request.max_completion_tokens is not None:
+        return request.max_completion_tokens
+    return request.max_tokens
+
+
+def _logprobs(request: ChatRequest | CompletionRequest) -> int | None:
+    if isinstance(request, ChatRequest):
+        return (request.top_logprobs or 0) if request.logprobs else None
+    return request.logprobs
+
+
+def _json_schema(request: ChatRequest | CompletionRequest) -> dict[str, Any] | None:
+    """The schema of the answer; {} for any JSON object; None for text."""
+    if not isinstance(request, ChatRequest) or request.response_format is None:
+        return None
+    chosen = request.response_format
+    if chosen.type == "json_schema":
+        if chosen.json_schema is None or chosen.json_schema.schema_ is None:
+            message = "response_format.json_schema.schema is missing"
+            raise Failure(422, "invalid_value", message, param="response_format")
+        return chosen.json_schema.schema_
+    return {} if chosen.type == "json_object" else None
+
+
+def _prompt(request: CompletionRequest) -> str | list[int]:
+    prompt: Any = request.prompt
+    if isinstance(prompt, list) and len(prompt) == 1 and not isinstance(prompt[0], int):
+        prompt = prompt[0]
+    if isinstance(prompt, str) or (prompt and all(isinstance(token, int) for token in prompt)):
+        checked: str | list[int] = prompt
+        return checked
+    raise Failure(422, "invalid_value", "prompt: one text, or one list of token ids, a request", param="prompt")

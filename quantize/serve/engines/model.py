@@ -1,0 +1,95 @@
+"""What a local engine is, seen from its own process: a model that chooses tokens for several sequences in turn.
+
+In: plain parameters, as the gateway sent them. Out: tokens. Text, limits and messages are left to the child.
+Only light imports: this is loaded before any engine.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, Protocol
+
+from quantize.serve.engines.text import Detokenizer
+
+
+class Refused(Exception):
+    """A request that this model can't take: HTTP status, code, message and the field that it is about."""
+
+    def __init__(self, status: int, code: str, message: str, param: str | None = None) -> None:
+        super().__init__(message)
+        self.fields = {"status": status, "code": code, "message": message, "param": param}
+
+
+class Chosen(NamedTuple):
+    """A token, its log-probability and the most likely ones: (token, log-probability), where they were asked for."""
+
+    token: int
+    logprob: float | None = None
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How to choose tokens. temperature 0 is greedy. logprobs: None, or how many alternatives to give."""
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    seed: int | None = None
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logprobs: int | None = None
+    json_schema: Mapping[str, Any] | None = None
+    grammar: str | None = None
+
+
+@dataclass
+class Description:
+    """What a model says of itself once it is loaded. devices: how many layers are where."""
+
+    runtime: str
+    context: int
+    slots: int
+    device: str
+    supports: Sequence[str]
+    devices: dict[str, int] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
+
+
+class Model(Protocol):
+    """A loaded model. Not for two threads at once."""
+
+    description: Description
+
+    def chat_tokens(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+        """Token ids of a conversation, up to where the answer begins. Raises Refused."""
+
+    def text_tokens(self, text: str) -> list[int]:
+        """Token ids of a plain text."""
+
+    def begin(self, tokens: Sequence[int], sampling: Sampling) -> int:
+        """Take a free slot for a sequence; returns its number. Raises Refused."""
+
+    def step(self) -> dict[int, Chosen]:
+        """Go one step on with every sequence; the next token of those that have one."""
+
+    def end(self, slot: int) -> None:
+        """Give a slot back."""
+
+    def ends(self, token: int) -> bool:
+        """Whether a token ends an answer."""
+
+    def detokenizer(self) -> Detokenizer:
+        """For one answer."""
+
+    def token_bytes(self, token: int) -> bytes:
+        """What a token writes, for log-probabilities."""
+
+    def memory(self) -> dict[str, Any]:
+        """gpu (its name or None), vram_allocated, vram_reserved, in bytes."""
+
+
+Progress = Callable[[float], None]
