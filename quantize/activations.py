@@ -26,7 +26,7 @@ from quantize.numerics.gram import Gram
 from quantize.report import Reporter, SilentReporter, progress, warn
 
 Precision = Literal["float32", "bfloat16"]
-TOKENS_PER_BATCH = 2048
+TOKENS_PER_BATCH = 512  # what fits caches between one operation and the next
 
 
 class TensorInfo(Protocol):

@@ -52,7 +52,7 @@ def run_pass(recipe: Recipe, variants: Sequence[tuple[str, Context]], reporter: 
 def _pass(reporter: Reporter, spec: CalibrationSpec, base: Path, variants: list[tuple[str, Context]]) -> PassResult:
     import torch
 
-    from quantize.activations import stream_blocks
+    from quantize.activations import fastest_precision, stream_blocks
     from quantize.backends import backends
     from quantize.calibration import load_calibration_set, pinned_spec
 
@@ -61,8 +61,9 @@ def _pass(reporter: Reporter, spec: CalibrationSpec, base: Path, variants: list[
     status(reporter, "", "reading the calibration text")
     started = time.perf_counter()
     found = load_calibration_set(spec, base, context.checkpoint.folder)
+    precision = fastest_precision(context.limits.device) if spec.precision == "auto" else spec.precision
     entry = CalibrationEntry(
-        spec=pinned_spec(spec),
+        spec=pinned_spec(spec) | {"precision": precision},
         hash=found.hash,
         sequences=len(found.token_ids),
         tokens=found.tokens,
@@ -71,7 +72,7 @@ def _pass(reporter: Reporter, spec: CalibrationSpec, base: Path, variants: list[
     _warn_if_few(reporter, context, spec, len(found.token_ids), found.tokens)
     parts = [_Part(item, backends()[name].collector(item, reporter)) for name, item in variants]
     stream = stream_blocks(
-        context.checkpoint, found.token_ids, device=context.limits.device,
+        context.checkpoint, found.token_ids, device=context.limits.device, precision=precision,
         memory_budget_bytes=context.limits.memory_budget_bytes, workdir=context.scratch, reporter=reporter,
     )  # fmt: skip
     for block in stream:

@@ -7,14 +7,16 @@ folder is backends/packed.py's.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
-from quantize.architecture import FoldGroup, RowsSource, block_count, block_layout
+from quantize.architecture import FoldGroup, Linear, RowsSource, block_count, block_layout
 from quantize.backends import packed
 from quantize.backends.base import Context
 from quantize.checkpoint import Checkpoint
+from quantize.parallel import on_threads
 from quantize.recipe import BackendOptions
 from quantize.report import Reporter
 
@@ -54,7 +56,7 @@ class AwqBackend(packed.PackedBackend):
 
     def solve(self, block: Block, context: Context, reporter: Reporter) -> packed.Solved:
         """Scales, folds and rounds."""
-        return solve_block(block, context.options)
+        return solve_block(block, context.options, context.limits.threads)
 
     def layout(self, checkpoint: Checkpoint, options: AwqOptions) -> packed.Layout:
         """The gemm layout: words along the output axis."""
@@ -84,31 +86,39 @@ class AwqBackend(packed.PackedBackend):
         )
 
 
-def solve_block(block: Block, options: AwqOptions) -> packed.Solved:
-    """All tensors of a block that change (packed linears, folded norms and biases), and each linear's loss."""
+def solve_block(block: Block, options: AwqOptions, threads: int) -> packed.Solved:
+    """All tensors of a block that change (packed linears, folded norms and biases), and each linear's loss as a share
+    of its output's energy over the calibration tokens.
+    """
     import torch
 
     from quantize.folding import fold_block
     from quantize.numerics.packing import pack_awq
 
-    choices = {group.name: _search(group, block, options) for group in block.layout.groups if group.source is not None}
+    groups = [group for group in block.layout.groups if group.source is not None]
+    found = on_threads([partial(_search, group, block, options) for group in groups], threads)
+    choices = {group.name: choice for group, choice in zip(groups, found, strict=True)}
     dtypes = dict.fromkeys(block.weights, torch.float16)
     scales = {name: choice.scales for name, choice in choices.items()}
     folded = fold_block(block.layout, block.weights, scales, dtypes)
     tensors = {name: folded.weights[name] for name in folded.changed}
-    layers: dict[str, Any] = {}
+    parts: list[tuple[FoldGroup, list[Linear]]] = []
     for group in block.layout.groups:
-        used = folded.scales.get(group.name)
-        ratio = choices[group.name].ratio if group.name in choices else 0.0
         for key in dict.fromkeys(linear.input for linear in group.linears):
-            members = [linear for linear in group.linears if linear.input == key]
-            weights = [folded.weights[linear.tensor] for linear in members]
-            found = _quantize(weights, block.grams[key].matrix, used, options)
-            for linear, (quantized, loss) in zip(members, found, strict=True):
-                words = pack_awq(quantized)
-                prefix = linear.tensor.removesuffix("weight")
-                tensors |= {f"{prefix}{field}": getattr(words, field) for field in ("qweight", "qzeros", "scales")}
-                layers[prefix.removesuffix(".")] = {"loss": block.share(loss, linear), "ratio": round(ratio, 4)}
+            parts.append((group, [linear for linear in group.linears if linear.input == key]))
+    tasks = []
+    for group, members in parts:
+        weights = [folded.weights[linear.tensor] for linear in members]
+        gram = block.grams[members[0].input].matrix
+        tasks.append(partial(_quantize, weights, gram, folded.scales.get(group.name), options))
+    layers: dict[str, Any] = {}
+    for (group, members), results in zip(parts, on_threads(tasks, threads), strict=True):
+        ratio = choices[group.name].ratio if group.name in choices else 0.0
+        for linear, (quantized, loss) in zip(members, results, strict=True):
+            words = pack_awq(quantized)
+            prefix = linear.tensor.removesuffix("weight")
+            tensors |= {f"{prefix}{field}": getattr(words, field) for field in ("qweight", "qzeros", "scales")}
+            layers[prefix.removesuffix(".")] = {"loss": block.share(loss, linear), "ratio": round(ratio, 4)}
     return tensors, layers
 
 

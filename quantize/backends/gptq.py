@@ -6,6 +6,7 @@ search. The numbers are numerics/gptq.py's; the folder is backends/packed.py's.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
@@ -13,6 +14,7 @@ from pydantic import Field
 from quantize.backends import packed
 from quantize.backends.base import Context
 from quantize.checkpoint import Checkpoint
+from quantize.parallel import on_threads
 from quantize.recipe import BackendOptions
 from quantize.report import Reporter, warn
 
@@ -52,7 +54,7 @@ class GptqBackend(packed.PackedBackend):
 
     def solve(self, block: Block, context: Context, reporter: Reporter) -> packed.Solved:
         """Rounds with error feedback under each input's Gram matrix."""
-        return solve_block(block, context.options, context.variant, reporter)
+        return solve_block(block, context.options, context.variant, reporter, context.limits.threads)
 
     def layout(self, checkpoint: Checkpoint, options: GptqOptions) -> packed.Layout:
         """The v1 layout: words along the input axis."""
@@ -86,29 +88,37 @@ class GptqBackend(packed.PackedBackend):
         )
 
 
-def solve_block(block: Block, options: GptqOptions, variant: str, reporter: Reporter) -> packed.Solved:
+def solve_block(block: Block, options: GptqOptions, variant: str, reporter: Reporter, threads: int) -> packed.Solved:
     """Packed tensors of a block's linears, and what each one loses, with rounding to nearest beside it, as shares of
     its output's energy over the calibration tokens; one factorization for each input.
     """
-    from quantize.numerics.gptq import factorize, solve
+    from quantize.numerics.gptq import collect, factorize, row_tasks
     from quantize.numerics.packing import pack_gptq
 
+    inputs = sorted(block.layout.inputs, key=lambda key: -len(block.grams[key].matrix))  # long ones first
+    weights = {key: [block.weights[linear.tensor] for linear in block.layout.inputs[key]] for key in inputs}
+    factorizations = [
+        partial(factorize, block.grams[key].matrix, options.group_size, damping=options.damping) for key in inputs
+    ]
+    factors = dict(zip(inputs, on_threads(factorizations, threads), strict=True))
+    tasks = {
+        key: row_tasks(weights[key], factors[key], bits=options.bits, symmetric=options.symmetric) for key in inputs
+    }
+    solved = iter(on_threads([task for key in inputs for task in tasks[key]], threads))
+    solutions = {key: collect(weights[key], [next(solved) for _ in tasks[key]]) for key in inputs}
     tensors: dict[str, torch.Tensor] = {}
     layers: dict[str, Any] = {}
     for key, linears in block.layout.inputs.items():
-        factor = factorize(block.grams[key].matrix, options.group_size, damping=options.damping)
-        if factor.damping > options.damping:
-            warn(reporter, variant, f"{linears[0].tensor}: damping raised to {factor.damping:g} to make it solvable")
-        weights = [block.weights[linear.tensor] for linear in linears]
-        for linear, solution in zip(
-            linears, solve(weights, factor, bits=options.bits, symmetric=options.symmetric), strict=True
-        ):
+        damping = factors[key].damping
+        if damping > options.damping:
+            warn(reporter, variant, f"{linears[0].tensor}: damping raised to {damping:g} to make it solvable")
+        for linear, solution in zip(linears, solutions[key], strict=True):
             words = pack_gptq(solution.quantized)
             prefix = linear.tensor.removesuffix("weight")
             tensors |= {f"{prefix}{field}": getattr(words, field) for field in ("qweight", "qzeros", "scales", "g_idx")}
             layers[prefix.removesuffix(".")] = {
                 "loss": block.share(solution.loss, linear),
                 "nearest_loss": block.share(solution.nearest_loss, linear),
-                "damping": factor.damping,
+                "damping": damping,
             }
     return tensors, layers

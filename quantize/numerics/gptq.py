@@ -9,8 +9,9 @@ with one Cholesky factorization and no inverse. Columns are visited in an order 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -21,7 +22,7 @@ from quantize.numerics.scales import ScaleSearch
 
 DAMPING = 0.01
 SMALLEST_ZERO = 1  # GPTQ v1 stores zero points less one
-ROWS = 4096  # output rows solved at a time: bounds memory; rows don't depend on one another
+ROWS = 1024  # output rows solved at a time: bounds memory; rows don't depend on one another
 _BLOCK = 64  # columns between two products with all earlier errors
 
 
@@ -74,24 +75,13 @@ def factorize(gram: Tensor, group_size: int, *, damping: float = DAMPING) -> Fac
         matrix = gram[order][:, order]
         matrix.diagonal().add_(damping * mean)
         weights = matrix.diagonal().clone()
-        lower, info = _cholesky(matrix.flip(0, 1))
+        lower, info = torch.linalg.cholesky_ex(matrix.flip(0, 1))
         if int(info) == 0:
             upper = lower.flip(0, 1)
             return Factor(gram, order, upper.div_(upper.diagonal().clone()), weights, damping, group_size)
         damping = max(damping * 10, 1e-4)
     identity = torch.eye(gram.shape[0], device=gram.device)  # no data: rounding to nearest
     return Factor(gram, order, identity, torch.ones_like(diagonal), float("inf"), group_size)
-
-
-def _cholesky(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """Lower factor and LAPACK's info, on one thread: LAPACK's bits depend on the number of threads, ours must not."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        lower, info = torch.linalg.cholesky_ex(matrix)
-    finally:
-        torch.set_num_threads(threads)
-    return lower, info
 
 
 def group_order(diagonal: Tensor, group_size: int) -> Tensor:
@@ -118,14 +108,31 @@ def solve(
     Raises:
         BuildError: bits not supported.
     """
-    sizes = [weight.shape[0] for weight in weights]
+    tasks = row_tasks(weights, factor, bits=bits, symmetric=symmetric, smallest_zero=smallest_zero)
+    return collect(weights, [task() for task in tasks])
+
+
+def row_tasks(
+    weights: Sequence[Tensor],
+    factor: Factor,
+    *,
+    bits: int,
+    symmetric: bool = True,
+    smallest_zero: int = SMALLEST_ZERO,
+) -> list[Callable[[], SolvedRows]]:
+    """As `solve`, in pieces that may run in any order, or at once; `collect` puts their results together."""
     stacked = torch.cat([weight.float() for weight in weights]) if len(weights) > 1 else weights[0].float()
     check_shape(stacked.shape[1], bits, factor.group_size)
     kind = ScaleSearch(bits, symmetric, smallest_zero)
     starts = range(0, len(stacked), ROWS)
-    parts = [_solve_rows(stacked[start : start + ROWS], factor, kind) for start in starts]
+    return [partial(_solve_rows, stacked[start : start + ROWS], factor, kind) for start in starts]
+
+
+def collect(weights: Sequence[Tensor], parts: Sequence[SolvedRows]) -> list[Solution]:
+    """The results of all of `row_tasks`, in order, as one solution for each weight."""
+    sizes = [weight.shape[0] for weight in weights]
     solved = _concatenate([part.quantized for part in parts])
-    figures = torch.stack([torch.cat([part.figures[row] for part in parts]) for row in range(3)]).cpu().double()
+    figures = torch.cat([part.figures for part in parts], dim=1).cpu().double()
     solutions: list[Solution] = []
     start = 0
     for quantized, size in zip(solved.split(sizes), sizes, strict=True):
@@ -136,12 +143,14 @@ def solve(
 
 
 @dataclass(frozen=True)
-class _Rows:
+class SolvedRows:
+    """Some output rows. figures: float32 [3, rows]: loss, loss of rounding to nearest, 1 where that was taken."""
+
     quantized: Quantized
-    figures: Tensor  # [3, out]: loss, loss of rounding to nearest, 1 where that was taken
+    figures: Tensor
 
 
-def _solve_rows(rows: Tensor, factor: Factor, kind: ScaleSearch) -> _Rows:
+def _solve_rows(rows: Tensor, factor: Factor, kind: ScaleSearch) -> SolvedRows:
     solved = _sweep(rows, factor, kind)
     nearest = _nearest(rows, factor, kind)
     loss = row_losses(solved.dequantize() - rows, factor.gram)
@@ -149,7 +158,7 @@ def _solve_rows(rows: Tensor, factor: Factor, kind: ScaleSearch) -> _Rows:
     worse = loss > bound
     if bool(worse.any()):
         solved = _merge(solved, nearest, worse)
-    return _Rows(solved, torch.stack((torch.minimum(loss, bound), bound, worse.float())))
+    return SolvedRows(solved, torch.stack((torch.minimum(loss, bound), bound, worse.float())))
 
 
 def row_losses(error: Tensor, gram: Tensor) -> Tensor:
@@ -221,7 +230,7 @@ def _merge(solved: Quantized, nearest: Quantized, take_nearest: Tensor) -> Quant
     )
 
 
-def _concatenate(parts: list[Quantized]) -> Quantized:
+def _concatenate(parts: Sequence[Quantized]) -> Quantized:
     if len(parts) == 1:
         return parts[0]
     codes, scales, zeros = (torch.cat([getattr(part, name) for part in parts]) for name in ("codes", "scales", "zeros"))
