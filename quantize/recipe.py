@@ -10,7 +10,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import (
     AfterValidator,
@@ -110,6 +110,11 @@ class CalibrationSpec(BaseModel):
     minimum_tokens: Annotated[int, Field(ge=1)] = Field(8, description="rows with fewer tokens are left out")
     shuffle: bool = Field(False, description="take rows in a seeded random order, instead of in their own")
     seed: Annotated[int, Field(ge=0)] = 0
+    precision: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto",
+        description="of the matrix products of the pass; `auto` is bfloat16 where the processor multiplies it, which "
+        "the manifest records; Gram matrices are float32 always",
+    )
 
 
 class Gates(BaseModel):

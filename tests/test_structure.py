@@ -15,7 +15,7 @@ MAX_LINES = 400
 LAYERS: list[set[str]] = [
     {"", "errors"},
     {"report"},
-    {"numerics", "shape", "manifest", "cache", "worker", "marked_yaml", "containers", "folding", "architecture"},
+    {"numerics", "shape", "manifest", "cache", "worker", "parallel", "marked_yaml", "containers", "folding", "architecture"},
     {"estimate", "hardware", "recipe", "checkpoint"},
     {"engines", "containers.shards"},
     {"fit", "source", "artifact"},
