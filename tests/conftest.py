@@ -11,16 +11,18 @@ import click.testing
 import pytest
 
 from quantize.backends import formats
-from quantize.build import Outcome, build
+from quantize.build import Outcome, RunOptions, build
 from quantize.cache import Cache
 from quantize.cli import main
 from quantize.recipe import Recipe, load_recipe
 from quantize.report import ListReporter
 from quantize.store import Store
 from quantize.testing import FakeBackend, installed_backends, make_checkpoint, write_recipe
+from tests.browser import browser as browser
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when the hub client is first imported: no test may fetch anything
 
+UNMEASURED = RunOptions(evaluate=False)  # for tests that are about the files
 BUILT_TYPES = ("Q4_K_M", "Q8_0", "F16", "Q5_K_S", "IQ4_XS", "Q4_0")
 
 
@@ -81,7 +83,7 @@ def built(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Built:
     root = tmp_path_factory.mktemp("built")
     path = write_recipe(root / "tiny.yaml", tiny, [{"format": "gguf", "types": list(BUILT_TYPES)}])
     recipe = load_recipe(path, formats())
-    outcomes = build(recipe, Store(root / "artifacts"), Cache(root / "cache"), ListReporter())
+    outcomes = build(recipe, Store(root / "artifacts"), Cache(root / "cache"), ListReporter(), UNMEASURED)
     assert [item.error for item in outcomes if item.error] == []
     return Built(root, recipe, outcomes)
 
