@@ -24,7 +24,7 @@ from quantize.calibration import (
     seed_prompts,
 )  # fmt: skip
 from quantize.errors import PlanError, RecipeError
-from quantize.recipe import CalibrationSpec, load_calibration, load_recipe
+from quantize.recipe import CalibrationSpec, is_path_text, load_calibration, load_recipe
 from quantize.testing import write_recipe
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # transformers warns on import
@@ -44,9 +44,18 @@ def write_rows(folder: Path, rows: list[Any]) -> None:
 @pytest.mark.parametrize("path", SPECS, ids=lambda path: path.stem)
 def test_every_shipped_spec_loads(path: Path) -> None:
     found = load_calibration(path)
-    if "/" in found.dataset and not found.dataset.startswith("."):
+    if "/" in found.dataset and not is_path_text(found.dataset):
         assert found.revision is not None
         assert len(found.revision) == 40
+
+
+def test_text_beside_a_spec_is_found_from_anywhere(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    found = load_calibration(SPECS[0].with_name("vietnamese.yaml"))
+    rows = list(read_rows(found, tmp_path))
+    assert len(rows) == 18
+    assert pinned_spec(found)["dataset"] == "vietnamese.txt"
+    assert load_calibration_set(found, tmp_path, tiny).tokens > 2000
 
 
 def test_the_hash_is_over_lengths_and_ids() -> None:
