@@ -18,6 +18,8 @@ from typing import Any
 from quantize.cache import hash_file
 from quantize.errors import CheckpointError, MissingExtraError, PlanError, RecipeError
 from quantize.recipe import CalibrationSpec, Recipe, find_path, is_path_text
+from quantize.report import Reporter
+from quantize.source import hub_commit
 
 PYTHON_DOCS, SELF = "python-docs", "self"
 TOPIC_CHARACTERS = 3000
@@ -51,6 +53,17 @@ class CalibrationSet:
         return digest.hexdigest()
 
 
+def pinned(spec: CalibrationSpec, base: Path, reporter: Reporter) -> CalibrationSpec:
+    """The spec with a hub dataset's revision resolved to a commit; any other spec as it is.
+
+    Raises CheckpointError: the hub does not know it or can't be reached. MissingExtraError.
+    """
+    if spec.dataset in {PYTHON_DOCS, SELF} or is_path_text(spec.dataset) or find_path(spec.dataset, base) is not None:
+        return spec
+    commit = hub_commit("dataset", spec.dataset, spec.revision or "main", reporter)
+    return spec.model_copy(update={"revision": commit})
+
+
 def identify(spec: CalibrationSpec, recipe: Recipe) -> dict[str, Any]:
     """What pins the text before it is read: the spec, and the hash or commit behind its dataset name.
 
@@ -58,7 +71,7 @@ def identify(spec: CalibrationSpec, recipe: Recipe) -> dict[str, Any]:
     """
     data: dict[str, Any] = spec.model_dump(mode="json")
     if spec.dataset == PYTHON_DOCS:
-        data["content"] = hash_file(_topics_file())
+        data["content"] = hash_file(topics_file())
     elif spec.dataset == SELF:
         data["content"] = hashlib.sha256("\n".join(seed_prompts()).encode()).hexdigest()
     elif is_path_text(spec.dataset) or (recipe.find(spec.dataset) is not None):
@@ -109,7 +122,11 @@ def read_rows(spec: CalibrationSpec, base: Path) -> Iterator[Row]:
 
 
 def python_docs(held_out: bool = False) -> list[str]:
-    """CPython's help topics over 1,500 characters, cut to 3,000, in their own order; the 40 held out, or the others."""
+    """CPython's help topics over 1,500 characters, cut to 3,000, in their own order: those held out, or the others.
+
+    The 33rd to the 72nd are held out. How many that are is the interpreter's matter: CPython 3.11.7 has 41 such topics,
+    so 9 are held out there.
+    """
     from pydoc_data.topics import topics
 
     long = [text[:TOPIC_CHARACTERS] for text in topics.values() if len(text) > TOPIC_MINIMUM]
@@ -135,7 +152,8 @@ def load_tokenizer(folder: Path) -> Any:
         raise CheckpointError(f"{folder}: transformers can't load the tokenizer ({first})") from exc
 
 
-def _topics_file() -> Path:
+def topics_file() -> Path:
+    """Where CPython keeps its help topics. Raises PlanError: this Python has none."""
     import importlib.util
 
     spec = importlib.util.find_spec("pydoc_data.topics")

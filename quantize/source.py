@@ -9,10 +9,12 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from quantize.cache import Cache
 from quantize.checkpoint import Checkpoint, check_finite, open_checkpoint
@@ -174,28 +176,50 @@ def _pin_folder(
 
 
 def _pin_hub(source: Source, repo: str, cache: Cache, reporter: Reporter) -> PinnedSource:
-    try:
-        from huggingface_hub import HfApi, snapshot_download
-        from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-    except ImportError as exc:
-        raise MissingExtraError(f"source {repo}: fetching from the hub", "hub") from exc
-    asked = source.revision or "main"
-    try:
-        commit = asked if COMMIT.match(asked) else HfApi().model_info(repo, revision=asked, timeout=20).sha
-        if commit != asked:
-            note(reporter, "", f"{repo}@{asked} is commit {commit}; pin it with `revision: {commit}`")
+    commit = hub_commit("model", repo, source.revision or "main", reporter)
+    with _hub_errors(f"source {repo}@{commit}", "or name a local folder"):
+        from huggingface_hub import snapshot_download
+
         status(reporter, "", f"fetching {repo}@{commit}")
         folder = Path(snapshot_download(repo, revision=commit, allow_patterns=HUB_PATTERNS))
+    return _pin_folder(source, folder, f"hub:{repo}@{commit}", commit, cache, reporter)
+
+
+def hub_commit(kind: Literal["model", "dataset"], repo: str, asked: str, reporter: Reporter) -> str:
+    """The commit that a revision of a hub repository is now; a commit is its own, without asking the hub.
+
+    Raises CheckpointError: the hub has no such thing, or can't be reached. MissingExtraError.
+    """
+    if COMMIT.match(asked):
+        return asked
+    name = "source" if kind == "model" else "calibration dataset"
+    with _hub_errors(f"{name} {repo}@{asked}", "or name a commit, which needs no question"):
+        from huggingface_hub import HfApi
+
+        ask = HfApi().model_info if kind == "model" else HfApi().dataset_info
+        commit = str(ask(repo, revision=asked, timeout=20).sha)
+    note(reporter, "", f"{repo}@{asked} is commit {commit}; pin it with `revision: {commit}`")
+    return commit
+
+
+@contextmanager
+def _hub_errors(what: str, otherwise: str) -> Iterator[None]:
+    """Turn what the hub's client raises into this program's errors."""
+    try:
+        import huggingface_hub  # noqa: F401 - the package itself, before one of its modules
+        from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    except ImportError as exc:
+        raise MissingExtraError(f"{what}: fetching from the hub", "hub") from exc
+    try:
+        yield
     except (HfHubHTTPError, LocalEntryNotFoundError) as exc:
         first = str(exc).splitlines()[0]
-        hint = "check the id and the revision; a gated model needs `hf auth login`; offline, name a local folder"
-        raise CheckpointError(f"source {repo}@{asked}: the hub does not give it ({first})", hint=hint) from exc
+        hint = f"check the id and the revision; a gated one needs `hf auth login`, {otherwise}"
+        raise CheckpointError(f"{what}: the hub does not give it ({first})", hint=hint) from exc
     except Exception as exc:
         if not _is_network_error(exc):
             raise
-        hint = "check the network, or name a local folder"
-        raise CheckpointError(f"source {repo}@{asked}: the hub can't be reached", hint=hint) from exc
-    return _pin_folder(source, folder, f"hub:{repo}@{commit}", commit, cache, reporter)
+        raise CheckpointError(f"{what}: the hub can't be reached", hint=f"check the network, {otherwise}") from exc
 
 
 def _is_network_error(exc: BaseException) -> bool:

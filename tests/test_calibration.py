@@ -6,6 +6,7 @@ import hashlib
 import json
 import struct
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pyarrow
@@ -18,6 +19,7 @@ from quantize.calibration import (
     identify,
     load_calibration_set,
     load_tokenizer,
+    pinned,
     pinned_spec,
     python_docs,
     read_rows,
@@ -25,6 +27,7 @@ from quantize.calibration import (
 )  # fmt: skip
 from quantize.errors import PlanError, RecipeError
 from quantize.recipe import CalibrationSpec, is_path_text, load_calibration, load_recipe
+from quantize.report import SilentReporter
 from quantize.testing import write_recipe
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # transformers warns on import
@@ -56,6 +59,24 @@ def test_text_beside_a_spec_is_found_from_anywhere(tiny: Path, tmp_path: Path, m
     assert len(rows) == 18
     assert pinned_spec(found)["dataset"] == "vietnamese.txt"
     assert load_calibration_set(found, tmp_path, tiny).tokens > 2000
+
+
+def test_a_hub_dataset_is_pinned_to_a_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[str, str]] = []
+
+    class Hub:
+        def dataset_info(self, repo: str, revision: str, timeout: float) -> SimpleNamespace:
+            asked.append((repo, revision))
+            return SimpleNamespace(sha="a" * 40)
+
+    monkeypatch.setattr("huggingface_hub.HfApi", Hub)
+    reporter = SilentReporter()
+    assert pinned(spec(dataset="org/set"), tmp_path, reporter).revision == "a" * 40
+    assert pinned(spec(dataset="org/set", revision="v2"), tmp_path, reporter).revision == "a" * 40
+    assert asked == [("org/set", "main"), ("org/set", "v2")]
+    for local in (spec(dataset="python-docs"), spec(), spec(dataset="org/set", revision="b" * 40)):
+        assert pinned(local, tmp_path, reporter) == local
+    assert len(asked) == 2
 
 
 def test_the_hash_is_over_lengths_and_ids() -> None:

@@ -257,12 +257,11 @@ def test_a_folder_of_that_name_is_not_mistaken_for_the_hub(
 
 def test_offline_the_hub_client_itself_is_translated(tmp_path: Path, cache: Cache) -> None:
     """No fake here: huggingface_hub in offline mode, as conftest sets it, raises what it raises."""
-    hint = "check the network, or name a local folder|offline, name a local folder"
     with pytest.raises(
         CheckpointError, match=r"source org/none@main: the hub (can't be reached|does not give it)"
     ) as one:
         pin(tmp_path, "{model: org/none}", cache)
-    assert any(text in str(one.value.hint) for text in hint.split("|"))
+    assert "or name a" in str(one.value.hint)
     with pytest.raises(CheckpointError, match=f"source org/none@{COMMIT}: the hub "):
         pin(tmp_path, f"{{model: org/none, revision: {COMMIT}}}", cache)
 
