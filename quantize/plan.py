@@ -61,6 +61,7 @@ class Plan:
 def make_plan(recipe: Recipe, store: Store, cache: Cache, reporter: Reporter, limits: Limits | None = None) -> Plan:
     """Plan a recipe with exact sizes. Raises CheckpointError, PlanError, MissingExtraError."""
     limits = limits or Limits()
+    recipe = pin_calibration(recipe, reporter)
     source = pin_source(recipe, cache, reporter)
     jobs = identify_jobs(recipe, source, store)
     with tempfile.TemporaryDirectory(prefix="quantize-plan-") as scratch:
@@ -81,6 +82,17 @@ def disk_short(needed: int, free: int) -> PlanError:
         f"the disk is too small: the build needs {needed / 1e9:.2f} GB at its peak, {free / 1e9:.2f} GB are free",
         hint=f"free {(needed - free) / 1e9:.2f} GB, choose another --store, or build fewer variants",
     )
+
+
+def pin_calibration(recipe: Recipe, reporter: Reporter) -> Recipe:
+    """The recipe with its calibration dataset at a commit, if a variant needs it. Raises as calibration.pinned does."""
+    if recipe.calibration is None or not any(
+        backends()[item.format].needs_calibration(item.options) for item in recipe.variants
+    ):
+        return recipe
+    from quantize.calibration import pinned
+
+    return replace(recipe, calibration=pinned(recipe.calibration, recipe.path.parent, reporter))
 
 
 def identify_jobs(recipe: Recipe, source: PinnedSource, store: Store) -> list[Job]:
