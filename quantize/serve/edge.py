@@ -146,7 +146,7 @@ class Edge:
             call.prompt_tokens if call else 0, call.completion_tokens if call else 0, first,
         )  # fmt: skip
         self._metrics.count(facts)
-        if route in QUIET_ROUTES and state.status < 400:
+        if route in QUIET_ROUTES and state.status in (200, 503):
             return
         line = {
             "trace_id": state.trace_id,
@@ -167,6 +167,14 @@ class Edge:
             line["completion_tokens"] = facts.completion_tokens
             line["first_token_seconds"] = round(first, 6) if first is not None else None
         self._log.info("request", **line)
+
+
+def _route_name(scope: Scope) -> str:
+    """The name of what a request met: never what the client made up."""
+    path = scope["path"]
+    if path in ("/openapi.json",):
+        return str(path)
+    return getattr(scope.get("route"), "path", "/assets" if path.startswith("/assets/") else "unmatched")
 
 
 def failure_response(failure: Failure, trace_id: str) -> Response:

@@ -66,8 +66,14 @@ class Engine(Protocol):
     """Something that answers under a name."""
 
     name: str
-    runtime: str
-    status: Status
+
+    @property
+    def runtime(self) -> str:
+        """What it runs in."""
+
+    @property
+    def status(self) -> Status:
+        """Where it is."""
 
     async def start(self) -> None:
         """Begin to load; returns at once."""

@@ -9,17 +9,15 @@ import asyncio
 import contextlib
 import re
 from collections.abc import AsyncGenerator
-from dataclasses import dataclass
 from typing import Any
-from urllib.parse import urlsplit
 
 import aiohttp
 import orjson
 
-from quantize.errors import UsageError
 from quantize.serve.engines.base import Call, Status
 from quantize.serve.engines.link import Listener
 from quantize.serve.failures import Failure, not_ready
+from quantize.serve.targets import UpstreamTarget
 
 POLL_SECONDS = 0.75
 POLL_TIMEOUT_SECONDS = 1.0
@@ -29,30 +27,10 @@ PASSED_ON = frozenset({400, 404, 413, 422, 429})
 DONE = b"[DONE]"
 
 
-@dataclass(frozen=True)
-class Upstream:
-    """Where a server is: base URL ending in /v1, the model's name there (None: its first), a key for it."""
-
-    name: str
-    url: str
-    model: str | None = None
-    key: str | None = None
-
-    def __post_init__(self) -> None:
-        parts = urlsplit(self.url)
-        if parts.scheme not in ("http", "https") or not parts.hostname or parts.username or parts.query:
-            raise UsageError(f"upstream {self.name}: not an address such as http://127.0.0.1:8080/v1")
-
-    @property
-    def host(self) -> str:
-        """host:port"""
-        return urlsplit(self.url).netloc
-
-
 class UpstreamEngine:
     """See Engine."""
 
-    def __init__(self, upstream: Upstream, tell: Listener) -> None:
+    def __init__(self, upstream: UpstreamTarget, tell: Listener) -> None:
         self.name = upstream.name
         self.runtime = f"upstream {upstream.host}"
         self.status = Status("loading", 0, "not asked yet")

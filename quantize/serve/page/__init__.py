@@ -19,6 +19,7 @@ HEADERS = {"x-content-type-options": "nosniff", "referrer-policy": "no-referrer"
 
 def add_pages(app: FastAPI) -> None:
     """Add /, /docs and their files."""
+
     @app.get("/", include_in_schema=False)
     async def index() -> Response:
         return FileResponse(FOLDER / "index.html", headers={**HEADERS, "content-security-policy": POLICY})

@@ -1,0 +1,146 @@
+"""quantize serve ARTIFACT…"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import click
+
+from quantize.cli.common import store_option, verbose_option
+from quantize.errors import MissingExtraError, UsageError
+from quantize.hardware import parse_size
+from quantize.store import Store
+
+LOOPBACK = ("127.0.0.1", "::1", "localhost")
+RUNTIMES = ("vllm", "ollama", "llama-server", "compose")
+
+
+@click.command("serve")
+@click.argument("artifacts", nargs=-1, metavar="[NAME=]ARTIFACT...")
+@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
+@click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="0 takes a free one.")
+@click.option("--default", "default", metavar="NAME", help="Model of requests that name none.  [default: the first]")
+@click.option("--fallback", metavar="NAME", help="Model that answers when another times out, is out of memory or dies.")
+@click.option("--canary", metavar="NAME=PERCENT%", help="Send this share of the default model's requests to NAME.")
+@click.option("--device", default="auto", show_default=True, help="auto, cpu or cuda:N.")
+@click.option("--context", type=click.IntRange(min=16), help="Tokens of a sequence.  [default: the model's, to 4096]")
+@click.option("--threads", type=click.IntRange(min=1), help="CPU threads of each model.  [default: all cores but one]")
+@click.option("--gpu-layers", type=click.IntRange(min=0), help="Layers of a GGUF file on the GPU.  [default: all]")
+@click.option("--concurrency", type=click.IntRange(min=1), default=2, show_default=True, help="Answers at once.")
+@click.option("--queue", type=click.IntRange(min=0), default=16, show_default=True, help="Requests that may wait.")
+@click.option("--timeout", type=click.FloatRange(min=0.1), default=120.0, show_default=True, help="Seconds a request.")
+@click.option("--grace", type=click.IntRange(min=0), default=30, show_default=True, help="Seconds to drain on SIGTERM.")
+@click.option("--max-input-tokens", type=click.IntRange(min=1), help="Longest input.  [default: the context]")
+@click.option("--max-output-tokens", type=click.IntRange(min=1), help="Longest answer.  [default: the context]")
+@click.option("--max-body", default="4MiB", show_default=True, metavar="SIZE", help="Largest body of a request.")
+@click.option("--rate", type=click.IntRange(min=0), default=0, help="Requests a minute for each key; 0: no limit.")
+@click.option("--keys", type=click.Path(path_type=Path, dir_okay=False), help="File of hashed API keys, one a line.")
+@click.option("--no-auth", is_flag=True, help="Listen beyond this machine without API keys.")
+@click.option("--new-key", metavar="NAME", help="Print a new API key and its line for --keys, and end.")
+@click.option("--force", is_flag=True, help="Load even what does not fit the free memory.")
+@click.option("--print", "hand_over", type=click.Choice(RUNTIMES), help="Print how to run it elsewhere, and end.")
+@click.option("--log-level", type=click.Choice(("debug", "info", "warning", "error")), default="info", help="[info]")
+@store_option
+@verbose_option
+def command(
+    artifacts: tuple[str, ...], store: Store, new_key: str | None, hand_over: str | None, **options: Any
+) -> None:
+    """Serve each ARTIFACT over HTTP, as OpenAI's API does.
+
+    An ARTIFACT is one of the store, a .gguf file, a folder with safetensors, or the address of an OpenAI-compatible
+    server: http://HOST:PORT/v1#MODEL, its key in QUANTIZE_UPSTREAM_KEY. API keys: --keys, or QUANTIZE_API_KEYS.
+    """
+    if new_key is not None:
+        _print_new_key(new_key)
+        return
+    if not artifacts:
+        raise UsageError("no artifact to serve", hint="name one; `quantize list artifacts` shows them")
+    if hand_over is not None:
+        _print_hand_over(hand_over, artifacts, store, options)
+        return
+    _serve(artifacts, store, options)
+
+
+def _print_new_key(name: str) -> None:
+    from quantize.serve.limits import key_line, new_key
+
+    key = new_key()
+    line = key_line(name, key)
+    click.echo(f"key (shown once): {key}")
+    click.echo(f"line for --keys:  {line}")
+
+
+def _print_hand_over(runtime: str, artifacts: tuple[str, ...], store: Store, options: dict[str, Any]) -> None:
+    from quantize.serve.handover import HandOver, render
+    from quantize.serve.targets import LocalTarget, resolve
+
+    for text in artifacts:
+        target = resolve(text, store)
+        if not isinstance(target, LocalTarget):
+            raise UsageError(f"{text}: already runs elsewhere")
+        wanted = HandOver(
+            options["host"], options["port"], options["device"], options["context"], options["concurrency"]
+        )
+        click.echo(render(runtime, target, wanted))
+
+
+def _serve(artifacts: tuple[str, ...], store: Store, options: dict[str, Any]) -> None:
+    from quantize.hardware import detect
+    from quantize.serve.limits import load_keys
+    from quantize.serve.preflight import RunOptions, engine_options, place
+    from quantize.serve.targets import UpstreamTarget, resolve
+
+    try:
+        from quantize.serve.engines.link import Target
+        from quantize.serve.server import Address, run
+        from quantize.serve.service import Limits
+    except ImportError as exc:
+        raise MissingExtraError("serving", "serve") from exc
+
+    keys = load_keys(options["keys"], os.environ)
+    if not keys and not options["no_auth"] and options["host"] not in LOOPBACK:
+        hint = "make one with --new-key and give it with --keys, or say --no-auth"
+        raise UsageError(f"--host {options['host']} would let anyone in: there are no API keys", hint=hint)
+    wanted = RunOptions(
+        options["device"], options["context"], options["concurrency"], options["threads"], options["gpu_layers"],
+        options["force"],
+    )  # fmt: skip
+    machine = detect()
+    targets: list[Target | UpstreamTarget] = []
+    for text in artifacts:
+        found = resolve(text, store)
+        if isinstance(found, UpstreamTarget):
+            targets.append(found)
+            continue
+        placement = place(found, wanted, machine, store)
+        click.echo(f"{found.name}: {placement.verdict.word}: {placement.verdict.reason}", err=True)
+        targets.append(Target(found.name, found.kind, engine_options(found, wanted, placement)))
+    names = [target.name for target in targets]
+    if len(set(names)) < len(names):
+        raise UsageError("two models have the same name", hint="give them names: NAME=ARTIFACT")
+    limits = Limits(
+        parse_size(options["max_body"]), options["max_input_tokens"], options["max_output_tokens"],
+        options["timeout"], requests_per_minute=options["rate"], concurrency=options["concurrency"],
+        queue=options["queue"],
+    )  # fmt: skip
+    address = Address(options["host"], options["port"], options["grace"])
+    run(targets, _rules(names, options), limits, keys, address, options["log_level"])
+
+
+def _rules(names: list[str], options: dict[str, Any]) -> Any:
+    from quantize.serve.router import Rules
+
+    canary = None
+    if options["canary"]:
+        name, _, percent = options["canary"].rpartition("=")
+        number = percent.removesuffix("%")
+        try:
+            share = float(number) / 100
+        except ValueError:
+            share = -1.0
+        if not name or not 0 <= share <= 1:
+            raise UsageError(f"--canary {options['canary']!r} is not NAME=PERCENT%", hint="such as --canary new=5%")
+        canary = (name, share)
+    return Rules(options["default"] or names[0], options["fallback"], canary)

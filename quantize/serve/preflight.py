@@ -1,0 +1,107 @@
+"""Does it fit, before it is loaded: the estimate against the memory that is free now.
+
+In: a target, how it is to be run, this machine. Out: a Placement (device, context), or RefusedError with the numbers
+and what would fit. The arithmetic is estimate.py's, the verdict fit.py's.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from quantize.errors import RefusedError, UsageError
+from quantize.estimate import Settings
+from quantize.fit import Verdict, Workload, advise
+from quantize.hardware import Machine
+from quantize.serve.targets import LocalTarget
+from quantize.store import Store
+
+DEFAULT_CONTEXT = 4096
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """How to run local models. device: auto, cpu or cuda[:N]. context: None is the model's own, up to 4096."""
+
+    device: str = "auto"
+    context: int | None = None
+    concurrency: int = 2
+    threads: int | None = None
+    gpu_layers: int | None = None
+    force: bool = False
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where a model goes, with how much context for each of its sequences, and what was estimated."""
+
+    device: str
+    context: int
+    verdict: Verdict
+
+
+def place(target: LocalTarget, options: RunOptions, machine: Machine, store: Store) -> Placement:
+    """Decide, and refuse what does not fit. Raises UsageError: no such device, or more context than the model has."""
+    device = _device(options.device, machine)
+    if options.context is not None and options.context > target.shape.max_context:
+        message = f"{target.name}: {options.context} tokens are more than its context of {target.shape.max_context}"
+        raise UsageError(message, hint=f"use --context {target.shape.max_context} or less")
+    context = options.context or min(DEFAULT_CONTEXT, target.shape.max_context)
+    on_gpu = device != "cpu"
+    settings = Settings(target.kind, device="gpu" if on_gpu else "cpu", flash_attention=False)
+    weights = target.weights_bytes + (0 if on_gpu else target.repacked_bytes)
+    workload = Workload(target.shape, weights, target.format, settings, context, options.concurrency)
+    free, what = _free(device, machine)
+    verdict = advise(workload, free, _siblings(target, store))
+    if verdict.word == "does not fit" and not options.force:
+        tries = "; ".join(verdict.suggestions)
+        message = f"{target.name} does not fit: {verdict.reason}, which is what is free {what}"
+        raise RefusedError(message, hint=f"what would fit: {tries}; or load it all the same with --force")
+    return Placement(device, context, verdict)
+
+
+def _device(wanted: str, machine: Machine) -> str:
+    if wanted == "auto":
+        return "cuda:0" if machine.gpus else "cpu"
+    if wanted == "cpu":
+        return wanted
+    kind, _, number = wanted.partition(":")
+    if kind != "cuda" or not (number or "0").isdigit():
+        raise UsageError(f"{wanted!r} is no device", hint="use auto, cpu or cuda:0")
+    if int(number or 0) >= len(machine.gpus):
+        found = ", ".join(gpu.name for gpu in machine.gpus) or "none"
+        raise UsageError(f"there is no {wanted} here (GPUs: {found})", hint="use --device cpu")
+    return f"cuda:{int(number or 0)}"
+
+
+def _free(device: str, machine: Machine) -> tuple[int, str]:
+    if device == "cpu":
+        return machine.available_ram_bytes, f"of {machine.ram_bytes / GIB:.1f} GiB RAM"
+    gpu = machine.gpus[int(device.partition(":")[2])]
+    return gpu.vram_bytes - gpu.used_bytes, f"on the {gpu.name} of {gpu.vram_bytes / GIB:.1f} GiB"
+
+
+def _siblings(target: LocalTarget, store: Store) -> dict[str, tuple[int, str]]:
+    """Other current builds of the same model: name -> (bytes, format)."""
+    if target.artifact is None:
+        return {}
+    own = target.artifact.manifest
+    return {
+        f"{item.manifest.name}/{item.manifest.variant}": (item.manifest.size_bytes, item.manifest.format)
+        for item in store.artifacts()
+        if item.manifest.name == own.name and item.manifest.variant != own.variant and store.is_current(item)
+    }
+
+
+def engine_options(target: LocalTarget, options: RunOptions, placement: Placement) -> dict[str, object]:
+    """What the model's process is told."""
+    return {
+        "path": str(Path(target.path).resolve()),
+        "format": target.format,
+        "device": placement.device,
+        "context": placement.context,
+        "slots": options.concurrency,
+        "threads": options.threads,
+        "gpu_layers": options.gpu_layers,
+    }

@@ -1,0 +1,126 @@
+"""Runs the gateway: binds the port, starts uvicorn, drains on SIGTERM.
+
+In: targets with their placements, rules, limits, keys. Out: a running server, until a signal ends it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import gc
+import logging
+import signal
+import socket
+import sys
+from collections.abc import Generator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import uvicorn
+
+from quantize.errors import UsageError
+from quantize.serve.app import Gateway, make_gateway
+from quantize.serve.engines.base import Engine
+from quantize.serve.engines.link import Target
+from quantize.serve.engines.local import LocalEngine
+from quantize.serve.limits import Keys
+from quantize.serve.logs import LogWriter, ServerLogs, make_log
+from quantize.serve.monitoring import Watcher
+from quantize.serve.router import Rules
+from quantize.serve.service import Limits
+from quantize.serve.targets import UpstreamTarget
+
+BACKLOG = 2048
+KEEP_ALIVE_SECONDS = 30
+
+
+@dataclass(frozen=True)
+class Address:
+    """Where to listen; port 0 takes a free one. grace_seconds: for answers under way when the gateway is to end."""
+
+    host: str = "127.0.0.1"
+    port: int = 8000
+    grace_seconds: int = 30
+
+
+def run(
+    targets: Sequence[Target | UpstreamTarget], rules: Rules, limits: Limits, keys: Keys, address: Address,
+    log_level: str = "info",
+) -> None:  # fmt: skip
+    """Serve until SIGTERM or SIGINT. Raises UsageError: the address is taken."""
+    listener = _bind(address)
+    writer = LogWriter(sys.stderr.buffer)
+    log = make_log(writer, log_level)
+    logging.basicConfig(handlers=[ServerLogs(log)], level=logging.WARNING, force=True)
+    try:
+        gateway = make_gateway(lambda watcher: _engines(targets, watcher), rules, limits, keys, log)
+        host, port = listener.getsockname()[:2]
+        log.info("listening", url=f"http://{f'[{host}]' if ':' in host else host}:{port}", keys=bool(keys))
+        gc.collect()
+        gc.freeze()  # what is loaded now stays: collections need not look at it again
+        with asyncio.Runner(loop_factory=_loop_factory()) as runner:
+            runner.run(_serve(gateway, listener, address))
+        log.info("stopped")
+    finally:
+        listener.close()
+        writer.close()
+
+
+def _engines(targets: Sequence[Target | UpstreamTarget], watcher: Watcher) -> Mapping[str, Engine]:
+    engines: dict[str, Engine] = {}
+    for target in targets:
+        tell = watcher.about(target.name)
+        if isinstance(target, UpstreamTarget):
+            from quantize.serve.engines.upstream import UpstreamEngine
+
+            engines[target.name] = UpstreamEngine(target, tell)
+        else:
+            engines[target.name] = LocalEngine(target, tell)
+    return engines
+
+
+def make_config(gateway: Gateway, grace_seconds: int) -> uvicorn.Config:
+    """uvicorn, with nothing on the way of a request that the gateway does itself."""
+    return uvicorn.Config(
+        gateway.app, http="httptools", ws="none", lifespan="on", log_config=None, access_log=False,
+        server_header=False, proxy_headers=False, backlog=BACKLOG, timeout_keep_alive=KEEP_ALIVE_SECONDS,
+        timeout_graceful_shutdown=grace_seconds,
+    )  # fmt: skip
+
+
+class _Server(uvicorn.Server):
+    """A signal ends it once answers under way are done; it then returns, and the process exits with 0."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Generator[None]:
+        """See uvicorn: without raising the signal again afterwards."""
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self.handle_exit, number, None)
+        yield
+
+
+async def _serve(gateway: Gateway, listener: socket.socket, address: Address) -> None:
+    await _Server(make_config(gateway, address.grace_seconds)).serve(sockets=[listener])
+
+
+def _bind(address: Address) -> socket.socket:
+    family = socket.AF_INET6 if ":" in address.host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((address.host, address.port))
+    except OSError as exc:
+        listener.close()
+        where = f"{address.host}:{address.port}"
+        raise UsageError(f"can't listen on {where}: {exc.strerror or exc}", hint="choose another --port") from exc
+    listener.set_inheritable(False)
+    return listener
+
+
+def _loop_factory() -> Any:
+    try:
+        import uvloop
+    except ImportError:
+        return None
+    return uvloop.new_event_loop
