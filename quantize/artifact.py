@@ -18,12 +18,15 @@ from typing import Any
 
 from quantize.cache import hash_file
 from quantize.errors import QuantizeError, StoreError
-from quantize.manifest import FILE_NAME, MEASUREMENTS_NAME, FileEntry, Manifest, read_manifest
+from quantize.manifest import EVALUATION_NAME, FILE_NAME, MEASUREMENTS_NAME, FileEntry, Manifest, read_manifest
 
 STAGING = ".staging"
 LOCKS = ".locks"
 SCRATCH = ".scratch"  # ends the name of the folder beside a staging folder that a build works in
 CURRENT = "current"
+REFUSED = "refused"  # folder beside a variant's good builds: those that its gates refused
+UNJUDGED = ".unjudged"  # the same for builds that are complete and verified, and have no figures yet
+ASIDE = (UNJUDGED, REFUSED)
 LOCK_POLL_SECONDS = 0.1
 MKDIR_TRIES = 10_000  # each takes microseconds; only a store whose root can not be made uses them up
 
@@ -216,26 +219,78 @@ def update_measurements(store: Path, artifact: Artifact, changes: Mapping[str, A
         write_measurements(artifact.folder, {**artifact.measurements(), **changes})
 
 
-def commit(store: Path, staging: Path, manifest: Manifest) -> Artifact:
-    """Put a complete staging folder in its place and point `current` at it.
+def commit(store: Path, folder: Path, manifest: Manifest) -> Artifact:
+    """Put a complete folder, staged or set aside, in its place and point `current` at it.
 
-    If the same digest is there already and intact, that folder stays and staging is dropped. Raises StoreError.
+    If the same digest is there already and intact, its weights stay; only what was measured anew goes with it.
+    Raises StoreError.
     """
     with store_errors(store):
-        write_text(staging / FILE_NAME, manifest.to_json())
-        sync_tree(staging)
+        write_text(folder / FILE_NAME, manifest.to_json())
+        sync_tree(folder)
         final = variant_folder(store, manifest.name, manifest.variant) / manifest.short_digest
         final.parent.mkdir(parents=True, exist_ok=True)
-        if not _is_intact(final, manifest):
-            damaged = staging.with_name(staging.name + SCRATCH) / "damaged"
-            if final.exists():
-                damaged.parent.mkdir(exist_ok=True)
-                final.rename(damaged)
-            staging.rename(final)
-            shutil.rmtree(damaged, ignore_errors=True)
+        if folder != final and _is_intact(final, manifest):
+            _take_figures(folder, final)
+        elif folder != final:
+            _replace(store, final, folder, manifest)
         point_current(final)
         _sync(final.parent)
+        _remove_if_empty(folder.parent, final.parent)
     return Artifact(final, manifest)
+
+
+def set_aside(store: Path, folder: Path, manifest: Manifest, place: str) -> Artifact:
+    """Put a complete folder into REFUSED or UNJUDGED, where it counts as no build of its variant. Raises StoreError.
+
+    A good build of the same digest is the same files: it goes from where it was, and `current` to the newest other one.
+    """
+    variant = variant_folder(store, manifest.name, manifest.variant)
+    final, good = variant / place / manifest.short_digest, variant / manifest.short_digest
+    with store_errors(store):
+        write_text(folder / FILE_NAME, manifest.to_json())
+        sync_tree(folder)
+        final.parent.mkdir(parents=True, exist_ok=True)
+        if place == REFUSED and good.exists():
+            _point_elsewhere(good)
+        if final != folder:
+            _replace(store, final, folder, manifest)
+        if place == REFUSED and good.exists():
+            shutil.rmtree(good)
+        _sync(final.parent)
+        _remove_if_empty(folder.parent)
+    return Artifact(final, manifest)
+
+
+def _replace(store: Path, final: Path, folder: Path, manifest: Manifest) -> None:
+    """Rename a folder to its final name; what has that name goes, after it."""
+    damaged = store / STAGING / f"{manifest.name}--{manifest.variant}.{uuid.uuid4().hex[:8]}{SCRATCH}"
+    if final.exists():
+        _make_folder(damaged.parent)
+        final.rename(damaged)
+    folder.rename(final)
+    shutil.rmtree(damaged, ignore_errors=True)
+    _remove_if_empty(damaged.parent)
+
+
+def _take_figures(folder: Path, final: Path) -> None:
+    """Move what was measured of the same files to where they already are."""
+    if (folder / EVALUATION_NAME).is_file():
+        for name in (MEASUREMENTS_NAME, EVALUATION_NAME):
+            (folder / name).replace(final / name)
+    shutil.rmtree(folder)
+
+
+def _point_elsewhere(good: Path) -> None:
+    """Have `current` point at the newest other build of the variant, or at none."""
+    link = good.parent / CURRENT
+    if not link.is_symlink() or os.readlink(link) != good.name:
+        return
+    others = [item for item in good.parent.iterdir() if item != good and (item / FILE_NAME).is_file() and item != link]
+    if others:
+        point_current(max(others, key=lambda item: (item / FILE_NAME).stat().st_mtime))
+    else:
+        link.unlink()
 
 
 def _is_intact(folder: Path, manifest: Manifest) -> bool:

@@ -1,70 +1,53 @@
 """Plan -> Artifacts: the only module that wires the steps together.
 
 In: a recipe, a store, a cache, how to run. Out: one Outcome a variant. One variant's failure does not end the others.
-Order: pin the source, skip what is built, one calibration pass for all that need it, then build, verify and commit.
+Order: pin the source, skip what is built, one calibration pass for all that need it, then build, verify, measure, hold
+the gates, commit.
 """
 
 from __future__ import annotations
 
-import platform
 import shutil
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
-from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
 
-from quantize.artifact import (
-    SCRATCH,
-    Artifact,
-    commit,
-    describe_files,
-    settle,
-    staging_folder,
-    variant_lock,
-    write_measurements,
-    write_text,
-)
-from quantize.backends.base import BuildResult, Context, Limits
+from quantize.artifact import SCRATCH, UNJUDGED, Artifact, set_aside, settle, staging_folder, variant_lock
+from quantize.assemble import Made, assemble
+from quantize.backends.base import Context, Limits
 from quantize.cache import Cache
-from quantize.card import render_card
-from quantize.checkpoint import CARRIED_FILES, Checkpoint
-from quantize.errors import QuantizeError
-from quantize.estimate import manifest_estimate
-from quantize.manifest import (
-    CARD_NAME,
-    MEASUREMENTS_NAME,
-    RECIPE_NAME,
-    SCHEMA_VERSION,
-    CalibrationEntry,
-    FileEntry,
-    KeptEntry,
-    Manifest,
-    SourceEntry,
-)
-from quantize.plan import Job, identify_jobs
+from quantize.checkpoint import Checkpoint
+from quantize.errors import QuantizeError, StoreError, UsageError, VerifyError
+from quantize.gates import Gates, Judge
+from quantize.manifest import MEASUREMENTS_NAME
+from quantize.plan import Job, identify_jobs, pin_calibration
 from quantize.recipe import Recipe
 from quantize.report import Event, Reporter, note, status, warn
-from quantize.shape import ModelShape
 from quantize.source import PinnedSource, open_source, pin_source
 from quantize.store import Store
 
 
 @dataclass(frozen=True)
 class RunOptions:
-    """How to run; nothing here changes what is built."""
+    """How to run; nothing here changes the weights that are built.
+
+    evaluate: measure what is built, and hold the recipe's gates; False leaves it "not evaluated". accept_risk: why an
+    artifact that its gates refuse is taken all the same; it goes into the manifest.
+    """
 
     limits: Limits = field(default_factory=Limits)
     keep_going: bool = True
     force: bool = False
     only: tuple[str, ...] = ()
+    evaluate: bool = True
+    accept_risk: str | None = None
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of one variant: "built", "up to date", "failed" or "skipped"."""
+    """What became of one variant: "built", "evaluated" (built before), "up to date", "refused", "failed", "skipped"."""
 
     variant: str
     state: str
@@ -86,23 +69,24 @@ class _Build:
     """One run over one recipe; keeps what all its steps share."""
 
     def __init__(self, recipe: Recipe, store: Store, cache: Cache, reporter: Reporter, run: RunOptions) -> None:
+        recipe = pin_calibration(recipe, reporter)
         self.recipe, self.store, self.cache, self.reporter, self.run = recipe, store, cache, reporter, run
         self.source: PinnedSource = pin_source(recipe, cache, reporter)
+        judge = Judge(recipe, self.source, cache, run.limits)
+        self.gates = Gates(judge, store.root, reporter, evaluate=run.evaluate, accept_risk=run.accept_risk)
         self.outcomes: dict[str, Outcome] = {}
         self.checkpoint: Checkpoint
 
     def all(self) -> list[Outcome]:
-        if self.recipe.gates is not None:
-            warn(self.reporter, "", "the recipe has `gates`; this version measures none of them, so none is held")
         jobs = self._wanted(identify_jobs(self.recipe, self.source, self.store))
-        todo = [job for job in jobs if job.existing is None or self.run.force]
-        for job in jobs:
-            if job not in todo and job.existing is not None:
-                settle(self.store.root, job.existing)
-                self._finished(Outcome(job.variant.name, "up to date", job.existing))
-        if todo:
+        todo = [job for job in jobs if self.run.force or self._found(job) is None]
+        waiting = [job for job in jobs if job not in todo and not self._is_settled(job)]
+        if todo or waiting:
             self.checkpoint = open_source(self.source, self.cache, self.reporter)
             todo = [job for job in todo if self._checked(job)]
+            self._prepare(todo, waiting)
+            for job in waiting:
+                self._settle_waiting(job)
             self._build_calibrated([job for job in todo if job.backend.needs_calibration(job.variant.options)])
             for job in todo:
                 if not job.backend.needs_calibration(job.variant.options) and self._goes_on(job):
@@ -113,6 +97,49 @@ class _Build:
 
     def _wanted(self, jobs: list[Job]) -> list[Job]:
         return [job for job in jobs if not self.run.only or job.variant.name in self.run.only]
+
+    def _found(self, job: Job) -> Artifact | None:
+        """The build of a job that there is: a good one, or one that was refused or has no figures yet."""
+        wanted = (self.recipe.name, job.variant.name, job.build_key)
+        return self.store.find_build(*wanted) or self.store.find_aside(*wanted)
+
+    def _is_settled(self, job: Job) -> bool:
+        """Whether an artifact is where its known figures put it, so that nothing is left to do; then it is reported."""
+        artifact = self._found(job)
+        settled = self.gates.settled(artifact) if artifact is not None else None
+        if settled is None:
+            return False
+        if settled.error is None:
+            settle(self.store.root, settled.artifact)
+        state = "up to date" if settled.error is None else "refused"
+        self._finished(Outcome(job.variant.name, state, settled.artifact, settled.error))
+        return True
+
+    def _prepare(self, todo: Sequence[Job], waiting: Sequence[Job]) -> None:
+        """The source's side of the evaluation, before anything is built."""
+        found = [(job, self._found(job)) for job in waiting]
+        unknown = [job for job, artifact in found if artifact and self.gates.judge.known(artifact) is None]
+        measured = [job for job in (*todo, *unknown) if self.gates.measures(job.variant.format)]
+        if measured:
+            calibrated = any(job.backend.needs_calibration(job.variant.options) for job in measured)
+            self.gates.judge.prepare(self.checkpoint, self.reporter, calibrated=calibrated)
+
+    def _settle_waiting(self, job: Job) -> None:
+        with variant_lock(self.store.root, self.recipe.name, job.variant.name):
+            artifact = self._found(job)
+            try:
+                if artifact is None:
+                    raise StoreError(f"{job.variant.name}: its build is gone", hint="run the same build again")
+                self._settle(artifact, "evaluated")
+            except QuantizeError as exc:
+                self._finished(Outcome(job.variant.name, "failed", artifact, exc))
+
+    def _settle(self, artifact: Artifact, state: str, seconds: float = 0.0, failure: VerifyError | None = None) -> None:
+        """Have the gates put an artifact where it belongs, and report it. Only call under the variant's lock."""
+        settled = self.gates.settle(artifact, self.checkpoint, failure=failure, anew=state == "built")
+        if settled.error is not None:
+            state = "refused"
+        self._finished(Outcome(artifact.manifest.variant, state, settled.artifact, settled.error, seconds))
 
     def _goes_on(self, job: Job) -> bool:
         if self.run.keep_going or not any(item.error for item in self.outcomes.values()):
@@ -132,10 +159,10 @@ class _Build:
         """Take the variant's lock and a staging folder; None if another build made it while we waited."""
         name = job.variant.name
         held.enter_context(variant_lock(self.store.root, self.recipe.name, name))
-        existing = self.store.find_build(self.recipe.name, name, job.build_key)
+        existing = self._found(job)
         if existing is not None and not self.run.force:
             note(self.reporter, name, "another build has just made it")
-            self._finished(Outcome(name, "up to date", existing))
+            self._settle(existing, "up to date")
             return None
         staging = held.enter_context(staging_folder(self.store.root, self.recipe.name, name))
         scratch = staging.with_name(staging.name + SCRATCH)
@@ -179,87 +206,22 @@ class _Build:
         job, context = work.job, work.context
         try:
             result = job.backend.build(context, self.reporter)
-            facts = job.backend.verify(context.staging, self.checkpoint, self.run.limits, self.reporter)
+            facts, failure = self._verified(work)
             status(self.reporter, context.variant, "hashing and writing the manifest")
             seconds = time.perf_counter() - work.started
-            artifact = self._commit(work, result, {**(measured or {}), "verify": dict(facts)}, seconds)
+            made = Made(result, {**(measured or {}), "verify": facts}, seconds)
+            manifest = assemble(self.recipe, job, context, made)
+            self._settle(set_aside(self.store.root, context.staging, manifest, UNJUDGED), "built", seconds, failure)
         except QuantizeError as exc:
             self._finished(Outcome(context.variant, "failed", error=exc, seconds=time.perf_counter() - work.started))
-            return
-        self._finished(Outcome(context.variant, "built", artifact, seconds=seconds))
 
-    def _commit(self, work: _Work, result: BuildResult, measured: dict[str, Any], seconds: float) -> Artifact:
-        staging = work.context.staging
-        names = (*result.files, *self._carry_papers(staging))
-        files = describe_files(staging, tuple(dict.fromkeys(names)))
-        manifest = self._manifest(work.job, result, files, work.context.calibration)
-        write_text(staging / RECIPE_NAME, self.recipe.text)
-        write_text(staging / CARD_NAME, render_card(manifest))
-        measurements = {
-            "built_at": datetime.now(UTC).isoformat(timespec="seconds"),
-            "build_seconds": round(seconds, 2),
-            "machine": {
-                "system": platform.system(),
-                "processor": platform.machine(),
-                "threads": self.run.limits.threads,
-            },
-            **measured,
-            **result.measurements,
-        }
-        write_measurements(staging, measurements)
-        return commit(self.store.root, staging, manifest)
-
-    def _carry_papers(self, staging: Path) -> list[str]:
-        """Copy the licence files of the base model: they must go wherever its weights go."""
-        names = []
-        for pattern in CARRIED_FILES:
-            for path in sorted(self.checkpoint.folder.glob(pattern)):
-                if path.is_file():
-                    shutil.copyfile(path, staging / path.name)
-                    names.append(path.name)
-        return names
-
-    def _manifest(
-        self, job: Job, result: BuildResult, files: tuple[FileEntry, ...], calibration: CalibrationEntry | None
-    ) -> Manifest:
-        source, checkpoint = self.source, self.checkpoint
-        return Manifest(
-            schema_version=SCHEMA_VERSION,
-            name=self.recipe.name,
-            variant=job.variant.name,
-            format=job.variant.format,
-            options=job.variant.normalized(),
-            bits=result.bits,
-            group_size=result.group_size,
-            bits_per_weight=result.bits_per_weight,
-            source=SourceEntry(
-                uri=source.uri,
-                revision=source.revision,
-                name=source.name,
-                base_model=source.base_model,
-                license=source.license,
-                architecture=checkpoint.architecture,
-                parameters=checkpoint.parameters,
-                weights_bytes=checkpoint.weights_bytes,
-                quantized_before=source.quantized_before,
-                files=tuple(
-                    FileEntry(path=item.path, size_bytes=item.size_bytes, sha256=item.sha256) for item in source.files
-                ),
-            ),
-            calibration=calibration,
-            tools=job.tools,
-            files=files,
-            kept_in_high_precision=tuple(
-                KeptEntry(tensor=item.tensor, type=item.type, reason=item.reason) for item in result.kept
-            ),
-            size_bytes=sum(item.size_bytes for item in files),
-            estimate=dict(
-                manifest_estimate(
-                    ModelShape.from_config(checkpoint.config), result.weights_bytes, format=job.variant.format
-                )
-            ),
-            build_key=job.build_key,
-        ).sealed()
+    def _verified(self, work: _Work) -> tuple[dict[str, Any], VerifyError | None]:
+        """What verification found out, or why it refuses."""
+        context = work.context
+        try:
+            return dict(work.job.backend.verify(context.staging, self.checkpoint, context.limits, self.reporter)), None
+        except VerifyError as exc:
+            return {}, exc
 
     def _finished(self, outcome: Outcome) -> None:
         self.outcomes[outcome.variant] = outcome
@@ -282,8 +244,6 @@ def build(
     run = run or RunOptions()
     unknown = sorted(set(run.only) - {variant.name for variant in recipe.variants})
     if unknown:
-        from quantize.errors import UsageError
-
         names = ", ".join(variant.name for variant in recipe.variants)
         raise UsageError(f"the recipe has no variant {unknown[0]!r}", hint=f"it has: {names}")
     return _Build(recipe, store, cache, reporter, replace(run)).all()

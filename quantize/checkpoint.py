@@ -67,12 +67,8 @@ class Checkpoint:
 
     @cached_property
     def chat_template(self) -> str | None:
-        """The chat template, from chat_template.jinja or tokenizer_config.json; None if there is none."""
-        file = self.folder / "chat_template.jinja"
-        if file.is_file():
-            return file.read_text(encoding="utf-8")
-        template = self.tokenizer_config.get("chat_template")
-        return template if isinstance(template, str) else None
+        """The chat template; None if there is none."""
+        return read_chat_template(self.folder)
 
     def files(self) -> list[Path]:
         """Every file that the model consists of: config, tokenizer, weights, licence, card; sorted by name."""
@@ -105,12 +101,21 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: no such folder", hint="name a folder with config.json and *.safetensors")
     config = _config(folder)
-    tensors = _tensor_table(folder)
+    tensors = tensor_table(folder)
     _check_dtypes(tensors, config)
     tokenizer_config = _optional_json(folder / "tokenizer_config.json")
     checkpoint = Checkpoint(folder, config, tensors, tokenizer_config)
     _check_tokenizer(checkpoint)
     return checkpoint
+
+
+def read_chat_template(folder: Path) -> str | None:
+    """The chat template of a folder, from chat_template.jinja or tokenizer_config.json; None if there is none."""
+    file = folder / "chat_template.jinja"
+    if file.is_file():
+        return file.read_text(encoding="utf-8")
+    template = _optional_json(folder / "tokenizer_config.json").get("chat_template")
+    return template if isinstance(template, str) else None
 
 
 def check_finite(checkpoint: Checkpoint) -> Iterator[tuple[int, int]]:
@@ -178,7 +183,8 @@ def _optional_json(path: Path) -> dict[str, Any]:
     return data
 
 
-def _tensor_table(folder: Path) -> dict[str, TensorInfo]:
+def tensor_table(folder: Path) -> dict[str, TensorInfo]:
+    """Every tensor of a folder's safetensors files, by name. Raises CheckpointError."""
     index = folder / INDEX_NAME
     if index.is_file():
         return _sharded(folder, index)

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import difflib
 import os
+import platform
 import re
 import shutil
 import subprocess
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from quantize.errors import UsageError
 
@@ -134,6 +136,27 @@ def ram() -> tuple[int, int]:
     if limit is not None and limit < total:
         total, available = limit, min(available, max(0, limit - used))
     return total, available
+
+
+def describe_machine() -> dict[str, Any]:
+    """What a figure was measured on, as plain data: processor, cores, RAM, GPUs."""
+    machine = detect()
+    return {
+        "system": f"{platform.system()} {platform.machine()}",
+        "processor": processor_name(),
+        "cores": machine.cores,
+        "ram_bytes": machine.ram_bytes,
+        "gpus": [gpu.name for gpu in machine.gpus],
+    }
+
+
+def processor_name() -> str:
+    """The processor as it calls itself, or its architecture where the system does not say."""
+    try:
+        names = re.findall(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text("utf-8"), re.MULTILINE)
+    except OSError:
+        names = []
+    return str(names[0]) if names else platform.processor() or platform.machine()
 
 
 def _split_size(name: str) -> tuple[str, int | None]:

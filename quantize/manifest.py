@@ -22,8 +22,10 @@ SCHEMA_VERSION = 1
 FILE_NAME = "manifest.json"
 MEASUREMENTS_NAME = "measurements.json"
 RECIPE_NAME = "recipe.yaml"
+EVALUATION_NAME = "evaluation.md"
 CARD_NAME = "README.md"
-PAPERS = (FILE_NAME, MEASUREMENTS_NAME, RECIPE_NAME, CARD_NAME)  # about the artifact, not part of what is pinned
+# About the artifact, not part of what is pinned.
+PAPERS = (FILE_NAME, MEASUREMENTS_NAME, RECIPE_NAME, EVALUATION_NAME, CARD_NAME)
 MAX_BYTES = 64 << 20
 
 
@@ -72,8 +74,19 @@ class KeptEntry(_Frozen):
     reason: str
 
 
+class AcceptedRisk(_Frozen):
+    """The gates that refused the artifact, and why whoever built it takes it all the same."""
+
+    reason: str
+    gates: tuple[str, ...]
+
+
 class Manifest(_Frozen):
-    """All that is pinned about an artifact. `digest` is the sha256 of the canonical JSON of the other fields."""
+    """All that is pinned about an artifact. `digest` is the sha256 of the canonical JSON of the other fields.
+
+    `accepted_risk` is there only where a risk was accepted: the digest of every other artifact is what it would be
+    without that field.
+    """
 
     schema_version: int
     name: str
@@ -91,6 +104,7 @@ class Manifest(_Frozen):
     size_bytes: int
     estimate: dict[str, Any]
     build_key: str
+    accepted_risk: AcceptedRisk | None = None
     digest: str = ""
 
     def sealed(self) -> Manifest:
@@ -99,7 +113,11 @@ class Manifest(_Frozen):
 
     def computed_digest(self) -> str:
         """sha256 of the RFC 8785 form of every field but `digest`."""
-        return "sha256:" + canonical_hash(self.model_dump(mode="json", exclude={"digest"}))
+        return "sha256:" + canonical_hash({key: value for key, value in self.to_data().items() if key != "digest"})
+
+    def to_data(self) -> dict[str, Any]:
+        """Plain JSON data: what manifest.json holds."""
+        return self.model_dump(mode="json", exclude=set() if self.accepted_risk else {"accepted_risk"})
 
     @property
     def short_digest(self) -> str:
@@ -108,7 +126,7 @@ class Manifest(_Frozen):
 
     def to_json(self) -> str:
         """The text of manifest.json: indented, keys sorted."""
-        return json.dumps(self.model_dump(mode="json"), indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+        return json.dumps(self.to_data(), indent=2, sort_keys=True, ensure_ascii=False) + "\n"
 
 
 def canonical_hash(data: Any) -> str:

@@ -128,6 +128,27 @@ class Gates(BaseModel):
     max_size_ratio: Annotated[float, Field(gt=0, strict=False)] | None = None
 
 
+class EvaluationSpec(BaseModel):
+    """What an artifact and its source are both measured on. Nothing here changes what is built."""
+
+    model_config = Strict
+    text: str = Field(
+        default="python-docs", description="held-out text: `python-docs`, or a .txt, .jsonl or .parquet file"
+    )
+    column: str = Field(default="text", description="column of a .jsonl or .parquet file that holds the text")
+    window: Annotated[int, Field(ge=16, le=131_072)] = Field(default=512, description="tokens that are read at a time")
+    windows: Annotated[int, Field(ge=0)] = Field(
+        default=0, description="at most so many windows, the first ones; 0 takes all"
+    )
+    golden: list[str] | None = Field(
+        default=None,
+        description="files or folders of golden prompts; [] asks none (default: calibration/golden)",
+    )
+    context: Annotated[int, Field(ge=0)] = Field(
+        default=0, description="tokens of a golden prompt and its answer; 0 for the model's own, at most 2,048"
+    )
+
+
 class _RecipeFile(BaseModel):
     """The shape of a recipe file, before formats look at their own sections."""
 
@@ -138,6 +159,7 @@ class _RecipeFile(BaseModel):
     calibration: str | CalibrationSpec | None = Field(None, description="a calibration/*.yaml file, or its content")
     defaults: dict[str, Any] = Field(default_factory=dict, description="options that all variants share")
     variants: Annotated[list[dict[str, Any]], Field(min_length=1)]
+    evaluation: EvaluationSpec = EvaluationSpec()
     gates: Gates | None = None
 
 
@@ -163,6 +185,7 @@ class Recipe:
     source: Source
     calibration: CalibrationSpec | None
     variants: tuple[Variant, ...]
+    evaluation: EvaluationSpec
     gates: Gates | None
     path: Path
     text: str
@@ -193,12 +216,26 @@ def load_recipe(path: Path, formats: Mapping[str, type[BackendOptions]]) -> Reci
     file = validate(_RecipeFile, document)
     variants = _variants(document, file, formats)
     calibration = _calibration(document, file, path)
-    return Recipe(file.name, file.description, file.source, calibration, variants, file.gates, path, document.text)
+    return Recipe(
+        file.name,
+        file.description,
+        file.source,
+        calibration,
+        variants,
+        file.evaluation,
+        file.gates,
+        path,
+        document.text,
+    )
 
 
 def load_calibration(path: Path) -> CalibrationSpec:
-    """Read a calibration/*.yaml file. Raises RecipeError."""
-    return validate(CalibrationSpec, read_document(path))
+    """Read a calibration/*.yaml file; a file of text that it names starts from its own folder. Raises RecipeError."""
+    spec = validate(CalibrationSpec, read_document(path))
+    beside = path.parent / spec.dataset
+    if is_path_text(spec.dataset) and beside.is_file():
+        return spec.model_copy(update={"dataset": str(beside.resolve())})
+    return spec
 
 
 def recipe_schema(formats: Mapping[str, type[BackendOptions]]) -> dict[str, Any]:

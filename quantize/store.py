@@ -5,6 +5,7 @@ In: a root folder. Out: Artifacts. Making them is left to build; nothing here re
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import shutil
@@ -15,9 +16,12 @@ from pathlib import Path
 import yaml
 
 from quantize.artifact import (
+    ASIDE,
     CURRENT,
     LOCKS,
+    REFUSED,
     STAGING,
+    UNJUDGED,
     Artifact,
     open_artifact,
     staged_variant,
@@ -109,6 +113,25 @@ class Store:
                 return item
         return None
 
+    def find_aside(self, name: str, variant: str, build_key: str) -> Artifact | None:
+        """A complete build with this key that has no figures yet, or that its gates refused."""
+        for place in ASIDE:
+            folder = self.root / name / variant / place
+            for candidate in sorted(folder.iterdir()) if folder.is_dir() else []:
+                with contextlib.suppress(VerifyError):
+                    item = open_artifact(candidate)
+                    if item.manifest.build_key == build_key and _complete(item):
+                        return item
+        return None
+
+    def refused(self) -> list[Artifact]:
+        """Every build that its gates refused, by name, variant and digest."""
+        found = []
+        for folder in sorted(self.root.glob(f"*/*/{REFUSED}/*")):
+            with contextlib.suppress(VerifyError):
+                found.append(open_artifact(folder))
+        return found
+
     def removable(self) -> list[tuple[Path, str]]:
         """What gc would remove: (folder, why). Never a current artifact, nor one pinned in artifacts.lock."""
         pinned = self.pinned()
@@ -118,6 +141,16 @@ class Store:
             if not self.is_current(item) and not any(item.manifest.digest.startswith(pin) for pin in pinned)
         ]
         found += [(item.folder, item.reason) for item in self.broken()]
+        found += [
+            (item.folder, "refused by its gates")
+            for item in self.refused()
+            if not any(item.manifest.digest.startswith(pin) for pin in pinned)
+        ]
+        found += [
+            (folder, "left by a killed build")
+            for folder in sorted(self.root.glob(f"*/*/{UNJUDGED}/*"))
+            if not self._is_held(f"{folder.parents[2].name}--{folder.parents[1].name}.")
+        ]
         return found
 
     def pinned(self) -> list[str]:
@@ -136,11 +169,15 @@ class Store:
 
     def remove(self, folder: Path) -> None:
         """Remove one artifact's folder, under its variant's lock. Raises StoreError."""
-        variant = folder.parent
+        variant = folder.parents[1] if folder.parent.name in ASIDE else folder.parent
         with variant_lock(self.root, variant.parent.name, variant.name), store_errors(self.root):
             if (variant / CURRENT).is_symlink() and os.readlink(variant / CURRENT) == folder.name:
                 return  # it became the current one while we waited
-            shutil.rmtree(folder)
+            with contextlib.suppress(FileNotFoundError):  # a build has moved it while we waited
+                shutil.rmtree(folder)
+            if folder.parent != variant:
+                with contextlib.suppress(OSError):
+                    folder.parent.rmdir()
 
     def leftovers(self) -> list[Path]:
         """Staging folders that no running build holds."""

@@ -30,6 +30,7 @@ from quantize.recipe import Recipe, load_recipe
 from quantize.report import ListReporter
 from quantize.store import Store
 from quantize.testing import TinyModel, make_checkpoint, write_recipe
+from tests.conftest import UNMEASURED
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # transformers and its plugins warn on import
 
@@ -65,7 +66,7 @@ def run_all(checkpoint: Path, root: Path, threads: int) -> Run:
     (root / "text.txt").write_text("\n\n".join(paragraphs))
     recipe = load_recipe(write_recipe(root / "tiny.yaml", checkpoint, VARIANTS, calibration=CALIBRATION), formats())
     run = Run(recipe, Store(root / "artifacts"), Cache(root / "cache"), ListReporter())
-    outcomes = build(recipe, run.store, run.cache, run.reporter, RunOptions(Limits(threads=threads)))
+    outcomes = build(recipe, run.store, run.cache, run.reporter, RunOptions(Limits(threads=threads), evaluate=False))
     assert {item.variant: str(item.error) for item in outcomes if item.error} == {}
     return run
 
@@ -226,7 +227,7 @@ def test_the_importance_matrix_is_the_mean_square_of_what_each_linear_reads(run:
 
 def test_llama_cpp_used_the_importance_matrix(run: Run, checkpoint: Path, tmp_path: Path) -> None:
     path = write_recipe(tmp_path / "plain.yaml", checkpoint, [{"format": "gguf", "type": "Q4_K_M"}])
-    (plain,) = build(load_recipe(path, formats()), Store(tmp_path / "plain"), run.cache, ListReporter())
+    (plain,) = build(load_recipe(path, formats()), Store(tmp_path / "plain"), run.cache, ListReporter(), UNMEASURED)
     assert plain.artifact is not None
     weighted = run.artifact("q4_k_m-imatrix").folder
     (first,) = plain.artifact.folder.glob("*.gguf")

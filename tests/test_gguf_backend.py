@@ -24,7 +24,7 @@ from quantize.recipe import load_recipe
 from quantize.report import SilentReporter
 from quantize.store import Store
 from quantize.testing import CHAT_TEMPLATE, TinyModel, make_checkpoint, write_recipe
-from tests.conftest import BUILT_TYPES, Built
+from tests.conftest import BUILT_TYPES, UNMEASURED, Built
 
 
 def reader_of(artifact: Artifact) -> gguf.GGUFReader:
@@ -44,7 +44,7 @@ def artifact_of(store: Store, variant: str) -> Artifact:
 def built_with(built: Built, tmp_path: Path, *variants: dict[str, Any]) -> list[Artifact]:
     """More variants of the tiny checkpoint, in a store of their own, from the 16-bit file that is there."""
     path = write_recipe(tmp_path / "more.yaml", Path(str(built.recipe.source.model)), variants)
-    outcomes = build(load_recipe(path, formats()), Store(tmp_path / "more"), built.cache, SilentReporter())
+    outcomes = build(load_recipe(path, formats()), Store(tmp_path / "more"), built.cache, SilentReporter(), UNMEASURED)
     assert [item.error for item in outcomes if item.error] == []
     return [item.artifact for item in outcomes if item.artifact]
 
@@ -110,7 +110,7 @@ def test_the_same_inputs_elsewhere_give_the_same_digests(built: Built, tmp_path:
 
     model = Path(shutil.copytree(str(built.recipe.source.model), tmp_path / "elsewhere" / "tiny"))
     path = write_recipe(tmp_path / "tiny.yaml", model, [{"format": "gguf", "types": ["Q4_K_M", "Q8_0"]}])
-    run = RunOptions(Limits(threads=3))
+    run = RunOptions(Limits(threads=3), evaluate=False)
     outcomes = build(load_recipe(path, formats()), Store(tmp_path / "s"), Cache(tmp_path / "c"), SilentReporter(), run)
     for outcome in outcomes:
         assert outcome.artifact is not None, outcome.error
@@ -178,7 +178,7 @@ def test_rows_that_are_no_multiple_of_256_fall_back_and_say_so(tmp_path: Path, s
         "source: {model: ./narrow, name: Narrow-1B-v2, base_model: org/Narrow-1B, license: mit}\n"
         "variants: [{format: gguf, types: [Q4_K_M, BF16]}]\n"
     )
-    outcomes = build(load_recipe(path, formats()), store, cache, SilentReporter())
+    outcomes = build(load_recipe(path, formats()), store, cache, SilentReporter(), UNMEASURED)
     assert [item.error for item in outcomes if item.error] == []
     mixed, plain = artifact_of(store, "q4_k_m"), artifact_of(store, "bf16")
     assert [entry.path for entry in mixed.manifest.files if entry.path.endswith(".gguf")] == [

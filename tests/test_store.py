@@ -20,13 +20,13 @@ from quantize.backends import formats
 from quantize.build import Outcome, RunOptions, build
 from quantize.cache import Cache
 from quantize.diff import compare
-from quantize.errors import BuildError, PlanError, StoreError, UsageError, VerifyError
+from quantize.errors import BuildError, GateError, PlanError, StoreError, UsageError, VerifyError
 from quantize.manifest import Manifest, manifest_schema, read_manifest
 from quantize.recipe import Recipe, load_recipe
 from quantize.report import ListReporter, SilentReporter
 from quantize.store import Store
 from quantize.testing import FakeBackend, write_recipe
-from tests.conftest import Built, Run
+from tests.conftest import UNMEASURED, Built, Run
 
 Variants = list[dict[str, object]]
 INT8: Variants = [{"format": "fake"}]
@@ -100,10 +100,11 @@ def test_one_failure_does_not_end_the_others(
 ) -> None:
     failing: dict[str, object] = {"format": "fake", "bits": 4, "fail": step}
     outcomes = build_all(recipe([failing, *INT8]), store, cache)
-    assert [item.state for item in outcomes] == ["failed", "built"]
-    assert type(outcomes[0].error) is {"check": PlanError, "build": BuildError, "verify": VerifyError}[step]
+    assert [item.state for item in outcomes] == ["refused" if step == "verify" else "failed", "built"]
+    assert type(outcomes[0].error) is {"check": PlanError, "build": BuildError, "verify": GateError}[step]
     assert [item.manifest.variant for item in store.artifacts()] == ["int8"]
-    assert {path.name for path in store.root.rglob("*") if f"-{step}" in path.name} == set()
+    left = {path.name for path in store.root.rglob("*") if f"-{step}" in path.name}
+    assert left == ({"int4-verify"} if step == "verify" else set()), "what was built and refused is kept aside"
 
 
 def test_fail_fast_skips_the_rest(recipe: Callable[[Variants], Recipe], store: Store, cache: Cache) -> None:
@@ -370,7 +371,7 @@ def test_list_show_and_diff(two_builds: tuple[Manifest, Manifest], store: Store,
     assert "DIGEST" in table
     assert new.short_digest in table
     shown = json.loads(run("show", "demo/int8", "--json").stdout)
-    assert shown["manifest"] == new.model_dump(mode="json")
+    assert shown["manifest"] == new.to_data()
     assert shown["measurements"]["verify"] == {"runtime": "none"}
     assert new.digest in run("show", "demo/int8").stdout
     differences = json.loads(run("diff", f"@{old.digest}", "demo/int8", "--json").stdout)
@@ -475,7 +476,7 @@ def test_a_manifest_that_was_changed(
 def test_events_of_a_build(recipe: Callable[[Variants], Recipe], store: Store, cache: Cache) -> None:
     events = ListReporter()
     build(recipe(INT8), store, cache, events)
-    assert [event.kind for event in events.events if event.subject == "int8"][-2:] == ["status", "done"]
+    assert [event.kind for event in events.events if event.subject == "int8"][-2:] == ["note", "done"], "the last word before the end is that nothing was measured"
 
 
 def test_folders_that_others_remove_because_they_are_empty_are_made_again(tmp_path: Path) -> None:
@@ -509,7 +510,7 @@ def test_an_up_to_date_build_makes_good_what_a_kill_after_its_commit_left(built:
     lock.parent.mkdir()
     lock.touch()
     (artifact.folder.parent / "current").unlink()
-    build(built.recipe, store, built.cache, SilentReporter())
+    build(built.recipe, store, built.cache, SilentReporter(), UNMEASURED)
     assert store.is_current(artifact)
     assert not scratch.exists()
     assert not lock.exists()

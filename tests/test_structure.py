@@ -22,7 +22,7 @@ LAYERS: list[set[str]] = [
     {"block_runner", "hidden_states", "activations", "calibration"},
     {"store", "verify", "diff", "card"},
     {"backends", "evaluate"},
-    {"plan", "reopen", "calibrated", "testing"},
+    {"plan", "reopen", "calibrated", "testing", "assemble", "gates"},
     {"build"},
     {"publish"},
     {"bench", "serve"},

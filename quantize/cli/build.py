@@ -16,12 +16,15 @@ from quantize.cli.common import (
     open_cache,
     print_json,
     print_table,
+    quality,
     quiet_option,
     size_text,
     store_option,
     verbose_option,
 )
 from quantize.cli.progress import console_reporter
+from quantize.errors import UsageError
+from quantize.evaluate.record import COLUMNS
 from quantize.recipe import load_recipe
 from quantize.store import Store
 
@@ -30,6 +33,10 @@ from quantize.store import Store
 @click.argument("recipe", type=click.Path(path_type=Path))
 @click.option("--only", multiple=True, metavar="VARIANT", help="Build only this variant; may be given several times.")
 @click.option("--force", is_flag=True, help="Build again what is up to date.")
+@click.option("--no-eval", is_flag=True, help="Measure nothing: what is built stays `not evaluated`.")
+@click.option(
+    "--accept-risk", metavar="REASON", help="Take what the gates refuse all the same; the manifest says so, and why."
+)
 @click.option(
     "--keep-going/--fail-fast", default=True, help="Go on with other variants after a failure.  [default: go on]"
 )
@@ -39,12 +46,17 @@ from quantize.store import Store
 @quiet_option
 @verbose_option
 def command(
-    recipe: Path, only: tuple[str, ...], force: bool, keep_going: bool, store: Store, threads: int | None, device: str,
-    memory_budget: str | None, as_json: bool, quiet: bool,
+    recipe: Path, only: tuple[str, ...], force: bool, no_eval: bool, accept_risk: str | None, keep_going: bool,
+    store: Store, threads: int | None, device: str, memory_budget: str | None, as_json: bool, quiet: bool,
 ) -> None:  # fmt: skip
-    """Build every variant of RECIPE that is not up to date, each verified before it appears in the store."""
+    """Build every variant of RECIPE that is not up to date; each is verified, measured against its source, and held to
+    the recipe's gates before it counts as built. What the gates refuse is kept aside (exit code 3).
+    """
+    if accept_risk is not None and not accept_risk.strip():
+        raise UsageError("--accept-risk needs a reason", hint='say who knows why: --accept-risk "for load tests only"')
     parsed = load_recipe(recipe, formats())
-    run = RunOptions(make_limits(threads, device, memory_budget), keep_going, force, only)
+    limits = make_limits(threads, device, memory_budget)
+    run = RunOptions(limits, keep_going, force, only, evaluate=not no_eval, accept_risk=accept_risk)
     with console_reporter(quiet=quiet or as_json) as reporter:
         outcomes = build(parsed, store, open_cache(), reporter, run)
     if as_json:
@@ -55,20 +67,30 @@ def command(
             ("STATE", "left"),
             ("SIZE", "right"),
             ("SECONDS", "right"),
+            *COLUMNS,
             ("ARTIFACT", "left"),
         ]
         print_table(columns, [_row(item) for item in outcomes], empty="nothing to build")
     failed = [item.error for item in outcomes if item.error is not None]
     if failed:
-        click.echo(f"{len(failed)} of {len(outcomes)} variants failed; first: {failed[0]}", err=True)
+        click.echo(_failures(outcomes), err=True)
         click.get_current_context().exit(max(error.exit_code for error in failed))
 
 
+def _failures(outcomes: list[Outcome]) -> str:
+    failed = [item for item in outcomes if item.error is not None]
+    refused = sum(item.state == "refused" for item in failed)
+    counts = [f"{len(failed) - refused} failed"] if len(failed) > refused else []
+    counts += [f"{refused} refused"] if refused else []
+    return f"of {len(outcomes)} variants {' and '.join(counts)}; first: {failed[0].error}"
+
+
 def _row(item: Outcome) -> list[str]:
+    seconds = f"{item.seconds:.1f}" if item.seconds else ""
     if item.artifact is None:
-        return [item.variant, item.state, "", f"{item.seconds:.1f}" if item.seconds else "", ""]
-    seconds = f"{item.seconds:.1f}" if item.state == "built" else ""
-    return [item.variant, item.state, size_text(item.artifact.manifest.size_bytes), seconds, item.artifact.ref]
+        return [item.variant, item.state, "", seconds, "", "", "", "", ""]
+    size = size_text(item.artifact.manifest.size_bytes)
+    return [item.variant, item.state, size, seconds, *quality(item.artifact).cells(), item.artifact.ref]
 
 
 def _as_json(item: Outcome) -> dict[str, Any]:
@@ -80,5 +102,6 @@ def _as_json(item: Outcome) -> dict[str, Any]:
         "folder": str(item.artifact.folder) if item.artifact else None,
         "digest": manifest.digest if manifest else None,
         "size_bytes": manifest.size_bytes if manifest else None,
+        "evaluation": quality(item.artifact).as_json() if item.artifact else None,
         "error": str(item.error) if item.error else None,
     }

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
 from quantize.cache import Cache, default_cache_root
 from quantize.cli import set_verbose
 from quantize.store import Store, default_store_root
+
+if TYPE_CHECKING:
+    from quantize.artifact import Artifact
+    from quantize.evaluate.record import Summary
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 UNLIMITED_COLUMNS = 10_000  # in a pipe or a file nothing is cut
@@ -67,6 +72,16 @@ def make_limits(threads: int | None, device: str, memory_budget: str | None) -> 
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     budget = parse_size(memory_budget) if memory_budget else None
     return Limits(threads or cores, device, budget)
+
+
+def quality(artifact: Artifact) -> Summary:
+    """What tables say of an artifact's evaluation."""
+    from quantize.evaluate.record import Summary
+
+    found = Summary.of(artifact.measurements())
+    if artifact.manifest.accepted_risk is None:
+        return found
+    return dataclasses.replace(found, verdict="risk accepted")
 
 
 def open_cache() -> Cache:

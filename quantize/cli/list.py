@@ -13,11 +13,13 @@ from quantize.cli.common import (
     memory_text,
     print_json,
     print_table,
+    quality,
     size_text,
     store_option,
     verbose_option,
 )
 from quantize.errors import RecipeError
+from quantize.evaluate.record import COLUMNS
 from quantize.store import Store
 
 
@@ -27,13 +29,14 @@ def command() -> None:
 
 
 @command.command("artifacts")
-@click.option("--all", "everything", is_flag=True, help="Superseded builds too, not only the current ones.")
+@click.option("--all", "everything", is_flag=True, help="Superseded and refused builds too, not only the current ones.")
 @store_option
 @json_option
 @verbose_option
 def artifacts(everything: bool, store: Store, as_json: bool) -> None:
-    """List the artifacts in the store: size, bits a weight, VRAM estimate, digest, when built."""
+    """List the artifacts in the store: size, bits a weight, VRAM estimate, quality against the source, digest."""
     found = [item for item in store.artifacts() if everything or store.is_current(item)]
+    found += store.refused() if everything else []
     if as_json:
         print_json([_as_json(store, item) for item in found])
     else:
@@ -44,7 +47,7 @@ def artifacts(everything: bool, store: Store, as_json: bool) -> None:
             ("SIZE", "right"),
             ("BITS/WEIGHT", "right"),
         ]
-        columns += [("VRAM 4K", "right"), ("DIGEST", "left"), ("BUILT", "left")]
+        columns += [("VRAM 4K", "right"), *COLUMNS, ("DIGEST", "left"), ("BUILT", "left")]
         print_table(
             columns, [_row(item) for item in found], empty=f"no artifacts in {store.root}/; see `quantize build`"
         )
@@ -104,7 +107,8 @@ def _row(item: Artifact) -> list[str]:
     built = str(item.measurements().get("built_at", ""))[:16].replace("T", " ")
     return [
         manifest.name, manifest.variant, manifest.format, size_text(manifest.size_bytes),
-        f"{manifest.bits_per_weight:.2f}", memory_text(vram_bytes(item, 4096)), manifest.short_digest, built,
+        f"{manifest.bits_per_weight:.2f}", memory_text(vram_bytes(item, 4096)), *quality(item).cells(),
+        manifest.short_digest, built,
     ]  # fmt: skip
 
 
@@ -124,6 +128,7 @@ def _as_json(store: Store, item: Artifact) -> dict[str, Any]:
         "size_bytes": manifest.size_bytes,
         "bits_per_weight": manifest.bits_per_weight,
         "vram_bytes": vram_bytes(item, 4096),
+        "evaluation": quality(item).as_json(),
         "digest": manifest.digest,
         "current": store.is_current(item),
         "built_at": item.measurements().get("built_at"),

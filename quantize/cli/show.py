@@ -6,6 +6,7 @@ import json
 
 import click
 
+from quantize.artifact import Artifact
 from quantize.cli.common import (
     json_option,
     memory_text,
@@ -15,6 +16,7 @@ from quantize.cli.common import (
     store_option,
     verbose_option,
 )
+from quantize.evaluate.record import NAME
 from quantize.store import Store
 
 
@@ -28,7 +30,7 @@ def command(artifact: str, store: Store, as_json: bool) -> None:
     found = store.find(artifact)
     manifest = found.manifest
     if as_json:
-        print_json({"manifest": manifest.model_dump(mode="json"), "measurements": found.measurements()})
+        print_json({"manifest": manifest.to_data(), "measurements": found.measurements()})
         return
     click.echo(f"{found.ref}\n{manifest.digest}\n{found.folder}\n")
     before = f" (was {manifest.source.quantized_before} once)" if manifest.source.quantized_before else ""
@@ -45,8 +47,11 @@ def command(artifact: str, store: Store, as_json: bool) -> None:
         facts.append(
             ("calibration", f"{manifest.calibration.sequences} sequences, {manifest.calibration.tokens:,} tokens")
         )
+    if manifest.accepted_risk is not None:
+        facts.append(("risk accepted", f"{manifest.accepted_risk.reason} ({', '.join(manifest.accepted_risk.gates)})"))
     for name, value in facts:
         click.echo(f"{name:>14}  {value}")
+    _print_evaluation(found)
     files = [[entry.path, size_text(entry.size_bytes), entry.sha256] for entry in manifest.files]
     print_table([("FILE", "left"), ("SIZE", "right"), ("SHA256", "left")], files, empty="no files")
     cells = manifest.estimate["vram_bytes"]
@@ -68,3 +73,23 @@ def command(artifact: str, store: Store, as_json: bool) -> None:
     print_table(
         [("TENSORS", "right"), ("KEPT IN HIGHER PRECISION", "left")], kept, empty="nothing kept in higher precision"
     )
+
+
+def _print_evaluation(artifact: Artifact) -> None:
+    record = artifact.measurements().get(NAME)
+    if record is None:
+        click.echo("\nnot evaluated")
+        return
+    rows = [[item["gate"], item["outcome"], item["reason"]] for item in record["findings"]]
+    click.echo(f"\n{record['verdict']}")
+    print_table([("GATE", "left"), ("OUTCOME", "left"), ("WHY", "left")], rows, empty="no gates")
+    quality = record["quality"]
+    if quality is not None:
+        click.echo(
+            f"{'measured on':>14}  {quality['text_name']}, {quality['predictions']:,} tokens, "
+            f"sha256 {quality['text_hash'][:12]}"
+        )
+        click.echo(f"{'in':>14}  {quality['runtime']} ({quality['runtime_version']})")
+        click.echo(f"{'source in':>14}  {quality['source_runtime']} ({quality['source_runtime_version']})")
+        click.echo(f"{'machine':>14}  {record['machine']['processor']}, {record['machine']['cores']} cores")
+        click.echo(f"{'at':>14}  {record['evaluated_at']}")

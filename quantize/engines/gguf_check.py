@@ -29,7 +29,7 @@ def compare_with_source(file: GgufFile, checkpoint: Checkpoint) -> None:
 
 def _compare_tensors(file: GgufFile, checkpoint: Checkpoint) -> None:
     """Each tensor that llama.cpp's own name table can name must be there: once as itself, or merged per expert."""
-    names = _name_map(str(file.fields.get("general.architecture")), _blocks(checkpoint))
+    names = name_map(str(file.fields.get("general.architecture")), checkpoint)
     have = set(file.tensors)
     for tensor in checkpoint.tensors:
         mapped = names.get_name(tensor, try_suffixes=(".weight", ".bias"))
@@ -80,6 +80,11 @@ def _ids_by_text(tokenizer: Mapping[str, Any]) -> dict[str, int]:
     ids = dict(vocabulary) if isinstance(vocabulary, dict) else {}
     ids.update({item["content"]: item["id"] for item in tokenizer.get("added_tokens") or []})
     return ids
+
+
+def name_map(architecture: str, checkpoint: Checkpoint) -> Any:
+    """llama.cpp's own table from the source's tensor names to its own. Raises VerifyError: no such architecture."""
+    return _name_map(architecture, _blocks(checkpoint))
 
 
 def _blocks(checkpoint: Checkpoint) -> int:

@@ -58,9 +58,7 @@ class Limits:
 
 @dataclass(frozen=True)
 class Figures:
-    """What was measured. checks: named facts that are true or false, for example "loads", "chat template kept",
-    "all logits finite", "nothing intended left unquantized".
-    """
+    """What was measured. checks: what must simply hold, by name, with what is wrong; "" where it holds."""
 
     mean_kl: float | None = None
     perplexity_ratio: float | None = None
@@ -75,7 +73,7 @@ class Figures:
     latency_p95_seconds: float | None = None
     error_rate: float | None = None
     peak_memory_bytes: int | None = None
-    checks: Mapping[str, bool] = field(default_factory=dict)
+    checks: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -141,8 +139,8 @@ def decide(figures: Figures, limits: Limits) -> Decision:
 
 
 def _findings(figures: Figures, limits: Limits) -> Iterator[Finding]:
-    for name, holds in figures.checks.items():
-        yield Finding(name, "passed" if holds else "refused", "holds" if holds else "does not hold")
+    for name, problem in figures.checks.items():
+        yield Finding(name, "refused" if problem else "passed", problem or "holds")
     yield _at_most("KL divergence", figures.mean_kl, limits.max_kl, "mean {:.4f} nats", "no KL divergence")
     yield _perplexity(figures.perplexity_ratio, limits)
     yield _golden(figures, limits)
@@ -152,7 +150,7 @@ def _findings(figures: Figures, limits: Limits) -> Iterator[Finding]:
         limit = limits.max_latency_p95_seconds
         yield _at_most("latency", figures.latency_p95_seconds, limit, "95th percentile {:.3f} s", "no latency")
     if limits.max_error_rate is not None:
-        yield _at_most("error rate", figures.error_rate, limits.max_error_rate, "{:.4f} of the requests", "no errors")
+        yield _at_most("error rate", figures.error_rate, limits.max_error_rate, "{:.4f} of the requests", "no error rate")
     if limits.max_memory_bytes is not None:
         limit = limits.max_memory_bytes
         yield _at_most("memory", figures.peak_memory_bytes, limit, "{:,} bytes at the peak", "no memory")

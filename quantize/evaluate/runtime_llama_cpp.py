@@ -1,4 +1,5 @@
-"""llama.cpp as a Runtime: the build that llama-cpp-python carries, with its own default settings.
+"""llama.cpp as a Runtime: the build that llama-cpp-python carries, with flash attention off:
+left to itself llama.cpp turns it on where it can, and answers change by that alone.
 
 In: a GGUF file and token ids. Out: log-probabilities and greedy answers. Only the C interface is used, so that memory
 is one block of logits and a KV cache for one sequence.
@@ -24,7 +25,7 @@ class LlamaCppRuntime:
     def __init__(self, path: Path, *, context: int, threads: int = 0) -> None:
         self.name, self.version = runtime_of("gguf")
         self._file = path.name
-        settings = ModelSettings(context, batch=block_rows, threads=threads)
+        settings = ModelSettings(context, batch=block_rows, threads=threads, flash_attention=False)
         self._model = OpenModel(path, settings, feature="evaluating a GGUF file")
         self.vocabulary = self._model.vocabulary
         self._rows, self._size = self._model.batch_tokens, self._model.size

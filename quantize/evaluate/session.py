@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from quantize.cache import Cache
-from quantize.errors import VerifyError
+from quantize.calibration import SELF, load_calibration_set
+from quantize.errors import CheckpointError, VerifyError
 from quantize.evaluate.answers import GoldenResult, compare_answers
 from quantize.evaluate.baseline import KIND, LIKELIEST, Baseline, baseline_key, find, record, save
 from quantize.evaluate.decision import Figures
@@ -22,7 +23,9 @@ from quantize.evaluate.golden import GoldenSet, load_golden
 from quantize.evaluate.metrics import Quality, check_same_vocabulary, measure
 from quantize.evaluate.prompts import Asked, PromptTokenizer, ask
 from quantize.evaluate.runtimes import ModelRef, Runtime, open_runtime, runtime_of
+from quantize.evaluate.structure import Intended, check_structure
 from quantize.evaluate.text import DEFAULT_WINDOW, Windows, check_disjoint, cut_windows, load_text
+from quantize.recipe import CalibrationSpec
 from quantize.report import Reporter, status
 from quantize.shape import ModelShape
 
@@ -33,13 +36,22 @@ MAX_OTHER_TOKENS = 0.05
 
 
 @dataclass(frozen=True)
+class CalibratedOn:
+    """Calibration text: its spec, where its relative paths start, and the hash over its token ids if it is known."""
+
+    spec: CalibrationSpec
+    base: Path
+    hash: str | None = None
+
+
+@dataclass(frozen=True)
 class Job:
     """What to evaluate, and on what.
 
     source_digest: names the source's content, for the cache. text: `python-docs` or a file relative to `base`.
     windows_limit: at most so many windows, 0 for all. golden: files or folders; none asks nothing. context: tokens of a
-    golden prompt and its answer, 0 for the smaller of 2,048 and the model's own. calibration: token ids that the
-    artifact was calibrated on, which the text must not share.
+    golden prompt and its answer, 0 for the smaller of 2,048 and the model's own. calibrated_on: the text that the
+    artifact has seen, which the held-out text must not share. intended: what its weights must be; None looks at none.
     """
 
     source: ModelRef
@@ -54,15 +66,21 @@ class Job:
     golden: tuple[Path, ...] = ()
     context: int = 0
     threads: int = 0
-    calibration: tuple[tuple[int, ...], ...] = ()
+    calibrated_on: CalibratedOn | None = None
+    intended: Intended | None = None
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What was measured of one artifact; golden is None where no prompts were given."""
+    """What was measured of one artifact; golden is None where no prompts were given.
+
+    checks: see Figures. held_out: how it is known that the text was not calibrated on.
+    """
 
     quality: Quality
     golden: GoldenResult | None
+    checks: Mapping[str, str]
+    held_out: str
 
 
 @dataclass(frozen=True)
@@ -74,6 +92,7 @@ class _Material:
     golden: GoldenSet | None
     asked: Asked | None
     context: int
+    held_out: str
 
 
 def prepare_source(reporter: Reporter, job: Job) -> None:
@@ -89,21 +108,21 @@ def evaluate(reporter: Reporter, job: Job) -> Evaluation:
     """
     material = _material(job)
     baseline, source_answers = _source_side(reporter, job, material)
+    checks = check_structure(reporter, job.artifact, job.source.folder, job.intended) if job.intended else {}
     status(reporter, "", f"loading the {job.artifact.format} artifact")
     with closing(open_runtime(job.artifact, context=_longest(job, material), threads=job.threads)) as runtime:
         check_same_vocabulary(runtime.vocabulary, baseline.vocabulary, material.windows)
         _check_same_tokens(runtime, job.artifact, material)
         quality = measure(runtime, material.windows, baseline, reporter)
         if material.golden is None or material.asked is None:
-            return Evaluation(quality, None)
+            return Evaluation(quality, None, checks, material.held_out)
         answers = _answers(reporter, runtime, material, "artifact")
     prompts, context = material.asked.prompts, material.context
-    return Evaluation(quality, compare_answers(material.golden, prompts, source_answers, answers, context))
+    golden = compare_answers(material.golden, prompts, source_answers, answers, context)
+    return Evaluation(quality, golden, checks, material.held_out)
 
 
-def figures(
-    evaluation: Evaluation, *, size_bytes: int, source_bytes: int, checks: Mapping[str, bool] | None = None
-) -> Figures:
+def figures(evaluation: Evaluation, *, size_bytes: int, source_bytes: int) -> Figures:
     """What the decision rule looks at; serving figures are added by whoever measured them."""
     quality, golden = evaluation.quality, evaluation.golden
     return Figures(
@@ -117,7 +136,7 @@ def figures(
         json_lost=golden.json_lost if golden else None,
         size_bytes=size_bytes,
         source_bytes=source_bytes,
-        checks=dict(checks or {}),
+        checks=dict(evaluation.checks),
     )
 
 
@@ -125,12 +144,29 @@ def _material(job: Job) -> _Material:
     tokenizer = PromptTokenizer(_tokenizer_folder(job))
     text = load_text(job.text, job.base, column=job.column)
     windows = cut_windows(text, tokenizer.encode, prefix=tokenizer.prefix, window=job.window, limit=job.windows_limit)
-    check_disjoint(windows, job.calibration)
+    held_out = _held_out(job, windows)
     if not job.golden:
-        return _Material(tokenizer, windows, None, None, 0)
+        return _Material(tokenizer, windows, None, None, 0, held_out)
     golden = load_golden(job.golden)
     context = job.context or min(DEFAULT_CONTEXT, _max_context(job.source.folder))
-    return _Material(tokenizer, windows, golden, ask(golden, tokenizer, context), context)
+    return _Material(tokenizer, windows, golden, ask(golden, tokenizer, context), context, held_out)
+
+
+def _held_out(job: Job, windows: Windows) -> str:
+    """Hold the text against what was calibrated on; a sentence that says how. Raises RefusedError if they share it."""
+    seen = job.calibrated_on
+    if seen is None:
+        return "none was used"
+    if seen.spec.dataset == SELF:
+        return "the model's own writing, which is not compared"
+    try:
+        found = load_calibration_set(seen.spec, seen.base, _tokenizer_folder(job))
+    except CheckpointError as exc:
+        return f"not compared: {exc.message}"
+    if seen.hash is not None and found.hash != seen.hash:
+        return "not compared: it is no longer the text that the artifact was calibrated on"
+    check_disjoint(windows, found.token_ids)
+    return f"compared with {found.tokens:,} tokens in {len(found.token_ids)} sequences, disjoint"
 
 
 def _tokenizer_folder(job: Job) -> Path:

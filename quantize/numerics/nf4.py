@@ -6,8 +6,11 @@ state, files (backends). The arithmetic is bitsandbytes' own; absolute maxima ar
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 NF4_BLOCK = 64
@@ -23,6 +26,13 @@ class Nf4Blocks:
     words: Tensor
     absmax: Tensor
     levels: Tensor
+
+    def dequantize(self, shape: Sequence[int]) -> Tensor:
+        """The weight of that shape that the codes stand for, float32."""
+        flat = self.words.flatten()
+        codes = torch.stack((flat >> 4, flat & 15), dim=1).flatten()[: math.prod(shape)]
+        scales = self.absmax.repeat_interleave(NF4_BLOCK)[: len(codes)]
+        return (self.levels[codes.long()] * scales).reshape(*shape)
 
 
 def quantize_nf4(weight: Tensor) -> Nf4Blocks:

@@ -202,7 +202,7 @@ def test_a_session_from_folders_to_figures(job: Job) -> None:
     assert found.golden is not None
     assert [item.key for item in found.golden.results] == ["mine/same", "mine/json", "mine/long"]
     assert found.golden.results[0].source.passed
-    measured = figures(found, size_bytes=1, source_bytes=2, checks={"loads": True})
+    measured = figures(found, size_bytes=1, source_bytes=2)
     assert measured.mean_kl == found.quality.mean_kl
     assert measured.golden_prompts == 2
     assert "size" not in {item.gate for item in decide(measured, Limits()).missing}

@@ -1,0 +1,120 @@
+"""What measurements.json keeps of an evaluation, under `evaluation`: plain data, written once, read by everyone else.
+
+In: an Evaluation, its Figures and Decision. Out: a dict; and from a dict the figures again, so that other limits can be
+held without measuring anew, and a Summary for tables.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import TYPE_CHECKING, Any
+
+from quantize.evaluate.decision import Decision, Figures, Limits
+
+if TYPE_CHECKING:
+    from quantize.evaluate.answers import GoldenResult
+    from quantize.evaluate.session import Evaluation
+
+NAME = "evaluation"
+NOT_EVALUATED = "not evaluated"
+
+
+@dataclass(frozen=True)
+class Summary:
+    """One line of a table; None where something was not measured."""
+
+    verdict: str
+    perplexity_ratio: float | None = None
+    mean_kl: float | None = None
+    p99_kl: float | None = None
+    top_token_agreement: float | None = None
+    golden: str | None = None
+
+    @classmethod
+    def of(cls, measurements: Mapping[str, Any]) -> Summary:
+        """The summary of what is in an artifact's measurements.json."""
+        record = measurements.get(NAME)
+        if not isinstance(record, Mapping):
+            return cls(NOT_EVALUATED)
+        quality, golden = record.get("quality") or {}, record.get("golden")
+        return cls(
+            verdict=str(record["verdict"]),
+            perplexity_ratio=_number(quality.get("perplexity_ratio")),
+            mean_kl=_number(quality.get("mean_kl")),
+            p99_kl=_number(quality.get("p99_kl")),
+            top_token_agreement=_number(quality.get("top_token_agreement")),
+            golden=f"{golden['artifact_passed']}/{golden['source_passed']}" if golden else None,
+        )
+
+    def as_json(self) -> dict[str, Any]:
+        """The same as plain data."""
+        return _plain(asdict(self))
+
+    def cells(self) -> list[str]:
+        """Perplexity ratio, mean KL, golden prompts and verdict, as tables show them."""
+        return [
+            "" if self.perplexity_ratio is None else f"{self.perplexity_ratio:.4f}",
+            "" if self.mean_kl is None else f"{self.mean_kl:.4f}",
+            self.golden or "",
+            self.verdict,
+        ]
+
+
+COLUMNS = [("PPL RATIO", "right"), ("KL", "right"), ("GOLDEN", "right"), ("GATES", "left")]
+
+
+def to_record(evaluation: Evaluation, figures: Figures, about: Mapping[str, Any]) -> dict[str, Any]:
+    """Everything that was measured, and what it was measured with; the decision is added by `decided`."""
+    return {
+        **about,
+        "quality": _plain(asdict(evaluation.quality)),
+        "golden": _golden(evaluation.golden) if evaluation.golden else None,
+        "held_out": evaluation.held_out,
+        "figures": _plain(asdict(figures)),
+    }
+
+
+def failed_record(figures: Figures, about: Mapping[str, Any]) -> dict[str, Any]:
+    """The record of an artifact that did not get as far as figures: its checks say why."""
+    return {**about, "quality": None, "golden": None, "held_out": None, "figures": _plain(asdict(figures))}
+
+
+def decided(record: Mapping[str, Any], decision: Decision, limits: Limits) -> dict[str, Any]:
+    """The record with a decision, and the limits that it was taken by, in the place of any earlier one."""
+    findings = [asdict(finding) for finding in decision.findings]
+    return {**record, "verdict": decision.verdict, "limits": asdict(limits), "findings": findings}
+
+
+def figures_of(record: Mapping[str, Any]) -> Figures:
+    """The figures in a record; what this version does not know of is left out."""
+    known = {item.name for item in fields(Figures)}
+    return Figures(**{name: _number(value) for name, value in record["figures"].items() if name in known})
+
+
+def _plain(data: Mapping[str, Any]) -> dict[str, Any]:
+    """Without the floats that JSON has no words for: they become "inf" and "nan"."""
+    return {
+        key: str(value) if isinstance(value, float) and not math.isfinite(value) else value
+        for key, value in data.items()
+    }
+
+
+def _number(value: Any) -> Any:
+    return float(value) if isinstance(value, str) else value
+
+
+def _golden(golden: GoldenResult) -> dict[str, Any]:
+    return {
+        "hash": golden.golden_hash,
+        "context": golden.context,
+        "prompts": len(golden.judged),
+        "source_passed": golden.source_passed,
+        "artifact_passed": golden.artifact_passed,
+        "lost": golden.lost,
+        "json_source_passed": golden.json_source_passed,
+        "json_lost": golden.json_lost,
+        "same_rate": golden.same_rate,
+        "results": [{**asdict(item), "change": item.change} for item in golden.results],
+    }
