@@ -22,6 +22,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "show": ("show", "Show one artifact: its manifest and what was measured."),
     "verify": ("verify", "Check an artifact: hashes, tensors, and that it runs."),
     "bench": ("bench", "Load a server, or an artifact's own, and time its answers."),
+    "serve": ("serve", "Serve artifacts over HTTP, as OpenAI's API does."),
     "diff": ("diff", "Compare two artifacts: settings, files, tensor types, sizes."),
     "gc": ("gc", "Remove superseded artifacts and leftovers; shows them only, unless told to."),
     "calibration": ("calibration", "Show the text that calibrated formats see."),
