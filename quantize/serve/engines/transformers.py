@@ -1,0 +1,275 @@
+"""transformers as a Model: AWQ, GPTQ, bitsandbytes and 16-bit folders, on one device.
+
+In: a folder and options. Out: tokens for several sequences, each with a KV cache of its own, a step at a time in turn.
+Weights are read straight to the device; where each layer ended up is looked at, not assumed.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from quantize.engines.transformers_model import import_torch, load_causal_lm, serving_dtype
+from quantize.hardware import usable_cores
+from quantize.serve.engines.model import Chosen, Description, Progress, Refused, Sampling
+
+PREFILL_TOKENS = 512
+SUPPORTS = ("top_k", "min_p", "penalties", "repetition_penalty", "logprobs")
+
+
+@dataclass
+class Running:
+    """One answer in progress. done: tokens that the KV cache has of it."""
+
+    tokens: list[int]
+    sampling: Sampling
+    generator: Any
+    prompt: int
+    done: int = 0
+    cache: Any = None
+    counts: Counter[int] = field(default_factory=Counter)
+
+
+class TransformersModel:
+    """See Model."""
+
+    def __init__(self, options: Mapping[str, Any], progress: Progress) -> None:
+        kind, folder = str(options["format"]), Path(options["path"])
+        self._torch = import_torch(kind, f"serving a {kind} model")
+        self._torch.set_num_threads(int(options.get("threads") or max(1, usable_cores() - 1)))
+        self._device = str(options["device"])
+        if self._device.startswith("cuda") and not self._torch.cuda.is_available():
+            raise Refused(503, "no_gpu", "this torch sees no GPU: install one built for CUDA, or use --device cpu")
+        self._tokenizer = _open_tokenizer(folder)
+        with Reporting(progress):
+            self._model = load_causal_lm(folder, self._device, dtype=serving_dtype(kind, self._device))
+        self._ends = _end_tokens(self._model, self._tokenizer)
+        self._vocabulary = int(self._model.get_output_embeddings().weight.shape[0])
+        self._running: dict[int, Running] = {}
+        self.description = self._describe(options, kind)
+
+    def _describe(self, options: Mapping[str, Any], kind: str) -> Description:
+        from importlib.metadata import version
+
+        helper = {"awq": "gptqmodel", "gptq": "gptqmodel", "bitsandbytes": "bitsandbytes"}.get(kind)
+        packages = ", ".join(f"{name} {version(name)}" for name in ("transformers", helper) if name)
+        devices = _devices(self._model)
+        elsewhere = {name: count for name, count in devices.items() if name != self._device}
+        warnings = [f"{count} layers are on {name}, not on {self._device}" for name, count in elsewhere.items()]
+        has_template = getattr(self._tokenizer, "chat_template", None) is not None
+        if not has_template:
+            warnings.append("the model has no chat template: only /v1/completions and /v1/generate answer")
+        return Description(
+            packages, int(options["context"]), int(options["slots"]), self._device,
+            [*SUPPORTS, *(["chat"] if has_template else [])], devices, warnings,
+        )  # fmt: skip
+
+    def chat_tokens(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+        """See Model."""
+        if getattr(self._tokenizer, "chat_template", None) is None:
+            raise Refused(422, "no_chat_template", "the model has no chat template: use /v1/completions")
+        try:
+            text = self._tokenizer.apply_chat_template(
+                [dict(item) for item in messages], tokenize=False, add_generation_prompt=True
+            )
+        except Exception as exc:
+            message = "the model's chat template refuses these messages"
+            raise Refused(422, "chat_template", message, "messages") from exc
+        return list(self._tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    def text_tokens(self, text: str) -> list[int]:
+        """See Model."""
+        return list(self._tokenizer(text)["input_ids"])
+
+    def begin(self, tokens: Sequence[int], sampling: Sampling) -> int:
+        """See Model."""
+        if any(not 0 <= token < self._vocabulary for token in tokens):
+            raise Refused(422, "invalid_value", "the prompt has a token that the vocabulary lacks", "prompt")
+        generator = self._torch.Generator()
+        if sampling.seed is None:
+            generator.seed()
+        else:
+            generator.manual_seed(sampling.seed % (1 << 63))
+        slot = next(number for number in range(self.description.slots) if number not in self._running)
+        self._running[slot] = Running(list(tokens), sampling, generator, len(tokens))
+        return slot
+
+    def step(self) -> dict[int, Chosen]:
+        """See Model. Each answer goes one token on; a long prompt one part."""
+        chosen = {}
+        for slot, item in self._running.items():
+            stop = min(len(item.tokens), item.done + PREFILL_TOKENS)
+            ids = self._torch.tensor([item.tokens[item.done : stop]], device=self._device)
+            with self._torch.inference_mode():
+                output = self._model(input_ids=ids, past_key_values=item.cache, use_cache=True, logits_to_keep=1)
+            item.cache, item.done = output.past_key_values, stop
+            if stop == len(item.tokens):
+                chosen[slot] = self._choose(item, output.logits[0, -1].float().cpu())
+        return chosen
+
+    def _choose(self, item: Running, logits: Any) -> Chosen:
+        sampling = item.sampling
+        scores = _penalized(self._torch, logits, item) if _has_penalties(sampling) else logits
+        token = _sample(self._torch, scores, sampling, item.generator)
+        item.tokens.append(token)
+        item.counts[token] += 1
+        if sampling.logprobs is None:
+            return Chosen(token)
+        logprobs = self._torch.log_softmax(logits, -1)
+        best = logprobs.topk(sampling.logprobs) if sampling.logprobs else None
+        top = tuple(zip(best.indices.tolist(), best.values.tolist(), strict=True)) if best is not None else ()
+        return Chosen(token, float(logprobs[token]), top)
+
+    def end(self, slot: int) -> None:
+        """See Model."""
+        del self._running[slot]
+
+    def ends(self, token: int) -> bool:
+        """See Model."""
+        return token in self._ends
+
+    def detokenizer(self) -> StreamPieces:
+        """See Model."""
+        return StreamPieces(self._tokenizer)
+
+    def token_bytes(self, token: int) -> bytes:
+        """See Model."""
+        return str(self._tokenizer.decode([token])).encode("utf-8")
+
+    def memory(self) -> dict[str, Any]:
+        """See Model."""
+        if not self._device.startswith("cuda"):
+            return {"gpu": None}
+        cuda = self._torch.cuda
+        return {
+            "gpu": cuda.get_device_name(self._device),
+            "vram_allocated": cuda.memory_allocated(self._device),
+            "vram_reserved": cuda.memory_reserved(self._device),
+        }
+
+
+class StreamPieces:
+    """A Detokenizer by the tokenizer's own streaming decoder: control tokens write nothing."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        from tokenizers.decoders import DecodeStream
+
+        self._tokenizer = tokenizer._tokenizer
+        self._stream = DecodeStream(skip_special_tokens=True)
+
+    def add(self, token: int) -> str:
+        """See Detokenizer."""
+        return self._stream.step(self._tokenizer, token) or ""
+
+    def flush(self) -> str:
+        """See Detokenizer: what is not whole by now never will be."""
+        return ""
+
+
+class Reporting:
+    """While it is open, transformers' progress over the weights goes to a Progress."""
+
+    def __init__(self, progress: Progress) -> None:
+        self._progress = progress
+
+    def __enter__(self) -> None:
+        from transformers.utils import logging
+
+        self._before = logging.set_tqdm_hook(self._hook)
+
+    def __exit__(self, *_: object) -> None:
+        from transformers.utils import logging
+
+        logging.set_tqdm_hook(self._before)
+
+    def _hook(self, factory: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        made = factory(*args, **kwargs)
+        items = args[0] if args else kwargs.get("iterable")
+        return _Counted(made, items, self._progress) if hasattr(items, "__len__") else made
+
+
+class _Counted:
+    """What a progress bar iterates over, counted."""
+
+    def __init__(self, bar: Any, items: Any, progress: Progress) -> None:
+        self._bar, self._items, self._progress = bar, items, progress
+
+    def __iter__(self) -> Any:
+        for done, item in enumerate(self._items, start=1):
+            yield item
+            self._progress(done / len(self._items))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._bar, name)
+
+    def __enter__(self) -> Any:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        return None
+
+
+def _open_tokenizer(folder: Path) -> Any:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+
+
+def _end_tokens(model: Any, tokenizer: Any) -> frozenset[int]:
+    """Tokens that end an answer: the generation config's, and the tokenizer's own."""
+    found: set[int] = set()
+    for value in (getattr(model.generation_config, "eos_token_id", None), tokenizer.eos_token_id):
+        if isinstance(value, int):
+            found.add(value)
+        elif value is not None:
+            found.update(int(item) for item in value)
+    return frozenset(found)
+
+
+def _devices(model: Any) -> dict[str, int]:
+    """How many decoder layers are on which device, from where their tensors are; on several: all of them."""
+    layers = next((module for name, module in model.named_modules() if name.endswith("layers")), None)
+    counts: Counter[str] = Counter()
+    for layer in layers if layers is not None else [model]:
+        tensors = [*layer.parameters(), *layer.buffers()]
+        counts["+".join(sorted({str(tensor.device) for tensor in tensors}))] += 1
+    return dict(counts)
+
+
+def _has_penalties(sampling: Sampling) -> bool:
+    return (sampling.repetition_penalty, sampling.frequency_penalty, sampling.presence_penalty) != (1.0, 0.0, 0.0)
+
+
+def _penalized(torch: Any, logits: Any, item: Running) -> Any:
+    """OpenAI's penalties over the answer so far; the repetition penalty (arXiv:1909.05858) over the prompt too."""
+    scores, sampling = logits.clone(), item.sampling
+    seen = torch.tensor(sorted(set(item.tokens)))
+    if sampling.repetition_penalty != 1.0 and len(seen):
+        picked = scores[seen]
+        penalty = sampling.repetition_penalty
+        scores[seen] = torch.where(picked > 0, picked / penalty, picked * penalty)
+    for token, count in item.counts.items():
+        scores[token] -= sampling.frequency_penalty * count + sampling.presence_penalty
+    return scores
+
+
+def _sample(torch: Any, scores: Any, sampling: Sampling, generator: Any) -> int:
+    """top-k, top-p and min-p on the plain distribution, then temperature: the order of llama.cpp's samplers."""
+    if sampling.temperature == 0:
+        return int(scores.argmax())
+    values, order = scores.sort(descending=True)
+    if sampling.top_k:
+        values, order = values[: sampling.top_k], order[: sampling.top_k]
+    chances = torch.softmax(values, -1)
+    if sampling.top_p < 1:
+        before = chances.cumsum(-1) - chances
+        kept = int((before < sampling.top_p).sum())
+        values, order, chances = values[:kept], order[:kept], chances[:kept]
+    if sampling.min_p:
+        kept = max(1, int((chances >= sampling.min_p * chances[0]).sum()))
+        values, order = values[:kept], order[:kept]
+    picked = torch.multinomial(torch.softmax(values / sampling.temperature, -1), 1, generator=generator)
+    return int(order[picked])
