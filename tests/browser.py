@@ -44,10 +44,11 @@ class Browser:
         return [entry["message"] for entry in self.driver.get_log("browser")]  # type: ignore[no-untyped-call]
 
     def requests(self) -> list[str]:
-        """URLs that the page asked for, its own first; data: URLs need no network and are left out."""
+        """URLs that the page asked for, its own first; not data: URLs, nor those of the browser's start page."""
         events = [json.loads(entry["message"])["message"] for entry in self.driver.get_log("performance")]  # type: ignore[no-untyped-call]
-        urls = [item["params"]["request"]["url"] for item in events if item["method"] == "Network.requestWillBeSent"]
-        return [url for url in urls if not url.startswith("data:")]
+        sent = [item["params"] for item in events if item["method"] == "Network.requestWillBeSent"]
+        ours = [item["request"]["url"] for item in sent if not item["documentURL"].startswith("chrome")]
+        return [url for url in ours if not url.startswith(("data:", "chrome"))]
 
     def media(self, *, scheme: str = "light", kind: str = "screen") -> None:
         """Show the page in light or dark, on a screen or on paper."""

@@ -23,9 +23,10 @@ LAYERS: list[set[str]] = [
     {"store", "verify", "diff", "card"},
     {"backends", "evaluate"},
     {"plan", "reopen", "calibrated", "testing", "assemble", "gates"},
+    {"workloads", "reevaluate"},
     {"build"},
     {"publish"},
-    {"bench", "serve"},
+    {"bench", "serve", "pages"},
     {"cli", "__main__"},
 ]
 

@@ -18,10 +18,13 @@ from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import urlsplit, urlunsplit
 
-import httpx2
-
 from quantize.bench.result import Api
-from quantize.errors import UsageError
+from quantize.errors import MissingExtraError, UsageError
+
+try:
+    import httpx2
+except ImportError as exc:
+    raise MissingExtraError("`quantize bench`", "bench") from exc
 
 CONNECT_SECONDS = 10.0
 IDLE_SECONDS = 2.0

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import platform
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -23,7 +22,7 @@ from quantize.bench.result import BenchResult, Cell, With
 from quantize.bench.server import Kind, Server, running
 from quantize.bench.workload import SHAPES, Shape, TokenRule, prompt, prompts_hash, words_text
 from quantize.errors import BenchError, UsageError
-from quantize.hardware import detect
+from quantize.hardware import describe_machine
 from quantize.manifest import tool_versions
 from quantize.report import Reporter, note, progress, status
 
@@ -227,30 +226,16 @@ class _Run:
         return listener(self.endpoint.port) if is_local(self.endpoint.host) else None
 
     def _with(self) -> With:
-        machine, server = detect(), self.server
+        server = self.server
         return With(
             server=server.name if server else self.software or "unknown",
             model=self.endpoint.model.rpartition("/")[2],
             runtime=server.runtime if server else {},
             context=server.context if server else None,
             threads=server.threads if server else None,
-            processor=processor_name(),
-            cores=machine.cores,
-            ram_bytes=machine.ram_bytes,
-            gpus=[item.name for item in machine.gpus],
-            system=f"{platform.system()} {platform.release()}",
             client=" ".join(f"{name} {version}" for name, version in tool_versions(("httpx2",)).items()),
+            **describe_machine(),
         )
-
-
-def processor_name() -> str:
-    """The processor as the system calls it."""
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as file:
-            names = [line.partition(":")[2].strip() for line in file if line.startswith("model name")]
-    except OSError:
-        names = []
-    return names[0] if names else platform.processor() or platform.machine()
 
 
 def check_settings(settings: Settings) -> None:

@@ -17,7 +17,6 @@ from quantize.bench.session import Settings, bench_artifact, bench_url, check_se
 from quantize.bench.workload import SHAPES, parse_shape
 from quantize.cli.common import (
     json_option,
-    memory_text,
     print_json,
     print_table,
     quiet_option,
@@ -193,7 +192,10 @@ def _row(cell: Cell) -> list[str]:
 
 def _memory_row(name: str, use: MemoryUse) -> list[str]:
     title = name if use.scope == "process" else f"{name} (whole GPU)"
-    return [title, *(memory_text(size) for size in (use.before_load_bytes, use.after_warm_up_bytes, use.peak_bytes))]
+    return [
+        title,
+        *(f"{size / 2**20:,.0f} MiB" for size in (use.before_load_bytes, use.after_warm_up_bytes, use.peak_bytes)),
+    ]
 
 
 def _seconds(spread: Spread | None, name: str) -> str:

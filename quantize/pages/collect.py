@@ -1,0 +1,167 @@
+"""What the store knows about the artifacts of a recipe: manifests, and whatever was measured.
+
+In: a store and a name. Out: Subject with its Entries. What was not measured, or can't be read, is None: a page says so.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from quantize.artifact import Artifact
+from quantize.bench.result import BenchResult
+from quantize.errors import UsageError
+from quantize.evaluate.record import NAME as EVALUATION
+from quantize.manifest import RECIPE_NAME, SourceEntry
+from quantize.store import Store
+
+NOT_FINITE = ("inf", "-inf", "nan")  # JSON has no words for them, so that records spell them
+BLOCK_TENSOR = re.compile(r"(?:^|\.)(\d+)\.(.+)$")
+
+
+@dataclass(frozen=True)
+class Layer:
+    """Rounding loss of one matrix: the share of its output's energy on calibration text; nearest: by plain rounding."""
+
+    block: int
+    name: str
+    loss: float
+    nearest: float | None
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One artifact and what was measured of it. refused: a gate refused it, and it is kept aside."""
+
+    artifact: Artifact
+    refused: bool
+    evaluation: Mapping[str, Any] | None
+    bench: BenchResult | None
+    layers: tuple[Layer, ...]
+    measurements: Mapping[str, Any]
+
+    @property
+    def variant(self) -> str:
+        """Its name in the recipe."""
+        return self.artifact.manifest.variant
+
+    @property
+    def quality(self) -> Mapping[str, Any]:
+        """Figures against the source; empty if there are none."""
+        found = _mapping(self.evaluation, "quality")
+        return {key: float(value) if value in NOT_FINITE else value for key, value in found.items()}
+
+    @property
+    def golden(self) -> Mapping[str, Any]:
+        """Golden prompts; empty if none were asked."""
+        return _mapping(self.evaluation, "golden")
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What a page is about: a recipe's artifacts, or one of them. gates: the recipe's own, as in its file."""
+
+    name: str
+    entries: tuple[Entry, ...]
+    gates: Mapping[str, Any]
+    description: str
+
+    @property
+    def source(self) -> SourceEntry:
+        """The full-precision model."""
+        return self.entries[0].artifact.manifest.source
+
+
+def collect(store: Store, name: str | None) -> Subject:
+    """Gather a recipe's current artifacts and the refused ones that are newer, or one artifact.
+
+    None means the only recipe of the store.
+
+    Raises UsageError: nothing of that name, or several recipes and none named.
+    """
+    current = [item for item in store.artifacts() if store.is_current(item)]
+    refused = store.refused()
+    names = sorted({item.manifest.name for item in (*current, *refused)})
+    if name is None:
+        if not names:
+            raise UsageError(f"no artifacts in {store.root}/", hint="build a recipe first: quantize build RECIPE")
+        if len(names) > 1:
+            raise UsageError(f"{store.root}/ has {len(names)} recipes", hint=f"name one: {', '.join(names)}")
+        name = names[0]
+    if name not in names:
+        return _subject(name, [_entry(store.find(name), refused=False)])
+    mine = {item.manifest.variant: item for item in current if item.manifest.name == name}
+    aside: dict[str, Artifact] = {}
+    for item in sorted((item for item in refused if item.manifest.name == name), key=_built):
+        if item.manifest.variant not in mine or _built(item) > _built(mine[item.manifest.variant]):
+            aside[item.manifest.variant] = item
+    entries = [_entry(item, refused=False) for item in mine.values()]
+    entries += [_entry(item, refused=True) for item in aside.values()]
+    return _subject(name, sorted(entries, key=lambda entry: (entry.artifact.manifest.size_bytes, entry.variant)))
+
+
+def _subject(name: str, entries: list[Entry]) -> Subject:
+    newest = max(entries, key=lambda entry: str(entry.measurements.get("built_at", "")))
+    recipe = _recipe(newest.artifact)
+    gates = recipe.get("gates")
+    description = recipe.get("description")
+    return Subject(
+        name,
+        tuple(entries),
+        gates if isinstance(gates, dict) else {},
+        description if isinstance(description, str) else "",
+    )
+
+
+def _entry(artifact: Artifact, *, refused: bool) -> Entry:
+    measurements = artifact.measurements()
+    record = measurements.get(EVALUATION)
+    return Entry(
+        artifact,
+        refused,
+        record if isinstance(record, Mapping) else None,
+        _bench(measurements.get("bench")),
+        tuple(_layers(measurements.get("layers"))),
+        measurements,
+    )
+
+
+def _bench(data: Any) -> BenchResult | None:
+    try:
+        return BenchResult.model_validate(data)
+    except ValidationError:
+        return None
+
+
+def _layers(data: Any) -> Iterator[Layer]:
+    """Losses that are shares; those that are not (of builds by an older version) are left out."""
+    for tensor, facts in data.items() if isinstance(data, Mapping) else ():
+        match = BLOCK_TENSOR.search(tensor)
+        loss = facts.get("loss") if isinstance(facts, Mapping) else None
+        if match is None or not isinstance(loss, int | float) or not 0 <= loss <= 1:
+            continue
+        nearest = facts.get("nearest_loss")
+        usable = isinstance(nearest, int | float) and nearest >= 0
+        yield Layer(int(match.group(1)), match.group(2), float(loss), float(nearest) if usable else None)
+
+
+def _recipe(artifact: Artifact) -> Mapping[str, Any]:
+    try:
+        data = yaml.safe_load((artifact.folder / RECIPE_NAME).read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError):
+        return {}
+    return data if isinstance(data, dict) else {}
+
+
+def _built(item: Artifact) -> str:
+    return str(item.measurements().get("built_at", ""))
+
+
+def _mapping(record: Mapping[str, Any] | None, key: str) -> Mapping[str, Any]:
+    found = (record or {}).get(key)
+    return found if isinstance(found, Mapping) else {}

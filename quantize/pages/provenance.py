@@ -1,0 +1,102 @@
+"""Where everything on a page comes from: source, files, tools, text, machines.
+
+In: entries. Out: facts about the source, and a table with a column for each artifact.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from quantize.pages.collect import Entry, Subject
+from quantize.pages.table import Table
+
+SHORT = 12
+
+
+def source_facts(subject: Subject) -> tuple[tuple[str, str], ...]:
+    """Name and value of what there is to say about the source."""
+    source = subject.source
+    facts = [("model", source.uri)]
+    if source.revision:
+        facts.append(("revision", source.revision))
+    if source.base_model:
+        facts.append(("base model", source.base_model))
+    facts.append(("architecture", f"{source.architecture}, {source.parameters:,} parameters"))
+    facts.append(("licence", source.license or "unknown"))
+    if source.quantized_before:
+        before = f"its weights come from a {source.quantized_before} file: nothing here can be better than that"
+        facts.append(("quantized before", before))
+    return tuple(facts)
+
+
+def provenance(entries: Sequence[Entry]) -> Table:
+    """One row a fact, one column an artifact."""
+    rows: list[tuple[str, Callable[[Entry], str]]] = [
+        ("digest", lambda entry: entry.artifact.manifest.short_digest),
+        ("build key", lambda entry: entry.artifact.manifest.build_key[:SHORT]),
+        ("options", lambda entry: _options(entry)),
+        ("weights", _files),
+        ("calibration", _calibration),
+        ("tools", lambda entry: _pairs(entry.artifact.manifest.tools)),
+        ("built", _built),
+        ("quality measured with", _evaluated),
+        ("held-out text", _text),
+        ("load measured with", _benched),
+    ]
+    body = tuple((name, *(cell(entry) for entry in entries)) for name, cell in rows)
+    return Table(("", *(entry.variant for entry in entries)), body)
+
+
+def _options(entry: Entry) -> str:
+    options = {key: value for key, value in entry.artifact.manifest.options.items() if key != "format"}
+    return ", ".join(f"{key} {json.dumps(value)}" for key, value in options.items() if value not in (None, {}, []))
+
+
+def _files(entry: Entry) -> str:
+    files = sorted(entry.artifact.manifest.files, key=lambda item: -item.size_bytes)[:1]
+    return ", ".join(f"{item.path}, {item.size_bytes:,} bytes, sha256 {item.sha256[:SHORT]}…" for item in files)
+
+
+def _calibration(entry: Entry) -> str:
+    seen = entry.artifact.manifest.calibration
+    return f"{seen.sequences} sequences, {seen.tokens:,} tokens, sha256 {seen.hash[:SHORT]}…" if seen else "none"
+
+
+def _built(entry: Entry) -> str:
+    made = entry.measurements
+    machine = made.get("machine")
+    where = f", {machine.get('system', '')} {machine.get('processor', '')}" if isinstance(machine, Mapping) else ""
+    return f"{made.get('built_at', 'unknown')}, {made.get('build_seconds', '?')} s{where}"
+
+
+def _evaluated(entry: Entry) -> str:
+    quality, record = entry.quality, entry.evaluation or {}
+    if not quality:
+        return "not measured"
+    machine = record.get("machine")
+    where = f", on {machine.get('processor')}, {machine.get('cores')} cores" if isinstance(machine, Mapping) else ""
+    source = f"source in {quality.get('source_runtime')} {quality.get('source_runtime_version')}"
+    return f"{quality.get('runtime')} {quality.get('runtime_version')}; {source}{where}"
+
+
+def _text(entry: Entry) -> str:
+    quality = entry.quality
+    if not quality:
+        return "not measured"
+    windows = f"{quality.get('windows')} windows of {quality.get('window_tokens')} tokens"
+    return f"{quality.get('text_name')}, {windows}, sha256 {str(quality.get('text_hash', ''))[:SHORT]}…"
+
+
+def _benched(entry: Entry) -> str:
+    if entry.bench is None:
+        return "not measured"
+    used = entry.bench.measured_with
+    parts = [used.server, _pairs(used.runtime), f"{used.processor}, {used.cores} cores", *used.gpus, used.system]
+    parts += [f"context {used.context:,}"] if used.context else []
+    return ", ".join(part for part in (*parts, entry.bench.measured_at) if part)
+
+
+def _pairs(versions: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name} {version}" for name, version in versions.items())

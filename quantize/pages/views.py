@@ -1,0 +1,324 @@
+"""What the templates show: words, numbers with their units, tables and plots; the same for Markdown and HTML.
+
+In: a Subject and its Choice. Out: a Page of plain text and SVG. A figure that is not there is shown as "not measured".
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from quantize.bench.result import BenchResult, Cell
+from quantize.evaluate.decision import Finding
+from quantize.pages.charts import Point, Range, heatmap, ranges, scatter
+from quantize.pages.collect import Entry, Layer, Subject
+from quantize.pages.golden import GoldenView, golden_view
+from quantize.pages.production import Choice, Verdict
+from quantize.pages.provenance import provenance, source_facts
+from quantize.pages.table import Table
+
+MISSING = "not measured"
+TONES = {"accepted": "good", "accepted with flags": "flag", "refused": "bad", "insufficient evidence": "open"}
+WORST_LAYERS = 3
+BLOCK_ORDER = ("q_proj", "k_proj", "v_proj", "qkv_proj", "o_proj", "gate_proj", "up_proj", "gate_up_proj", "down_proj")
+
+
+@dataclass(frozen=True)
+class Card:
+    """One artifact at a glance. colour: index of its colour in the plots; reason: the first thing to know."""
+
+    variant: str
+    ref: str
+    format: str
+    size: str
+    word: str
+    tone: str
+    reason: str
+    colour: int
+    risk: str
+    benched: bool
+    findings: tuple[Finding, ...]
+
+
+@dataclass(frozen=True)
+class LayerView:
+    """Losses of one artifact: a heat map, and in words."""
+
+    variant: str
+    svg: str
+    text: str
+
+
+@dataclass(frozen=True)
+class Page:
+    """Everything that a page shows."""
+
+    name: str
+    title: str
+    description: str
+    facts: tuple[tuple[str, str], ...]
+    cards: tuple[Card, ...]
+    glance: Table
+    quality_plot: str
+    quality_note: str
+    memory: Table
+    memory_note: str
+    latency: Table
+    latency_plots: tuple[str, ...]
+    latency_note: str
+    layers: tuple[LayerView, ...]
+    golden: GoldenView
+    provenance: Table
+    choice: Choice
+
+
+def page_of(subject: Subject, choice: Choice) -> Page:
+    """Put a subject into words, numbers and plots."""
+    entries = subject.entries
+    return Page(
+        name=subject.name,
+        title=f"{subject.source.name}, quantized",
+        description=subject.description,
+        facts=source_facts(subject),
+        cards=tuple(_card(verdict, index) for index, verdict in enumerate(choice.verdicts)),
+        glance=_glance(choice),
+        quality_plot=_quality_plot(choice),
+        quality_note=_quality_note(entries),
+        memory=_memory(entries),
+        memory_note=_memory_note(entries),
+        latency=_latency(entries),
+        latency_plots=_latency_plots(entries),
+        latency_note=_latency_note(entries),
+        layers=tuple(_layers(entry) for entry in entries if entry.layers),
+        golden=golden_view(entries),
+        provenance=provenance(entries),
+        choice=choice,
+    )
+
+
+def megabytes(size_bytes: int) -> str:
+    """Decimal, as disks and downloads are."""
+    return f"{size_bytes / 1e9:,.2f} GB" if size_bytes >= 1e9 else f"{size_bytes / 1e6:,.1f} MB"
+
+
+def gibibytes(size_bytes: int) -> str:
+    """Binary, as memory is."""
+    return f"{size_bytes / 2**30:,.2f} GiB"
+
+
+def shown(value: float | None, form: str) -> str:
+    """A figure, or that there is none."""
+    return MISSING if value is None else form.format(value)
+
+
+def _card(verdict: Verdict, index: int) -> Card:
+    manifest = verdict.entry.artifact.manifest
+    risk = manifest.accepted_risk
+    return Card(
+        variant=manifest.variant,
+        ref=verdict.entry.artifact.ref,
+        format=manifest.format,
+        size=megabytes(manifest.size_bytes),
+        word=verdict.word,
+        tone=TONES[verdict.word],
+        reason=_first_reason(verdict),
+        colour=index,
+        risk=risk.reason if risk else "",
+        benched=verdict.entry.bench is not None,
+        findings=verdict.decision.findings,
+    )
+
+
+def _first_reason(verdict: Verdict) -> str:
+    decision = verdict.decision
+    for findings in (decision.refusals, decision.missing, decision.flags):
+        if findings:
+            more = f" (and {len(findings) - 1} more)" if len(findings) > 1 else ""
+            return f"{findings[0].gate}: {findings[0].reason}{more}"
+    return "every figure is measured and keeps its limit"
+
+
+def _glance(choice: Choice) -> Table:
+    columns = (
+        "variant",
+        "format",
+        "size",
+        "bits/weight",
+        "perplexity",
+        "ratio",
+        "mean KL",
+        "99 % KL",
+        "same top",
+    )
+    rows = [_source_row(choice.verdicts)]
+    for verdict in choice.verdicts:
+        manifest, quality, golden = verdict.entry.artifact.manifest, verdict.entry.quality, verdict.entry.golden
+        rows.append(
+            (
+                manifest.variant, manifest.format, megabytes(manifest.size_bytes), f"{manifest.bits_per_weight:.2f}",
+                shown(quality.get("perplexity"), "{:.2f}"), shown(quality.get("perplexity_ratio"), "{:.4f}"),
+                shown(quality.get("mean_kl"), "{:.4f}"), shown(quality.get("p99_kl"), "{:.3f}"),
+                shown(quality.get("top_token_agreement"), "{:.1%}"), _passes(golden, "artifact_passed"), verdict.word,
+            )
+        )  # fmt: skip
+    return Table((*columns, "golden", "verdict"), tuple(rows))
+
+
+def _source_row(verdicts: Sequence[Verdict]) -> tuple[str, ...]:
+    source = verdicts[0].entry.artifact.manifest.source
+    measured = next((item.entry for item in verdicts if item.entry.quality), verdicts[0].entry)
+    bits = f"{8 * source.weights_bytes / source.parameters:.2f}" if source.parameters else ""
+    perplexity = shown(measured.quality.get("source_perplexity"), "{:.2f}")
+    passes = _passes(measured.golden, "source_passed")
+    return ("source", "", megabytes(source.weights_bytes), bits, perplexity, "1", "0", "0", "100 %", passes, "")
+
+
+def _passes(golden: Mapping[str, Any], key: str) -> str:
+    return f"{golden[key]}/{golden['prompts']}" if key in golden and "prompts" in golden else MISSING
+
+
+def _quality_plot(choice: Choice) -> str:
+    measured = [(index, item) for index, item in enumerate(choice.verdicts) if item.figures.mean_kl is not None]
+    points = [
+        Point(item.entry.variant, item.entry.artifact.manifest.size_bytes / 1e6, item.figures.mean_kl or 0.0, index)
+        for index, item in measured
+    ]
+    limit = measured[0][1].limits.max_kl if measured else None
+    name = f"refused: over {limit:g} nats" if limit is not None else ""
+    titles = {"x_title": "size, MB", "y_title": "mean KL divergence, nats"}
+    return scatter(points, **titles, limit=limit, limit_name=name)
+
+
+def _quality_note(entries: Sequence[Entry]) -> str:
+    measured = [entry for entry in entries if entry.quality]
+    if not measured:
+        return "No quality was measured: run `quantize eval`, or build with a version that does."
+    quality = measured[0].quality
+    tokens = shown(quality.get("predictions"), "{:,} predicted tokens")
+    text = str(quality.get("text_hash", ""))[:12]
+    return f"Held-out text {quality.get('text_name', '')} (sha256 {text}…), {tokens}; each artifact in its own runtime."
+
+
+def _memory(entries: Sequence[Entry]) -> Table:
+    cells: dict[tuple[int, int], dict[str, str]] = {}
+    for entry in entries:
+        for cell in entry.artifact.manifest.estimate.get("vram_bytes", ()):
+            key = (int(cell["context"]), int(cell["concurrency"]))
+            text = f"{cell['expected_bytes'] / 2**30:.2f} – {cell['upper_bytes'] / 2**30:.2f}"
+            cells.setdefault(key, {})[entry.variant] = text
+    variants = tuple(entry.variant for entry in entries)
+    rows = [
+        (f"{context:,} x {sequences}", *(found.get(variant, "") for variant in variants))
+        for (context, sequences), found in sorted(cells.items(), key=lambda item: (item[0][1], item[0][0]))
+    ]
+    if any(entry.bench is not None for entry in entries):
+        rows.append(("measured peak", *(_measured_peak(entry.bench) for entry in entries)))
+    return Table(("context x sequences", *variants), tuple(rows))
+
+
+def _measured_peak(bench: BenchResult | None) -> str:
+    peak = bench.peak_bytes if bench else None
+    return MISSING if peak is None else f"{peak / 2**30:.2f}"
+
+
+def _memory_note(entries: Sequence[Entry]) -> str:
+    runtimes = sorted({str(entry.artifact.manifest.estimate.get("runtime", "")) for entry in entries} - {""})
+    note = (
+        f"GiB on the device, expected – safe upper, estimated for {', '.join(runtimes)} with the KV cache at 16 bits."
+    )
+    benches = [entry.bench for entry in entries if entry.bench is not None and entry.bench.peak_bytes is not None]
+    if benches:
+        where = "GPU memory" if benches[0].vram else "RAM, on a machine without a GPU"
+        note += f" The measured peak is {where}, under the load below."
+    return note
+
+
+def _latency(entries: Sequence[Entry]) -> Table:
+    columns = ("variant", "shape (in → out)", "load", "requests", "first token p50", "p95", "latency p50", "p95", "p99")
+    rows = [_latency_row(entry.variant, cell) for entry in entries if entry.bench for cell in entry.bench.cells]
+    return Table((*columns, "tokens/s", "requests/s", "errors"), tuple(rows))
+
+
+def _latency_row(variant: str, cell: Cell) -> tuple[str, ...]:
+    first, latency = cell.first_token, cell.latency
+    prompt = cell.mean_prompt_tokens or cell.prompt_tokens
+    output = cell.output_tokens if cell.mean_output_tokens is None else cell.mean_output_tokens
+    errors = f"{cell.error_rate:.1%}" + "".join(f", {count} {kind}" for kind, count in cell.errors.items())
+    return (
+        variant, f"{cell.shape} ({prompt:,.0f} → {output:,.0f})", cell.load.replace("x ", "x"), str(cell.requests),
+        _seconds(first.p50 if first else None), _seconds(first.p95 if first else None),
+        *(_seconds(getattr(latency, name) if latency else None) for name in ("p50", "p95", "p99")),
+        "–" if cell.output_tokens_per_second is None else f"{cell.output_tokens_per_second:,.1f}",
+        f"{cell.requests_per_second:,.2f}", errors,
+    )  # fmt: skip
+
+
+def _seconds(value: float | None) -> str:
+    if value is None:
+        return "–"
+    return f"{value * 1000:,.0f} ms" if value < 1 else f"{value:,.2f} s"
+
+
+def _latency_plots(entries: Sequence[Entry]) -> tuple[str, ...]:
+    """One plot a shape: a group for each load, in it a line for each artifact."""
+    shapes = dict.fromkeys(cell.shape for entry in entries if entry.bench for cell in entry.bench.cells)
+    plots = []
+    for shape in shapes:
+        groups: dict[str, list[Range]] = {}
+        for index, entry in enumerate(entries):
+            for cell in entry.bench.cells if entry.bench else ():
+                if cell.shape == shape and cell.latency is not None:
+                    spread = cell.latency
+                    item = Range(entry.variant, index, spread.p50, spread.p95, spread.p99)
+                    groups.setdefault(_load_name(cell), []).append(item)
+        plots.append(ranges(list(groups.items()), title=f"{shape}: p50 (dot) to p95 and p99", y_title="latency, s"))
+    return tuple(plot for plot in plots if plot)
+
+
+def _load_name(cell: Cell) -> str:
+    return f"{cell.concurrency} at a time" if cell.rate is None else f"{cell.rate:g} a second"
+
+
+def _latency_note(entries: Sequence[Entry]) -> str:
+    benches = [entry.bench for entry in entries if entry.bench is not None]
+    if not benches:
+        return "No latency was measured: run `quantize bench ARTIFACT`."
+    machines = dict.fromkeys(f"{item.measured_with.processor}, {item.measured_with.cores} cores" for item in benches)
+    gpus = dict.fromkeys(gpu for item in benches for gpu in item.measured_with.gpus)
+    servers = dict.fromkeys(item.measured_with.server for item in benches)
+    missing = [entry.variant for entry in entries if entry.bench is None]
+    note = f"{', '.join(servers)} on {'; '.join([*machines, *gpus])}. Times are the client's, warm-up left out."
+    return note + (f" Not measured: {', '.join(missing)}." if missing else "")
+
+
+def _layers(entry: Entry) -> LayerView:
+    names = sorted({layer.name for layer in entry.layers}, key=_place_in_block)
+    blocks = sorted({layer.block for layer in entry.layers})
+    found = {(layer.name, layer.block): layer.loss for layer in entry.layers}
+    values = [[found.get((name, block)) for block in blocks] for name in names]
+    title = f"rounding loss of each matrix of {entry.variant}, by block"
+    svg = heatmap(
+        [name.removeprefix("self_attn.").removeprefix("mlp.") for name in names],
+        [str(block) for block in blocks],
+        values,
+        title,
+    )
+    return LayerView(entry.variant, svg, _layers_text(entry.layers))
+
+
+def _place_in_block(name: str) -> tuple[int, str]:
+    """The order in which a block computes, and by name for what it does not tell."""
+    last = name.rpartition(".")[2]
+    return (BLOCK_ORDER.index(last) if last in BLOCK_ORDER else len(BLOCK_ORDER), name)
+
+
+def _layers_text(layers: Sequence[Layer]) -> str:
+    worst = sorted(layers, key=lambda layer: -layer.loss)[:WORST_LAYERS]
+    text = f"Median {statistics.median([layer.loss for layer in layers]):.2%} of the output's energy; the most in "
+    text += ", ".join(f"block {layer.block} {layer.name} ({layer.loss:.2%})" for layer in worst) + "."
+    better = [layer.loss / layer.nearest for layer in layers if layer.nearest]
+    return text + (
+        f" The median matrix keeps {statistics.median(better):.0%} of the loss of plain rounding." if better else ""
+    )

@@ -1,0 +1,171 @@
+"""The production decision: which artifact is served, on what evidence, and how to go back."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from quantize.evaluate.decision import Limits
+from quantize.pages.collect import Subject, collect
+from quantize.pages.decision_text import decision_text
+from quantize.pages.production import Choice, judge
+from quantize.store import Store
+from tests.conftest import Built
+from tests.pages.measured import bench, evaluation, keep, prompt
+
+VARIANTS = ("iq4_xs", "q4_0", "q4_k_m", "q5_k_s", "q8_0", "f16")  # by size
+
+
+@pytest.fixture
+def store(built: Built, tmp_path: Path) -> Store:
+    """A store of the tiny model that a test may measure."""
+    return built.copy(tmp_path / "own")
+
+
+def measure_all(store: Store, **kl: float) -> None:
+    """Everything measured and well, with the KL divergences given."""
+    for variant in VARIANTS:
+        keep(store, store.find(f"tiny/{variant}"), found=evaluation(kl=kl.get(variant, 0.004)), load=bench())
+
+
+def judged(store: Store, name: str | None = None) -> tuple[Subject, Choice, dict[str, str]]:
+    """Subject, choice and the word for each variant."""
+    subject = collect(store, name)
+    choice = judge(subject)
+    return subject, choice, {item.entry.variant: item.word for item in choice.verdicts}
+
+
+def test_nothing_measured_is_insufficient_evidence(store: Store) -> None:
+    subject, choice, words = judged(store)
+    assert [entry.variant for entry in subject.entries][-2:] == ["q8_0", "f16"]  # by size
+    assert set(words.values()) == {"insufficient evidence"}
+    missing = [finding.gate for finding in choice.verdicts[0].decision.missing]
+    expected = ["KL divergence", "perplexity", "golden prompts", "JSON answers", "error rate", "latency", "memory"]
+    assert missing == expected
+    text = decision_text(subject, choice)
+    assert (text.word, text.headline, choice.serve) == ("insufficient evidence", "Insufficient evidence.", None)
+    assert all(gate in text.why for gate in expected)
+    assert text.rollback == ("Nothing new is served: what serves now goes on.",)
+
+
+def test_the_smallest_accepted_is_served_and_the_next_is_the_way_back(store: Store) -> None:
+    measure_all(store, iq4_xs=0.3, q4_0=0.2, q4_k_m=0.06)
+    subject, choice, words = judged(store)
+    assert [words[name] for name in VARIANTS] == ["refused"] * 3 + ["accepted"] * 3
+    assert choice.serve is not None
+    assert choice.fallback is not None
+    assert choice.serve.entry.variant == "q5_k_s"
+    text = decision_text(subject, choice)
+    assert (text.word, text.headline) == ("accepted", "Serve q5_k_s.")
+    assert choice.fallback.entry.artifact.ref in text.rollback[0]
+    assert any(choice.serve.entry.artifact.ref in line for line in text.conditions)
+    assert any("At most 4 requests at a time" in line for line in text.conditions)
+    assert any("context 512 tokens" in line for line in text.conditions)
+
+
+def test_quality_alone_is_not_enough(store: Store) -> None:
+    keep(store, store.find("tiny/q8_0"), found=evaluation())
+    _, choice, words = judged(store)
+    assert words["q8_0"] == "insufficient evidence"
+    verdict = next(item for item in choice.verdicts if item.entry.variant == "q8_0")
+    assert [finding.gate for finding in verdict.decision.missing] == ["error rate", "latency", "memory"]
+
+
+def test_load_alone_is_not_enough(store: Store) -> None:
+    keep(store, store.find("tiny/q8_0"), load=bench())
+    _, choice, _ = judged(store, "tiny/q8_0")
+    assert [item.gate for item in choice.verdicts[0].decision.missing] == [
+        "KL divergence",
+        "perplexity",
+        "golden prompts",
+        "JSON answers",
+    ]
+
+
+def test_all_refused(store: Store) -> None:
+    measure_all(store, **dict.fromkeys(VARIANTS, 0.5))
+    subject, choice, _ = judged(store)
+    text = decision_text(subject, choice)
+    assert (text.word, text.headline, text.conditions) == ("refused", "Serve none of these.", ())
+
+
+@pytest.mark.parametrize(
+    ("gates", "load", "gate"),
+    [
+        ({"max_latency_p95_seconds": 0.4}, {"latency": 0.5}, "latency"),
+        ({"max_memory_bytes": 100 << 20}, {"peak": 101 << 20}, "memory"),
+        ({"max_error_rate": 0.05}, {"errors": 2}, "error rate"),
+        ({}, {"errors": 1}, "error rate"),  # one in a hundred is the default; this is one in twenty
+    ],
+)
+def test_serving_limits_refuse(store: Store, gates: dict[str, float], load: dict[str, float], gate: str) -> None:
+    keep(store, store.find("tiny/q8_0"), found=evaluation(), load=bench(**load))  # type: ignore[arg-type]
+    subject = collect(store, "tiny/q8_0")
+    choice = judge(Subject(subject.name, subject.entries, gates, ""))
+    assert [item.gate for item in choice.verdicts[0].decision.refusals] == [gate]
+
+
+def test_serving_limits_that_are_kept_are_said(store: Store) -> None:
+    keep(store, store.find("tiny/q8_0"), found=evaluation(), load=bench(latency=0.5, peak=90 << 20))
+    subject = collect(store, "tiny/q8_0")
+    gates = {"max_latency_p95_seconds": 0.6, "max_memory_bytes": 100 << 20, "max_error_rate": 0.001}
+    choice = judge(Subject(subject.name, subject.entries, gates, ""))
+    assert choice.verdicts[0].word == "accepted"
+    text = decision_text(subject, choice)
+    assert not any("No limit" in line for line in text.conditions)
+    assert ("latency, 95th percentile", "at most 0.6 s") in text.limits
+    assert "0.6 s" in text.rollback[1]
+
+
+def test_the_limits_of_the_evaluation_hold(store: Store) -> None:
+    loose = Limits(max_kl=0.5)
+    keep(store, store.find("tiny/q8_0"), found=evaluation(kl=0.3), load=bench(), limits=loose)
+    _, choice, _ = judged(store, "tiny/q8_0")
+    assert (choice.verdicts[0].word, choice.verdicts[0].limits.max_kl) == ("accepted", 0.5)
+
+
+def test_flags_are_for_a_person(store: Store) -> None:
+    keep(store, store.find("tiny/q8_0"), found=evaluation(ratio=0.9), load=bench())
+    subject, choice, words = judged(store, "tiny/q8_0")
+    assert words == {"q8_0": "accepted with flags"}
+    assert any("A person looks at: perplexity" in line for line in decision_text(subject, choice).conditions)
+
+
+def test_a_lost_json_answer_refuses(store: Store) -> None:
+    asked = [*(prompt(n) for n in range(9)), prompt(9, kind="json", artifact=False)]
+    keep(store, store.find("tiny/q8_0"), found=evaluation(prompts=asked), load=bench())
+    _, choice, _ = judged(store, "tiny/q8_0")
+    assert [item.gate for item in choice.verdicts[0].decision.refusals] == ["JSON answers"]
+
+
+def test_a_risk_that_was_accepted_is_a_flag_with_its_reason(store: Store) -> None:
+    from quantize.artifact import commit
+    from quantize.manifest import AcceptedRisk
+
+    artifact = store.find("tiny/q8_0")
+    keep(store, artifact, found=evaluation(kl=0.2), load=bench())
+    risk = AcceptedRisk(reason="a demo, no users", gates=("KL divergence",))
+    commit(store.root, artifact.folder, artifact.manifest.model_copy(update={"accepted_risk": risk}).sealed())
+    subject, choice, words = judged(store, "tiny/q8_0")
+    assert words == {"q8_0": "accepted with flags"}
+    assert any("a demo, no users" in line for line in decision_text(subject, choice).conditions)
+
+
+def test_a_refused_build_is_on_the_page(store: Store) -> None:
+    from quantize.artifact import REFUSED, set_aside
+
+    artifact = store.find("tiny/q4_0")
+    keep(store, artifact, found=evaluation(kl=0.2), load=bench())
+    set_aside(store.root, artifact.folder, artifact.manifest, REFUSED)
+    subject, _, words = judged(store)
+    assert words["q4_0"] == "refused"
+    assert [entry.refused for entry in subject.entries if entry.variant == "q4_0"] == [True]
+
+
+def test_measurements_that_can_not_be_read_are_no_evidence(store: Store) -> None:
+    artifact = store.find("tiny/q8_0")
+    (artifact.folder / "measurements.json").write_text('{"bench": {"cells": 3}, "evaluation": [], "layers": {"x": 1}}')
+    _, choice, words = judged(store, "tiny/q8_0")
+    assert words == {"q8_0": "insufficient evidence"}
+    assert choice.verdicts[0].entry.layers == ()

@@ -1,0 +1,274 @@
+"""The pages: right in a browser, in print and in Markdown, whatever a model answered and whatever was not measured."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from markdown_it import MarkdownIt
+
+from quantize.evaluate.decision import Limits
+from quantize.pages.charts import Point, Range, heatmap, ranges, scatter
+from quantize.pages.collect import collect
+from quantize.pages.golden import pieces
+from quantize.pages.render import DECISION, HTML, MARKDOWN, render
+from quantize.store import Store
+from tests.browser import Browser
+from tests.conftest import Built, Run
+from tests.pages.measured import HOSTILE, bench, evaluation, keep, layers, prompt
+
+NAMES = ["q4_0", "q8_0", "f16"]
+
+
+@pytest.fixture(scope="module")
+def measured(built: Built, tmp_path_factory: pytest.TempPathFactory) -> Store:
+    """The tiny model with everything measured of three variants; one answers with HTML."""
+    store = built.copy(tmp_path_factory.mktemp("pages") / "artifacts")
+    hostile = [prompt(n, artifact=n > 1, text=HOSTILE if n < 2 else "") for n in range(12)]
+    hostile.append(prompt(12, kind="json"))
+    keep(store, store.find("tiny/q4_0"), found=evaluation(kl=0.09, ratio=1.2, prompts=hostile), load=bench())
+    keep(store, store.find("tiny/q8_0"), found=evaluation(prompts=hostile[2:]), load=bench(latency=0.7))
+    keep(store, store.find("tiny/f16"), found=evaluation(kl=0.0001, prompts=hostile[2:]), layers=layers())
+    return store
+
+
+@pytest.fixture(scope="module")
+def pages(measured: Store) -> dict[str, str]:
+    """The text of each page."""
+    return render(collect(measured, "tiny"))
+
+
+@pytest.fixture
+def opened(pages: dict[str, str], tmp_path: Path, browser: Browser) -> str:
+    """The page, open in a browser; its URL."""
+    path = tmp_path / HTML
+    path.write_text(pages[HTML], encoding="utf-8")
+    browser.open(path.as_uri())
+    return path.as_uri()
+
+
+def test_the_page_opens_without_errors_or_requests(opened: str, browser: Browser) -> None:
+    assert browser.console() == []
+    assert browser.requests() == [opened]
+    assert browser.driver.title == "tiny, quantized · tiny"
+    assert browser.run("return document.querySelectorAll('script, link[rel=stylesheet], img').length") == 0
+    assert browser.run("return document.querySelectorAll('svg.plot').length") == 3
+
+
+def test_answers_are_text_whatever_they_hold(opened: str, browser: Browser) -> None:
+    shown = browser.run("return [...document.querySelectorAll('.answer')].map(item => item.textContent)")
+    assert HOSTILE in shown
+    assert "The answer to 0 is Paris." in shown
+    assert browser.run("return document.querySelectorAll('details.diff').length") == 2
+    marked = browser.run("return [...document.querySelectorAll('.answer mark')].map(item => item.textContent).join('')")
+    assert "taken" in marked
+
+
+def test_light_dark_paper_and_telephone(opened: str, browser: Browser) -> None:
+    def background() -> str:
+        return str(browser.run("return getComputedStyle(document.body).backgroundColor"))
+
+    seen = set()
+    for scheme in ("light", "dark"):
+        browser.media(scheme=scheme)
+        seen.add(background())
+        assert browser.run(CONTRAST) >= 4.5
+    assert len(seen) == 2
+    browser.media(scheme="dark", kind="print")
+    assert background() == "rgb(255, 255, 255)"
+    assert len(browser.command("Page.printToPDF", printBackground=True)["data"]) > 10_000
+    browser.media()
+    for width in (1240, 390):
+        browser.command(
+            "Emulation.setDeviceMetricsOverride", width=width, height=800, deviceScaleFactor=1, mobile=False
+        )
+        assert browser.run("return document.documentElement.scrollWidth") <= width
+    browser.command("Emulation.clearDeviceMetricsOverride")
+    assert browser.console() == []
+
+
+# The least contrast between the text of an element and the nearest background behind it (WCAG 2).
+CONTRAST = """
+const light = text => { const [r, g, b] = text.match(/[0-9.]+/g).map(Number)
+    .map(v => v / 255).map(v => v <= .03928 ? v / 12.92 : ((v + .055) / 1.055) ** 2.4);
+  return .2126 * r + .7152 * g + .0722 * b; };
+const behind = item => { for (; item; item = item.parentElement) { const c = getComputedStyle(item).backgroundColor;
+  if (c !== 'rgba(0, 0, 0, 0)') return c; } return 'rgb(255, 255, 255)'; };
+return Math.min(...[...document.querySelectorAll('h1, h2, h3, p, td, th, dt, dd, li, a, .chip, mark')]
+  .filter(item => item.textContent.trim() && item.checkVisibility())
+  .map(item => { const a = light(getComputedStyle(item).color), b = light(behind(item));
+    return (Math.max(a, b) + .05) / (Math.min(a, b) + .05); }));
+"""
+
+
+def test_the_figures_are_on_the_page(opened: str, browser: Browser) -> None:
+    rows = browser.run("return [...document.querySelectorAll('.glance tbody tr')].map(r => r.innerText.split('\\t'))")
+    table = {row[0]: row for row in rows}
+    assert table["q4_0"][4:11] == ["12.43", "1.2000", "0.0900", "0.450", "95.0%", "11/13", "refused"]
+    assert table["q8_0"][10] == "accepted"
+    assert table["f16"][10] == "insufficient evidence"
+    assert table["iq4_xs"][4:10] == ["not measured"] * 6
+    assert table["source"][4] == "10.36"
+    matrix = browser.run("return [...document.querySelectorAll('.matrix td.lost')].map(item => item.textContent)")
+    assert matrix == ["LOST", "LOST"]
+    text = browser.run("return document.body.innerText")
+    for expected in ("python-docs", "12,345 predicted tokens", "llama_cpp.server on A processor", "Median 0.40%"):
+        assert expected in text
+
+
+def test_plots_show_what_they_should(pages: dict[str, str]) -> None:
+    plots = [ElementTree.fromstring(text) for text in re.findall(r"<svg.*?</svg>", pages[HTML], re.DOTALL)]
+    name = "{http://www.w3.org/2000/svg}"
+    dots = {
+        group.findtext(f"{name}circle/{name}title"): group.find(f"{name}circle") for group in plots[0].iter(f"{name}g")
+    }
+    heights = {str(key).split(":")[0]: float(dot.attrib["cy"]) for key, dot in dots.items() if dot is not None}
+    assert sorted(heights, key=lambda key: heights[key]) == NAMES  # the worst highest
+    places = {str(key).split(":")[0]: float(dot.attrib["cx"]) for key, dot in dots.items() if dot is not None}
+    assert sorted(places, key=lambda key: places[key]) == NAMES  # the smallest to the left
+    line = next(item for item in plots[0].iter(f"{name}line") if item.get("class") == "limit")
+    assert heights["q4_0"] < float(line.attrib["y1"]) < heights["q8_0"]
+    titles = [item.text for item in plots[1].iter(f"{name}title")]
+    assert titles == ["q4_0: 0.500 s, 0.500 s, 0.500 s", "q8_0: 0.700 s, 0.700 s, 0.700 s"] * 2
+    cells = list(plots[2].iter(f"{name}rect"))
+    assert len(cells) == 16
+    assert {item.attrib["class"] for item in cells} >= {"h0", "h9"}
+
+
+def test_markdown_is_tables_and_text(pages: dict[str, str]) -> None:
+    reader = MarkdownIt("commonmark", {"html": True}).enable("table")
+    for name in (MARKDOWN, DECISION):
+        tokens = reader.parse(pages[name])
+        flat = [inner for token in tokens for inner in (token, *(token.children or ()))]
+        assert not [token.content for token in flat if token.type in ("html_block", "html_inline", "image")]
+        rows, widths = [], []
+        for token in tokens:
+            if token.type == "tr_open":
+                rows.append(0)
+            elif token.type in ("td_open", "th_open"):
+                rows[-1] += 1
+            elif token.type == "table_close":
+                widths.append(set(rows))
+                rows = []
+        assert len(widths) >= 7
+        assert all(len(width) == 1 for width in widths)  # a stray `|` would add a column
+    code = [token.content for token in reader.parse(pages[MARKDOWN]) if token.type == "code_block"]
+    assert f"{HOSTILE}\n" in code
+
+
+def test_the_decision_is_the_same_on_each_page(pages: dict[str, str]) -> None:
+    assert "**Serve q8_0.**" in pages[DECISION]
+    assert "**Serve q8_0.**" in pages[MARKDOWN]
+    assert "Serve q8_0." in pages[HTML]
+    for part in ("## Context", "## Figures", "## Decision", "## Conditions", "## Rollback"):
+        assert part in pages[DECISION]
+    assert "KL divergence | refused | mean 0.0900 nats is over the limit of 0.05" in pages[DECISION]
+    assert "insufficient evidence" in pages[DECISION]
+
+
+def test_the_same_measurements_give_the_same_pages(measured: Store, pages: dict[str, str]) -> None:
+    assert render(collect(measured, None)) == pages
+
+
+def test_nothing_measured_is_said(built: Built) -> None:
+    texts = render(collect(built.store, "tiny"))
+    for text in texts.values():
+        assert "Insufficient evidence." in text
+        assert "nan" not in text.lower().split()
+    assert "not measured" in texts[HTML]
+    assert "No latency was measured" in texts[MARKDOWN]
+    assert "No golden prompts were asked" in texts[MARKDOWN]
+
+
+def test_figures_that_are_not_finite_are_shown(built: Built, tmp_path: Path) -> None:
+    store = built.copy(tmp_path / "own")
+    keep(store, store.find("tiny/q8_0"), found=evaluation(kl=float("inf"), ratio=float("nan")))
+    texts = render(collect(store, "tiny/q8_0"))
+    assert "mean inf nats is over the limit" in texts[DECISION]
+    assert "<svg" not in texts[HTML]  # there is no place for it on a plot
+
+
+def test_the_command(measured: Store, tmp_path: Path, run: Run) -> None:
+    result = run("report", "--store", measured.root, "--output", tmp_path / "out")
+    assert result.exit_code == 0, result.stderr
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [DECISION, HTML, MARKDOWN]
+    lines = result.stdout.splitlines()
+    assert any(line.split()[:2] == ["q4_0", "refused"] for line in lines if line.strip())
+    assert any(line.startswith("serve: tiny/q8_0@") for line in lines)
+    assert lines[-3:] == [str(tmp_path / "out" / name) for name in (HTML, MARKDOWN, DECISION)]
+
+
+def test_the_command_for_programs_and_one_artifact(
+    measured: Store, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    result = run("report", "tiny/q8_0", "--store", measured.root, "--json")
+    data = json.loads(result.stdout)
+    assert data["serve"].startswith("tiny/q8_0@")
+    assert [item["verdict"] for item in data["artifacts"]] == ["accepted"]
+    assert data["artifacts"][0]["figures"]["mean_kl"] == 0.004
+    assert data["files"] == [f"reports/tiny/q8_0/{name}" for name in (HTML, MARKDOWN, DECISION)]
+    assert all(Path(name).is_file() for name in data["files"])
+
+
+def test_wrong_use_is_said(measured: Store, tmp_path: Path, run: Run) -> None:
+    none = run("report", "--store", tmp_path / "none")
+    assert (none.exit_code, none.stdout) == (2, "")
+    assert "no artifacts in" in none.stderr
+    unknown = run("report", "other", "--store", measured.root)
+    assert unknown.exit_code == 2
+    assert "no artifact 'other'" in unknown.stderr
+    (tmp_path / "file").write_text("")
+    taken = run("report", "tiny", "--store", measured.root, "--output", tmp_path / "file" / "inner")
+    assert taken.exit_code == 1
+    assert "Traceback" not in taken.stderr
+    assert "file" in taken.stderr
+
+
+def test_several_recipes_need_a_name(built: Built, tmp_path: Path, run: Run) -> None:
+    store = built.copy(tmp_path / "own")
+    artifact = store.find("tiny/q8_0")
+    other = artifact.manifest.model_copy(update={"name": "other"}).sealed()
+    folder = store.root / "other" / "q8_0" / other.short_digest
+    folder.mkdir(parents=True)
+    (folder / "manifest.json").write_text(other.to_json(), encoding="utf-8")
+    (folder.parent / "current").symlink_to(folder.name)
+    result = run("report", "--store", store.root)
+    assert result.exit_code == 2
+    assert "name one: other, tiny" in result.stderr
+
+
+@given(st.text(max_size=80), st.text(max_size=80))
+def test_pieces_are_the_text(one: str, other: str) -> None:
+    found = pieces(one, other)
+    assert "".join(piece.text for piece in found) == one
+    if one == other:
+        assert not any(piece.changed for piece in found)
+
+
+@given(
+    st.lists(st.tuples(st.text(max_size=6), st.floats(0, 1e12), st.floats(0, 1e6)), max_size=9), st.floats(1e-9, 1e3)
+)
+def test_any_figures_can_be_drawn(values: list[tuple[str, float, float]], limit: float) -> None:
+    names = ["".join(letter for letter in name if letter.isprintable()) for name, _, _ in values]
+    points = [Point(name, x, y, n) for n, (name, (_, x, y)) in enumerate(zip(names, values, strict=True))]
+    spans = [Range(name, n, y, y * 2, y * 3) for n, (name, (_, _, y)) in enumerate(zip(names, values, strict=True))]
+    drawn = [
+        scatter(points, x_title="x", y_title="<y>", limit=limit, limit_name="&"),
+        ranges([("a", spans), ("b", [])], title="t", y_title="y"),
+        heatmap(names, ["0", "1"], [[y, None] for _, _, y in values], "t"),
+    ]
+    for text in filter(None, drawn):
+        assert "nan" not in text
+        ElementTree.fromstring(text)
+
+
+def test_limits_of_the_recipe_are_drawn(built: Built, tmp_path: Path) -> None:
+    store = built.copy(tmp_path / "own")
+    keep(store, store.find("tiny/q8_0"), found=evaluation(kl=0.2), limits=Limits(max_kl=0.3))
+    assert "refused: over 0.3 nats" in render(collect(store, "tiny/q8_0"))[HTML]
