@@ -113,12 +113,13 @@ def solve_block(block: Block, options: AwqOptions, threads: int) -> packed.Solve
         tasks.append(partial(_quantize, weights, gram, folded.scales.get(group.name), options))
     layers: dict[str, Any] = {}
     for (group, members), results in zip(parts, on_threads(tasks, threads), strict=True):
-        ratio = choices[group.name].ratio if group.name in choices else 0.0
+        choice = choices.get(group.name)
+        ratios = {"ratio": choice.ratio, "weight_ratio": choice.weight_ratio} if choice else {}
         for linear, (quantized, loss) in zip(members, results, strict=True):
             words = pack_awq(quantized)
             prefix = linear.tensor.removesuffix("weight")
             tensors |= {f"{prefix}{field}": getattr(words, field) for field in ("qweight", "qzeros", "scales")}
-            layers[prefix.removesuffix(".")] = {"loss": block.share(loss, linear), "ratio": round(ratio, 4)}
+            layers[prefix.removesuffix(".")] = {"loss": block.share(loss, linear), **ratios}
     return tensors, layers
 
 

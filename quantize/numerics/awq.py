@@ -7,7 +7,7 @@ where AWQ runs the layer for every grid point, the output error here is tr(ΔW G
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -20,7 +20,8 @@ from quantize.numerics.scales import ScaleSearch
 
 BITS = 4
 RATIOS = tuple(step / 10 for step in range(10))
-REFINEMENT = (-0.05, 0.05)
+WEIGHT_RATIOS = (0.15, 0.3, 0.45, 0.6)
+REFINEMENT = (-0.1, -0.05, 0.05, 0.1)  # steps of the ratio around the best so far
 SEARCH_ROWS = 256  # output rows that the ratio search looks at, for each Gram matrix
 
 
@@ -49,35 +50,47 @@ class Tie:
 
 @dataclass(frozen=True)
 class ScaleChoice:
-    """scales: float32 [in], by which weights are multiplied and inputs divided; all 1 at ratio 0.
+    """scales: float32 [in], by which weights are multiplied and inputs divided; all 1 when both ratios are 0.
 
-    loss and nearest_loss: tr(ΔW G ΔWᵀ) over the rows searched, at the chosen ratio and at ratio 0.
+    ratio, weight_ratio: exponents of the input's and the weights' magnitude. loss and nearest_loss: tr(ΔW G ΔWᵀ) over
+    the rows searched, at the chosen ratios and at 0.
     """
 
     scales: Tensor
     ratio: float
+    weight_ratio: float
     loss: float
     nearest_loss: float
 
 
-def channel_scales(energy: Tensor, ratio: float, tie: Tie | None = None) -> Tensor:
-    """rms(x)^ratio, tied, normalized to a geometric mid-range of 1.
+def channel_scales(
+    energy: Tensor, ratio: float, tie: Tie | None = None, *, weights: Tensor | None = None, weight_ratio: float = 0.0
+) -> Tensor:
+    """rms(x)^ratio / |w|^weight_ratio, tied, normalized to a geometric mid-range of 1.
 
-    energy: float32 [in], mean of squared activations. Returns float32 [in]; exactly 1 at ratio 0.
+    energy: float32 [in], mean of squared activations. weights: float32 [in], |w| summed over the rows that read the
+    channel. Returns float32 [in]; exactly 1 when both ratios are 0.
     """
-    tied = energy if tie is None else tie.mean(energy)
-    rms = tied.clamp_min(float(tied.mean()) * 1e-8 + 1e-30).sqrt()
-    scales = rms.pow(ratio)
+    scales = _tied(energy, 1e-8, tie).sqrt().pow(ratio)
+    if weights is not None and weight_ratio:
+        scales = scales / _tied(weights, 1e-4, tie).pow(weight_ratio)
     return scales / (scales.amax() * scales.amin()).sqrt()
+
+
+def _tied(values: Tensor, floor: float, tie: Tie | None) -> Tensor:
+    """Values >= 0 [in] with tied channels averaged, none below a share of their mean."""
+    tied = values if tie is None else tie.mean(values)
+    return tied.clamp_min(float(tied.mean()) * floor + 1e-30)
 
 
 def search_scales(
     readers: Sequence[Reader], *, group_size: int, tie: Tie | None = None, ratios: Sequence[float] = RATIOS
 ) -> ScaleChoice:
-    """The exponent that loses least over all readers, on a grid and then between its points.
+    """The exponents that lose least over all readers: the ratio on a grid, the weights' at that ratio, both refined.
 
     Only every n-th output row is looked at, up to SEARCH_ROWS for each Gram matrix: the best exponent is a sum over
-    rows, and a sample finds it. Rounding is to nearest without clipping, as in the paper's search.
+    rows, and a sample finds it. Rounding is to nearest without clipping, as in the paper's search; dividing by the
+    weights' magnitude as well is AutoAWQ's later form ("duo scaling"), with an exponent of its own here.
 
     Raises:
         BuildError: the group size does not divide the input width.
@@ -85,21 +98,24 @@ def search_scales(
     check_shape(readers[0].weight.shape[1], BITS, group_size)
     samples = _samples(readers)
     energy = _energy(readers)
+    weights = torch.stack([reader.weight.float().abs().sum(0) for reader in readers]).sum(0)
+    losses: dict[tuple[float, float], float] = {}
 
-    def lost(ratio: float) -> float:
-        scales = channel_scales(energy, ratio, tie)
-        return sum(_rounding_loss(rows, gram, scales, group_size) for rows, gram in samples)
+    def scales(point: tuple[float, float]) -> Tensor:
+        return channel_scales(energy, point[0], tie, weights=weights, weight_ratio=point[1])
 
-    losses = {ratio: lost(ratio) for ratio in ratios}
-    best = min(losses, key=lambda ratio: losses[ratio])
+    def best_with(points: Iterable[tuple[float, float]]) -> tuple[float, float]:
+        for point in points:
+            if point not in losses and point[0] >= 0:
+                found = scales(point)
+                losses[point] = sum(_rounding_loss(rows, gram, found, group_size) for rows, gram in samples)
+        return min(losses, key=lambda point: losses[point])
+
+    best = best_with((ratio, 0.0) for ratio in (0.0, *ratios))
     if len(ratios) > 1:
-        for step in REFINEMENT:
-            losses.setdefault(max(0.0, best + step), lost(max(0.0, best + step)))
-        best = min(losses, key=lambda ratio: losses[ratio])
-    nearest = losses[0.0] if 0.0 in losses else lost(0.0)
-    if losses[best] > nearest:
-        best, losses[0.0] = 0.0, nearest
-    return ScaleChoice(channel_scales(energy, best, tie), best, losses[best], nearest)
+        best = best_with((best[0], weight_ratio) for weight_ratio in WEIGHT_RATIOS)
+        best = best_with((round(best[0] + step, 2), best[1]) for step in REFINEMENT)
+    return ScaleChoice(scales(best), *best, losses[best], losses[0.0, 0.0])
 
 
 def quantize_scaled(
