@@ -57,7 +57,7 @@ def ours(checkpoint: Path, variants: str, work: Path) -> dict[str, Any]:
     import time
 
     started = time.perf_counter()
-    run("-m", "quantize", "build", str(work / "recipe.yaml"), "-q", "--json", env=env)
+    run("-m", "quantize", "build", str(work / "recipe.yaml"), "-q", "--json", "--no-eval", env=env)
     seconds = time.perf_counter() - started
     result: dict[str, Any] = {"seconds": round(seconds, 2), "perplexity": {}}
     for folder in sorted((work / "store" / "bench").iterdir()):
