@@ -211,7 +211,7 @@ class Gates:
             return None if is_aside or self.measures(artifact.manifest.format) else Settled(artifact, None)
         if self._takes(artifact, known.decision) == is_aside or artifact.measurements()[NAME] != known.record:
             return None
-        return Settled(artifact, known, _refusal(artifact, known.decision) if is_aside else None)
+        return Settled(artifact, known, refusal(artifact, known.decision) if is_aside else None)
 
     def settle(
         self, artifact: Artifact, checkpoint: Checkpoint, *, failure: VerifyError | None = None, anew: bool = False
@@ -234,12 +234,18 @@ class Gates:
         self._write(artifact, judged.record)
         if not self._takes(artifact, judged.decision):
             aside = set_aside(self._store, artifact.folder, manifest, REFUSED)
-            return Settled(aside, judged, _refusal(aside, judged.decision))
+            return Settled(aside, judged, refusal(aside, judged.decision))
         if not judged.decision.accepted and manifest.accepted_risk is None:
             manifest = self._with_risk(artifact, judged.decision)
         for finding in judged.decision.flags:
             warn(self._reporter, variant, f"{finding.gate}: {finding.reason}")
         return Settled(commit(self._store, artifact.folder, manifest), judged)
+
+    def record(self, artifact: Artifact, checkpoint: Checkpoint) -> Settled:
+        """Measure an artifact that is in no store: written beside its manifest, and left where it is."""
+        judged = self.judge.measure(artifact, checkpoint, self._reporter)
+        self._write(artifact, judged.record)
+        return Settled(artifact, judged, None if judged.decision.accepted else refusal(artifact, judged.decision))
 
     def _takes(self, artifact: Artifact, decision: Decision) -> bool:
         """Whether an artifact is good enough: by its gates, or because its risk was accepted, which needs it to run."""
@@ -265,7 +271,8 @@ class Gates:
         write_text(artifact.folder / RECIPE_NAME, self.judge.recipe.text)  # whose gates were held
 
 
-def _refusal(artifact: Artifact, decision: Decision) -> GateError:
+def refusal(artifact: Artifact, decision: Decision) -> GateError:
+    """The error that names every limit that an artifact breaks, with its numbers."""
     subject = f"{artifact.manifest.name}/{artifact.manifest.variant}"
     reasons = "; ".join(f"{finding.gate}: {finding.reason}" for finding in decision.refusals)
     return GateError(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -44,13 +44,17 @@ class Job:
 
 @dataclass(frozen=True)
 class Plan:
-    """All jobs of a recipe. disk_needed_bytes is the peak, intermediates included; None where sizes were not asked."""
+    """All jobs of a recipe. disk_needed_bytes is the peak, intermediates included; None where sizes were not asked.
+
+    config: config.json of the source.
+    """
 
     recipe: Recipe
     source: PinnedSource
     jobs: tuple[Job, ...]
     disk_needed_bytes: int | None
     disk_free_bytes: int
+    config: Mapping[str, Any]
 
     @property
     def todo(self) -> tuple[Job, ...]:
@@ -69,7 +73,7 @@ def make_plan(recipe: Recipe, store: Store, cache: Cache, reporter: Reporter, li
         sized = _sized(jobs, source, checkpoint, cache, Path(scratch), limits, _expected(recipe), reporter)
         needed = _disk_needed(sized) + _dequantized_bytes(source, checkpoint, cache)
     free = disk_free_bytes(store.root)
-    plan = Plan(recipe, source, tuple(sized), needed, free)
+    plan = Plan(recipe, source, tuple(sized), needed, free, checkpoint.config)
     if plan.todo and needed > free:
         refusal = disk_short(needed, free)
         plan = replace(plan, jobs=tuple(replace(job, refusal=refusal) if job in plan.todo else job for job in sized))

@@ -11,14 +11,19 @@ from quantize.cache import Cache
 from quantize.checkpoint import Checkpoint
 from quantize.errors import VerifyError
 from quantize.manifest import RECIPE_NAME
-from quantize.recipe import load_recipe
+from quantize.recipe import Recipe, load_recipe
 from quantize.report import Reporter
 from quantize.source import PinnedSource, open_source, pin_source
 
 
-def repin_source(artifact: Artifact, cache: Cache, reporter: Reporter) -> PinnedSource:
-    """The source of an artifact, by its recipe. Raises VerifyError if its files are not the manifest's."""
-    recipe = load_recipe(artifact.folder / RECIPE_NAME, formats())
+def own_recipe(artifact: Artifact) -> Recipe:
+    """The recipe that an artifact carries. Raises RecipeError."""
+    return load_recipe(artifact.folder / RECIPE_NAME, formats())
+
+
+def repin_source(artifact: Artifact, cache: Cache, reporter: Reporter, recipe: Recipe | None = None) -> PinnedSource:
+    """The source of an artifact, by its own recipe or another. Raises VerifyError if it is not the manifest's."""
+    recipe = recipe or own_recipe(artifact)
     source = pin_source(recipe, cache, reporter)
     wanted = {entry.path: entry.sha256 for entry in artifact.manifest.source.files}
     if {file.path: file.sha256 for file in source.files} != wanted:

@@ -15,12 +15,13 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from quantize.artifact import Artifact, open_artifact
-from quantize.containers.gguf import GgufFile, read_gguf
+from quantize.containers.gguf import read_gguf
 from quantize.errors import RefusedError, UsageError
 from quantize.estimate import repacked_bytes
 from quantize.manifest import FILE_NAME
 from quantize.shape import ModelShape
 from quantize.store import Store
+from quantize.workloads import gguf_shape
 
 NAMED = re.compile(r"([A-Za-z0-9][\w./:@-]{0,99})=(.+)", re.DOTALL)
 KEY_VARIABLE = "QUANTIZE_UPSTREAM_KEY"
@@ -117,17 +118,6 @@ def _gguf(name: str, path: Path) -> LocalTarget:
     tied = all(item != "output.weight" for item in file.tensors)
     size = sum(item[2] for item in tensors)
     return LocalTarget(name, "gguf", path, gguf_shape(file), size, repacked_bytes(tensors, tied=tied))
-
-
-def gguf_shape(file: GgufFile) -> ModelShape:
-    """Shape of the model in a GGUF file; its vocabulary is as wide as its embedding."""
-    architecture = file.fields.get("general.architecture")
-    embedding = file.tensors.get("token_embd.weight")
-    fields = dict(file.fields)
-    if embedding is not None:
-        fields[f"{architecture}.vocab_size"] = embedding.shape[-1]
-        fields.pop("tokenizer.ggml.tokens", None)
-    return ModelShape.from_gguf(fields)
 
 
 def _folder(name: str, folder: Path, format: str | None = None) -> LocalTarget:

@@ -1,0 +1,170 @@
+"""quantize estimate TARGET"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import click
+
+from quantize.cli.common import (
+    json_option,
+    memory_text,
+    open_cache,
+    print_json,
+    print_table,
+    quiet_option,
+    store_option,
+    verbose_option,
+)
+from quantize.cli.progress import console_reporter
+from quantize.errors import UsageError
+from quantize.estimate import (
+    CONCURRENCIES,
+    CONTEXTS,
+    RUNTIMES,
+    Estimate,
+    Settings,
+    default_runtime,
+    kv_bytes_per_token,
+    vram_table,
+)
+from quantize.fit import Verdict, Workload, advise, judge
+from quantize.hardware import Card, card_of, detect
+from quantize.store import Store
+from quantize.workloads import Subject, siblings, subjects
+
+KV_TYPES = {"16": "f16", "8": "q8_0", "4": "q4_0"}
+DEFAULT_CONTEXT = 4096
+SHORT = {"fits": "fits", "tight": "tight", "does not fit": "NO"}
+
+
+@dataclass(frozen=True)
+class _Answer:
+    """Everything about one subject: the table, and for the case that was asked for the verdict with advice."""
+
+    subject: Subject
+    settings: Settings
+    table: tuple[Estimate, ...]
+    card: Card | None
+    context: int
+    concurrency: int
+    verdict: Verdict | None
+
+
+@click.command("estimate")
+@click.argument("target")
+@click.option("--context", type=click.IntRange(min=1), help="Tokens of a sequence.  [default: 2k to 32k]")
+@click.option("--concurrency", type=click.IntRange(min=1), help="Sequences at once.  [default: 1, 2, 4 and 8]")
+@click.option("--gpu", metavar="NAME", help='The card to fit, such as "RTX 4060 8GB".  [default: this machine\'s]')
+@click.option("--vram", metavar="SIZE", help="The card's memory, such as 8GiB; 8G is the same, 8GB is 7.45 GiB.")
+@click.option("--kv-bits", type=click.Choice([*KV_TYPES]), default="16", show_default=True, help="Of the KV cache.")
+@click.option("--runtime", type=click.Choice(RUNTIMES), help="[default: llama.cpp for GGUF, vllm for AWQ and GPTQ]")
+@store_option
+@json_option
+@quiet_option
+@verbose_option
+def command(
+    target: str, context: int | None, concurrency: int | None, gpu: str | None, vram: str | None, kv_bits: str,
+    runtime: str | None, store: Store, as_json: bool, quiet: bool,
+) -> None:  # fmt: skip
+    """Memory that TARGET takes (a recipe, a checkpoint folder, a GGUF file or an artifact), from headers alone.
+
+    Each cell has the expected figure and the safe upper one. `fits`: the upper one is within 90 % of the card; `tight`:
+    only the expected one is. How good the figures are: docs/estimates.md.
+    """
+    card = card_of(gpu, vram) or _own_card()
+    with console_reporter(quiet=quiet or as_json) as reporter:
+        found = subjects(target, store, open_cache(), reporter)
+    others = found if len(found) > 1 else [*found, *siblings(found[0], store)] if found[0].family else found
+    answers = [_answer(item, others, card, context, concurrency, KV_TYPES[kv_bits], runtime) for item in found]
+    if as_json:
+        print_json([_as_json(item) for item in answers])
+        return
+    for item in answers:
+        _print(item)
+
+
+def _own_card() -> Card | None:
+    gpus = detect().gpus
+    return Card(gpus[0].name, gpus[0].vram_bytes) if gpus else None
+
+
+def _answer(
+    subject: Subject, others: Sequence[Subject], card: Card | None, context: int | None, concurrency: int | None,
+    kv_type: str, runtime: str | None,
+) -> _Answer:  # fmt: skip
+    longest = subject.shape.max_context
+    if context is not None and context > longest:
+        raise UsageError(
+            f"{subject.name}: {context:,} tokens are more than the model's own context of {longest:,}",
+            hint=f"use --context {longest} or less",
+        )
+    settings = Settings(runtime or default_runtime(subject.format), kv_type)
+    table = vram_table(
+        subject.shape, subject.weights_bytes, format=subject.format, settings=settings,
+        contexts=[context] if context else CONTEXTS, concurrencies=[concurrency] if concurrency else CONCURRENCIES,
+    )  # fmt: skip
+    asked, at_once = context or min(DEFAULT_CONTEXT, longest), concurrency or 1
+    verdict = None
+    if card is not None:
+        variants = {item.name: (item.weights_bytes, item.format) for item in others if item.name != subject.name}
+        workload = Workload(subject.shape, subject.weights_bytes, subject.format, settings, asked, at_once)
+        verdict = advise(workload, card.vram_bytes, variants)
+    return _Answer(subject, settings, table, card, asked, at_once, verdict)
+
+
+def _print(item: _Answer) -> None:
+    subject, settings, first = item.subject, item.settings, item.table[0]
+    kv = kv_bytes_per_token(subject.shape, settings.kv_type, expanded=settings.runtime == "transformers")
+    click.echo(
+        f"{subject.name}: {subject.format} in {settings.runtime}, weights {memory_text(subject.weights_bytes)}, "
+        f"KV cache {kv / 1024:.1f} KiB a token ({settings.kv_type}), RAM for loading "
+        f"{memory_text(first.loading_ram_bytes)}, safe {memory_text(first.loading_ram_upper_bytes)}"
+    )
+    concurrencies = sorted({cell.concurrency for cell in item.table})
+    columns = [("CONTEXT", "right"), *((f"{count} AT ONCE", "right") for count in concurrencies)]
+    rows = []
+    for context in sorted({cell.context for cell in item.table}):
+        cells = [cell for cell in item.table if cell.context == context]
+        rows.append([f"{context:,}", *(_cell(cell, item.card) for cell in cells)])
+    print_table(columns, rows, empty="nothing to estimate")
+    if item.card is not None and item.verdict is not None:
+        _print_verdict(item, item.card, item.verdict)
+
+
+def _cell(cell: Estimate, card: Card | None) -> str:
+    text = f"{cell.expected_bytes / 2**30:.2f} to {memory_text(cell.upper_bytes)}"
+    return text if card is None else f"{text} {SHORT[judge(cell, card.vram_bytes).word]}"
+
+
+def _print_verdict(item: _Answer, card: Card, verdict: Verdict) -> None:
+    sequences = "1 sequence" if item.concurrency == 1 else f"{item.concurrency} sequences"
+    name = card.name if memory_text(card.vram_bytes) in card.name else f"{card.name}, {memory_text(card.vram_bytes)}"
+    click.echo(f"{item.context:,} tokens, {sequences}, {name}: {verdict.word}: {verdict.reason}")
+    for suggestion in verdict.suggestions:
+        click.echo(f"  try: {suggestion}")
+    click.echo()
+
+
+def _as_json(item: _Answer) -> dict[str, Any]:
+    subject, settings = item.subject, item.settings
+    return {
+        "name": subject.name,
+        "format": subject.format,
+        "architecture": subject.shape.architecture,
+        "runtime": settings.runtime,
+        "kv_type": settings.kv_type,
+        "weights_bytes": subject.weights_bytes,
+        "kv_bytes_per_token": kv_bytes_per_token(
+            subject.shape, settings.kv_type, expanded=settings.runtime == "transformers"
+        ),
+        "cells": [
+            {**asdict(cell), "verdict": judge(cell, item.card.vram_bytes).word if item.card else None}
+            for cell in item.table
+        ],
+        "card": {"name": item.card.name, "vram_bytes": item.card.vram_bytes} if item.card else None,
+        "asked": {"context": item.context, "concurrency": item.concurrency},
+        "verdict": asdict(item.verdict) if item.verdict else None,
+    }

@@ -1,0 +1,97 @@
+"""quantize eval ARTIFACT…"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from quantize.cli.common import (
+    json_option,
+    make_limits,
+    open_cache,
+    print_json,
+    print_table,
+    quiet_option,
+    store_option,
+    verbose_option,
+)
+from quantize.cli.progress import console_reporter
+from quantize.gates import Settled
+from quantize.reevaluate import find_targets, reevaluate
+from quantize.store import Store
+
+COLUMNS = [
+    ("ARTIFACT", "left"), ("PERPLEXITY", "right"), ("RATIO", "right"), ("MEAN KL", "right"), ("P99 KL", "right"),
+    ("TOP-1", "right"), ("GOLDEN SOURCE", "right"), ("GOLDEN ARTIFACT", "right"), ("GATES", "left"),
+]  # fmt: skip
+
+
+@click.command("eval")
+@click.argument("targets", nargs=-1, required=True, metavar="ARTIFACT|RECIPE...")
+@click.option("--text", help="Other held-out text: python-docs, or a .txt, .jsonl or .parquet file.")
+@click.option("--column", help="Column of a .jsonl or .parquet file with the text.")
+@click.option("--window", type=click.IntRange(min=16), help="Tokens that are read at a time.")
+@click.option("--windows", type=click.IntRange(min=0), help="At most so many windows; 0 takes all.")
+@click.option(
+    "--golden", multiple=True, type=click.Path(path_type=Path), help="Other golden prompts."
+)
+@click.option("--no-golden", is_flag=True, help="Ask no golden prompts.")
+@click.option("--threads", type=click.IntRange(min=1), default=None, help="CPU threads.  [default: all cores]")
+@store_option
+@json_option
+@quiet_option
+@verbose_option
+def command(
+    targets: tuple[str, ...], text: str | None, column: str | None, window: int | None, windows: int | None,
+    golden: tuple[Path, ...], no_golden: bool, threads: int | None, store: Store, as_json: bool, quiet: bool,
+) -> None:  # fmt: skip
+    """Measure artifacts in their real runtimes against their full-precision source, and hold the recipe's gates.
+
+    A recipe stands for its current artifacts. What is measured goes into measurements.json, and an artifact that the
+    gates refuse is moved aside (exit code 3). With other text or prompts than the recipe's nothing is written or moved.
+    """
+    given = {"text": text, "column": column, "window": window, "windows": windows}
+    changes: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+    if text is not None and Path(text).is_file():
+        changes["text"] = str(Path(text).absolute())
+    if golden or no_golden:
+        changes["golden"] = [str(path.absolute()) for path in golden] if not no_golden else []
+    found = find_targets(targets, store)
+    cache, limits, results = open_cache(), make_limits(threads, "cpu", None), []
+    with console_reporter(quiet=quiet or as_json) as reporter:
+        for target in found:
+            results.append(reevaluate(target, store, cache, reporter, limits, changes))
+    if as_json:
+        print_json([_as_json(item, recorded=not changes) for item in results])
+    else:
+        print_table(COLUMNS, [_row(item) for item in results], empty="nothing to measure")
+    refused = [item.error for item in results if item.error is not None]
+    for error in refused:
+        click.echo(f"refused: {error}", err=True)
+    if refused:
+        click.get_current_context().exit(max(error.exit_code for error in refused))
+
+
+def _row(item: Settled) -> list[str]:
+    assert item.judgement is not None
+    record = item.judgement.record
+    quality, golden = record["quality"], record["golden"]
+    name, verdict = item.artifact.ref, record["verdict"]
+    if quality is None:
+        return [name, "", "", "", "", "", "", "", verdict]
+    numbers = [f"{float(quality[key]):.4f}" for key in ("perplexity", "perplexity_ratio", "mean_kl", "p99_kl")]
+    passed = [f"{golden[key]} of {golden['prompts']}" if golden else "" for key in ("source_passed", "artifact_passed")]
+    return [name, *numbers, f"{quality['top_token_agreement']:.1%}", *passed, verdict]
+
+
+def _as_json(item: Settled, *, recorded: bool) -> dict[str, Any]:
+    assert item.judgement is not None
+    return {
+        "artifact": item.artifact.ref,
+        "digest": item.artifact.manifest.digest,
+        "folder": str(item.artifact.folder),
+        "recorded": recorded,
+        "evaluation": item.judgement.record,
+    }

@@ -1,0 +1,83 @@
+"""Measures an artifact that is built already, by the recipe that it carries or by another of the same model.
+
+In: an artifact, a recipe, changes to its `evaluation`. Out: where the artifact is now, and the judgement. Measured as
+its recipe says, the figures are recorded and the gates held; measured otherwise, nothing on disk changes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from quantize.artifact import Artifact, variant_lock
+from quantize.backends import formats
+from quantize.backends.base import Limits
+from quantize.cache import Cache
+from quantize.errors import UsageError
+from quantize.gates import Gates, Judge, Settled, refusal
+from quantize.recipe import Recipe, load_recipe
+from quantize.reopen import own_recipe, repin_source
+from quantize.report import Reporter
+from quantize.source import open_source
+from quantize.store import Store
+from quantize.verify import check_files
+
+
+@dataclass(frozen=True)
+class Target:
+    """An artifact to measure, and the recipe whose text, prompts and gates count."""
+
+    artifact: Artifact
+    recipe: Recipe
+
+
+def find_targets(names: tuple[str, ...], store: Store) -> list[Target]:
+    """Artifacts by name, digest or folder; a recipe stands for its current ones. Raises UsageError: there is none."""
+    return [target for name in names for target in _find(name, store)]
+
+
+def _find(name: str, store: Store) -> list[Target]:
+    if Path(name).suffix not in (".yaml", ".yml"):
+        artifact = store.find(name)
+        return [Target(artifact, own_recipe(artifact))]
+    recipe = load_recipe(Path(name), formats())
+    wanted = {variant.name for variant in recipe.variants}
+    found = [
+        item
+        for item in store.artifacts()
+        if store.is_current(item) and item.manifest.name == recipe.name and item.manifest.variant in wanted
+    ]
+    if not found:
+        raise UsageError(f"nothing of {name} is in {store.root}", hint=f"build it first: quantize build {name}")
+    return [Target(item, recipe) for item in found]
+
+
+def reevaluate(
+    target: Target, store: Store, cache: Cache, reporter: Reporter, run: Limits, changes: Mapping[str, Any]
+) -> Settled:
+    """Measure anew. changes: fields of the recipe's `evaluation` that are to be others; with any, nothing is written.
+
+    Raises UsageError: no runtime is known for the format; wrong text or prompts. VerifyError: the files are not those
+    of the manifest, or the source is not the one that they were made from.
+    """
+    artifact, recipe = target.artifact, target.recipe
+    manifest = artifact.manifest
+    if not Judge.can_measure(manifest.format):
+        raise UsageError(f"no runtime is known to evaluate the format {manifest.format} in")
+    if changes:
+        recipe = replace(recipe, evaluation=recipe.evaluation.model_copy(update=dict(changes)))
+    check_files(artifact, reporter)
+    source = repin_source(artifact, cache, reporter, recipe)
+    checkpoint = open_source(source, cache, reporter)
+    judge = Judge(recipe, source, cache, run)
+    if changes:
+        judged = judge.measure(artifact, checkpoint, reporter)
+        error = None if judged.decision.accepted else refusal(artifact, judged.decision)
+        return Settled(artifact, judged, error)
+    gates = Gates(judge, store.root, reporter, evaluate=True)
+    if not artifact.folder.absolute().is_relative_to(store.root.absolute()):
+        return gates.record(artifact, checkpoint)
+    with variant_lock(store.root, manifest.name, manifest.variant):
+        return gates.settle(artifact, checkpoint, anew=True)

@@ -1,0 +1,106 @@
+"""What `estimate` can be asked about -> the models behind it, from headers alone.
+
+In: a recipe, a checkpoint folder, a GGUF file, or an artifact. Out: Subjects: name, format, shape, bytes of weights.
+Arithmetic is left to estimate.py and fit.py.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from quantize.artifact import Artifact
+from quantize.backends import formats
+from quantize.backends.base import Limits
+from quantize.cache import Cache
+from quantize.checkpoint import open_checkpoint, tensor_table
+from quantize.containers.gguf import GgufFile, read_gguf
+from quantize.errors import CheckpointError
+from quantize.manifest import FILE_NAME
+from quantize.plan import make_plan
+from quantize.recipe import load_recipe
+from quantize.report import Reporter
+from quantize.shape import ModelShape
+from quantize.store import Store
+
+
+@dataclass(frozen=True)
+class Subject:
+    """One model in one format. family: names those that are of the same model, and so could take its place."""
+
+    name: str
+    format: str
+    shape: ModelShape
+    weights_bytes: int
+    family: str = ""
+
+
+def subjects(target: str, store: Store, cache: Cache, reporter: Reporter) -> list[Subject]:
+    """What TARGET means: every variant of a recipe, or the one model that it is.
+
+    Raises UsageError: nothing of that name. CheckpointError, PlanError: it can't be read, or not be planned.
+    """
+    path = Path(target)
+    if path.suffix in (".yaml", ".yml"):
+        return _of_recipe(path, store, cache, reporter)
+    if path.suffix == ".gguf" and path.is_file():
+        return [_of_gguf(path.stem, path)]
+    if path.is_dir() and not (path / FILE_NAME).is_file():
+        checkpoint = open_checkpoint(path)
+        shape = ModelShape.from_config(checkpoint.config)
+        return [Subject(path.resolve().name, "safetensors", shape, checkpoint.weights_bytes)]
+    return [_of_artifact(store.find(target))]
+
+
+def siblings(subject: Subject, store: Store) -> list[Subject]:
+    """The other current artifacts of the same recipe."""
+    found = [item for item in store.artifacts() if store.is_current(item) and item.manifest.name == subject.family]
+    return [_of_artifact(item) for item in found if f"{item.manifest.name}/{item.manifest.variant}" != subject.name]
+
+
+def gguf_shape(file: GgufFile) -> ModelShape:
+    """The shape in a GGUF header. Raises CheckpointError."""
+    fields = dict(file.fields)
+    embedding = file.tensors.get("token_embd.weight")
+    if embedding is not None:  # as wide as the vocabulary, whose long list of tokens is not read
+        fields[f"{fields.get('general.architecture')}.vocab_size"] = embedding.shape[-1]
+        fields.pop("tokenizer.ggml.tokens", None)
+    return ModelShape.from_gguf(fields)
+
+
+def _of_recipe(path: Path, store: Store, cache: Cache, reporter: Reporter) -> list[Subject]:
+    recipe = load_recipe(path, formats())
+    plan = make_plan(recipe, store, cache, reporter, Limits())
+    found = [
+        Subject(
+            f"{recipe.name}/{job.variant.name}", job.variant.format, ModelShape.from_config(plan.config),
+            job.size.weights_bytes, recipe.name,
+        )
+        for job in plan.jobs
+        if job.size is not None
+    ]  # fmt: skip
+    refusals = [job.refusal for job in plan.jobs if job.refusal is not None and job.size is None]
+    if refusals and not found:
+        raise refusals[0]
+    return found
+
+
+def _of_artifact(artifact: Artifact) -> Subject:
+    manifest, folder = artifact.manifest, artifact.folder
+    name = f"{manifest.name}/{manifest.variant}"
+    if manifest.format == "gguf":
+        from quantize.backends.gguf import main_file
+
+        return _of_gguf(name, main_file(folder), manifest.name)
+    try:
+        config = json.loads((folder / "config.json").read_bytes())
+    except (OSError, ValueError) as exc:
+        raise CheckpointError(f"{folder}: its config.json can't be read ({type(exc).__name__})") from exc
+    weights = sum(item.size_bytes for item in tensor_table(folder).values())
+    return Subject(name, manifest.format, ModelShape.from_config(config), weights, manifest.name)
+
+
+def _of_gguf(name: str, path: Path, family: str = "") -> Subject:
+    file = read_gguf(path)
+    return Subject(name, "gguf", gguf_shape(file), sum(item.size_bytes for item in file.tensors.values()), family)
