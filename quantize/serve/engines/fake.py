@@ -6,13 +6,19 @@ runs out of memory, `hang!` never answers, `forever!` never stops. One word is o
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
+import socket
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from quantize.errors import VerifyError
+from quantize.serve.engines.child import serve
+from quantize.serve.engines.link import Listener, Target
+from quantize.serve.engines.local import LocalEngine
 from quantize.serve.engines.model import Chosen, Description, Progress, Refused, Sampling
 from quantize.serve.engines.text import BytePieces
 
@@ -97,3 +103,35 @@ class FakeModel:
             self._numbers[word] = len(self._words)
             self._words.append(word)
         return self._numbers[word]
+
+
+class ThreadChild:
+    """A child in a thread of this process, for quick tests of everything around it. `kill` closes its socket."""
+
+    def __init__(self, connection: socket.socket, theirs: socket.socket) -> None:
+        self.connection = connection
+        self.pid = os.getpid()
+        self._theirs = theirs
+        self._thread = threading.Thread(target=serve, args=(theirs,), daemon=True)
+        self._thread.start()
+
+    @classmethod
+    async def start(cls) -> ThreadChild:
+        """See ProcessChild."""
+        return cls(*socket.socketpair())
+
+    async def wait(self) -> str:
+        """See Child."""
+        self.kill()
+        return "the model's thread ended"
+
+    def kill(self) -> None:
+        """See Child."""
+        with contextlib.suppress(OSError):
+            self._theirs.shutdown(socket.SHUT_RDWR)
+        self._theirs.close()
+
+
+def fake_engine(name: str, tell: Listener, **options: Any) -> LocalEngine:
+    """A LocalEngine with a FakeModel in a thread."""
+    return LocalEngine(Target(name, "fake", options), tell, ThreadChild.start)

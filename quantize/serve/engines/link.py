@@ -174,10 +174,11 @@ class Link:
                 async for line in reader:
                     self._take(orjson.loads(line))
                     was_ready = was_ready or self.status.ready
-            self._writer.close()
             return was_ready, await child.wait()
         finally:
             child.kill()
+            if self._writer is not None:
+                self._writer.close()
             self._writer = self._child = None
             self._lose_orders()
 
