@@ -20,7 +20,7 @@ from quantize.calibration import PYTHON_DOCS, topics_file
 from quantize.card import render_card
 from quantize.checkpoint import Checkpoint
 from quantize.errors import BuildError, GateError, QuantizeError, RefusedError, UsageError, VerifyError
-from quantize.evaluate.decision import Decision, Figures, Limits, decide
+from quantize.evaluate.decision import SERVING_LIMITS, Decision, Figures, Limits, decide
 from quantize.evaluate.page import render_page
 from quantize.evaluate.record import NAME, decided, failed_record, figures_of, to_record
 from quantize.evaluate.runtimes import FORMATS, ModelRef
@@ -131,7 +131,7 @@ class Judge:
         return Judgement(decision, decided(record, decision, limits))
 
     def _limits(self, manifest: Manifest) -> Limits:
-        gates = self.recipe.gates.model_dump() if self.recipe.gates else {}
+        gates = self.recipe.gates.model_dump(exclude=set(SERVING_LIMITS)) if self.recipe.gates else {}
         limits = Limits().with_gates(gates)
         if manifest.bits is not None and manifest.bits >= 16 and gates.get("max_size_ratio") is None:
             return replace(limits, max_size_ratio=UNQUANTIZED_SIZE_RATIO)

@@ -126,6 +126,15 @@ class Gates(BaseModel):
     min_golden_pass_rate: Annotated[float, Field(ge=0, le=1, strict=False)] | None = None
     max_json_loss: Annotated[float, Field(ge=0, le=1, strict=False)] | None = None
     max_size_ratio: Annotated[float, Field(gt=0, strict=False)] | None = None
+    max_latency_p95_seconds: Annotated[float, Field(gt=0, strict=False)] | None = Field(
+        None, description="of the slowest load that `quantize bench` measured; looked at by `quantize report`"
+    )
+    max_error_rate: Annotated[float, Field(ge=0, le=1, strict=False)] | None = Field(
+        None, description="failed requests of `quantize bench` over all; looked at by `quantize report`"
+    )
+    max_memory_bytes: Annotated[int, Field(gt=0)] | None = Field(
+        None, description="at the peak of `quantize bench`: of the GPUs, else RAM; looked at by `quantize report`"
+    )
 
 
 class EvaluationSpec(BaseModel):

@@ -75,13 +75,14 @@ class MemoryUse(_Frozen):
 
 
 class With(_Frozen):
-    """With what it was measured."""
+    """With what it was measured. context, threads, concurrency (answers at once): of a server started for it."""
 
     server: str
     model: str
     runtime: dict[str, str]
     context: int | None
     threads: int | None
+    concurrency: int | None = None
     processor: str
     cores: int
     ram_bytes: int

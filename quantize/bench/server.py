@@ -46,6 +46,7 @@ class Server:
     runtime: dict[str, str]
     context: int
     threads: int
+    concurrency: int
     ready_seconds: float
 
 
@@ -55,16 +56,17 @@ class _Plan:
     command: list[str]
     ready_path: str
     tools: tuple[str, ...]
+    concurrency: int
 
 
 @contextlib.contextmanager
-def running(artifact: Artifact, kind: Kind, *, context: int, threads: int) -> Iterator[Server]:
-    """Start a server for an artifact and stop it at the end.
+def running(artifact: Artifact, kind: Kind, *, context: int, threads: int, concurrency: int) -> Iterator[Server]:
+    """Start a server for an artifact and stop it at the end. concurrency: answers that it works on at once.
 
     Raises UsageError (a kind that can't serve this format), MissingExtraError, BenchError (it ends, or never answers).
     """
     port = free_port()
-    plan = _plan(artifact, kind, port, context, threads)
+    plan = _plan(artifact, kind, port, context, threads, concurrency)
     with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as log:
         start = time.perf_counter()
         process = subprocess.Popen(
@@ -75,7 +77,8 @@ def running(artifact: Artifact, kind: Kind, *, context: int, threads: int) -> It
             _wait(process, root + plan.ready_path, plan.name, log)
             ready = time.perf_counter() - start
             versions = tool_versions(plan.tools)
-            yield Server(Endpoint(f"{root}/v1", "openai"), process.pid, plan.name, versions, context, threads, ready)
+            endpoint = Endpoint(f"{root}/v1", "openai")
+            yield Server(endpoint, process.pid, plan.name, versions, context, threads, plan.concurrency, ready)
         finally:
             _stop(process)
 
@@ -99,7 +102,7 @@ def choose(format: str, kind: Kind) -> Literal["quantize", "llama-cpp-python"]:
     return "llama-cpp-python"
 
 
-def _plan(artifact: Artifact, kind: Kind, port: int, context: int, threads: int) -> _Plan:
+def _plan(artifact: Artifact, kind: Kind, port: int, context: int, threads: int, concurrency: int) -> _Plan:
     chosen = choose(artifact.manifest.format, kind)
     address = ["--host", "127.0.0.1", "--port", str(port)]
     if chosen == "llama-cpp-python":
@@ -109,12 +112,13 @@ def _plan(artifact: Artifact, kind: Kind, port: int, context: int, threads: int)
         model = ["--model", str(_gguf_path(artifact)), "--n_ctx", str(context), "--n_threads", str(threads)]
         options = ["--logits_all", "false", "--interrupt_requests", "false", "--verbose", "false"]
         command = [sys.executable, "-m", "llama_cpp.server", *address, *model, *options]
-        return _Plan("llama_cpp.server", command, "/v1/models", ("llama-cpp-python", "uvicorn"))
+        return _Plan("llama_cpp.server", command, "/v1/models", ("llama-cpp-python", "uvicorn"), 1)
     if not _installed(("fastapi", "uvicorn")):
         raise MissingExtraError(f"a server for {artifact.manifest.format}", "serve")
     command = [sys.executable, "-m", "quantize", "serve", str(artifact.folder), *address]
-    command += ["--context", str(context), "--threads", str(threads)]
-    return _Plan("quantize serve", command, "/ready", ("uvicorn", *artifact.manifest.tools))
+    command += ["--context", str(context), "--threads", str(threads), "--concurrency", str(concurrency)]
+    command += ["--queue", "1000", "--timeout", "3600", "--log-level", "warning"]
+    return _Plan("quantize serve", command, "/ready", ("uvicorn", *artifact.manifest.tools), concurrency)
 
 
 def _installed(modules: tuple[str, ...]) -> bool:

@@ -27,6 +27,7 @@ from quantize.manifest import tool_versions
 from quantize.report import Reporter, note, progress, status
 
 CONCURRENCIES = (1, 4, 8)
+OPEN_LOOP_CONCURRENCY = 8
 PROBE_WORDS = (2, 20)
 CONTEXT_MARGIN = 1.25
 """Prompts are cut by words: their length in tokens is not exact, and a chat template adds some."""
@@ -78,7 +79,8 @@ def bench_artifact(
     """
     needed = context or context_for(settings.shapes)
     status(reporter, "", f"starting a server for {artifact.ref}")
-    with running(artifact, kind, context=needed, threads=threads) as server:
+    at_once = max(settings.concurrencies if not settings.rates else (OPEN_LOOP_CONCURRENCY,))
+    with running(artifact, kind, context=needed, threads=threads, concurrency=at_once) as server:
         note(reporter, "", f"{server.name} was ready after {server.ready_seconds:.1f} s")
         return asyncio.run(_Run(replace(server.endpoint, extra=extra), settings, reporter, server).result())
 
@@ -233,6 +235,7 @@ class _Run:
             runtime=server.runtime if server else {},
             context=server.context if server else None,
             threads=server.threads if server else None,
+            concurrency=server.concurrency if server else None,
             client=" ".join(f"{name} {version}" for name, version in tool_versions(("httpx2",)).items()),
             **describe_machine(),
         )

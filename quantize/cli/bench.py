@@ -165,6 +165,7 @@ def _print(result: BenchResult) -> None:
     facts = [f"{used.model or 'model unknown'}", f"{used.server} {_versions(used.runtime)}".strip()]
     facts += [f"context {used.context}"] if used.context else []
     facts += [f"{used.threads} threads"] if used.threads else []
+    facts += [f"{used.concurrency} answers at once"] if used.concurrency else []
     click.echo(", ".join([*facts, used.processor, f"{used.cores} cores", *used.gpus]))
     tokens = {"usage": "the server", "chunks": "pieces of the stream", None: "nobody"}[result.tokens_counted_by]
     loop = "closed loop" if result.loop == "closed" else "open loop, timed from the intended arrival"

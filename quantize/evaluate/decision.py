@@ -30,6 +30,8 @@ Outcome = Literal["passed", "refused", "flagged", "insufficient evidence"]
 MIN_GOLDEN_PASSES = 5
 """A source that passes fewer prompts says nothing about what was lost."""
 SIGNIFICANCE = 0.05
+SERVING_LIMITS = ("max_latency_p95_seconds", "max_error_rate", "max_memory_bytes")
+"""Limits on what a load test measures, which a build does not run."""
 
 
 @dataclass(frozen=True)
@@ -150,7 +152,8 @@ def _findings(figures: Figures, limits: Limits) -> Iterator[Finding]:
         limit = limits.max_latency_p95_seconds
         yield _at_most("latency", figures.latency_p95_seconds, limit, "95th percentile {:.3f} s", "no latency")
     if limits.max_error_rate is not None:
-        yield _at_most("error rate", figures.error_rate, limits.max_error_rate, "{:.4f} of the requests", "no error rate")
+        limit = limits.max_error_rate
+        yield _at_most("error rate", figures.error_rate, limit, "{:.4f} of the requests", "no error rate")
     if limits.max_memory_bytes is not None:
         limit = limits.max_memory_bytes
         yield _at_most("memory", figures.peak_memory_bytes, limit, "{:,} bytes at the peak", "no memory")

@@ -10,14 +10,13 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
-from quantize.evaluate.decision import Decision, Figures, Finding, Limits, decide
+from quantize.evaluate.decision import SERVING_LIMITS, Decision, Figures, Finding, Limits, decide
 from quantize.evaluate.record import figures_of
 from quantize.gates import UNQUANTIZED_SIZE_RATIO
 from quantize.pages.collect import Entry, Subject
 
 MAX_ERROR_RATE = 0.01
 """Failed requests that production stands where the recipe does not say: one in a hundred."""
-SERVING_LIMITS = ("max_latency_p95_seconds", "max_error_rate", "max_memory_bytes")
 
 
 @dataclass(frozen=True)

@@ -34,7 +34,7 @@ QUICK = ("--shape", "40:6", "--requests", "4", "--concurrency", "1,2")
 def llama_server(built: Built) -> Iterator[server.Server]:
     """llama-cpp-python's own server with the tiny model in Q8_0."""
     artifact = built.store.find("tiny/q8_0")
-    with running(artifact, "llama-cpp-python", context=256, threads=1) as running_server:
+    with running(artifact, "llama-cpp-python", context=256, threads=1, concurrency=1) as running_server:
         yield running_server
 
 
@@ -109,7 +109,7 @@ def test_a_server_that_does_not_start_says_why(built: Built, tmp_path: Path) -> 
     next(artifact.folder.glob("*.gguf")).write_bytes(b"GGUF, but nothing in it")
     with (
         pytest.raises(BenchError, match=r"llama_cpp.server ended with exit code 1(.|\n)*it said"),
-        running(artifact, "llama-cpp-python", context=256, threads=1),
+        running(artifact, "llama-cpp-python", context=256, threads=1, concurrency=1),
     ):
         raise AssertionError("it can't have started")
 
