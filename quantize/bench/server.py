@@ -25,6 +25,7 @@ import httpx2
 from quantize.artifact import Artifact
 from quantize.bench.client import Endpoint
 from quantize.errors import BenchError, MissingExtraError, UsageError
+from quantize.evaluate.runtimes import runtime_of
 from quantize.manifest import tool_versions
 
 Kind = Literal["auto", "quantize", "llama-cpp-python"]
@@ -55,7 +56,7 @@ class _Plan:
     name: str
     command: list[str]
     ready_path: str
-    tools: tuple[str, ...]
+    runtime: dict[str, str]
     concurrency: int
 
 
@@ -76,9 +77,8 @@ def running(artifact: Artifact, kind: Kind, *, context: int, threads: int, concu
             root = f"http://127.0.0.1:{port}"
             _wait(process, root + plan.ready_path, plan.name, log)
             ready = time.perf_counter() - start
-            versions = tool_versions(plan.tools)
             endpoint = Endpoint(f"{root}/v1", "openai")
-            yield Server(endpoint, process.pid, plan.name, versions, context, threads, plan.concurrency, ready)
+            yield Server(endpoint, process.pid, plan.name, plan.runtime, context, threads, plan.concurrency, ready)
         finally:
             _stop(process)
 
@@ -112,13 +112,18 @@ def _plan(artifact: Artifact, kind: Kind, port: int, context: int, threads: int,
         model = ["--model", str(_gguf_path(artifact)), "--n_ctx", str(context), "--n_threads", str(threads)]
         options = ["--logits_all", "false", "--interrupt_requests", "false", "--verbose", "false"]
         command = [sys.executable, "-m", "llama_cpp.server", *address, *model, *options]
-        return _Plan("llama_cpp.server", command, "/v1/models", ("llama-cpp-python", "uvicorn"), 1)
+        return _Plan("llama_cpp.server", command, "/v1/models", _runtime("gguf"), 1)
     if not _installed(("fastapi", "uvicorn")):
         raise MissingExtraError(f"a server for {artifact.manifest.format}", "serve")
     command = [sys.executable, "-m", "quantize", "serve", str(artifact.folder), *address]
     command += ["--context", str(context), "--threads", str(threads), "--concurrency", str(concurrency)]
     command += ["--queue", "1000", "--timeout", "3600", "--log-level", "warning"]
-    return _Plan("quantize serve", command, "/ready", ("uvicorn", *artifact.manifest.tools), concurrency)
+    return _Plan("quantize serve", command, "/ready", _runtime(artifact.manifest.format), concurrency)
+
+
+def _runtime(format: str) -> dict[str, str]:
+    name, versions = runtime_of(format)
+    return {name: versions, **tool_versions(("uvicorn",))}
 
 
 def _installed(modules: tuple[str, ...]) -> bool:
