@@ -91,6 +91,17 @@ def test_an_artifact_is_served_measured_and_kept(built: Built, tmp_path: Path, r
     assert run("verify", "tiny/q8_0", "--store", store.root).exit_code == 0
 
 
+def test_our_gateway_is_measured_too(built: Built, tmp_path: Path, run: Run) -> None:
+    store = built.copy(tmp_path / "own")
+    result = run("bench", "tiny/q8_0", *QUICK, "--server", "quantize", "--store", store.root)
+    assert result.exit_code == 0, result.stderr
+    kept = BenchResult.model_validate(store.find("tiny/q8_0").measurements()["bench"])
+    assert (kept.error_rate, kept.tokens_counted_by) == (0, "usage")
+    assert (kept.measured_with.server, kept.measured_with.concurrency) == ("quantize serve", 2)
+    assert kept.ram is not None
+    assert kept.cells[0].mean_prompt_tokens == pytest.approx(40, rel=0.2)
+
+
 def test_measurements_are_replaced_whole(built: Built, tmp_path: Path) -> None:
     store = built.copy(tmp_path / "own")
     artifact = store.find("tiny/f16")
@@ -234,6 +245,15 @@ def test_where_a_server_is() -> None:
     assert memory.is_local("localhost")
     assert memory.is_local("127.0.0.5")
     assert not memory.is_local("192.0.2.1")
+
+
+def test_without_the_extra_it_says_so() -> None:
+    code = (
+        "import sys; sys.modules['httpx2'] = None; from quantize.cli import main; main(['bench', 'http://127.0.0.1:9'])"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    assert result.returncode == 2
+    assert "pip install 'quantize[bench]'" in result.stderr
 
 
 def test_the_store_is_not_needed_for_a_url(run: Run, tmp_path: Path) -> None:
