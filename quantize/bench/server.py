@@ -14,6 +14,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -68,7 +69,7 @@ def running(artifact: Artifact, kind: Kind, *, context: int, threads: int, concu
     """
     port = free_port()
     plan = _plan(artifact, kind, port, context, threads, concurrency)
-    with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as log:
+    with _terminable(), tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as log:
         start = time.perf_counter()
         process = subprocess.Popen(
             plan.command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=os.name == "posix"
@@ -81,6 +82,23 @@ def running(artifact: Artifact, kind: Kind, *, context: int, threads: int, concu
             yield Server(endpoint, process.pid, plan.name, plan.runtime, context, threads, plan.concurrency, ready)
         finally:
             _stop(process)
+
+
+@contextlib.contextmanager
+def _terminable() -> Iterator[None]:
+    """Let SIGTERM end the block as Ctrl-C does, so that no server is left behind."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def end(_number: int, _frame: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def free_port() -> int:

@@ -93,7 +93,7 @@ def _conditions(chosen: Verdict, subject: Subject) -> list[str]:
     entry, quality = chosen.entry, chosen.entry.quality
     lines = [f"The artifact is `{entry.artifact.ref}`: another digest is another decision."]
     if quality:
-        lines.append(f"Quality was measured in {quality.get('runtime')} {quality.get('runtime_version')}.")
+        lines.append(f"Quality was measured in {quality.get('runtime')} ({quality.get('runtime_version')}).")
     lines += _load_conditions(entry)
     lines += [f"A person looks at: {item.gate} ({item.reason})." for item in chosen.decision.flags]
     limits = chosen.limits
@@ -132,6 +132,7 @@ def _rollback(choice: Choice, subject: Subject) -> tuple[str, ...]:
     else:
         size = f"{source.weights_bytes:,} bytes"
         back = f"Go back to the source itself, {source.uri} ({size}): no other artifact is accepted."
+    kept = "Name both digests" if choice.fallback else "Name its digest"
     limits = choice.serve.limits
     when = [f"more than {limits.max_error_rate:g} of the requests fail"]
     if limits.max_latency_p95_seconds is not None:
@@ -140,5 +141,5 @@ def _rollback(choice: Choice, subject: Subject) -> tuple[str, ...]:
     return (
         back,
         f"When: {', or '.join(when)}.",
-        "Name both digests in `artifacts.lock`, so that `quantize gc` keeps them.",
+        f"{kept} in `artifacts.lock`, so that `quantize gc` leaves what is served and what is gone back to.",
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -100,6 +101,21 @@ def test_our_gateway_is_measured_too(built: Built, tmp_path: Path, run: Run) -> 
     assert (kept.measured_with.server, kept.measured_with.concurrency) == ("quantize serve", 2)
     assert kept.ram is not None
     assert kept.cells[0].mean_prompt_tokens == pytest.approx(40, rel=0.2)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_an_interrupted_run_leaves_no_server(built: Built, number: signal.Signals) -> None:
+    command = ["bench", "tiny/q8_0", "--server", "llama-cpp-python", "--requests", "100000", "--shape", "40:40"]
+    arguments = [sys.executable, "-m", "quantize", *command, "--store", str(built.store.root)]
+    with subprocess.Popen(arguments, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        while "warming up" not in process.stderr.readline():
+            assert process.poll() is None
+        (child,) = psutil.Process(process.pid).children()
+        process.send_signal(number)
+        assert process.wait(20) == 130
+    assert not child.is_running()
+    assert "bench" not in built.store.find("tiny/q8_0").measurements()
 
 
 def test_measurements_are_replaced_whole(built: Built, tmp_path: Path) -> None:

@@ -81,6 +81,7 @@ def test_light_dark_paper_and_telephone(opened: str, browser: Browser) -> None:
     assert len(seen) == 2
     browser.media(scheme="dark", kind="print")
     assert background() == "rgb(255, 255, 255)"
+    assert browser.run(FOLDED) == 0  # what is folded on a screen is printed
     assert len(browser.command("Page.printToPDF", printBackground=True)["data"]) > 10_000
     browser.media()
     for width in (1240, 390):
@@ -91,6 +92,9 @@ def test_light_dark_paper_and_telephone(opened: str, browser: Browser) -> None:
     browser.command("Emulation.clearDeviceMetricsOverride")
     assert browser.console() == []
 
+
+FOLDED = """return [...document.querySelectorAll('details > :not(summary)')]
+  .filter(item => !item.checkVisibility({contentVisibilityAuto: true})).length"""
 
 # The least contrast between the text of an element and the nearest background behind it (WCAG 2).
 CONTRAST = """
