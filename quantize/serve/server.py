@@ -12,7 +12,7 @@ import logging
 import signal
 import socket
 import sys
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -54,12 +54,10 @@ def run(
     logging.basicConfig(handlers=[ServerLogs(log)], level=logging.WARNING, force=True)
     try:
         gateway = make_gateway(lambda watcher: _engines(targets, watcher), rules, limits, keys, log)
-        host, port = listener.getsockname()[:2]
-        log.info("listening", url=f"http://{f'[{host}]' if ':' in host else host}:{port}", keys=bool(keys))
         gc.collect()
         gc.freeze()  # what is loaded now stays: collections need not look at it again
         with asyncio.Runner(loop_factory=_loop_factory()) as runner:
-            runner.run(_serve(gateway, listener, address))
+            runner.run(_serve(gateway, listener, address, lambda url: log.info("listening", url=url, keys=bool(keys))))
         log.info("stopped")
     finally:
         listener.close()
@@ -100,8 +98,14 @@ class _Server(uvicorn.Server):
         yield
 
 
-async def _serve(gateway: Gateway, listener: socket.socket, address: Address) -> None:
-    await _Server(make_config(gateway, address.grace_seconds)).serve(sockets=[listener])
+async def _serve(gateway: Gateway, listener: socket.socket, address: Address, tell: Callable[[str], None]) -> None:
+    server = _Server(make_config(gateway, address.grace_seconds))
+    serving = asyncio.create_task(server.serve(sockets=[listener]))
+    while not server.started and not serving.done():
+        await asyncio.sleep(0.01)
+    host, port = listener.getsockname()[:2]
+    tell(f"http://{f'[{host}]' if ':' in host else host}:{port}")
+    await serving
 
 
 def _bind(address: Address) -> socket.socket:

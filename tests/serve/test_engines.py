@@ -108,7 +108,7 @@ def two(first: Mapping[str, object], second: Mapping[str, object] | None = None)
     ("options", "limits"),
     [
         ({"refuse": "damaged"}, Limits()),
-        ({"load_seconds": 30}, Limits()),
+        ({"load_seconds": 9}, Limits()),
         ({"delay": 0.6}, Limits(timeout_seconds=0.3)),
     ],
     ids=["not loaded", "loading", "timeout"],

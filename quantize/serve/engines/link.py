@@ -174,6 +174,8 @@ class Link:
                 async for line in reader:
                     self._take(orjson.loads(line))
                     was_ready = was_ready or self.status.ready
+            if self.status.ready:
+                self.status = Status("restarting", 0, "the model's process ended", self.status.details)
             return was_ready, await child.wait()
         finally:
             child.kill()
