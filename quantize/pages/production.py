@@ -61,7 +61,7 @@ def judge(subject: Subject) -> Choice:
 def _verdict(entry: Entry, gates: Mapping[str, Any]) -> Verdict:
     limits, figures = limits_of(entry, gates), figures_with_serving(entry)
     findings = [*decide(figures, limits).findings, *_serving(figures, limits)]
-    decision = Decision(tuple(_accepted_risk(entry, finding) for finding in findings))
+    decision = Decision(tuple(_accepted_risk(entry, _under_load(entry, finding)) for finding in findings))
     return Verdict(entry, decision, figures, limits)
 
 
@@ -105,6 +105,18 @@ def _serving(figures: Figures, limits: Limits) -> Iterator[Finding]:
         yield _no_limit("latency", figures.latency_p95_seconds, "95th percentile {:.3f} s", "max_latency_p95_seconds")
     if limits.max_memory_bytes is None:
         yield _no_limit("memory", figures.peak_memory_bytes, "{:,} bytes at the peak", "max_memory_bytes")
+
+
+def _under_load(entry: Entry, finding: Finding) -> Finding:
+    """The finding with what its figure was measured under: which load was the slowest, whose memory it is."""
+    bench = entry.bench
+    if bench is None or finding.outcome == "insufficient evidence":
+        return finding
+    if finding.gate == "latency" and bench.slowest is not None:
+        return replace(finding, reason=f"{finding.reason} ({bench.slowest.shape} {bench.slowest.load})")
+    if finding.gate == "memory":
+        return replace(finding, reason=f"{finding.reason} ({'GPU' if bench.vram else 'RAM'})")
+    return finding
 
 
 def _no_limit(gate: str, value: float | None, shown: str, key: str) -> Finding:

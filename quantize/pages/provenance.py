@@ -9,6 +9,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from quantize import __version__
 from quantize.pages.collect import Entry, Subject
 from quantize.pages.table import Table
 
@@ -29,6 +30,16 @@ def source_facts(subject: Subject) -> tuple[tuple[str, str], ...]:
         before = f"its weights come from a {source.quantized_before} file: nothing here can be better than that"
         facts.append(("quantized before", before))
     return tuple(facts)
+
+
+def made(entries: Sequence[Entry]) -> str:
+    """What made the page, and from when its figures are; not when it was made: the same figures give the same page."""
+    dates = [str(entry.measurements.get("built_at", "")) for entry in entries]
+    dates += [str((entry.evaluation or {}).get("evaluated_at", "")) for entry in entries]
+    dates += [entry.bench.measured_at for entry in entries if entry.bench is not None]
+    days = sorted({date[:10] for date in dates if date})
+    when = f" from figures of {days[0]}" + (f" to {days[-1]}" if len(days) > 1 else "") if days else ""
+    return f"Made by quantize {__version__}{when}."
 
 
 def provenance(entries: Sequence[Entry]) -> Table:

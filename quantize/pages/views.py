@@ -16,7 +16,7 @@ from quantize.pages.charts import Point, Range, heatmap, ranges, scatter
 from quantize.pages.collect import Entry, Layer, Subject
 from quantize.pages.golden import GoldenView, golden_view
 from quantize.pages.production import Choice, Verdict
-from quantize.pages.provenance import provenance, source_facts
+from quantize.pages.provenance import made, provenance, source_facts
 from quantize.pages.table import Table
 
 MISSING = "not measured"
@@ -72,6 +72,7 @@ class Page:
     golden: GoldenView
     provenance: Table
     choice: Choice
+    made: str
 
 
 def page_of(subject: Subject, choice: Choice) -> Page:
@@ -95,6 +96,7 @@ def page_of(subject: Subject, choice: Choice) -> Page:
         golden=golden_view(entries),
         provenance=provenance(entries),
         choice=choice,
+        made=made(entries),
     )
 
 

@@ -91,19 +91,23 @@ def test_all_refused(store: Store) -> None:
 
 
 @pytest.mark.parametrize(
-    ("gates", "load", "gate"),
+    ("gates", "load", "gate", "ending"),
     [
-        ({"max_latency_p95_seconds": 0.4}, {"latency": 0.5}, "latency"),
-        ({"max_memory_bytes": 100 << 20}, {"peak": 101 << 20}, "memory"),
-        ({"max_error_rate": 0.05}, {"errors": 2}, "error rate"),
-        ({}, {"errors": 1}, "error rate"),  # one in a hundred is the default; this is one in twenty
+        ({"max_latency_p95_seconds": 0.4}, {"latency": 0.5}, "latency", "over the limit of 0.4 (short x 1)"),
+        ({"max_memory_bytes": 100 << 20}, {"peak": 101 << 20}, "memory", "over the limit of 104,857,600 (RAM)"),
+        ({"max_error_rate": 0.05}, {"errors": 2}, "error rate", "over the limit of 0.05"),
+        ({}, {"errors": 1}, "error rate", "over the limit of 0.01"),  # the default; this is one in twenty
     ],
 )
-def test_serving_limits_refuse(store: Store, gates: dict[str, float], load: dict[str, float], gate: str) -> None:
+def test_serving_limits_refuse(
+    store: Store, gates: dict[str, float], load: dict[str, float], gate: str, ending: str
+) -> None:
     keep(store, store.find("tiny/q8_0"), found=evaluation(), load=bench(**load))  # type: ignore[arg-type]
     subject = collect(store, "tiny/q8_0")
     choice = judge(Subject(subject.name, subject.entries, gates, ""))
-    assert [item.gate for item in choice.verdicts[0].decision.refusals] == [gate]
+    (refusal,) = choice.verdicts[0].decision.refusals
+    assert refusal.gate == gate
+    assert refusal.reason.endswith(ending)
 
 
 def test_serving_limits_that_are_kept_are_said(store: Store) -> None:
