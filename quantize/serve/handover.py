@@ -1,0 +1,189 @@
+"""How to run an artifact elsewhere: the exact command, Modelfile or compose file for it.
+
+In: a runtime's name, a target, where to listen. Out: text. Raises RefusedError where a runtime does not take the
+format, with what does.
+"""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import yaml
+
+from quantize.errors import RefusedError
+from quantize.fit import USABLE_PERCENT
+from quantize.serve.preflight import DEFAULT_CONTEXT
+from quantize.serve.targets import LocalTarget
+
+KEY = "$QUANTIZE_API_KEY"
+VLLM_IMAGE = "vllm/vllm-openai:latest"
+GATEWAY_IMAGE = "quantize-gateway"
+MOUNT = "/model"
+
+
+@dataclass(frozen=True)
+class HandOver:
+    """Where to listen, on what, and for how much. device: auto and cuda mean the first GPU."""
+
+    host: str = "127.0.0.1"
+    port: int = 8000
+    device: str = "auto"
+    context: int | None = None
+    concurrency: int = 2
+
+    def context_of(self, target: LocalTarget) -> int:
+        """Tokens of a sequence."""
+        return self.context or min(DEFAULT_CONTEXT, target.shape.max_context)
+
+    @property
+    def on_cpu(self) -> bool:
+        """Whether it is to run without a GPU."""
+        return self.device == "cpu"
+
+    @property
+    def gpu(self) -> str:
+        """Number of the GPU."""
+        return self.device.partition(":")[2] or "0"
+
+
+def render(runtime: str, target: LocalTarget, wanted: HandOver) -> str:
+    """The text for one artifact."""
+    return _RENDERERS[runtime](target, wanted)
+
+
+def _vllm(target: LocalTarget, wanted: HandOver) -> str:
+    _check_vllm(target, wanted)
+    notes = [f"# {target.name} ({target.format}) in vLLM; the key is read from the environment"]
+    if target.format == "bitsandbytes":
+        notes.append("# NF4 runs in vLLM without CUDA graphs, slower than AWQ or GPTQ")
+    command = [f"CUDA_VISIBLE_DEVICES={wanted.gpu}", "vllm", "serve", str(target.folder.resolve())]
+    return "\n".join([*notes, _lines(command, _vllm_options(target, wanted))])
+
+
+def _vllm_options(target: LocalTarget, wanted: HandOver) -> list[tuple[str, ...]]:
+    return [
+        ("--served-model-name", target.name),
+        ("--host", wanted.host),
+        ("--port", str(wanted.port)),
+        ("--gpu-memory-utilization", f"{USABLE_PERCENT / 100:g}"),
+        ("--max-model-len", str(wanted.context_of(target))),
+        ("--max-num-seqs", str(wanted.concurrency)),
+        ("--api-key", KEY),
+    ]
+
+
+def _check_vllm(target: LocalTarget, wanted: HandOver) -> None:
+    if target.format == "gguf":
+        hint = "use --print llama-server or ollama, or build an awq or gptq variant"
+        raise RefusedError(f"{target.name}: vLLM's GGUF support is experimental and slow", hint=hint)
+    if target.format == "bitsandbytes" and not _is_nf4(target):
+        hint = "serve it with `quantize serve`, which runs it in transformers, or build an awq or gptq variant"
+        raise RefusedError(f"{target.name}: vLLM does not take pre-quantized bitsandbytes INT8", hint=hint)
+    if wanted.on_cpu:
+        raise RefusedError(f"{target.name}: vLLM's quantized formats need a GPU", hint="use `quantize serve`")
+
+
+def _is_nf4(target: LocalTarget) -> bool:
+    options = target.artifact.manifest.options if target.artifact else {}
+    return options.get("type") == "nf4"
+
+
+def _ollama(target: LocalTarget, wanted: HandOver) -> str:
+    _need_gguf(target, "Ollama")
+    name = target.name.replace("/", "-").lower()
+    return "\n".join([
+        f"# Modelfile of {target.name}: save it as Modelfile, then",
+        f"#   ollama create {name} -f Modelfile && ollama run {name}",
+        "# Ollama has no API keys: keep it on this machine, or put `quantize serve` in front of it:",
+        f"#   quantize serve http://127.0.0.1:11434/v1#{name} --keys FILE",
+        "# The chat template is the file's own.",
+        f"FROM {target.path.resolve()}",
+        f"PARAMETER num_ctx {wanted.context_of(target)}",
+        *(["PARAMETER num_gpu 0"] if wanted.on_cpu else []),
+    ])  # fmt: skip
+
+
+def _llama_server(target: LocalTarget, wanted: HandOver) -> str:
+    _need_gguf(target, "llama-server")
+    command = ["llama-server", "--model", str(target.path.resolve())]
+    if not wanted.on_cpu:
+        command = [f"CUDA_VISIBLE_DEVICES={wanted.gpu}", *command]
+    options: list[tuple[str, ...]] = [
+        ("--alias", target.name),
+        ("--host", wanted.host),
+        ("--port", str(wanted.port)),
+        ("--ctx-size", str(wanted.context_of(target) * wanted.concurrency)),
+        ("--parallel", str(wanted.concurrency)),
+        ("--n-gpu-layers", "0" if wanted.on_cpu else "999"),
+        ("--flash-attn", "off"),
+        ("--jinja",),
+        ("--api-key", KEY),
+    ]
+    note = "# --ctx-size is shared by all sequences; flash attention changes answers, so it is off"
+    return f"{note}\n{_lines(command, options)}"
+
+
+def _need_gguf(target: LocalTarget, runtime: str) -> None:
+    if target.format != "gguf":
+        hint = "build a gguf variant, or use --print vllm, or `quantize serve`"
+        raise RefusedError(f"{target.name}: {runtime} takes GGUF files, this is {target.format}", hint=hint)
+
+
+def _compose(target: LocalTarget, wanted: HandOver) -> str:
+    """vLLM where it takes the format and there is a GPU; else this gateway's own image (deploy/Dockerfile)."""
+    in_vllm = not wanted.on_cpu and (target.format in ("awq", "gptq", "safetensors") or _is_nf4(target))
+    service = _vllm_service(target, wanted) if in_vllm else _gateway_service(target, wanted)
+    service |= {
+        "ports": [f"{wanted.host}:{wanted.port}:8000"],
+        "volumes": [f"{target.folder.resolve()}:{MOUNT}:ro"],
+        "restart": "unless-stopped",
+    }
+    if not wanted.on_cpu:
+        device = {"driver": "nvidia", "device_ids": [wanted.gpu], "capabilities": ["gpu"]}
+        service["deploy"] = {"resources": {"reservations": {"devices": [device]}}}
+    note = f"# {target.name} ({target.format}): QUANTIZE_API_KEY=… docker compose up"
+    if target.format == "bitsandbytes" and not in_vllm:
+        note += "\n# vLLM does not take pre-quantized bitsandbytes INT8: this gateway runs it in transformers"
+    return note + "\n" + yaml.safe_dump({"services": {"model": service}}, sort_keys=False, width=120).rstrip()
+
+
+def _vllm_service(target: LocalTarget, wanted: HandOver) -> dict[str, Any]:
+    inside = {"--host": "0.0.0.0", "--port": "8000", "--api-key": "${QUANTIZE_API_KEY:?}"}
+    options = [(item[0], inside.get(item[0], *item[1:])) for item in _vllm_options(target, wanted)]
+    return {"image": VLLM_IMAGE, "command": [MOUNT, *(word for item in options for word in item)], "ipc": "host"}
+
+
+def _gateway_service(target: LocalTarget, wanted: HandOver) -> dict[str, Any]:
+    mounted = f"{MOUNT}/{target.path.name}" if target.format == "gguf" else MOUNT
+    command = [
+        f"{target.name}={mounted}", "--host", "0.0.0.0", "--port", "8000",
+        "--context", str(wanted.context_of(target)), "--concurrency", str(wanted.concurrency),
+        "--device", "cpu" if wanted.on_cpu else "cuda:0",
+    ]  # fmt: skip
+    return {
+        "image": f"{GATEWAY_IMAGE}:{'cpu' if wanted.on_cpu else 'cuda'}",
+        "command": command,
+        "environment": {"QUANTIZE_API_KEYS": "${QUANTIZE_API_KEY:?}"},
+    }
+
+
+def _lines(command: list[str], options: list[tuple[str, ...]]) -> str:
+    """A shell command, one option a line. The key stays a variable for the shell."""
+    rows = [" ".join(_quoted(word) for word in command)]
+    rows += ["  " + " ".join(_quoted(word) for word in option) for option in options]
+    return " \\\n".join(rows)
+
+
+def _quoted(word: str) -> str:
+    return f'"{KEY}"' if word == KEY else shlex.quote(word)
+
+
+_RENDERERS: dict[str, Callable[[LocalTarget, HandOver], str]] = {
+    "vllm": _vllm,
+    "ollama": _ollama,
+    "llama-server": _llama_server,
+    "compose": _compose,
+}
