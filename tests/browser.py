@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 from collections.abc import Iterator
@@ -64,21 +65,31 @@ class Browser:
         return self.driver.execute_script(script)  # type: ignore[no-untyped-call]
 
 
-@pytest.fixture(scope="session")
-def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
-    """Chromium, started once; skipped only where no browser is installed."""
+@contextlib.contextmanager
+def start(profile: Path) -> Iterator[Browser]:
+    """Start a browser with a profile folder of its own. Raises FileNotFoundError where none is installed."""
     from selenium import webdriver
     from selenium.webdriver.chrome.service import Service
 
     binary = next((path for name in BROWSERS if (path := shutil.which(name))), None)
     driver_path = shutil.which("chromedriver")
     if binary is None or driver_path is None:
-        pytest.skip("no Chromium with its driver is installed")
-    driver = webdriver.Chrome(_options(binary, tmp_path_factory.mktemp("browser")), Service(driver_path))
+        raise FileNotFoundError("no Chromium with its driver is installed")
+    driver = webdriver.Chrome(_options(binary, profile), Service(driver_path))
     try:
         yield Browser(driver)
     finally:
         driver.quit()
+
+
+@pytest.fixture(scope="session")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
+    """Chromium, started once; skipped only where no browser is installed."""
+    try:
+        with start(tmp_path_factory.mktemp("browser")) as started:
+            yield started
+    except FileNotFoundError as exc:
+        pytest.skip(str(exc))
 
 
 def _options(binary: str, profile: Path) -> webdriver.ChromeOptions:
