@@ -100,6 +100,8 @@ class _Build:
 
     def _found(self, job: Job) -> Artifact | None:
         """The build of a job that there is: a good one, or one that was refused or has no figures yet."""
+        if job.refusal is not None:
+            return None
         wanted = (self.recipe.name, job.variant.name, job.build_key)
         return self.store.find_build(*wanted) or self.store.find_aside(*wanted)
 
@@ -149,6 +151,8 @@ class _Build:
 
     def _checked(self, job: Job) -> bool:
         try:
+            if job.refusal is not None:
+                raise job.refusal
             job.backend.check(self.checkpoint, job.variant.options)
         except QuantizeError as exc:
             self._finished(Outcome(job.variant.name, "failed", error=exc))

@@ -100,12 +100,19 @@ def pin_calibration(recipe: Recipe, reporter: Reporter) -> Recipe:
 
 
 def identify_jobs(recipe: Recipe, source: PinnedSource, store: Store) -> list[Job]:
-    """Build keys, and what the store has already; reads no weights and starts no process."""
+    """Build keys, and what the store has already; reads no weights and starts no process.
+
+    A job without a key has a refusal: it needs calibration, and the recipe has none.
+    """
     jobs = []
     for variant in recipe.variants:
         backend = backends()[variant.format]
         tools = tool_versions(backend.tools(variant.options))
-        key = _build_key(recipe, source, variant, backend, tools)
+        try:
+            key = _build_key(recipe, source, variant, backend, tools)
+        except PlanError as exc:
+            jobs.append(Job(variant, backend, "", tools, refusal=exc))
+            continue
         existing = store.find_build(recipe.name, variant.name, key)
         jobs.append(Job(variant, backend, key, tools, existing))
     return jobs
@@ -189,7 +196,7 @@ def _size_group(
     group: Sequence[Job], context: Context, reporter: Reporter
 ) -> list[tuple[Job, SizePlan | QuantizeError]]:
     backend = group[0].backend
-    checked = [(job, _refusal(job, context.checkpoint)) for job in group]
+    checked = [(job, job.refusal or _refusal(job, context.checkpoint)) for job in group]
     refused = [(job, error) for job, error in checked if error is not None]
     good = [job for job, error in checked if error is None]
     try:

@@ -108,9 +108,17 @@ def test_one_refusal_leaves_the_others_planned(
 
 
 def test_calibration_that_is_missing(tiny: Path, tmp_path: Path, run: Run) -> None:
-    path = write_recipe(tmp_path / "demo.yaml", tiny, [{"format": "gguf", "type": "Q4_K_M", "imatrix": True}])
-    result = run("build", path)
-    assert result.exit_code in {2, 3}
+    """It refuses the variants that need it, and those alone."""
+    variants = [{"format": "gguf", "type": "Q4_K_M", "imatrix": True}, {"format": "gguf", "type": "Q8_0"}]
+    path = write_recipe(tmp_path / "demo.yaml", tiny, variants)
+    planned = run("plan", path, "--json")
+    assert planned.exit_code == 3
+    refusals = [item["refusal"] for item in json.loads(planned.stdout)["variants"]]
+    assert "needs calibration" in refusals[0]
+    assert refusals[1] is None
+    result = run("build", path, "--no-eval", "--json")
+    assert result.exit_code == 3
+    assert [item["state"] for item in json.loads(result.stdout)] == ["failed", "built"]
     assert "variant q4_k_m-imatrix needs calibration, and the recipe has none" in result.stderr
     assert "add `calibration:" in result.stderr
 
