@@ -1,0 +1,159 @@
+"""What the command makes of its words: targets, what fits, keys, and what it refuses before anything is loaded."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from quantize.errors import RefusedError, UsageError
+from quantize.hardware import LocalGpu, Machine
+from quantize.serve.limits import KEYS_VARIABLE, load_keys
+from quantize.serve.preflight import RunOptions, engine_options, place
+from quantize.serve.targets import LocalTarget, UpstreamTarget, resolve
+from quantize.store import Store
+from tests.conftest import Built, Run
+
+GIB = 2**30
+ROOMY = Machine((), 16 * GIB, 15 * GIB, 4)
+
+
+def local(text: str | Path, store: Store) -> LocalTarget:
+    found = resolve(str(text), store)
+    assert isinstance(found, LocalTarget)
+    return found
+
+
+def test_an_artifact_by_its_name(built: Built) -> None:
+    target = local("tiny/q8_0", built.store)
+    assert (target.name, target.format, target.kind) == ("tiny/q8_0", "gguf", "llama.cpp")
+    assert target.path.suffix == ".gguf"
+    assert target.shape.vocab_size == 384
+    assert local("short=tiny/q8_0", built.store).name == "short"
+
+
+def test_a_file_a_folder_and_an_address(built: Built, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = local("tiny/q8_0", built.store).path
+    assert local(path, built.store).name == path.stem
+    folder = local(tiny, built.store)
+    assert (folder.name, folder.format, folder.kind) == ("tiny", "safetensors", "transformers")
+    monkeypatch.setenv("QUANTIZE_UPSTREAM_KEY", "one-key")
+    monkeypatch.setenv("QUANTIZE_UPSTREAM_KEY_BIG", "big-key")
+    upstream = resolve("big=http://127.0.0.1:1/v1#m", built.store)
+    assert upstream == UpstreamTarget("big", "http://127.0.0.1:1/v1", "m", "big-key")
+    assert "big-key" not in repr(upstream)
+    assert resolve("http://127.0.0.1:1/v1", built.store) == UpstreamTarget(
+        "upstream", "http://127.0.0.1:1/v1", None, "one-key"
+    )
+
+
+def test_what_is_no_target(built: Built, own_tiny: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="no artifact"):
+        resolve("nothing/here", built.store)
+    with pytest.raises(UsageError, match="not the address of a server"):
+        resolve("http://user:secret@host/v1", built.store)
+    (tmp_path / "x.bin").write_bytes(b"x")
+    with pytest.raises(UsageError, match=r"not a \.gguf file"):
+        resolve(str(tmp_path / "x.bin"), built.store)
+    (own_tiny / "model.safetensors").rename(own_tiny / "pytorch_model.bin")
+    with pytest.raises(RefusedError, match="no safetensors"):
+        resolve(str(own_tiny), built.store)
+
+
+def test_what_does_not_fit_is_refused_with_numbers_and_what_would(built: Built) -> None:
+    target = local("tiny/f16", built.store)
+    big = replace(target, weights_bytes=9 * GIB)
+    card = LocalGpu("RTX 4060", 8 * GIB, GIB)
+    machine = replace(ROOMY, gpus=(card,))
+    with pytest.raises(RefusedError, match=r"tiny/f16 does not fit: 9\.\d+ GiB expected of 6\.30 GiB usable") as caught:
+        place(big, RunOptions(), machine, built.store)
+    assert "on the RTX 4060 of 8.0 GiB" in caught.value.message
+    assert "variant tiny/q8_0" in str(caught.value.hint)
+    assert "--force" in str(caught.value.hint)
+    assert place(big, RunOptions(force=True), machine, built.store).device == "cuda:0"
+    assert place(target, RunOptions(), machine, built.store).verdict.word == "fits"
+
+
+def test_free_memory_counts_not_all_of_it(built: Built) -> None:
+    target = local("tiny/q8_0", built.store)
+    assert place(target, RunOptions(device="cpu"), ROOMY, built.store).verdict.word == "fits"
+    with pytest.raises(RefusedError, match=r"free of 16\.0 GiB RAM"):
+        place(target, RunOptions(device="cpu"), replace(ROOMY, available_ram_bytes=GIB // 50), built.store)
+
+
+def test_device_and_context(built: Built) -> None:
+    target = local("tiny/q8_0", built.store)
+    placed = place(target, RunOptions(), ROOMY, built.store)
+    assert (placed.device, placed.context) == ("cpu", 512)
+    told = engine_options(target, RunOptions(), placed)
+    assert json.loads(json.dumps(told))["slots"] == 2
+    with pytest.raises(UsageError, match="513 tokens are more than its context of 512"):
+        place(target, RunOptions(context=513), ROOMY, built.store)
+    with pytest.raises(UsageError, match=r"there is no cuda:0 here \(GPUs: none\)"):
+        place(target, RunOptions(device="cuda:0"), ROOMY, built.store)
+    with pytest.raises(UsageError, match="'tpu' is no device"):
+        place(target, RunOptions(device="tpu"), ROOMY, built.store)
+
+
+def test_keys_from_a_file_and_the_environment(tmp_path: Path, run: Run) -> None:
+    done = run("serve", "--new-key", "alice")
+    key, line = (text.split()[-1] for text in done.stdout.splitlines())
+    assert key not in line
+    path = tmp_path / "keys"
+    path.write_text(f"# our keys\n\n{line}\n")
+    keys = load_keys(path, {KEYS_VARIABLE: "another-plain-key-1, " + line.replace("alice", "carol")})
+    assert keys.owner(f"Bearer {key}".encode()) in ("alice", "carol")
+    assert keys.owner(b"bearer another-plain-key-1") == "env1"
+    assert not load_keys(None, {})
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("sk-plain-key-in-a-file", "keys:1: not `name:sha256:hash`"),
+        ("", "no keys in it"),
+        ("a:sha256:" + "0" * 64 + "\na:sha256:" + "1" * 64, "keys:2: a second key named a"),
+        (None, r"can't be read \(FileNotFoundError\)"),
+    ],
+)
+def test_keys_that_can_not_be_taken(tmp_path: Path, text: str | None, message: str) -> None:
+    path = tmp_path / "keys"
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(UsageError, match=message) as caught:
+        load_keys(path, {})
+    assert "sk-plain" not in str(caught.value)
+    with pytest.raises(UsageError, match="key 1 is too short"):
+        load_keys(None, {KEYS_VARIABLE: "short"})
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        ([], 2, "no artifact to serve"),
+        (["x/y"], 2, "no artifact 'x/y'"),
+        (["http://127.0.0.1:9/v1", "--host", "0.0.0.0"], 2, "there are no API keys"),
+        (["http://127.0.0.1:9/v1", "http://127.0.0.1:8/v1"], 2, "two models have the same name"),
+        (["http://127.0.0.1:9/v1", "--canary", "x"], 2, "is not NAME=PERCENT%"),
+        (["http://127.0.0.1:9/v1", "--canary", "x=101%"], 2, "is not NAME=PERCENT%"),
+        (["http://127.0.0.1:9/v1", "--fallback", "x"], 2, "'x' is not served here"),
+        (["http://127.0.0.1:9/v1", "--max-body", "much"], 2, "'much' is no size"),
+        (["--new-key", "a b"], 2, "'a b' is no name for a key"),
+    ],
+)
+def test_wrong_words_are_refused(run: Run, arguments: list[str], code: int, message: str) -> None:
+    done = run("serve", *arguments, "--port", 0)
+    assert done.exit_code == code
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_port_that_is_taken(run: Run) -> None:
+    import socket
+
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        done = run("serve", "http://127.0.0.1:9/v1", "--port", taken.getsockname()[1])
+    assert done.exit_code == 2
+    assert "can't listen on 127.0.0.1" in done.stderr

@@ -1,0 +1,154 @@
+"""What runs elsewhere: the Dockerfile and compose files by their linters, their steps by hand, and --print."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+import urllib.request
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.conftest import Built, Run
+
+ROOT = Path(__file__).parent.parent.parent
+BIN = Path(sys.executable).parent
+DOCKERFILE = ROOT / "deploy" / "Dockerfile"
+
+
+def test_the_dockerfile_passes_hadolint() -> None:
+    done = subprocess.run([BIN / "hadolint", DOCKERFILE], capture_output=True, text=True, check=False)
+    assert done.stdout == ""
+    assert done.returncode == 0
+
+
+def check_compose(path: Path) -> None:
+    command = [BIN / "check-jsonschema", "--builtin-schema", "vendor.compose-spec", path]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout
+
+
+def test_the_compose_file_fits_its_schema_and_names_stages_that_there_are() -> None:
+    check_compose(ROOT / "deploy" / "compose.yaml")
+    stages = set(re.findall(r"^FROM \S+ AS (\S+)$", DOCKERFILE.read_text(), re.MULTILINE))
+    services = yaml.safe_load((ROOT / "deploy" / "compose.yaml").read_text())["services"]
+    assert {item["build"]["target"] for item in services.values()} <= stages
+
+
+def instructions(stage: str) -> list[str]:
+    """The instructions of one stage, continued lines joined."""
+    text = DOCKERFILE.read_text().replace("\\\n", " ")
+    part = text.split(f" AS {stage}\n")[1].split("\nFROM ")[0]
+    return [line for line in part.splitlines() if line and not line.startswith("#")]
+
+
+@pytest.mark.demo
+def test_the_steps_of_the_image_in_a_fresh_environment(built: Built, tmp_path: Path) -> None:
+    """The same pip line, entry point and health check as in the image; slow, because everything is installed."""
+    (install,) = [line for line in instructions("cpu-build") if "pip install" in line]
+    words = shlex.split(install.partition("pip install")[2])
+    subprocess.run([sys.executable, "-m", "venv", tmp_path / "opt"], check=True)
+    pip = [tmp_path / "opt" / "bin" / "pip", "install", "-q", *(word for word in words if word != "--no-cache-dir")]
+    subprocess.run(pip, check=True, cwd=ROOT)
+    (entry,) = [json.loads(line.removeprefix("ENTRYPOINT ")) for line in instructions("cpu") if "ENTRYPOINT" in line]
+    (check,) = [line.partition("CMD ")[2] for line in instructions("cpu") if line.startswith("HEALTHCHECK")]
+    (weights,) = built.store.root.glob("*/q8_0/current/*.gguf")
+    environment = {**os.environ, "PATH": f"{tmp_path}/opt/bin:/usr/bin:/bin"}
+    command = [*entry, f"tiny={weights}", "--port", "0", "--device", "cpu"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, env=environment, text=True, cwd=tmp_path)
+    try:
+        assert process.stderr is not None
+        url = next(json.loads(line)["url"] for line in process.stderr if '"listening"' in line)
+        next(line for line in process.stderr if '"engine_ready"' in line)
+        healthy = [word.replace("http://127.0.0.1:8000", url) for word in json.loads(check)]
+        subprocess.run(healthy, check=True, env=environment)
+        with urllib.request.urlopen(f"{url}/ready") as answer:
+            assert json.load(answer)["models"]["tiny"]["runtime"].startswith("llama.cpp")
+    finally:
+        process.terminate()
+        process.communicate(timeout=20)
+    assert process.returncode == 0
+
+
+@pytest.fixture
+def q8(built: Built, monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.setenv("QUANTIZE_STORE", str(built.store.root))
+    return "tiny/q8_0"
+
+
+def test_print_llama_server(run: Run, q8: str, built: Built) -> None:
+    done = run("serve", q8, "--print", "llama-server", "--context", 256, "--concurrency", 2)
+    words = shlex.split(done.stdout, comments=True)
+    assert words[:2] == ["CUDA_VISIBLE_DEVICES=0", "llama-server"]
+    options = dict(pairwise(words))
+    assert Path(options["--model"]).is_file()
+    assert options["--ctx-size"] == "512"
+    assert options["--api-key"] == "$QUANTIZE_API_KEY"
+    assert '"$QUANTIZE_API_KEY"' in done.stdout  # the shell puts the key in, this text has none
+    assert "CUDA" not in run("serve", q8, "--print", "llama-server", "--device", "cpu").stdout
+
+
+def test_print_ollama(run: Run, q8: str) -> None:
+    lines = [line for line in run("serve", q8, "--print", "ollama").stdout.splitlines() if not line.startswith("#")]
+    assert lines[0].startswith("FROM /")
+    assert Path(lines[0].removeprefix("FROM ")).is_file()
+    assert lines[1] == "PARAMETER num_ctx 512"
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda:1"])
+def test_print_compose(run: Run, q8: str, tmp_path: Path, device: str) -> None:
+    path = tmp_path / "compose.yaml"
+    path.write_text(run("serve", q8, "--print", "compose", "--device", device).stdout)
+    check_compose(path)
+    service = yaml.safe_load(path.read_text())["services"]["model"]
+    assert service["ports"] == ["127.0.0.1:8000:8000"]
+    assert Path(service["volumes"][0].partition(":")[0]).is_dir()
+    devices = [item["device_ids"] for item in service.get("deploy", {}).get("resources", {}).get("reservations", {})
+               .get("devices", [])]  # fmt: skip
+    assert devices == ([] if device == "cpu" else [["1"]])
+
+
+def folder_with(tmp_path: Path, tiny: Path, quantization: dict[str, object] | None) -> Path:
+    config = json.loads((tiny / "config.json").read_text())
+    folder = tmp_path / "packed"
+    folder.mkdir()
+    (folder / "model.safetensors").write_bytes((tiny / "model.safetensors").read_bytes())
+    (folder / "config.json").write_text(json.dumps({**config, "quantization_config": quantization}))
+    return folder
+
+
+def test_print_vllm(run: Run, tiny: Path, tmp_path: Path) -> None:
+    folder = folder_with(tmp_path, tiny, {"quant_method": "awq"})
+    words = shlex.split(run("serve", f"m={folder}", "--print", "vllm").stdout, comments=True)
+    assert words[:4] == ["CUDA_VISIBLE_DEVICES=0", "vllm", "serve", str(folder)]
+    options = dict(pairwise(words[4:]))
+    assert options["--gpu-memory-utilization"] == "0.9"
+    assert options["--max-model-len"] == "512"
+    assert options["--served-model-name"] == "m"
+
+
+@pytest.mark.parametrize(
+    ("runtime", "quantization", "message"),
+    [
+        ("vllm", {"quant_method": "bitsandbytes", "load_in_8bit": True}, "does not take pre-quantized bitsandbytes"),
+        ("ollama", {"quant_method": "gptq"}, "Ollama takes GGUF files, this is gptq"),
+        ("llama-server", None, "llama-server takes GGUF files"),
+    ],
+)
+def test_what_a_runtime_does_not_take_is_refused(
+    run: Run, tiny: Path, tmp_path: Path, runtime: str, quantization: dict[str, object] | None, message: str
+) -> None:
+    done = run("serve", folder_with(tmp_path, tiny, quantization), "--print", runtime)
+    assert done.exit_code == 3
+    assert message in done.stderr
+    assert done.stdout == ""
+
+
+def test_vllm_does_not_take_gguf(run: Run, q8: str) -> None:
+    assert run("serve", q8, "--print", "vllm").exit_code == 3

@@ -1,0 +1,129 @@
+"""The transformers engine on a tiny checkpoint: against transformers' own generate, and its sampler by its laws."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+torch = pytest.importorskip("torch")
+
+from quantize.serve.engines.model import Refused, Sampling
+from quantize.serve.engines.transformers import TransformersModel, _sample
+
+PROMPT = "The quick brown fox jumps"
+
+
+@pytest.fixture(scope="module")
+def model(tiny: Path) -> TransformersModel:
+    seen: list[float] = []
+    options = {"path": str(tiny), "format": "safetensors", "device": "cpu", "context": 256, "slots": 2, "threads": 1}
+    made = TransformersModel(options, seen.append)
+    assert seen
+    assert seen == sorted(seen)
+    assert seen[-1] == 1.0
+    return made
+
+
+def generate(model: TransformersModel, prompt: str, count: int, **sampling: Any) -> list[int]:
+    slot = model.begin(model.text_tokens(prompt), Sampling(**sampling))
+    tokens: list[int] = []
+    while len(tokens) < count:
+        chosen = model.step()
+        if slot in chosen:
+            tokens.append(chosen[slot].token)
+    model.end(slot)
+    return tokens
+
+
+def reference(tiny: Path, prompt: str, count: int, **settings: Any) -> list[int]:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    loaded = AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32).eval()
+    ids = AutoTokenizer.from_pretrained(tiny)(prompt, return_tensors="pt")
+    output = loaded.generate(
+        **ids, do_sample=False, max_new_tokens=count, min_new_tokens=count, pad_token_id=0, **settings
+    )
+    return [int(token) for token in output[0, ids["input_ids"].shape[1] :]]
+
+
+def test_greedy_is_transformers_own(model: TransformersModel, tiny: Path) -> None:
+    assert generate(model, PROMPT, 12, temperature=0) == reference(tiny, PROMPT, 12)
+
+
+def test_the_repetition_penalty_is_transformers_own(model: TransformersModel, tiny: Path) -> None:
+    penalized = generate(model, PROMPT, 12, temperature=0, repetition_penalty=1.5)
+    assert penalized == reference(tiny, PROMPT, 12, repetition_penalty=1.5)
+    assert penalized != generate(model, PROMPT, 12, temperature=0)
+
+
+def test_a_prompt_in_parts_gives_what_it_gives_whole(model: TransformersModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = generate(model, PROMPT * 4, 6, temperature=0)
+    monkeypatch.setattr("quantize.serve.engines.transformers.PREFILL_TOKENS", 7)
+    assert generate(model, PROMPT * 4, 6, temperature=0) == whole
+
+
+def test_two_at_once_do_not_disturb_each_other(model: TransformersModel) -> None:
+    alone = [generate(model, prompt, 6, temperature=0) for prompt in (PROMPT, "dog")]
+    slots = [model.begin(model.text_tokens(prompt), Sampling(temperature=0)) for prompt in (PROMPT, "dog")]
+    together: dict[int, list[int]] = {slot: [] for slot in slots}
+    for _ in range(6):
+        for slot, chosen in model.step().items():
+            together[slot].append(chosen.token)
+    for slot in slots:
+        model.end(slot)
+    assert [together[slot] for slot in slots] == alone
+
+
+def test_seeds_and_log_probabilities(model: TransformersModel) -> None:
+    assert generate(model, PROMPT, 8, seed=5) == generate(model, PROMPT, 8, seed=5)
+    assert len({tuple(generate(model, PROMPT, 8, seed=seed)) for seed in range(4)}) > 1
+    slot = model.begin(model.text_tokens(PROMPT), Sampling(temperature=0, logprobs=3))
+    chosen = model.step()[slot]
+    model.end(slot)
+    assert chosen.logprob == chosen.top[0][1]
+    assert [value for _, value in chosen.top] == sorted((value for _, value in chosen.top), reverse=True)
+    assert chosen.top[0][0] == chosen.token
+
+
+def test_text_streams_as_it_decodes(model: TransformersModel, tiny: Path) -> None:
+    from transformers import AutoTokenizer
+
+    pieces, tokens = model.detokenizer(), model.text_tokens(PROMPT + " é 漢")
+    assert "".join(pieces.add(token) for token in tokens) == AutoTokenizer.from_pretrained(tiny).decode(tokens)
+
+
+def test_a_chat_uses_the_folders_template(model: TransformersModel, tiny: Path) -> None:
+    from transformers import AutoTokenizer
+
+    messages = [{"role": "user", "content": "Which fox?"}]
+    tokenizer = AutoTokenizer.from_pretrained(tiny)
+    wanted = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
+    assert model.chat_tokens(messages) == wanted
+
+
+def test_tokens_that_are_none(model: TransformersModel) -> None:
+    with pytest.raises(Refused, match="vocabulary"):
+        model.begin([10**6], Sampling())
+
+
+@pytest.mark.parametrize(
+    ("sampling", "possible"),
+    [
+        (Sampling(top_k=2), {0, 1}),
+        (Sampling(top_p=0.5), {0}),
+        (Sampling(top_p=0.7), {0, 1}),
+        (Sampling(min_p=0.3), {0, 1}),
+        (Sampling(temperature=0), {0}),
+        (Sampling(), {0, 1, 2, 3}),
+    ],
+)
+def test_the_sampler_keeps_to_what_it_was_told(sampling: Sampling, possible: set[int]) -> None:
+    scores = torch.log(torch.tensor([0.5, 0.3, 0.13, 0.07]))
+    generator = torch.Generator().manual_seed(0)
+    seen = Counter(_sample(torch, scores, sampling, generator) for _ in range(400))
+    assert set(seen) == possible
+    if possible == {0, 1, 2, 3}:
+        assert 150 < seen[0] < 250
