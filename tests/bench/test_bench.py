@@ -272,6 +272,17 @@ def test_without_the_extra_it_says_so() -> None:
     assert "pip install 'quantize[bench]'" in result.stderr
 
 
+def test_the_load_test_of_a_server_that_fails_on_purpose(run: Run) -> None:
+    with serving(
+        FakeServer(lambda number: "stall" if number % 20 == 0 else "drop" if number % 10 == 0 else "ok")
+    ) as fake:
+        options = ("--requests", "20", "--concurrency", "4", "--warm-up", "0", "--timeout", "1")
+        result = run("bench", fake.url, "--shape", "30:4", *options)
+    assert result.exit_code == 0, result.stderr
+    (line,) = [line for line in result.stdout.splitlines() if " x 4 " in line]
+    assert line.rstrip().endswith("10.0%   1 dropped, 1 stall")
+
+
 def test_the_store_is_not_needed_for_a_url(run: Run, tmp_path: Path) -> None:
     with serving(FakeServer()) as fake:
         result = run("bench", fake.url, *QUICK, "--store", tmp_path / "none", "--json")
