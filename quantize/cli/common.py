@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -14,6 +15,7 @@ import click
 
 from quantize.cache import Cache, default_cache_root
 from quantize.cli import set_verbose
+from quantize.errors import UsageError
 from quantize.store import Store, default_store_root
 
 if TYPE_CHECKING:
@@ -65,13 +67,27 @@ def limits_options(function: Function) -> Function:
 
 
 def make_limits(threads: int | None, device: str, memory_budget: str | None) -> Any:
-    """Limits from the options. Raises UsageError for a size that can't be read."""
+    """Limits from the options. Raises UsageError: a size that can't be read, a device that is not there."""
     from quantize.backends.base import Limits
     from quantize.hardware import parse_size
 
+    if device != "cpu":
+        _check_device(device)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     budget = parse_size(memory_budget) if memory_budget else None
     return Limits(threads or cores, device, budget)
+
+
+def _check_device(device: str) -> None:
+    found = re.fullmatch(r"cuda(?::(\d+))?", device)
+    if found is None:
+        raise UsageError(f"device {device!r} is none", hint="use --device cpu, --device cuda or --device cuda:N")
+    import torch
+
+    count = torch.cuda.device_count()
+    if int(found[1] or 0) >= count:
+        have = f"torch sees {count} CUDA device{'s' * (count != 1)}"
+        raise UsageError(f"device {device!r} is not there: {have}", hint="use --device cpu, or install torch for CUDA")
 
 
 def quality(artifact: Artifact) -> Summary:
