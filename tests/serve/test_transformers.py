@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-torch = pytest.importorskip("torch")
-
 from quantize.serve.engines.model import Refused, Sampling
 from quantize.serve.engines.transformers import TransformersModel, _sample
+
+torch = pytest.importorskip("torch")
 
 PROMPT = "The quick brown fox jumps"
 

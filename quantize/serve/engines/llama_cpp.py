@@ -82,20 +82,18 @@ class LlamaCppModel:
             return None
         names = {"bos_token": self._library.llama_vocab_bos, "eos_token": self._library.llama_vocab_eos}
         numbers = {name: int(get(self._open.vocab)) for name, get in names.items()}
-        self._special = {name: self._open.token_text(token) if token >= 0 else "" for name, token in numbers.items()}
-        return ChatTemplate(text, self._special)
+        special = {name: self._open.token_text(token) if token >= 0 else "" for name, token in numbers.items()}
+        return ChatTemplate(text, special)
 
     def chat_tokens(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
         """See Model."""
         if self._template is None:
             raise Refused(422, "no_chat_template", "the model has no chat template: use /v1/completions")
-        text = self._template.render(messages)
-        start = not (self._special["bos_token"] and text.startswith(self._special["bos_token"]))
-        return self._open.tokenize(text, special=True, start=start)
+        return self._open.tokenize(self._template.render(messages), special=True, start=False)
 
     def text_tokens(self, text: str) -> list[int]:
         """See Model."""
-        return self._open.tokenize(text, special=False, start=True)
+        return self._open.tokenize(text, special=True, start=True)
 
     def begin(self, tokens: Sequence[int], sampling: Sampling) -> int:
         """See Model."""

@@ -201,13 +201,17 @@ def _choice(
 def _text_logprobs(logprobs: list[dict[str, Any]]) -> dict[str, Any]:
     """OpenAI's older shape, for /v1/completions."""
     offsets, position = [], 0
+    tops: list[dict[str, float]] = []
     for item in logprobs:
         offsets.append(position)
         position += len(item["token"])
+        tops.append({})
+        for top in item["top_logprobs"]:  # tokens that are no text on their own look the same: the likeliest counts
+            tops[-1].setdefault(top["token"], top["logprob"])
     return {
         "tokens": [item["token"] for item in logprobs],
         "token_logprobs": [item["logprob"] for item in logprobs],
-        "top_logprobs": [{top["token"]: top["logprob"] for top in item["top_logprobs"]} for item in logprobs],
+        "top_logprobs": tops,
         "text_offset": offsets,
     }
 
