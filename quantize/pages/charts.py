@@ -221,7 +221,8 @@ def _number(value: float) -> str:
 
 
 def _svg(width: float, height: float, inner: str, label: str) -> str:
+    kind = "plot wide" if width == WIDE else "plot"
     return (
-        f'<svg class="plot" viewBox="0 0 {width:.0f} {height:.0f}" role="img" aria-label="{escape(label)}" '
+        f'<svg class="{kind}" viewBox="0 0 {width:.0f} {height:.0f}" role="img" aria-label="{escape(label)}" '
         f'xmlns="http://www.w3.org/2000/svg">{inner}</svg>'
     )
