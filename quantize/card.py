@@ -48,6 +48,9 @@ def _summary(manifest: Manifest) -> str:
             f"The source was quantized before: its weights come from a {before} file and were dequantized to FP16. "
             "They can't be better than that file."
         )
+    risk = manifest.accepted_risk
+    if risk is not None:
+        lines.append(f"**Refused by its gates ({', '.join(risk.gates)}) and taken all the same:** {risk.reason}")
     return "\n\n".join(lines)
 
 

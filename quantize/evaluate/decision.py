@@ -141,7 +141,7 @@ def decide(figures: Figures, limits: Limits) -> Decision:
 
 
 def _findings(figures: Figures, limits: Limits) -> Iterator[Finding]:
-    for name, problem in figures.checks.items():
+    for name, problem in sorted(figures.checks.items()):
         yield Finding(name, "refused" if problem else "passed", problem or "holds")
     yield _at_most("KL divergence", figures.mean_kl, limits.max_kl, "mean {:.4f} nats", "no KL divergence")
     yield _perplexity(figures.perplexity_ratio, limits)
