@@ -87,12 +87,19 @@ def _answer(step: str, kind: str, payload: Any) -> Any:
     raise error
 
 
-def _child(pipe: Connection, log: str, function: Callable[..., Any], args: Any, kwargs: Any) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides, and kills us if it must
-    # Idle OpenMP threads spin for some microseconds, then sleep: long spins made the pass eight times slower on a busy
-    # machine, none at all three times slower on an idle one. Set before any library that reads it is loaded.
+def spin_briefly() -> None:
+    """Have idle OpenMP threads spin for some microseconds and then sleep; call before a library that reads it loads.
+
+    Long spins made a calibration pass eight times slower on a busy machine, none at all three times slower on an idle
+    one. What the user has set stands.
+    """
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+
+
+def _child(pipe: Connection, log: str, function: Callable[..., Any], args: Any, kwargs: Any) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides, and kills us if it must
+    spin_briefly()
     _redirect_output(log)
     threading.Thread(target=_die_with_parent, args=(os.getppid(),), daemon=True).start()
     try:

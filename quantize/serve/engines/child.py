@@ -24,6 +24,7 @@ import orjson
 from quantize.errors import QuantizeError
 from quantize.serve.engines.model import Chosen, Model, Refused, Sampling
 from quantize.serve.engines.text import StopFilter
+from quantize.worker import spin_briefly
 
 MODELS = {
     "llama.cpp": "quantize.serve.engines.llama_cpp:LlamaCppModel",
@@ -262,8 +263,7 @@ def main() -> None:
     global _on_close
     _on_close = lambda: os._exit(0)  # noqa: E731 - the one place that may end the process
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the gateway decides
-    # Idle OpenMP threads sleep instead of spinning; only in this process, before any library that reads it.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    spin_briefly()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     serve(socket.socket(fileno=int(sys.argv[1])))
