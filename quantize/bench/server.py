@@ -140,8 +140,10 @@ def _plan(artifact: Artifact, kind: Kind, port: int, context: int, threads: int,
 
 
 def _runtime(format: str) -> dict[str, str]:
-    name, versions = runtime_of(format)
-    return {name: versions, **tool_versions(("uvicorn",))}
+    """Package -> version of what answers."""
+    _, versions = runtime_of(format)
+    packages = [item.rpartition(" ")[0] for item in versions.split(", ")]
+    return tool_versions((*packages, "uvicorn"))
 
 
 def _installed(modules: tuple[str, ...]) -> bool:

@@ -88,8 +88,8 @@ def _evaluated(entry: Entry) -> str:
         return "not measured"
     machine = record.get("machine")
     where = f", on {machine.get('processor')}, {machine.get('cores')} cores" if isinstance(machine, Mapping) else ""
-    source = f"source in {quality.get('source_runtime')} {quality.get('source_runtime_version')}"
-    return f"{quality.get('runtime')} {quality.get('runtime_version')}; {source}{where}"
+    source = f"the source in {quality.get('source_runtime')} ({quality.get('source_runtime_version')})"
+    return f"{quality.get('runtime')} ({quality.get('runtime_version')}), {source}{where}"
 
 
 def _text(entry: Entry) -> str:
