@@ -476,7 +476,9 @@ def test_a_manifest_that_was_changed(
 def test_events_of_a_build(recipe: Callable[[Variants], Recipe], store: Store, cache: Cache) -> None:
     events = ListReporter()
     build(recipe(INT8), store, cache, events)
-    assert [event.kind for event in events.events if event.subject == "int8"][-2:] == ["note", "done"], "the last word before the end is that nothing was measured"
+    assert [event.kind for event in events.events if event.subject == "int8"][-2:] == ["note", "done"], (
+        "the last word before the end is that nothing was measured"
+    )
 
 
 def test_folders_that_others_remove_because_they_are_empty_are_made_again(tmp_path: Path) -> None:
