@@ -89,7 +89,7 @@ def _print_hand_over(runtime: str, artifacts: tuple[str, ...], store: Store, opt
 def _serve(artifacts: tuple[str, ...], store: Store, options: dict[str, Any]) -> None:
     from quantize.hardware import detect
     from quantize.serve.limits import load_keys
-    from quantize.serve.preflight import RunOptions, engine_options, place
+    from quantize.serve.preflight import RunOptions, engine_options, place, runtime_name
     from quantize.serve.targets import UpstreamTarget, resolve
 
     try:
@@ -116,7 +116,7 @@ def _serve(artifacts: tuple[str, ...], store: Store, options: dict[str, Any]) ->
             continue
         placement = place(found, wanted, machine, store)
         click.echo(f"{found.name}: {placement.verdict.word}: {placement.verdict.reason}", err=True)
-        targets.append(Target(found.name, found.kind, engine_options(found, wanted, placement)))
+        targets.append(Target(found.name, found.kind, engine_options(found, wanted, placement), runtime_name(found)))
     names = [target.name for target in targets]
     if len(set(names)) < len(names):
         raise UsageError("two models have the same name", hint="give them names: NAME=ARTIFACT")

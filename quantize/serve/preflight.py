@@ -7,9 +7,10 @@ and what would fit. The arithmetic is estimate.py's, the verdict fit.py's.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from quantize.errors import RefusedError, UsageError
+from quantize.errors import MissingExtraError, RefusedError, UsageError
 from quantize.estimate import Settings
 from quantize.fit import Verdict, Workload, advise
 from quantize.hardware import Machine
@@ -18,6 +19,13 @@ from quantize.store import Store
 
 DEFAULT_CONTEXT = 4096
 GIB = 2**30
+# Format -> (what it needs beside its runtime, the extra that brings it).
+_HELPERS = {
+    "gguf": ("llama-cpp-python", "gguf"),
+    "awq": ("gptqmodel", "gptqmodel"),
+    "gptq": ("gptqmodel", "gptqmodel"),
+    "bitsandbytes": ("bitsandbytes", "bnb"),
+}
 
 
 @dataclass(frozen=True)
@@ -105,3 +113,13 @@ def engine_options(target: LocalTarget, options: RunOptions, placement: Placemen
         "threads": options.threads,
         "gpu_layers": options.gpu_layers,
     }
+
+
+def runtime_name(target: LocalTarget) -> str:
+    """What a target runs in, with the version installed here. Raises MissingExtraError: it is not."""
+    helper = _HELPERS.get(target.format, ("torch", "torch"))
+    packages = [helper[0]] if target.format == "gguf" else ["transformers", helper[0]]
+    try:
+        return f"{target.kind} ({', '.join(f'{name} {version(name)}' for name in packages)})"
+    except PackageNotFoundError as exc:
+        raise MissingExtraError(f"serving {target.format}", helper[1]) from exc

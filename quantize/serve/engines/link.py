@@ -31,11 +31,12 @@ Listener = Callable[[str, dict[str, Any]], None]
 
 @dataclass(frozen=True)
 class Target:
-    """What a child is to load: the kind of model, and its options."""
+    """What a child is to load: the kind of model, and its options. runtime: what it runs in, with versions."""
 
     name: str
     kind: str
     options: Mapping[str, Any]
+    runtime: str = ""
 
 
 class Child(Protocol):

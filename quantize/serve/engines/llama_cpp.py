@@ -57,39 +57,37 @@ class LlamaCppModel:
         self._library = self._open.library
         self._sequences: dict[int, Running] = {}
         self._kept: dict[int, list[int]] = {slot: [] for slot in range(slots)}
-        self._template = self._chat_template()
+        self._template_text = self._open.metadata("tokenizer.chat_template")
+        self._template: ChatTemplate | None = None
         self.description = self._describe(options, slots, gpu)
 
     def _describe(self, options: Mapping[str, Any], slots: int, gpu: bool) -> Description:
-        from importlib.metadata import version
-
         devices = dict(Counter(_ASSIGNED.findall(log_text())))
         wanted = options.get("gpu_layers")
         warnings = []
         if gpu and wanted is None and "CPU" in devices:
             why = "" if self._library.llama_supports_gpu_offload() else ": this llama-cpp-python is built without CUDA"
             warnings.append(f"{devices['CPU']} of {sum(devices.values())} layers are on the CPU, not on the GPU{why}")
-        if self._template is None:
+        if not self._template_text:
             warnings.append("the file has no chat template: only /v1/completions and /v1/generate answer")
         return Description(
-            f"llama.cpp (llama-cpp-python {version('llama-cpp-python')})", self._open.size, slots,
-            str(options["device"]), [*SUPPORTS, *(["chat"] if self._template else [])], devices, warnings,
+            "llama.cpp", self._open.size, slots, str(options["device"]), SUPPORTS, devices, warnings
         )  # fmt: skip
 
-    def _chat_template(self) -> ChatTemplate | None:
-        text = self._open.metadata("tokenizer.chat_template")
-        if not text:
-            return None
-        names = {"bos_token": self._library.llama_vocab_bos, "eos_token": self._library.llama_vocab_eos}
-        numbers = {name: int(get(self._open.vocab)) for name, get in names.items()}
-        special = {name: self._open.token_text(token) if token >= 0 else "" for name, token in numbers.items()}
-        return ChatTemplate(text, special)
+    def _chat_template(self) -> ChatTemplate:
+        """Read when it is first needed: until then the process is without jinja2."""
+        if not self._template_text:
+            raise Refused(422, "no_chat_template", "the model has no chat template: use /v1/completions")
+        if self._template is None:
+            names = {"bos_token": self._library.llama_vocab_bos, "eos_token": self._library.llama_vocab_eos}
+            numbers = {name: int(get(self._open.vocab)) for name, get in names.items()}
+            special = {name: self._open.token_text(token) if token >= 0 else "" for name, token in numbers.items()}
+            self._template = ChatTemplate(self._template_text, special)
+        return self._template
 
     def chat_tokens(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
         """See Model."""
-        if self._template is None:
-            raise Refused(422, "no_chat_template", "the model has no chat template: use /v1/completions")
-        return self._open.tokenize(self._template.render(messages), special=True, start=False)
+        return self._open.tokenize(self._chat_template().render(messages), special=True, start=False)
 
     def text_tokens(self, text: str) -> list[int]:
         """See Model."""

@@ -37,7 +37,7 @@ class LocalEngine:
     @property
     def runtime(self) -> str:
         """See Engine."""
-        return str(self.status.details.get("runtime", self._link.target.kind))
+        return self._link.target.runtime or self._link.target.kind
 
     async def start(self) -> None:
         """See Engine."""

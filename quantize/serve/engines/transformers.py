@@ -49,13 +49,9 @@ class TransformersModel:
         self._ends = _end_tokens(self._model, self._tokenizer)
         self._vocabulary = int(self._model.get_output_embeddings().weight.shape[0])
         self._running: dict[int, Running] = {}
-        self.description = self._describe(options, kind)
+        self.description = self._describe(options)
 
-    def _describe(self, options: Mapping[str, Any], kind: str) -> Description:
-        from importlib.metadata import version
-
-        helper = {"awq": "gptqmodel", "gptq": "gptqmodel", "bitsandbytes": "bitsandbytes"}.get(kind)
-        packages = ", ".join(f"{name} {version(name)}" for name in ("transformers", helper) if name)
+    def _describe(self, options: Mapping[str, Any]) -> Description:
         devices = _devices(self._model)
         elsewhere = {name: count for name, count in devices.items() if name != self._device}
         warnings = [f"{count} layers are on {name}, not on {self._device}" for name, count in elsewhere.items()]
@@ -63,9 +59,8 @@ class TransformersModel:
         if not has_template:
             warnings.append("the model has no chat template: only /v1/completions and /v1/generate answer")
         return Description(
-            packages, int(options["context"]), int(options["slots"]), self._device,
-            [*SUPPORTS, *(["chat"] if has_template else [])], devices, warnings,
-        )  # fmt: skip
+            "transformers", int(options["context"]), int(options["slots"]), self._device, SUPPORTS, devices, warnings
+        )
 
     def chat_tokens(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
         """See Model."""
