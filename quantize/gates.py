@@ -37,6 +37,7 @@ PROTOCOL_VERSION = 1  # of what is asked and how it is graded; another one measu
 RUNS = "loads and runs"
 UNQUANTIZED_SIZE_RATIO = 1.1  # a 16-bit conversion saves nothing: its file holds the same weights and a header
 GOLDEN = "calibration/golden"
+LOOKED = "paths are looked for beside the recipe, in the folder above it, and in the working folder"
 
 
 @dataclass(frozen=True)
@@ -297,7 +298,7 @@ def _text(recipe: Recipe, cache: Cache) -> tuple[str, str]:
         return text, cache.sha256(topics_file())
     found = recipe.find(text)
     if found is None or not found.is_file():
-        hint = "check the path, or use python-docs"
+        hint = f"{LOOKED}, or use python-docs"
         raise UsageError(f"{recipe.path}: `evaluation`: no such text: {text}", hint=hint)
     return str(found.absolute()), cache.sha256(found)
 
@@ -311,7 +312,7 @@ def _golden(recipe: Recipe) -> tuple[Path, ...]:
     for item in named:
         path = recipe.find(item)
         if path is None:
-            raise UsageError(f"{recipe.path}: `evaluation`: no such golden prompts: {item}", hint="check the path")
+            raise UsageError(f"{recipe.path}: `evaluation`: no such golden prompts: {item}", hint=LOOKED)
         paths.append(path.absolute())
     return tuple(paths)
 
