@@ -2,7 +2,7 @@
 
     python benchmarks/perplexity.py FOLDER [--topics 40] [--length 512]
 
-Prints one JSON line. The protocol: each topic is cut to 3,000 characters and LENGTH tokens and scored on its own; the
+Prints one JSON line. At most --topics are read; CPython 3.11.7 has 9. The protocol: each topic is cut to 3,000 characters and LENGTH tokens and scored on its own; the
 perplexity is exp of the mean negative log-likelihood over all predicted tokens.
 """
 
