@@ -34,13 +34,17 @@ DETAIL_CHARACTERS = 200
 
 @dataclass(frozen=True)
 class Endpoint:
-    """Where to ask. root: the URL without `/chat/completions` or `/chat`; extra: further fields of the body."""
+    """Where to ask. root: the URL without `/chat/completions` or `/chat`; extra: further fields of the body.
+
+    asks_usage: ask a stream for its count of tokens (`stream_options`), which not every server knows.
+    """
 
     root: str
     api: Api
     model: str = ""
     headers: Mapping[str, str] = field(default_factory=dict)
     extra: Mapping[str, Any] = field(default_factory=dict)
+    asks_usage: bool = True
 
     @property
     def url(self) -> str:
@@ -147,7 +151,7 @@ def body_of(endpoint: Endpoint, prompt: str, max_tokens: int, *, stream: bool) -
     body = {"messages": messages, "max_tokens": max_tokens, "temperature": 0.0, "stream": stream}
     if endpoint.model:
         body["model"] = endpoint.model
-    if stream:
+    if stream and endpoint.asks_usage:
         body["stream_options"] = {"include_usage": True}
     return body | dict(endpoint.extra)
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -131,6 +132,8 @@ class _Run:
         status(self.reporter, "", f"looking at {self.endpoint.root}")
         if self.endpoint.api == "openai" and not self.endpoint.model:
             self.endpoint = replace(self.endpoint, model=await self._first_model(client))
+        if self.endpoint.api == "openai":
+            await self._try_stream(client)
         few, many = PROBE_WORDS
         fewer = _prompt_tokens(await self._probe(client, words_text(few, "probe:few")))
         more = None
@@ -140,6 +143,13 @@ class _Run:
             note(self.reporter, "", "the server does not count prompt tokens: the length of prompts is a guess")
         else:
             self.rule = TokenRule.from_counts((few, fewer), (many, more) if more else (0, 0))
+
+    async def _try_stream(self, client: httpx2.AsyncClient) -> None:
+        """Find out whether the server minds being asked for usage."""
+        now, timeout = time.perf_counter(), self.settings.timeout
+        sample = await ask(client, self.endpoint, words_text(1, "probe"), 1, due=now, timeout=timeout)
+        if sample.error in ("status 400", "status 422"):
+            self.endpoint = replace(self.endpoint, asks_usage=False)
 
     async def _first_model(self, client: httpx2.AsyncClient) -> str:
         reply = await self._request(client, "GET", f"{self.endpoint.root}/models", None)

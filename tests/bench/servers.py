@@ -23,9 +23,10 @@ class FakeServer:
 
     def __init__(
         self, behaviour: Behaviour = usual, *, tokens: int = 4, token_seconds: float = 0.0, usage: bool = True,
-        one_at_a_time: bool = False,
+        one_at_a_time: bool = False, strict: bool = False,
     ) -> None:  # fmt: skip
         self.behaviour, self.tokens, self.token_seconds, self.usage = behaviour, tokens, token_seconds, usage
+        self.strict = strict
         self.requests = 0
         self.bodies: list[dict[str, Any]] = []
         self.headers: list[str] = []
@@ -57,7 +58,11 @@ class FakeServer:
             return await _json(writer, {"data": [{"id": "fake/model-1"}]})
         words = sum(len(item["content"].split()) for item in body.get("messages", [])) or len(body["message"].split())
         usage = {"prompt_tokens": 10 + 2 * words, "completion_tokens": self.tokens}
-        if not body.get("stream") and body["max_tokens"] == 1:  # how long prompts are is asked this way
+        if body.get("stream_options") and self.strict:
+            return await _json(writer, {"error": {"message": "unknown field stream_options"}}, status=400)
+        if body.get("stream") and body["max_tokens"] == 1:  # what the server can do is found out this way
+            return await self._stream("ok", usage, writer)
+        if body["max_tokens"] == 1:
             answer = {"answer": "w"} if path.endswith("/chat") else {"choices": [{"message": {"content": "w"}}]}
             return await _json(writer, {**answer, **({"usage": usage} if self.usage else {})})
         self.requests += 1

@@ -116,6 +116,13 @@ def test_without_a_count_pieces_are_counted() -> None:
     assert result.cells[0].mean_prompt_tokens is None
 
 
+def test_a_server_that_knows_no_stream_options_is_not_sent_any() -> None:
+    with serving(FakeServer(tokens=5, usage=False, strict=True)) as server:
+        result = measure(server)
+    assert (result.errors, result.cells[0].mean_output_tokens) == ({}, 5)
+    assert not any("stream_options" in body for body in server.bodies)
+
+
 def test_the_warm_up_is_not_measured() -> None:
     with serving(FakeServer(lambda number: "503" if number <= 3 else "ok")) as server:
         result = measure(server, warm_up=3)
