@@ -184,6 +184,7 @@ class Link:
                 self._writer.close()
             self._writer = self._child = None
             self._lose_orders()
+            await child.wait()  # nothing of it is left behind
 
     def _take(self, frame: dict[str, Any]) -> None:
         if "id" in frame:
