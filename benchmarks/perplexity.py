@@ -2,8 +2,9 @@
 
     python benchmarks/perplexity.py FOLDER [--topics 40] [--length 512]
 
-Prints one JSON line. At most --topics are read; CPython 3.11.7 has 9. The protocol: each topic is cut to 3,000 characters and LENGTH tokens and scored on its own; the
-perplexity is exp of the mean negative log-likelihood over all predicted tokens.
+Prints one JSON line. At most --topics are read; CPython 3.11.7 has 9. The protocol: each topic is cut to 3,000
+characters and LENGTH tokens and scored on its own; the perplexity is exp of the mean negative log-likelihood over all
+predicted tokens.
 """
 
 from __future__ import annotations
