@@ -27,6 +27,7 @@ def main() -> None:
         browser.command("Emulation.setDeviceMetricsOverride", **SIZE)
         browser.open(sys.argv[1])
         wait(browser, "document.querySelector('#models tr')")
+        browser.run("document.querySelector('#temperature').value = 0")
         browser.run(f"document.querySelector('#text').value = '{QUESTION}'")
         browser.run("document.querySelector('#form').requestSubmit()")
         wait(browser, "document.querySelector('#note').textContent")

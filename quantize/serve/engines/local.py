@@ -18,6 +18,7 @@ from quantize.serve.protocol import ChatRequest, CompletionRequest, Message
 
 DONE = b"data: [DONE]\n\n"
 LEAST_TEMPERATURE = 1e-3  # below it sampling is greedy: dividing by it overflows
+DEFAULT_TEMPERATURE, DEFAULT_TOP_P = 0.7, 0.9  # as /v1/generate has them; OpenAI's 1 and 1 let small models ramble
 LOCAL_ROLES = ("system", "user", "assistant")
 
 
@@ -113,7 +114,7 @@ class LocalEngine:
         request = call.request
         self._refuse_what_it_cannot(request)
         stop = [request.stop] if isinstance(request.stop, str) else list(request.stop or ())
-        temperature = 1.0 if request.temperature is None else request.temperature
+        temperature = DEFAULT_TEMPERATURE if request.temperature is None else request.temperature
         order: dict[str, Any] = {
             "max_tokens": _max_tokens(request),
             "max_input_tokens": call.max_input_tokens,
@@ -121,7 +122,7 @@ class LocalEngine:
             "stop": stop,
             "sampling": {
                 "temperature": temperature if temperature > LEAST_TEMPERATURE else 0.0,
-                "top_p": 1.0 if request.top_p is None else request.top_p,
+                "top_p": DEFAULT_TOP_P if request.top_p is None else request.top_p,
                 "top_k": request.top_k or 0,
                 "min_p": request.min_p or 0.0,
                 "seed": request.seed,

@@ -11,7 +11,7 @@ async function refresh() {
     byId("live").textContent = health.active_requests;
     byId("waiting").textContent = health.waiting_requests;
     byId("memory").textContent = `${health.memory_rss_mb.toFixed(0)} MB`;
-    byId("machine").textContent = health.memory;
+    byId("machine").textContent = health.memory.replace("[Now] ", "");
     showModels(ready.models);
   } catch {
     byId("state").textContent = "the gateway does not answer";
@@ -56,7 +56,7 @@ async function send(text) {
   try {
     const headers = { "content-type": "application/json" };
     if (byId("key").value) headers.authorization = `Bearer ${byId("key").value}`;
-    const body = { model: byId("model").value || undefined, messages: history_, stream: true, stream_options: { include_usage: true } };
+    const body = { model: byId("model").value || undefined, messages: history_, temperature: Number(byId("temperature").value), stream: true, stream_options: { include_usage: true } };
     const response = await fetch("/v1/chat/completions", { method: "POST", headers, body: JSON.stringify(body), signal: running.signal });
     if (!response.ok) throw new Error((await response.json()).error.message);
     for await (const event of events(response.body)) {
