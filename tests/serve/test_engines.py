@@ -77,6 +77,19 @@ def test_what_does_not_load_is_told_and_not_tried_for_ever(start: Start) -> None
     assert gateway.ask("GET", "/health").status == 200
 
 
+def test_a_process_that_hangs_does_not_look_ready_for_long(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("quantize.serve.engines.link.PING_SECONDS", 0.1)
+    monkeypatch.setattr("quantize.serve.engines.link.HANG_SECONDS", 0.4)
+    gateway = start(in_a_process(delay=0.01))
+    assert gateway.chat("word " * 80).status == 200  # long, but not stuck
+    assert gateway.chat("stuck!").status == 503
+    assert [line["reason"] for line in gateway.lines() if line["event"] == "engine_died"] == [
+        "the model's process did not answer for 0.4 s"
+    ]
+    gateway.wait(gateway.is_ready)
+    assert gateway.chat("well").status == 200
+
+
 def test_a_timeout_is_a_504_and_frees_the_slot(start: Start) -> None:
     gateway = start(fakes(slots=1), limits=Limits(timeout_seconds=0.3, concurrency=1, queue=0))
     assert gateway.chat("hang!").status == 504

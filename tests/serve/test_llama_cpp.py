@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -150,3 +153,19 @@ def test_where_the_layers_are_is_told(served: Running) -> None:
     assert sum(told["devices"].values()) == 3  # two blocks and the output
     assert set(told["devices"]) == {"CPU"}
     assert told["warnings"] == []
+
+
+def test_a_gateway_that_is_killed_leaves_no_process_behind(weights: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "quantize", "serve", f"tiny={weights}", "--port", "0", "--device", "cpu"]
+    gateway = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=tmp_path)
+    assert gateway.stderr is not None
+    told = gateway.stderr.readline()
+    assert told.startswith("tiny: fits: at most ")
+    pid = next(json.loads(line)["pid"] for line in gateway.stderr if '"engine_starting"' in line)
+    next(line for line in gateway.stderr if '"engine_ready"' in line)
+    gateway.kill()
+    gateway.communicate()
+    give_up = time.monotonic() + 5
+    while Path(f"/proc/{pid}/cmdline").exists() and Path(f"/proc/{pid}/cmdline").read_bytes():
+        assert time.monotonic() < give_up, "the model's process lives on"
+        time.sleep(0.02)

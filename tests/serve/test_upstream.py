@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.server
 import json
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -62,6 +63,18 @@ def test_what_the_upstream_knows_goes_through_and_its_refusals_come_back(pair: t
     refused = pair[1].chat("hi", grammar="x")
     assert (refused.status, refused.json["error"]["code"]) == (422, "upstream_refused")
     assert "grammar is not supported" in refused.json["error"]["message"]
+
+
+def test_a_client_that_goes_away_stops_the_upstream_too(start: Start) -> None:
+    behind = start(fakes(delay=0.01))
+    front = start(in_front_of(behind.port), rules=Rules("up"))
+    body = json.dumps({"messages": [{"role": "user", "content": "forever!"}], "stream": True, "max_tokens": 500})
+    with socket.create_connection(("127.0.0.1", front.port)) as client:
+        head = "POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: "
+        client.sendall(f"{head}{len(body)}\r\n\r\n{body}".encode())
+        assert b"200 OK" in client.recv(4096)
+        assert behind.ask("GET", "/health").json["active_requests"] == 1
+    assert behind.wait(lambda: behind.ask("GET", "/health").json["active_requests"] == 0) < 1
 
 
 def test_ready_follows_the_upstream_within_two_seconds_both_ways(start: Start) -> None:

@@ -1,7 +1,8 @@
 """The process that a local model lives in: loads it, then answers what the gateway asks over a socket, line by line.
 
-In: JSON lines {"op": "load" | "generate" | "cancel"}. Out: JSON lines {"progress" | "ready" | "failed"} and, for each
-request, {"id", "start"}, {"id", "text"}, {"id", "end"} or {"id", "fail"}. Text is never printed or logged here.
+In: JSON lines {"op": "load" | "generate" | "cancel" | "ping"}. Out: JSON lines {"progress" | "ready" | "failed" |
+"pong"} and, for each request, {"id", "start"}, {"id", "text"}, {"id", "end"} or {"id", "fail"}. Text is never printed
+or logged here.
 """
 
 from __future__ import annotations
@@ -110,6 +111,8 @@ class Worker:
     def _take(self, order: dict[str, Any]) -> None:
         if order["op"] == "generate":
             self._waiting.append(order)
+        elif order["op"] == "ping":
+            send(self._connection, {"pong": True})
         elif order["op"] == "cancel":
             number = order["id"]
             self._waiting = deque(item for item in self._waiting if item["id"] != number)

@@ -1,7 +1,8 @@
 """A model for tests: repeats the last message word by word, and misbehaves on command. Needs no engine.
 
 In: options such as {"delay": 0.01, "context": 64}. Words of the prompt that it obeys: `crash!` ends its process, `oom!`
-runs out of memory, `hang!` never answers, `forever!` never stops. One word is one token.
+runs out of memory, `hang!` never answers, `stuck!` does not even finish a step, `forever!` never stops. One word is one
+token.
 """
 
 from __future__ import annotations
@@ -70,6 +71,8 @@ class FakeModel:
             word = self._words[answer[0]]
             if word == "oom!":
                 raise MemoryError
+            if word == "stuck!":
+                time.sleep(60)
             if word == "hang!":
                 time.sleep(0.005)
                 continue

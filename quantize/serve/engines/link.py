@@ -24,7 +24,8 @@ from quantize.serve.failures import Failure, not_ready
 LINE_BYTES = 64 << 20
 FIRST_PAUSE, LONGEST_PAUSE = 0.5, 30.0
 DEATHS_WHILE_LOADING = 2
-LOG_TAIL_BYTES = 2000
+PING_SECONDS = 5.0
+HANG_SECONDS = 60.0  # one step of a large model on a slow CPU can take long; more than this is no step
 
 Listener = Callable[[str, dict[str, Any]], None]
 
@@ -102,6 +103,7 @@ class Link:
         self._writer: asyncio.StreamWriter | None = None
         self._orders: dict[int, asyncio.Queue[dict[str, Any]]] = {}
         self._next = 0
+        self._unanswered = 0.0  # seconds since the oldest ping that was not answered
         self._task: asyncio.Task[None] | None = None
 
     @property
@@ -167,7 +169,8 @@ class Link:
         self._child = child
         self.status = Status("loading", 0, "starting")
         self._tell("engine_starting", {"pid": child.pid})
-        was_ready = False
+        was_ready, self._unanswered = False, 0.0
+        watch = asyncio.create_task(self._watch(child))
         try:
             reader, self._writer = await asyncio.open_connection(sock=child.connection, limit=LINE_BYTES)
             self._write({"op": "load", "kind": self.target.kind, "model": dict(self.target.options)})
@@ -177,8 +180,11 @@ class Link:
                     was_ready = was_ready or self.status.ready
             if self.status.ready:
                 self.status = Status("restarting", 0, "the model's process ended", self.status.details)
-            return was_ready, await child.wait()
+            reason = await child.wait()
+            hung = self._unanswered >= HANG_SECONDS
+            return was_ready, f"the model's process did not answer for {HANG_SECONDS:g} s" if hung else reason
         finally:
+            watch.cancel()
             child.kill()
             if self._writer is not None:
                 self._writer.close()
@@ -186,7 +192,18 @@ class Link:
             self._lose_orders()
             await child.wait()  # nothing of it is left behind
 
+    async def _watch(self, child: Child) -> None:
+        """Ping a child that is ready, and end one that does not answer: what hangs must not look ready."""
+        while self._unanswered < HANG_SECONDS:
+            await asyncio.sleep(PING_SECONDS)
+            if self.status.ready:
+                if not self._unanswered:
+                    self._write({"op": "ping"})
+                self._unanswered += PING_SECONDS
+        child.kill()
+
     def _take(self, frame: dict[str, Any]) -> None:
+        self._unanswered = 0.0
         if "id" in frame:
             inbox = self._orders.get(frame["id"])
             if inbox is not None:

@@ -22,6 +22,7 @@ from quantize.serve.targets import UpstreamTarget
 POLL_SECONDS = 0.75
 POLL_TIMEOUT_SECONDS = 1.0
 CONNECT_SECONDS = 5.0
+KEEP_ALIVE_SECONDS = 4.0  # less than uvicorn's 5: who closes first must be the client
 EVENT_BYTES = 16 << 20
 PASSED_ON = frozenset({400, 404, 413, 422, 429})
 DONE = b"[DONE]"
@@ -46,7 +47,7 @@ class UpstreamEngine:
         """See Engine."""
         headers = {"Authorization": f"Bearer {self._upstream.key}"} if self._upstream.key else {}
         timeout = aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_SECONDS)
-        connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=30)
+        connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEP_ALIVE_SECONDS)
         self._session = aiohttp.ClientSession(
             connector=connector, timeout=timeout, headers=headers, auto_decompress=False, read_bufsize=1 << 18
         )
