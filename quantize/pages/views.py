@@ -162,10 +162,10 @@ def _glance(choice: Choice) -> Table:
                 manifest.variant, manifest.format, megabytes(manifest.size_bytes), f"{manifest.bits_per_weight:.2f}",
                 shown(quality.get("perplexity"), "{:.2f}"), shown(quality.get("perplexity_ratio"), "{:.4f}"),
                 shown(quality.get("mean_kl"), "{:.4f}"), shown(quality.get("p99_kl"), "{:.3f}"),
-                shown(quality.get("top_token_agreement"), "{:.1%}"), _passes(golden, "artifact_passed"), verdict.word,
+                shown(quality.get("top_token_agreement"), "{:.1%}"), _passes(golden), verdict.word,
             )
         )  # fmt: skip
-    return Table((*columns, "golden", "verdict"), tuple(rows))
+    return Table((*columns, "golden (source)", "verdict"), tuple(rows))
 
 
 def _source_row(verdicts: Sequence[Verdict]) -> tuple[str, ...]:
@@ -173,12 +173,13 @@ def _source_row(verdicts: Sequence[Verdict]) -> tuple[str, ...]:
     measured = next((item.entry for item in verdicts if item.entry.quality), verdicts[0].entry)
     bits = f"{8 * source.weights_bytes / source.parameters:.2f}" if source.parameters else ""
     perplexity = shown(measured.quality.get("source_perplexity"), "{:.2f}")
-    passes = _passes(measured.golden, "source_passed")
-    return ("source", "", megabytes(source.weights_bytes), bits, perplexity, "1", "0", "0", "100 %", passes, "")
+    return ("source", "", megabytes(source.weights_bytes), bits, perplexity, "1", "0", "0", "100 %", "", "")
 
 
-def _passes(golden: Mapping[str, Any], key: str) -> str:
-    return f"{golden[key]}/{golden['prompts']}" if key in golden and "prompts" in golden else MISSING
+def _passes(golden: Mapping[str, Any]) -> str:
+    if "prompts" not in golden:
+        return MISSING
+    return f"{golden['artifact_passed']} ({golden['source_passed']}) of {golden['prompts']}"
 
 
 def _quality_plot(choice: Choice) -> str:
@@ -200,7 +201,14 @@ def _quality_note(entries: Sequence[Entry]) -> str:
     quality = measured[0].quality
     tokens = shown(quality.get("predictions"), "{:,} predicted tokens")
     text = str(quality.get("text_hash", ""))[:12]
-    return f"Held-out text {quality.get('text_name', '')} (sha256 {text}…), {tokens}; each artifact in its own runtime."
+    note = f"Held-out text {quality.get('text_name', '')} (sha256 {text}…), {tokens}; each artifact in its own runtime."
+    for what, found in (
+        ("text", {entry.quality.get("windows_hash") for entry in measured}),
+        ("golden prompts", {entry.golden.get("hash") for entry in measured}),
+    ):
+        if len(found) > 1:
+            note += f" Not all were measured on the same {what}: compare only those that were."
+    return note
 
 
 def _memory(entries: Sequence[Entry]) -> Table:

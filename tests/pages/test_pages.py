@@ -113,7 +113,7 @@ return Math.min(...[...document.querySelectorAll('h1, h2, h3, p, td, th, dt, dd,
 def test_the_figures_are_on_the_page(opened: str, browser: Browser) -> None:
     rows = browser.run("return [...document.querySelectorAll('.glance tbody tr')].map(r => r.innerText.split('\\t'))")
     table = {row[0]: row for row in rows}
-    assert table["q4_0"][4:11] == ["12.43", "1.2000", "0.0900", "0.450", "95.0%", "11/13", "refused"]
+    assert table["q4_0"][4:11] == ["12.43", "1.2000", "0.0900", "0.450", "95.0%", "11 (13) of 13", "refused"]
     assert table["q8_0"][10] == "accepted"
     assert table["f16"][10] == "insufficient evidence"
     assert table["iq4_xs"][4:10] == ["not measured"] * 6
@@ -276,3 +276,13 @@ def test_limits_of_the_recipe_are_drawn(built: Built, tmp_path: Path) -> None:
     store = built.copy(tmp_path / "own")
     keep(store, store.find("tiny/q8_0"), found=evaluation(kl=0.2), limits=Limits(max_kl=0.3))
     assert "refused: over 0.3 nats" in render(collect(store, "tiny/q8_0"))[HTML]
+
+
+def test_figures_of_different_prompts_are_not_compared_silently(built: Built, tmp_path: Path) -> None:
+    store = built.copy(tmp_path / "own")
+    for variant in ("q8_0", "f16"):
+        keep(store, store.find(f"tiny/{variant}"), found=evaluation())
+    assert "Not all were measured" not in render(collect(store, "tiny"))[HTML]
+    path = store.find("tiny/f16").folder / "measurements.json"
+    path.write_text(path.read_text(encoding="utf-8").replace("ef" * 32, "00" * 32), encoding="utf-8")
+    assert "Not all were measured on the same golden prompts" in render(collect(store, "tiny"))[HTML]
