@@ -9,6 +9,7 @@ import asyncio
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -106,6 +107,31 @@ def test_every_engine_answers_the_openai_client(variant: str, tmp_path: Path) ->
         streamed = "".join(chunk.choices[0].delta.content or "" for chunk in chunks)
         assert streamed == answer.choices[0].message.content
         check_lines(int(gateway.url.rpartition(":")[2]))
+
+
+def test_another_server_behind_the_gateway(tmp_path: Path) -> None:
+    """llama-cpp-python's own server as the upstream."""
+    pytest.importorskip("llama_cpp.server.app")
+    (weights,) = (STORE / "smollm2-135m" / "q8_0" / "current").glob("*.gguf")
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+    command = [sys.executable, "-m", "llama_cpp.server", "--model", str(weights), "--port", str(port), "--n_ctx", "512"]
+    behind = subprocess.Popen([*command, "--model_alias", "smol"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        with serve(tmp_path, f"up=http://127.0.0.1:{port}/v1") as gateway:
+            gateway.wait(200)
+            client = openai.OpenAI(base_url=f"{gateway.url}/v1", api_key="none", max_retries=0)
+            messages: list[Any] = [{"role": "user", "content": QUESTION}]
+            answer = client.chat.completions.create(model="up", messages=messages, temperature=0, max_tokens=32)
+            assert "Paris" in (answer.choices[0].message.content or "")
+            chunks = list(client.chat.completions.create(model="up", messages=messages, max_tokens=8, stream=True))
+            assert {chunk.model for chunk in chunks} == {"up"}
+            behind.kill()
+            behind.wait()
+            assert "does not answer" in gateway.wait(503, 2)["reason"]
+    finally:
+        behind.kill()
+        behind.wait()
 
 
 def test_a_plain_16_bit_folder_is_served(tiny: Path, tmp_path: Path) -> None:

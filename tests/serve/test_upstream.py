@@ -96,6 +96,23 @@ def test_ready_follows_the_upstream_within_two_seconds_both_ways(start: Start) -
     assert again.port == port
 
 
+def test_a_server_that_does_one_thing_at_a_time_is_busy_not_away(start: Start) -> None:
+    whole = json.dumps({"choices": [{"message": {"content": "x"}}]}).encode()
+
+    def slow(handler: http.server.BaseHTTPRequestHandler) -> None:
+        time.sleep(3)
+        sends(200, whole)(handler)
+
+    with stub(slow, threads=False) as port:
+        front = start(in_front_of(port), rules=Rules("up"))
+        thread = threading.Thread(target=front.chat, args=("hi",))
+        thread.start()
+        while thread.is_alive():
+            assert front.is_ready()
+            time.sleep(0.1)
+        assert front.is_ready()
+
+
 def test_a_missing_model_and_a_wrong_key_are_told(start: Start, tmp_path_factory: pytest.TempPathFactory) -> None:
     behind = start(fakes(), keys=keys_of(tmp_path_factory.mktemp("keys"), front="front-key-0123456789"))
     good = start(in_front_of(behind.port, model=None, key="front-key-0123456789"), rules=Rules("up"))
@@ -110,7 +127,7 @@ Behaviour = Callable[[http.server.BaseHTTPRequestHandler], None]
 
 
 @contextmanager
-def stub(behaviour: Behaviour, tokenize: int | None = None) -> Iterator[int]:
+def stub(behaviour: Behaviour, tokenize: int | None = None, *, threads: bool = True) -> Iterator[int]:
     """A server with one model, whose answers a test writes by hand."""
 
     class Handler(http.server.BaseHTTPRequestHandler):
@@ -136,8 +153,8 @@ def stub(behaviour: Behaviour, tokenize: int | None = None) -> Iterator[int]:
         def log_message(self, *_: object) -> None:
             pass
 
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.daemon_threads = True
+    kind = http.server.ThreadingHTTPServer if threads else http.server.HTTPServer
+    server = kind(("127.0.0.1", 0), Handler)
     thread = threading.Thread(target=server.serve_forever)
     thread.start()
     try:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import re
+import time
 from collections.abc import AsyncGenerator
 from typing import Any
 
@@ -42,6 +43,8 @@ class UpstreamEngine:
         self._session: aiohttp.ClientSession | None = None
         self._poll: asyncio.Task[None] | None = None
         self._rename: re.Pattern[bytes] | None = None
+        self._asking = 0  # answers under way
+        self._heard = 0.0  # when the last one ended
 
     async def start(self) -> None:
         """See Engine."""
@@ -130,6 +133,7 @@ class UpstreamEngine:
             raise not_ready(self.name, self.status.reason)
         await self._check_input(call)
         path = "/chat/completions" if call.is_chat else "/completions"
+        self._asking += 1
         try:
             async with self._session.post(
                 self._base + path, data=self._payload(call), headers={"Content-Type": "application/json"}
@@ -141,6 +145,9 @@ class UpstreamEngine:
         except (aiohttp.ClientError, OSError) as exc:
             message = f"the upstream did not answer ({type(exc).__name__})"
             raise Failure(502, "upstream_unreachable", message, elsewhere=True) from exc
+        finally:
+            self._asking -= 1
+            self._heard = time.monotonic()
 
     def _payload(self, call: Call) -> bytes:
         payload = orjson.loads(call.body)
@@ -193,7 +200,13 @@ class UpstreamEngine:
                 if response.status != 200:
                     return f"{self._upstream.host} answers {response.status} to /models"
                 listed = _json(await response.read())
-        except (aiohttp.ClientError, OSError, TimeoutError) as exc:
+        except TimeoutError:
+            # A server of one thread answers nothing else while it answers us: that is no reason to give it up.
+            busy = self._asking > 0 or time.monotonic() - self._heard < POLL_SECONDS + POLL_TIMEOUT_SECONDS
+            if busy and self.status.ready:
+                return ""
+            return f"{self._upstream.host} does not answer within {POLL_TIMEOUT_SECONDS:g} s"
+        except (aiohttp.ClientError, OSError) as exc:
             return f"{self._upstream.host} does not answer ({type(exc).__name__})"
         models = [item.get("id") for item in listed.get("data") or []] if isinstance(listed, dict) else []
         if self._model is None and models and isinstance(models[0], str):
