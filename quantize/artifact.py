@@ -45,12 +45,16 @@ class Artifact:
 
     def measurements(self) -> dict[str, Any]:
         """What was measured when and where; {} if nothing was."""
-        path = self.folder / MEASUREMENTS_NAME
-        with contextlib.suppress(OSError, ValueError):
-            data = json.loads(path.read_text(encoding="utf-8"))
-            if isinstance(data, dict):
-                return data
-        return {}
+        return read_measurements(self.folder)
+
+
+def read_measurements(folder: Path) -> dict[str, Any]:
+    """What measurements.json of a folder holds; {} where it is not there or not readable."""
+    with contextlib.suppress(OSError, ValueError):
+        data = json.loads((folder / MEASUREMENTS_NAME).read_text(encoding="utf-8"))
+        if isinstance(data, dict):
+            return data
+    return {}
 
 
 def open_artifact(folder: Path) -> Artifact:
@@ -274,10 +278,10 @@ def _replace(store: Path, final: Path, folder: Path, manifest: Manifest) -> None
 
 
 def _take_figures(folder: Path, final: Path) -> None:
-    """Move what was measured of the same files to where they already are."""
+    """Move what was measured of the same files to where they already are; what is known only there stays."""
     if (folder / EVALUATION_NAME).is_file():
-        for name in (MEASUREMENTS_NAME, EVALUATION_NAME):
-            (folder / name).replace(final / name)
+        write_measurements(final, {**read_measurements(final), **read_measurements(folder)})
+        (folder / EVALUATION_NAME).replace(final / EVALUATION_NAME)
     shutil.rmtree(folder)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,7 +15,7 @@ from types import SimpleNamespace
 import psutil
 import pytest
 
-from quantize.artifact import update_measurements
+from quantize.artifact import Artifact, commit, update_measurements
 from quantize.bench import memory, server
 from quantize.bench.client import parse_endpoint
 from quantize.bench.memory import Gpus, MemoryWatch
@@ -128,6 +129,20 @@ def test_measurements_are_replaced_whole(built: Built, tmp_path: Path) -> None:
     assert artifact.measurements()["other"] == 2
     assert sorted(item.name for item in artifact.folder.iterdir()) == names
     assert not (store.root / ".locks").exists()
+
+
+def test_a_load_test_outlives_another_build_of_the_same_files(built: Built, tmp_path: Path) -> None:
+    store = built.copy(tmp_path / "own")
+    artifact = store.find("tiny/f16")
+    again = Path(shutil.copytree(artifact.folder, store.root / "again"))
+    update_measurements(store.root, artifact, {"bench": {"a": 1}})
+    (again / "evaluation.md").write_text("Measured anew.")
+    update_measurements(store.root, Artifact(again, artifact.manifest), {"build_seconds": 3})
+    kept = commit(store.root, again, artifact.manifest)
+    assert kept.folder == artifact.folder.resolve()
+    assert kept.measurements()["bench"] == {"a": 1}
+    assert kept.measurements()["build_seconds"] == 3
+    assert not again.exists()
 
 
 def test_a_server_that_does_not_start_says_why(built: Built, tmp_path: Path) -> None:
