@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import socket
@@ -88,6 +89,20 @@ def test_a_process_that_hangs_does_not_look_ready_for_long(start: Start, monkeyp
     ]
     gateway.wait(gateway.is_ready)
     assert gateway.chat("well").status == 200
+
+
+def test_a_process_that_can_not_be_started_is_told(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("quantize.serve.engines.link.FIRST_PAUSE", 0.05)
+
+    async def launch() -> None:
+        raise OSError(errno.ENOMEM, "Cannot allocate memory")
+
+    def engines(watcher: Watcher) -> Mapping[str, Engine]:
+        return {"fake": LocalEngine(Target("fake", "fake", {}), watcher.about("fake"), launch)}
+
+    gateway = start(engines, ready=False)
+    gateway.wait(lambda: gateway.ask("GET", "/ready").json["models"]["fake"]["state"] == "failed")
+    assert gateway.ask("GET", "/ready").json["reason"].endswith("does not start: Cannot allocate memory")
 
 
 def test_a_timeout_is_a_504_and_frees_the_slot(start: Start) -> None:

@@ -165,7 +165,10 @@ class Link:
 
     async def _run_once(self) -> tuple[bool, str]:
         """Run a child to its end: whether it ever was ready, and why it ended."""
-        child: Child = await self._launch()
+        try:
+            child: Child = await self._launch()
+        except OSError as exc:
+            return False, f"the model's process does not start: {exc.strerror or exc}"
         self._child = child
         self.status = Status("loading", 0, "starting")
         self._tell("engine_starting", {"pid": child.pid})
