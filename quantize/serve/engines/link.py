@@ -150,15 +150,17 @@ class Link:
             self._writer.write(orjson.dumps(order) + b"\n")
 
     async def _keep_running(self) -> None:
-        pause, deaths = FIRST_PAUSE, 0
+        pause, deaths, ever_ready = FIRST_PAUSE, 0, False
         while True:
             was_ready, reason = await self._run_once()
+            ever_ready = ever_ready or was_ready
             deaths = 0 if was_ready else deaths + 1
             pause = FIRST_PAUSE if was_ready else min(pause * 2, LONGEST_PAUSE)
-            if self.status.state == "failed" or deaths >= DEATHS_WHILE_LOADING:
+            if not ever_ready and (self.status.state == "failed" or deaths >= DEATHS_WHILE_LOADING):
                 self.status = Status("failed", 0, self.status.reason if self.status.state == "failed" else reason)
                 self._tell("engine_failed", {"reason": self.status.reason})
                 return
+            reason = self.status.reason if self.status.state == "failed" else reason
             self.status = Status("restarting", 0, f"{reason}; starting again in {pause:g} s", self.status.details)
             self._tell("engine_died", {"reason": reason, "restart_in_seconds": pause})
             await asyncio.sleep(pause)
