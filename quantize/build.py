@@ -141,6 +141,8 @@ class _Build:
         settled = self.gates.settle(artifact, self.checkpoint, failure=failure, anew=state == "built")
         if settled.error is not None:
             state = "refused"
+        elif settled.judgement is None and state == "evaluated":
+            state = "up to date"
         self._finished(Outcome(artifact.manifest.variant, state, settled.artifact, settled.error, seconds))
 
     def _goes_on(self, job: Job) -> bool:

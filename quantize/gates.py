@@ -228,7 +228,7 @@ class Gates:
             judged = self.judge.failed(manifest, failure)
         elif judged is None and self.measures(manifest.format):
             status(self._reporter, variant, "evaluating")
-            judged = self.judge.measure(artifact, checkpoint, self._reporter)
+            judged = self._measured(artifact, checkpoint)
         if judged is None:
             note(self._reporter, variant, "not evaluated: no gate is held")
             return Settled(commit(self._store, artifact.folder, manifest), None)
@@ -241,6 +241,13 @@ class Gates:
         for finding in judged.decision.flags:
             warn(self._reporter, variant, f"{finding.gate}: {finding.reason}")
         return Settled(commit(self._store, artifact.folder, manifest), judged)
+
+    def _measured(self, artifact: Artifact, checkpoint: Checkpoint) -> Judgement:
+        try:
+            return self.judge.measure(artifact, checkpoint, self._reporter)
+        except BuildError as exc:  # the process ran out of memory, or crashed
+            exc.hint = f"the build is kept, and the same command only measures it; --no-eval leaves it so ({exc.hint})"
+            raise
 
     def record(self, artifact: Artifact, checkpoint: Checkpoint) -> Settled:
         """Measure an artifact that is in no store: written beside its manifest, and left where it is."""

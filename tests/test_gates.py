@@ -266,7 +266,7 @@ def test_a_build_that_ends_while_measuring_is_only_measured_later(
         patch.setattr(gates_module, "evaluate", lambda *_: (_ for _ in ()).throw(stop()))
         assert run("build", path).exit_code in (1, 130)
     assert store.artifacts() == []
-    assert [item.name for item in (store.root / "tiny" / "q8_0").iterdir()] == [UNJUDGED]
+    assert [entry.name for entry in (store.root / "tiny" / "q8_0").iterdir()] == [UNJUDGED]
     assert listed(run, "--all") == []
     monkeypatch.setattr(GgufBackend, "build", None)
     item, _ = outcome(run, path)
