@@ -75,15 +75,15 @@ def depth(tokenizer: Path, work: Path) -> dict[str, Any]:
 
 
 def three_billion(tokenizer: Path, work: Path) -> dict[str, Any]:
-    """AWQ and GPTQ of a 3B-shaped model from one pass of 8 x 512 tokens."""
+    """AWQ and GPTQ of a 3B-shaped model from one pass of 4 x 512 tokens."""
     from benchmarks import models
 
     checkpoint = work / "3b"
     if not checkpoint.is_dir():
         models.random_llama(checkpoint, tokenizer, **LLAMA_3B)
-    result = build(checkpoint, AWQ + GPTQ, work / "build-3b", samples=8, length=512)
+    result = build(checkpoint, AWQ + GPTQ, work / "build-3b", samples=4, length=512)
     parameters = sum(path.stat().st_size for path in checkpoint.glob("*.safetensors")) // 2
-    return {"parameters": parameters, "calibration": "8 x 512 tokens", **result}
+    return {"parameters": parameters, "calibration": "4 x 512 tokens", **result}
 
 
 def main() -> None:

@@ -21,7 +21,7 @@ from quantize.architecture import BlockLayout, Linear, block_layout
 from quantize.block_runner import BlockRunner
 from quantize.errors import BuildError, CheckpointError
 from quantize.hidden_states import Batch, FileStates, HiddenStates, MemoryStates, make_batches
-from quantize.numerics.gptq import row_losses
+from quantize.numerics.gptq import estimated_loss
 from quantize.numerics.gram import Gram
 from quantize.report import Reporter, SilentReporter, progress, warn
 
@@ -82,8 +82,8 @@ class Block:
     def share(self, loss: float, linear: Linear) -> float:
         """A squared output error over the calibration tokens as a share of the output's energy tr(W G Wᵀ)."""
         if linear.tensor not in self._energies:
-            energies = row_losses(self.weights[linear.tensor], self.grams[linear.input].matrix)
-            self._energies[linear.tensor] = float(energies.double().sum())
+            gram = self.grams[linear.input].matrix
+            self._energies[linear.tensor] = estimated_loss(self.weights[linear.tensor], gram)
         energy = self._energies[linear.tensor]
         return float(f"{loss / energy:.6g}") if energy > 0 else 0.0
 

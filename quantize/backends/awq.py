@@ -138,7 +138,7 @@ def _quantize(
     import torch
 
     from quantize.numerics.awq import quantize_compensated, quantize_scaled
-    from quantize.numerics.gptq import row_losses
+    from quantize.numerics.gptq import estimated_loss
 
     scales = torch.ones_like(gram.diagonal()) if scales is None else scales
     if options.rounding == "gptq":
@@ -147,7 +147,7 @@ def _quantize(
     else:
         found = quantize_scaled(weights, gram.diagonal(), scales, group_size=options.group_size, clip=options.clip)
     return [
-        (quantized, float(row_losses((quantized.dequantize() - weight) / scales, gram).double().sum()))
+        (quantized, estimated_loss((quantized.dequantize() - weight) / scales, gram))
         for weight, quantized in zip(weights, found, strict=True)
     ]
 

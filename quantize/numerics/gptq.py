@@ -23,6 +23,7 @@ from quantize.numerics.scales import ScaleSearch
 DAMPING = 0.01
 SMALLEST_ZERO = 1  # GPTQ v1 stores zero points less one
 ROWS = 1024  # output rows solved at a time: bounds memory; rows don't depend on one another
+REPORT_ROWS = 512
 _BLOCK = 64  # columns between two products with all earlier errors
 
 
@@ -165,6 +166,13 @@ def row_losses(error: Tensor, gram: Tensor) -> Tensor:
     """diag(E G Eᵀ): each output row's squared error summed over the calibration tokens, float32 [out]."""
     losses: Tensor = torch.linalg.vecdot(error @ gram, error)
     return losses
+
+
+def estimated_loss(error: Tensor, gram: Tensor) -> float:
+    """tr(E G Eᵀ) from every n-th output row, at most REPORT_ROWS of them: close enough for reports, cheap when wide."""
+    stride = -(-error.shape[0] // REPORT_ROWS)
+    rows = error[::stride]
+    return float(row_losses(rows, gram).double().sum()) * error.shape[0] / rows.shape[0]
 
 
 def _sweep(weight: Tensor, factor: Factor, search: ScaleSearch) -> Quantized:
