@@ -13,7 +13,9 @@ from typing import Any
 import openai
 import pytest
 
+from quantize.engines.llama_cpp_model import ModelSettings, OpenModel, log_text
 from quantize.serve.engines.link import Target
+from quantize.serve.engines.llama_cpp import buffers
 from quantize.serve.engines.local import LocalEngine
 from quantize.serve.router import Rules
 from quantize.serve.service import Limits
@@ -153,6 +155,16 @@ def test_where_the_layers_are_is_told(served: Running) -> None:
     assert sum(told["devices"].values()) == 3  # two blocks and the output
     assert set(told["devices"]) == {"CPU"}
     assert told["warnings"] == []
+
+
+def test_buffers_of_the_real_log(weights: Path) -> None:
+    model = OpenModel(weights, ModelSettings(CONTEXT, threads=1))
+    try:
+        found = buffers(log_text())
+    finally:
+        model.close()
+    assert sum(found.values()) > 500_000
+    assert all(name.startswith("CPU") for name in found)
 
 
 def test_a_gateway_that_is_killed_leaves_no_process_behind(weights: Path, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import io
+import re
 import threading
 from collections.abc import Callable, Coroutine
 from typing import Any
@@ -13,11 +14,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from quantize.serve.engines.chat_template import ChatTemplate
+from quantize.serve.engines.llama_cpp import buffers
 from quantize.serve.engines.model import Refused
 from quantize.serve.engines.text import BytePieces, StopFilter
 from quantize.serve.failures import Failure
 from quantize.serve.limits import Rates, Slots
 from quantize.serve.logs import LogWriter, where
+from quantize.serve.monitoring import memory_line
 from quantize.serve.protocol import ChatRequest, parse
 
 TEXTS = st.text("abc é漢", max_size=20)
@@ -171,3 +174,23 @@ def test_an_error_names_the_field_and_not_its_value() -> None:
     with pytest.raises(Failure, match=r"messages|temperature") as caught:
         parse(ChatRequest, body)
     assert "secret" not in caught.value.message
+
+
+def test_buffers_are_added_up_by_device() -> None:
+    log = """
+load_tensors:        CUDA0 model buffer size =  1918.25 MiB
+load_tensors:   CPU_Mapped model buffer size =   308.25 MiB
+llama_kv_cache:      CUDA0 KV buffer size =   448.00 MiB
+llama_context:  CUDA_Host  output buffer size =     0.50 MiB
+sched_reserve:      CUDA0 compute buffer size =   256.50 MiB
+sched_reserve:        CPU compute buffer size =    12.00 MiB
+"""
+    found = buffers(log)
+    assert found["CUDA0"] == int(2622.75 * 2**20)
+    assert {name for name in found if not name.startswith("CPU")} == {"CUDA0"}
+
+
+def test_the_memory_line_with_a_card_and_without() -> None:
+    told = memory_line("After model load", {"gpu": "RTX 4060", "vram_allocated": 2**31, "vram_reserved": 5 * 2**29})
+    assert told.startswith("[After model load] GPU: RTX 4060 - VRAM: 2.00 GB (allocated) / 2.50 GB (reserved) | RAM: ")
+    assert re.fullmatch(r"\[Now\] GPU: none \| RAM: [\d.]+ GB/[\d.]+ GB \(\d+%\)", memory_line("Now", {"gpu": None}))

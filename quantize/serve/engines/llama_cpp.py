@@ -24,6 +24,7 @@ ALL_LAYERS = -1
 RANDOM_SEED = 0xFFFFFFFF  # llama.cpp takes a random one then
 PENALTY_TOKENS = 64  # llama.cpp's own default for how far penalties look back
 SUPPORTS = ("top_k", "min_p", "penalties", "repetition_penalty", "logprobs", "json", "grammar")
+_BUFFER = re.compile(r"\s(\S+)\s+(?:model|KV|RS|compute|output) buffer size\s*=\s*([\d.]+) MiB")
 _ASSIGNED = re.compile(r"layer\s+\d+ assigned to device (\S+?),?\s")
 
 
@@ -60,6 +61,7 @@ class LlamaCppModel:
         self._template_text = self._open.metadata("tokenizer.chat_template")
         self._template: ChatTemplate | None = None
         self.description = self._describe(options, slots, gpu)
+        self._memory = self._gpu_memory(settings.main_gpu or 0) if gpu else {"gpu": None}
 
     def _describe(self, options: Mapping[str, Any], slots: int, gpu: bool) -> Description:
         devices = dict(Counter(_ASSIGNED.findall(log_text())))
@@ -158,8 +160,16 @@ class LlamaCppModel:
         return self._open.piece(token)
 
     def memory(self) -> dict[str, Any]:
-        """See Model; llama.cpp does not say what it has on a GPU, the gateway asks the driver."""
-        return {"gpu": None}
+        """See Model; llama.cpp allocates everything while loading and reserves no more."""
+        return self._memory
+
+    def _gpu_memory(self, number: int) -> dict[str, Any]:
+        from quantize.hardware import detect
+
+        gpus = detect().gpus
+        size = sum(size for name, size in buffers(log_text()).items() if not name.startswith("CPU"))
+        name = gpus[number].name if number < len(gpus) else f"GPU {number}"
+        return {"gpu": name, "vram_allocated": size, "vram_reserved": size}
 
     def _sampler(self, sampling: Sampling) -> Any:
         """llama.cpp's samplers in the order of its own tools. Raises Refused: the grammar can't be read."""
@@ -194,6 +204,14 @@ class LlamaCppModel:
         )  # all ones: llama.cpp takes a random one
         add(library.llama_sampler_init_dist(seed))
         return chain
+
+
+def buffers(log: str) -> dict[str, int]:
+    """Bytes of all buffers on each device, by llama.cpp's log. Memory that is the host's, for copying, is CPU."""
+    found: Counter[str] = Counter()
+    for device, mebibytes in _BUFFER.findall(log):
+        found["CPU" if device.endswith("_Host") else device] += round(float(mebibytes) * 2**20)
+    return dict(found)
 
 
 def _grammar(sampling: Sampling) -> str | None:
