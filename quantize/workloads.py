@@ -16,7 +16,7 @@ from quantize.backends.base import Limits
 from quantize.cache import Cache
 from quantize.checkpoint import open_checkpoint, tensor_table
 from quantize.containers.gguf import GgufFile, read_gguf
-from quantize.errors import CheckpointError
+from quantize.errors import CheckpointError, UsageError
 from quantize.manifest import FILE_NAME
 from quantize.plan import make_plan
 from quantize.recipe import load_recipe
@@ -50,7 +50,11 @@ def subjects(target: str, store: Store, cache: Cache, reporter: Reporter) -> lis
         checkpoint = open_checkpoint(path)
         shape = ModelShape.from_config(checkpoint.config)
         return [Subject(path.resolve().name, "safetensors", shape, checkpoint.weights_bytes)]
-    return [_of_artifact(store.find(target))]
+    try:
+        return [_of_artifact(store.find(target))]
+    except UsageError as exc:
+        hint = f"{exc.hint}; a recipe, a checkpoint folder or a .gguf file will do as well"
+        raise UsageError(exc.message, hint=hint) from exc
 
 
 def siblings(subject: Subject, store: Store) -> list[Subject]:
