@@ -71,6 +71,15 @@ def test_a_crash_while_answering_is_a_503_for_that_request_only(start: Start) ->
     assert gateway.chat("well").status == 200
 
 
+def test_the_last_words_of_a_library_are_told_and_nothing_else(start: Start) -> None:
+    gateway = start(in_a_process())
+    assert gateway.chat("abort!").status == 503
+    gateway.wait(gateway.is_ready)
+    (died,) = [line for line in gateway.lines() if line["event"] == "engine_died"]
+    assert died["reason"].endswith("was ended by SIGABRT; fake.c:1: GGML_ASSERT(all is well) failed")
+    assert "a line with the prompt" not in gateway.log.getvalue().decode()
+
+
 def test_what_does_not_load_is_told_and_not_tried_for_ever(start: Start) -> None:
     gateway = start(fakes(refuse="the file is damaged"), ready=False)
     gateway.wait(lambda: gateway.ask("GET", "/ready").json["models"]["fake"]["state"] == "failed")

@@ -1,8 +1,8 @@
 """A model for tests: repeats the last message word by word, and misbehaves on command. Needs no engine.
 
-In: options such as {"delay": 0.01, "context": 64}. Words of the prompt that it obeys: `crash!` ends its process, `oom!`
-runs out of memory, `hang!` never answers, `stuck!` does not even finish a step, `forever!` never stops. One word is one
-token.
+In: options such as {"delay": 0.01, "context": 64}. Words of the prompt that it obeys: `crash!` and `abort!` end its
+process, `oom!` runs out of memory, `hang!` never answers, `stuck!` does not even finish a step, `forever!` never stops.
+One word is one token.
 """
 
 from __future__ import annotations
@@ -57,6 +57,9 @@ class FakeModel:
         words = [self._words[token] for token in tokens if token < len(self._words)]
         if len(words) < len(tokens):
             raise Refused(422, "invalid_value", "no such token", "prompt")
+        if "abort!" in words:
+            os.write(2, b"a line with the prompt\nfake.c:1: GGML_ASSERT(all is well) failed\n")
+            os.kill(os.getpid(), signal.SIGABRT)
         if "crash!" in words:
             os.kill(os.getpid(), signal.SIGKILL)
         slot = next(slot for slot in range(self.description.slots) if slot not in self._answers)

@@ -8,13 +8,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import re
 import signal
 import socket
 import sys
 import tempfile
 from collections.abc import AsyncGenerator, Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, BinaryIO, Protocol
 
 import orjson
 
@@ -24,6 +25,9 @@ from quantize.serve.failures import Failure, not_ready
 LINE_BYTES = 64 << 20
 FIRST_PAUSE, LONGEST_PAUSE = 0.5, 30.0
 DEATHS_WHILE_LOADING = 2
+LOG_TAIL_BYTES = 4000
+# What libraries print when they give up; no prompt is ever in such a line, and no other line is looked at.
+DYING = re.compile(rb"GGML_ASSERT|terminate called|what\(\):|Fatal Python error|CUDA error")
 PING_SECONDS = 5.0
 HANG_SECONDS = 60.0  # one step of a large model on a slow CPU can take long; more than this is no step
 
@@ -54,10 +58,11 @@ class Child(Protocol):
 
 
 class ProcessChild:
-    """A child in a process of its own. Its output goes to a file that nobody reads unless it crashes."""
+    """A child in a process of its own. Of its output only what a library says as it dies is ever read."""
 
-    def __init__(self, process: asyncio.subprocess.Process, connection: socket.socket) -> None:
+    def __init__(self, process: asyncio.subprocess.Process, connection: socket.socket, log: BinaryIO) -> None:
         self._process = process
+        self._log = log
         self.connection = connection
         self.pid = process.pid
 
@@ -65,22 +70,32 @@ class ProcessChild:
     async def start(cls) -> ProcessChild:
         """A fresh process at one end of a socket."""
         ours, theirs = socket.socketpair()
-        with theirs, tempfile.TemporaryFile(prefix="quantize-serve-") as log:
+        log = tempfile.TemporaryFile(prefix="quantize-serve-")  # noqa: SIM115 - closed when the child has ended
+        with theirs:
             process = await asyncio.create_subprocess_exec(
                 sys.executable, "-m", "quantize.serve.engines.child", str(theirs.fileno()),
                 pass_fds=[theirs.fileno()], stdin=asyncio.subprocess.DEVNULL, stdout=log, stderr=log,
                 start_new_session=True,
             )  # fmt: skip
-        return cls(process, ours)
+        return cls(process, ours, log)
 
     async def wait(self) -> str:
         """See Child."""
         code = await self._process.wait()
+        said = self._last_words()
         if code < 0:
             name = signal.Signals(-code).name
-            memory = "; the kernel does this when memory runs out" if name == "SIGKILL" else ""
-            return f"the model's process was ended by {name}{memory}"
-        return f"the model's process ended (exit {code})"
+            why = "the kernel does this when memory runs out" if name == "SIGKILL" else said
+            return f"the model's process was ended by {name}" + (f"; {why}" if why else "")
+        return f"the model's process ended (exit {code})" + (f"; {said}" if said else "")
+
+    def _last_words(self) -> str:
+        if self._log.closed:
+            return ""
+        with self._log:
+            self._log.seek(max(0, self._log.seek(0, os.SEEK_END) - LOG_TAIL_BYTES))
+            lines = [line for line in self._log.read().splitlines() if DYING.search(line)]
+        return lines[-1].decode("utf-8", "replace").strip()[:200] if lines else ""
 
     def kill(self) -> None:
         """See Child."""
