@@ -133,8 +133,7 @@ def staging_folder(store: Path, name: str, variant: str) -> Iterator[Path]:
     """
     root = store / STAGING
     with store_errors(store):
-        for leftover in _leftovers(store, name, variant):
-            shutil.rmtree(leftover, ignore_errors=True)
+        clear_leftovers(store, name, variant)
         folder = root / f"{name}--{variant}.{uuid.uuid4().hex[:8]}"
         _make_folder(folder)
     try:
@@ -163,14 +162,20 @@ def settle(store: Path, artifact: Artifact) -> None:
     except (Timeout, OSError):
         return
     try:
-        for leftover in _leftovers(store, name, variant):
-            shutil.rmtree(leftover, ignore_errors=True)
+        clear_leftovers(store, name, variant)
         if not current:
             point_current(artifact.folder)
     finally:
         path.unlink(missing_ok=True)
         lock.release()
         _remove_if_empty(path.parent, store / STAGING)
+
+
+def clear_leftovers(store: Path, name: str, variant: str) -> None:
+    """Remove what a killed build of a variant left in staging. Only call under the variant's lock."""
+    for leftover in _leftovers(store, name, variant):
+        shutil.rmtree(leftover, ignore_errors=True)
+    _remove_if_empty(store / STAGING)
 
 
 def _leftovers(store: Path, name: str, variant: str) -> list[Path]:

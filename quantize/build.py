@@ -14,7 +14,16 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from quantize.artifact import SCRATCH, UNJUDGED, Artifact, set_aside, settle, staging_folder, variant_lock
+from quantize.artifact import (
+    SCRATCH,
+    UNJUDGED,
+    Artifact,
+    clear_leftovers,
+    set_aside,
+    settle,
+    staging_folder,
+    variant_lock,
+)
 from quantize.assemble import Made, assemble
 from quantize.backends.base import Context, Limits
 from quantize.cache import Cache
@@ -128,6 +137,7 @@ class _Build:
 
     def _settle_waiting(self, job: Job) -> None:
         with variant_lock(self.store.root, self.recipe.name, job.variant.name):
+            clear_leftovers(self.store.root, self.recipe.name, job.variant.name)
             artifact = self._found(job)
             try:
                 if artifact is None:

@@ -267,11 +267,13 @@ def test_a_build_that_ends_while_measuring_is_only_measured_later(
         assert run("build", path).exit_code in (1, 130)
     assert store.artifacts() == []
     assert [entry.name for entry in (store.root / "tiny" / "q8_0").iterdir()] == [UNJUDGED]
+    (store.root / ".staging" / "tiny--q8_0.0a1b2c3d.scratch").mkdir(parents=True)  # kill -9 leaves it
     assert listed(run, "--all") == []
     monkeypatch.setattr(GgufBackend, "build", None)
     item, _ = outcome(run, path)
     assert item["state"] == "evaluated"
     assert {entry.name for entry in (store.root / "tiny" / "q8_0").iterdir()} == {"current", Path(item["folder"]).name}
+    assert {entry.name for entry in store.root.iterdir()} == {"tiny"}
 
 
 @pytest.mark.parametrize(
