@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -20,6 +21,8 @@ from quantize.store import Store
 from quantize.testing import FakeBackend, installed_backends, make_checkpoint, write_recipe
 from tests.browser import browser as browser
 
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as behind a shell's &: processes started here would inherit it
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when the hub client is first imported: no test may fetch anything
 
 UNMEASURED = RunOptions(evaluate=False)  # for tests that are about the files

@@ -6,6 +6,7 @@ In: a parsed request. Out: JSON or server-sent events. How models are chosen and
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from typing import Any
 
@@ -27,6 +28,7 @@ STREAM_HEADERS = [
     (b"cache-control", b"no-store"),
     (b"x-accel-buffering", b"no"),
 ]
+DISCARDED_BYTES, DISCARD_SECONDS = 64 << 20, 1.0  # of a body that is too large, read before it is refused
 ERRORS = {
     400: "not JSON", 401: "no valid API key", 404: "no such model", 408: "the body did not come in time",
     413: "the body or the input is too large", 415: "not application/json", 422: "a field does not fit",
@@ -175,6 +177,7 @@ async def _body(service: Service, request: Request) -> bytes:
     too_large = Failure(413, "body_too_large", f"the body is larger than {limit} bytes")
     length = request.headers.get("content-length", "")
     if length.isdigit() and int(length) > limit:
+        await _discard(request)
         raise too_large
     parts: list[bytes] = []
     try:
@@ -185,14 +188,31 @@ async def _body(service: Service, request: Request) -> bytes:
                     raise ClientGone
                 parts.append(message.get("body", b""))
                 state.bytes_in += len(parts[-1])
-                if state.bytes_in > limit:
-                    raise too_large
-                if not message.get("more_body"):
+                more = bool(message.get("more_body"))
+                if not more or state.bytes_in > limit:
                     break
     except TimeoutError:
         raise Failure(408, "body_too_slow", f"no whole body within {service.limits.body_seconds:g} s") from None
+    if state.bytes_in > limit:
+        if more:
+            await _discard(request)
+        raise too_large
     state.watch(request.receive)
     return b"".join(parts)
+
+
+async def _discard(request: Request) -> None:
+    """Let a client finish what it sends, within reason: one that is cut off may never see why it was refused."""
+    left = DISCARDED_BYTES
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(DISCARD_SECONDS):
+            while left > 0:
+                message = await request.receive()
+                if message["type"] == "http.disconnect":
+                    raise ClientGone
+                left -= len(message.get("body", b""))
+                if not message.get("more_body"):
+                    return
 
 
 class StreamResponse(Response):
