@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from quantize.backends.base import Collector, Context
-from quantize.errors import BuildError, QuantizeError
+from quantize.errors import BuildError, QuantizeError, first_line
 from quantize.manifest import CalibrationEntry
 from quantize.recipe import CalibrationSpec, Recipe
 from quantize.report import Reporter, note, status, warn
@@ -100,7 +100,7 @@ def _take(part: _Part, step: Any, reporter: Reporter) -> None:
     except QuantizeError as exc:
         part.error = exc
     except (RuntimeError, ValueError, OSError) as exc:  # torch reports nearly everything as RuntimeError
-        part.error = BuildError(f"{part.context.variant}: {(str(exc).splitlines() or [''])[0][:300]}")
+        part.error = BuildError(f"{part.context.variant}: {first_line(exc)}")
         part.error.__cause__ = exc
     part.seconds += time.perf_counter() - started
     if part.error is not None:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from quantize.cache import hash_file
-from quantize.errors import CheckpointError, MissingExtraError, PlanError, RecipeError
+from quantize.errors import CheckpointError, MissingExtraError, PlanError, RecipeError, first_line
 from quantize.recipe import CalibrationSpec, Recipe, find_path, is_path_text
 from quantize.report import Reporter
 from quantize.source import hub_commit
@@ -148,8 +148,7 @@ def load_tokenizer(folder: Path) -> Any:
     try:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except (ValueError, OSError, KeyError, TypeError) as exc:
-        first = (str(exc).splitlines() or [type(exc).__name__])[0][:200]
-        raise CheckpointError(f"{folder}: transformers can't load the tokenizer ({first})") from exc
+        raise CheckpointError(f"{folder}: transformers can't load the tokenizer ({first_line(exc)})") from exc
 
 
 def topics_file() -> Path:
@@ -216,9 +215,10 @@ def _hub_rows(spec: CalibrationSpec) -> Iterator[Row]:
                 raise _no_column(spec.dataset, spec, list(row))
             yield row[spec.column]
     except (OSError, ValueError, RuntimeError) as exc:
-        first = (str(exc).splitlines() or [type(exc).__name__])[0][:200]
         hint = "check the name, subset, split and network; `dataset: python-docs` or `self` need none"
-        raise CheckpointError(f"calibration dataset {spec.dataset}: can't be read ({first})", hint=hint) from exc
+        raise CheckpointError(
+            f"calibration dataset {spec.dataset}: can't be read ({first_line(exc)})", hint=hint
+        ) from exc
 
 
 def _no_column(where: str, spec: CalibrationSpec, columns: list[str]) -> RecipeError:

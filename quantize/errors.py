@@ -37,6 +37,11 @@ class QuantizeError(Exception):
         return (_rebuild, (type(self), self.__dict__))
 
 
+def first_line(exc: BaseException, limit: int = 200) -> str:
+    """What a foreign exception says, cut to one line of at most `limit` characters; its kind where it says nothing."""
+    return (str(exc).splitlines() or [type(exc).__name__])[0][:limit]
+
+
 def _rebuild(kind: type[QuantizeError], state: dict[str, object]) -> QuantizeError:
     error = kind.__new__(kind)
     Exception.__init__(error, state["message"])

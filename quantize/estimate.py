@@ -14,6 +14,7 @@ from fractions import Fraction
 from typing import Any
 
 from quantize.errors import UsageError
+from quantize.hardware import GIB
 from quantize.shape import KvLayer, ModelShape
 
 __all__ = [
@@ -22,7 +23,7 @@ __all__ = [
     "repacked_bytes", "vram_table",
 ]  # fmt: skip
 
-KIB, MIB, GIB = 2**10, 2**20, 2**30
+MIB = 2**20
 CONTEXTS = (2048, 4096, 8192, 16384, 32768)
 CONCURRENCIES = (1, 2, 4, 8)
 RUNTIMES = ("llama.cpp", "transformers", "vllm")

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 from quantize.estimate import CONTEXTS, Estimate, Settings, default_runtime, estimate
+from quantize.hardware import memory_text as _gib
 from quantize.shape import ModelShape
 
 USABLE_PERCENT = 90
@@ -17,7 +18,6 @@ USABLE_PERCENT = 90
 driver's and the allocator's; vLLM's own default reservation is 90 % too."""
 
 MAX_SUGGESTIONS = 4
-_GIB = 2**30
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,10 @@ def judge(cell: Estimate, card_bytes: int) -> Verdict:
             f"{_gib(cell.expected_bytes)} expected, but up to {_gib(cell.upper_bytes)} of {_gib(usable)} usable"
         )
     else:
-        word, comparison = "does not fit", f"{_gib(cell.expected_bytes)} expected of {_gib(usable)} usable"
+        word, comparison = (
+            "does not fit",
+            f"{_gib(cell.expected_bytes)} expected of {_gib(usable)} usable",
+        )
     reason = f"{comparison} ({USABLE_PERCENT} % of {_gib(card_bytes)})"
     return Verdict(word, card_bytes, usable, cell.expected_bytes, cell.upper_bytes, reason)
 
@@ -132,7 +135,3 @@ def _hopeless(workload: Workload) -> str:
         f"{_gib(least.upper_bytes)}, {_gib(least.weights_bytes)} of it weights; use fewer bits, a smaller model, "
         f"another runtime or a larger card"
     )
-
-
-def _gib(size: int) -> str:
-    return f"{size / _GIB:.2f} GiB"

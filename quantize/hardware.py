@@ -129,6 +129,11 @@ def detect() -> Machine:
     return Machine(gpus=_nvidia_gpus(), ram_bytes=total, available_ram_bytes=available, cores=usable_cores())
 
 
+def memory_text(size_bytes: int) -> str:
+    """Bytes of memory for people, in binary units as cards are sold."""
+    return f"{size_bytes / GIB:.2f} GiB"
+
+
 def ram() -> tuple[int, int]:
     """(total, available) bytes of RAM that a process here may use: the container's where its cgroup has a limit."""
     total, available = _memory()

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from quantize.errors import RecipeError
+from quantize.errors import RecipeError, first_line
 
 MAX_BYTES = 1 << 20
 MAX_VALUES = 50_000  # a file that grows past this through aliases is an attack or an accident
@@ -94,7 +94,7 @@ def parse_document(text: str, path: str) -> Document:
         where = (mark.line, mark.column) if mark else (0, 0)
         raise _error(path, lines, where, f"not valid YAML: {exc.problem or exc.context}", None) from exc
     except (yaml.YAMLError, RecursionError) as exc:
-        raise RecipeError(f"{path}:1:1: not valid YAML: {_first_line(exc)}") from exc
+        raise RecipeError(f"{path}:1:1: not valid YAML: {first_line(exc)}") from exc
     if node is None:
         raise RecipeError(f"{path}:1:1: the file is empty", hint="start from one of the files in recipes/")
     builder = _Builder(path, lines)
@@ -152,7 +152,7 @@ class _Builder:
         try:
             return self._scalars.construct_object(node)
         except (yaml.YAMLError, ValueError) as exc:
-            raise _error(self.path, self.lines, where, f"not a plain value: {_first_line(exc)}", None) from exc
+            raise _error(self.path, self.lines, where, f"not a plain value: {first_line(exc)}", None) from exc
 
     def _pairs(self, node: yaml.MappingNode, at: Location) -> Iterator[tuple[str, yaml.Node]]:
         seen: set[str] = set()
@@ -257,10 +257,6 @@ def _error(path: str, lines: tuple[str, ...], where: tuple[int, int], message: s
         gutter = f"  {line + 1:>4} | "
         text += f"\n{gutter}{shown}\n{' ' * (len(gutter) - 2)}| {' ' * min(column, 160)}^"
     return RecipeError(text, hint=hint)
-
-
-def _first_line(exc: BaseException) -> str:
-    return (str(exc).splitlines() or [type(exc).__name__])[0]
 
 
 def _similar_file(path: Path) -> str | None:

@@ -18,7 +18,7 @@ from typing import Any, Literal
 
 from quantize.cache import Cache
 from quantize.checkpoint import Checkpoint, check_finite, open_checkpoint
-from quantize.errors import CheckpointError, MissingExtraError
+from quantize.errors import CheckpointError, MissingExtraError, first_line
 from quantize.recipe import PackageFile, Recipe, Source, is_path_text
 from quantize.report import Reporter, note, progress, status
 from quantize.worker import run_step
@@ -213,9 +213,8 @@ def _hub_errors(what: str, otherwise: str) -> Iterator[None]:
     try:
         yield
     except (HfHubHTTPError, LocalEntryNotFoundError) as exc:
-        first = str(exc).splitlines()[0]
         hint = f"check the id and the revision; a gated one needs `hf auth login`, {otherwise}"
-        raise CheckpointError(f"{what}: the hub does not give it ({first})", hint=hint) from exc
+        raise CheckpointError(f"{what}: the hub does not give it ({first_line(exc)})", hint=hint) from exc
     except Exception as exc:
         if not _is_network_error(exc):
             raise

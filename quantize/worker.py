@@ -19,7 +19,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
-from quantize.errors import BuildError, QuantizeError, WorkerDied
+from quantize.errors import BuildError, QuantizeError, WorkerDied, first_line
 from quantize.report import Event, Reporter
 
 P = ParamSpec("P")
@@ -109,8 +109,7 @@ def _child(pipe: Connection, log: str, function: Callable[..., Any], args: Any, 
     except MemoryError:
         message = ("error", BuildError("out of memory", hint="lower --memory-budget, or close other programs"))
     except BaseException as exc:  # noqa: BLE001 - everything must reach the parent, which gives it a name
-        first = (str(exc).splitlines() or [""])[0][:300]
-        message = ("crash", (f"{type(exc).__name__}: {first}", traceback.format_exc()))
+        message = ("crash", (f"{type(exc).__name__}: {first_line(exc)}", traceback.format_exc()))
     pipe.send(message)
     pipe.close()
 

@@ -16,8 +16,9 @@ import pytest
 
 from quantize import __version__
 from quantize.cli import COMMANDS, main
-from quantize.cli.common import memory_text, size_text
+from quantize.cli.common import size_text
 from quantize.errors import QuantizeError, RefusedError, StoreError, UsageError
+from quantize.hardware import memory_text
 from quantize.testing import write_recipe
 from tests.conftest import Run
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -54,10 +53,17 @@ def quiet_option(function: Function) -> Function:
     return click.option("-q", "--quiet", is_flag=True, help="No progress on stderr.")(function)
 
 
+def threads_option(function: Function) -> Function:
+    """--threads N, passed as threads."""
+    return click.option(
+        "--threads", type=click.IntRange(min=1), default=None, help="CPU threads.  [default: all cores]"
+    )(function)
+
+
 def limits_options(function: Function) -> Function:
     """--threads, --device, --memory-budget: how to run, never what to build."""
     options = [
-        click.option("--threads", type=click.IntRange(min=1), default=None, help="CPU threads.  [default: all cores]"),
+        threads_option,
         click.option("--device", default="cpu", show_default=True, help="cpu, or cuda[:N] for the calibration pass."),
         click.option("--memory-budget", default=None, metavar="SIZE", help="Memory to stay under, such as 6GiB."),
     ]
@@ -69,13 +75,12 @@ def limits_options(function: Function) -> Function:
 def make_limits(threads: int | None, device: str, memory_budget: str | None) -> Any:
     """Limits from the options. Raises UsageError: a size that can't be read, a device that is not there."""
     from quantize.backends.base import Limits
-    from quantize.hardware import parse_size
+    from quantize.hardware import parse_size, usable_cores
 
     if device != "cpu":
         _check_device(device)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     budget = parse_size(memory_budget) if memory_budget else None
-    return Limits(threads or cores, device, budget)
+    return Limits(threads or usable_cores(), device, budget)
 
 
 def _check_device(device: str) -> None:
@@ -136,8 +141,3 @@ def size_text(size_bytes: int) -> str:
             break
         value /= 1000
     return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
-
-
-def memory_text(size_bytes: int) -> str:
-    """Bytes of memory for people, in binary units as cards are sold."""
-    return f"{size_bytes / 2**30:.2f} GiB"

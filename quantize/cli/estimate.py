@@ -10,7 +10,6 @@ import click
 
 from quantize.cli.common import (
     json_option,
-    memory_text,
     open_cache,
     print_json,
     print_table,
@@ -31,7 +30,7 @@ from quantize.estimate import (
     vram_table,
 )
 from quantize.fit import Verdict, Workload, advise, judge
-from quantize.hardware import Card, card_of, detect
+from quantize.hardware import Card, card_of, detect, memory_text
 from quantize.store import Store
 from quantize.workloads import Subject, siblings, subjects
 

@@ -15,6 +15,7 @@ from quantize.cli.common import (
     print_table,
     quiet_option,
     store_option,
+    threads_option,
     verbose_option,
 )
 from quantize.cli.progress import console_reporter
@@ -34,11 +35,9 @@ COLUMNS = [
 @click.option("--column", help="Column of a .jsonl or .parquet file with the text.")
 @click.option("--window", type=click.IntRange(min=16), help="Tokens that are read at a time.")
 @click.option("--windows", type=click.IntRange(min=0), help="At most so many windows; 0 takes all.")
-@click.option(
-    "--golden", multiple=True, type=click.Path(path_type=Path), help="Other golden prompts."
-)
+@click.option("--golden", multiple=True, type=click.Path(path_type=Path), help="Other golden prompts.")
 @click.option("--no-golden", is_flag=True, help="Ask no golden prompts.")
-@click.option("--threads", type=click.IntRange(min=1), default=None, help="CPU threads.  [default: all cores]")
+@threads_option
 @store_option
 @json_option
 @quiet_option

@@ -10,7 +10,6 @@ import click
 from quantize.artifact import Artifact
 from quantize.cli.common import (
     json_option,
-    memory_text,
     print_json,
     print_table,
     quality,
@@ -20,6 +19,7 @@ from quantize.cli.common import (
 )
 from quantize.errors import RecipeError
 from quantize.evaluate.record import COLUMNS
+from quantize.hardware import memory_text
 from quantize.store import Store
 
 

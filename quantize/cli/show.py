@@ -9,7 +9,6 @@ import click
 from quantize.artifact import Artifact
 from quantize.cli.common import (
     json_option,
-    memory_text,
     print_json,
     print_table,
     size_text,
@@ -17,6 +16,7 @@ from quantize.cli.common import (
     verbose_option,
 )
 from quantize.evaluate.record import NAME
+from quantize.hardware import memory_text
 from quantize.store import Store
 
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from quantize.errors import CheckpointError
+from quantize.errors import CheckpointError, first_line
 
 UNQUANTIZED = ("F32", "F16", "BF16", "F64")
 STRING, ARRAY = 8, 9
@@ -75,9 +75,8 @@ def read_gguf(path: Path) -> GgufFile:
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
             return _Parser(path, data, size).parse()
     except (struct.error, ValueError, UnicodeDecodeError, RecursionError, KeyError) as exc:
-        what = (str(exc).splitlines() or [type(exc).__name__])[0][:120]
         hint = "download it again; GGUF version 2 and 3, little-endian, are read"
-        raise CheckpointError(f"{path.name}: not a GGUF file that can be read ({what})", hint=hint) from exc
+        raise CheckpointError(f"{path.name}: not a GGUF file that can be read ({first_line(exc)})", hint=hint) from exc
 
 
 class _Parser:

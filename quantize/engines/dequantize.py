@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from quantize.containers.safetensors import header_bytes
-from quantize.errors import CheckpointError, MissingExtraError
+from quantize.errors import CheckpointError, MissingExtraError, first_line
 from quantize.report import Reporter
 
 SHARD_SIZE = "5GB"
@@ -78,6 +78,5 @@ def _libraries() -> tuple[Any, Any]:
 
 
 def _unsupported(gguf: Path, exc: Exception) -> CheckpointError:
-    first = (str(exc).splitlines() or [type(exc).__name__])[0][:200]
     hint = "start from the model's safetensors checkpoint instead"
-    return CheckpointError(f"{gguf.name}: transformers can't dequantize it ({first})", hint=hint)
+    return CheckpointError(f"{gguf.name}: transformers can't dequantize it ({first_line(exc)})", hint=hint)

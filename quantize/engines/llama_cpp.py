@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from quantize.errors import BuildError, MissingExtraError, PlanError, QuantizeError, VerifyError
+from quantize.errors import BuildError, MissingExtraError, PlanError, QuantizeError, VerifyError, first_line
 from quantize.report import Reporter, progress
 
 LINE = re.compile(r"^\[\s*\d+/\s*\d+\]\s+(\S+)\s+-\s+\[([\d,\s]+)\], type =\s*(\S+), .*?(?:\((\w+)\))?\s*$")
@@ -72,8 +72,7 @@ def convert(reporter: Reporter, request: ConvertRequest, out: Path, *, header_on
         model = model_class(request.folder, kind, out, metadata_override=metadata_path)
         _write_converted(model, out, request.metadata.get("general.license"), reporter, header_only)
     except (ValueError, KeyError, TypeError, NotImplementedError, AttributeError, OSError) as exc:
-        first = (str(exc).splitlines() or [type(exc).__name__])[0][:300]
-        raise BuildError(f"converting to GGUF: {type(exc).__name__}: {first}") from exc
+        raise BuildError(f"converting to GGUF: {type(exc).__name__}: {first_line(exc)}") from exc
     finally:
         metadata_path.unlink(missing_ok=True)
 

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from quantize.errors import MissingExtraError, VerifyError
+from quantize.errors import MissingExtraError, VerifyError, first_line
 
 LOAD_ERRORS = (ValueError, OSError, RuntimeError, KeyError, TypeError, AttributeError, NotImplementedError)
 _EXTRAS = {"awq": "gptqmodel", "gptq": "gptqmodel", "bitsandbytes": "bnb"}
@@ -50,8 +50,7 @@ def load_causal_lm(folder: Path, device: str = "cpu", *, dtype: Any = "auto") ->
                 folder, local_files_only=True, trust_remote_code=False, device_map=device, dtype=dtype
             )
     except LOAD_ERRORS as exc:
-        first = (str(exc).splitlines() or [type(exc).__name__])[0][:300]
-        raise VerifyError(f"{folder.name}: transformers does not load it: {first}") from exc
+        raise VerifyError(f"{folder.name}: transformers does not load it: {first_line(exc)}") from exc
     return loaded.eval()
 
 

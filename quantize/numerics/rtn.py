@@ -15,7 +15,6 @@ from torch import Tensor
 from quantize.errors import BuildError
 
 BITS = (2, 3, 4, 8)
-SHRINK = tuple(step / 20 for step in range(20, 9, -1))  # fractions of the full range that a clip search tries
 _TINY = 2.0**-24  # the smallest positive float16
 
 

@@ -105,11 +105,6 @@ def megabytes(size_bytes: int) -> str:
     return f"{size_bytes / 1e9:,.2f} GB" if size_bytes >= 1e9 else f"{size_bytes / 1e6:,.1f} MB"
 
 
-def gibibytes(size_bytes: int) -> str:
-    """Binary, as memory is."""
-    return f"{size_bytes / 2**30:,.2f} GiB"
-
-
 def shown(value: float | None, form: str) -> str:
     """A figure, or that there is none."""
     return MISSING if value is None else form.format(value)

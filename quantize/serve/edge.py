@@ -169,14 +169,6 @@ class Edge:
         self._log.info("request", **line)
 
 
-def _route_name(scope: Scope) -> str:
-    """The name of what a request met: never what the client made up."""
-    path = scope["path"]
-    if path in ("/openapi.json",):
-        return str(path)
-    return getattr(scope.get("route"), "path", "/assets" if path.startswith("/assets/") else "unmatched")
-
-
 def failure_response(failure: Failure, trace_id: str) -> Response:
     """An error object as the whole answer."""
     headers = {}

@@ -12,13 +12,12 @@ from typing import Any
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import GaugeMetricFamily, InfoMetricFamily, Metric
 
-from quantize.hardware import ram
+from quantize.hardware import GIB, ram
 from quantize.serve.engines.base import Engine
 from quantize.serve.engines.link import resident_bytes
 from quantize.serve.limits import Slots
 from quantize.serve.logs import Log
 
-GIB = 2**30
 SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
 
 

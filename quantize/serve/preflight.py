@@ -13,12 +13,11 @@ from pathlib import Path
 from quantize.errors import MissingExtraError, RefusedError, UsageError
 from quantize.estimate import Settings
 from quantize.fit import Verdict, Workload, advise
-from quantize.hardware import Machine
+from quantize.hardware import GIB, Machine
 from quantize.serve.targets import LocalTarget
 from quantize.store import Store
 
 DEFAULT_CONTEXT = 4096
-GIB = 2**30
 # Format -> (what it needs beside its runtime, the extra that brings it).
 _HELPERS = {
     "gguf": ("llama-cpp-python", "gguf"),

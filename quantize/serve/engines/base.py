@@ -13,12 +13,13 @@ from typing import Any, Protocol
 
 from quantize.serve.protocol import ChatRequest, CompletionRequest
 
-STATES = ("loading", "ready", "restarting", "failed", "stopped")
-
 
 @dataclass
 class Status:
-    """Where an engine is. percent: of loading. reason: why it is not ready. details: what it said of itself."""
+    """Where an engine is: loading, ready, restarting, failed or stopped.
+
+    percent: of loading. reason: why it is not ready. details: what it said of itself.
+    """
 
     state: str = "loading"
     percent: int = 0

@@ -22,7 +22,7 @@ from typing import Any
 
 import orjson
 
-from quantize.errors import QuantizeError
+from quantize.errors import QuantizeError, first_line
 from quantize.serve.engines.model import Chosen, Model, Refused, Sampling
 from quantize.serve.engines.text import StopFilter
 from quantize.worker import spin_briefly
@@ -211,8 +211,7 @@ def serve(connection: socket.socket) -> None:
         send(connection, {"failed": "out of memory while loading"})
         return
     except Exception as exc:  # noqa: BLE001 - the gateway gives it a name
-        first = (str(exc).splitlines() or [""])[0][:300]
-        send(connection, {"failed": f"{type(exc).__name__}: {first}"})
+        send(connection, {"failed": f"{type(exc).__name__}: {first_line(exc)}"})
         return
     seconds = round(time.perf_counter() - started, 3)
     ready = {**asdict(model.description), "load_seconds": seconds, "memory": model.memory()}

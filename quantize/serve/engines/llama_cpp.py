@@ -21,7 +21,6 @@ from quantize.serve.engines.text import BytePieces
 
 PREFILL_TOKENS = 256  # of one step: longer prompts take turns with answers that are under way
 ALL_LAYERS = -1
-RANDOM_SEED = 0xFFFFFFFF  # llama.cpp takes a random one then
 PENALTY_TOKENS = 64  # llama.cpp's own default for how far penalties look back
 SUPPORTS = ("top_k", "min_p", "penalties", "repetition_penalty", "logprobs", "json", "grammar")
 _BUFFER = re.compile(r"\s(\S+)\s+(?:model|KV|RS|compute|output) buffer size\s*=\s*([\d.]+) MiB")
