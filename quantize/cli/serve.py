@@ -11,7 +11,8 @@ import click
 from quantize.cli.common import store_option, verbose_option
 from quantize.errors import MissingExtraError, UsageError
 from quantize.hardware import parse_size
-from quantize.store import Store
+from quantize.report import SilentReporter
+from quantize.store import PINS_NAME, Store
 
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 RUNTIMES = ("vllm", "ollama", "llama-server", "compose")
@@ -41,12 +42,15 @@ RUNTIMES = ("vllm", "ollama", "llama-server", "compose")
 @click.option("--new-key", metavar="NAME", help="Print a new API key and its line for --keys, and end.")
 @click.option("--force", is_flag=True, help="Load even what does not fit the free memory.")
 @click.option("--print", "hand_over", type=click.Choice(RUNTIMES), help="Print how to run it elsewhere, and end.")
+@click.option("--locked", is_flag=True, help="Serve what the lock file pins: all of it, or those named.")
+@click.option("--lock", type=click.Path(path_type=Path), default=PINS_NAME, show_default=True, help="File of pins.")
 @click.option("--log-level", type=click.Choice(("debug", "info", "warning", "error")), default="info", help="[info]")
 @store_option
 @verbose_option
 def command(
-    artifacts: tuple[str, ...], store: Store, new_key: str | None, hand_over: str | None, **options: Any
-) -> None:
+    artifacts: tuple[str, ...], store: Store, new_key: str | None, hand_over: str | None, locked: bool, lock: Path,
+    **options: Any,
+) -> None:  # fmt: skip
     """Serve each ARTIFACT over HTTP, as OpenAI's API does.
 
     An ARTIFACT is one of the store, a .gguf file, a folder with safetensors, or the address of an OpenAI-compatible
@@ -55,6 +59,10 @@ def command(
     if new_key is not None:
         _print_new_key(new_key)
         return
+    if locked:
+        from quantize.publish.pins import locked_words
+
+        artifacts = locked_words(artifacts, lock, store, SilentReporter())
     if not artifacts:
         raise UsageError("no artifact to serve", hint="name one; `quantize list artifacts` shows them")
     if hand_over is not None:

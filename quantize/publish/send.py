@@ -1,0 +1,137 @@
+"""Artifacts of a store to a target: all that may stop one is looked at before the first byte goes out.
+
+In: artifacts, a target, a policy. Out: one Published each, when its publication is complete and its tag names it.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from quantize.artifact import Artifact
+from quantize.errors import RefusedError, UsageError
+from quantize.publish.base import Place
+from quantize.publish.pack import Blob, Pack, make_pack
+from quantize.publish.places import place_for
+from quantize.publish.policy import own_policy, required_notice, write_notice
+from quantize.publish.transfer import Progress, Session, run_all
+from quantize.recipe import PublishPolicy
+from quantize.report import Reporter, note, status
+from quantize.verify import check_files
+
+
+@dataclass(frozen=True)
+class Published:
+    """A publication. name: the reference that moves; reference: the one that never does; sent: bytes that went out."""
+
+    artifact: Artifact
+    name: str
+    reference: str
+    digest: str
+    size_bytes: int
+    sent_bytes: int
+    sent_files: int
+    moved_from: str | None
+
+
+def publish(
+    artifacts: Sequence[Artifact],
+    target: str,
+    store: Path,
+    session: Session,
+    reporter: Reporter,
+    *,
+    policy: PublishPolicy | None = None,
+    move_tag: bool = False,
+) -> Iterator[Published]:
+    """Publish each artifact. policy: in place of the one in the recipe that each carries.
+
+    Raises GateError, VerifyError, RefusedError, UsageError before anything is sent; TransferError.
+    """
+    notices = [required_notice(item, policy or own_policy(item)) for item in artifacts]
+    places: list[Place] = []
+    try:
+        for item in artifacts:
+            places.append(place_for(target, item, session.retry))
+        _check_apart(artifacts, places)
+        packs = []
+        for item, place, notice in zip(artifacts, places, notices, strict=True):
+            status(reporter, item.manifest.variant, "checking hashes")
+            check_files(item, reporter)
+            write_notice(store, item, notice)
+            pack, config = make_pack(item)
+            packs.append((pack, config, _may_take(place, pack, move_tag=move_tag)))
+        for item, place, (pack, config, meant) in zip(artifacts, places, packs, strict=True):
+            yield _publish_one(item, place, pack, config, meant, session, reporter)
+    finally:
+        for place in places:
+            place.close()
+
+
+def _check_apart(artifacts: Sequence[Artifact], places: Sequence[Place]) -> None:
+    taken: dict[str, str] = {}
+    for item, place in zip(artifacts, places, strict=True):
+        other = taken.setdefault(place.name, item.ref)
+        if other != item.ref:
+            hint = "name a target that has room for more than one: without a tag, or without the hub repository"
+            raise UsageError(f"{other} and {item.ref} would both be {place.name}", hint=hint)
+
+
+def _may_take(place: Place, pack: Pack, *, move_tag: bool) -> str | None:
+    """What the place's tag means now. Raises RefusedError: something else, and it may not be moved."""
+    meant = place.tagged()
+    if meant not in (None, pack.digest) and not move_tag:
+        raise RefusedError(
+            f"{place.name} already means {meant}; this publication is {pack.digest}",
+            hint="say --move-tag to have it mean this one; whoever pulls by digest notices nothing",
+        )
+    return meant
+
+
+def _publish_one(
+    artifact: Artifact, place: Place, pack: Pack, config: bytes, meant: str | None, session: Session, reporter: Reporter
+) -> Published:
+    subject = artifact.manifest.variant
+    status(reporter, subject, "asking what is there")
+    blobs = list({blob.digest: blob for blob in pack.blobs}.values()) if place.by_content else list(pack.blobs)
+    absent = _absent(place, pack, blobs, session)
+    total = sum(blob.size_bytes for blob in absent)
+    if absent:
+        status(reporter, subject, "sending")
+        counter = Progress(session, reporter, subject, "sending bytes", total)
+        with tempfile.TemporaryDirectory(prefix="quantize-publish-") as scratch:
+            source = Path(scratch) / "config"
+            source.write_bytes(config)
+            paths = {blob.path: artifact.folder / blob.path for blob in pack.files} | {pack.config.path: source}
+            largest_first = sorted(absent, key=lambda blob: -blob.size_bytes)
+            run_all(
+                [partial(place.send, blob, paths[blob.path], pack, counter.count) for blob in largest_first], session
+            )
+    else:
+        note(reporter, subject, "everything is there already; nothing is sent")
+    _check_unmoved(place, meant)
+    reference = place.seal(pack, move_from=meant)
+    moved = meant if meant not in (None, pack.digest) else None
+    return Published(artifact, place.name, reference, pack.digest, pack.size_bytes, total, len(absent), moved)
+
+
+def _absent(place: Place, pack: Pack, blobs: list[Blob], session: Session) -> list[Blob]:
+    there: dict[str, bool] = {}
+
+    def look(blob: Blob) -> None:
+        there[blob.path] = place.has(blob, pack)
+
+    run_all([partial(look, blob) for blob in blobs], session)
+    return [blob for blob in blobs if not there[blob.path]]
+
+
+def _check_unmoved(place: Place, meant: str | None) -> None:
+    now = place.tagged()
+    if now != meant:
+        raise RefusedError(
+            f"{place.name} was moved by someone else meanwhile: it meant {meant or 'nothing'}, now {now or 'nothing'}",
+            hint="see who else publishes there, then run the same command again",
+        )
