@@ -52,7 +52,7 @@ def command(
     policy = read_policy(recipe) if recipe is not None else None
     results = []
     with console_reporter(quiet=quiet or as_json) as reporter:
-        for done in publish(found, target, store.root, Session(jobs), reporter, policy=policy, move_tag=move_tag):
+        for done in publish(found, target, store.root, Session(reporter, jobs), policy=policy, move_tag=move_tag):
             if not no_lock:
                 pin(lock, done.artifact, done.reference)
             results.append(done)

@@ -41,13 +41,13 @@ def command(
     """
     if not locked and not references:
         raise UsageError("nothing to pull", hint="name a reference, or say --locked")
-    session, results = Session(jobs), []
     with console_reporter(quiet=quiet or as_json) as reporter:
+        session = Session(reporter, jobs)
         if locked:
             pins = chosen(read_pins(lock), references, lock)
-            results = [pull_pinned(item, store, session, reporter) for item in pins]
+            results = [pull_pinned(item, store, session) for item in pins]
         else:
-            results = [pull(item, store, session, reporter) for item in references]
+            results = [pull(item, store, session) for item in references]
     if as_json:
         print_json(
             [

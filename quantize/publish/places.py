@@ -6,6 +6,7 @@ In: what a user writes after --to, or a reference to pull. Out: a Place, whose m
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
 from pathlib import Path
 
 from quantize.artifact import Artifact
@@ -40,21 +41,31 @@ def place_for(target: str, artifact: Artifact, retry: Retry) -> Place:
     return _tree(f"{target.rstrip('/')}/{name}/{variant}", retry)
 
 
-def find_place(text: str, retry: Retry) -> tuple[Place, str | None]:
-    """What a reference means, and the digest in it. Raises UsageError."""
+@dataclass(frozen=True)
+class Found:
+    """What a reference means. digest: the one in it; and_name: it gives a tag beside the digest, which must agree."""
+
+    place: Place
+    digest: str | None
+    and_name: bool = False
+
+
+def find_place(text: str, retry: Retry) -> Found:
+    """What a reference means. Raises UsageError."""
     scheme = _scheme(text)
     if scheme in ("oci", "oci+http"):
         from quantize.publish import registry
 
         found = registry.parse(text)
-        return registry.RegistryPlace(found, retry, write=False), found.digest
+        place = registry.RegistryPlace(found, retry, write=False)
+        return Found(place, found.digest, found.tag is not None and found.digest is not None)
     if scheme == "hf":
         from quantize.publish import hub
 
         repository = hub.parse(text)
-        return hub.HubPlace(repository, retry, write=False), repository.digest
+        return Found(hub.HubPlace(repository, retry, write=False), repository.digest)
     match = DIGEST_END.search(text)
-    return _tree(text[: match.start()] if match else text, retry), match[1] if match else None
+    return Found(_tree(text[: match.start()] if match else text, retry), match[1] if match else None)
 
 
 def _tree(text: str, retry: Retry) -> Place:

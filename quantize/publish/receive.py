@@ -22,7 +22,7 @@ from quantize.manifest import MAX_BYTES, Manifest, read_manifest
 from quantize.publish.base import Count, Place, size_of
 from quantize.publish.pack import Blob, Pack, check_config, check_contents, digest_of, manifest_blob, read_pack
 from quantize.publish.pins import Pin
-from quantize.publish.places import find_place
+from quantize.publish.places import Found, find_place
 from quantize.publish.transfer import Progress, Session, run_all
 from quantize.report import Reporter, note, status, warn
 from quantize.store import Store
@@ -39,15 +39,16 @@ class Pulled:
     fetched_bytes: int
 
 
-def pull(reference: str, store: Store, session: Session, reporter: Reporter, pin: Pin | None = None) -> Pulled:
+def pull(reference: str, store: Store, session: Session, pin: Pin | None = None) -> Pulled:
     """Get what a reference means. pin: it must be this artifact.
 
     Raises UsageError, TransferError, StoreError; VerifyError: something is not what its digest says, and the store has
     not seen it.
     """
-    place, wanted = find_place(reference, session.retry)
+    found = find_place(reference, session.retry)
+    place = found.place
     try:
-        pack = _resolve(place, reference, wanted, reporter)
+        pack = _resolve(found, reference, session.reporter)
         with _about(place.pinned(pack.digest)):
             manifest = _own_manifest(place, pack)
             check_contents(pack, manifest)
@@ -55,26 +56,31 @@ def pull(reference: str, store: Store, session: Session, reporter: Reporter, pin
                 raise VerifyError(
                     f"it is {manifest.name}/{manifest.variant} {manifest.digest}; {pin.key} is pinned as {pin.digest}"
                 )
-            return _into_store(place, pack, manifest, store, session, reporter)
+            return _into_store(place, pack, manifest, store, session)
     finally:
         place.close()
 
 
-def pull_pinned(pin: Pin, store: Store, session: Session, reporter: Reporter) -> Pulled:
+def pull_pinned(pin: Pin, store: Store, session: Session) -> Pulled:
     """Get a pinned artifact from the first of its places that answers. Raises as `pull` does."""
     if not pin.published:
         raise UsageError(f"{pin.key} has no `published` places in the pins", hint="publish it, or add a reference")
     for reference in pin.published[:-1]:
         try:
-            return pull(reference, store, session, reporter, pin)
+            return pull(reference, store, session, pin)
         except TransferError as exc:
-            warn(reporter, pin.variant, f"{exc.message}; the next place is tried")
-    return pull(pin.published[-1], store, session, reporter, pin)
+            warn(session.reporter, pin.variant, f"{exc.message}; the next place is tried")
+    return pull(pin.published[-1], store, session, pin)
 
 
-def _resolve(place: Place, reference: str, wanted: str | None, reporter: Reporter) -> Pack:
+def _resolve(found: Found, reference: str, reporter: Reporter) -> Pack:
+    place, wanted = found.place, found.digest
     status(reporter, place.name, "asking what it means")
-    digest = wanted or place.tagged()
+    named = place.tagged() if found.and_name or wanted is None else None
+    if found.and_name and named != wanted:
+        hint = f"pull {place.pinned(str(wanted))} if that is meant all the same"
+        raise VerifyError(f"{place.name} was moved: it means {named or 'nothing'} now, not {wanted}", hint=hint)
+    digest = wanted or named
     if digest is None:
         raise VerifyError(f"{place.name}: nothing is published there", hint="check the name, and that you may read it")
     if not wanted:
@@ -137,26 +143,24 @@ def _check(blob: Blob, path: Path) -> None:
         raise VerifyError(f"{blob.path} was altered: its sha256 is not the one in the manifest")
 
 
-def _into_store(
-    place: Place, pack: Pack, manifest: Manifest, store: Store, session: Session, reporter: Reporter
-) -> Pulled:
+def _into_store(place: Place, pack: Pack, manifest: Manifest, store: Store, session: Session) -> Pulled:
     name, variant, reference = manifest.name, manifest.variant, place.pinned(pack.digest)
     with variant_lock(store.root, name, variant), store_errors(store.root):
-        known = _intact(store, manifest, reporter)
+        known = _intact(store, manifest, session.reporter)
         if known is not None:
-            note(reporter, variant, f"{known.ref} is in the store already, and intact")
+            note(session.reporter, variant, f"{known.ref} is in the store already, and intact")
             return Pulled(known, reference, pack.digest, 0)
         folder = store.root / STAGING / f"{name}--{variant}.pull-{pack.short_digest}"
         folder.mkdir(parents=True, exist_ok=True)
         kept = _clean(folder, pack)
         _check_room(folder, pack.size_bytes - kept)
-        status(reporter, variant, "fetching" if not kept else "fetching what is missing yet")
-        counter = Progress(session, reporter, variant, "fetching bytes", pack.size_bytes - pack.config.size_bytes)
+        status(session.reporter, variant, "fetching" if not kept else "fetching what is missing yet")
+        counter = Progress(session, variant, "fetching bytes", pack.size_bytes - pack.config.size_bytes)
         tasks = [partial(_fetch, place, pack, blob, folder / blob.path, counter.count) for blob in pack.files]
         run_all(tasks, session)
         verdict = _verdict(folder)
         artifact = commit(store.root, folder, manifest)
-        _warn_of_gates(artifact, verdict, reporter)
+        _warn_of_gates(artifact, verdict, session.reporter)
         return Pulled(artifact, reference, pack.digest, pack.size_bytes - kept)
 
 

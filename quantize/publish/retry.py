@@ -14,6 +14,7 @@ from typing import TypeVar
 from quantize.errors import TransferError
 
 Result = TypeVar("Result")
+TOLD_SECONDS = 1.0
 
 
 class Again(Exception):
@@ -26,13 +27,15 @@ class Again(Exception):
 
 @dataclass(frozen=True)
 class Retry:
-    """How long to go on: with the defaults at least 22 seconds without any progress. pause: how to wait."""
+    """How long to go on: with the defaults at least 22 seconds without any progress. pause: how to
+    wait. tell: told of each wait that a user notices, from any thread."""
 
     tries: int = 8
     first_seconds: float = 0.5
     longest_seconds: float = 15.0
     longest_asked_seconds: float = 60.0
     pause: Callable[[float], object] = time.sleep
+    tell: Callable[[str], object] = lambda _: None
 
     def wait(self, failures: int, asked: float | None) -> float:
         """Seconds to wait after so many failures in a row: half of the step fixed, half of it random."""
@@ -53,6 +56,9 @@ def persist(step: Callable[[], Result], retry: Retry, where: str) -> Result:
                 seconds = time.monotonic() - started
                 raise TransferError(
                     f"{where}: given up after {failures} tries in {seconds:.0f} s: {again.reason}",
-                    hint="run the same command again: what has arrived is not sent again, and no tag was touched",
+                    hint="run the same command again: what has arrived stays, and a tag is put only after all of it",
                 ) from again
-            retry.pause(retry.wait(failures, again.after))
+            seconds = retry.wait(failures, again.after)
+            if seconds >= TOLD_SECONDS:
+                retry.tell(f"{where}: {again.reason}; tried again in {seconds:.0f} s")
+            retry.pause(seconds)

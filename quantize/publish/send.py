@@ -42,7 +42,6 @@ def publish(
     target: str,
     store: Path,
     session: Session,
-    reporter: Reporter,
     *,
     policy: PublishPolicy | None = None,
     move_tag: bool = False,
@@ -59,13 +58,13 @@ def publish(
         _check_apart(artifacts, places)
         packs = []
         for item, place, notice in zip(artifacts, places, notices, strict=True):
-            status(reporter, item.manifest.variant, "checking hashes")
-            check_files(item, reporter)
+            status(session.reporter, item.manifest.variant, "checking hashes")
+            check_files(item, session.reporter)
             write_notice(store, item, notice)
             pack, config = make_pack(item)
             packs.append((pack, config, _may_take(place, pack, move_tag=move_tag)))
         for item, place, (pack, config, meant) in zip(artifacts, places, packs, strict=True):
-            yield _publish_one(item, place, pack, config, meant, session, reporter)
+            yield _publish_one(item, place, pack, config, meant, session)
     finally:
         for place in places:
             place.close()
@@ -92,16 +91,16 @@ def _may_take(place: Place, pack: Pack, *, move_tag: bool) -> str | None:
 
 
 def _publish_one(
-    artifact: Artifact, place: Place, pack: Pack, config: bytes, meant: str | None, session: Session, reporter: Reporter
+    artifact: Artifact, place: Place, pack: Pack, config: bytes, meant: str | None, session: Session
 ) -> Published:
     subject = artifact.manifest.variant
-    status(reporter, subject, "asking what is there")
+    status(session.reporter, subject, "asking what is there")
     blobs = list({blob.digest: blob for blob in pack.blobs}.values()) if place.by_content else list(pack.blobs)
     absent = _absent(place, pack, blobs, session)
     total = sum(blob.size_bytes for blob in absent)
     if absent:
-        status(reporter, subject, "sending")
-        counter = Progress(session, reporter, subject, "sending bytes", total)
+        status(session.reporter, subject, "sending")
+        counter = Progress(session, subject, "sending bytes", total)
         with tempfile.TemporaryDirectory(prefix="quantize-publish-") as scratch:
             source = Path(scratch) / "config"
             source.write_bytes(config)
@@ -111,7 +110,7 @@ def _publish_one(
                 [partial(place.send, blob, paths[blob.path], pack, counter.count) for blob in largest_first], session
             )
     else:
-        note(reporter, subject, "everything is there already; nothing is sent")
+        note(session.reporter, subject, "everything is there already; nothing is sent")
     _check_unmoved(place, meant)
     reference = place.seal(pack, move_from=meant)
     moved = meant if meant not in (None, pack.digest) else None

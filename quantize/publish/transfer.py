@@ -12,7 +12,7 @@ from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field, replace
 
 from quantize.publish.retry import Retry
-from quantize.report import Reporter, progress
+from quantize.report import Reporter, note, progress
 
 DRAW_SECONDS = 0.1
 
@@ -23,35 +23,40 @@ class Stopped(Exception):
 
 @dataclass
 class Session:
-    """How to transfer: so many blobs at a time, and how long to try again."""
+    """How to transfer: so many blobs at a time, how long to try again, and whom to tell."""
 
+    reporter: Reporter
     jobs: int = 4
     retry: Retry = field(default_factory=Retry)
     stop: threading.Event = field(default_factory=threading.Event)
+    lock: threading.Lock = field(default_factory=threading.Lock)
 
     def __post_init__(self) -> None:
-        self.retry = replace(self.retry, pause=self.stop.wait)
+        self.retry = replace(self.retry, pause=self.stop.wait, tell=self._tell)
+
+    def _tell(self, text: str) -> None:
+        with self.lock:
+            note(self.reporter, "", text)
 
 
 class Progress:
-    """Adds up what all threads have moved, in bytes, and tells a reporter of it, one at a time."""
+    """Adds up what all threads have moved, in bytes, and tells the session's reporter of it, one at a time."""
 
-    def __init__(self, session: Session, reporter: Reporter, subject: str, text: str, total: int) -> None:
-        self._session, self._reporter = session, reporter
-        self._subject, self._text, self._total = subject, text, total
-        self._lock, self._drawn = threading.Lock(), 0.0
+    def __init__(self, session: Session, subject: str, text: str, total: int) -> None:
+        self._session, self._subject, self._text, self._total = session, subject, text, total
+        self._drawn = 0.0
         self.done = 0
 
     def count(self, more: int) -> None:
         """So many more bytes. Raises Stopped."""
         if self._session.stop.is_set():
             raise Stopped
-        with self._lock:
+        with self._session.lock:
             self.done += more
             now = time.monotonic()
             if now - self._drawn >= DRAW_SECONDS or self.done >= self._total:
                 self._drawn = now
-                progress(self._reporter, self._subject, self._text, self.done, self._total)
+                progress(self._session.reporter, self._subject, self._text, self.done, self._total)
 
 
 def run_all(tasks: Sequence[Callable[[], None]], session: Session) -> None:
