@@ -36,6 +36,7 @@ ACCEPTED = ", ".join(
         "application/vnd.docker.distribution.manifest.list.v2+json",
     )
 )
+ANEW = "publish the artifact again"
 NO_PIECES = {400, 404, 405, 411, 413, 415, 416, 501}  # what registries say that take a blob only as one body
 
 
@@ -176,15 +177,20 @@ class RegistryPlace:
         if start >= blob.size_bytes > 0:
             return
         headers = {"Range": f"bytes={start}-"} if start else {}
-        with self._web.stream(Request("GET", self._blob_url(blob), {200, 206, 404}, headers)) as response:
+        with self._web.stream(Request("GET", self._blob_url(blob), {200, 206, 404, 416}, headers)) as response:
             if response.status_code == 404:
-                raise VerifyError(f"{blob.path}: the registry has lost it", hint="publish the artifact again")
+                raise VerifyError(f"{blob.path}: the registry has lost it", hint=ANEW)
+            if response.status_code == 416:
+                raise VerifyError(f"{blob.path} is cut off: the registry has no more than {start:,} bytes", hint=ANEW)
             goes_on = response.headers.get("content-range", "").startswith(f"bytes {start}-")
             if start and not goes_on:
                 count(-start)
             write_stream(target, response.iter_raw(READ_BYTES), blob, count, append=goes_on)
         if size_of(target) < blob.size_bytes:
-            raise Again(f"the connection ended after {size_of(target):,} of {blob.size_bytes:,} bytes")
+            told = f"{size_of(target):,} of {blob.size_bytes:,} bytes"
+            if "content-length" in response.headers:  # it came as long as it is
+                raise VerifyError(f"{blob.path} is cut off: the registry has {told}", hint=ANEW)
+            raise Again(f"the connection ended after {told}")
 
 
 class _Upload:
@@ -194,7 +200,7 @@ class _Upload:
         self._web, self._start_url, self._blob, self._source, self._count = web, start_url, blob, source, count
         self._url: str | None = None
         self._done, self._counted, self._furthest = 0, 0, 0
-        self._piece_bytes, self._in_pieces = CHUNK_BYTES, blob.size_bytes > CHUNK_BYTES
+        self._starts, self._piece_bytes, self._in_pieces = 0, CHUNK_BYTES, blob.size_bytes > CHUNK_BYTES
         self.failed = False
 
     def go_on(self) -> None:
@@ -222,7 +228,9 @@ class _Upload:
         answer = self._web.once(Request("POST", self._start_url, {202}, {"Content-Length": "0"}))
         self._url = self._web.location(answer.url, answer.headers)
         least = answer.headers.get("oci-chunk-min-length", "")
-        self._piece_bytes = max(CHUNK_BYTES, int(least) if least.isdigit() else 0)
+        self._piece_bytes = max(CHUNK_BYTES << self._starts, int(least) if least.isdigit() else 0)
+        self._starts += 1  # some registries forget an upload when an answer is lost: the fewer answers, the better
+        self._in_pieces = self._in_pieces and self._piece_bytes < self._blob.size_bytes
         self.moved_to(0)
 
     def _found_again(self) -> bool:

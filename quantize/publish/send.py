@@ -19,7 +19,7 @@ from quantize.publish.places import place_for
 from quantize.publish.policy import own_policy, required_notice, write_notice
 from quantize.publish.transfer import Progress, Session, run_all
 from quantize.recipe import PublishPolicy
-from quantize.report import Reporter, note, status
+from quantize.report import note, status
 from quantize.verify import check_files
 
 

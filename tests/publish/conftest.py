@@ -23,7 +23,7 @@ from tests.conftest import Built
 from tests.publish.proxy import Proxy, proxy_before
 
 POLICY = PublishPolicy(unevaluated="a test of the way there")
-QUICK = Retry(tries=6, first_seconds=0.02, longest_seconds=0.1)
+QUICK = Retry(tries=10, first_seconds=0.02, longest_seconds=0.1)
 
 
 def free_port() -> int:

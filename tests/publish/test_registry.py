@@ -272,7 +272,7 @@ def test_a_tag_that_moves_while_it_is_published(
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda body: body[: len(body) // 2], "is cut off|given up after"),
+        (lambda body: body[: len(body) // 2], r"is cut off: the registry has [\d,]+ of [\d,]+ bytes"),
         (lambda body: body + b"x", "more comes than the"),
         (lambda body: bytes([body[0] ^ 1]) + body[1:], "was altered"),
     ],
@@ -295,7 +295,7 @@ def test_another_blob_than_was_asked_for(
         return replace(answer, body=change(answer.body)) if weights in asked.path else answer
 
     proxy.rule = rule
-    with pytest.raises((VerifyError, TransferError), match=message):
+    with pytest.raises(VerifyError, match=message):
         pull(done.reference, store, session)
     assert store.artifacts() == []
 
