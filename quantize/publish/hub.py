@@ -11,6 +11,7 @@ import os
 import re
 import shutil
 import tempfile
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,6 +69,7 @@ class HubPlace:
         self._remote: dict[str, tuple[int, str | None]] = {}
         self._sealed: str | None = None
         self._ready: dict[str, Any] = {}
+        self._lock = threading.Lock()
         self._scratch = tempfile.TemporaryDirectory(prefix="quantize-hub-")
         huggingface_hub.utils.disable_progress_bars()
 
@@ -135,9 +137,10 @@ class HubPlace:
         count(blob.size_bytes)
 
     def _make_repository(self) -> None:
-        if self._commit is None:
-            self._api.create_repo(self._repository, private=True, exist_ok=True)
-            self._commit = self._api.model_info(self._repository).sha
+        with self._lock:
+            if self._commit is None:
+                self._api.create_repo(self._repository, private=True, exist_ok=True)
+                self._commit = self._api.model_info(self._repository).sha
 
     def seal(self, pack: Pack, *, move_from: str | None) -> str:
         """Commit everything at once, and remove what an earlier publication had."""
@@ -200,3 +203,8 @@ def _errors(name: str) -> Iterator[None]:
         raise TransferError(f"{name}: status {status}: {first_line(exc)}", hint=hint) from exc
     except (httpx2.TransportError, ConnectionError, TimeoutError) as exc:
         raise Again(first_line(exc)) from exc
+    except RuntimeError as exc:  # what the library makes of an upload that failed
+        if exc.__cause__ is None:
+            raise
+        with _errors(name):
+            raise exc.__cause__ from None

@@ -19,7 +19,7 @@ from quantize.publish.places import place_for
 from quantize.publish.policy import own_policy, required_notice, write_notice
 from quantize.publish.transfer import Progress, Session, run_all
 from quantize.recipe import PublishPolicy
-from quantize.report import note, status
+from quantize.report import status
 from quantize.verify import check_files
 
 
@@ -35,6 +35,17 @@ class Published:
     sent_bytes: int
     sent_files: int
     moved_from: str | None
+
+
+@dataclass(frozen=True)
+class _Job:
+    """One publication to make. meant: what the place's name means before it."""
+
+    artifact: Artifact
+    place: Place
+    pack: Pack
+    config: bytes
+    meant: str | None
 
 
 def publish(
@@ -56,15 +67,15 @@ def publish(
         for item in artifacts:
             places.append(place_for(target, item, session.retry))
         _check_apart(artifacts, places)
-        packs = []
+        jobs = []
         for item, place, notice in zip(artifacts, places, notices, strict=True):
             status(session.reporter, item.manifest.variant, "checking hashes")
             check_files(item, session.reporter)
             write_notice(store, item, notice)
             pack, config = make_pack(item)
-            packs.append((pack, config, _may_take(place, pack, move_tag=move_tag)))
-        for item, place, (pack, config, meant) in zip(artifacts, places, packs, strict=True):
-            yield _publish_one(item, place, pack, config, meant, session)
+            jobs.append(_Job(item, place, pack, config, _may_take(place, pack, move_tag=move_tag)))
+        for job in jobs:
+            yield _publish_one(job, session)
     finally:
         for place in places:
             place.close()
@@ -90,41 +101,35 @@ def _may_take(place: Place, pack: Pack, *, move_tag: bool) -> str | None:
     return meant
 
 
-def _publish_one(
-    artifact: Artifact, place: Place, pack: Pack, config: bytes, meant: str | None, session: Session
-) -> Published:
+def _publish_one(job: _Job, session: Session) -> Published:
+    artifact, place, pack, meant = job.artifact, job.place, job.pack, job.meant
     subject = artifact.manifest.variant
     status(session.reporter, subject, "asking what is there")
-    blobs = list({blob.digest: blob for blob in pack.blobs}.values()) if place.by_content else list(pack.blobs)
-    absent = _absent(place, pack, blobs, session)
+    absent = _absent(place, pack, session)
     total = sum(blob.size_bytes for blob in absent)
-    if absent:
-        status(session.reporter, subject, "sending")
-        counter = Progress(session, subject, "sending bytes", total)
-        with tempfile.TemporaryDirectory(prefix="quantize-publish-") as scratch:
-            source = Path(scratch) / "config"
-            source.write_bytes(config)
-            paths = {blob.path: artifact.folder / blob.path for blob in pack.files} | {pack.config.path: source}
-            largest_first = sorted(absent, key=lambda blob: -blob.size_bytes)
-            run_all(
-                [partial(place.send, blob, paths[blob.path], pack, counter.count) for blob in largest_first], session
-            )
-    else:
-        note(session.reporter, subject, "everything is there already; nothing is sent")
-    _check_unmoved(place, meant)
-    reference = place.seal(pack, move_from=meant)
+    with tempfile.TemporaryDirectory(prefix="quantize-publish-") as scratch:
+        config = Path(scratch) / "config"
+        config.write_bytes(job.config)
+        paths = {blob.path: artifact.folder / blob.path for blob in pack.files} | {pack.config.path: config}
+        status(session.reporter, subject, "sending" if absent else "everything is there already; nothing is sent")
+        count = Progress(session, subject, "sending bytes", total).count
+        run_all([partial(place.send, blob, paths[blob.path], pack, count) for blob in absent], session)
+        _check_unmoved(place, meant)
+        reference = place.seal(pack, move_from=meant)
     moved = meant if meant not in (None, pack.digest) else None
     return Published(artifact, place.name, reference, pack.digest, pack.size_bytes, total, len(absent), moved)
 
 
-def _absent(place: Place, pack: Pack, blobs: list[Blob], session: Session) -> list[Blob]:
+def _absent(place: Place, pack: Pack, session: Session) -> list[Blob]:
+    """What has to be sent, the largest first."""
+    blobs = list({blob.digest if place.by_content else blob.path: blob for blob in pack.blobs}.values())
     there: dict[str, bool] = {}
 
     def look(blob: Blob) -> None:
         there[blob.path] = place.has(blob, pack)
 
     run_all([partial(look, blob) for blob in blobs], session)
-    return [blob for blob in blobs if not there[blob.path]]
+    return sorted((blob for blob in blobs if not there[blob.path]), key=lambda blob: -blob.size_bytes)
 
 
 def _check_unmoved(place: Place, meant: str | None) -> None:

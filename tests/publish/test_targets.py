@@ -22,6 +22,9 @@ from quantize.store import Store
 from tests.publish.conftest import POLICY, Registry, publish_one
 from tests.publish.hub_server import TOKEN, Hub
 
+# huggingface_hub uploads in a way that its own HTTP client has deprecated
+pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
+
 
 @dataclass
 class Target:
