@@ -23,6 +23,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "list": ("list", "List artifacts, recipes or formats."),
     "show": ("show", "Show one artifact: its manifest and what was measured."),
     "verify": ("verify", "Check an artifact: hashes, tensors, and that it runs."),
+    "sign": ("sign", "Write an artifact's provenance and bill of materials, and sign it."),
     "bench": ("bench", "Load a server, or an artifact's own, and time its answers."),
     "report": ("report", "Write a page about a recipe's artifacts, and the production decision."),
     "serve": ("serve", "Serve artifacts over HTTP, as OpenAI's API does."),
