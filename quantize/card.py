@@ -47,14 +47,19 @@ REASONS_SHOWN = 8
 
 
 def render_card(
-    manifest: Manifest, measurements: Mapping[str, Any] | None = None, licence: Licence | None = None
+    manifest: Manifest,
+    measurements: Mapping[str, Any] | None = None,
+    licence: Licence | None = None,
+    remark: str = "",
 ) -> str:
     """README.md of an artifact, front matter included; the same arguments give the same text.
 
     measurements: None leaves out what was measured, {} says that nothing was. licence: None takes the manifest's.
+    remark: what whoever publishes it has to say first.
     """
     licence = licence or licence_of(manifest)
-    parts = [_front_matter(manifest, licence), f"# {manifest.source.name} {manifest.variant}", _summary(manifest)]
+    title = f"# {manifest.source.name} {manifest.variant}"
+    parts = [_front_matter(manifest, licence), title, remark, _summary(manifest)]
     if measurements is not None:
         parts.append(_verdict(manifest, measurements))
     parts += [_obligations(licence), _files(manifest)]

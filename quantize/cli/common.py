@@ -129,6 +129,16 @@ def print_json(data: Any) -> None:
     click.echo(json.dumps(data, indent=2, ensure_ascii=False))
 
 
+def print_markdown(columns: Sequence[tuple[str, str]], rows: Sequence[Sequence[str]], *, empty: str) -> None:
+    """Print a Markdown table on stdout; columns as print_table has them."""
+    if not rows:
+        click.echo(empty)
+        return
+    sides = ["---:" if side == "right" else "---" for _, side in columns]
+    for cells in ([title.lower() for title, _ in columns], sides, *rows):
+        click.echo("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+
+
 def print_table(columns: Sequence[tuple[str, str]], rows: Sequence[Sequence[str]], *, empty: str) -> None:
     """Print a table on stdout; columns are (title, "left" or "right")."""
     from rich import box

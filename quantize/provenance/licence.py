@@ -152,10 +152,10 @@ class Licence:
         return {"license": "other", "license_name": self.name.lower().replace(" ", "-"), **link}
 
 
-def check_licence(artifact: Artifact, *names: str) -> Licence:
-    """The licence of what is to be published under `names` (the artifact's own if none is given).
+def check_licence(artifact: Artifact, *places: str) -> Licence:
+    """The licence of what is to be published as `places`, references such as hf://ORG/NAME; or as its recipe names it.
 
-    Raises LicenceError: it is not known, its text is another's, or a name that it asks for is not there.
+    Raises LicenceError: it is not known, its text is another's, or a name does not begin as it asks.
     """
     manifest, ref = artifact.manifest, artifact.ref
     found = recognise(licence_text(artifact.folder, manifest))
@@ -172,7 +172,7 @@ def check_licence(artifact: Artifact, *names: str) -> Licence:
             f"{ref}: its licence is said to be {licence.name}, and its LICENSE file is the text of {found[0]}",
             hint=f"write into the recipe which of them it is: `source: {{license: {found[0]}}}`, and build again",
         )
-    _check_names(ref, licence, (manifest.source.name, *(names or (manifest.name,))))
+    _check_names(ref, licence, (manifest.source.name, *(places or (manifest.name,))))
     return licence
 
 
@@ -219,12 +219,17 @@ def _check_names(ref: str, licence: Licence, names: Iterable[str]) -> None:
     if rule is None or rule.prefix is None:
         return
     for name in names:
-        if not _letters(name.rpartition("/")[2]).startswith(_letters(rule.prefix)):
+        if not any(_letters(part).startswith(_letters(rule.prefix)) for part in _parts(name)):
             raise LicenceError(
                 f"{ref}: the name {name!r} does not begin with {rule.prefix!r}, as {licence.name} asks ({rule.source})",
-                hint=f"name it so: `name:` and `source: {{name: …}}` in the recipe, or the target; {rule.display!r} "
-                "is in the card already",
+                hint="name it so: `name:` and `source: {name: …}` in the recipe, or the target",
             )
+
+
+def _parts(reference: str) -> list[str]:
+    """Where a model's name can be in a reference: each folder of it, without the host or organisation."""
+    _, scheme, rest = reference.partition("://")
+    return rest.split("/")[1:] if scheme else reference.split("/")
 
 
 def _letters(name: str) -> str:

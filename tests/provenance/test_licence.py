@@ -98,7 +98,7 @@ def test_a_llama_must_be_called_one(changed: Changed) -> None:
     with pytest.raises(LicenceError, match="the name 'tiny' does not begin"):
         check_licence(llama)  # the recipe's own name, where no other is given
     with pytest.raises(LicenceError, match="'Meta-Llama-3-8B' does not begin with 'Llama 3'"):
-        check_licence(changed(license="llama3", name="Meta-Llama-3-8B"), "me/Llama-3-8B")
+        check_licence(changed(license="llama3", name="Meta-Llama-3-8B"), "hf://me/Llama-3-8B")
 
 
 def test_a_licence_that_the_hub_does_not_list_gets_a_name_and_a_link() -> None:
