@@ -29,6 +29,10 @@ class Place(Protocol):
     def name(self) -> str:
         """The reference whose meaning may move, as a user writes it."""
 
+    @property
+    def title(self) -> str:
+        """What the model is called there: some licences have a word in that."""
+
     def pinned(self, digest: str) -> str:
         """The reference that always means the publication with this digest."""
 

@@ -48,6 +48,11 @@ class FilesystemPlace:
         """The URL."""
         return self._url
 
+    @property
+    def title(self) -> str:
+        """The recipe's folder under the URL."""
+        return str(self._root).rpartition("/")[0].rpartition("/")[2]
+
     def pinned(self, digest: str) -> str:
         """The URL and a digest."""
         return f"{self._url}@{digest}"

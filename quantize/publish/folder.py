@@ -39,6 +39,11 @@ class FolderPlace:
         """The folder."""
         return str(self._root)
 
+    @property
+    def title(self) -> str:
+        """The recipe's folder in the share."""
+        return self._root.parent.name
+
     def pinned(self, digest: str) -> str:
         """The folder and a digest."""
         return f"{self._root}@{digest}"

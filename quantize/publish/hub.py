@@ -82,6 +82,11 @@ class HubPlace:
         """The repository, and its revision if it is not main."""
         return f"hf://{self._repository}" + ("" if self._revision == "main" else f"@{self._revision}")
 
+    @property
+    def title(self) -> str:
+        """The repository, without its owner."""
+        return self._repository.rpartition("/")[2]
+
     def pinned(self, digest: str) -> str:
         """The repository at a commit, and the digest of what is there."""
         return f"hf://{self._repository}@{self._commit or self._revision}@{digest}"

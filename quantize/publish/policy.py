@@ -7,10 +7,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from quantize.artifact import REFUSED, Artifact, store_errors, write_text
+from quantize.artifact import REFUSED, Artifact
 from quantize.errors import GateError
 from quantize.evaluate.record import NOT_EVALUATED, Summary
-from quantize.manifest import CARD_NAME, RECIPE_NAME
+from quantize.manifest import RECIPE_NAME
 from quantize.marked_yaml import read_document, validate
 from quantize.recipe import PublishPolicy
 
@@ -51,21 +51,3 @@ def required_notice(artifact: Artifact, policy: PublishPolicy) -> str:
             )
         return f"{MARK}without having been evaluated:** {policy.unevaluated}"
     return ""
-
-
-def write_notice(store: Path, artifact: Artifact, notice: str) -> None:
-    """Have the card say this under its title, and nothing that an earlier publication said."""
-    path = artifact.folder / CARD_NAME
-    before = path.read_text(encoding="utf-8") if path.is_file() else f"# {artifact.ref}\n"
-    lines = [line for line in before.splitlines() if not line.startswith(MARK)]
-    if notice:
-        title = next((index for index, line in enumerate(lines) if line.startswith("# ")), -1)
-        lines[title + 1 : title + 1] = ["", notice] if lines[title + 1 : title + 2] == [""] else ["", notice, ""]
-    after = "\n".join(_without_double_blanks(lines)) + "\n"
-    if after != before:
-        with store_errors(store):
-            write_text(path, after)
-
-
-def _without_double_blanks(lines: list[str]) -> list[str]:
-    return [line for index, line in enumerate(lines) if line or index == 0 or lines[index - 1]]

@@ -100,6 +100,11 @@ class RegistryPlace:
         """The tag as a reference."""
         return self._reference.text(self.tag)
 
+    @property
+    def title(self) -> str:
+        """The repository, without those above it."""
+        return self._reference.repository.rpartition("/")[2]
+
     def pinned(self, digest: str) -> str:
         """A reference that never means anything else."""
         return self._reference.text(digest=digest)

@@ -13,10 +13,12 @@ from pathlib import Path
 
 from quantize.artifact import Artifact
 from quantize.errors import RefusedError, UsageError
+from quantize.provenance.licence import check_licence
 from quantize.publish.base import Place
 from quantize.publish.pack import Blob, Pack, make_pack
+from quantize.publish.papers import Signing, write_papers
 from quantize.publish.places import place_for
-from quantize.publish.policy import own_policy, required_notice, write_notice
+from quantize.publish.policy import required_notice
 from quantize.publish.transfer import Progress, Session, run_all
 from quantize.recipe import PublishPolicy
 from quantize.report import status
@@ -38,6 +40,14 @@ class Published:
 
 
 @dataclass(frozen=True)
+class Wanted:
+    """An artifact to publish, and the policy that holds for it."""
+
+    artifact: Artifact
+    policy: PublishPolicy
+
+
+@dataclass(frozen=True)
 class _Job:
     """One publication to make. meant: what the place's name means before it."""
 
@@ -49,29 +59,31 @@ class _Job:
 
 
 def publish(
-    artifacts: Sequence[Artifact],
+    wanted: Sequence[Wanted],
     target: str,
     store: Path,
     session: Session,
     *,
-    policy: PublishPolicy | None = None,
     move_tag: bool = False,
+    signing: Signing | None = None,
 ) -> Iterator[Published]:
-    """Publish each artifact. policy: in place of the one in the recipe that each carries.
+    """Publish each artifact: papers are written and signed first, then everything goes out.
 
-    Raises GateError, VerifyError, RefusedError, UsageError before anything is sent; TransferError.
+    Raises GateError, LicenceError, VerifyError, RefusedError, UsageError before anything is sent; TransferError.
     """
-    notices = [required_notice(item, policy or own_policy(item)) for item in artifacts]
+    artifacts = [item.artifact for item in wanted]
+    notices = [required_notice(item.artifact, item.policy) for item in wanted]
     places: list[Place] = []
     try:
         for item in artifacts:
             places.append(place_for(target, item, session.retry))
+            check_licence(item, item.manifest.name, places[-1].title)
         _check_apart(artifacts, places)
         jobs = []
         for item, place, notice in zip(artifacts, places, notices, strict=True):
             status(session.reporter, item.manifest.variant, "checking hashes")
             check_files(item, session.reporter)
-            write_notice(store, item, notice)
+            write_papers(store, item, notice, signing or Signing())
             pack, config = make_pack(item)
             jobs.append(_Job(item, place, pack, config, _may_take(place, pack, move_tag=move_tag)))
         for job in jobs:

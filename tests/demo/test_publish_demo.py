@@ -12,7 +12,7 @@ import pytest
 
 from quantize.artifact import Artifact, open_artifact
 from quantize.publish.receive import pull
-from quantize.publish.send import publish
+from quantize.publish.send import Wanted, publish
 from quantize.publish.transfer import Session
 from quantize.recipe import PublishPolicy
 from quantize.report import ListReporter
@@ -39,12 +39,12 @@ def copied(variant: str, tmp_path: Path) -> Artifact:
 def test_the_demo_goes_out_and_comes_back(variant: str, registry: Registry, store: Store, tmp_path: Path) -> None:
     artifact, session = copied(variant, tmp_path), Session(ListReporter())
     target = f"oci://127.0.0.1:{registry.port}/demo"
-    (done,) = publish([artifact], target, tmp_path / "shelf", session, policy=POLICY)
+    (done,) = publish([Wanted(artifact, POLICY)], target, tmp_path / "shelf", session)
     pulled = pull(done.reference, store, session)
     for entry in artifact.manifest.files:
         with (pulled.artifact.folder / entry.path).open("rb") as file:
             assert hashlib.file_digest(file, "sha256").hexdigest() == entry.sha256
-    (again,) = publish([artifact], target, tmp_path / "shelf", session, policy=POLICY)
+    (again,) = publish([Wanted(artifact, POLICY)], target, tmp_path / "shelf", session)
     assert again.sent_bytes == 0
 
 
@@ -71,7 +71,7 @@ def test_ten_seconds_without_a_registry(tmp_path: Path, store: Store) -> None:
         proxy.rule = rule
         try:
             target = f"oci://{proxy.host}/demo"
-            (done,) = publish([artifact], target, tmp_path / "shelf", Session(ListReporter()), policy=POLICY)
+            (done,) = publish([Wanted(artifact, POLICY)], target, tmp_path / "shelf", Session(ListReporter()))
             pulled = pull(done.reference, store, Session(ListReporter()))
             assert pulled.artifact.manifest == artifact.manifest
         finally:

@@ -14,7 +14,7 @@ import pytest
 
 from quantize.artifact import Artifact
 from quantize.publish.retry import Retry
-from quantize.publish.send import Published, publish
+from quantize.publish.send import Published, Wanted, publish
 from quantize.publish.transfer import Session
 from quantize.recipe import PublishPolicy
 from quantize.report import ListReporter
@@ -121,5 +121,5 @@ def session(reporter: ListReporter) -> Session:
 def publish_one(artifact: Artifact, target: str, session: Session, *, move_tag: bool = False) -> Published:
     """Publish one artifact that was never evaluated."""
     store = artifact.folder.parents[2]
-    (done,) = publish([artifact], target, store, session, policy=POLICY, move_tag=move_tag)
+    (done,) = publish([Wanted(artifact, POLICY)], target, store, session, move_tag=move_tag)
     return done

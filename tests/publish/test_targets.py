@@ -15,7 +15,7 @@ from quantize.artifact import Artifact
 from quantize.errors import RefusedError, UsageError, VerifyError
 from quantize.publish.pack import MANIFEST_NAME
 from quantize.publish.receive import pull
-from quantize.publish.send import Published, publish
+from quantize.publish.send import Published, Wanted, publish
 from quantize.publish.transfer import Session
 from quantize.report import ListReporter
 from quantize.store import Store
@@ -193,18 +193,18 @@ def test_nothing_is_there(target: Target, artifact: Artifact, session: Session, 
 
 
 def test_several_artifacts_each_have_a_place(target: Target, shelf: Store, session: Session, store: Store) -> None:
-    found = [shelf.find("tiny/q8_0"), shelf.find("tiny/q4_0")]
-    done = list(publish(found, target.text, shelf.root, session, policy=POLICY))
+    found = [Wanted(shelf.find(f"tiny/{name}"), POLICY) for name in ("q8_0", "q4_0")]
+    done = list(publish(found, target.text, shelf.root, session))
     assert len({item.name for item in done}) == 2
     for item in done:
         assert pull(item.reference, store, session).artifact.ref == item.artifact.ref
 
 
 def test_two_artifacts_for_one_place(shelf: Store, session: Session, registry: Registry) -> None:
-    found = [shelf.find("tiny/q8_0"), shelf.find("tiny/q4_0")]
+    found = [Wanted(shelf.find(f"tiny/{name}"), POLICY) for name in ("q8_0", "q4_0")]
     target = f"oci://127.0.0.1:{registry.port}/one:tag"
     with pytest.raises(UsageError, match="would both be"):
-        list(publish(found, target, shelf.root, session, policy=POLICY))
+        list(publish(found, target, shelf.root, session))
 
 
 @pytest.mark.parametrize(
