@@ -73,7 +73,7 @@ def _tree(text: str, retry: Retry) -> Place:
     if scheme in ("", "file"):
         from quantize.publish.folder import FolderPlace
 
-        return FolderPlace(Path(text.removeprefix("file://")).expanduser().absolute())
+        return FolderPlace(Path(text.removeprefix("file://")).expanduser())
     from quantize.publish.filesystem import FilesystemPlace
 
     return FilesystemPlace(text, retry)
