@@ -21,15 +21,20 @@ GET = Request("GET", "https://registry.test/v2/x/blobs/sha256:1", {200})
 LOGIN = Credential("ali", "open sesame")
 
 
+def reply(status: int, body: bytes = b"", **headers: str) -> httpx2.Response:
+    """An answer that is still to be read, as those of a network are."""
+    return httpx2.Response(status, content=iter([body]), headers={k.replace("_", "-"): v for k, v in headers.items()})
+
+
 def web(answer: Callable[[httpx2.Request], httpx2.Response], *, origin: str = "https://registry.test") -> Web:
     return Web(origin, "repository:x:pull", lambda: LOGIN, QUICK, httpx2.MockTransport(answer))
 
 
 def redirect(to: str) -> Callable[[httpx2.Request], httpx2.Response]:
     return lambda request: (
-        httpx2.Response(307, headers={"Location": to})
+        reply(307, Location=to)
         if request.url.host == "registry.test"
-        else httpx2.Response(200, content=b"bytes")
+        else reply(200, b"bytes")
     )
 
 
@@ -44,7 +49,7 @@ def test_a_redirect_out_of_https_is_refused() -> None:
 
 
 def test_an_upload_s_place_out_of_https_is_refused() -> None:
-    found = web(lambda _: httpx2.Response(202, headers={"Location": "http://registry.test/upload"}))
+    found = web(lambda _: reply(202, Location="http://registry.test/upload"))
     answer = found.call(Request("POST", "https://registry.test/v2/x/blobs/uploads/", {202}))
     with pytest.raises(RefusedError, match="out of its encrypted connection") as caught:
         found.location(answer.url, answer.headers)
@@ -59,13 +64,13 @@ def test_a_token_is_asked_for_and_stays_with_the_registry() -> None:
         if request.url.host == "auth.test":
             assert request.url.params["scope"] == "repository:x:pull"
             assert request.headers["Authorization"] == LOGIN.basic()
-            return httpx2.Response(200, json={"token": "t0ken"})
+            return reply(200, b'{"token": "t0ken"}')
         if request.url.host == "store.test":
-            return httpx2.Response(200, content=b"bytes")
+            return reply(200, b"bytes")
         if request.headers.get("Authorization") != "Bearer t0ken":
             challenge = 'Bearer realm="https://auth.test/token",service="registry.test"'
-            return httpx2.Response(401, headers={"WWW-Authenticate": challenge})
-        return httpx2.Response(307, headers={"Location": "https://store.test/blob"})
+            return reply(401, WWW_Authenticate=challenge)
+        return reply(307, Location="https://store.test/blob")
 
     found = web(answer)
     assert found.call(GET).data == b"bytes"
@@ -79,10 +84,9 @@ def test_an_identity_token_is_exchanged() -> None:
         if request.url.host == "auth.test":
             form = dict(httpx2.QueryParams(request.content.decode()).items())
             assert (form["grant_type"], form["refresh_token"]) == ("refresh_token", "long-lived")
-            return httpx2.Response(200, json={"access_token": "t0ken"})
+            return reply(200, b'{"access_token": "t0ken"}')
         good = request.headers.get("Authorization") == "Bearer t0ken"
-        headers = {"WWW-Authenticate": 'Bearer realm="https://auth.test/token"'}
-        return httpx2.Response(200 if good else 401, headers=headers)
+        return reply(200 if good else 401, WWW_Authenticate='Bearer realm="https://auth.test/token"')
 
     found = Web(
         "https://registry.test",
@@ -96,9 +100,8 @@ def test_an_identity_token_is_exchanged() -> None:
 
 def test_a_login_never_goes_over_plain_http() -> None:
     for challenge in ('Basic realm="r"', 'Bearer realm="http://auth.test/token"'):
-        denied = httpx2.Response(401, headers={"WWW-Authenticate": challenge})
-        with pytest.raises(RefusedError, match=r"over plain HTTP|out of its encrypted connection"):
-            web(lambda _, denied=denied: denied, origin="http://registry.test").call(
+        with pytest.raises(RefusedError, match="over plain HTTP"):
+            web(lambda _, told=challenge: reply(401, WWW_Authenticate=told), origin="http://registry.test").call(
                 Request("GET", "http://registry.test/v2/", {200})
             )
 
@@ -116,7 +119,7 @@ def test_a_no_is_said_at_once(status: int, body: object, message: str) -> None:
 
     def answer(request: httpx2.Request) -> httpx2.Response:
         asked.append(request)
-        return httpx2.Response(status, json=body)
+        return reply(status, json.dumps(body).encode())
 
     with pytest.raises(TransferError, match=message) as caught:
         web(answer).call(GET)
