@@ -33,8 +33,8 @@ def command(
 ) -> None:
     """Write each ARTIFACT's papers (model card with figures, provenance.json, sbom.cdx.json) and sign it: model.sig.
 
-    A recipe stands for its current artifacts. `model_signing verify` accepts the signature, which covers every file but itself, measurements.json and
-    evaluation.md. A password of the key is read from QUANTIZE_SIGN_PASSWORD.
+    A recipe stands for its current artifacts. `model_signing verify` accepts the signature, which covers every file but
+    itself, measurements.json and evaluation.md. A password of the key is read from QUANTIZE_SIGN_PASSWORD.
     """
     if (key is None) == (not sigstore):
         raise UsageError("give --key FILE, or --sigstore", hint="a signature is by one of the two")
