@@ -12,12 +12,10 @@ from quantize.artifact import Artifact, store_errors, variant_lock
 from quantize.cli.common import json_option, print_json, store_option, verbose_option
 from quantize.errors import UsageError
 from quantize.provenance.documents import write_documents
-from quantize.provenance.signature import sign, sign_with_sigstore
-from quantize.provenance.statement import RunDetails
+from quantize.provenance.signature import PASSWORD_VARIABLE, sign, sign_with_sigstore
+from quantize.provenance.statement import RunDetails, known_run
 from quantize.reevaluate import find_artifacts
 from quantize.store import Store
-
-PASSWORD_VARIABLE = "QUANTIZE_SIGN_PASSWORD"
 
 
 @click.command("sign")
@@ -38,9 +36,7 @@ def command(
     """
     if (key is None) == (not sigstore):
         raise UsageError("give --key FILE, or --sigstore", hint="a signature is by one of the two")
-    run = RunDetails.of(os.environ) if run_details else None
-    if run_details and run is None:
-        raise UsageError("--run-details knows GitHub Actions and GitLab CI only", hint="leave it out")
+    run = known_run(os.environ) if run_details else None
     results = []
     for artifact in find_artifacts(artifacts, store):
         with _held(store, artifact), store_errors(store.root):
