@@ -12,15 +12,14 @@ from quantize.artifact import Artifact, store_errors, variant_lock
 from quantize.cli.common import json_option, print_json, store_option, verbose_option
 from quantize.errors import UsageError
 from quantize.provenance.documents import write_documents
-from quantize.provenance.signature import sign, sign_with_sigstore
-from quantize.provenance.statement import RunDetails
+from quantize.provenance.signature import PASSWORD_VARIABLE, sign, sign_with_sigstore
+from quantize.provenance.statement import RunDetails, known_run
+from quantize.reevaluate import find_artifacts
 from quantize.store import Store
-
-PASSWORD_VARIABLE = "QUANTIZE_SIGN_PASSWORD"
 
 
 @click.command("sign")
-@click.argument("artifacts", nargs=-1, required=True, metavar="ARTIFACT...")
+@click.argument("artifacts", nargs=-1, required=True, metavar="ARTIFACT|RECIPE...")
 @click.option("--key", type=click.Path(path_type=Path, dir_okay=False), help="Private key, a PEM file.")
 @click.option("--sigstore", is_flag=True, help="Sign by Sigstore instead; needs the network and an identity.")
 @click.option("--run-details", is_flag=True, help="Say in provenance.json who ran the build, and when, as CI knows it.")
@@ -32,16 +31,14 @@ def command(
 ) -> None:
     """Write each ARTIFACT's papers (model card with figures, provenance.json, sbom.cdx.json) and sign it: model.sig.
 
-    `model_signing verify` accepts the signature, which covers every file but itself, measurements.json and
-    evaluation.md. A password of the key is read from QUANTIZE_SIGN_PASSWORD.
+    A recipe stands for its current artifacts. `model_signing verify` accepts the signature, which covers every file but
+    itself, measurements.json and evaluation.md. A password of the key is read from QUANTIZE_SIGN_PASSWORD.
     """
     if (key is None) == (not sigstore):
         raise UsageError("give --key FILE, or --sigstore", hint="a signature is by one of the two")
-    run = RunDetails.of(os.environ) if run_details else None
-    if run_details and run is None:
-        raise UsageError("--run-details knows GitHub Actions and GitLab CI only", hint="leave it out")
+    run = known_run(os.environ) if run_details else None
     results = []
-    for artifact in [store.find(ref) for ref in artifacts]:
+    for artifact in find_artifacts(artifacts, store):
         with _held(store, artifact), store_errors(store.root):
             names = write_documents(artifact, run=run)
             if key is not None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,29 +22,32 @@ from quantize.provenance.signature import sign
 from quantize.provenance.statement import RunDetails, statement
 
 
-def prepare(
-    artifact: Artifact,
-    *places: str,
-    remark: str = "",
-    key: Path | None = None,
-    password: str | None = None,
-    run: RunDetails | None = None,
-) -> None:
+@dataclass(frozen=True)
+class Signing:
+    """How papers go out. key: None leaves a signature as it is. run: who built it, where the statement is to say so."""
+
+    key: Path | None = None
+    password: str | None = field(default=None, repr=False)
+    run: RunDetails | None = None
+
+
+def prepare(artifact: Artifact, *places: str, remark: str = "", signing: Signing | None = None) -> None:
     """Make an artifact ready to go out to `places`: licence checked, papers written, signed if there is a key.
 
-    Raises LicenceError. SignatureError: it was signed, and now has more to say. UsageError: the key can't be used.
-    OSError.
+    remark: what its card has to say first. Raises LicenceError. SignatureError: it was signed, and now has more to say.
+    UsageError: the key can't be used. OSError.
     """
+    signing = signing or Signing()
     check_licence(artifact, *places)
-    changed = _changes(artifact.folder, _texts(artifact, remark, run))
-    if key is None and changed and (artifact.folder / SIGNATURE_NAME).is_file():
+    changed = _changes(artifact.folder, _texts(artifact, remark, signing.run))
+    if signing.key is None and changed and (artifact.folder / SIGNATURE_NAME).is_file():
         raise SignatureError(
             f"{artifact.ref}: it was signed, and {', '.join(changed)} would no longer be what was signed",
             hint="sign it again: `quantize publish --sign-key KEY`, or `quantize sign`",
         )
     _write(artifact.folder, changed)
-    if key is not None:
-        sign(artifact.folder, key, password)
+    if signing.key is not None:
+        sign(artifact.folder, signing.key, signing.password)
 
 
 def write_documents(

@@ -24,6 +24,7 @@ from quantize.manifest import EVALUATION_NAME, MEASUREMENTS_NAME, SIGNATURE_NAME
 
 UNSIGNED = (MEASUREMENTS_NAME, EVALUATION_NAME)  # grow with every evaluation and load test, wherever the artifact is
 GIT_PATHS = (".git", ".gitattributes", ".github", ".gitignore")  # model_signing leaves them out, too
+PASSWORD_VARIABLE = "QUANTIZE_SIGN_PASSWORD"
 KEY_HINT = (
     "keys are PEM files on the curve P-256, P-384 or P-521: `openssl ecparam -name prime256v1 -genkey -noout -out "
     "sign.key` makes one, `openssl ec -in sign.key -pubout -out sign.pub` its public half"

@@ -14,6 +14,7 @@ from datetime import datetime, timedelta
 from typing import Any
 
 from quantize.artifact import Artifact
+from quantize.errors import UsageError
 from quantize.manifest import FILE_NAME, RECIPE_NAME, CalibrationEntry, FileEntry, Manifest, SourceEntry
 
 STATEMENT_TYPE = "https://in-toto.io/Statement/v1"
@@ -40,6 +41,14 @@ class RunDetails:
             project = environment["CI_PROJECT_URL"]
             return cls(f"{project}/-/runners/{environment['CI_RUNNER_ID']}", environment["CI_JOB_URL"])
         return None
+
+
+def known_run(environment: Mapping[str, str]) -> RunDetails:
+    """Who runs this, as CI says. Raises UsageError: it is no CI that is known."""
+    found = RunDetails.of(environment)
+    if found is None:
+        raise UsageError("run details are known in GitHub Actions and GitLab CI only", hint="leave out --run-details")
+    return found
 
 
 def statement(artifact: Artifact, run: RunDetails | None = None) -> dict[str, Any]:

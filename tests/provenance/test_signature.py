@@ -14,12 +14,13 @@ from cryptography.hazmat.primitives.asymmetric import ec, ed25519
 from cryptography.hazmat.primitives.serialization import BestAvailableEncryption, Encoding, PrivateFormat, PublicFormat
 
 from quantize.artifact import Artifact, write_measurements
-from quantize.errors import QuantizeError, SignatureError, UsageError
+from quantize.errors import LicenceError, QuantizeError, SignatureError, UsageError
 from quantize.manifest import MEASUREMENTS_NAME, SIGNATURE_NAME
-from quantize.provenance.documents import write_documents
+from quantize.provenance.documents import Signing, prepare, write_documents
 from quantize.provenance.signature import Identity, Trust, check_signature, sign
+from quantize.provenance.statement import RunDetails
 from tests.conftest import Built, Run
-from tests.provenance.conftest import Keys, make_keys
+from tests.provenance.conftest import MEASURED, Changed, Keys, make_keys
 
 
 def model_signing(*args: object) -> subprocess.CompletedProcess[str]:
@@ -242,3 +243,33 @@ def test_serve_goes_on_with_a_good_signature(
     done = run("serve", f"m={served.folder}", "--require-signature", "--public-key", keys.public, "--force")
     assert (done.exit_code, started) == (0, ["m"])
     assert "m: signature good" in done.stderr
+
+
+def test_what_was_signed_is_not_rewritten_without_the_key(changed: Changed, keys: Keys) -> None:
+    artifact = changed({})
+    prepare(artifact, signing=Signing(keys.private))
+    prepare(artifact)  # says the same
+    check_signature(artifact.folder, keys.public)
+    write_measurements(artifact.folder, MEASURED)
+    with pytest.raises(SignatureError, match=r"it was signed, and README\.md, sbom\.cdx\.json would no longer be"):
+        prepare(artifact)
+    check_signature(artifact.folder, keys.public)
+    prepare(artifact, signing=Signing(keys.private))
+    check_signature(artifact.folder, keys.public)
+
+
+def test_nothing_of_an_unknown_licence_is_prepared(changed: Changed, keys: Keys) -> None:
+    artifact = changed(license=None)
+    with pytest.raises(LicenceError, match="is not known"):
+        prepare(artifact, signing=Signing(keys.private))
+    assert not (artifact.folder / SIGNATURE_NAME).exists()
+
+
+def test_run_details_stay_until_another_build(changed: Changed, keys: Keys) -> None:
+    artifact, run = changed({}), RunDetails("https://ci.example.org/job", "https://ci.example.org/job/7")
+    prepare(artifact, signing=Signing(keys.private, run=run))
+    prepare(artifact)
+    assert "https://ci.example.org/job/7" in (artifact.folder / "provenance.json").read_text()
+    other = changed(build_key="another")
+    prepare(other, signing=Signing(keys.private))
+    assert "ci.example.org" not in (artifact.folder / "provenance.json").read_text()
