@@ -10,13 +10,11 @@ import click
 
 from quantize.cli.common import json_option, print_json, quiet_option, size_text, store_option, verbose_option
 from quantize.cli.progress import console_reporter
-from quantize.cli.sign import PASSWORD_VARIABLE
-from quantize.errors import UsageError
-from quantize.provenance.statement import RunDetails
-from quantize.publish.papers import Signing
+from quantize.provenance.signature import PASSWORD_VARIABLE
+from quantize.provenance.statement import known_run
 from quantize.publish.pins import pin
 from quantize.publish.policy import own_policy, read_policy
-from quantize.publish.send import Published, Wanted, publish
+from quantize.publish.send import Published, Signing, Wanted, publish
 from quantize.publish.transfer import Session
 from quantize.reevaluate import find_targets
 from quantize.store import PINS_NAME, Store
@@ -48,9 +46,7 @@ def command(
     each artifact gets its own place below it. What is there is not sent again, and the tag is put last. Logins are
     those of docker and hf. What its gates refused, or was never evaluated, needs a `publish` section in the recipe.
     """
-    run = RunDetails.of(os.environ) if run_details else None
-    if run_details and run is None:
-        raise UsageError("--run-details knows GitHub Actions and GitLab CI only", hint="leave it out")
+    run = known_run(os.environ) if run_details else None
     signing = Signing(sign_key, os.environ.get(PASSWORD_VARIABLE), run)
     wanted = [item for word in words for item in _wanted(word, store)]
     results = []

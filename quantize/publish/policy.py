@@ -14,8 +14,6 @@ from quantize.manifest import RECIPE_NAME
 from quantize.marked_yaml import read_document, validate
 from quantize.recipe import PublishPolicy
 
-MARK = "> **Published "
-
 
 def read_policy(path: Path) -> PublishPolicy:
     """The `publish` section of a recipe file; the strictest policy where it has none. Raises RecipeError."""
@@ -42,12 +40,12 @@ def required_notice(artifact: Artifact, policy: PublishPolicy) -> str:
                 f"{artifact.ref} was refused by its gates, so it is not published",
                 hint="build it with --accept-risk, or say why in the recipe: `publish: {refused: REASON}`",
             )
-        return f"{MARK}although its gates refused it:** {policy.refused}"
+        return f"> **Published although its gates refused it:** {policy.refused}"
     if summary.verdict == NOT_EVALUATED:
         if policy.unevaluated is None:
             raise GateError(
                 f"{artifact.ref} was never evaluated, so it is not published",
                 hint="measure it with `quantize eval`, or say why in the recipe: `publish: {unevaluated: REASON}`",
             )
-        return f"{MARK}without having been evaluated:** {policy.unevaluated}"
+        return f"> **Published without having been evaluated:** {policy.unevaluated}"
     return ""

@@ -5,18 +5,19 @@ In: artifacts, a target, a policy. Out: one Published each, when its publication
 
 from __future__ import annotations
 
+import contextlib
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from quantize.artifact import Artifact
+from quantize.artifact import Artifact, store_errors, variant_lock
 from quantize.errors import RefusedError, UsageError
-from quantize.provenance.licence import check_licence
+from quantize.provenance.documents import prepare
+from quantize.provenance.statement import RunDetails
 from quantize.publish.base import Place
 from quantize.publish.pack import Blob, Pack, make_pack
-from quantize.publish.papers import Signing, write_papers
 from quantize.publish.places import place_for
 from quantize.publish.policy import required_notice
 from quantize.publish.transfer import Progress, Session, run_all
@@ -45,6 +46,15 @@ class Wanted:
 
     artifact: Artifact
     policy: PublishPolicy
+
+
+@dataclass(frozen=True)
+class Signing:
+    """key: a private key; None signs nothing. run: who ran the build, for the provenance."""
+
+    key: Path | None = None
+    password: str | None = None
+    run: RunDetails | None = None
 
 
 @dataclass(frozen=True)
@@ -77,13 +87,12 @@ def publish(
     try:
         for item in artifacts:
             places.append(place_for(target, item, session.retry))
-            check_licence(item, item.manifest.name, places[-1].title)
         _check_apart(artifacts, places)
         jobs = []
         for item, place, notice in zip(artifacts, places, notices, strict=True):
             status(session.reporter, item.manifest.variant, "checking hashes")
             check_files(item, session.reporter)
-            write_papers(store, item, notice, signing or Signing())
+            _prepare(store, item, place.title, notice, signing or Signing())
             pack, config = make_pack(item)
             jobs.append(_Job(item, place, pack, config, _may_take(place, pack, move_tag=move_tag)))
         for job in jobs:
@@ -91,6 +100,15 @@ def publish(
     finally:
         for place in places:
             place.close()
+
+
+def _prepare(store: Path, artifact: Artifact, title: str, notice: str, signing: Signing) -> None:
+    """Have the licence checked, and the papers written and signed, while no evaluation writes beside them."""
+    manifest = artifact.manifest
+    inside = artifact.folder.absolute().is_relative_to(store.absolute())
+    held = variant_lock(store, manifest.name, manifest.variant) if inside else contextlib.nullcontext()
+    with held, store_errors(store):
+        prepare(artifact, manifest.name, title, remark=notice, **vars(signing))
 
 
 def _check_apart(artifacts: Sequence[Artifact], places: Sequence[Place]) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import random
 import shutil
 import socket
 import subprocess
@@ -12,14 +14,15 @@ from pathlib import Path
 
 import pytest
 
-from quantize.artifact import Artifact
+from quantize.artifact import Artifact, commit, describe_files, write_measurements, write_text
+from quantize.card import render_card
+from quantize.manifest import Manifest, SourceEntry
 from quantize.publish.retry import Retry
 from quantize.publish.send import Published, Wanted, publish
 from quantize.publish.transfer import Session
 from quantize.recipe import PublishPolicy
 from quantize.report import ListReporter
 from quantize.store import Store
-from tests.conftest import Built
 from tests.publish.proxy import Proxy, proxy_before
 
 POLICY = PublishPolicy(unevaluated="a test of the way there")
@@ -70,8 +73,6 @@ class Registry:
         return self.root / "data/docker/registry/v2/blobs/sha256" / digits[:2] / digits / "data"
 
     def tags(self, repository: str) -> list[str]:
-        import json
-
         with urllib.request.urlopen(f"http://127.0.0.1:{self.port}/v2/{repository}/tags/list") as answer:
             return sorted(json.load(answer)["tags"] or [])
 
@@ -94,10 +95,36 @@ def proxy(registry: Registry) -> Iterator[Proxy]:
         yield found
 
 
+SOURCE = SourceEntry(
+    uri="/models/tiny", revision=None, name="tiny", base_model=None, license="apache-2.0", architecture="llama",
+    parameters=200_000, weights_bytes=400_000, quantized_before=None, files=(),
+)  # fmt: skip
+
+
+def place(store: Path, variant: str, seed: int) -> Artifact:
+    """An artifact like a build's, without the build: weights that are noise, and all papers."""
+    folder = store / "tiny" / variant / "new"
+    folder.mkdir(parents=True)
+    (folder / f"tiny-{variant}.gguf").write_bytes(random.Random(seed).randbytes(200_000))
+    (folder / "LICENSE").write_text("The licence of a tiny model.\n")
+    (folder / "recipe.yaml").write_text("name: tiny\nsource: {model: /models/tiny}\nvariants: [{format: gguf}]\n")
+    files = describe_files(folder, ("LICENSE", f"tiny-{variant}.gguf"))
+    manifest = Manifest(
+        schema_version=1, name="tiny", variant=variant, format="gguf", options={"type": variant.upper()}, bits=8,
+        group_size=None, bits_per_weight=8.5, source=SOURCE, calibration=None, tools={"quantize": "0"}, files=files,
+        kept_in_high_precision=(), size_bytes=sum(entry.size_bytes for entry in files), estimate={}, build_key="0" * 64,
+    ).sealed()  # fmt: skip
+    write_measurements(folder, {"built_at": "2026-01-01T00:00:00+00:00", "build_seconds": 1.0})
+    write_text(folder / "README.md", render_card(manifest))
+    return commit(store, folder, manifest)
+
+
 @pytest.fixture
-def shelf(built: Built, tmp_path: Path) -> Store:
-    """A store with GGUF artifacts that a test may spoil."""
-    return built.copy(tmp_path / "shelf")
+def shelf(tmp_path: Path) -> Store:
+    """A store with artifacts that a test may spoil."""
+    for seed, variant in enumerate(("q8_0", "q4_0")):
+        place(tmp_path / "shelf", variant, seed)
+    return Store(tmp_path / "shelf")
 
 
 @pytest.fixture

@@ -104,9 +104,9 @@ def test_what_is_no_manifest(change: Callable[[dict[str, Any]], None], message: 
         read_pack(altered(artifact, change))
 
 
-@pytest.mark.parametrize("document", [b"", b"[]", b"\xff", b"[" * 100_000, b'{"artifactType": []}'])
+@pytest.mark.parametrize("document", [b"", b"[]", b"\xff", b"[" * 100_000])
 def test_what_is_not_even_json_of_one(document: bytes) -> None:
-    with pytest.raises(VerifyError, match="not a"):
+    with pytest.raises(VerifyError, match="not the manifest of"):
         read_pack(document)
 
 

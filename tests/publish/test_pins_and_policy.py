@@ -169,14 +169,13 @@ def test_the_commands(artifact: Artifact, shelf: Store, lock: Path, run: Run, tm
 
 
 def test_measurements_that_would_break_their_readers(
-    artifact: Artifact, session: Session, store: Store, tmp_path: Path
+    artifact: Artifact, session: Session, store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write_measurements(artifact.folder, {"evaluation": {"quality": []}})
-    from quantize.publish import send
+    def prepare(item: Artifact, *_: object, **__: object) -> None:
+        write_measurements(item.folder, {"evaluation": {"quality": []}})
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(send, "required_notice", lambda *_: "")
-        done = publish_one(artifact, str(tmp_path / "share"), session)
+    monkeypatch.setattr("quantize.publish.send.prepare", prepare)
+    done = publish_one(artifact, str(tmp_path / "share"), session)
     with pytest.raises(VerifyError, match=r"measurements\.json is not of the form"):
         pull(done.reference, store, session)
     assert store.artifacts() == []

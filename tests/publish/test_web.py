@@ -31,11 +31,7 @@ def web(answer: Callable[[httpx2.Request], httpx2.Response], *, origin: str = "h
 
 
 def redirect(to: str) -> Callable[[httpx2.Request], httpx2.Response]:
-    return lambda request: (
-        reply(307, Location=to)
-        if request.url.host == "registry.test"
-        else reply(200, b"bytes")
-    )
+    return lambda request: reply(307, Location=to) if request.url.host == "registry.test" else reply(200, b"bytes")
 
 
 def test_a_redirect_out_of_https_is_refused() -> None:
