@@ -193,7 +193,7 @@ def licence_text(folder: Path, manifest: Manifest) -> str:
     """The LICENSE files that an artifact carries, one after the other; "" if there are none."""
     names = [entry.path for entry in manifest.files if fnmatch(entry.path, TEXT_FILES)]
     paths = [folder / name for name in names if (folder / name).is_file()]
-    return "\n".join(path.open("rb").read(MAX_TEXT_BYTES).decode("utf-8", "replace") for path in paths)
+    return "\n".join(path.read_bytes()[:MAX_TEXT_BYTES].decode("utf-8", "replace") for path in paths)
 
 
 def recognise(text: str) -> tuple[str, ...]:

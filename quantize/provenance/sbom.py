@@ -13,8 +13,9 @@ from typing import Any
 
 from quantize.artifact import Artifact
 from quantize.evaluate.record import Summary
-from quantize.manifest import CalibrationEntry, FileEntry, Manifest, SourceEntry
+from quantize.manifest import CalibrationEntry, FileEntry, Manifest, SourceEntry, canonical_hash
 from quantize.provenance.licence import Licence, artifact_licence
+from quantize.provenance.statement import pypi_url
 
 SPEC_VERSION = "1.6"
 BASE_REF, CALIBRATION_REF = "base-model", "calibration"
@@ -34,11 +35,10 @@ def bill_of_materials(artifact: Artifact) -> dict[str, Any]:
     if manifest.calibration is not None:
         components.append(_calibration(manifest.calibration))
     made_from = [BASE_REF] + ([CALIBRATION_REF] if manifest.calibration is not None else [])
-    return {
+    data = {
         "$schema": f"http://cyclonedx.org/schema/bom-{SPEC_VERSION}.schema.json",
         "bomFormat": "CycloneDX",
         "specVersion": SPEC_VERSION,
-        "serialNumber": f"urn:uuid:{uuid.uuid5(uuid.NAMESPACE_URL, manifest.digest)}",
         "version": 1,
         "metadata": {"tools": {"components": _tools(manifest)}, "component": _model(artifact, licence)},
         "components": components,
@@ -47,6 +47,7 @@ def bill_of_materials(artifact: Artifact) -> dict[str, Any]:
             *({"ref": ref} for ref in made_from),
         ],
     }
+    return {**data, "serialNumber": f"urn:uuid:{uuid.uuid5(uuid.NAMESPACE_URL, canonical_hash(data))}"}
 
 
 def _model(artifact: Artifact, licence: Licence | None) -> dict[str, Any]:
@@ -170,7 +171,7 @@ def _tools(manifest: Manifest) -> list[dict[str, Any]]:
             "type": "application" if name == "quantize" else "library",
             "name": name,
             "version": version,
-            "purl": f"pkg:pypi/{name.lower().replace('_', '-')}@{version}",
+            "purl": pypi_url(name, version),
         }
         for name, version in manifest.tools.items()
     ]

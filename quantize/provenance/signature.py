@@ -76,8 +76,9 @@ def sign(folder: Path, key: Path, password: str | None = None) -> bool:
         with _public_half(key, password) as public, contextlib.suppress(SignatureError):
             check_signature(folder, public)
             return False
+    secret = password.encode() if password else None  # 1.1.1 says str, and passes it on to what takes bytes
     with _key_errors(key):
-        signer = _library("signing").Config().use_elliptic_key_signer(private_key=key, password=password)
+        signer = _library("signing").Config().use_elliptic_key_signer(private_key=key, password=secret)
     _write(folder, signer)
     return True
 

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any
+from urllib.parse import quote
 
 from quantize.artifact import Artifact
 from quantize.errors import UsageError
@@ -86,17 +87,19 @@ def _dependencies(manifest: Manifest) -> list[dict[str, Any]]:
     found = [_source_file(manifest.source, entry) for entry in manifest.source.files]
     if manifest.calibration is not None:
         found.append(_calibration(manifest.calibration))
-    return found + [
-        {"name": name, "uri": f"pkg:pypi/{name.lower().replace('_', '-')}@{version}"}
-        for name, version in manifest.tools.items()
-    ]
+    return found + [{"name": name, "uri": pypi_url(name, version)} for name, version in manifest.tools.items()]
+
+
+def pypi_url(name: str, version: str) -> str:
+    """The package URL (purl) of a release on PyPI."""
+    return f"pkg:pypi/{name.lower().replace('_', '-')}@{quote(version, safe='')}"
 
 
 def _source_file(source: SourceEntry, entry: FileEntry) -> dict[str, Any]:
     descriptor = {"name": entry.path, "digest": {"sha256": entry.sha256}, "annotations": {"source": source.uri}}
     if source.uri.startswith("hub:"):
         repository, _, commit = source.uri.removeprefix("hub:").partition("@")
-        descriptor["uri"] = f"{HUB}/{repository}/resolve/{commit}/{entry.path}"
+        descriptor["uri"] = f"{HUB}/{repository}/resolve/{commit}/{quote(entry.path)}"
     return descriptor
 
 
@@ -108,7 +111,7 @@ def _calibration(entry: CalibrationEntry) -> dict[str, Any]:
 def _run_details(artifact: Artifact, run: RunDetails | None) -> dict[str, Any]:
     version = artifact.manifest.tools.get("quantize", "")
     if run is None:
-        return {"builder": {"id": f"pkg:pypi/quantize@{version}"}}
+        return {"builder": {"id": pypi_url("quantize", version)}}
     details = {"builder": {"id": run.builder, "version": {"quantize": version}}, "metadata": _times(artifact)}
     if run.invocation:
         details["metadata"]["invocationId"] = run.invocation
