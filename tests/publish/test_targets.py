@@ -36,13 +36,13 @@ class Target:
 
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
-    huggingface_hub = pytest.importorskip("huggingface_hub")
+    constants = pytest.importorskip("huggingface_hub.constants")
     server = Hub()
     monkeypatch.setenv("HF_ENDPOINT", server.url)
     monkeypatch.setenv("HF_TOKEN", TOKEN)
-    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", server.url)
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", True)
+    monkeypatch.setattr(constants, "ENDPOINT", server.url)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
     yield server
     server.close()
 
@@ -60,7 +60,7 @@ def make_folder(request: pytest.FixtureRequest, tmp_path: Path) -> Target:
 def make_memory(request: pytest.FixtureRequest, tmp_path: Path) -> Target:
     system = fsspec.filesystem("memory")
     root = f"/{tmp_path.name}"
-    request.addfinalizer(lambda: system.rm(root, recursive=True))
+    request.addfinalizer(lambda: system.exists(root) and system.rm(root, recursive=True))
 
     def alter(done: Published, path: str, change: Callable[[bytes], bytes]) -> None:
         file = f"{root}/tiny/q8_0/{done.digest.removeprefix('sha256:')[:12]}/{path}"
@@ -153,14 +153,15 @@ def test_a_name_moves_only_when_told(target: Target, artifact: Artifact, session
     assert "--move-tag" in str(caught.value.hint)
     second = publish_one(artifact, target.text, session, move_tag=True)
     assert (second.moved_from, second.name) == (first.digest, first.name)
-    assert second.sent_files < 5, "only what is new"
+    if target.text.startswith(("oci", "hf")):
+        assert second.sent_bytes < 20_000, "the weights were there"
     assert pull(second.name, store, session).digest == second.digest
     assert pull(first.reference, store, session).digest == first.digest
 
 
 def test_an_altered_file_is_refused(target: Target, artifact: Artifact, session: Session, store: Store) -> None:
     done = publish_one(artifact, target.text, session)
-    weights = artifact.manifest.files[0].path
+    weights = artifact.manifest.files[-1].path
     target.alter(done, weights, lambda data: data[:-1] + bytes([data[-1] ^ 1]))
     with pytest.raises(VerifyError, match=f"{weights} was altered: its sha256 is not the one in the manifest"):
         pull(done.reference, store, session)
@@ -198,6 +199,17 @@ def test_several_artifacts_each_have_a_place(target: Target, shelf: Store, sessi
     assert len({item.name for item in done}) == 2
     for item in done:
         assert pull(item.reference, store, session).artifact.ref == item.artifact.ref
+
+
+def test_a_share_keeps_weights_once(artifact: Artifact, session: Session, tmp_path: Path) -> None:
+    publish_one(artifact, str(tmp_path / "share"), session)
+    (artifact.folder / "evaluation.md").write_text("measured anew\n")
+    publish_one(artifact, str(tmp_path / "share"), session, move_tag=True)
+    first, second = sorted((tmp_path / "share/tiny/q8_0").glob("*/*.gguf"))
+    assert first.samefile(second)
+    first.unlink()
+    first.write_bytes(b"another file of that name")
+    assert second.stat().st_size == 200_000
 
 
 def test_two_artifacts_for_one_place(shelf: Store, session: Session, registry: Registry) -> None:
