@@ -369,3 +369,17 @@ def test_oras_alone_gets_the_files(
     assert {Path(path).name: Path(path).read_bytes() for path in paths} == {
         path.name: path.read_bytes() for path in artifact.folder.iterdir()
     }
+
+
+def test_another_modelpack_client_gets_the_model(
+    registry: Registry, artifact: Artifact, session: Session, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It holds the configuration against the published schema, and every digest and size against the manifest."""
+    modelpack = pytest.importorskip("modelpack_client")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    done = publish_one(artifact, f"oci://127.0.0.1:{registry.port}/modelpack", session)
+    client = modelpack.ModelPackClient(insecure=True)
+    client.pull(done.reference.removeprefix("oci://"), tmp_path / "out")
+    assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == {
+        path.name: path.read_bytes() for path in artifact.folder.iterdir()
+    }
