@@ -271,13 +271,13 @@ def recipe_schema(formats: Mapping[str, type[BackendOptions]]) -> dict[str, Any]
         properties = {"format": {"const": name}, "name": {"type": "string"}, **options["properties"]}
         if "type" in options["properties"]:
             properties["types"] = {"type": "array", "items": options["properties"]["type"], "minItems": 1}
-        definitions[f"{name} variant"] = {
+        definitions[f"{name}-variant"] = {
             "type": "object",
             "properties": properties,
             "required": ["format", *(key for key in options.get("required", []) if key != "type")],
             "additionalProperties": False,
         }
-        choices.append({"$ref": f"#/$defs/{name} variant"})
+        choices.append({"$ref": f"#/$defs/{name}-variant"})
     loose = [{**definitions[ref["$ref"].removeprefix("#/$defs/")], "required": []} for ref in choices]
     schema["properties"]["variants"]["items"] = {"anyOf": choices or [{}]}
     schema["properties"]["defaults"] = {"type": "object", "anyOf": loose or [{}]}
