@@ -78,12 +78,12 @@ class RegistryPlace:
 
     by_content = True
 
-    def __init__(self, reference: Reference, retry: Retry, *, write: bool, web: Web | None = None) -> None:
+    def __init__(self, reference: Reference, retry: Retry, *, write: bool) -> None:
         if not reference.repository:
             raise UsageError(f"oci://{reference.host}: no repository", hint="such as oci://HOST/team/models")
         self._reference, self._retry = reference, retry
         scope = f"repository:{reference.repository}:{'pull,push' if write else 'pull'}"
-        self._web = web or Web(reference.url, scope, lambda: credential_for(reference.host), retry)
+        self._web = Web(reference.url, scope, lambda: credential_for(reference.host), retry)
         self._base = f"{reference.url}/v2/{reference.repository}"
 
     def close(self) -> None:
