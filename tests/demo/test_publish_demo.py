@@ -63,7 +63,8 @@ def test_ten_seconds_without_a_registry(tmp_path: Path, store: Store) -> None:
     with proxy_before(registry.port) as proxy:
 
         def rule(asked: Asked, forward: Forward) -> Answer | None:
-            if asked.method == "PATCH" and asked.headers["Content-Range"].startswith("67108864-"):
+            begun = asked.method == "PATCH" and asked.headers["Content-Range"].startswith("67108864-")
+            if begun and not outage.ident:
                 outage.start()
                 time.sleep(0.2)
             return forward()
