@@ -51,10 +51,14 @@ class ConvertRequest:
 
 @dataclass(frozen=True)
 class SizedFile:
-    """What a quantization would write: total bytes of the file, and the ggml type of each tensor."""
+    """What a quantization would write: total bytes of the file, and the ggml type of each tensor.
+
+    source_bytes: size of the 16-bit file that it reads.
+    """
 
     architecture: str
     file_bytes: int
+    source_bytes: int
     tensors: tuple[tuple[str, str, int], ...]  # name, type, bytes
 
 
@@ -97,7 +101,9 @@ def dry_run(reporter: Reporter, source: Path, jobs: Sequence[QuantizeSettings]) 
         if len(tensors) != len(header.tensors):
             raise BuildError(f"llama.cpp's dry run named {len(tensors)} of {len(header.tensors)} tensors")
         size = header_bytes + sum(_padded(item[2]) for item in tensors)
-        results.append(SizedFile(str(header.fields["general.architecture"]), size, tuple(tensors)))
+        results.append(
+            SizedFile(str(header.fields["general.architecture"]), size, source.stat().st_size, tuple(tensors))
+        )
     return results
 
 
