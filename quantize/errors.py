@@ -10,7 +10,9 @@
     │   ├── VerifyError              3  an artifact is not what its manifest says, or does not run
     │   └── GateError                3  an artifact breaks a limit of its recipe
     ├── BuildError                   1  a step failed half-way
-    │   └── WorkerDied               1  the process that ran a step was killed or crashed
+    │   ├── WorkerDied               1  the process that ran a step was killed or crashed
+    │   └── DiskFullError            1  the disk, or the user's quota, is full
+    ├── Stopped                    130  the user asked a step to end, and it did, with its work saved
     ├── BenchError                   1  a server can't be measured: not there, or not what it should be
     └── StoreError                   1  the store can't be read, written or locked
 
@@ -18,6 +20,13 @@ An error says what is wrong, where, and what to do. Foreign exceptions are trans
 """
 
 from __future__ import annotations
+
+import errno
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 class QuantizeError(Exception):
@@ -99,9 +108,32 @@ class WorkerDied(BuildError):
     """The process that ran a step was killed or crashed."""
 
 
+class DiskFullError(BuildError):
+    """The disk, or the user's quota, is full."""
+
+
+class Stopped(QuantizeError):
+    """The user asked a step to end, and it ended with its work saved."""
+
+    exit_code = 130
+
+
 class BenchError(QuantizeError):
     """A server can't be measured: it is not there, or does not answer as it should."""
 
 
 class StoreError(QuantizeError):
     """The store can't be read, written or locked."""
+
+
+@contextmanager
+def disk_errors(folder: Path) -> Iterator[None]:
+    """Turn what the system raises on writing below `folder` into DiskFullError, or BuildError."""
+    try:
+        yield
+    except OSError as exc:
+        what = f"{exc.filename or folder}: {exc.strerror or first_line(exc)}"
+        if exc.errno in DISK_FULL:
+            hint = "free some space and run the same build again: it goes on where it stopped"
+            raise DiskFullError(what, hint=hint) from exc
+        raise BuildError(what) from exc

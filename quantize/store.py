@@ -18,18 +18,14 @@ import yaml
 from quantize.artifact import (
     ASIDE,
     CURRENT,
-    LOCKS,
     REFUSED,
-    STAGING,
     UNJUDGED,
     Artifact,
     open_artifact,
-    staged_variant,
-    store_errors,
-    variant_lock,
 )
 from quantize.errors import UsageError, VerifyError
 from quantize.manifest import FILE_NAME
+from quantize.staging import LOCKS, STAGING, staged_variant, store_errors, variant_lock
 
 DIGEST_FOLDER = re.compile(r"^[0-9a-f]{12}$")
 PIN = re.compile(r"sha256:[0-9a-f]{12,64}")

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import importlib
+import signal
 import sys
+import threading
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import click
@@ -12,7 +16,8 @@ import click
 from quantize import __version__
 from quantize.errors import QuantizeError
 
-INTERRUPTED = 130
+INTERRUPTED, TERMINATED = 130, 143
+GOES_ON = "nothing half-written counts as built; the same build goes on where this one was"
 
 # Command -> (module, one line for --help). Help must not import the modules.
 COMMANDS: dict[str, tuple[str, str]] = {
@@ -66,13 +71,17 @@ class LazyGroup(click.Group):
     def invoke(self, ctx: click.Context) -> Any:
         """Run a command; map errors to exit codes."""
         try:
-            return super().invoke(ctx)
+            with _terminable():
+                return super().invoke(ctx)
         except QuantizeError as exc:
             _fail(ctx, f"error: {exc}", exc)
             ctx.exit(exc.exit_code)
         except KeyboardInterrupt:
-            click.echo("interrupted; nothing half-written is left in the store", err=True)
+            click.echo(f"interrupted; {GOES_ON}", err=True)
             ctx.exit(INTERRUPTED)
+        except Terminated:
+            click.echo(f"terminated; {GOES_ON}", err=True)
+            ctx.exit(TERMINATED)
         except (click.ClickException, click.exceptions.Exit, click.Abort, BrokenPipeError):
             raise
         except Exception as exc:  # noqa: BLE001 - the last place that can keep a traceback from a user
@@ -80,6 +89,27 @@ class LazyGroup(click.Group):
                 ctx, f"internal error: {type(exc).__name__}: {exc}\n  run again with -v and report what it prints", exc
             )
             ctx.exit(1)
+
+
+class Terminated(BaseException):
+    """SIGTERM: what was begun is ended as after Ctrl-C, and at once."""
+
+
+@contextmanager
+def _terminable() -> Iterator[None]:
+    """Have SIGTERM unwind the stack; a command that must do otherwise (the gateway drains) sets its own handler."""
+
+    def stop(_signal: int, _frame: object) -> None:
+        raise Terminated
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _fail(ctx: click.Context, message: str, exc: BaseException) -> None:
