@@ -22,11 +22,14 @@ An error says what is wrong, where, and what to do. Foreign exceptions are trans
 from __future__ import annotations
 
 import errno
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+MAX_CHARACTERS = 4_000
+_UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 class QuantizeError(Exception):
@@ -35,9 +38,9 @@ class QuantizeError(Exception):
     exit_code = 1
 
     def __init__(self, message: str, *, hint: str | None = None) -> None:
-        super().__init__(message)
-        self.message = message
-        self.hint = hint
+        self.message = _shown(message)
+        self.hint = None if hint is None else _shown(hint)
+        super().__init__(self.message)
 
     def __str__(self) -> str:
         return self.message if self.hint is None else f"{self.message}\n  {self.hint}"
@@ -49,6 +52,13 @@ class QuantizeError(Exception):
 def first_line(exc: BaseException, limit: int = 200) -> str:
     """What a foreign exception says, cut to one line of at most `limit` characters; its kind where it says nothing."""
     return (str(exc).splitlines() or [type(exc).__name__])[0][:limit]
+
+
+def _shown(text: str) -> str:
+    """Safe on a terminal and in a log: what a hostile file put in is escaped, and cut to what fits a screen."""
+    if len(text) > MAX_CHARACTERS:
+        text = f"{text[:MAX_CHARACTERS]}…"
+    return _UNPRINTABLE.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
 def _rebuild(kind: type[QuantizeError], state: dict[str, object]) -> QuantizeError:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,14 +19,17 @@ from typing import Any, Literal
 
 from quantize.cache import Cache
 from quantize.checkpoint import Checkpoint, check_finite, open_checkpoint
-from quantize.errors import CheckpointError, MissingExtraError, first_line
+from quantize.errors import CheckpointError, MissingExtraError, RecipeError, first_line
+from quantize.marked_yaml import MAX_BYTES, parse_document
 from quantize.recipe import PackageFile, Recipe, Source, is_path_text
 from quantize.report import Reporter, note, progress, status
+from quantize.untrusted import read_limited
 from quantize.worker import run_step
 
 HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*/[\w.-]+$")
 COMMIT = re.compile(r"^[0-9a-f]{40}$")
 HUB_PATTERNS = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "LICENSE*", "NOTICE*", "USE_POLICY*", "*.md"]
+MAX_CARD_BYTES = 4 << 20
 DEQUANTIZER_TOOLS = ("transformers", "torch", "gguf")
 
 
@@ -128,7 +132,7 @@ def _packaged(item: PackageFile) -> Path:
         )
     root = Path(next(iter(spec.submodule_search_locations)))
     path = root / item.file
-    if not path.is_file() or not path.resolve().is_relative_to(root.resolve()):
+    if not os.path.isfile(path) or not path.resolve().is_relative_to(root.resolve()):
         known = sorted(entry.name for entry in root.glob("*.gguf"))
         hint = f"it has: {', '.join(known)}" if known else "it carries no GGUF file"
         raise CheckpointError(f"package {item.package!r} has no file {item.file!r}", hint=hint)
@@ -240,15 +244,17 @@ def _dequantize(pinned: PinnedSource, scratch: Path, reporter: Reporter) -> None
 
 def card_metadata(path: Path) -> dict[str, Any]:
     """The YAML front matter of a model card; {} if there is none that can be read."""
-    import yaml
-
-    if not path.is_file() or path.stat().st_size > 4 << 20:
-        return {}
-    text = path.read_text(encoding="utf-8", errors="replace")
-    match = re.match(r"^---\s*\n(.*?)\n---\s*(\n|$)", text, re.DOTALL)
     try:
-        data = yaml.safe_load(match[1]) if match else None
-    except yaml.YAMLError:
+        lines = read_limited(path, MAX_CARD_BYTES).decode("utf-8", errors="replace").splitlines()
+    except OSError:
+        return {}
+    ends = [number for number, line in enumerate(lines) if line.rstrip() == "---"][:2]
+    if len(ends) < 2 or ends[0] != 0:
+        return {}
+    text = "\n".join(lines[1 : ends[1]])
+    try:
+        data = parse_document(text, str(path)).data if len(text) <= MAX_BYTES else None
+    except RecipeError:
         data = None
     return data if isinstance(data, dict) else {}
 

@@ -27,6 +27,7 @@ from quantize.marked_yaml import suggest
 from quantize.recipe import BackendOptions
 from quantize.report import Reporter, status
 from quantize.source import PinnedSource, dequantized_key
+from quantize.untrusted import check_pattern
 from quantize.worker import run_step
 
 HUB_URL = "https://huggingface.co/"
@@ -66,8 +67,8 @@ class GgufOptions(BackendOptions):
             if kind not in ELEMENT_TYPES:
                 raise ValueError(f"unknown tensor type {kind!r} for {pattern!r} || {suggest(kind, [*ELEMENT_TYPES])}")
             try:
-                re.compile(pattern)
-            except re.error as exc:
+                check_pattern(pattern)
+            except ValueError as exc:
                 raise ValueError(f"{pattern!r} is not a regular expression ({exc}) || a dot is written `\\.`") from exc
         return value
 
