@@ -26,8 +26,8 @@ from quantize.serve.preflight import HELPERS
 
 OWN = "quantize"
 ENGINES = (
-    "torch", "transformers", "tokenizers", "safetensors", "numpy", "llama-cpp-python", "gguf", "auto-round", "gptqmodel",
-    "bitsandbytes", "huggingface-hub", "datasets",
+    "torch", "transformers", "tokenizers", "safetensors", "numpy", "llama-cpp-python", "gguf", "auto-round",
+    "gptqmodel", "bitsandbytes", "huggingface-hub", "datasets",
 )  # fmt: skip
 GPU_LIBRARIES = {"cuda": "CUDA", "hip": "ROCm", "vulkan": "Vulkan", "metal": "Metal", "sycl": "SYCL"}
 

@@ -49,7 +49,8 @@ from quantize.store import Store
 @verbose_option
 def command(
     recipe: Path, only: tuple[str, ...], force: bool, no_eval: bool, accept_risk: str | None, locked: bool,
-    keep_going: bool, store: Store, threads: int | None, device: str, memory_budget: str | None, as_json: bool, quiet: bool,
+    keep_going: bool, store: Store, threads: int | None, device: str, memory_budget: str | None, as_json: bool,
+    quiet: bool,
 ) -> None:  # fmt: skip
     """Build every variant of RECIPE that is not up to date; each is verified, measured against its source, and held to
     the recipe's gates before it counts as built. What the gates refuse is kept aside (exit code 3).
