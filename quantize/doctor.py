@@ -87,8 +87,10 @@ def examine(store: Path, cache: Path) -> Report:
 
 def lacking(extras: Sequence[str], only: str | None = None) -> tuple[str, ...]:
     """Requirements of this program's extras that are not met here; only: just that of one distribution."""
-    found = dict.fromkeys(_requirements(extras))
-    return tuple(text for text in found if _is_lacking(Requirement(text)) and only in (None, Requirement(text).name))
+    known = metadata.metadata(OWN).get_all("Provides-Extra") or []
+    unknown = [f"{OWN}[{extra}], which this installation does not know" for extra in extras if extra not in known]
+    found = [Requirement(text) for text in dict.fromkeys(_requirements(extras))]
+    return (*unknown, *(str(item) for item in found if only in (None, item.name) and _is_lacking(item)))
 
 
 def _ability(format: str, extra: str) -> Ability:
@@ -111,18 +113,14 @@ def _install(extras: Sequence[str]) -> str | None:
 
 def _requirements(extras: Sequence[str]) -> Iterator[str]:
     """What the extras require, extras of our own followed to what they require."""
-    try:
-        stated = metadata.requires(OWN) or []
-    except metadata.PackageNotFoundError:  # run from a folder of sources, not installed
-        return
-    for text in stated:
-        item = Requirement(text)
+    stated = [Requirement(text) for text in metadata.requires(OWN) or []]
+    for item in stated:
         if item.marker is None or not any(item.marker.evaluate({"extra": extra}) for extra in extras):
             continue
         if canonicalize_name(item.name) == OWN:
             yield from _requirements(sorted(item.extras))
         else:
-            yield str(Requirement(text.partition(";")[0]))
+            yield f"{item.name}{item.specifier}"
 
 
 def _is_lacking(item: Requirement) -> bool:

@@ -15,7 +15,6 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
-from quantize.artifact import write_text
 from quantize.backends import backends
 from quantize.cache import Cache
 from quantize.calibration import TokenSummary, identify, summarize_tokens
@@ -131,9 +130,12 @@ def read_lock(path: Path) -> Lock:
 
 def write_lock(path: Path, lock: Lock) -> None:
     """Write a lock, whole or not at all. Raises StoreError."""
+    scratch = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        write_text(path, lock.to_yaml())
+        scratch.write_text(lock.to_yaml(), encoding="utf-8")
+        scratch.replace(path)
     except OSError as exc:
+        scratch.unlink(missing_ok=True)
         raise StoreError(f"{path}: can't be written: {exc.strerror}", hint="check the folder's permissions") from exc
 
 

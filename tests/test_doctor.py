@@ -76,6 +76,11 @@ def test_an_old_version_is_as_good_as_none(monkeypatch: pytest.MonkeyPatch) -> N
     assert lacking(["gguf"], only="llama-cpp-python") == ()
 
 
+def test_an_extra_that_the_installation_does_not_know_is_not_met() -> None:
+    """As after an update of an editable installation: its metadata is still that of before."""
+    assert lacking(["torch", "new"]) == ("quantize[new], which this installation does not know",)
+
+
 def test_the_table_is_for_people(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     without(monkeypatch, "llama-cpp-python")
     text = run("doctor").stdout

@@ -104,7 +104,7 @@ def test_a_folder_that_can_not_be_written(recipe: Path, run: Run) -> None:
     result = run("lock", recipe, "--quiet")
     assert result.exit_code == 1
     assert "demo.yaml.lock: can't be written" in result.stderr
-    assert [item.name for item in recipe.parent.glob("*.tmp")] == []
+    assert [item.name for item in recipe.parent.iterdir() if item.suffix == ".tmp"] == []
 
 
 # --- refusing ---------------------------------------------------------------------------------------------------------
@@ -117,7 +117,7 @@ def test_every_difference_is_named(locked: Path, own_tiny: Path, run: Run, monke
     edit(locked, variants=variants, source={"model": str(own_tiny), "license": "mit"})
     monkeypatch.setattr(FakeBackend, "tools", lambda *_: ["numpy", "pyyaml"])
     message = refusal(run, locked)
-    assert "8 things are not as it says" in message
+    assert "7 things are not as it says" in message
     for line in (
         "source.files.config.json: sha256 ",
         "source.files.NOTICE: nothing in the lock, sha256 ",

@@ -217,7 +217,7 @@ def test_a_damaged_artifact(
         ({"options": {"format": "fake", "bits": 99}}, "the manifest's option `bits` is not one that fake has here"),
         ({"options": {"format": "fake", "new": 1}}, "the manifest's option `new` is not one that fake has here"),
         ({"options": {"format": "fake", "bits": 8, "fail": "check"}}, "the fake format refuses this checkpoint"),
-        ({"size_bytes": 1 << 60}, "the disk is too small"),
+        ({"size_bytes": 1 << 50}, "the disk is too small"),
     ],
 )
 def test_a_manifest_that_asks_for_what_is_not_here(

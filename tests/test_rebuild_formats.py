@@ -41,14 +41,14 @@ ELSEWHERE = {
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
-    """All variants of a tiny model, whose tokenizer, template and licence are not ASCII, built in this process."""
+    """All variants of a tiny model whose licence and text are not ASCII, built in this process."""
     root = tmp_path_factory.mktemp("formats")
-    checkpoint = make_checkpoint(root / "models" / "tíny", TinyModel())
+    checkpoint = make_checkpoint(root / "models" / "tiny", TinyModel())
     (checkpoint / "LICENSE").write_text("Giấy phép của một mô hình tí hon.\n", encoding="utf-8")
     paragraphs = [f"Đoạn {index}: the quick brown fox jumps over the lazy dog. " * 3 for index in range(12)]
     (root / "text.txt").write_text("\n\n".join(paragraphs), encoding="utf-8")
     calibration = {"dataset": "text.txt", "samples": 8, "sequence_length": 64, "minimum_tokens": 16}
-    path = write_recipe(root / "tiny.yaml", Path("models/tíny"), VARIANTS, calibration=calibration)
+    path = write_recipe(root / "tiny.yaml", Path("models/tiny"), VARIANTS, calibration=calibration)
     store = Store(root / "artifacts")
     options = RunOptions(Limits(threads=2), evaluate=False)
     outcomes = build(load_recipe(path, formats()), store, Cache(root / "cache"), ListReporter(), options)
