@@ -17,7 +17,7 @@ ENVIRONMENT = {
 }  # fmt: skip
 
 
-def rebuild_elsewhere(folder: Path, work: Path) -> dict[str, Any]:
+def rebuild_elsewhere(folder: Path, work: Path, *options: str) -> dict[str, Any]:
     """What `rebuild --json` says of an artifact, with one thread, another umask, locale, hash seed, home and folder.
 
     work: an empty folder, for all that is written.
@@ -25,7 +25,17 @@ def rebuild_elsewhere(folder: Path, work: Path) -> dict[str, Any]:
     here = work / "sömewhere else"
     here.mkdir()
     places = {"HOME": str(here), "TMPDIR": str(here), "QUANTIZE_CACHE": str(here / "cache")}
-    command = [sys.executable, "-m", "quantize", "rebuild", str(folder.absolute()), "--threads", "1", "--json"]
+    command = [
+        sys.executable,
+        "-m",
+        "quantize",
+        "rebuild",
+        str(folder.absolute()),
+        "--threads",
+        "1",
+        "--json",
+        *options,
+    ]
     result = subprocess.run(
         command, capture_output=True, env={**os.environ, **ENVIRONMENT, **places}, cwd=here, umask=0o077, check=False
     )
