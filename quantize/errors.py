@@ -8,7 +8,8 @@
     │   ├── CheckpointError          3  the source checkpoint is damaged, unsafe or not supported
     │   ├── PlanError                3  the recipe is valid, but this can't be built here
     │   ├── VerifyError              3  an artifact is not what its manifest says, or does not run
-    │   └── GateError                3  an artifact breaks a limit of its recipe
+    │   ├── GateError                3  an artifact breaks a limit of its recipe
+    │   └── LockError                3  something is not as the recipe's lock says
     ├── BuildError                   1  a step failed half-way
     │   ├── WorkerDied               1  the process that ran a step was killed or crashed
     │   └── DiskFullError            1  the disk, or the user's quota, is full
@@ -108,6 +109,10 @@ class VerifyError(RefusedError):
 
 class GateError(RefusedError):
     """An artifact breaks a limit of its recipe."""
+
+
+class LockError(RefusedError):
+    """Something is not as the recipe's lock says."""
 
 
 class BuildError(QuantizeError):

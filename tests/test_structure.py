@@ -34,10 +34,10 @@ LAYERS: list[set[str]] = [
     {"store", "verify", "diff", "card"},
     {"backends", "evaluate"},
     {"disk", "plan", "reopen", "calibrated", "testing", "assemble", "gates"},
-    {"workloads", "reevaluate"},
+    {"workloads", "reevaluate", "lock", "rebuild"},
     {"build"},
     {"publish"},
-    {"bench", "serve", "pages"},
+    {"bench", "serve", "pages", "doctor"},
     {"cli", "__main__"},
 ]
 

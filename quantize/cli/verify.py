@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import click
 
 from quantize.backends import backends
@@ -23,12 +25,17 @@ from quantize.verify import check_files
 
 @click.command("verify")
 @click.argument("artifacts", nargs=-1, metavar="ARTIFACT...")
+@click.option(
+    "--source", type=click.Path(path_type=Path), help="The model that they were built from, where it is not found."
+)
 @click.option("--hashes-only", is_flag=True, help="Only files, sizes and hashes; load nothing.")
 @store_option
 @json_option
 @quiet_option
 @verbose_option
-def command(artifacts: tuple[str, ...], hashes_only: bool, store: Store, as_json: bool, quiet: bool) -> None:
+def command(
+    artifacts: tuple[str, ...], source: Path | None, hashes_only: bool, store: Store, as_json: bool, quiet: bool
+) -> None:
     """Check each ARTIFACT (all current ones if none is named) against its manifest, and run it."""
     found = [store.find(ref) for ref in artifacts] or [item for item in store.artifacts() if store.is_current(item)]
     if not found:
@@ -39,7 +46,7 @@ def command(artifacts: tuple[str, ...], hashes_only: bool, store: Store, as_json
             check_files(artifact, reporter)
             facts = {}
             if not hashes_only:
-                checkpoint = reopen_source(artifact, open_cache(), reporter)
+                checkpoint = reopen_source(artifact, open_cache(), reporter, source)
                 backend = backends()[artifact.manifest.format]
                 limits = make_limits(None, "cpu", None)
                 facts = dict(backend.verify(artifact.folder, checkpoint, limits, reporter))
