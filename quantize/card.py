@@ -1,39 +1,82 @@
 """The model card of an artifact: README.md with the metadata that the Hugging Face Hub reads.
 
-In: a manifest. Out: Markdown. Only what the manifest pins; measured figures are added by reports.
+In: a manifest, and what was measured where the card is to say so. Out: Markdown. A build renders it from the manifest
+alone, publishing with the figures; it is not part of what the digest pins.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import yaml
 
+from quantize.evaluate.record import NAME, NOT_EVALUATED, Summary
 from quantize.manifest import Manifest
+from quantize.provenance.licence import Licence, licence_of
 
-USAGE: Mapping[str, str] = {
-    "gguf": "llama-server -m {file}",
-    "awq": "vllm serve <this folder>",
-    "gptq": "vllm serve <this folder>",
-    "bitsandbytes": "python -c \"from transformers import AutoModelForCausalLM as M; M.from_pretrained('.')\"",
+PYTHON_TRANSFORMERS = """\
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained(".")
+model = AutoModelForCausalLM.from_pretrained(".")
+prompt = tokenizer("The capital of France is", return_tensors="pt")
+print(tokenizer.decode(model.generate(**prompt, max_new_tokens=16)[0]))
+"""
+PYTHON_LLAMA = """\
+from llama_cpp import Llama
+
+model = Llama("{file}")
+print(model("The capital of France is", max_tokens=16)["choices"][0]["text"])
+"""
+SERVE = ("quantize", "sh", "quantize serve .")
+VLLM, SGLANG = ("vLLM", "sh", "vllm serve ."), ("SGLang", "sh", "python -m sglang.launch_server --model-path .")
+# Format -> (runtime, language of the block, how), all from the folder of the files.
+USAGE: Mapping[str, tuple[tuple[str, str, str], ...]] = {
+    "gguf": (
+        ("llama.cpp", "sh", "llama-server -m {file}"),
+        ("Ollama", "sh", "echo 'FROM ./{file}' > Modelfile && ollama create {name} -f Modelfile && ollama run {name}"),
+        ("llama-cpp-python", "python", PYTHON_LLAMA),
+        SERVE,
+    ),
+    "awq": (VLLM, SGLANG, ("transformers with gptqmodel", "python", PYTHON_TRANSFORMERS), SERVE),
+    "gptq": (VLLM, SGLANG, ("transformers with gptqmodel", "python", PYTHON_TRANSFORMERS), SERVE),
+    "bitsandbytes": (("transformers with bitsandbytes", "python", PYTHON_TRANSFORMERS), SERVE),
 }
 REASONS_SHOWN = 8
 
 
-def render_card(manifest: Manifest) -> str:
-    """README.md of an artifact, front matter included; the same manifest gives the same text."""
-    title = f"{manifest.source.name} {manifest.variant}"
-    parts = [_front_matter(manifest), f"# {title}", _summary(manifest), _files(manifest), _usage(manifest)]
-    parts += [_kept(manifest), _provenance(manifest)]
+def render_card(
+    manifest: Manifest,
+    measurements: Mapping[str, Any] | None = None,
+    licence: Licence | None = None,
+    remark: str = "",
+) -> str:
+    """README.md of an artifact, front matter included; the same arguments give the same text.
+
+    measurements: None leaves out what was measured, {} says that nothing was. licence: None takes the manifest's.
+    remark: what whoever publishes it has to say first.
+    """
+    licence = licence or licence_of(manifest)
+    title = f"# {manifest.source.name} {manifest.variant}"
+    parts = [_front_matter(manifest, licence), title, remark, _summary(manifest)]
+    if measurements is not None:
+        parts.append(_verdict(manifest, measurements))
+    parts += [_obligations(licence), _files(manifest)]
+    if measurements is not None:
+        parts.append(_measured(measurements.get(NAME)))
+    parts += [_usage(manifest), _limits(manifest, measurements), _kept(manifest), _provenance(manifest)]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def _front_matter(manifest: Manifest) -> str:
-    data: dict[str, object] = {"base_model_relation": "quantized", "tags": [manifest.format, "quantize"]}
+def _front_matter(manifest: Manifest, licence: Licence | None) -> str:
+    data: dict[str, object] = {"pipeline_tag": "text-generation", "tags": [manifest.format, "quantize"]}
+    if manifest.format != "gguf":
+        data["library_name"] = "transformers"
     if manifest.source.base_model:
-        data["base_model"] = manifest.source.base_model
-    if manifest.source.license:
-        data["license"] = manifest.source.license
+        data |= {"base_model": manifest.source.base_model, "base_model_relation": "quantized"}
+    if licence is not None:
+        data |= licence.hub_metadata(entry.path for entry in manifest.files)
     return f"---\n{yaml.safe_dump(data, sort_keys=True, allow_unicode=True)}---"
 
 
@@ -42,16 +85,32 @@ def _summary(manifest: Manifest) -> str:
         f"{manifest.source.name}, quantized to **{manifest.variant}** ({manifest.format}, "
         f"{manifest.bits_per_weight:.2f} bits per weight, {manifest.size_bytes / 1e6:,.1f} MB)."
     ]
-    before = manifest.source.quantized_before
-    if before:
-        lines.append(
-            f"The source was quantized before: its weights come from a {before} file and were dequantized to FP16. "
-            "They can't be better than that file."
-        )
     risk = manifest.accepted_risk
     if risk is not None:
         lines.append(f"**Refused by its gates ({', '.join(risk.gates)}) and taken all the same:** {risk.reason}")
     return "\n\n".join(lines)
+
+
+def _verdict(manifest: Manifest, measurements: Mapping[str, Any]) -> str:
+    """What has to be known before anything else, where the artifact has not simply passed its gates."""
+    summary = Summary.of(measurements)
+    if summary.verdict == NOT_EVALUATED:
+        return "**Not evaluated:** nothing is known of what the quantization cost this model."
+    if summary.verdict.startswith("accepted") or manifest.accepted_risk is not None:
+        return ""
+    reasons = [
+        f"- {item['gate']}: {item['reason']}"
+        for item in measurements[NAME]["findings"]
+        if item["outcome"] in ("refused", "insufficient evidence")
+    ]
+    return "\n".join([f"**Its gates say: {summary.verdict}.**", "", *reasons])
+
+
+def _obligations(licence: Licence | None) -> str:
+    rule = licence.rule if licence is not None else None
+    if rule is None:
+        return ""
+    return "\n\n".join(text for text in (rule.display and f"**{rule.display}**", rule.notice) if text)
 
 
 def _files(manifest: Manifest) -> str:
@@ -59,12 +118,63 @@ def _files(manifest: Manifest) -> str:
     return "\n".join(["| file | bytes | sha256 |", "|---|---:|---|", *rows])
 
 
-def _usage(manifest: Manifest) -> str:
-    command = USAGE.get(manifest.format)
-    if command is None:
+def _measured(record: Mapping[str, Any] | None) -> str:
+    if record is None or not record.get("quality"):
         return ""
+    quality, golden = record["quality"], record.get("golden")
+    perplexity, source = float(quality["perplexity"]), float(quality["source_perplexity"])
+    rows = [
+        f"| perplexity | {perplexity:.4f}, the base model's {source:.4f} |",
+        f"| perplexity ratio | {float(quality['perplexity_ratio']):.4f} |",
+        f"| KL divergence, mean | {float(quality['mean_kl']):.5f} nats |",
+        f"| KL divergence, 99th percentile | {float(quality['p99_kl']):.4f} nats |",
+        f"| same likeliest token | {float(quality['top_token_agreement']):.1%} |",
+    ]
+    if golden:
+        rows.append(
+            f"| golden prompts | {golden['artifact_passed']} of {golden['prompts']}, the base model "
+            f"{golden['source_passed']}; {golden['lost']} lost |"
+        )
+    rows.append(f"| gates | {record['verdict']} |")
+    how = (
+        f"On {quality['predictions']:,} tokens of {quality['text_name']} (sha256 `{quality['text_hash'][:16]}…`), in "
+        f"{quality['runtime']} {quality['runtime_version']}, against the base model in {quality['source_runtime']} "
+        f"{quality['source_runtime_version']}."
+    )
+    return "\n".join(["## Measured", "", "| what | value |", "|---|---|", *rows, "", how])
+
+
+def _usage(manifest: Manifest) -> str:
+    ways = USAGE.get(manifest.format, ())
+    if manifest.options.get("type") == "nf4":
+        ways = (VLLM, *ways)
     main = next((item.path for item in manifest.files if item.path.endswith(".gguf")), "")
-    return f"## Run it\n\n```\n{command.format(file=main)}\n```"
+    name = f"{manifest.name}-{manifest.variant}".lower()
+    blocks = [
+        f"{runtime}:\n\n```{language}\n{how.replace('{file}', main).replace('{name}', name).rstrip()}\n```"
+        for runtime, language, how in ways
+    ]
+    return "\n\n".join(["## Run it\n\nFrom the folder of these files.", *blocks]) if blocks else ""
+
+
+def _limits(manifest: Manifest, measurements: Mapping[str, Any] | None) -> str:
+    lines = []
+    if manifest.source.quantized_before:
+        before = f"its weights come from a {manifest.source.quantized_before} file and were dequantized to FP16"
+        lines.append(f"The source was quantized before: {before}. They can't be better than that file.")
+    if manifest.format == "bitsandbytes" and manifest.options.get("type") != "nf4":
+        lines.append("vLLM does not take pre-quantized bitsandbytes INT8.")
+    if manifest.calibration is not None:
+        text = manifest.calibration.spec.get("dataset")
+        lines.append(f"Scales and rounding were chosen on {text}; text of another kind or language may lose more.")
+    record = (measurements or {}).get(NAME)
+    if record is not None:
+        lines += [f"{item['gate']}: {item['reason']}" for item in record["findings"] if item["outcome"] == "flagged"]
+        if record.get("quality"):
+            window = record["quality"]["window_tokens"]
+            lines.append(f"Perplexity and KL divergence were measured in windows of {window:,} tokens, not beyond.")
+    lines.append("What the base model does wrong, this one does no better. Nothing was measured of safety.")
+    return "## Limits\n\n" + "\n".join(f"- {line}" for line in lines)
 
 
 def _kept(manifest: Manifest) -> str:
@@ -79,14 +189,13 @@ def _kept(manifest: Manifest) -> str:
 
 
 def _provenance(manifest: Manifest) -> str:
-    lines = [
-        f"- source: `{manifest.source.uri}`",
+    lines = [f"- source: `{manifest.source.uri}`"]
+    if manifest.calibration is not None:
+        entry = manifest.calibration
+        lines.append(f"- calibration: {entry.sequences} sequences, {entry.tokens:,} tokens, hash `{entry.hash[:16]}…`")
+    lines += [
+        f"- digest: `{manifest.digest}`",
         f"- build key: `{manifest.build_key}`",
         *(f"- {name} {version}" for name, version in manifest.tools.items()),
     ]
-    if manifest.calibration is not None:
-        entry = manifest.calibration
-        lines.insert(
-            1, f"- calibration: {entry.sequences} sequences, {entry.tokens:,} tokens, hash `{entry.hash[:16]}…`"
-        )
     return "## Made from\n\n" + "\n".join(lines)

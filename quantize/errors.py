@@ -7,6 +7,8 @@
     ├── RefusedError                 3  a check or a gate said no, before or after the work
     │   ├── CheckpointError          3  the source checkpoint is damaged, unsafe or not supported
     │   ├── PlanError                3  the recipe is valid, but this can't be built here
+    │   ├── SignatureError           3  an artifact is not signed, or is not what was signed
+    │   ├── LicenceError             3  the licence of a source is not known, or asks for what is not there
     │   ├── VerifyError              3  an artifact is not what its manifest says, or does not run
     │   ├── GateError                3  an artifact breaks a limit of its recipe
     │   └── LockError                3  something is not as the recipe's lock says
@@ -101,6 +103,14 @@ class CheckpointError(RefusedError):
 
 class PlanError(RefusedError):
     """The recipe is valid, but what it asks for can't be built here."""
+
+
+class SignatureError(RefusedError):
+    """An artifact is not signed by the key that is trusted, or is not what was signed."""
+
+
+class LicenceError(RefusedError):
+    """The licence of a source is not known, or asks for what an artifact does not have."""
 
 
 class VerifyError(RefusedError):

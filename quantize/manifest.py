@@ -25,8 +25,15 @@ MEASUREMENTS_NAME = "measurements.json"
 RECIPE_NAME = "recipe.yaml"
 EVALUATION_NAME = "evaluation.md"
 CARD_NAME = "README.md"
+PROVENANCE_NAME = "provenance.json"
+SBOM_NAME = "sbom.cdx.json"
+NOTICE_NAME = "NOTICE"  # where the licence asks for one that the base model does not have
+SIGNATURE_NAME = "model.sig"
 # About the artifact, not part of what is pinned.
-PAPERS = (FILE_NAME, MEASUREMENTS_NAME, RECIPE_NAME, EVALUATION_NAME, CARD_NAME)
+PAPERS = (
+    FILE_NAME, MEASUREMENTS_NAME, RECIPE_NAME, EVALUATION_NAME, CARD_NAME, PROVENANCE_NAME, SBOM_NAME, NOTICE_NAME,
+    SIGNATURE_NAME,
+)  # fmt: skip
 MAX_BYTES = 16 << 20
 
 

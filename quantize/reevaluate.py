@@ -36,23 +36,31 @@ class Target:
 
 def find_targets(names: tuple[str, ...], store: Store) -> list[Target]:
     """Artifacts by name, digest or folder; a recipe stands for its current ones. Raises UsageError: there is none."""
-    return [target for name in names for target in _find(name, store)]
+    found: list[Target] = []
+    for name in names:
+        recipe = _recipe(name)
+        found += [Target(item, recipe or own_recipe(item)) for item in _artifacts(name, recipe, store)]
+    return found
 
 
-def _find(name: str, store: Store) -> list[Target]:
-    if Path(name).suffix not in (".yaml", ".yml"):
-        artifact = store.find(name)
-        return [Target(artifact, own_recipe(artifact))]
-    recipe = load_recipe(Path(name), formats())
+def find_artifacts(names: tuple[str, ...], store: Store) -> list[Artifact]:
+    """The same artifacts, without asking for the recipes that they carry."""
+    return [item for name in names for item in _artifacts(name, _recipe(name), store)]
+
+
+def _recipe(name: str) -> Recipe | None:
+    return load_recipe(Path(name), formats()) if Path(name).suffix in (".yaml", ".yml") else None
+
+
+def _artifacts(name: str, recipe: Recipe | None, store: Store) -> list[Artifact]:
+    if recipe is None:
+        return [store.find(name)]
     wanted = {variant.name for variant in recipe.variants}
-    found = [
-        item
-        for item in store.artifacts()
-        if store.is_current(item) and item.manifest.name == recipe.name and item.manifest.variant in wanted
-    ]
+    current = [item for item in store.artifacts() if store.is_current(item) and item.manifest.name == recipe.name]
+    found = [item for item in current if item.manifest.variant in wanted]
     if not found:
         raise UsageError(f"nothing of {name} is in {store.root}", hint=f"build it first: quantize build {name}")
-    return [Target(item, recipe) for item in found]
+    return found
 
 
 def reevaluate(

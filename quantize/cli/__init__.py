@@ -28,6 +28,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "eval": ("eval", "Measure artifacts against their source, and hold the gates."),
     "list": ("list", "List artifacts, recipes or formats."),
     "show": ("show", "Show one artifact: its manifest and what was measured."),
+    "sign": ("sign", "Write an artifact's provenance and bill of materials, and sign it."),
     "verify": ("verify", "Check an artifact: hashes, tensors, and that it runs."),
     "rebuild": ("rebuild", "Build an artifact again from its manifest alone, and compare."),
     "bench": ("bench", "Load a server, or an artifact's own, and time its answers."),

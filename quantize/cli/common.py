@@ -72,6 +72,20 @@ def limits_options(function: Function) -> Function:
     return function
 
 
+def trust_options(function: Function) -> Function:
+    """--public-key, --identity, --issuer: whose signature counts; see provenance.signature.Trust."""
+    options = [
+        click.option(
+            "--public-key", type=click.Path(path_type=Path, dir_okay=False), help="PEM file of the key that must sign."
+        ),
+        click.option("--identity", help="Who must have signed by Sigstore: an e-mail address, or a workflow's URI."),
+        click.option("--issuer", help="Who vouches for --identity, such as https://accounts.google.com."),
+    ]
+    for option in reversed(options):
+        function = option(function)
+    return function
+
+
 def make_limits(threads: int | None, device: str, memory_budget: str | None) -> Any:
     """Limits from the options. Raises UsageError: a size that can't be read, a device that is not there."""
     from quantize.backends.base import Limits
@@ -113,6 +127,16 @@ def open_cache() -> Cache:
 def print_json(data: Any) -> None:
     """Print data as JSON on stdout."""
     click.echo(json.dumps(data, indent=2, ensure_ascii=False))
+
+
+def print_markdown(columns: Sequence[tuple[str, str]], rows: Sequence[Sequence[str]], *, empty: str) -> None:
+    """Print a Markdown table on stdout; columns as print_table has them."""
+    if not rows:
+        click.echo(empty)
+        return
+    sides = ["---:" if side == "right" else "---" for _, side in columns]
+    for cells in ([title.lower() for title, _ in columns], sides, *rows):
+        click.echo("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
 
 
 def print_table(columns: Sequence[tuple[str, str]], rows: Sequence[Sequence[str]], *, empty: str) -> None:

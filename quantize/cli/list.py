@@ -11,6 +11,7 @@ from quantize.artifact import Artifact
 from quantize.cli.common import (
     json_option,
     print_json,
+    print_markdown,
     print_table,
     quality,
     size_text,
@@ -30,10 +31,11 @@ def command() -> None:
 
 @command.command("artifacts")
 @click.option("--all", "everything", is_flag=True, help="Superseded and refused builds too, not only the current ones.")
+@click.option("--markdown", is_flag=True, help="Print a Markdown table, such as for the page of a CI job.")
 @store_option
 @json_option
 @verbose_option
-def artifacts(everything: bool, store: Store, as_json: bool) -> None:
+def artifacts(everything: bool, markdown: bool, store: Store, as_json: bool) -> None:
     """List the artifacts in the store: size, bits a weight, VRAM estimate, quality against the source, digest."""
     found = [item for item in store.artifacts() if everything or store.is_current(item)]
     found += store.refused() if everything else []
@@ -48,9 +50,8 @@ def artifacts(everything: bool, store: Store, as_json: bool) -> None:
             ("BITS/WEIGHT", "right"),
         ]
         columns += [("VRAM 4K", "right"), *COLUMNS, ("DIGEST", "left"), ("BUILT", "left")]
-        print_table(
-            columns, [_row(item) for item in found], empty=f"no artifacts in {store.root}/; see `quantize build`"
-        )
+        show = print_markdown if markdown else print_table
+        show(columns, [_row(item) for item in found], empty=f"no artifacts in {store.root}/; see `quantize build`")
     for item in store.broken():
         click.echo(f"warning: {item.folder}: {item.reason}", err=True)
 

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from quantize.cli.common import store_option, verbose_option
-from quantize.errors import MissingExtraError, UsageError
+from quantize.cli.common import store_option, trust_options, verbose_option
+from quantize.errors import MissingExtraError, SignatureError, UsageError
 from quantize.hardware import parse_size
 from quantize.store import Store
+
+if TYPE_CHECKING:
+    from quantize.provenance.signature import Trust
+    from quantize.serve.targets import LocalTarget, UpstreamTarget
 
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 RUNTIMES = ("vllm", "ollama", "llama-server", "compose")
@@ -40,6 +44,8 @@ RUNTIMES = ("vllm", "ollama", "llama-server", "compose")
 @click.option("--no-auth", is_flag=True, help="Listen beyond this machine without API keys.")
 @click.option("--new-key", metavar="NAME", help="Print a new API key and its line for --keys, and end.")
 @click.option("--force", is_flag=True, help="Load even what does not fit the free memory.")
+@click.option("--require-signature", is_flag=True, help="Serve only what the given key or identity has signed.")
+@trust_options
 @click.option("--print", "hand_over", type=click.Choice(RUNTIMES), help="Print how to run it elsewhere, and end.")
 @click.option("--log-level", type=click.Choice(("debug", "info", "warning", "error")), default="info", help="[info]")
 @store_option
@@ -107,10 +113,13 @@ def _serve(artifacts: tuple[str, ...], store: Store, options: dict[str, Any]) ->
         options["device"], options["context"], options["concurrency"], options["threads"], options["gpu_layers"],
         options["force"],
     )  # fmt: skip
+    trust = _trust(options)
     machine = detect()
     targets: list[Target | UpstreamTarget] = []
     for text in artifacts:
         found = resolve(text, store)
+        if trust is not None:
+            _check_signature(found, trust)
         if isinstance(found, UpstreamTarget):
             targets.append(found)
             continue
@@ -127,6 +136,31 @@ def _serve(artifacts: tuple[str, ...], store: Store, options: dict[str, Any]) ->
     )  # fmt: skip
     address = Address(options["host"], options["port"], options["grace"])
     run(targets, _rules(names, options), limits, keys, address, options["log_level"])
+
+
+def _trust(options: dict[str, Any]) -> Trust | None:
+    """Whose signature counts; None if none is required. Raises UsageError: required, and of nobody."""
+    from quantize.provenance.signature import Trust
+
+    trust = Trust.of(options["public_key"], options["identity"], options["issuer"])
+    if (trust is not None) != options["require_signature"]:
+        hint = "give --require-signature with --public-key FILE, or with --identity and --issuer"
+        raise UsageError("--require-signature and whose signature it is go together", hint=hint)
+    return trust
+
+
+def _check_signature(target: LocalTarget | UpstreamTarget, trust: Trust) -> None:
+    """Raises SignatureError: not signed by whom it must be, or nothing that can be signed."""
+    from quantize.serve.targets import LocalTarget
+
+    if not isinstance(target, LocalTarget):
+        hint = "leave it out, or serve it from another gateway"
+        raise SignatureError(f"{target.name}: runs on another server, whose files can't be checked here", hint=hint)
+    if target.path.is_file() and target.artifact is None:
+        hint = "name the artifact that it is in: a signature is of its whole folder"
+        raise SignatureError(f"{target.name}: a single file is not signed", hint=hint)
+    trust.check(target.folder)
+    click.echo(f"{target.name}: signature good", err=True)
 
 
 def _rules(names: list[str], options: dict[str, Any]) -> Any:

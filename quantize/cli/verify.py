@@ -14,10 +14,12 @@ from quantize.cli.common import (
     print_json,
     quiet_option,
     store_option,
+    trust_options,
     verbose_option,
 )
 from quantize.cli.progress import console_reporter
 from quantize.errors import UsageError
+from quantize.provenance.signature import Trust
 from quantize.reopen import reopen_source
 from quantize.store import Store
 from quantize.verify import check_files
@@ -29,14 +31,20 @@ from quantize.verify import check_files
     "--source", type=click.Path(path_type=Path), help="The model that they were built from, where it is not found."
 )
 @click.option("--hashes-only", is_flag=True, help="Only files, sizes and hashes; load nothing.")
+@trust_options
 @store_option
 @json_option
 @quiet_option
 @verbose_option
 def command(
-    artifacts: tuple[str, ...], source: Path | None, hashes_only: bool, store: Store, as_json: bool, quiet: bool
-) -> None:
-    """Check each ARTIFACT (all current ones if none is named) against its manifest, and run it."""
+    artifacts: tuple[str, ...], source: Path | None, hashes_only: bool, public_key: Path | None,
+    identity: str | None, issuer: str | None, store: Store, as_json: bool, quiet: bool,
+) -> None:  # fmt: skip
+    """Check each ARTIFACT (all current ones if none is named) against its manifest, and run it.
+
+    With --public-key, or --identity and --issuer, its signature must be there and cover every file.
+    """
+    trust = Trust.of(public_key, identity, issuer)
     found = [store.find(ref) for ref in artifacts] or [item for item in store.artifacts() if store.is_current(item)]
     if not found:
         raise UsageError(f"no artifacts in {store.root}", hint="build some first")
@@ -44,14 +52,16 @@ def command(
     for artifact in found:
         with console_reporter(quiet=quiet or as_json) as reporter:
             check_files(artifact, reporter)
-            facts = {}
+            facts = {"signature": "good"} if trust is not None else {}
+            if trust is not None:
+                trust.check(artifact.folder)
             if not hashes_only:
                 checkpoint = reopen_source(artifact, open_cache(), reporter, source)
                 backend = backends()[artifact.manifest.format]
                 limits = make_limits(None, "cpu", None)
-                facts = dict(backend.verify(artifact.folder, checkpoint, limits, reporter))
+                facts |= backend.verify(artifact.folder, checkpoint, limits, reporter)
         results.append({"artifact": artifact.ref, "digest": artifact.manifest.digest, **facts})
         if not as_json:
-            click.echo(f"{artifact.ref}: good")
+            click.echo(f"{artifact.ref}: good" + (", signature too" if trust is not None else ""))
     if as_json:
         print_json(results)

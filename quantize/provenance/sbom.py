@@ -1,0 +1,177 @@
+"""Manifest -> sbom.cdx.json: a machine-learning bill of materials in CycloneDX 1.6.
+
+In: an artifact. Out: plain JSON data, the same for the same artifact and figures. Written as data, since
+cyclonedx-python-lib does not write the data sets of a model card; it validates the result in the tests.
+https://cyclonedx.org/docs/1.6/json/
+"""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Mapping
+from typing import Any
+
+from quantize.artifact import Artifact
+from quantize.evaluate.record import Summary
+from quantize.manifest import CalibrationEntry, FileEntry, Manifest, SourceEntry, canonical_hash
+from quantize.provenance.licence import Licence, artifact_licence
+from quantize.provenance.statement import pypi_url
+
+SPEC_VERSION = "1.6"
+BASE_REF, CALIBRATION_REF = "base-model", "calibration"
+METRICS: Mapping[str, str] = {
+    "perplexity_ratio": "perplexity, over that of the base model",
+    "mean_kl": "KL divergence from the base model, mean (nats)",
+    "p99_kl": "KL divergence from the base model, 99th percentile (nats)",
+    "top_token_agreement": "same likeliest token as the base model (share)",
+}
+
+
+def bill_of_materials(artifact: Artifact) -> dict[str, Any]:
+    """The BOM of an artifact: the model, its files, base model, calibration data and the tools that made it."""
+    manifest = artifact.manifest
+    licence = artifact_licence(artifact)
+    components = [_base_model(manifest.source, licence)]
+    if manifest.calibration is not None:
+        components.append(_calibration(manifest.calibration))
+    made_from = [BASE_REF] + ([CALIBRATION_REF] if manifest.calibration is not None else [])
+    data = {
+        "$schema": f"http://cyclonedx.org/schema/bom-{SPEC_VERSION}.schema.json",
+        "bomFormat": "CycloneDX",
+        "specVersion": SPEC_VERSION,
+        "version": 1,
+        "metadata": {"tools": {"components": _tools(manifest)}, "component": _model(artifact, licence)},
+        "components": components,
+        "dependencies": [
+            {"ref": manifest.digest, "dependsOn": made_from},
+            *({"ref": ref} for ref in made_from),
+        ],
+    }
+    return {**data, "serialNumber": f"urn:uuid:{uuid.uuid5(uuid.NAMESPACE_URL, canonical_hash(data))}"}
+
+
+def _model(artifact: Artifact, licence: Licence | None) -> dict[str, Any]:
+    manifest = artifact.manifest
+    return {
+        "type": "machine-learning-model",
+        "bom-ref": manifest.digest,
+        "name": f"{manifest.name}/{manifest.variant}",
+        "version": manifest.short_digest,
+        "description": f"{manifest.source.name}, quantized to {manifest.variant} ({manifest.format}, "
+        f"{manifest.bits_per_weight:.2f} bits per weight)",
+        **_licences(licence),
+        "pedigree": {"ancestors": [_ancestor(manifest.source, licence)], "notes": _notes(manifest)},
+        "modelCard": _model_card(artifact),
+        "components": [_file(entry) for entry in manifest.files],
+        "properties": [
+            {"name": "quantize:digest", "value": manifest.digest},
+            {"name": "quantize:build_key", "value": manifest.build_key},
+            {"name": "quantize:format", "value": manifest.format},
+            {"name": "quantize:bits_per_weight", "value": f"{manifest.bits_per_weight:.4f}"},
+            {"name": "quantize:size_bytes", "value": str(manifest.size_bytes)},
+        ],
+    }
+
+
+def _model_card(artifact: Artifact) -> dict[str, Any]:
+    manifest, summary = artifact.manifest, Summary.of(artifact.measurements())
+    parameters: dict[str, Any] = {
+        "task": "text-generation",
+        "modelArchitecture": manifest.source.architecture,
+        "inputs": [{"format": "text"}],
+        "outputs": [{"format": "text"}],
+    }
+    if manifest.calibration is not None:
+        parameters["datasets"] = [{"ref": CALIBRATION_REF}]
+    found = [(title, getattr(summary, key)) for key, title in METRICS.items()]
+    metrics = [{"type": title, "value": f"{value:.6g}"} for title, value in found if value is not None]
+    if summary.golden is not None:
+        metrics.append({"type": "golden prompts passed, over those the base model passes", "value": summary.golden})
+    limits = [f"gates: {summary.verdict}"]
+    if manifest.accepted_risk is not None:
+        limits = [f"refused by its gates ({', '.join(manifest.accepted_risk.gates)}); {manifest.accepted_risk.reason}"]
+    if manifest.source.quantized_before:
+        limits.append(f"the base model's weights come from a {manifest.source.quantized_before} file")
+    card: dict[str, Any] = {"modelParameters": parameters, "considerations": {"technicalLimitations": limits}}
+    return {**card, "quantitativeAnalysis": {"performanceMetrics": metrics}} if metrics else card
+
+
+def _notes(manifest: Manifest) -> str:
+    return f"quantized by quantize {manifest.tools.get('quantize', '')} as {manifest.options.get('format')}"
+
+
+def _base_model(source: SourceEntry, licence: Licence | None) -> dict[str, Any]:
+    hashes = [{"alg": "SHA-256", "content": entry.sha256} for entry in source.files if len(source.files) == 1]
+    return {
+        **_ancestor(source, licence),
+        "bom-ref": BASE_REF,
+        **({"hashes": hashes} if hashes else {}),
+        "components": [
+            {
+                "type": "file",
+                "bom-ref": f"{BASE_REF}:{entry.path}",
+                "name": entry.path,
+                "hashes": [{"alg": "SHA-256", "content": entry.sha256}],
+            }
+            for entry in source.files
+        ],
+        "properties": [
+            {"name": "quantize:source", "value": source.uri},
+            {"name": "quantize:parameters", "value": str(source.parameters)},
+        ],
+    }
+
+
+def _ancestor(source: SourceEntry, licence: Licence | None) -> dict[str, Any]:
+    component: dict[str, Any] = {"type": "machine-learning-model", "name": source.base_model or source.name}
+    if source.revision:
+        component["version"] = source.revision
+    if source.uri.startswith("hub:"):
+        component["purl"] = f"pkg:huggingface/{source.uri.removeprefix('hub:')}"
+    return {**component, **_licences(licence)}
+
+
+def _licences(licence: Licence | None) -> dict[str, Any]:
+    if licence is None:
+        return {}
+    return {"licenses": [{"license": {"id": licence.spdx} if licence.spdx else {"name": licence.name}}]}
+
+
+def _file(entry: FileEntry) -> dict[str, Any]:
+    return {
+        "type": "file",
+        "bom-ref": f"file:{entry.path}",
+        "name": entry.path,
+        "hashes": [{"alg": "SHA-256", "content": entry.sha256}],
+        "properties": [{"name": "quantize:size_bytes", "value": str(entry.size_bytes)}],
+    }
+
+
+def _calibration(entry: CalibrationEntry) -> dict[str, Any]:
+    name = str(entry.spec.get("dataset", "calibration"))
+    return {
+        "type": "data",
+        "bom-ref": CALIBRATION_REF,
+        "name": name,
+        "hashes": [{"alg": "SHA-256", "content": entry.hash}],
+        "data": [
+            {
+                "type": "dataset",
+                "name": name,
+                "description": f"{entry.sequences} sequences, {entry.tokens} tokens, shown once to choose scales and "
+                "rounding; the hash is over the token ids",
+            }
+        ],
+    }
+
+
+def _tools(manifest: Manifest) -> list[dict[str, Any]]:
+    return [
+        {
+            "type": "application" if name == "quantize" else "library",
+            "name": name,
+            "version": version,
+            "purl": pypi_url(name, version),
+        }
+        for name, version in manifest.tools.items()
+    ]
