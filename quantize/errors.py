@@ -17,7 +17,8 @@
     │   └── DiskFullError            1  the disk, or the user's quota, is full
     ├── Stopped                    130  the user asked a step to end, and it did, with its work saved
     ├── BenchError                   1  a server can't be measured: not there, or not what it should be
-    └── StoreError                   1  the store can't be read, written or locked
+    ├── StoreError                   1  the store can't be read, written or locked
+    └── TransferError                1  a registry, hub or share can't be reached, says no, or broke off half-way
 
 An error says what is wrong, where, and what to do. Foreign exceptions are translated where they enter.
 """
@@ -149,6 +150,10 @@ class BenchError(QuantizeError):
 
 class StoreError(QuantizeError):
     """The store can't be read, written or locked."""
+
+
+class TransferError(QuantizeError):
+    """A registry, hub or share can't be reached, does not let us in, or broke off half-way."""
 
 
 @contextmanager

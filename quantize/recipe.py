@@ -162,6 +162,18 @@ class EvaluationSpec(BaseModel):
     )
 
 
+class PublishPolicy(BaseModel):
+    """What may be published without having passed its gates, and why. Nothing here changes what is built."""
+
+    model_config = Strict
+    unevaluated: Annotated[str, Field(min_length=1)] | None = Field(
+        None, description="publish what was never evaluated, for this reason, which its card states"
+    )
+    refused: Annotated[str, Field(min_length=1)] | None = Field(
+        None, description="publish what its gates refused, for this reason, which its card states"
+    )
+
+
 class _RecipeFile(BaseModel):
     """The shape of a recipe file, before formats look at their own sections."""
 
@@ -174,6 +186,7 @@ class _RecipeFile(BaseModel):
     variants: Annotated[list[dict[str, Any]], Field(min_length=1)]
     evaluation: EvaluationSpec = EvaluationSpec()
     gates: Gates | None = None
+    publish: PublishPolicy = PublishPolicy()
 
 
 @dataclass(frozen=True)
@@ -266,13 +279,13 @@ def recipe_schema(formats: Mapping[str, type[BackendOptions]]) -> dict[str, Any]
         properties = {"format": {"const": name}, "name": {"type": "string"}, **options["properties"]}
         if "type" in options["properties"]:
             properties["types"] = {"type": "array", "items": options["properties"]["type"], "minItems": 1}
-        definitions[f"{name} variant"] = {
+        definitions[f"{name}-variant"] = {
             "type": "object",
             "properties": properties,
             "required": ["format", *(key for key in options.get("required", []) if key != "type")],
             "additionalProperties": False,
         }
-        choices.append({"$ref": f"#/$defs/{name} variant"})
+        choices.append({"$ref": f"#/$defs/{name}-variant"})
     loose = [{**definitions[ref["$ref"].removeprefix("#/$defs/")], "required": []} for ref in choices]
     schema["properties"]["variants"]["items"] = {"anyOf": choices or [{}]}
     schema["properties"]["defaults"] = {"type": "object", "anyOf": loose or [{}]}
