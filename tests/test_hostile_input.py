@@ -34,6 +34,8 @@ from quantize.evaluate.graders import grade
 from quantize.evaluate.record import Summary
 from quantize.manifest import Manifest, read_manifest
 from quantize.marked_yaml import parse_document, read_document
+from quantize.publish.pack import read_pack
+from quantize.publish.pins import read_pins
 from quantize.recipe import CalibrationSpec, load_recipe
 from quantize.shape import ModelShape
 from quantize.source import card_metadata
@@ -691,6 +693,8 @@ def test_pins_that_can_not_be_read_stop_everything(text: str, tmp_path: Path) ->
     (tmp_path / "artifacts.lock").write_bytes(text.encode(errors="surrogatepass"))
     with pytest.raises(UsageError, match="so nothing is removed"):
         Store(tmp_path / "artifacts").pinned()
+    with pytest.raises(UsageError):
+        read_pins(tmp_path / "artifacts.lock")
 
 
 @pytest.mark.timeout(20)
@@ -699,6 +703,14 @@ def test_pins_that_are_no_file(make: Damage, tmp_path: Path) -> None:
     make(tmp_path / "artifacts.lock")
     with pytest.raises(UsageError, match="so nothing is removed"):
         Store(tmp_path / "artifacts").pinned()
+    with pytest.raises(UsageError):
+        read_pins(tmp_path / "artifacts.lock")
+
+
+def test_a_publication_with_half_a_surrogate_pair_in_a_path() -> None:
+    assert [blob.path for blob in read_pack(seeds.pack()).files] == ["manifest.json", "model/a.gguf"]
+    with pytest.raises(VerifyError, match="surrogates not allowed"):
+        read_pack(seeds.pack().replace(b"model/a", b"model/\\ud800"))
 
 
 # --- calibration text -------------------------------------------------------------------------------------------------

@@ -54,7 +54,7 @@ prompts:
     haystack: {needle: n, filler: [f]}
     grade: {kind: regex, pattern: "a+(b|c)"}
 """
-PINS = "artifacts:\n  - {digest: 'sha256:0123456789ab'}\n  - {digest: 'abcdef012345', name: tiny/q8_0}\n"
+PINS = "artifacts:\n- {name: a, variant: b, digest: 'sha256:0123456789ab', published: ['./x']}\n"
 CARD = "---\nlicense: mit\nbase_model: org/name\ntags: [a, b]\n---\n\n# A model\n"
 ROWS = '{"text": "Some words."}\n{"text": [{"role": "user", "content": "Hello"}]}\n'
 
@@ -128,6 +128,38 @@ def manifest() -> bytes:
         "estimate": {"weights_bytes": 3}, "build_key": "k",
     }  # fmt: skip
     return Manifest.model_validate(data).sealed().to_json().encode()
+
+
+def recipe_lock() -> bytes:
+    """A recipe's lock, sealed."""
+    from quantize.lock import Lock
+
+    source = {
+        "uri": "u",
+        "revision": None,
+        "asked": None,
+        "name": "m",
+        "base_model": None,
+        "license": None,
+        "files": [],
+    }
+    variants = {"a": {"options": {"type": "F16"}, "tools": {"t": "1"}, "build_key": "k"}}
+    lock = Lock.model_validate(
+        {"schema_version": 1, "recipe": "r", "source": source, "calibration": None, "variants": variants}
+    )
+    return lock.model_copy(update={"digest": lock.computed_digest()}).to_yaml().encode()
+
+
+def pack() -> bytes:
+    """The manifest of a publication with two files."""
+    from quantize.publish.pack import ARTIFACT_TYPE, CONFIG_TYPE, FILEPATH
+
+    def blob(media_type: str, **annotations: str) -> dict[str, Any]:
+        found = {"mediaType": media_type, "digest": "sha256:" + "ab" * 32, "size": 2}
+        return {**found, "annotations": {FILEPATH: annotations["path"]}} if annotations else found
+
+    layers = [blob("a/b", path="manifest.json"), blob("a/b", path="model/a.gguf")]
+    return dumped({"artifactType": ARTIFACT_TYPE, "config": blob(CONFIG_TYPE), "layers": layers})
 
 
 def record() -> bytes:

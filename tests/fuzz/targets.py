@@ -23,7 +23,10 @@ from quantize.evaluate.decision import Limits, decide
 from quantize.evaluate.golden import load_golden
 from quantize.evaluate.page import render_page
 from quantize.evaluate.record import NAME, Summary, figures_of, read_record
+from quantize.lock import read_lock
 from quantize.manifest import canonical_hash, read_manifest
+from quantize.publish.pack import read_pack
+from quantize.publish.pins import read_pins
 from quantize.recipe import CalibrationSpec, load_calibration, load_recipe
 from quantize.shape import ModelShape
 from quantize.source import card_metadata
@@ -124,7 +127,26 @@ def _manifest(folder: Path) -> Read:
 
 def _pins(folder: Path) -> Read:
     store = Store(folder / "artifacts")
-    return _reading(folder / "artifacts.lock", lambda _: store.pinned())
+
+    def read(path: Path) -> None:
+        store.pinned()
+        read_pins(path)
+
+    return _reading(folder / "artifacts.lock", read)
+
+
+def _recipe_lock(folder: Path) -> Read:
+    return _reading(folder / "recipe.yaml.lock", lambda path: read_lock(path).to_yaml())
+
+
+def _pack(folder: Path) -> Read:
+    def read(data: bytes) -> None:
+        pack = read_pack(data)
+        for blob in pack.files:
+            (folder / blob.path).resolve(strict=False).relative_to(folder)
+            blob.path.encode()
+
+    return read
 
 
 def _record(folder: Path) -> Read:
@@ -196,6 +218,8 @@ TARGETS: dict[str, Target] = {
     "golden prompts": Target("yaml", _plain(seeds.GOLDEN, seeds.GOLDEN_SCHEMA, seeds.GOLDEN_PATTERN), _golden),
     "manifest.json": Target("json", lambda _: [seeds.manifest()], _manifest),
     "artifacts.lock": Target("yaml", _plain(seeds.PINS), _pins),
+    "recipe lock": Target("yaml", lambda _: [seeds.recipe_lock()], _recipe_lock),
+    "ModelPack manifest": Target("json", lambda _: [seeds.pack()], _pack),
     "evaluation record": Target("json", lambda _: [seeds.record()], _record),
     "model card": Target("card", _plain(seeds.CARD), _card),
 }
