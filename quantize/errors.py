@@ -14,7 +14,8 @@
     ├── BuildError                   1  a step failed half-way
     │   └── WorkerDied               1  the process that ran a step was killed or crashed
     ├── BenchError                   1  a server can't be measured: not there, or not what it should be
-    └── StoreError                   1  the store can't be read, written or locked
+    ├── StoreError                   1  the store can't be read, written or locked
+    └── TransferError                1  a registry, hub or share can't be reached, says no, or broke off half-way
 
 An error says what is wrong, where, and what to do. Foreign exceptions are translated where they enter.
 """
@@ -115,3 +116,7 @@ class BenchError(QuantizeError):
 
 class StoreError(QuantizeError):
     """The store can't be read, written or locked."""
+
+
+class TransferError(QuantizeError):
+    """A registry, hub or share can't be reached, does not let us in, or broke off half-way."""

@@ -158,6 +158,18 @@ class EvaluationSpec(BaseModel):
     )
 
 
+class PublishPolicy(BaseModel):
+    """What may be published without having passed its gates, and why. Nothing here changes what is built."""
+
+    model_config = Strict
+    unevaluated: Annotated[str, Field(min_length=1)] | None = Field(
+        None, description="publish what was never evaluated, for this reason, which its card states"
+    )
+    refused: Annotated[str, Field(min_length=1)] | None = Field(
+        None, description="publish what its gates refused, for this reason, which its card states"
+    )
+
+
 class _RecipeFile(BaseModel):
     """The shape of a recipe file, before formats look at their own sections."""
 
@@ -170,6 +182,7 @@ class _RecipeFile(BaseModel):
     variants: Annotated[list[dict[str, Any]], Field(min_length=1)]
     evaluation: EvaluationSpec = EvaluationSpec()
     gates: Gates | None = None
+    publish: PublishPolicy = PublishPolicy()
 
 
 @dataclass(frozen=True)

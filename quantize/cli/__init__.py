@@ -27,6 +27,8 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "bench": ("bench", "Load a server, or an artifact's own, and time its answers."),
     "report": ("report", "Write a page about a recipe's artifacts, and the production decision."),
     "serve": ("serve", "Serve artifacts over HTTP, as OpenAI's API does."),
+    "publish": ("publish", "Publish artifacts to a folder, a registry, the hub or a bucket, and pin them."),
+    "pull": ("pull", "Get published artifacts into the store; every hash is checked first."),
     "diff": ("diff", "Compare two artifacts: settings, files, tensor types, sizes."),
     "gc": ("gc", "Remove superseded artifacts and leftovers; shows them only, unless told to."),
     "calibration": ("calibration", "Show the text that calibrated formats see."),

@@ -11,7 +11,8 @@ import click
 from quantize.cli.common import store_option, trust_options, verbose_option
 from quantize.errors import MissingExtraError, SignatureError, UsageError
 from quantize.hardware import parse_size
-from quantize.store import Store
+from quantize.report import SilentReporter
+from quantize.store import PINS_NAME, Store
 
 if TYPE_CHECKING:
     from quantize.provenance.signature import Trust
@@ -47,12 +48,15 @@ RUNTIMES = ("vllm", "ollama", "llama-server", "compose")
 @click.option("--require-signature", is_flag=True, help="Serve only what the given key or identity has signed.")
 @trust_options
 @click.option("--print", "hand_over", type=click.Choice(RUNTIMES), help="Print how to run it elsewhere, and end.")
+@click.option("--locked", is_flag=True, help="Serve what the lock file pins: all of it, or those named.")
+@click.option("--lock", type=click.Path(path_type=Path), default=PINS_NAME, show_default=True, help="File of pins.")
 @click.option("--log-level", type=click.Choice(("debug", "info", "warning", "error")), default="info", help="[info]")
 @store_option
 @verbose_option
 def command(
-    artifacts: tuple[str, ...], store: Store, new_key: str | None, hand_over: str | None, **options: Any
-) -> None:
+    artifacts: tuple[str, ...], store: Store, new_key: str | None, hand_over: str | None, locked: bool, lock: Path,
+    **options: Any,
+) -> None:  # fmt: skip
     """Serve each ARTIFACT over HTTP, as OpenAI's API does.
 
     An ARTIFACT is one of the store, a .gguf file, a folder with safetensors, or the address of an OpenAI-compatible
@@ -61,6 +65,10 @@ def command(
     if new_key is not None:
         _print_new_key(new_key)
         return
+    if locked:
+        from quantize.publish.pins import locked_words
+
+        artifacts = locked_words(artifacts, lock, store, SilentReporter())
     if not artifacts:
         raise UsageError("no artifact to serve", hint="name one; `quantize list artifacts` shows them")
     if hand_over is not None:

@@ -1,0 +1,146 @@
+"""A folder or file share as a target: plain files, ready to load, one folder a publication.
+
+    ROOT/NAME/VARIANT/<digest12>/     the files; modelpack.json, put last, is the manifest with their hashes
+    ROOT/NAME/VARIANT/current         the digest that a reference without one means
+
+In: blobs and a manifest. Out: files that appear whole, each by one rename.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+from quantize.cache import hash_file
+from quantize.errors import TransferError, VerifyError
+from quantize.publish.base import Count, size_of, write_stream
+from quantize.publish.pack import DIGEST, MANIFEST_NAME, Blob, Pack
+
+CURRENT = "current"
+READ_BYTES = 4 << 20
+
+
+class FolderPlace:
+    """One variant's folder in a share."""
+
+    by_content = False
+
+    def __init__(self, root: Path) -> None:
+        self._root = root
+
+    def close(self) -> None:
+        """Nothing is open."""
+
+    @property
+    def name(self) -> str:
+        """The folder."""
+        return str(self._root)
+
+    @property
+    def title(self) -> str:
+        """The recipe's folder in the share."""
+        return self._root.parent.name
+
+    def pinned(self, digest: str) -> str:
+        """The folder and a digest."""
+        return f"{self._root}@{digest}"
+
+    def _folder(self, digest: str) -> Path:
+        return self._root / digest.removeprefix("sha256:")[:12]
+
+    def tagged(self) -> str | None:
+        """What `current` says."""
+        with _errors(self._root), contextlib.suppress(FileNotFoundError):
+            return checked_digest((self._root / CURRENT).read_bytes(), self.name)
+        return None
+
+    def manifest(self, digest: str) -> bytes:
+        """The bytes of modelpack.json. Raises VerifyError: not there."""
+        with _errors(self._root):
+            try:
+                return (self._folder(digest) / MANIFEST_NAME).read_bytes()
+            except FileNotFoundError:
+                raise missing(self.pinned(digest)) from None
+
+    def has(self, blob: Blob, pack: Pack) -> bool:
+        """Whether the file is there with its size and hash."""
+        path = self._folder(pack.digest) / blob.path
+        with _errors(self._root):
+            return path.is_file() and path.stat().st_size == blob.size_bytes and hash_file(path) == blob.sha256
+
+    def send(self, blob: Blob, source: Path, pack: Pack, count: Count) -> None:
+        """Copy one file, hashing it on the way."""
+        final = self._folder(pack.digest) / blob.path
+        scratch = final.with_name(f".{final.name}.{uuid.uuid4().hex[:8]}.part")
+        digest = hashlib.sha256()
+
+        def chunks() -> Iterator[bytes]:
+            for chunk in read_chunks(source):
+                digest.update(chunk)
+                yield chunk
+
+        with _errors(self._root):
+            final.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                write_stream(scratch, chunks(), blob, count, append=False)
+                if digest.hexdigest() != blob.sha256:
+                    raise TransferError(f"{source} changed while it was sent", hint="run the same command again")
+                scratch.replace(final)
+            finally:
+                scratch.unlink(missing_ok=True)
+
+    def seal(self, pack: Pack, *, move_from: str | None) -> str:
+        """Write modelpack.json, then `current`."""
+        with _errors(self._root):
+            self._write(self._folder(pack.digest) / MANIFEST_NAME, pack.document)
+            if move_from != pack.digest:
+                self._write(self._root / CURRENT, f"{pack.digest}\n".encode())
+        return self.pinned(pack.digest)
+
+    def _write(self, path: Path, data: bytes) -> None:
+        scratch = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.part")
+        scratch.write_bytes(data)
+        scratch.replace(path)
+
+    def fetch(self, blob: Blob, target: Path, pack: Pack, count: Count) -> None:
+        """Copy one file, on from what is there."""
+        path, start = self._folder(pack.digest) / blob.path, size_of(target)
+        with _errors(self._root):
+            if not path.is_file():
+                raise VerifyError(f"{blob.path} is missing in {path.parent}", hint="publish the artifact again")
+            write_stream(target, read_chunks(path, start), blob, count, append=True)
+
+
+def read_chunks(path: Path, start: int = 0) -> Iterator[bytes]:
+    """A file's bytes from `start`, piece by piece."""
+    with path.open("rb") as file:
+        file.seek(start)
+        while chunk := file.read(READ_BYTES):
+            yield chunk
+
+
+def checked_digest(data: bytes, where: str) -> str:
+    """The digest that a `current` file holds. Raises VerifyError: it holds none."""
+    text = data[:200].decode(errors="replace").strip()
+    if not DIGEST.fullmatch(text):
+        raise VerifyError(f"{where}: its `{CURRENT}` holds {text[:80]!r}, which is no digest")
+    return text
+
+
+def missing(reference: str) -> VerifyError:
+    """Nothing was published there."""
+    return VerifyError(f"{reference}: there is no such publication", hint="was it published there?")
+
+
+@contextlib.contextmanager
+def _errors(root: Path) -> Iterator[None]:
+    try:
+        yield
+    except FileNotFoundError:
+        raise
+    except OSError as exc:
+        hint = "run the same command again when that is put right: what has arrived is not sent again"
+        raise TransferError(f"{root}: {exc.strerror or exc} ({exc.filename or 'no file'})", hint=hint) from exc

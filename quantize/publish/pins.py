@@ -1,0 +1,136 @@
+"""artifacts.lock: which artifacts a deployment runs, by digest, and where each was published.
+
+In: a file. Out: Pins, and the file again, in the same order whoever writes it. `quantize gc` keeps what is in it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import yaml
+from pydantic import BaseModel, ConfigDict, StringConstraints, ValidationError
+
+from quantize.artifact import Artifact, write_text
+from quantize.cache import default_cache_root
+from quantize.errors import UsageError
+from quantize.recipe import SlugText
+from quantize.report import Reporter
+from quantize.store import Store
+from quantize.verify import check_files
+
+HEADER = "# What a deployment runs, by digest: `quantize publish` writes it, `quantize pull --locked` and\n"
+HEADER += "# `quantize serve --locked` read it. Commit it.\n"
+FORM = "it is a list `artifacts:` of items with `name`, `variant`, `digest` and `published`, a list of references"
+
+
+class Pin(BaseModel):
+    """One artifact. digest: of its manifest.json, at least twelve hex digits. published: pinned references."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    name: SlugText
+    variant: SlugText
+    digest: Annotated[str, StringConstraints(pattern=r"^sha256:[0-9a-f]{12,64}$")]
+    published: tuple[str, ...] = ()
+
+    @property
+    def key(self) -> str:
+        """name/variant."""
+        return f"{self.name}/{self.variant}"
+
+    def means(self, digest: str) -> bool:
+        """Whether an artifact with this digest is the one."""
+        return digest.startswith(self.digest)
+
+
+class _File(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    artifacts: tuple[Pin, ...]
+
+
+def read_pins(path: Path) -> list[Pin]:
+    """The pins in a file. Raises UsageError: not there, or not of that form."""
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+        pins = _File.model_validate(data).artifacts
+    except OSError as exc:
+        raise UsageError(f"{path}: {exc.strerror}", hint="`quantize publish` writes it") from exc
+    except (yaml.YAMLError, UnicodeDecodeError) as exc:
+        raise UsageError(f"{path}: not YAML ({str(exc).splitlines()[0][:100]})", hint=FORM) from exc
+    except ValidationError as exc:
+        first = exc.errors()[0]
+        where = ".".join(str(step) for step in first["loc"]) or "the file"
+        raise UsageError(f"{path}: `{where}`: {first['msg']}", hint=FORM) from exc
+    keys = [pin.key for pin in pins]
+    for key in keys:
+        if keys.count(key) > 1:
+            raise UsageError(f"{path}: {key} is pinned twice", hint="keep one of the two")
+    return list(pins)
+
+
+def pin(path: Path, artifact: Artifact, reference: str) -> None:
+    """Write an artifact, and one more place where it is, into a file of pins. Raises UsageError."""
+    manifest = artifact.manifest
+    with _alone(path):
+        pins = {item.key: item for item in (read_pins(path) if path.exists() else [])}
+        key = f"{manifest.name}/{manifest.variant}"
+        before = pins[key].published if key in pins and pins[key].means(manifest.digest) else ()
+        kept = tuple(item for item in before if _place(item) != _place(reference))
+        new = Pin(name=manifest.name, variant=manifest.variant, digest=manifest.digest, published=(*kept, reference))
+        pins[key] = new
+        entries = [{**pins[name].model_dump(), "published": list(pins[name].published)} for name in sorted(pins)]
+        text = HEADER + yaml.safe_dump({"artifacts": entries}, sort_keys=False, allow_unicode=True, width=1000)
+        try:
+            write_text(path, text)
+        except OSError as exc:
+            raise UsageError(f"{path}: {exc.strerror}", hint=f"published all the same: {reference}") from exc
+
+
+def chosen(pins: list[Pin], names: tuple[str, ...], path: Path) -> list[Pin]:
+    """The pins of these names, all if none is given. Raises UsageError: one is not pinned."""
+    known = {item.key: item for item in pins}
+    for name in names:
+        if name not in known:
+            raise UsageError(f"{name} is not in {path}", hint=f"there are: {', '.join(sorted(known)) or 'none'}")
+    return [known[name] for name in names] if names else pins
+
+
+def locked_words(words: tuple[str, ...], path: Path, store: Store, reporter: Reporter) -> tuple[str, ...]:
+    """`[NAME=]NAME/VARIANT` of the command line, all that is pinned if there is none, as what is pinned exactly.
+
+    Raises UsageError: not pinned, or not in the store. VerifyError: its files are not those that are pinned.
+    """
+    pins, found = read_pins(path), []
+    for word in words or tuple(item.key for item in pins):
+        name, equals, key = word.rpartition("=")
+        (item,) = chosen(pins, (key,), path)
+        try:
+            artifact = store.find(f"{key}@{item.digest}")
+        except UsageError as exc:
+            hint = "get it with `quantize pull --locked`"
+            raise UsageError(f"{key} is pinned as {item.digest}, which is not in {store.root}", hint=hint) from exc
+        check_files(artifact, reporter)
+        found.append(f"{name}{equals}{key}@{item.digest}")
+    return tuple(found)
+
+
+def _place(reference: str) -> str:
+    """A pinned reference without its digest and revision: where it is."""
+    head, at, _ = reference.removesuffix("/").partition("@")
+    return head if at else reference
+
+
+@contextmanager
+def _alone(path: Path) -> Iterator[None]:
+    """One writer at a time on this machine; the lock is no file beside what is committed."""
+    from filelock import FileLock
+
+    name = hashlib.sha256(os.fsencode(path.absolute())).hexdigest()[:16]
+    folder = default_cache_root() / "locks"
+    folder.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder / f"{name}.lock"):
+        yield

@@ -1,0 +1,295 @@
+"""An OCI registry as a target: oci://HOST/REPOSITORY[:TAG], by the OCI distribution specification v1.1.
+
+In: blobs and a manifest. Out: the same, with every request tried again while that may help. A large blob goes in
+pieces, and on at the piece that failed; the manifest goes last, by its digest, and the tags after it.
+
+Why not the `oras` package: its 0.2 sends a file as one body from memory, starts over when that breaks, does not try
+again on a status such as 503, fetches without ranges, and compares no hashes. The tests have it read what is here.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from quantize.errors import TransferError, UsageError, VerifyError
+from quantize.publish.base import Count, size_of, write_stream
+from quantize.publish.credentials import DOCKER_HUB, credential_for
+from quantize.publish.pack import MANIFEST_TYPE, MAX_MANIFEST_BYTES, Blob, Pack, digest_of
+from quantize.publish.retry import Again, Retry, persist
+from quantize.publish.web import Request, Web, is_loopback
+
+CHUNK_BYTES = 16 << 20
+READ_BYTES = 1 << 20
+REFERENCE = re.compile(
+    r"oci(?P<plain>\+http)?://(?P<host>[A-Za-z0-9.-]+(?::\d+)?|\[[0-9a-f:]+\](?::\d+)?)"
+    r"(?P<repository>(?:/[a-z0-9]+(?:(?:\.|_|__|-+)[a-z0-9]+)*)*)"
+    r"(?::(?P<tag>[A-Za-z0-9_][A-Za-z0-9._-]{0,127}))?(?:@(?P<digest>sha256:[0-9a-f]{64}))?/?"
+)
+ACCEPTED = ", ".join(
+    (
+        MANIFEST_TYPE,
+        "application/vnd.oci.image.index.v1+json",
+        "application/vnd.docker.distribution.manifest.v2+json",
+        "application/vnd.docker.distribution.manifest.list.v2+json",
+    )
+)
+ANEW = "publish the artifact again"
+NO_PIECES = {400, 404, 405, 411, 413, 415, 416, 501}  # what registries say that take a blob only as one body
+
+
+@dataclass(frozen=True)
+class Reference:
+    """A registry's repository, and a tag or digest in it."""
+
+    host: str
+    repository: str
+    tag: str | None
+    digest: str | None
+    plain: bool
+
+    @property
+    def url(self) -> str:
+        """The registry's address. Plain HTTP is for this machine, or where oci+http:// asks for it."""
+        name = self.host.rpartition(":")[0] if re.search(r":\d+$", self.host) else self.host
+        host = DOCKER_HUB[0] if self.host in DOCKER_HUB else self.host
+        return f"{'http' if self.plain or is_loopback(name) else 'https'}://{host}"
+
+    def text(self, tag: str | None = None, digest: str | None = None) -> str:
+        """As a user writes it."""
+        scheme = "oci+http" if self.plain else "oci"
+        end = (f":{tag}" if tag else "") + (f"@{digest}" if digest else "")
+        return f"{scheme}://{self.host}/{self.repository}{end}"
+
+
+def parse(text: str) -> Reference:
+    """Raises UsageError: not oci://HOST/REPOSITORY with a tag or digest."""
+    match = REFERENCE.fullmatch(text)
+    if match is None:
+        hint = "such as oci://ghcr.io/me/models, or oci://ghcr.io/me/models/name:tag; repositories are lower case"
+        raise UsageError(f"{text!r} is not a place in a registry", hint=hint)
+    return Reference(match["host"], match["repository"].strip("/"), match["tag"], match["digest"], bool(match["plain"]))
+
+
+class RegistryPlace:
+    """A repository and one tag of it. Blobs are shared by all that is in the repository."""
+
+    by_content = True
+
+    def __init__(self, reference: Reference, retry: Retry, *, write: bool, web: Web | None = None) -> None:
+        if not reference.repository:
+            raise UsageError(f"oci://{reference.host}: no repository", hint="such as oci://HOST/team/models")
+        self._reference, self._retry = reference, retry
+        scope = f"repository:{reference.repository}:{'pull,push' if write else 'pull'}"
+        self._web = web or Web(reference.url, scope, lambda: credential_for(reference.host), retry)
+        self._base = f"{reference.url}/v2/{reference.repository}"
+
+    def close(self) -> None:
+        """Close its connections."""
+        self._web.close()
+
+    @property
+    def tag(self) -> str:
+        """The tag that stands for the newest publication."""
+        return self._reference.tag or "latest"
+
+    @property
+    def name(self) -> str:
+        """The tag as a reference."""
+        return self._reference.text(self.tag)
+
+    @property
+    def title(self) -> str:
+        """The repository, without those above it."""
+        return self._reference.repository.rpartition("/")[2]
+
+    def pinned(self, digest: str) -> str:
+        """A reference that never means anything else."""
+        return self._reference.text(digest=digest)
+
+    def tagged(self) -> str | None:
+        """The digest that the tag means now; None if there is no such tag."""
+        data = self._manifest(self.tag)
+        return None if data is None else digest_of(data)
+
+    def manifest(self, digest: str) -> bytes:
+        """A manifest's bytes. Raises VerifyError: not there."""
+        data = self._manifest(digest)
+        if data is None:
+            raise VerifyError(f"{self.pinned(digest)}: there is no such manifest", hint="was it published there?")
+        return data
+
+    def _manifest(self, reference: str) -> bytes | None:
+        answer = self._web.call(Request("GET", f"{self._base}/manifests/{reference}", {200, 404}, {"Accept": ACCEPTED}))
+        return answer.data if answer.status == 200 else None
+
+    def has(self, blob: Blob, pack: Pack) -> bool:
+        """Whether the blob is there with its size."""
+        answer = self._web.call(Request("HEAD", self._blob_url(blob), {200, 404}))
+        return answer.status == 200 and answer.headers.get("content-length", "") in ("", str(blob.size_bytes))
+
+    def _blob_url(self, blob: Blob) -> str:
+        return f"{self._base}/blobs/{blob.digest}"
+
+    def send(self, blob: Blob, source: Path, pack: Pack, count: Count) -> None:
+        """Upload one blob; goes on where it broke off."""
+        upload = _Upload(self._web, f"{self._base}/blobs/uploads/", blob, source, count)
+
+        def step() -> None:
+            if upload.failed and self.has(blob, pack):  # it was taken, and only the answer was lost
+                upload.moved_to(blob.size_bytes)
+            else:
+                upload.go_on()
+
+        persist(step, self._retry, f"{self._web.host}: {blob.path}")
+
+    def seal(self, pack: Pack, *, move_from: str | None) -> str:
+        """Put the manifest, then its tags: one that never moves, so that no registry collects it, and `tag`."""
+        if len(pack.document) > MAX_MANIFEST_BYTES:
+            raise TransferError(f"{self.name}: too many files for one manifest")
+        if self._manifest(pack.digest) != pack.document:
+            self._put(pack, pack.digest)
+        lasting = f"{self.tag[:110]}-{pack.short_digest}"
+        if self._manifest(lasting) != pack.document:
+            self._put(pack, lasting)
+        if move_from != pack.digest:
+            self._put(pack, self.tag)
+        return self.pinned(pack.digest)
+
+    def _put(self, pack: Pack, reference: str) -> None:
+        url, headers = f"{self._base}/manifests/{reference}", {"Content-Type": MANIFEST_TYPE}
+        self._web.call(Request("PUT", url, {200, 201}, headers, pack.document))
+
+    def fetch(self, blob: Blob, target: Path, pack: Pack, count: Count) -> None:
+        """Download one blob to a file; what is in it already is not fetched again."""
+        furthest = size_of(target)
+
+        def step() -> None:
+            nonlocal furthest
+            try:
+                self._fetch_on(blob, target, count)
+            except Again as again:
+                again.moved = size_of(target) > furthest
+                furthest = max(furthest, size_of(target))
+                raise
+
+        persist(step, self._retry, f"{self._web.host}: {blob.path}")
+
+    def _fetch_on(self, blob: Blob, target: Path, count: Count) -> None:
+        start = size_of(target)
+        if start >= blob.size_bytes > 0:
+            return
+        headers = {"Range": f"bytes={start}-"} if start else {}
+        with self._web.stream(Request("GET", self._blob_url(blob), {200, 206, 404, 416}, headers)) as response:
+            if response.status_code == 404:
+                raise VerifyError(f"{blob.path}: the registry has lost it", hint=ANEW)
+            if response.status_code == 416:
+                raise VerifyError(f"{blob.path} is cut off: the registry has no more than {start:,} bytes", hint=ANEW)
+            goes_on = response.headers.get("content-range", "").startswith(f"bytes {start}-")
+            if start and not goes_on:
+                count(-start)
+            write_stream(target, response.iter_raw(READ_BYTES), blob, count, append=goes_on)
+        if size_of(target) < blob.size_bytes:
+            told = f"{size_of(target):,} of {blob.size_bytes:,} bytes"
+            if "content-length" in response.headers:  # it came as long as it is
+                raise VerifyError(f"{blob.path} is cut off: the registry has {told}", hint=ANEW)
+            raise Again(f"the connection ended after {told}")
+
+
+class _Upload:
+    """One blob on its way up, piece by piece. `failed`: a try has failed already."""
+
+    def __init__(self, web: Web, start_url: str, blob: Blob, source: Path, count: Count) -> None:
+        self._web, self._start_url, self._blob, self._source, self._count = web, start_url, blob, source, count
+        self._url: str | None = None
+        self._done, self._counted, self._furthest = 0, 0, 0
+        self._starts, self._piece_bytes, self._in_pieces = 0, CHUNK_BYTES, blob.size_bytes > CHUNK_BYTES
+        self.failed = False
+
+    def go_on(self) -> None:
+        """From where the registry says that it is, to the end. Raises Again."""
+        try:
+            if self._url is None or (self.failed and not self._found_again()):
+                self._begin()
+            while self._in_pieces and self._done < self._blob.size_bytes:
+                self._send_piece()
+            self._finish()
+        except Again as again:
+            again.moved, self.failed = self._done > self._furthest, True
+            self._furthest = max(self._furthest, self._done)
+            if not self._in_pieces:
+                self._url = None
+            raise
+
+    def moved_to(self, done: int) -> None:
+        """So many bytes are there."""
+        self._done = done
+        self._count(done - self._counted)
+        self._counted = done
+
+    def _begin(self) -> None:
+        answer = self._web.once(Request("POST", self._start_url, {202}, {"Content-Length": "0"}))
+        self._url = self._web.location(answer.url, answer.headers)
+        least = answer.headers.get("oci-chunk-min-length", "")
+        self._piece_bytes = max(CHUNK_BYTES << self._starts, int(least) if least.isdigit() else 0)
+        self._starts += 1  # some registries forget an upload when an answer is lost: the fewer answers, the better
+        self._in_pieces = self._in_pieces and self._piece_bytes < self._blob.size_bytes
+        self.moved_to(0)
+
+    def _found_again(self) -> bool:
+        """Ask where the upload is; False if the registry has dropped it."""
+        assert self._url is not None
+        answer = self._web.once(Request("GET", self._url, {204, *NO_PIECES}))
+        match = re.fullmatch(r"(?:bytes=)?0-(\d+)", answer.headers.get("range", ""))
+        if answer.status != 204 or match is None:
+            return False
+        if "location" in answer.headers:
+            self._url = self._web.location(answer.url, answer.headers)
+        end = int(match[1])
+        self.moved_to(end + 1 if end else 0)  # an empty upload is 0-0 too
+        return self._done <= self._blob.size_bytes
+
+    def _send_piece(self) -> None:
+        assert self._url is not None
+        data = self._read(self._done, self._piece_bytes)
+        headers = {
+            "Content-Type": "application/octet-stream",
+            "Content-Range": f"{self._done}-{self._done + len(data) - 1}",
+            "Content-Length": str(len(data)),
+        }
+        answer = self._web.once(Request("PATCH", self._url, {202, *NO_PIECES}, headers, data))
+        if answer.status == 202:
+            self._url = self._web.location(answer.url, answer.headers)
+            self.moved_to(self._done + len(data))
+            return
+        self._url, self._in_pieces = None, self._done > 0  # an upload that was lost, or a registry without pieces
+        raise Again(f"status {answer.status} for a piece of a blob")
+
+    def _finish(self) -> None:
+        assert self._url is not None
+        url = self._url + ("&" if "?" in self._url else "?") + f"digest={self._blob.digest}"
+        size = self._blob.size_bytes - self._done
+        headers = {"Content-Type": "application/octet-stream", "Content-Length": str(size)}
+        body = self._rest(self._done) if size else b""
+        answer = self._web.once(Request("PUT", url, {201, 204, *NO_PIECES}, headers, body))
+        if answer.status in (201, 204):
+            self.moved_to(self._blob.size_bytes)
+            return
+        self._url = None
+        raise Again(f"status {answer.status} at the end of a blob: not the bytes with that digest, or a lost upload")
+
+    def _rest(self, start: int) -> Callable[[], Iterator[bytes]]:
+        def read() -> Iterator[bytes]:
+            at = start
+            while data := self._read(at, READ_BYTES):
+                yield data
+                at += len(data)
+
+        return read
+
+    def _read(self, start: int, size: int) -> bytes:
+        with self._source.open("rb") as file:
+            file.seek(start)
+            return file.read(size)
