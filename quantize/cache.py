@@ -54,6 +54,13 @@ class Cache:
                 database.execute("INSERT OR REPLACE INTO hashes VALUES (?, ?, ?, ?, ?)", (*seen, digest))
         return digest
 
+    def paths_with(self, sha256: str) -> list[Path]:
+        """Files that had this hash when they were last read, and have not changed since. Raises StoreError."""
+        with closing(self._database()) as database:
+            query = "SELECT path, size, mtime_ns, inode FROM hashes WHERE sha256 = ? ORDER BY path"
+            rows = database.execute(query, (sha256,)).fetchall()
+        return [Path(path) for path, *seen in rows if _stamp(Path(path)) == tuple(seen)]
+
     def fact(self, key: str, find: Callable[[], Any]) -> Any:
         """What `find` says of some content, as JSON data, remembered under `key`: for what is costly to find out."""
         with closing(self._database()) as database:
@@ -124,6 +131,15 @@ def hash_file(path: Path, progress: Callable[[int], None] | None = None) -> str:
             if progress is not None:
                 progress(len(chunk))
     return digest.hexdigest()
+
+
+def _stamp(path: Path) -> tuple[int, int, int] | None:
+    """Size, mtime and inode of a file; None if there is none."""
+    try:
+        stat = path.stat()
+    except OSError:
+        return None
+    return stat.st_size, stat.st_mtime_ns, stat.st_ino
 
 
 def _remove_leftovers(final: Path) -> None:

@@ -18,8 +18,9 @@ from typing import Any
 from quantize.cache import hash_file
 from quantize.errors import CheckpointError, MissingExtraError, PlanError, RecipeError, first_line
 from quantize.recipe import CalibrationSpec, Recipe, find_path, is_path_text
-from quantize.report import Reporter
+from quantize.report import Reporter, status
 from quantize.source import hub_commit
+from quantize.worker import run_step
 
 PYTHON_DOCS, SELF = "python-docs", "self"
 TOPIC_CHARACTERS = 3000
@@ -51,6 +52,26 @@ class CalibrationSet:
             digest.update(len(ids).to_bytes(4, "little"))
             digest.update(b"".join(token.to_bytes(4, "little") for token in ids))
         return digest.hexdigest()
+
+
+@dataclass(frozen=True)
+class TokenSummary:
+    """What pins a calibration set: its hash over all token ids, and how much there is."""
+
+    hash: str
+    sequences: int
+    tokens: int
+
+
+def summarize_tokens(spec: CalibrationSpec, base: Path, folder: Path, reporter: Reporter) -> TokenSummary:
+    """Read and tokenize in a worker, keeping no tokens. Raises as load_calibration_set does."""
+    status(reporter, "", "reading the calibration text")
+    return run_step("reading the calibration text", reporter, _summary, spec, base, folder)
+
+
+def _summary(_reporter: Reporter, spec: CalibrationSpec, base: Path, folder: Path) -> TokenSummary:
+    found = load_calibration_set(spec, base, folder)
+    return TokenSummary(found.hash, len(found.token_ids), found.tokens)
 
 
 def pinned(spec: CalibrationSpec, base: Path, reporter: Reporter) -> CalibrationSpec:

@@ -10,7 +10,8 @@
     │   ├── SignatureError           3  an artifact is not signed, or is not what was signed
     │   ├── LicenceError             3  the licence of a source is not known, or asks for what is not there
     │   ├── VerifyError              3  an artifact is not what its manifest says, or does not run
-    │   └── GateError                3  an artifact breaks a limit of its recipe
+    │   ├── GateError                3  an artifact breaks a limit of its recipe
+    │   └── LockError                3  something is not as the recipe's lock says
     ├── BuildError                   1  a step failed half-way
     │   └── WorkerDied               1  the process that ran a step was killed or crashed
     ├── BenchError                   1  a server can't be measured: not there, or not what it should be
@@ -100,6 +101,10 @@ class VerifyError(RefusedError):
 
 class GateError(RefusedError):
     """An artifact breaks a limit of its recipe."""
+
+
+class LockError(RefusedError):
+    """Something is not as the recipe's lock says."""
 
 
 class BuildError(QuantizeError):

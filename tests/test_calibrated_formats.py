@@ -31,6 +31,7 @@ from quantize.report import ListReporter
 from quantize.store import Store
 from quantize.testing import TinyModel, make_checkpoint, write_recipe
 from tests.conftest import UNMEASURED
+from tests.elsewhere import rebuild_elsewhere
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # transformers and its plugins warn on import
 
@@ -120,12 +121,12 @@ def test_the_manifest_has_the_text_by_hash(run: Run) -> None:
     assert data["spec"]["precision"] == "float32"
 
 
-def test_same_bytes_in_another_folder_with_another_thread_count(run: Run, checkpoint: Path, tmp_path: Path) -> None:
-    """One of each solver; a pass for fewer variants gives them the same bytes, too."""
-    names = ("awq-int4-g64-gptq", "gptq-int4-g64", "q4_k_m-imatrix")
-    again = run_all(checkpoint, tmp_path / "again", 1, names)
-    found = {item.manifest.variant: item.manifest.digest for item in again.store.artifacts()}
-    assert found == {name: run.artifact(name).manifest.digest for name in names}
+@pytest.mark.parametrize("variant", ["gptq-int4-g64", "awq-int4-g64-gptq", "q4_k_m-imatrix", "bnb-int8"])
+def test_the_same_digest_from_the_manifest_alone_elsewhere(run: Run, variant: str, tmp_path: Path) -> None:
+    """One of each solver, each in a pass of its own, with other threads, locale, umask, hash seed and folders."""
+    data = rebuild_elsewhere(run.artifact(variant).folder, tmp_path)
+    assert (data["tools"], data["manifest_fields"], data["differences"]) == ([], [], [])
+    assert data["rebuilt_digest"] == data["digest"] == run.artifact(variant).manifest.digest
 
 
 def test_size_equals_plan(run: Run, tmp_path: Path) -> None:

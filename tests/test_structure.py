@@ -35,11 +35,11 @@ LAYERS: list[set[str]] = [
     {"backends", "evaluate"},
     {"card", "provenance.licence"},
     {"plan", "reopen", "calibrated", "testing", "assemble", "gates"},
-    {"workloads", "reevaluate"},
+    {"workloads", "reevaluate", "lock", "rebuild"},
     {"build"},
     {"provenance"},
     {"publish"},
-    {"bench", "serve", "pages"},
+    {"bench", "serve", "pages", "doctor"},
     {"cli", "__main__"},
 ]
 

@@ -18,12 +18,14 @@ INTERRUPTED = 130
 COMMANDS: dict[str, tuple[str, str]] = {
     "plan": ("plan", "Show what a recipe would build: sizes, disk, what is built already. Writes nothing."),
     "build": ("build", "Build every variant of a recipe that is not up to date."),
+    "lock": ("lock", "Pin what a recipe's build is made of, for `build --locked`."),
     "estimate": ("estimate", "Memory of a model at contexts and concurrencies; whether it fits a card."),
     "eval": ("eval", "Measure artifacts against their source, and hold the gates."),
     "list": ("list", "List artifacts, recipes or formats."),
     "show": ("show", "Show one artifact: its manifest and what was measured."),
     "sign": ("sign", "Write an artifact's provenance and bill of materials, and sign it."),
     "verify": ("verify", "Check an artifact: hashes, tensors, and that it runs."),
+    "rebuild": ("rebuild", "Build an artifact again from its manifest alone, and compare."),
     "bench": ("bench", "Load a server, or an artifact's own, and time its answers."),
     "report": ("report", "Write a page about a recipe's artifacts, and the production decision."),
     "serve": ("serve", "Serve artifacts over HTTP, as OpenAI's API does."),
@@ -32,6 +34,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "diff": ("diff", "Compare two artifacts: settings, files, tensor types, sizes."),
     "gc": ("gc", "Remove superseded artifacts and leftovers; shows them only, unless told to."),
     "calibration": ("calibration", "Show the text that calibrated formats see."),
+    "doctor": ("doctor", "What this machine has: versions, devices, disk, which formats it can build and serve."),
     "schema": ("schema", "Print the JSON Schema of recipes or manifests."),
 }
 

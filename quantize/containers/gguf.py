@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import mmap
 import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,12 +37,16 @@ TENSOR_TYPES: dict[int, tuple[str, int, int]] = {
 
 @dataclass(frozen=True)
 class GgufTensor:
-    """One tensor: its ggml type, its shape with the input width first as GGUF has it, and its bytes."""
+    """One tensor: its ggml type, its shape with the input width first as GGUF has it, and its bytes.
+
+    offset: of its data, in bytes from the start of the file.
+    """
 
     name: str
     type: str
     shape: tuple[int, ...]
     size_bytes: int
+    offset: int
 
 
 @dataclass(frozen=True)
@@ -104,12 +108,12 @@ class _Parser:
             raise ValueError(f"alignment {alignment!r}")
         start = (self.at + alignment - 1) // alignment * alignment
         found = {}
-        for tensor, offset in table:
+        for tensor in table:
             if tensor.name in found:
                 raise ValueError(f"tensor {tensor.name[:60]!r} is there twice")
-            if start + offset + tensor.size_bytes > self.size:
+            if start + tensor.offset + tensor.size_bytes > self.size:
                 raise ValueError(f"truncated in tensor {tensor.name[:60]!r}")
-            found[tensor.name] = tensor
+            found[tensor.name] = replace(tensor, offset=start + tensor.offset)
         return GgufFile(self.path, values, found)
 
     def unpack(self, layout: str) -> tuple[Any, ...]:
@@ -146,7 +150,8 @@ class _Parser:
             self.at += count * struct.calcsize(SCALARS[inner])
         return None
 
-    def tensor(self) -> tuple[GgufTensor, int]:
+    def tensor(self) -> GgufTensor:
+        """One row of the tensor table; its offset still counts from the start of the data."""
         name = self.string()
         (dimensions,) = self.unpack("<I")
         if not 1 <= dimensions <= 4:
@@ -159,7 +164,7 @@ class _Parser:
         elements = math.prod(shape)
         if elements > MAX_ELEMENTS or shape[0] % block:
             raise ValueError(f"tensor {name[:60]!r} has the impossible shape {shape}")
-        return GgufTensor(name, type_name, shape, elements // block * block_bytes), offset
+        return GgufTensor(name, type_name, shape, elements // block * block_bytes, offset)
 
 
 def read_summary(path: Path) -> GgufSummary:
