@@ -10,11 +10,12 @@ import click
 
 from quantize.cli.common import json_option, print_json, quiet_option, size_text, store_option, verbose_option
 from quantize.cli.progress import console_reporter
+from quantize.provenance.documents import Signing
 from quantize.provenance.signature import PASSWORD_VARIABLE
 from quantize.provenance.statement import known_run
 from quantize.publish.pins import pin
 from quantize.publish.policy import own_policy, read_policy
-from quantize.publish.send import Published, Signing, Wanted, publish
+from quantize.publish.send import Published, Wanted, publish
 from quantize.publish.transfer import Session
 from quantize.reevaluate import find_targets
 from quantize.store import PINS_NAME, Store

@@ -13,7 +13,7 @@ import shutil
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -34,6 +34,7 @@ REFERENCE = re.compile(
     r"(?:@(?!sha256:)(?P<revision>[A-Za-z0-9][\w./-]*))?(?:@(?P<digest>sha256:[0-9a-f]{64}))?/?"
 )
 OWN = {".gitattributes"}  # what the hub itself puts into a repository
+TRIES = 3  # the library tries most requests again by itself
 PASSING = {408, 429, 500, 502, 503, 504}
 
 
@@ -63,7 +64,7 @@ class HubPlace:
         if "/" not in reference.repository:
             raise UsageError(f"hf://{reference.repository}: no repository", hint="such as hf://me/model")
         self._repository, self._revision = reference.repository, reference.revision or "main"
-        self._retry, self._write = retry, write
+        self._retry, self._write = replace(retry, tries=min(retry.tries, TRIES)), write
         self._api = huggingface_hub.HfApi(endpoint=os.environ.get("HF_ENDPOINT") or None)
         self._commit: str | None = None
         self._remote: dict[str, tuple[int, str | None]] = {}

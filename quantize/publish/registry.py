@@ -190,7 +190,7 @@ class RegistryPlace:
             goes_on = response.headers.get("content-range", "").startswith(f"bytes {start}-")
             if start and not goes_on:
                 count(-start)
-            write_stream(target, response.iter_raw(READ_BYTES), blob, count, append=goes_on)
+            write_stream(target, response.iter_raw(), blob, count, append=goes_on)
         if size_of(target) < blob.size_bytes:
             told = f"{size_of(target):,} of {blob.size_bytes:,} bytes"
             if "content-length" in response.headers:  # it came as long as it is

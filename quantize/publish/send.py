@@ -14,8 +14,7 @@ from pathlib import Path
 
 from quantize.artifact import Artifact, store_errors, variant_lock
 from quantize.errors import RefusedError, UsageError
-from quantize.provenance.documents import prepare
-from quantize.provenance.statement import RunDetails
+from quantize.provenance.documents import Signing, prepare
 from quantize.publish.base import Place
 from quantize.publish.pack import Blob, Pack, make_pack
 from quantize.publish.places import place_for
@@ -46,15 +45,6 @@ class Wanted:
 
     artifact: Artifact
     policy: PublishPolicy
-
-
-@dataclass(frozen=True)
-class Signing:
-    """key: a private key; None signs nothing. run: who ran the build, for the provenance."""
-
-    key: Path | None = None
-    password: str | None = None
-    run: RunDetails | None = None
 
 
 @dataclass(frozen=True)
@@ -92,7 +82,7 @@ def publish(
         for item, place, notice in zip(artifacts, places, notices, strict=True):
             status(session.reporter, item.manifest.variant, "checking hashes")
             check_files(item, session.reporter)
-            _prepare(store, item, place.title, notice, signing or Signing())
+            _prepare(store, item, place.title, notice, signing)
             pack, config = make_pack(item)
             jobs.append(_Job(item, place, pack, config, _may_take(place, pack, move_tag=move_tag)))
         for job in jobs:
@@ -102,13 +92,13 @@ def publish(
             place.close()
 
 
-def _prepare(store: Path, artifact: Artifact, title: str, notice: str, signing: Signing) -> None:
+def _prepare(store: Path, artifact: Artifact, title: str, notice: str, signing: Signing | None) -> None:
     """Have the licence checked, and the papers written and signed, while no evaluation writes beside them."""
     manifest = artifact.manifest
     inside = artifact.folder.absolute().is_relative_to(store.absolute())
     held = variant_lock(store, manifest.name, manifest.variant) if inside else contextlib.nullcontext()
     with held, store_errors(store):
-        prepare(artifact, manifest.name, title, remark=notice, **vars(signing))
+        prepare(artifact, manifest.name, title, remark=notice, signing=signing)
 
 
 def _check_apart(artifacts: Sequence[Artifact], places: Sequence[Place]) -> None:

@@ -127,6 +127,9 @@ class Web:
                 response.close()
                 used = self._log_in(challenge, used)
                 response = self._send(request, target, used)
+                if response.status_code == 401:
+                    response.close()
+                    raise self._no_login(self._find_credential())
             if response.status_code not in REDIRECTS or request.method not in ("GET", "HEAD"):
                 return response
             response.close()

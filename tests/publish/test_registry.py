@@ -174,7 +174,7 @@ def test_the_manifest_comes_last_and_the_tag_after_it(
 
 
 def test_an_upload_that_fails_leaves_no_tag(proxy: Proxy, target: str, artifact: Artifact, registry: Registry) -> None:
-    weights = f"sha256:{artifact.manifest.files[0].sha256}"
+    weights = f"sha256:{artifact.manifest.files[-1].sha256}"
     proxy.rule = lambda asked, forward: Answer(503) if weights in asked.path and asked.sends else forward()
     with pytest.raises(TransferError, match="status 503"):
         publish_one(artifact, target, Session(ListReporter(), jobs=3, retry=replace(QUICK, tries=2)))
@@ -185,7 +185,7 @@ def test_a_pull_goes_on_where_it_broke_off(
     proxy: Proxy, target: str, artifact: Artifact, session: Session, store: Store
 ) -> None:
     done = publish_one(artifact, target, session)
-    weights = artifact.manifest.files[0]
+    weights = artifact.manifest.files[-1]
     broken = threading.Event()
 
     def rule(asked: Asked, forward: Forward) -> Answer | None:
@@ -218,7 +218,7 @@ def test_a_beginning_that_is_none_is_fetched_anew(
     done = publish_one(artifact, target, session)
     left = store.root / ".staging" / f"tiny--q8_0.pull-{done.digest[7:19]}"
     left.mkdir(parents=True)
-    (left / artifact.manifest.files[0].path).write_bytes(b"not how it begins")
+    (left / artifact.manifest.files[-1].path).write_bytes(b"not how it begins")
     (left / "stranger").write_bytes(b"x")
     assert pull(done.reference, store, session).artifact.manifest == artifact.manifest
     assert not (store.find("tiny/q8_0").folder / "stranger").exists()
@@ -289,7 +289,7 @@ def test_another_blob_than_was_asked_for(
     store: Store,
 ) -> None:
     done = publish_one(artifact, target, session)
-    weights = artifact.manifest.files[0].sha256
+    weights = artifact.manifest.files[-1].sha256
 
     def rule(asked: Asked, forward: Forward) -> Answer:
         answer = forward()
@@ -367,5 +367,19 @@ def test_oras_alone_gets_the_files(
     client = oras.OrasClient(insecure=True)
     paths = client.pull(target=done.reference.removeprefix("oci://"), outdir=str(tmp_path / "out"))
     assert {Path(path).name: Path(path).read_bytes() for path in paths} == {
+        path.name: path.read_bytes() for path in artifact.folder.iterdir()
+    }
+
+
+def test_another_modelpack_client_gets_the_model(
+    registry: Registry, artifact: Artifact, session: Session, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It holds the configuration against the published schema, and every digest and size against the manifest."""
+    modelpack = pytest.importorskip("modelpack_client")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    done = publish_one(artifact, f"oci://127.0.0.1:{registry.port}/modelpack", session)
+    client = modelpack.ModelPackClient(insecure=True)
+    client.pull(done.reference.removeprefix("oci://"), tmp_path / "out")
+    assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == {
         path.name: path.read_bytes() for path in artifact.folder.iterdir()
     }

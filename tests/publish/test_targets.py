@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections.abc import Callable, Iterator
@@ -36,13 +37,12 @@ class Target:
 
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
-    huggingface_hub = pytest.importorskip("huggingface_hub")
+    constants = pytest.importorskip("huggingface_hub.constants")
     server = Hub()
     monkeypatch.setenv("HF_ENDPOINT", server.url)
     monkeypatch.setenv("HF_TOKEN", TOKEN)
-    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", server.url)
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", True)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
     yield server
     server.close()
 
@@ -60,7 +60,7 @@ def make_folder(request: pytest.FixtureRequest, tmp_path: Path) -> Target:
 def make_memory(request: pytest.FixtureRequest, tmp_path: Path) -> Target:
     system = fsspec.filesystem("memory")
     root = f"/{tmp_path.name}"
-    request.addfinalizer(lambda: system.rm(root, recursive=True))
+    request.addfinalizer(lambda: system.exists(root) and system.rm(root, recursive=True))
 
     def alter(done: Published, path: str, change: Callable[[bytes], bytes]) -> None:
         file = f"{root}/tiny/q8_0/{done.digest.removeprefix('sha256:')[:12]}/{path}"
@@ -96,10 +96,9 @@ def make_hub(request: pytest.FixtureRequest, tmp_path: Path) -> Target:
     def alter(done: Published, path: str, change: Callable[[bytes], bytes]) -> None:
         repository = hub.repositories["team/tiny-q8_0"]
         content, large = repository.commits[repository.head][path]
-        repository.commits[repository.head][path] = (change(content), large)
-        for oid, data in hub.large.items():
-            if data == content:
-                hub.large[oid] = change(content)
+        altered = change(content)
+        repository.commits[repository.head][path] = (altered, large)
+        hub.large[hashlib.sha256(altered).hexdigest()] = altered
 
     return Target("hf://team", alter)
 
@@ -153,14 +152,15 @@ def test_a_name_moves_only_when_told(target: Target, artifact: Artifact, session
     assert "--move-tag" in str(caught.value.hint)
     second = publish_one(artifact, target.text, session, move_tag=True)
     assert (second.moved_from, second.name) == (first.digest, first.name)
-    assert second.sent_files < 5, "only what is new"
+    if target.text.startswith(("oci", "hf")):
+        assert second.sent_bytes < 20_000, "the weights were there"
     assert pull(second.name, store, session).digest == second.digest
     assert pull(first.reference, store, session).digest == first.digest
 
 
 def test_an_altered_file_is_refused(target: Target, artifact: Artifact, session: Session, store: Store) -> None:
     done = publish_one(artifact, target.text, session)
-    weights = artifact.manifest.files[0].path
+    weights = artifact.manifest.files[-1].path
     target.alter(done, weights, lambda data: data[:-1] + bytes([data[-1] ^ 1]))
     with pytest.raises(VerifyError, match=f"{weights} was altered: its sha256 is not the one in the manifest"):
         pull(done.reference, store, session)
@@ -198,6 +198,17 @@ def test_several_artifacts_each_have_a_place(target: Target, shelf: Store, sessi
     assert len({item.name for item in done}) == 2
     for item in done:
         assert pull(item.reference, store, session).artifact.ref == item.artifact.ref
+
+
+def test_a_share_keeps_weights_once(artifact: Artifact, session: Session, tmp_path: Path) -> None:
+    publish_one(artifact, str(tmp_path / "share"), session)
+    (artifact.folder / "evaluation.md").write_text("measured anew\n")
+    publish_one(artifact, str(tmp_path / "share"), session, move_tag=True)
+    first, second = sorted((tmp_path / "share/tiny/q8_0").glob("*/*.gguf"))
+    assert first.samefile(second)
+    first.unlink()
+    first.write_bytes(b"another file of that name")
+    assert second.stat().st_size == 200_000
 
 
 def test_two_artifacts_for_one_place(shelf: Store, session: Session, registry: Registry) -> None:
@@ -248,7 +259,14 @@ def test_a_hub_repository_with_other_files_is_not_overwritten(hub: Hub, artifact
 
 
 def test_the_hub_fails_now_and_then(hub: Hub, artifact: Artifact, session: Session, store: Store) -> None:
-    failing = iter(range(1000))
-    hub.fail = lambda _method, path: 503 if next(failing) % 5 == 4 and "signed" not in path else None
+    wanting = ["/revision/", "/preupload/", "/commit/", "/revision/"]
+
+    def fail(_method: str, path: str) -> int | None:
+        if wanting and wanting[0] in path:
+            wanting.pop(0)
+            return 503
+        return None
+
+    hub.fail = fail
     done = publish_one(artifact, "hf://team/model", session)
     assert pull(done.reference, store, session).artifact.manifest == artifact.manifest
