@@ -143,8 +143,9 @@ def _recipe(artifact: Artifact, variant: Variant, work: Path, given: Given) -> R
     calibration = _calibration(artifact, work / "recipe", given.calibration)
     carried = artifact.folder / RECIPE_NAME
     text = carried.read_text(encoding="utf-8") if carried.is_file() else ""
+    source = Source(model=manifest.source.uri, revision=None, name=None, base_model=None, license=None)
     return Recipe(
-        manifest.name, None, Source(model=manifest.source.uri), calibration, (variant,), EvaluationSpec(), None,
+        manifest.name, None, source, calibration, (variant,), EvaluationSpec(), None,
         work / "recipe" / RECIPE_NAME, text,
     )  # fmt: skip
 

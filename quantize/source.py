@@ -96,18 +96,18 @@ def pin_address(uri: str, cache: Cache, reporter: Reporter) -> PinnedSource | No
         return None
     if kind == "package":
         item = _packaged_file(uri, *rest.split("/", 1))
-        return _pin_gguf(Source(model=item), _packaged(item), uri, cache, reporter)
+        return _pin_gguf(_bare(item), _packaged(item), uri, cache, reporter)
     repo, _, commit = rest.partition("@")
     if kind != "hub" or not HUB_ID.match(repo) or not COMMIT.match(commit):
         raise _no_address(uri)
-    return _pin_hub(Source(model=repo, revision=commit), repo, cache, reporter)
+    return _pin_hub(_bare(repo, commit), repo, cache, reporter)
 
 
 def pin_path(path: Path, cache: Cache, reporter: Reporter) -> PinnedSource:
     """The model folder or GGUF file at a path. Raises CheckpointError: not there, not a model."""
     if not path.exists():
         raise CheckpointError(f"source {path}: no such file or folder")
-    return _pin_local(Source(model=str(path)), path, cache, reporter)
+    return _pin_local(_bare(str(path)), path, cache, reporter)
 
 
 def as_stated(pinned: PinnedSource, entry: SourceEntry) -> PinnedSource:
@@ -172,6 +172,11 @@ def _packaged_file(uri: str, package: str, file: str = "") -> PackageFile:
         return PackageFile(package=package, file=file)
     except ValueError as exc:
         raise _no_address(uri) from exc
+
+
+def _bare(model: str | PackageFile, revision: str | None = None) -> Source:
+    """A source section that says nothing but where."""
+    return Source(model=model, revision=revision, name=None, base_model=None, license=None)
 
 
 def _no_address(uri: str) -> CheckpointError:
