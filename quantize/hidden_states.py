@@ -129,7 +129,7 @@ class MemoryStates:
 
     def _pieces(self) -> Iterator[Tensor]:
         rows = max(1, PIECE_BYTES // (4 * self._states.shape[1]))
-        return iter(self._states.split(rows))
+        return iter(torch.split(self._states, rows))
 
 
 class FileStates:

@@ -59,8 +59,11 @@ def split_threads(parts: int) -> Iterator[list[ThreadPoolExecutor]]:
     torch.set_num_threads(before // parts)
     try:
         with ExitStack() as open_pools:
-            setting = {"initializer": torch.set_num_threads, "initargs": (before // parts,)}
-            yield [open_pools.enter_context(ThreadPoolExecutor(1, **setting)) for _ in range(parts)]
+            pools = [
+                ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(before // parts,))
+                for _ in range(parts)
+            ]
+            yield [open_pools.enter_context(pool) for pool in pools]
     finally:
         torch.set_num_threads(before)
 

@@ -167,10 +167,10 @@ class PublishPolicy(BaseModel):
 
     model_config = Strict
     unevaluated: Annotated[str, Field(min_length=1)] | None = Field(
-        None, description="publish what was never evaluated, for this reason, which its card states"
+        default=None, description="publish what was never evaluated, for this reason, which its card states"
     )
     refused: Annotated[str, Field(min_length=1)] | None = Field(
-        None, description="publish what its gates refused, for this reason, which its card states"
+        default=None, description="publish what its gates refused, for this reason, which its card states"
     )
 
 

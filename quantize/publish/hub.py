@@ -72,7 +72,9 @@ class HubPlace:
         self._ready: dict[str, Any] = {}
         self._lock = threading.Lock()
         self._scratch = tempfile.TemporaryDirectory(prefix="quantize-hub-")
-        huggingface_hub.utils.disable_progress_bars()
+        from huggingface_hub.utils.tqdm import disable_progress_bars
+
+        disable_progress_bars()
 
     def close(self) -> None:
         """Remove scratch files."""
@@ -122,8 +124,7 @@ class HubPlace:
 
     def _download(self, path: str) -> Path:
         folder = Path(self._scratch.name)
-        kept = {"revision": self._commit, "local_dir": folder}
-        return Path(self._api.hf_hub_download(self._repository, path, **kept))
+        return Path(self._api.hf_hub_download(self._repository, path, revision=self._commit, local_dir=folder))
 
     def has(self, blob: Blob, pack: Pack) -> bool:
         """Whether the newest commit has the file: by sha256 where the hub knows it, else as part of a publication."""
