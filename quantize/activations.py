@@ -8,9 +8,9 @@ hidden states, whatever the depth.
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -18,11 +18,20 @@ import torch
 from torch import Tensor
 
 from quantize.architecture import BlockLayout, Linear, block_layout
-from quantize.block_runner import BlockRunner
+from quantize.block_runner import SHARES, BlockRunner
 from quantize.errors import BuildError, CheckpointError
-from quantize.hidden_states import Batch, FileStates, HiddenStates, MemoryStates, make_batches
+from quantize.hidden_states import (
+    Batch,
+    FileStates,
+    HiddenStates,
+    MemoryStates,
+    SavedStates,
+    make_batches,
+    remove_before,
+)
 from quantize.numerics.gptq import estimated_loss
 from quantize.numerics.gram import Gram
+from quantize.parallel import in_turn, split_threads
 from quantize.report import Reporter, SilentReporter, progress, warn
 
 Precision = Literal["float32", "bfloat16"]
@@ -88,30 +97,42 @@ class Block:
         return float(f"{loss / energy:.6g}") if energy > 0 else 0.0
 
 
+@dataclass(frozen=True)
+class Spill:
+    """Where hidden states go. folder: on disk. budget_bytes: kept in memory up to that, None for any size.
+
+    saved: what an earlier run left there; the pass goes on from it. keep: called after each block but the last with the
+    states that go into the next one, before the block is yielded.
+    """
+
+    folder: Path | None = None
+    budget_bytes: int | None = None
+    saved: SavedStates | None = None
+    keep: Callable[[HiddenStates], None] | None = None
+
+
 def stream_blocks(
     checkpoint: TensorSource,
     token_ids: Sequence[Sequence[int] | Tensor],
     *,
     device: str = "cpu",
     precision: Precision = "float32",
-    memory_budget_bytes: int | None = None,
-    workdir: Path | None = None,
+    spill: Spill | None = None,
     start_block: int = 0,
     tokens_per_batch: int = TOKENS_PER_BATCH,
     reporter: Reporter | None = None,
 ) -> Iterator[Block]:
     """Yield each block from `start_block` on, with its weights and Gram matrices.
 
-    Sequences may differ in length; equal ones run together and none is padded. Hidden states stay in memory up to
-    `memory_budget_bytes`, else in files under `workdir`; from those a later call with the same tokens resumes at
-    `start_block` (or the nearest block before it). Without them, blocks before `start_block` are run again, without
-    statistics. Drop what a yielded Block holds before asking for the next one.
+    Sequences may differ in length; equal ones run together and none is padded. Blocks before `start_block` are run
+    without statistics, from the first one or from saved states. Drop what a yielded Block holds before asking for the
+    next one.
 
     Raises:
         CheckpointError: architecture not in the table, or tensors that don't fit it.
         BuildError: no tokens, no folder to spill to, or the disk failed.
     """
-    events = reporter or SilentReporter()
+    events, spill = reporter or SilentReporter(), spill or Spill()
     sequences = [torch.as_tensor(ids, dtype=torch.long).reshape(-1) for ids in token_ids]
     sequences = [ids for ids in sequences if ids.numel()]
     if not sequences:
@@ -120,7 +141,8 @@ def stream_blocks(
     batches = make_batches([len(ids) for ids in sequences], tokens_per_batch)
     ordered = [sequences[member] for batch in batches for member in batch.members]
     tokens = sum(len(ids) for ids in ordered)
-    states, first = _open_states(runner, ordered, memory_budget_bytes, workdir, start_block, precision)
+    states = _open_states(runner, tokens, spill)
+    first = _first_block(states, spill.saved, start_block, events)
     _embed(checkpoint, runner, ordered, states if first is None else None)
     total = tokens * runner.blocks
     for index in range(first or 0, runner.blocks):
@@ -128,45 +150,47 @@ def stream_blocks(
         weights = _read_block(checkpoint, layout, device)
         runner.load(layout, weights)
         last = index == runner.blocks - 1
-        if index < start_block:
+        grams = None
+        if index >= start_block:
+            grams = _record(runner, layout, batches, states, last)
+        else:
             for batch in batches:
                 states.write(batch, runner.run(index, states.read(batch)))
-            grams = None
-        else:
-            grams = _record(runner, layout, batches, states, last)
         progress(events, "", "calibration pass, tokens x blocks", (index + 1) * tokens, total)
         runner.unload(index)
+        if not last:
+            states.advance()
+            if spill.keep is not None:
+                spill.keep(states)
+            elif spill.folder is not None:
+                remove_before(spill.folder, index + 1)
         if grams is not None:
             _report_notes(events, index, grams)
             inputs = {linear.tensor: linear.input for linear in layout.linears}
             yield Block(index, layout, weights, grams, inputs)
         del weights, grams
-        if not last:
-            states.advance(index + 1)
-    if isinstance(states, FileStates):
-        states.remove()
 
 
-def _open_states(
-    runner: BlockRunner,
-    sequences: list[Tensor],
-    budget: int | None,
-    workdir: Path | None,
-    start_block: int,
-    precision: str,
-) -> tuple[HiddenStates, int | None]:
-    tokens = sum(len(ids) for ids in sequences)
+def _open_states(runner: BlockRunner, tokens: int, spill: Spill) -> HiddenStates:
     size = 4 * tokens * runner.hidden_size
-    if budget is None or size <= budget:
-        return MemoryStates(tokens, runner.hidden_size, runner.device), None
-    if workdir is None:
+    if spill.budget_bytes is None or size <= spill.budget_bytes:
+        return MemoryStates(tokens, runner.hidden_size, runner.device, spill.folder)
+    if spill.folder is None:
         raise BuildError(
-            f"hidden states need {size} bytes, more than the budget of {budget}", hint="give a folder to spill them to"
+            f"hidden states need {size} bytes, more than the budget of {spill.budget_bytes}",
+            hint="give a folder to spill them to",
         )
-    digest = hashlib.sha256(f"{precision} {[len(ids) for ids in sequences]}".encode())
-    digest.update(torch.cat(sequences).numpy().tobytes())
-    files = FileStates(workdir, digest.hexdigest(), runner.hidden_size, runner.device)
-    return files, files.resume(start_block)
+    return FileStates(tokens, runner.hidden_size, runner.device, spill.folder)
+
+
+def _first_block(states: HiddenStates, saved: SavedStates | None, start_block: int, events: Reporter) -> int | None:
+    """The block whose input `states` now hold, from an earlier run; None if there is none that helps."""
+    if saved is None or saved.block > start_block:
+        return None
+    if states.load(saved):
+        return saved.block
+    warn(events, "", "the hidden states of the stopped build are damaged or gone; the blocks are run again")
+    return None
 
 
 def _embed(checkpoint: TensorSource, runner: BlockRunner, sequences: list[Tensor], states: HiddenStates | None) -> None:
@@ -180,7 +204,7 @@ def _embed(checkpoint: TensorSource, runner: BlockRunner, sequences: list[Tensor
             states.write(Batch((0,), embedded.shape[0], start), embedded)
         start += embedded.shape[0]
     if states is not None:
-        states.advance(0)
+        states.advance()
 
 
 def _read_block(checkpoint: TensorSource, layout: BlockLayout, device: str) -> dict[str, Tensor]:
@@ -196,11 +220,21 @@ def _read_block(checkpoint: TensorSource, layout: BlockLayout, device: str) -> d
 def _record(
     runner: BlockRunner, layout: BlockLayout, batches: list[Batch], states: HiddenStates, last: bool
 ) -> dict[str, Gram]:
+    """Run a block over all batches; on a CPU the shares run at once, each with its part of the threads.
+
+    A batch's products are too small for many threads: two batches on a thread each take less time than one after the
+    other on two.
+    """
     with runner.recording(layout, output_needed=not last) as recorder:
-        for batch in batches:
-            output = recorder.run(states.read(batch))
-            if output is not None and not last:
-                states.write(batch, output)
+        shares = SHARES if runner.device.type == "cpu" else 1
+        with split_threads(shares) as pools:
+            tasks = [
+                partial(lambda batch, share: recorder.run(states.read(batch), share), batch, number % SHARES)
+                for number, batch in enumerate(batches)
+            ]
+            for batch, output in zip(batches, in_turn(tasks, pools), strict=True):
+                if output is not None and not last:
+                    states.write(batch, output)
         return recorder.finish()
 
 

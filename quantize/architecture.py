@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from quantize.errors import CheckpointError
+from quantize.shape import MAX_NUMBER
 
 Config = Mapping[str, Any]
 
@@ -177,6 +178,8 @@ TABLE: dict[str, Architecture] = {
     )
 }
 
+MAX_BLOCKS = 10_000
+MAX_EXPERTS = 4_096
 _COUNT_KEYS = ("num_local_experts", "num_experts")  # transformers has written both for the same model
 _BLOCK = re.compile(r"model\.layers\.(\d+)\.")
 
@@ -187,7 +190,8 @@ def architecture_of(config: Config) -> Architecture:
     Raises:
         CheckpointError: the config names no architecture, or one that is not in the table.
     """
-    names = config.get("architectures") or ()
+    found = config.get("architectures")
+    names = [str(name) for name in found] if isinstance(found, list) else []
     for name in names:
         if name in TABLE:
             return TABLE[name]
@@ -201,7 +205,7 @@ def architecture_of(config: Config) -> Architecture:
 
 def block_count(config: Config) -> int:
     """How many decoder blocks the model has."""
-    return _integer(config, "num_hidden_layers")
+    return _integer(config, "num_hidden_layers", MAX_BLOCKS)
 
 
 def block_layouts(config: Config) -> Iterator[BlockLayout]:
@@ -253,8 +257,8 @@ def block_index(tensor: str) -> int | None:
 
 def _attention_groups(row: Architecture, config: Config, prefix: str) -> tuple[FoldGroup, ...]:
     heads = _integer(config, "num_attention_heads")
-    kv_heads = int(config.get("num_key_value_heads") or heads)
-    head_dim = int(config.get("head_dim") or _integer(config, "hidden_size") // heads)
+    kv_heads = _optional(config, "num_key_value_heads") or heads
+    head_dim = _optional(config, "head_dim") or _integer(config, "hidden_size") // heads
     names = ("qkv_proj",) if row.fused else ("q_proj", "k_proj", "v_proj")
     readers = tuple(_linear(prefix, f"self_attn.{name}", "attention") for name in names)
     output = _linear(prefix, "self_attn.o_proj", "attention_output")
@@ -287,7 +291,7 @@ def _expert_groups(row: Architecture, mixture: Mixture, config: Config, experts:
         down = _linear(prefix, f"{base}.down_proj", "shared_expert_output")
         width = _integer(config, "shared_expert_intermediate_size")
         outputs.append(FoldGroup("shared_expert_output", (down,), RowsSource(readers[-1].tensor, 0, width)))
-    width = int(config.get("moe_intermediate_size") or _integer(config, "intermediate_size"))
+    width = _optional(config, "moe_intermediate_size") or _integer(config, "intermediate_size")
     for expert in range(experts.count):
         key, output = experts.expert_input.format(expert=expert), experts.output.format(expert=expert)
         gate, up, down_name = (name.format(expert=expert) for name in (experts.gate, experts.up, experts.down))
@@ -303,7 +307,7 @@ def _experts(mixture: Mixture, config: Config, prefix: str) -> Experts:
     names = [f"{base}.experts.{{expert}}.{name}.weight" for name in (mixture.gate, mixture.up, mixture.down)]
     return Experts(
         module="mlp.experts",
-        count=_integer(config, next((key for key in _COUNT_KEYS if key in config), _COUNT_KEYS[0])),
+        count=_integer(config, next((key for key in _COUNT_KEYS if key in config), _COUNT_KEYS[0]), MAX_EXPERTS),
         gate=names[0],
         up=names[1],
         down=names[2],
@@ -319,8 +323,10 @@ def _has_experts(row: Architecture, config: Config, index: int) -> bool:
         return False
     if not row.mixture.dense_layers:
         return True
-    step = int(config.get("decoder_sparse_step") or 1)
-    return index not in (config.get("mlp_only_layers") or ()) and (index + 1) % step == 0
+    step, dense = _optional(config, "decoder_sparse_step") or 1, config.get("mlp_only_layers") or []
+    if not isinstance(dense, list):
+        raise CheckpointError(f"config.json: mlp_only_layers must be a list, found {dense!r}")
+    return index not in dense and (index + 1) % step == 0
 
 
 def _linear(prefix: str, module: str, key: str) -> Linear:
@@ -331,8 +337,15 @@ def _expert_linear(prefix: str, tensor: str, key: str, expert: int) -> Linear:
     return Linear(tensor, tensor.removeprefix(prefix).removesuffix(".weight"), key, expert)
 
 
-def _integer(config: Config, key: str) -> int:
+def _integer(config: Config, key: str, most: int = MAX_NUMBER) -> int:
     value = config.get(key)
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise CheckpointError(f"config.json: {key} must be a positive whole number, found {value!r}")
+    if value > most:
+        raise CheckpointError(f"config.json: {key} is more than {most:,}", hint="is this the config of a decoder?")
     return value
+
+
+def _optional(config: Config, key: str) -> int | None:
+    """A number that may be missing, null or 0."""
+    return _integer(config, key) if config.get(key) else None

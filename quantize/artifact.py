@@ -6,29 +6,34 @@ In: a store root and a variant. Out: a complete artifact folder, or nothing. Nam
 from __future__ import annotations
 
 import contextlib
-import errno
 import json
 import os
 import shutil
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from quantize.cache import hash_file
-from quantize.errors import QuantizeError, StoreError
-from quantize.manifest import EVALUATION_NAME, FILE_NAME, MEASUREMENTS_NAME, FileEntry, Manifest, read_manifest
+from quantize.manifest import EVALUATION_NAME, FILE_NAME, MEASUREMENTS_NAME, PAPERS, FileEntry, Manifest, read_manifest
+from quantize.staging import (
+    SCRATCH,
+    STAGING,
+    clear_leftovers,
+    leftovers,
+    lock_path,
+    make_folder,
+    remove_if_empty,
+    store_errors,
+    sync,
+    variant_lock,
+)
 
-STAGING = ".staging"
-LOCKS = ".locks"
-SCRATCH = ".scratch"  # ends the name of the folder beside a staging folder that a build works in
 CURRENT = "current"
 REFUSED = "refused"  # folder beside a variant's good builds: those that its gates refused
 UNJUDGED = ".unjudged"  # the same for builds that are complete and verified, and have no figures yet
 ASIDE = (UNJUDGED, REFUSED)
-LOCK_POLL_SECONDS = 0.1
-MKDIR_TRIES = 10_000  # each takes microseconds; only a store whose root can not be made uses them up
 
 
 @dataclass(frozen=True)
@@ -67,82 +72,6 @@ def variant_folder(store: Path, name: str, variant: str) -> Path:
     return store / name / variant
 
 
-@contextlib.contextmanager
-def store_errors(store: Path) -> Iterator[None]:
-    """Turn the system's errors into ours: disk full, read-only, no permission, name too long."""
-    try:
-        yield
-    except QuantizeError:
-        raise
-    except OSError as exc:
-        hints = {
-            errno.ENOSPC: "free some space and run the same build again",
-            errno.EDQUOT: "your quota is used up: free some space and run the same build again",
-            errno.EROFS: "the store is on a read-only file system: choose another with --store",
-            errno.EACCES: "check its permissions, or choose another with --store",
-            errno.ENAMETOOLONG: "use a shorter recipe or variant name, or a store nearer to the root",
-        }
-        message = f"store {store}: {exc.strerror or exc} ({exc.filename or 'no file'})"
-        raise StoreError(message, hint=hints.get(exc.errno or 0, "nothing that was there is lost")) from exc
-
-
-@contextlib.contextmanager
-def variant_lock(store: Path, name: str, variant: str) -> Iterator[None]:
-    """Hold the one lock of a variant; waits while another build has it. Raises StoreError where locks don't work.
-
-    The lock's file is gone afterwards. It is removed before the lock is released, and filelock takes no lock on a
-    file that was removed meanwhile, so those who wait for it go on to the next file of that name.
-    """
-    from filelock import FileLock
-
-    path = lock_path(store, name, variant)
-    lock = FileLock(path, poll_interval=LOCK_POLL_SECONDS)
-    with store_errors(store):
-        while not lock.is_locked:
-            _make_folder(path.parent)
-            try:
-                lock.acquire()
-            except (FileNotFoundError, FileExistsError):
-                continue  # another build has just removed, or made, the empty folder
-            except NotImplementedError as exc:
-                hint = "put the store on a local disk, or one whose file system has locks"
-                raise StoreError(f"store {store}: this file system has no locks", hint=hint) from exc
-    try:
-        yield
-    finally:
-        path.unlink(missing_ok=True)
-        lock.release()
-        _remove_if_empty(path.parent, store)
-
-
-def lock_path(store: Path, name: str, variant: str) -> Path:
-    """Where a variant's lock is while it is held."""
-    return store / LOCKS / f"{name}--{variant}.lock"
-
-
-def staged_variant(folder_name: str) -> str:
-    """`name--variant` of a staging or scratch folder's name."""
-    return folder_name.removesuffix(SCRATCH).rpartition(".")[0]
-
-
-@contextlib.contextmanager
-def staging_folder(store: Path, name: str, variant: str) -> Iterator[Path]:
-    """An empty folder on the store's own file system; what is still in it at the end is removed.
-
-    Only call under the variant's lock: what a killed build of it left behind is removed first.
-    """
-    root = store / STAGING
-    with store_errors(store):
-        clear_leftovers(store, name, variant)
-        folder = root / f"{name}--{variant}.{uuid.uuid4().hex[:8]}"
-        _make_folder(folder)
-    try:
-        yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-        _remove_if_empty(root, store)
-
-
 def settle(store: Path, artifact: Artifact) -> None:
     """Make good what a build that was killed just after its commit left: its scratch folder, its lock, `current`.
 
@@ -153,11 +82,11 @@ def settle(store: Path, artifact: Artifact) -> None:
     name, variant = artifact.manifest.name, artifact.manifest.variant
     path, link = lock_path(store, name, variant), artifact.folder.parent / CURRENT
     current = link.is_symlink() and os.readlink(link) == artifact.folder.name
-    if current and not path.exists() and not _leftovers(store, name, variant):
+    if current and not path.exists() and not leftovers(store, name, variant):
         return
     lock = FileLock(path)
     try:
-        _make_folder(path.parent)
+        make_folder(path.parent)
         lock.acquire(timeout=0)
     except (Timeout, OSError):
         return
@@ -168,35 +97,7 @@ def settle(store: Path, artifact: Artifact) -> None:
     finally:
         path.unlink(missing_ok=True)
         lock.release()
-        _remove_if_empty(path.parent, store / STAGING)
-
-
-def clear_leftovers(store: Path, name: str, variant: str) -> None:
-    """Remove what a killed build of a variant left in staging. Only call under the variant's lock."""
-    for leftover in _leftovers(store, name, variant):
-        shutil.rmtree(leftover, ignore_errors=True)
-    _remove_if_empty(store / STAGING)
-
-
-def _leftovers(store: Path, name: str, variant: str) -> list[Path]:
-    root, wanted = store / STAGING, f"{name}--{variant}"
-    return [item for item in root.glob(f"{wanted}.*") if staged_variant(item.name) == wanted]
-
-
-def _make_folder(folder: Path) -> None:
-    """Make a folder and those above it, while other builds may be removing them because they are empty."""
-    for _ in range(MKDIR_TRIES):
-        with contextlib.suppress(FileNotFoundError, FileExistsError):
-            folder.mkdir(parents=True)
-        if folder.is_dir():
-            return
-    folder.mkdir(parents=True)
-
-
-def _remove_if_empty(*folders: Path) -> None:
-    for folder in folders:
-        with contextlib.suppress(OSError):
-            folder.rmdir()
+        remove_if_empty(path.parent, store / STAGING)
 
 
 def describe_files(folder: Path, names: tuple[str, ...]) -> tuple[FileEntry, ...]:
@@ -205,6 +106,13 @@ def describe_files(folder: Path, names: tuple[str, ...]) -> tuple[FileEntry, ...
         FileEntry(path=name, size_bytes=(folder / name).stat().st_size, sha256=hash_file(folder / name))
         for name in sorted(names)
     )
+
+
+def keep_only(folder: Path, manifest: Manifest) -> None:
+    """Remove from a staging folder what is no part of the artifact: a stopped build may have left it."""
+    wanted = {entry.path for entry in manifest.files} | set(PAPERS)
+    for path in [item for item in folder.iterdir() if item.name not in wanted]:
+        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
 
 def write_text(path: Path, text: str) -> None:
@@ -244,8 +152,8 @@ def commit(store: Path, folder: Path, manifest: Manifest) -> Artifact:
         elif folder != final:
             _replace(store, final, folder, manifest)
         point_current(final)
-        _sync(final.parent)
-        _remove_if_empty(folder.parent, final.parent)
+        sync(final.parent)
+        remove_if_empty(folder.parent, final.parent)
     return Artifact(final, manifest)
 
 
@@ -266,8 +174,8 @@ def set_aside(store: Path, folder: Path, manifest: Manifest, place: str) -> Arti
             _replace(store, final, folder, manifest)
         if place == REFUSED and good.exists():
             shutil.rmtree(good)
-        _sync(final.parent)
-        _remove_if_empty(folder.parent)
+        sync(final.parent)
+        remove_if_empty(folder.parent)
     return Artifact(final, manifest)
 
 
@@ -275,11 +183,11 @@ def _replace(store: Path, final: Path, folder: Path, manifest: Manifest) -> None
     """Rename a folder to its final name; what has that name goes, after it."""
     damaged = store / STAGING / f"{manifest.name}--{manifest.variant}.{uuid.uuid4().hex[:8]}{SCRATCH}"
     if final.exists():
-        _make_folder(damaged.parent)
+        make_folder(damaged.parent)
         final.rename(damaged)
     folder.rename(final)
     shutil.rmtree(damaged, ignore_errors=True)
-    _remove_if_empty(damaged.parent)
+    remove_if_empty(damaged.parent)
 
 
 def _take_figures(folder: Path, final: Path) -> None:
@@ -321,13 +229,5 @@ def point_current(final: Path) -> None:
 def sync_tree(folder: Path) -> None:
     """Have every file and folder below on disk before anything points at it."""
     for path in folder.rglob("*"):
-        _sync(path)
-    _sync(folder)
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+        sync(path)
+    sync(folder)

@@ -7,34 +7,32 @@ the gates, commit.
 
 from __future__ import annotations
 
-import shutil
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 from quantize.artifact import (
-    SCRATCH,
     UNJUDGED,
     Artifact,
-    clear_leftovers,
+    keep_only,
     set_aside,
     settle,
-    staging_folder,
-    variant_lock,
 )
 from quantize.assemble import Made, assemble
 from quantize.backends.base import Context, Limits
 from quantize.cache import Cache
 from quantize.checkpoint import Checkpoint
-from quantize.errors import QuantizeError, StoreError, UsageError, VerifyError
+from quantize.errors import QuantizeError, Stopped, StoreError, UsageError, VerifyError
 from quantize.gates import Gates, Judge
 from quantize.manifest import MEASUREMENTS_NAME
 from quantize.plan import Job, identify_jobs, pin_calibration
 from quantize.recipe import Recipe
 from quantize.report import Event, Reporter, note, status, warn
 from quantize.source import PinnedSource, open_source, pin_source
+from quantize.staging import clear_leftovers, clear_pass, pass_workplace, variant_lock, workplace
 from quantize.store import Store
 
 
@@ -42,14 +40,16 @@ from quantize.store import Store
 class RunOptions:
     """How to run; nothing here changes the weights that are built.
 
-    evaluate: measure what is built, and hold the recipe's gates; False leaves it "not evaluated". accept_risk: why an
-    artifact that its gates refuse is taken all the same; it goes into the manifest.
+    keep_intermediates: leave in the cache what GGUF variants share. evaluate: measure what is built, and hold the
+    recipe's gates; False leaves it "not evaluated". accept_risk: why an artifact that its gates refuse is taken all the
+    same; it goes into the manifest.
     """
 
     limits: Limits = field(default_factory=Limits)
     keep_going: bool = True
     force: bool = False
     only: tuple[str, ...] = ()
+    keep_intermediates: bool = False
     evaluate: bool = True
     accept_risk: str | None = None
 
@@ -102,7 +102,17 @@ class _Build:
                     with ExitStack() as held:
                         if (work := self._open_work(job, held)) is not None:
                             self._build_one(work)
+            self._remove_intermediates(todo)
+        clear_pass(self.store.root, self.recipe.name)
         return [self.outcomes[job.variant.name] for job in jobs]
+
+    def _remove_intermediates(self, built: Sequence[Job]) -> None:
+        """Drop what the variants made for one another; what is left to build of this source makes it again."""
+        for job in built if not self.run.keep_intermediates else ():
+            nowhere = self.store.root
+            context = Context("", job.variant.options, self.source, self.checkpoint, self.cache, nowhere, nowhere)
+            for kind, key in job.backend.intermediates(context):
+                self.cache.remove_unused(kind, key)
 
     def _wanted(self, jobs: list[Job]) -> list[Job]:
         return [job for job in jobs if not self.run.only or job.variant.name in self.run.only]
@@ -180,13 +190,14 @@ class _Build:
             note(self.reporter, name, "another build has just made it")
             self._settle(existing, "up to date")
             return None
-        staging = held.enter_context(staging_folder(self.store.root, self.recipe.name, name))
-        scratch = staging.with_name(staging.name + SCRATCH)
-        scratch.mkdir()
-        held.callback(shutil.rmtree, scratch, ignore_errors=True)
+        folders = workplace(self.store.root, self.recipe.name, name, job.inputs, anew=self.run.force)
+        place = held.enter_context(folders)
+        if place.changed:
+            warn(self.reporter, name, f"the stopped build is of no use, it starts over: {'; '.join(place.changed)}")
         context = Context(
-            name, job.variant.options, self.source, self.checkpoint, self.cache, staging, scratch, self.run.limits
-        )
+            name, job.variant.options, self.source, self.checkpoint, self.cache, place.staging, place.scratch,
+            self.run.limits,
+        )  # fmt: skip
         return _Work(job, context, time.perf_counter())
 
     def _build_calibrated(self, jobs: Sequence[Job]) -> None:
@@ -199,13 +210,17 @@ class _Build:
                 if (work := self._open_work(job, held)) is not None:
                     works.append(work)
             if works:
-                self._run_pass(works)
+                with pass_workplace(self.store.root, self.recipe.name) as folder:
+                    self._run_pass(works, folder)
 
-    def _run_pass(self, works: list[_Work]) -> None:
+    def _run_pass(self, works: list[_Work], folder: Path) -> None:
         from quantize.calibrated import run_pass
 
+        variants = [(item.job.backend.name, item.context) for item in works]
         try:
-            passed = run_pass(self.recipe, [(item.job.backend.name, item.context) for item in works], self.reporter)
+            passed = run_pass(self.recipe, variants, folder, self.reporter)
+        except Stopped:
+            raise
         except QuantizeError as exc:
             for work in works:
                 self._finished(Outcome(work.context.variant, "failed", error=exc))
@@ -227,6 +242,7 @@ class _Build:
             seconds = time.perf_counter() - work.started
             made = Made(result, {**(measured or {}), "verify": facts}, seconds)
             manifest = assemble(self.recipe, job, context, made)
+            keep_only(context.staging, manifest)
             self._settle(set_aside(self.store.root, context.staging, manifest, UNJUDGED), "built", seconds, failure)
         except QuantizeError as exc:
             self._finished(Outcome(context.variant, "failed", error=exc, seconds=time.perf_counter() - work.started))

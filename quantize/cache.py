@@ -6,14 +6,15 @@ Losing the cache costs time, never an artifact.
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
 import shutil
 import sqlite3
 import uuid
-from collections.abc import Callable
-from contextlib import closing
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,13 @@ class Cache:
             with database:
                 database.execute("INSERT OR REPLACE INTO hashes VALUES (?, ?, ?, ?, ?)", (*seen, digest))
         return digest
+
+    def paths_with(self, sha256: str) -> list[Path]:
+        """Files that had this hash when they were last read, and have not changed since. Raises StoreError."""
+        with closing(self._database()) as database:
+            query = "SELECT path, size, mtime_ns, inode FROM hashes WHERE sha256 = ? ORDER BY path"
+            rows = database.execute(query, (sha256,)).fetchall()
+        return [Path(path) for path, *seen in rows if _stamp(Path(path)) == tuple(seen)]
 
     def fact(self, key: str, find: Callable[[], Any]) -> Any:
         """What `find` says of some content, as JSON data, remembered under `key`: for what is costly to find out."""
@@ -96,6 +104,36 @@ class Cache:
             raise StoreError(f"cache {self.root}: no permission ({exc.filename})", hint="set QUANTIZE_CACHE") from exc
         return final
 
+    @contextmanager
+    def using(self, kind: str, key: str, build: Callable[[Path], None]) -> Iterator[Path]:
+        """As `make`, and while the context is open nobody removes the entry as unused. Raises StoreError."""
+        while True:
+            folder = self.make(kind, key, build)
+            with self._use_lock(kind, key, fcntl.LOCK_SH) as held:
+                if held and folder.is_dir():
+                    yield folder
+                    return
+
+    def remove_unused(self, kind: str, key: str) -> bool:
+        """Drop an entry unless somebody is using it; whether it is gone."""
+        if not self.entry(kind, key).is_dir():
+            return True
+        with self._use_lock(kind, key, fcntl.LOCK_EX | fcntl.LOCK_NB) as held:
+            if held:
+                self.remove(kind, key)
+            return held
+
+    @contextmanager
+    def _use_lock(self, kind: str, key: str, how: int) -> Iterator[bool]:
+        """A lock that any number of users share, and that a remover has alone; False if it is not to be had."""
+        with (self.root / kind / f".{key}.use").open("ab") as file:
+            try:
+                fcntl.flock(file, how)
+            except OSError:
+                yield False
+                return
+            yield True
+
     def remove(self, kind: str, key: str) -> None:
         """Drop an entry."""
         shutil.rmtree(self.entry(kind, key), ignore_errors=True)
@@ -124,6 +162,15 @@ def hash_file(path: Path, progress: Callable[[int], None] | None = None) -> str:
             if progress is not None:
                 progress(len(chunk))
     return digest.hexdigest()
+
+
+def _stamp(path: Path) -> tuple[int, int, int] | None:
+    """Size, mtime and inode of a file; None if there is none."""
+    try:
+        stat = path.stat()
+    except OSError:
+        return None
+    return stat.st_size, stat.st_mtime_ns, stat.st_ino
 
 
 def _remove_leftovers(final: Path) -> None:

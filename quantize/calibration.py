@@ -7,7 +7,6 @@ What is done with them is left to activations. `python-docs` keeps its held-out 
 from __future__ import annotations
 
 import hashlib
-import json
 import random
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -18,8 +17,10 @@ from typing import Any
 from quantize.cache import hash_file
 from quantize.errors import CheckpointError, MissingExtraError, PlanError, RecipeError, first_line
 from quantize.recipe import CalibrationSpec, Recipe, find_path, is_path_text
-from quantize.report import Reporter
+from quantize.report import Reporter, status
 from quantize.source import hub_commit
+from quantize.untrusted import open_regular, parse_json, read_limited
+from quantize.worker import run_step
 
 PYTHON_DOCS, SELF = "python-docs", "self"
 TOPIC_CHARACTERS = 3000
@@ -27,6 +28,7 @@ TOPIC_MINIMUM = 1500
 HELD_OUT = slice(32, 72)  # topics of python-docs that are only ever measured on
 LOCAL_SUFFIXES = (".txt", ".jsonl", ".parquet")
 MAX_LINE_BYTES = 16 << 20
+MAX_TEXT_BYTES = 1 << 30
 
 Row = str | list[dict[str, Any]]
 
@@ -51,6 +53,26 @@ class CalibrationSet:
             digest.update(len(ids).to_bytes(4, "little"))
             digest.update(b"".join(token.to_bytes(4, "little") for token in ids))
         return digest.hexdigest()
+
+
+@dataclass(frozen=True)
+class TokenSummary:
+    """What pins a calibration set: its hash over all token ids, and how much there is."""
+
+    hash: str
+    sequences: int
+    tokens: int
+
+
+def summarize_tokens(spec: CalibrationSpec, base: Path, folder: Path, reporter: Reporter) -> TokenSummary:
+    """Read and tokenize in a worker, keeping no tokens. Raises as load_calibration_set does."""
+    status(reporter, "", "reading the calibration text")
+    return run_step("reading the calibration text", reporter, _summary, spec, base, folder)
+
+
+def _summary(_reporter: Reporter, spec: CalibrationSpec, base: Path, folder: Path) -> TokenSummary:
+    found = load_calibration_set(spec, base, folder)
+    return TokenSummary(found.hash, len(found.token_ids), found.tokens)
 
 
 def pinned(spec: CalibrationSpec, base: Path, reporter: Reporter) -> CalibrationSpec:
@@ -171,33 +193,49 @@ def _local_file(spec: CalibrationSpec, base: Path) -> Path:
 
 
 def _local_rows(path: Path, spec: CalibrationSpec) -> Iterator[Row]:
-    if path.suffix == ".txt":
-        yield from (part for part in path.read_text(encoding="utf-8").split("\n\n") if part.strip())
-    elif path.suffix == ".jsonl":
-        yield from _jsonl_rows(path, spec)
-    else:
-        try:
-            import pyarrow.parquet as parquet
-        except ImportError as exc:
-            raise MissingExtraError("reading Parquet", "hub") from exc
+    try:
+        if path.suffix == ".txt":
+            text = read_limited(path, MAX_TEXT_BYTES).decode("utf-8")
+            yield from (part for part in text.split("\n\n") if part.strip())
+        elif path.suffix == ".jsonl":
+            yield from _jsonl_rows(path, spec)
+        else:
+            yield from _parquet_rows(path, spec)
+    except UnicodeDecodeError as exc:
+        raise RecipeError(f"{path}: not UTF-8 text (byte {exc.start})", hint="save the file as UTF-8") from exc
+    except (OSError, ValueError) as exc:
+        raise RecipeError(f"calibration: {path} can't be read ({first_line(exc)})", hint="check the file") from exc
+
+
+def _parquet_rows(path: Path, spec: CalibrationSpec) -> Iterator[Row]:
+    try:
+        import pyarrow
+        import pyarrow.parquet as parquet
+    except ImportError as exc:
+        raise MissingExtraError("reading Parquet", "hub") from exc
+    try:
         table = parquet.ParquetFile(path)
         if spec.column not in table.schema_arrow.names:
             raise _no_column(path.name, spec, table.schema_arrow.names)
         for batch in table.iter_batches(columns=[spec.column]):
             yield from batch.column(0).to_pylist()
+    except pyarrow.ArrowException as exc:
+        raise RecipeError(f"calibration: {path} can't be read ({first_line(exc)})", hint="check the file") from exc
 
 
 def _jsonl_rows(path: Path, spec: CalibrationSpec) -> Iterator[Row]:
-    with path.open("rb") as file:
-        for number, line in enumerate(file, 1):
+    with open_regular(path) as file:
+        lines = iter(lambda: file.readline(MAX_LINE_BYTES + 1), b"")
+        for number, line in enumerate(lines, 1):
             if not line.strip():
                 continue
             try:
                 if len(line) > MAX_LINE_BYTES:
                     raise ValueError(f"more than {MAX_LINE_BYTES:,} bytes")
-                row = json.loads(line)
-            except (ValueError, RecursionError) as exc:
-                raise RecipeError(f"{path}:{number}:1: not JSON ({str(exc)[:80]})", hint="one object a line") from exc
+                row = parse_json(line)
+            except ValueError as exc:
+                hint = "one object a line"
+                raise RecipeError(f"{path}:{number}:1: not JSON ({first_line(exc, 80)})", hint=hint) from exc
             if not isinstance(row, dict) or spec.column not in row:
                 raise _no_column(f"{path}:{number}:1", spec, list(row) if isinstance(row, dict) else [])
             yield row[spec.column]

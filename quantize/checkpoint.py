@@ -6,21 +6,24 @@ what is damaged, unsafe or missing. Fetching from a hub, a package or a GGUF fil
 
 from __future__ import annotations
 
-import json
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from quantize.containers.safetensors import TensorInfo, read_header
-from quantize.errors import CheckpointError
+from quantize.containers.safetensors import MAX_TENSORS, TensorInfo, read_header
+from quantize.errors import CheckpointError, first_line
+from quantize.untrusted import open_regular, parse_json, read_limited
 
 if TYPE_CHECKING:
     import torch
 
 INDEX_NAME = "model.safetensors.index.json"
 MAX_JSON_BYTES = 256 << 20
+MAX_TEMPLATE_BYTES = 4 << 20
+MAX_SHARDS = 10_000
 FLOAT_DTYPES = ("F16", "BF16", "F32")
 CARRIED_FILES = ("LICENSE*", "NOTICE*", "USE_POLICY*")  # go with every artifact
 TOKENIZER_FILES = (
@@ -72,11 +75,7 @@ class Checkpoint:
 
     def files(self) -> list[Path]:
         """Every file that the model consists of: config, tokenizer, weights, licence, card; sorted by name."""
-        names = {*CONFIG_FILES, *TOKENIZER_FILES, INDEX_NAME, "README.md"}
-        found = {self.folder / name for name in names if (self.folder / name).is_file()}
-        found.update(tensor.path for tensor in self.tensors.values())
-        for pattern in CARRIED_FILES:
-            found.update(path for path in self.folder.glob(pattern) if path.is_file())
+        found = {*_known_files(self.folder), *(tensor.path for tensor in self.tensors.values())}
         return sorted(found, key=lambda path: path.relative_to(self.folder).as_posix())
 
     def read(self, name: str) -> torch.Tensor:
@@ -95,61 +94,91 @@ class Checkpoint:
 def open_checkpoint(folder: Path) -> Checkpoint:
     """Open a folder and check all that headers can tell.
 
-    Raises CheckpointError: no config or architecture, pickled weights, index entries that leave the folder,
-    missing shards, damaged tensors, weights that are quantized already, tokenizer missing or too large.
+    Raises CheckpointError: no config or architecture, pickled weights, links or index entries that leave the folder,
+    missing shards, damaged tensors, weights that are quantized already, tokenizer missing or too large, files that
+    can't be read.
     """
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         raise CheckpointError(f"{folder}: no such folder", hint="name a folder with config.json and *.safetensors")
+    for path in _known_files(folder):
+        if path.is_symlink():
+            _check_inside(folder, path.name, "the folder")
     config = _config(folder)
     tensors = tensor_table(folder)
     _check_dtypes(tensors, config)
-    tokenizer_config = _optional_json(folder / "tokenizer_config.json")
+    tokenizer_config = read_json(folder / "tokenizer_config.json")
     checkpoint = Checkpoint(folder, config, tensors, tokenizer_config)
     _check_tokenizer(checkpoint)
     return checkpoint
 
 
 def read_chat_template(folder: Path) -> str | None:
-    """The chat template of a folder, from chat_template.jinja or tokenizer_config.json; None if there is none."""
+    """The chat template of a folder, from chat_template.jinja or tokenizer_config.json; None if there is none.
+
+    Raises CheckpointError: it can't be read.
+    """
     file = folder / "chat_template.jinja"
-    if file.is_file():
-        return file.read_text(encoding="utf-8")
-    template = _optional_json(folder / "tokenizer_config.json").get("chat_template")
+    if os.path.isfile(file):
+        try:
+            return read_limited(file, MAX_TEMPLATE_BYTES).decode("utf-8")
+        except (OSError, ValueError) as exc:
+            raise CheckpointError(f"{file.name}: can't be read ({first_line(exc)})", hint="download it again") from exc
+    template = read_json(folder / "tokenizer_config.json").get("chat_template")
     return template if isinstance(template, str) else None
 
 
 def check_finite(checkpoint: Checkpoint) -> Iterator[tuple[int, int]]:
     """Read all weights once and yield (bytes done, bytes in all). Raises CheckpointError at the first NaN or Inf."""
-    import numpy as np
-
     total, done, chunk_bytes = checkpoint.weights_bytes, 0, 4 << 20
     for tensor in checkpoint.tensors.values():
-        kind, mask = EXPONENT_MASKS[tensor.dtype]
-        with tensor.path.open("rb") as file:
+        for raw in _chunks(tensor, chunk_bytes):
+            if _has_nan_or_inf(raw, tensor.dtype):
+                raise CheckpointError(
+                    f"tensor {tensor.name!r} in {tensor.path.name} has NaN or Inf weights",
+                    hint="the training run or the download went wrong: take an earlier or a fresh copy",
+                )
+            done += len(raw)
+        yield done, total
+
+
+def _chunks(tensor: TensorInfo, chunk_bytes: int) -> Iterator[bytes]:
+    left = tensor.size_bytes
+    try:
+        with open_regular(tensor.path) as file:
             file.seek(tensor.offset)
-            left = tensor.size_bytes
             while left:
                 raw = file.read(min(left, chunk_bytes))
-                if not raw:
+                if len(raw) < min(left, chunk_bytes):
                     raise CheckpointError(f"{tensor.path.name}: truncated in tensor {tensor.name!r}")
-                values = np.frombuffer(raw, dtype=kind)
-                if bool(((values & mask) == mask).any()):
-                    raise CheckpointError(
-                        f"tensor {tensor.name!r} in {tensor.path.name} has NaN or Inf weights",
-                        hint="the training run or the download went wrong: take an earlier or a fresh copy",
-                    )
                 left -= len(raw)
-                done += len(raw)
-        yield done, total
+                yield raw
+    except OSError as exc:
+        raise CheckpointError(f"{tensor.path.name}: can't be read: {exc.strerror}") from exc
+
+
+def _has_nan_or_inf(raw: bytes, dtype: str) -> bool:
+    import numpy as np
+
+    kind, mask = EXPONENT_MASKS[dtype]
+    values = np.frombuffer(raw, dtype=kind)
+    return bool(((values & mask) == mask).any())
+
+
+def _known_files(folder: Path) -> list[Path]:
+    """The files beside the weights that belong to a model: config, tokenizer, index, card, licence."""
+    names = {*CONFIG_FILES, *TOKENIZER_FILES, INDEX_NAME, "README.md"}
+    found = [folder / name for name in sorted(names)]
+    found += [path for pattern in CARRIED_FILES for path in sorted(folder.glob(pattern))]
+    return [path for path in found if os.path.isfile(path)]
 
 
 def _config(folder: Path) -> dict[str, Any]:
     path = folder / "config.json"
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise CheckpointError(f"{folder}: no config.json", hint="is this a Hugging Face model folder?")
-    config = _optional_json(path)
-    architectures = config.get("architectures")
-    if not isinstance(architectures, list) or not architectures or not isinstance(architectures[0], str):
+    config = read_json(path)
+    names = config.get("architectures")
+    if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
         raise CheckpointError(
             "config.json: no `architectures`", hint='add it, for example "architectures": ["LlamaForCausalLM"]'
         )
@@ -169,15 +198,16 @@ def _config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def _optional_json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
+def read_json(path: Path) -> dict[str, Any]:
+    """A model's JSON file, an object; {} where there is no such file. Raises CheckpointError."""
+    if not os.path.isfile(path):
         return {}
-    if path.stat().st_size > MAX_JSON_BYTES:
-        raise CheckpointError(f"{path.name}: too large to be what its name says")
     try:
-        data = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as exc:
-        raise CheckpointError(f"{path.name}: not JSON ({str(exc)[:100]})", hint="download it again") from exc
+        data = parse_json(read_limited(path, MAX_JSON_BYTES))
+    except OSError as exc:
+        raise CheckpointError(f"{path.name}: can't be read: {exc.strerror}", hint="check its permissions") from exc
+    except ValueError as exc:
+        raise CheckpointError(f"{path.name}: not JSON ({first_line(exc, 100)})", hint="download it again") from exc
     if not isinstance(data, dict):
         raise CheckpointError(f"{path.name}: not a JSON object", hint="download it again")
     return data
@@ -186,10 +216,10 @@ def _optional_json(path: Path) -> dict[str, Any]:
 def tensor_table(folder: Path) -> dict[str, TensorInfo]:
     """Every tensor of a folder's safetensors files, by name. Raises CheckpointError."""
     index = folder / INDEX_NAME
-    if index.is_file():
+    if os.path.isfile(index):
         return _sharded(folder, index)
     single = folder / "model.safetensors"
-    if single.is_file():
+    if os.path.isfile(single):
         _check_inside(folder, "model.safetensors", "the folder")
         tensors = read_header(single)
         if not tensors:
@@ -208,37 +238,49 @@ def tensor_table(folder: Path) -> dict[str, TensorInfo]:
 
 
 def _sharded(folder: Path, index: Path) -> dict[str, TensorInfo]:
-    weight_map = _optional_json(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise CheckpointError(f"{index.name}: no `weight_map`", hint="download it again")
-    headers: dict[str, dict[str, TensorInfo]] = {}
-    for shard in weight_map.values():
-        _check_inside(folder, shard, index.name)
-    for shard in dict.fromkeys(weight_map.values()):
-        if not (folder / shard).is_file():
-            raise CheckpointError(f"{index.name}: shard {shard} is missing", hint="download the model again")
-        headers[shard] = read_header(folder / shard)
-    for name, shard in weight_map.items():
-        if name not in headers[shard]:
-            raise CheckpointError(f"{shard}: tensor {name!r} is in the index, not in the shard")
+    weight_map = _weight_map(index)
     tensors: dict[str, TensorInfo] = {}
-    for shard in sorted(headers):
-        for name, info in headers[shard].items():
-            if name in tensors or weight_map.get(name) != shard:
+    shards = sorted(set(weight_map.values()))
+    for shard in shards:
+        _check_inside(folder, shard, index.name)
+    for shard in shards:
+        if not os.path.isfile(folder / shard):
+            raise CheckpointError(f"{index.name}: shard {shard} is missing", hint="download the model again")
+    for shard in shards:  # one header at a time: links can name a large one ever again
+        for name, info in read_header(folder / shard).items():
+            if weight_map.get(name) != shard:
                 raise CheckpointError(f"{shard}: tensor {name!r} is not where the index says", hint="rebuild the index")
             tensors[name] = info
+    for name, shard in weight_map.items():
+        if name not in tensors:
+            raise CheckpointError(f"{shard}: tensor {name!r} is in the index, not in the shard")
     return tensors
 
 
-def _check_inside(folder: Path, name: object, said_by: str) -> None:
+def _weight_map(index: Path) -> dict[str, str]:
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{index.name}: no `weight_map`", hint="download it again")
+    for shard in weight_map.values():
+        if not isinstance(shard, str) or not shard or "\0" in shard:
+            raise CheckpointError(f"{index.name}: {shard!r} is not a file name")
+    if len(weight_map) > MAX_TENSORS or len(set(weight_map.values())) > MAX_SHARDS:
+        hint = f"at most {MAX_TENSORS:,} tensors in {MAX_SHARDS:,} shards are read"
+        raise CheckpointError(f"{index.name}: too many tensors or shards", hint=hint)
+    return weight_map
+
+
+def _check_inside(folder: Path, name: str, said_by: str) -> None:
     """Refuse names that leave the folder. A symlink is fine when it stays inside, or in a hub cache's blobs."""
-    if not isinstance(name, str) or not name or "\0" in name:
-        raise CheckpointError(f"{said_by}: {name!r} is not a file name")
-    target = (folder / name).resolve()
-    blobs = folder.resolve().parent.parent / "blobs"
-    root = folder.resolve()
+    try:
+        target, root = (folder / name).resolve(), folder.resolve()
+    except (OSError, RuntimeError, ValueError) as exc:  # a circle of links
+        raise CheckpointError(
+            f"{said_by}: {name!r} can't be followed", hint="this checkpoint can't be trusted"
+        ) from exc
+    within = [root, root.parent.parent / "blobs"] if root.parent.name == "snapshots" else [root]
     plain = not Path(name).is_absolute() and ".." not in Path(name).parts
-    if not plain or not (target.is_relative_to(root) or target.is_relative_to(blobs)):
+    if not plain or not any(target.is_relative_to(place) for place in within):
         raise CheckpointError(f"{said_by}: {name!r} leaves the folder", hint="this checkpoint can't be trusted")
 
 
@@ -256,7 +298,7 @@ def _check_dtypes(tensors: Mapping[str, TensorInfo], config: Mapping[str, Any]) 
 
 
 def _check_tokenizer(checkpoint: Checkpoint) -> None:
-    if not any((checkpoint.folder / name).is_file() for name in VOCABULARY_FILES):
+    if not any(os.path.isfile(checkpoint.folder / name) for name in VOCABULARY_FILES):
         raise CheckpointError(
             f"{checkpoint.folder}: no tokenizer ({', '.join(VOCABULARY_FILES[:3])})",
             hint="save it beside the weights: tokenizer.save_pretrained(folder)",
@@ -264,7 +306,7 @@ def _check_tokenizer(checkpoint: Checkpoint) -> None:
     rows = max(
         (t.shape[0] for n, t in checkpoint.tensors.items() if "embed_tokens" in n and len(t.shape) == 2), default=0
     )
-    vocabulary = _optional_json(checkpoint.folder / "tokenizer.json")
+    vocabulary = read_json(checkpoint.folder / "tokenizer.json")
     ids = _token_ids(vocabulary)
     if rows and ids and max(ids) >= rows:
         raise CheckpointError(

@@ -10,9 +10,12 @@
     │   ├── SignatureError           3  an artifact is not signed, or is not what was signed
     │   ├── LicenceError             3  the licence of a source is not known, or asks for what is not there
     │   ├── VerifyError              3  an artifact is not what its manifest says, or does not run
-    │   └── GateError                3  an artifact breaks a limit of its recipe
+    │   ├── GateError                3  an artifact breaks a limit of its recipe
+    │   └── LockError                3  something is not as the recipe's lock says
     ├── BuildError                   1  a step failed half-way
-    │   └── WorkerDied               1  the process that ran a step was killed or crashed
+    │   ├── WorkerDied               1  the process that ran a step was killed or crashed
+    │   └── DiskFullError            1  the disk, or the user's quota, is full
+    ├── Stopped                    130  the user asked a step to end, and it did, with its work saved
     ├── BenchError                   1  a server can't be measured: not there, or not what it should be
     ├── StoreError                   1  the store can't be read, written or locked
     └── TransferError                1  a registry, hub or share can't be reached, says no, or broke off half-way
@@ -22,6 +25,16 @@ An error says what is wrong, where, and what to do. Foreign exceptions are trans
 
 from __future__ import annotations
 
+import errno
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+MAX_CHARACTERS = 4_000
+_UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+
 
 class QuantizeError(Exception):
     """Base of all errors shown to users; `hint` says what to do about it."""
@@ -29,9 +42,9 @@ class QuantizeError(Exception):
     exit_code = 1
 
     def __init__(self, message: str, *, hint: str | None = None) -> None:
-        super().__init__(message)
-        self.message = message
-        self.hint = hint
+        self.message = _shown(message)
+        self.hint = None if hint is None else _shown(hint)
+        super().__init__(self.message)
 
     def __str__(self) -> str:
         return self.message if self.hint is None else f"{self.message}\n  {self.hint}"
@@ -43,6 +56,13 @@ class QuantizeError(Exception):
 def first_line(exc: BaseException, limit: int = 200) -> str:
     """What a foreign exception says, cut to one line of at most `limit` characters; its kind where it says nothing."""
     return (str(exc).splitlines() or [type(exc).__name__])[0][:limit]
+
+
+def _shown(text: str) -> str:
+    """Safe on a terminal and in a log: what a hostile file put in is escaped, and cut to what fits a screen."""
+    if len(text) > MAX_CHARACTERS:
+        text = f"{text[:MAX_CHARACTERS]}…"
+    return _UNPRINTABLE.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
 def _rebuild(kind: type[QuantizeError], state: dict[str, object]) -> QuantizeError:
@@ -102,12 +122,26 @@ class GateError(RefusedError):
     """An artifact breaks a limit of its recipe."""
 
 
+class LockError(RefusedError):
+    """Something is not as the recipe's lock says."""
+
+
 class BuildError(QuantizeError):
     """A step of a build failed."""
 
 
 class WorkerDied(BuildError):
     """The process that ran a step was killed or crashed."""
+
+
+class DiskFullError(BuildError):
+    """The disk, or the user's quota, is full."""
+
+
+class Stopped(QuantizeError):
+    """The user asked a step to end, and it ended with its work saved."""
+
+    exit_code = 130
 
 
 class BenchError(QuantizeError):
@@ -120,3 +154,16 @@ class StoreError(QuantizeError):
 
 class TransferError(QuantizeError):
     """A registry, hub or share can't be reached, does not let us in, or broke off half-way."""
+
+
+@contextmanager
+def disk_errors(folder: Path) -> Iterator[None]:
+    """Turn what the system raises on writing below `folder` into DiskFullError, or BuildError."""
+    try:
+        yield
+    except OSError as exc:
+        what = f"{exc.filename or folder}: {exc.strerror or first_line(exc)}"
+        if exc.errno in DISK_FULL:
+            hint = "free some space and run the same build again: it goes on where it stopped"
+            raise DiskFullError(what, hint=hint) from exc
+        raise BuildError(what) from exc

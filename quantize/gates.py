@@ -22,7 +22,7 @@ from quantize.checkpoint import Checkpoint
 from quantize.errors import BuildError, GateError, QuantizeError, RefusedError, UsageError, VerifyError
 from quantize.evaluate.decision import SERVING_LIMITS, Decision, Figures, Limits, decide
 from quantize.evaluate.page import render_page
-from quantize.evaluate.record import NAME, decided, failed_record, figures_of, to_record
+from quantize.evaluate.record import NAME, decided, failed_record, figures_of, read_record, to_record
 from quantize.evaluate.runtimes import FORMATS, ModelRef
 from quantize.evaluate.session import CalibratedOn, Job, evaluate, figures, prepare_source
 from quantize.evaluate.structure import Intended
@@ -76,8 +76,8 @@ class Judge:
 
     def known(self, artifact: Artifact) -> Judgement | None:
         """Judged by figures that were measured by the present protocol; None if they must be measured."""
-        record = artifact.measurements().get(NAME)
-        if not isinstance(record, Mapping) or record.get("key") != self._key(artifact.manifest):
+        record = read_record(artifact.measurements())
+        if record is None or record.get("key") != self._key(artifact.manifest):
             return None
         return self._decided(record, figures_of(record), artifact.manifest)
 

@@ -1,22 +1,26 @@
 """Hidden states between two decoder blocks: in memory, or in files once they outgrow a budget.
 
-In: batches of states [sequences, length, hidden]. Out: the same batches, block after block, and the place to resume at.
+In: batches of states [sequences, length, hidden]. Out: the same batches, block after block, and files to go on from.
 Left to others: computing them (activations). States are float32 in both places, so spilling changes no bit.
 """
 
 from __future__ import annotations
 
-import json
+import hashlib
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import BinaryIO, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from quantize.errors import BuildError
+from quantize.cache import hash_file
+from quantize.errors import BuildError, disk_errors
+
+PIECE_BYTES = 8 << 20
 
 
 @dataclass(frozen=True)
@@ -48,6 +52,15 @@ def make_batches(lengths: list[int], tokens_per_batch: int) -> list[Batch]:
     return batches
 
 
+@dataclass(frozen=True)
+class SavedStates:
+    """States on disk: the input of `block`. file: its name in the folder of the pass. sha256: of its bytes."""
+
+    block: int
+    file: str
+    sha256: str
+
+
 class HiddenStates(Protocol):
     """Reads the input of the current block, writes that of the next."""
 
@@ -55,17 +68,24 @@ class HiddenStates(Protocol):
         """The current block's input, [sequences, length, hidden] float32."""
 
     def write(self, batch: Batch, states: Tensor) -> None:
-        """Keep the current block's output for `batch`, after `read` of the same batch."""
+        """Keep the current block's output for `batch`, after `read` of the same batch; batches come in order."""
 
-    def advance(self, block: int) -> None:
-        """All batches are written: from here on, read() gives the input of `block`."""
+    def advance(self) -> None:
+        """All batches are written: from here on, read() gives the input of the next block."""
+
+    def save(self) -> SavedStates:
+        """Have the current block's input on disk. Raises BuildError."""
+
+    def load(self, saved: SavedStates) -> bool:
+        """Go on with states that were saved; False if they are not there, or damaged."""
 
 
 class MemoryStates:
-    """States in one tensor, overwritten batch by batch."""
+    """States in one tensor, overwritten batch by batch; `folder` is for saving them."""
 
-    def __init__(self, tokens: int, hidden: int, device: torch.device | str) -> None:
+    def __init__(self, tokens: int, hidden: int, device: torch.device | str, folder: Path | None) -> None:
         self._states = torch.empty(tokens, hidden, device=device)
+        self._folder, self._block = folder, -1
 
     def read(self, batch: Batch) -> Tensor:
         """The current block's input, [sequences, length, hidden] float32."""
@@ -76,69 +96,101 @@ class MemoryStates:
         """Overwrite the batch's input with its output."""
         self._states[batch.start : batch.start + batch.rows] = states.reshape(batch.rows, -1)
 
-    def advance(self, block: int) -> None:
-        """Nothing to do: input and output share memory."""
+    def advance(self) -> None:
+        """Input and output share memory; only the count goes on."""
+        self._block += 1
+
+    def save(self) -> SavedStates:
+        """Write the tensor to a file, piece by piece."""
+        assert self._folder is not None
+        path, digest = self._folder / file_name(self._block), hashlib.sha256()
+        with disk_errors(self._folder), path.open("wb") as file:
+            for rows in self._pieces():
+                data = rows.cpu().numpy().data
+                digest.update(data)
+                file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        return SavedStates(self._block, path.name, digest.hexdigest())
+
+    def load(self, saved: SavedStates) -> bool:
+        """Fill the tensor from a file of `save`."""
+        assert self._folder is not None
+        path, digest = self._folder / saved.file, hashlib.sha256()
+        if not path.is_file() or path.stat().st_size != 4 * self._states.numel():
+            return False
+        with disk_errors(self._folder), path.open("rb") as file:
+            for rows in self._pieces():
+                data = file.read(4 * rows.numel())
+                digest.update(data)
+                rows.copy_(torch.frombuffer(bytearray(data), dtype=torch.float32).view_as(rows))
+        self._block = saved.block
+        return digest.hexdigest() == saved.sha256
+
+    def _pieces(self) -> Iterator[Tensor]:
+        rows = max(1, PIECE_BYTES // (4 * self._states.shape[1]))
+        return iter(torch.split(self._states, rows))
 
 
 class FileStates:
-    """States in two files, one read while the other is written, so that a killed run resumes at its block."""
+    """States in two files, one read while the other is written."""
 
-    def __init__(self, folder: Path, key: str, hidden: int, device: torch.device | str) -> None:
-        self._folder, self._key, self._hidden, self._device = folder, key, hidden, device
-        self._side = 0
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as exc:
-            raise BuildError(f"can't create {folder} for hidden states: {exc.strerror}") from exc
-
-    def resume(self, at_most: int) -> int | None:
-        """The latest saved block not after `at_most` whose input is on disk for the same key, or None."""
-        try:
-            saved = json.loads((self._folder / "state.json").read_text())
-            block, side = int(saved["block"]), int(saved["side"])
-        except (OSError, ValueError, KeyError, TypeError):
-            return None
-        if saved.get("key") != self._key or block > at_most or not self._path(side).is_file():
-            return None
-        self._side = side
-        return block
+    def __init__(self, tokens: int, hidden: int, device: torch.device | str, folder: Path) -> None:
+        self._tokens, self._hidden, self._device, self._folder = tokens, hidden, device, folder
+        self._block = -1
+        self._out: BinaryIO | None = None
+        self._digest = hashlib.sha256()
+        self._sha256 = ""
 
     def read(self, batch: Batch) -> Tensor:
         """The current block's input, [sequences, length, hidden] float32."""
         count = batch.rows * self._hidden
-        try:
-            flat = np.fromfile(self._path(self._side), np.float32, count, offset=4 * batch.start * self._hidden)
-        except OSError as exc:
-            raise BuildError(f"can't read hidden states: {exc}") from exc
+        path = self._folder / file_name(self._block)
+        with disk_errors(self._folder):
+            flat = np.fromfile(path, np.float32, count, offset=4 * batch.start * self._hidden)
         if flat.size != count:
-            raise BuildError(f"hidden states in {self._folder} are cut short", hint="delete that folder and run again")
+            raise BuildError(f"hidden states in {path} are cut short", hint="run the same build again")
         return torch.from_numpy(flat).to(self._device).view(len(batch.members), batch.length, self._hidden)
 
     def write(self, batch: Batch, states: Tensor) -> None:
-        """Write the batch's output to the other file."""
-        path = self._path(1 - self._side)
-        array = states.reshape(batch.rows, -1).float().cpu().numpy()
-        try:
-            with open(path, "r+b" if path.exists() else "w+b") as file:
-                file.seek(4 * batch.start * self._hidden)
-                array.tofile(file)
-        except OSError as exc:
-            raise BuildError(
-                f"can't write hidden states to {path}: {exc.strerror}",
-                hint="free disk space or raise the memory budget",
-            ) from exc
+        """Append the batch's output to the next block's file."""
+        data = states.reshape(batch.rows, -1).float().cpu().contiguous().numpy().data
+        with disk_errors(self._folder):
+            if self._out is None:
+                self._out, self._digest = (self._folder / file_name(self._block + 1)).open("wb"), hashlib.sha256()
+            self._out.write(data)
+        self._digest.update(data)
 
-    def advance(self, block: int) -> None:
-        """Make the file just written the one to read, and say so on disk."""
-        self._side = 1 - self._side
-        temporary = self._folder / "state.json.tmp"
-        temporary.write_text(json.dumps({"block": block, "side": self._side, "key": self._key}))
-        os.replace(temporary, self._folder / "state.json")
+    def advance(self) -> None:
+        """Make the file just written the one to read."""
+        assert self._out is not None
+        with disk_errors(self._folder):
+            self._out.flush()
+            os.fsync(self._out.fileno())
+            self._out.close()
+        self._out, self._sha256 = None, self._digest.hexdigest()
+        self._block += 1
 
-    def remove(self) -> None:
-        """Delete the files; nothing is left to resume."""
-        for path in (self._folder / "state.json", self._path(0), self._path(1)):
+    def save(self) -> SavedStates:
+        """They are on disk already."""
+        return SavedStates(self._block, file_name(self._block), self._sha256)
+
+    def load(self, saved: SavedStates) -> bool:
+        """Check the file, and read from it."""
+        path = self._folder / saved.file
+        if not path.is_file() or path.stat().st_size != 4 * self._tokens * self._hidden:
+            return False
+        self._block, self._sha256 = saved.block, saved.sha256
+        return saved.file == file_name(saved.block) and hash_file(path) == saved.sha256
+
+
+def file_name(block: int) -> str:
+    """Name of the file with a block's input."""
+    return f"hidden.{block:05d}.f32"
+
+
+def remove_before(folder: Path, block: int) -> None:
+    """Delete the files of blocks before `block`: nothing goes on from them any more."""
+    for path in folder.glob("hidden.[0-9][0-9][0-9][0-9][0-9].f32"):
+        if int(path.name.split(".")[1]) < block:
             path.unlink(missing_ok=True)
-
-    def _path(self, side: int) -> Path:
-        return self._folder / f"hidden.{side}.f32"

@@ -11,12 +11,13 @@ import json
 from collections.abc import Iterable, Mapping
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
 
 from quantize import __version__
-from quantize.errors import VerifyError
+from quantize.errors import VerifyError, first_line
+from quantize.untrusted import parse_json, read_limited
 
 SCHEMA_VERSION = 1
 FILE_NAME = "manifest.json"
@@ -33,7 +34,24 @@ PAPERS = (
     FILE_NAME, MEASUREMENTS_NAME, RECIPE_NAME, EVALUATION_NAME, CARD_NAME, PROVENANCE_NAME, SBOM_NAME, NOTICE_NAME,
     SIGNATURE_NAME,
 )  # fmt: skip
-MAX_BYTES = 64 << 20
+MAX_BYTES = 16 << 20
+
+
+def _inside(value: str) -> str:
+    """A relative path that stays inside, whatever the system."""
+    plain = value.replace("\\", "/")
+    if not value or "\0" in value or plain.startswith("/") or ".." in plain.split("/"):
+        raise ValueError(f"the manifest names {value!r}, outside the artifact")
+    return value
+
+
+def _folder_name(value: str) -> str:
+    if not value or value.startswith(".") or "\0" in value or "/" in value or "\\" in value:
+        raise ValueError(f"not the name of a folder: {value!r}")
+    return value
+
+
+Name = Annotated[str, AfterValidator(_folder_name)]
 
 
 class _Frozen(BaseModel):
@@ -43,7 +61,7 @@ class _Frozen(BaseModel):
 class FileEntry(_Frozen):
     """One file of the artifact: path with forward slashes, inside the artifact."""
 
-    path: str
+    path: Annotated[str, AfterValidator(_inside)]
     size_bytes: int
     sha256: str
 
@@ -96,8 +114,8 @@ class Manifest(_Frozen):
     """
 
     schema_version: int
-    name: str
-    variant: str
+    name: Name
+    variant: Name
     format: str
     options: dict[str, Any]
     bits: int | None
@@ -146,21 +164,25 @@ def canonical_hash(data: Any) -> str:
 def read_manifest(path: Path) -> Manifest:
     """Read and check a manifest.json. Raises VerifyError: not there, not ours, newer than this program, altered."""
     try:
-        if path.stat().st_size > MAX_BYTES:
-            raise VerifyError(f"{path}: too large to be a manifest")
-        data = json.loads(path.read_bytes())
+        data = parse_json(read_limited(path, MAX_BYTES))
     except OSError as exc:
         raise VerifyError(f"{path}: {exc.strerror}", hint="is this the folder of an artifact?") from exc
-    except (ValueError, RecursionError) as exc:
-        raise VerifyError(f"{path}: not JSON ({str(exc)[:80]})", hint="build the artifact again") from exc
+    except ValueError as exc:
+        raise VerifyError(f"{path}: not JSON ({first_line(exc, 80)})", hint="build the artifact again") from exc
     data = upgrade(data, path)
     try:
         manifest = Manifest.model_validate(data)
     except ValidationError as exc:
         first = exc.errors()[0]
         where = ".".join(str(step) for step in first["loc"])
-        raise VerifyError(f"{path}: `{where}`: {first['msg']}", hint="build the artifact again") from exc
-    if manifest.digest != manifest.computed_digest():
+        raise VerifyError(
+            f"{path}: `{where}`: {first['msg'].removeprefix('Value error, ')}", hint="build the artifact again"
+        ) from exc
+    try:
+        digest = manifest.computed_digest()
+    except ValueError as exc:  # NaN, or a number that JSON has no exact words for
+        raise VerifyError(f"{path}: altered: {first_line(exc, 80)}", hint="build the artifact again") from exc
+    if manifest.digest != digest:
         raise VerifyError(f"{path}: altered: its content does not have the digest that it states")
     return manifest
 

@@ -6,7 +6,9 @@ What the fields mean is left to the models.
 
 from __future__ import annotations
 
+import contextlib
 import difflib
+import errno
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,10 +18,19 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from quantize.errors import RecipeError, first_line
+from quantize.untrusted import read_limited, time_limit
 
 MAX_BYTES = 1 << 20
 MAX_VALUES = 50_000  # a file that grows past this through aliases is an attack or an accident
+MAX_CHARACTERS = 4 << 20  # of all values, aliases expanded
 MAX_DEPTH = 50
+MAX_SECONDS = 10  # of processor time, to check a document
+MAX_NUMBER = 100  # characters of what is no text
+MAX_INTEGER = (1 << 53) - 1  # beyond this, JSON does not keep whole numbers exact (RFC 8785)
+TOO_MUCH = "too many values, or nested too deeply"
+LESS = "write it with fewer levels and aliases"
+
+TEXT_TAG = "tag:yaml.org,2002:str"
 
 COLLECTION_TAGS = {"tag:yaml.org,2002:map", "tag:yaml.org,2002:seq"}
 MESSAGES = {  # pydantic's error type -> our words, where its own speak of Python
@@ -69,18 +80,16 @@ def read_document(path: Path) -> Document:
     Raises RecipeError: not there, not readable, too large, not UTF-8, not YAML, a key twice, alias bomb.
     """
     try:
-        size = path.stat().st_size
         if path.is_dir():
             raise RecipeError(f"{path}:1:1: this is a folder, not a file", hint="name the YAML file itself")
-        if size > MAX_BYTES:
-            raise RecipeError(f"{path}:1:1: {size:,} bytes is too large", hint=f"at most {MAX_BYTES:,} are read")
-        text = path.read_bytes().decode("utf-8")
+        text = read_limited(path, MAX_BYTES).decode("utf-8")
     except FileNotFoundError as exc:
         raise RecipeError(f"{path}:1:1: no such file", hint=_similar_file(path)) from exc
     except UnicodeDecodeError as exc:
         raise RecipeError(f"{path}:1:1: not UTF-8 text (byte {exc.start})", hint="save the file as UTF-8") from exc
     except OSError as exc:
-        raise RecipeError(f"{path}:1:1: can't be read: {exc.strerror}", hint="check its permissions") from exc
+        hint = "make it smaller" if exc.errno == errno.EFBIG else "check its permissions"
+        raise RecipeError(f"{path}:1:1: can't be read: {exc.strerror}", hint=hint) from exc
     return parse_document(text, str(path))
 
 
@@ -88,12 +97,14 @@ def parse_document(text: str, path: str) -> Document:
     """Parse YAML text; `path` is only used in messages. Raises RecipeError as read_document does."""
     lines = tuple(text.splitlines())
     try:
-        node = yaml.compose(text, Loader=yaml.SafeLoader)
+        node = yaml.compose(text, Loader=_Loader)
+    except _TooMuch as exc:
+        raise _error(path, lines, exc.where, TOO_MUCH, LESS) from exc
     except yaml.MarkedYAMLError as exc:
         mark = exc.problem_mark or exc.context_mark
         where = (mark.line, mark.column) if mark else (0, 0)
         raise _error(path, lines, where, f"not valid YAML: {exc.problem or exc.context}", None) from exc
-    except (yaml.YAMLError, RecursionError) as exc:
+    except (yaml.YAMLError, ValueError, ArithmeticError) as exc:  # "\UFFFFFFFF" is beyond what PyYAML checks
         raise RecipeError(f"{path}:1:1: not valid YAML: {first_line(exc)}") from exc
     if node is None:
         raise RecipeError(f"{path}:1:1: the file is empty", hint="start from one of the files in recipes/")
@@ -119,6 +130,17 @@ def validate(model: type[Model], document: Document, *, at: Location = (), also:
         raise _translate(exc, document, at, model, also) from exc
 
 
+@contextlib.contextmanager
+def in_time(path: Path) -> Iterator[None]:
+    """A limit on the processor time of checking a document, for the regular expressions in it. Raises RecipeError."""
+    try:
+        with time_limit(MAX_SECONDS):
+            yield
+    except TimeoutError as exc:
+        hint = "leave out wide ranges that ignore case, such as (?i)[\\0-\\U0010ffff]"
+        raise RecipeError(f"{path}:1:1: its patterns take more than {MAX_SECONDS} s to read", hint=hint) from exc
+
+
 def suggest(word: str, known: list[str]) -> str | None:
     """A hint for a misspelt word: the nearest known one, else all of them."""
     near = difflib.get_close_matches(word.lower(), [name.lower() for name in known], n=1, cutoff=0.6)
@@ -126,6 +148,27 @@ def suggest(word: str, known: list[str]) -> str | None:
         original = next(name for name in known if name.lower() == near[0])
         return f"did you mean `{original}`?"
     return f"known: {', '.join(known)}" if known else None
+
+
+class _TooMuch(Exception):
+    def __init__(self, mark: Any) -> None:
+        super().__init__(TOO_MUCH)
+        self.where = (mark.line, mark.column)
+
+
+class _Loader(yaml.SafeLoader):
+    """PyYAML's own, that stops where a document has more values or levels than a recipe can have."""
+
+    _values = _depth = 0
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self._values > MAX_VALUES or self._depth > MAX_DEPTH:
+            raise _TooMuch(self.peek_event().start_mark)  # type: ignore[no-untyped-call]
+        self._values += 1
+        self._depth += 1
+        node = super().compose_node(parent, index)
+        self._depth -= 1
+        return node
 
 
 class _Builder:
@@ -136,12 +179,12 @@ class _Builder:
         self.values: dict[Location, tuple[int, int]] = {}
         self.keys: dict[Location, tuple[int, int]] = {}
         self._scalars = yaml.SafeLoader("")
+        self._characters = 0
 
     def build(self, node: yaml.Node, at: Location, depth: int) -> Any:
         where = (node.start_mark.line, node.start_mark.column)
-        if len(self.values) > MAX_VALUES or depth > MAX_DEPTH:
-            hint = "write it with fewer levels and aliases"
-            raise _error(self.path, self.lines, where, "too many values, or nested too deeply", hint)
+        if len(self.values) > MAX_VALUES or depth > MAX_DEPTH or self._characters > MAX_CHARACTERS:
+            raise _error(self.path, self.lines, where, TOO_MUCH, LESS)
         self.values[at] = where
         if isinstance(node, yaml.CollectionNode) and node.tag not in COLLECTION_TAGS:
             raise _error(self.path, self.lines, where, f"the tag {node.tag!r} is not allowed", "write plain YAML")
@@ -149,10 +192,18 @@ class _Builder:
             return {key: self.build(value, (*at, key), depth + 1) for key, value in self._pairs(node, at)}
         if isinstance(node, yaml.SequenceNode):
             return [self.build(item, (*at, index), depth + 1) for index, item in enumerate(node.value)]
+        self._characters += len(node.value)
+        if node.tag != TEXT_TAG and len(node.value) > MAX_NUMBER:
+            raise _error(self.path, self.lines, where, "too long for a number or date", "put text between quotes")
         try:
-            return self._scalars.construct_object(node)
-        except (yaml.YAMLError, ValueError) as exc:
+            value = self._scalars.construct_object(node)
+        except (yaml.YAMLError, ValueError, ArithmeticError, LookupError, AttributeError) as exc:
             raise _error(self.path, self.lines, where, f"not a plain value: {first_line(exc)}", None) from exc
+        if isinstance(value, int) and abs(value) > MAX_INTEGER:
+            raise _error(self.path, self.lines, where, f"more than {MAX_INTEGER:,}", "put text between quotes")
+        if isinstance(value, str) and not _is_text(value):
+            raise _error(self.path, self.lines, where, "text with half of a surrogate pair", None)
+        return value
 
     def _pairs(self, node: yaml.MappingNode, at: Location) -> Iterator[tuple[str, yaml.Node]]:
         seen: set[str] = set()
@@ -161,6 +212,9 @@ class _Builder:
             if not isinstance(key_node, yaml.ScalarNode):
                 raise _error(self.path, self.lines, where, "a key must be a single word", None)
             key = str(key_node.value)
+            self._characters += len(key)
+            if not _is_text(key):
+                raise _error(self.path, self.lines, where, "a key has half of a surrogate pair", None)
             if key == "<<":
                 hint = "name shared options once, under `defaults:`"
                 raise _error(self.path, self.lines, where, "merge keys are not read", hint)
@@ -169,6 +223,15 @@ class _Builder:
             seen.add(key)
             self.keys[(*at, key)] = where
             yield key, value_node
+
+
+def _is_text(value: str) -> bool:
+    """False with half of a surrogate pair in it ("\\ud800"): no file or hash can hold that."""
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _translate(

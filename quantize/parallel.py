@@ -6,11 +6,16 @@ same whatever the number of cores, and spares the small operations of a solver t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from typing import TypeVar
+import warnings
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from functools import cache
+from typing import Any, TypeVar
 
 Result = TypeVar("Result")
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 def on_threads(tasks: Sequence[Callable[[], Result]], threads: int) -> list[Result]:
@@ -18,14 +23,96 @@ def on_threads(tasks: Sequence[Callable[[], Result]], threads: int) -> list[Resu
 
     Raises whatever the first failing task (in order) raises.
     """
+    with _one_thread_each(threads, len(tasks)) as pool:
+        return [task() for task in tasks] if pool is None else list(pool.map(lambda task: task(), tasks))
+
+
+def in_stages(stages: Sequence[Callable[[], Sequence[Callable[[], Result]]]], threads: int) -> list[list[Result]]:
+    """Run each stage, and then the tasks that it returns, as `on_threads` does; one list of results for each stage.
+
+    A stage's first task follows it on its thread, so that a long one put first is not behind all the short ones.
+    """
+    with _one_thread_each(threads, 2 * len(stages)) as pool:
+        if pool is None:
+            return [[task() for task in stage()] for stage in stages]
+
+        def begin(stage: Callable[[], Sequence[Callable[[], Result]]]) -> list[Callable[[], Result]]:
+            first, *others = stage()
+            waiting = [pool.submit(task).result for task in others]
+            found = first()
+            return [lambda: found, *waiting]
+
+        return [[result() for result in results] for results in pool.map(begin, stages)]
+
+
+@contextmanager
+def split_threads(parts: int) -> Iterator[list[ThreadPoolExecutor]]:
+    """As many executors of one thread each as there are parts, in which torch uses that part of its threads; none where
+    it has fewer threads than parts.
+    """
+    import torch
+
+    before = torch.get_num_threads()
+    if parts == 1 or before < parts:
+        yield []
+        return
+    torch.set_num_threads(before // parts)
+    try:
+        with ExitStack() as open_pools:
+            pools = [
+                ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(before // parts,))
+                for _ in range(parts)
+            ]
+            yield [open_pools.enter_context(pool) for pool in pools]
+    finally:
+        torch.set_num_threads(before)
+
+
+def in_turn(tasks: Iterable[Callable[[], Result]], pools: Sequence[ThreadPoolExecutor]) -> Iterator[Result]:
+    """Deal tasks out to the executors in turn; results in order. A few tasks are under way at a time."""
+    if not pools:
+        yield from (task() for task in tasks)
+        return
+    waiting: deque[Future[Result]] = deque()
+    for number, task in enumerate(tasks):
+        waiting.append(pools[number % len(pools)].submit(task))
+        if len(waiting) > 2 * len(pools):
+            yield waiting.popleft().result()
+    while waiting:
+        yield waiting.popleft().result()
+
+
+@contextmanager
+def _one_thread_each(threads: int, tasks: int) -> Iterator[ThreadPoolExecutor | None]:
+    """A pool in which torch and its libraries use one thread in each; None where one thread is enough."""
     import torch
 
     before = torch.get_num_threads()
     torch.set_num_threads(1)  # MKL's setting is the process's, OpenMP's the thread's: so here, and in each thread
     try:
-        if threads == 1 or len(tasks) < 2:
-            return [task() for task in tasks]
-        with ThreadPoolExecutor(min(threads, len(tasks)), initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            return list(pool.map(lambda task: task(), tasks))
+        if threads == 1 or tasks < 2:
+            yield None
+            return
+        with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            yield pool
     finally:
         torch.set_num_threads(before)
+
+
+@cache
+def without_gil(function: Function) -> Function:
+    """A loop of small tensor operations, as TorchScript: it gives the same bits, and leaves Python's lock alone.
+
+    Two threads that each run such a loop in Python take four times as long as one: each operation is so short that they
+    wait for the lock most of the time. torch calls TorchScript deprecated and has nothing else that runs a loop without
+    Python; where it is gone, the function itself is returned.
+    """
+    import torch
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            scripted: Function = torch.jit.script(function)
+        except (AttributeError, RuntimeError):
+            return function
+    return scripted

@@ -10,6 +10,7 @@ import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from quantize.backends import backends
 from quantize.backends.base import Backend, Context, Limits, SizePlan
 from quantize.cache import Cache
 from quantize.checkpoint import Checkpoint, open_checkpoint
+from quantize.disk import Needs, needs
 from quantize.errors import PlanError, QuantizeError, StoreError
 from quantize.manifest import CalibrationEntry, canonical_hash, tool_versions
 from quantize.recipe import Recipe, Variant
@@ -31,28 +33,33 @@ BUILD_KEY_VERSION = 1
 
 @dataclass(frozen=True)
 class Job:
-    """One variant of the recipe: its identity, and what is known before any work."""
+    """One variant of the recipe: its identity, and what is known before any work.
+
+    inputs: all that goes into the build key, {} where there is none.
+    """
 
     variant: Variant
     backend: Backend
-    build_key: str
+    inputs: dict[str, Any]
     tools: dict[str, str]
     existing: Artifact | None = None
     size: SizePlan | None = None
     refusal: QuantizeError | None = None
 
+    @cached_property
+    def build_key(self) -> str:
+        """Hex sha256 of the inputs; "" where there are none."""
+        return canonical_hash(self.inputs) if self.inputs else ""
+
 
 @dataclass(frozen=True)
 class Plan:
-    """All jobs of a recipe. disk_needed_bytes is the peak, intermediates included; None where sizes were not asked.
-
-    config: config.json of the source.
-    """
+    """All jobs of a recipe, and the disk that they take. config: config.json of the source."""
 
     recipe: Recipe
     source: PinnedSource
     jobs: tuple[Job, ...]
-    disk_needed_bytes: int | None
+    disk: Needs
     disk_free_bytes: int
     config: Mapping[str, Any]
 
@@ -62,20 +69,29 @@ class Plan:
         return tuple(job for job in self.jobs if job.existing is None and job.refusal is None)
 
 
-def make_plan(recipe: Recipe, store: Store, cache: Cache, reporter: Reporter, limits: Limits | None = None) -> Plan:
-    """Plan a recipe with exact sizes. Raises CheckpointError, PlanError, MissingExtraError."""
+def make_plan(
+    recipe: Recipe, store: Store, cache: Cache, reporter: Reporter, limits: Limits | None = None, *,
+    measured: bool = True,
+) -> Plan:  # fmt: skip
+    """Plan a recipe with exact sizes; measured: what is built is evaluated too.
+
+    Raises CheckpointError, PlanError, MissingExtraError.
+    """
     limits = limits or Limits()
     recipe = pin_calibration(recipe, reporter)
     source = pin_source(recipe, cache, reporter)
     jobs = identify_jobs(recipe, source, store)
     with tempfile.TemporaryDirectory(prefix="quantize-plan-") as scratch:
         checkpoint = _checkpoint_headers(source, cache, Path(scratch) / "checkpoint", reporter)
-        sized = _sized(jobs, source, checkpoint, cache, Path(scratch), limits, _expected(recipe), reporter)
-        needed = _disk_needed(sized) + _dequantized_bytes(source, checkpoint, cache)
-    free = disk_free_bytes(store.root)
-    plan = Plan(recipe, source, tuple(sized), needed, free, checkpoint.config)
-    if plan.todo and needed > free:
-        refusal = disk_short(needed, free)
+        sized = size_jobs(jobs, recipe, source, checkpoint, cache, Path(scratch), limits, reporter)
+        dequantized = _dequantized_bytes(source, checkpoint, cache)
+    disk, free = (
+        needs(sized, recipe, checkpoint, measured=measured, source_bytes=dequantized),
+        disk_free_bytes(store.root),
+    )
+    plan = Plan(recipe, source, tuple(sized), disk, free, checkpoint.config)
+    if plan.todo and disk.peak_bytes > free:
+        refusal = disk_short(disk.peak_bytes, free)
         plan = replace(plan, jobs=tuple(replace(job, refusal=refusal) if job in plan.todo else job for job in sized))
     return plan
 
@@ -109,12 +125,12 @@ def identify_jobs(recipe: Recipe, source: PinnedSource, store: Store) -> list[Jo
         backend = backends()[variant.format]
         tools = tool_versions(backend.tools(variant.options))
         try:
-            key = _build_key(recipe, source, variant, backend, tools)
+            inputs = _inputs(recipe, source, variant, backend, tools)
         except PlanError as exc:
-            jobs.append(Job(variant, backend, "", tools, refusal=exc))
+            jobs.append(Job(variant, backend, {}, tools, refusal=exc))
             continue
-        existing = store.find_build(recipe.name, variant.name, key)
-        jobs.append(Job(variant, backend, key, tools, existing))
+        existing = store.find_build(recipe.name, variant.name, canonical_hash(inputs))
+        jobs.append(Job(variant, backend, inputs, tools, existing))
     return jobs
 
 
@@ -129,7 +145,9 @@ def disk_free_bytes(root: Path) -> int:
         raise StoreError(f"store {root}: {exc.strerror}") from exc
 
 
-def _build_key(recipe: Recipe, source: PinnedSource, variant: Variant, backend: Backend, tools: dict[str, str]) -> str:
+def _inputs(
+    recipe: Recipe, source: PinnedSource, variant: Variant, backend: Backend, tools: dict[str, str]
+) -> dict[str, Any]:
     calibration: Any = None
     if backend.needs_calibration(variant.options):
         from quantize.calibration import identify
@@ -140,7 +158,7 @@ def _build_key(recipe: Recipe, source: PinnedSource, variant: Variant, backend: 
                 hint="add `calibration: {dataset: python-docs, samples: 32, sequence_length: 512}`",
             )
         calibration = identify(recipe.calibration, recipe)
-    data = {
+    return {
         "version": BUILD_KEY_VERSION,
         "name": source.name,
         "uri": source.uri,
@@ -151,7 +169,6 @@ def _build_key(recipe: Recipe, source: PinnedSource, variant: Variant, backend: 
         "calibration": calibration,
         "tools": tools,
     }
-    return canonical_hash(data)
 
 
 def _checkpoint_headers(source: PinnedSource, cache: Cache, scratch: Path, reporter: Reporter) -> Checkpoint:
@@ -176,15 +193,15 @@ def _expected(recipe: Recipe) -> CalibrationEntry | None:
     return CalibrationEntry(spec=pinned_spec(spec), hash="", sequences=spec.samples, tokens=0, seed=spec.seed)
 
 
-def _sized(
-    jobs: list[Job], source: PinnedSource, checkpoint: Checkpoint, cache: Cache, scratch: Path, limits: Limits,
-    calibration: CalibrationEntry | None, reporter: Reporter,
+def size_jobs(
+    jobs: Sequence[Job], recipe: Recipe, source: PinnedSource, checkpoint: Checkpoint, cache: Cache, scratch: Path,
+    limits: Limits, reporter: Reporter,
 ) -> list[Job]:  # fmt: skip
     """Fill in sizes, one call for each format; a variant that can't be sized gets its refusal instead."""
     result = {job.variant.name: job for job in jobs}
     for format_name in dict.fromkeys(job.variant.format for job in jobs):
         group = [job for job in jobs if job.variant.format == format_name]
-        context = Context("", None, source, checkpoint, cache, scratch, scratch, limits, calibration)
+        context = Context("", None, source, checkpoint, cache, scratch, scratch, limits, _expected(recipe))
         status(reporter, "", f"sizing {len(group)} {format_name} variants")
         for job, outcome in _size_group(group, context, reporter):
             filled = replace(job, refusal=outcome) if isinstance(outcome, QuantizeError) else replace(job, size=outcome)
@@ -212,13 +229,6 @@ def _refusal(job: Job, checkpoint: Checkpoint) -> QuantizeError | None:
     except QuantizeError as exc:
         return exc
     return None
-
-
-def _disk_needed(jobs: Sequence[Job]) -> int:
-    """Bytes at the peak: what is to be written, and each shared intermediate once."""
-    todo = [job for job in jobs if job.existing is None and job.size is not None]
-    intermediates = {job.size.intermediate_key: job.size.intermediate_bytes for job in todo if job.size}
-    return sum(job.size.file_bytes for job in todo if job.size) + sum(intermediates.values())
 
 
 def _dequantized_bytes(source: PinnedSource, checkpoint: Checkpoint, cache: Cache) -> int:

@@ -6,7 +6,9 @@ with file:line:column. Whether it can be built here is for plan to say.
 
 from __future__ import annotations
 
+import os
 import re
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,11 +24,13 @@ from pydantic import (
     field_validator,
 )
 
-from quantize.marked_yaml import Document, Location, read_document, suggest, validate
+from quantize.errors import RecipeError
+from quantize.marked_yaml import Document, Location, in_time, read_document, suggest, validate
 
 SLUG = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 SLUG_HINT = "letters, digits, `.`, `_` and `-`, the first a letter or digit, at most 100"
-Strict = ConfigDict(extra="forbid", frozen=True, strict=True)
+MAX_VARIANTS = 500
+Strict = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
 def _slug(value: str) -> str:
@@ -219,9 +223,12 @@ class Recipe:
 
 def find_path(text: str, folder: Path) -> Path | None:
     """The first that exists of `text` from `folder`, the folder above it, and the working folder; else None."""
-    path = Path(text).expanduser()
+    try:
+        path = Path(text).expanduser()
+    except RuntimeError:  # ~ of a user who is not there
+        return None
     candidates = [path] if path.is_absolute() else [folder / path, folder.parent / path, Path.cwd() / path]
-    return next((item for item in candidates if item.exists()), None)
+    return next((item for item in candidates if os.path.exists(item)), None)
 
 
 def is_path_text(text: str) -> bool:
@@ -235,8 +242,9 @@ def load_recipe(path: Path, formats: Mapping[str, type[BackendOptions]]) -> Reci
     Raises RecipeError: the file can't be read, or anything in it is not what a recipe may say.
     """
     document = read_document(path)
-    file = validate(_RecipeFile, document)
-    variants = _variants(document, file, formats)
+    with in_time(path):
+        file = validate(_RecipeFile, document)
+        variants = _variants(document, file, formats)
     calibration = _calibration(document, file, path)
     return Recipe(
         file.name,
@@ -255,7 +263,7 @@ def load_calibration(path: Path) -> CalibrationSpec:
     """Read a calibration/*.yaml file; a file of text that it names starts from its own folder. Raises RecipeError."""
     spec = validate(CalibrationSpec, read_document(path))
     beside = path.parent / spec.dataset
-    if is_path_text(spec.dataset) and beside.is_file():
+    if is_path_text(spec.dataset) and os.path.isfile(beside):
         return spec.model_copy(update={"dataset": str(beside.resolve())})
     return spec
 
@@ -299,8 +307,9 @@ def _variants(
         if not isinstance(name, str) or name not in formats:
             raise document.error((*at, "format"), f"unknown format {name!r}", hint=suggest(str(name), known))
         for merged, origins in _expand(document, at, section, file.defaults, formats[name]):
-            shown = _shown(document, at, merged, origins)
-            variants.append(_variant(at, shown, merged, name, formats[name]))
+            if len(variants) == MAX_VARIANTS:
+                raise document.error(at, f"more than {MAX_VARIANTS} variants", hint="write several recipes")
+            variants.append(_variant(document, at, merged, origins, name, formats[name]))
         _check_unique(document, at, variants)
     return tuple(variants)
 
@@ -336,33 +345,47 @@ def _expand(
 
 
 def _variant(
-    at: Location, document: Document, merged: dict[str, Any], format_name: str, options: type[BackendOptions]
+    document: Document,
+    at: Location,
+    merged: dict[str, Any],
+    origins: dict[str, Location],
+    format_name: str,
+    options: type[BackendOptions],
 ) -> Variant:
     name = merged.get("name")
     also = ["name", "format"] + (["types"] if "type" in options.model_fields else [])
-    parsed = validate(options, document, at=at, also=also)
+    found = _with_section(document, at, merged)
+    try:
+        parsed = validate(options, found, at=at, also=also)
+    except RecipeError:
+        parsed = validate(options, _with_marks(found, at, origins), at=at, also=also)
     if name is not None and not (isinstance(name, str) and SLUG.fullmatch(name)):
         raise document.error((*at, "name"), f"`name`: can't be the name of a folder, found {name!r}", hint=SLUG_HINT)
     return Variant(name or parsed.variant_name(), format_name, parsed)
 
 
-def _shown(document: Document, at: Location, merged: dict[str, Any], origins: dict[str, Location]) -> Document:
-    """The document with a variant's merged options in its place, and marks that still lead to where each was written.
+def _with_section(document: Document, at: Location, merged: dict[str, Any]) -> Document:
+    """The document with a variant's merged options in its place.
 
     Without `name` and `format`, which are not for the format to read.
     """
     sections = list(document.data["variants"])
     sections[int(at[1])] = {key: value for key, value in merged.items() if key not in {"name", "format"}}
+    return replace(document, data={**document.data, "variants": sections})
+
+
+def _with_marks(document: Document, at: Location, origins: dict[str, Location]) -> Document:
+    """The same, with marks that lead from a variant's merged options to where each was written."""
     values = dict(document.values)
     for key, origin in origins.items():
         inner = {place: mark for place, mark in document.values.items() if place[: len(origin)] == origin}
         values.update({(*at, key, *place[len(origin) :]): mark for place, mark in inner.items()})
-    return replace(document, data={**document.data, "variants": sections}, values=values)
+    return replace(document, values=values)
 
 
 def _check_unique(document: Document, at: Location, variants: list[Variant]) -> None:
-    names = [variant.name.lower() for variant in variants]
-    twice = next((name for name in names if names.count(name) > 1), None)
+    counts = Counter(variant.name.lower() for variant in variants)
+    twice = next((name for name, count in counts.items() if count > 1), None)
     if twice is not None:
         raise document.error(at, f"two variants are called `{twice}`", hint="give one of them a `name` of its own")
 

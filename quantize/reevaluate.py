@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from quantize.artifact import Artifact, variant_lock
+from quantize.artifact import Artifact
 from quantize.backends import formats
 from quantize.backends.base import Limits
 from quantize.cache import Cache
@@ -21,6 +21,7 @@ from quantize.recipe import Recipe, load_recipe
 from quantize.reopen import own_recipe, repin_source
 from quantize.report import Reporter
 from quantize.source import open_source
+from quantize.staging import variant_lock
 from quantize.store import Store
 from quantize.verify import check_files
 

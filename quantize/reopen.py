@@ -1,19 +1,24 @@
-"""A finished artifact -> the source checkpoint that it was made from, found again through its own recipe.
+"""A finished artifact -> the source checkpoint that it was made from, found again and held against the manifest.
 
-In: an artifact. Out: its source, pinned and opened, or an error if it is gone or is no longer the same.
+In: an artifact. Out: its source, pinned and opened, or an error if it is gone or is no longer the same. A source from
+the hub or a package has its address in the manifest; a local one is looked for by its recipe's path, by its content
+among the files that were hashed on this machine, and by its name. What is found counts by its hashes only.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
 
 from quantize.artifact import Artifact
 from quantize.backends import formats
 from quantize.cache import Cache
 from quantize.checkpoint import Checkpoint
-from quantize.errors import VerifyError
-from quantize.manifest import RECIPE_NAME
+from quantize.errors import CheckpointError, RecipeError, StoreError, VerifyError
+from quantize.manifest import RECIPE_NAME, SourceEntry
 from quantize.recipe import Recipe, load_recipe
-from quantize.report import Reporter
-from quantize.source import PinnedSource, open_source, pin_source
+from quantize.report import Reporter, note
+from quantize.source import PinnedSource, as_stated, open_source, pin_address, pin_path, pin_source
 
 
 def own_recipe(artifact: Artifact) -> Recipe:
@@ -21,19 +26,104 @@ def own_recipe(artifact: Artifact) -> Recipe:
     return load_recipe(artifact.folder / RECIPE_NAME, formats())
 
 
-def repin_source(artifact: Artifact, cache: Cache, reporter: Reporter, recipe: Recipe | None = None) -> PinnedSource:
-    """The source of an artifact, by its own recipe or another. Raises VerifyError if it is not the manifest's."""
-    recipe = recipe or own_recipe(artifact)
-    source = pin_source(recipe, cache, reporter)
-    wanted = {entry.path: entry.sha256 for entry in artifact.manifest.source.files}
-    if {file.path: file.sha256 for file in source.files} != wanted:
+def reopen_source(artifact: Artifact, cache: Cache, reporter: Reporter, given: Path | None = None) -> Checkpoint:
+    """The checkpoint of an artifact; given: where to take it from. Raises VerifyError, CheckpointError."""
+    return open_source(find_source(artifact, cache, reporter, given=given), cache, reporter)
+
+
+def repin_source(artifact: Artifact, cache: Cache, reporter: Reporter, recipe: Recipe) -> PinnedSource:
+    """The source of a recipe, which must be the artifact's; by the artifact's own recipe it is looked for everywhere.
+
+    Raises VerifyError if it is not the manifest's, CheckpointError if it is not there.
+    """
+    if recipe.path == artifact.folder / RECIPE_NAME:
+        return find_source(artifact, cache, reporter)
+    return _checked(artifact, pin_source(recipe, cache, reporter))
+
+
+def find_source(
+    artifact: Artifact, cache: Cache, reporter: Reporter, *, given: Path | None = None, known: Cache | None = None
+) -> PinnedSource:
+    """The source that an artifact's manifest states. known: the cache that has seen files of this machine, if another.
+
+    Raises VerifyError: what was found, or given, is not what it was built from. CheckpointError: it is nowhere.
+    """
+    entry = artifact.manifest.source
+    if given is not None:
+        return _checked(artifact, pin_path(given, cache, reporter))
+    found = pin_address(entry.uri, cache, reporter)
+    if found is None and (path := Path(_model(artifact)).expanduser()).is_absolute() and path.exists():
+        found = pin_path(path, cache, reporter)
+    if found is not None:
+        return _checked(artifact, found)
+    refusal: VerifyError | None = None
+    problem: CheckpointError | None = None
+    for path in dict.fromkeys(path.resolve() for path in _places(artifact, known or cache)):
+        try:
+            source = _checked(artifact, pin_path(path, cache, reporter))
+            note(reporter, "", f"the source {entry.uri} is {path}")
+            return source
+        except VerifyError as exc:
+            refusal = refusal or exc
+        except CheckpointError as exc:
+            problem = problem or exc
+    if refusal is not None:
+        raise refusal
+    raise CheckpointError(
+        f"{artifact.ref}: its source {entry.uri} is not found" + (f" ({problem.message})" if problem else ""),
+        hint="run this where its recipe's path leads to it, or say where it is: --source PATH (verify, rebuild)",
+    )
+
+
+def _places(artifact: Artifact, known: Cache) -> Iterator[Path]:
+    """Where a local source may be, likeliest first; only what is there."""
+    entry = artifact.manifest.source
+    bases = [artifact.folder.absolute(), *artifact.folder.absolute().parents, *Path.cwd().parents]
+    names = [name for name in (_model(artifact), entry.uri.removeprefix("local:")) if name]
+    yield from (path for path in (Path.cwd() / names[0], *_same_content(entry, known)) if path.exists())
+    yield from (base / name for name in names for base in (Path.cwd(), *bases) if (base / name).exists())
+
+
+def _model(artifact: Artifact) -> str:
+    """What the artifact's own recipe calls its source; "" where that can't be read, or is a file of a package."""
+    try:
+        model = own_recipe(artifact).source.model
+    except RecipeError:
+        return ""
+    return model if isinstance(model, str) else ""
+
+
+def _same_content(entry: SourceEntry, known: Cache) -> list[Path]:
+    """Folders, or GGUF files, with the source's largest file as it was when it was last read."""
+    if not entry.files:
+        return []
+    largest = max(entry.files, key=lambda item: item.size_bytes)
+    try:
+        paths = known.paths_with(largest.sha256)
+    except StoreError:
+        return []
+    if largest.path.endswith(".gguf"):
+        return [path for path in paths if path.suffix == ".gguf"]
+    depth = len(Path(largest.path).parts)
+    return [path.parents[depth - 1] for path in paths if path.as_posix().endswith(f"/{largest.path}")]
+
+
+def _checked(artifact: Artifact, source: PinnedSource) -> PinnedSource:
+    """The source as the manifest states it. Raises VerifyError for other files."""
+    entry = artifact.manifest.source
+    wanted = {item.path: item.sha256 for item in entry.files}
+    found = {item.path: item.sha256 for item in source.files}
+    if source.is_gguf and len(wanted) == 1:  # what a single file is called does not matter
+        found = dict(zip(wanted, found.values(), strict=True))
+    if found != wanted:
+        other = sorted(name for name in {*found, *wanted} if found.get(name) != wanted.get(name))
         raise VerifyError(
-            f"{artifact.ref}: the source {source.uri} is not the one that it was built from",
+            f"{artifact.ref}: the source {source.uri} is not the one that it was built from ({_named(other)})",
             hint="get that revision back, or build again",
         )
-    return source
+    return as_stated(source, entry)
 
 
-def reopen_source(artifact: Artifact, cache: Cache, reporter: Reporter) -> Checkpoint:
-    """The checkpoint of an artifact. Raises VerifyError, CheckpointError."""
-    return open_source(repin_source(artifact, cache, reporter), cache, reporter)
+def _named(files: list[str]) -> str:
+    more = f" and {len(files) - 3} more" if len(files) > 3 else ""
+    return f"{', '.join(files[:3])}{more} differ{'s' * (len(files) == 1)}"

@@ -12,6 +12,8 @@ from typing import Any
 
 from quantize.errors import CheckpointError
 
+MAX_LAYERS = 10_000
+MAX_NUMBER = 1 << 40
 _NO_KV_LAYER_TYPES = frozenset({"linear_attention", "mamba", "mamba2", "recurrent", "conv", "mlp", "moe", "ffn"})
 _SLIDING_LAYER_TYPES = frozenset({"sliding_attention", "chunked_attention", "local_attention", "local"})
 _EXPERTS_USED = ("num_experts_per_tok", "num_experts_per_token", "moe_top_k")
@@ -64,15 +66,17 @@ class ModelShape:
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> ModelShape:
-        """Parse a Hugging Face config, or its text part. Raises CheckpointError on a missing number."""
-        config = config.get("text_config") or config
+        """Parse a Hugging Face config, or its text part. Raises CheckpointError on a missing or impossible number."""
+        inner = config.get("text_config")
+        config = inner if isinstance(inner, Mapping) and inner else config
         layers, hidden, heads = (_number(config, name) for name in ("layers", "hidden_size", "heads"))
         kv_heads = _first(config, ("num_key_value_heads", "num_kv_heads", "n_head_kv"))
         if kv_heads is None:
             kv_heads = 1 if config.get("multi_query") else heads
         head_dim = _first(config, ("head_dim", "attention_head_size")) or hidden // heads
         latent = config.get("kv_lora_rank") is not None
-        architectures = config.get("architectures") or [str(config.get("model_type", "unknown"))]
+        names = config.get("architectures")
+        architectures = names if isinstance(names, list) and names else [config.get("model_type", "unknown")]
         return cls(
             architecture=str(architectures[0]),
             layers=layers,
@@ -98,7 +102,7 @@ class ModelShape:
         def key(name: str, default: Any = None) -> Any:
             return metadata.get(f"{architecture}.{name}", default)
 
-        heads = _scalar(key("attention.head_count"), f"{architecture}.attention.head_count")
+        heads = _scalar(key("attention.head_count"), f"{architecture}.attention.head_count", least=1)
         hidden = _scalar(key("embedding_length"), f"{architecture}.embedding_length")
         kv_heads = _scalar(key("attention.head_count_kv", heads), f"{architecture}.attention.head_count_kv")
         head_dim = _scalar(key("attention.key_length", hidden // heads), "attention.key_length")
@@ -124,7 +128,9 @@ class ModelShape:
             config["kv_lora_rank"] = key("attention.kv_lora_rank")
             config["qk_rope_head_dim"] = key("rope.dimension_count", 64)
             config["v_head_dim"] = key("attention.value_length_mla") or key("attention.value_length", head_dim)
-            config["qk_nope_head_dim"] = key("attention.key_length_mla", head_dim) - config["qk_rope_head_dim"]
+            nope = _scalar(key("attention.key_length_mla", head_dim), "attention.key_length_mla")
+            rope = _scalar(config["qk_rope_head_dim"], "rope.dimension_count")
+            config["qk_nope_head_dim"] = max(0, nope - rope)
         return cls.from_config(config)
 
 
@@ -132,13 +138,22 @@ def _first(config: Mapping[str, Any], names: tuple[str, ...]) -> int | None:
     for name in names:
         value = config.get(name)
         if isinstance(value, int) and not isinstance(value, bool):
+            if not 0 <= value <= MAX_NUMBER:
+                raise CheckpointError(f"config.json: impossible `{name}`", hint="is this the config of a decoder?")
             return value
     return None
 
 
+def _whole(config: Mapping[str, Any], name: str, default: int) -> int:
+    """A number that may be missing or null, but nothing else."""
+    if config.get(name) is not None and not isinstance(config[name], int):
+        raise CheckpointError(f"config.json: `{name}` must be a whole number", hint="check the folder's config.json")
+    return _first(config, (name,)) or default
+
+
 def _number(config: Mapping[str, Any], name: str) -> int:
     value = _first(config, _NAMES[name])
-    if value is None or value < 1:
+    if value is None or not 1 <= value <= (MAX_LAYERS if name == "layers" else MAX_NUMBER):
         raise CheckpointError(
             f"config.json has no usable {' or '.join(_NAMES[name])}",
             hint="the memory estimate needs it; check that the folder holds the config of a decoder",
@@ -164,26 +179,26 @@ def _layer_types(config: Mapping[str, Any], layers: int) -> list[str]:
     pattern = config.get("sliding_window_pattern") or config.get("_sliding_window_pattern")
     if isinstance(pattern, int) and pattern > 0:
         return ["full_attention" if (i + 1) % pattern == 0 else "sliding_attention" for i in range(layers)]
-    first_sliding = config.get("max_window_layers", 0) if config.get("use_sliding_window") else 0
+    first_sliding = _whole(config, "max_window_layers", 0) if config.get("use_sliding_window") else 0
     return ["sliding_attention" if i >= first_sliding else "full_attention" for i in range(layers)]
 
 
 def _kv_layers(config: Mapping[str, Any], layers: int, heads: int, kv_heads: int, head_dim: int) -> tuple[KvLayer, ...]:
     window = config.get("sliding_window") or config.get("attention_chunk_size")
-    own_cache = layers - int(config.get("num_kv_shared_layers") or 0)
+    own_cache = max(0, layers - _whole(config, "num_kv_shared_layers", 0))
     values = expanded = 2 * kv_heads * head_dim
     if (
         config.get("kv_lora_rank") is not None
     ):  # DeepSeek-V2, arXiv:2405.04434, section 2.1: the latent and the shared key
-        rope = int(config.get("qk_rope_head_dim") or 64)
-        nope, value_dim = int(config.get("qk_nope_head_dim") or head_dim), int(config.get("v_head_dim") or head_dim)
-        values, expanded = int(config["kv_lora_rank"]) + rope, heads * (nope + rope + value_dim)
+        rope, nope = _whole(config, "qk_rope_head_dim", 64), _whole(config, "qk_nope_head_dim", head_dim)
+        value_dim = _whole(config, "v_head_dim", head_dim)
+        values, expanded = _whole(config, "kv_lora_rank", 0) + rope, heads * (nope + rope + value_dim)
     kept = []
     for kind in _layer_types(config, layers)[:own_cache]:
         if kind in _NO_KV_LAYER_TYPES:
             continue
-        sliding = kind in _SLIDING_LAYER_TYPES and isinstance(window, int)
-        kept.append(KvLayer(values, expanded, int(window) if sliding and window else None))
+        sliding = kind in _SLIDING_LAYER_TYPES and isinstance(window, int) and window > 0
+        kept.append(KvLayer(values, expanded, window if sliding else None))
     return tuple(kept)
 
 
@@ -193,20 +208,20 @@ def _gguf(metadata: Mapping[str, Any], key: str) -> Any:
     return metadata[key]
 
 
-def _scalar(value: Any, key: str) -> int:
+def _scalar(value: Any, key: str, *, least: int = 0) -> int:
     """A number, or the largest of an array with one number a layer."""
-    if isinstance(value, list | tuple) and value:
+    if isinstance(value, list | tuple) and value and all(isinstance(item, int) for item in value):
         value = max(value)
-    if not isinstance(value, int):
+    if not isinstance(value, int) or not least <= value <= MAX_NUMBER:
         raise CheckpointError(f"the GGUF metadata has no usable {key}", hint="is this the file of a language model?")
     return int(value)
 
 
 def _gguf_vocab(metadata: Mapping[str, Any], architecture: str) -> int:
     tokens = metadata.get("tokenizer.ggml.tokens")
-    if tokens is not None:
+    if isinstance(tokens, list):
         return len(tokens)
-    return int(_gguf(metadata, f"{architecture}.vocab_size"))
+    return _scalar(_gguf(metadata, f"{architecture}.vocab_size"), f"{architecture}.vocab_size")
 
 
 def _gguf_window_pattern(architecture: str, pattern: Any) -> dict[str, Any]:

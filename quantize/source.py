@@ -8,24 +8,29 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
 
 from quantize.cache import Cache
 from quantize.checkpoint import Checkpoint, check_finite, open_checkpoint
-from quantize.errors import CheckpointError, MissingExtraError, first_line
+from quantize.errors import CheckpointError, MissingExtraError, RecipeError, first_line
+from quantize.manifest import SourceEntry
+from quantize.marked_yaml import MAX_BYTES, parse_document
 from quantize.recipe import PackageFile, Recipe, Source, is_path_text
 from quantize.report import Reporter, note, progress, status
+from quantize.untrusted import read_limited
 from quantize.worker import run_step
 
 HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*/[\w.-]+$")
 COMMIT = re.compile(r"^[0-9a-f]{40}$")
 HUB_PATTERNS = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "LICENSE*", "NOTICE*", "USE_POLICY*", "*.md"]
+MAX_CARD_BYTES = 4 << 20
 DEQUANTIZER_TOOLS = ("transformers", "torch", "gguf")
 
 
@@ -82,11 +87,40 @@ def pin_source(recipe: Recipe, cache: Cache, reporter: Reporter) -> PinnedSource
             f"source {source.model!r}: no such file or folder",
             hint="write a path relative to the recipe or to the working folder, or a hub id like org/name",
         )
-    if found.is_file():
-        if found.suffix != ".gguf":
-            raise CheckpointError(f"{found.name}: not a model folder, nor a GGUF file", hint="name the model's folder")
-        return _pin_gguf(source, found, f"local:{found.name}", cache, reporter)
-    return _pin_folder(source, found, f"local:{found.resolve().name}", None, cache, reporter)
+    return _pin_local(source, found, cache, reporter)
+
+
+def pin_address(uri: str, cache: Cache, reporter: Reporter) -> PinnedSource | None:
+    """What is at the address that a manifest states; None for `local:` ones, which say no place.
+
+    Raises CheckpointError: no such address, not there, not reachable. MissingExtraError.
+    """
+    kind, _, rest = uri.partition(":")
+    if kind == "local":
+        return None
+    if kind == "package":
+        item = _packaged_file(uri, *rest.split("/", 1))
+        return _pin_gguf(_bare(item), _packaged(item), uri, cache, reporter)
+    repo, _, commit = rest.partition("@")
+    if kind != "hub" or not HUB_ID.match(repo) or not COMMIT.match(commit):
+        raise _no_address(uri)
+    return _pin_hub(_bare(repo, commit), repo, cache, reporter)
+
+
+def pin_path(path: Path, cache: Cache, reporter: Reporter) -> PinnedSource:
+    """The model folder or GGUF file at a path. Raises CheckpointError: not there, not a model."""
+    if not path.exists():
+        raise CheckpointError(f"source {path}: no such file or folder")
+    return _pin_local(_bare(str(path)), path, cache, reporter)
+
+
+def as_stated(pinned: PinnedSource, entry: SourceEntry) -> PinnedSource:
+    """A source that has the files of a manifest, with the words that the manifest has for it."""
+    files = tuple(SourceFile(item.path, item.size_bytes, item.sha256) for item in entry.files)
+    return replace(
+        pinned, uri=entry.uri, revision=entry.revision, name=entry.name, base_model=entry.base_model,
+        license=entry.license, files=files, digest=_digest(files),
+    )  # fmt: skip
 
 
 def open_source(pinned: PinnedSource, cache: Cache, reporter: Reporter) -> Checkpoint:
@@ -128,13 +162,37 @@ def _packaged(item: PackageFile) -> Path:
         )
     root = Path(next(iter(spec.submodule_search_locations)))
     path = root / item.file
-    if not path.is_file() or not path.resolve().is_relative_to(root.resolve()):
+    if not os.path.isfile(path) or not path.resolve().is_relative_to(root.resolve()):
         known = sorted(entry.name for entry in root.glob("*.gguf"))
         hint = f"it has: {', '.join(known)}" if known else "it carries no GGUF file"
         raise CheckpointError(f"package {item.package!r} has no file {item.file!r}", hint=hint)
     if path.suffix != ".gguf":
         raise CheckpointError(f"{item.file}: only GGUF files are read from packages", hint="name a .gguf file")
     return path
+
+
+def _packaged_file(uri: str, package: str, file: str = "") -> PackageFile:
+    try:
+        return PackageFile(package=package, file=file)
+    except ValueError as exc:
+        raise _no_address(uri) from exc
+
+
+def _bare(model: str | PackageFile, revision: str | None = None) -> Source:
+    """A source section that says nothing but where."""
+    return Source(model=model, revision=revision, name=None, base_model=None, license=None)
+
+
+def _no_address(uri: str) -> CheckpointError:
+    return CheckpointError(f"source {uri!r}: not the address of a model", hint="say where it is with --source")
+
+
+def _pin_local(source: Source, path: Path, cache: Cache, reporter: Reporter) -> PinnedSource:
+    if path.is_dir():
+        return _pin_folder(source, path, f"local:{path.resolve().name}", None, cache, reporter)
+    if path.suffix != ".gguf":
+        raise CheckpointError(f"{path.name}: not a model folder, nor a GGUF file", hint="name the model's folder")
+    return _pin_gguf(source, path, f"local:{path.name}", cache, reporter)
 
 
 def _pin_gguf(source: Source, path: Path, uri: str, cache: Cache, reporter: Reporter) -> PinnedSource:
@@ -240,15 +298,17 @@ def _dequantize(pinned: PinnedSource, scratch: Path, reporter: Reporter) -> None
 
 def card_metadata(path: Path) -> dict[str, Any]:
     """The YAML front matter of a model card; {} if there is none that can be read."""
-    import yaml
-
-    if not path.is_file() or path.stat().st_size > 4 << 20:
-        return {}
-    text = path.read_text(encoding="utf-8", errors="replace")
-    match = re.match(r"^---\s*\n(.*?)\n---\s*(\n|$)", text, re.DOTALL)
     try:
-        data = yaml.safe_load(match[1]) if match else None
-    except yaml.YAMLError:
+        lines = read_limited(path, MAX_CARD_BYTES).decode("utf-8", errors="replace").splitlines()
+    except OSError:
+        return {}
+    ends = [number for number, line in enumerate(lines) if line.rstrip() == "---"][:2]
+    if len(ends) < 2 or ends[0] != 0:
+        return {}
+    text = "\n".join(lines[1 : ends[1]])
+    try:
+        data = parse_document(text, str(path)).data if len(text) <= MAX_BYTES else None
+    except RecipeError:
         data = None
     return data if isinstance(data, dict) else {}
 

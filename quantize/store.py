@@ -13,23 +13,18 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import yaml
-
 from quantize.artifact import (
     ASIDE,
     CURRENT,
-    LOCKS,
     REFUSED,
-    STAGING,
     UNJUDGED,
     Artifact,
     open_artifact,
-    staged_variant,
-    store_errors,
-    variant_lock,
 )
-from quantize.errors import UsageError, VerifyError
+from quantize.errors import RecipeError, UsageError, VerifyError
 from quantize.manifest import FILE_NAME
+from quantize.marked_yaml import read_document
+from quantize.staging import LOCKS, STAGING, staged_variant, store_errors, variant_lock
 
 DIGEST_FOLDER = re.compile(r"^[0-9a-f]{12}$")
 PIN = re.compile(r"sha256:[0-9a-f]{12,64}")
@@ -84,7 +79,7 @@ class Store:
         Raises UsageError: none, or more than one.
         """
         path = Path(ref)
-        if (path / FILE_NAME).is_file():
+        if os.path.isfile(path / FILE_NAME):
             return open_artifact(path)
         name, _, digest = ref.partition("@")
         digest = digest.removeprefix("sha256:")
@@ -157,13 +152,13 @@ class Store:
         """Digests that artifacts.lock names, in the working folder or beside the store."""
         digests: list[str] = []
         for path in {Path.cwd() / PINS_NAME, self.root.absolute().parent / PINS_NAME}:
-            if not path.is_file():
+            if not os.path.lexists(path):
                 continue
             try:
-                data = yaml.safe_load(path.read_text(encoding="utf-8"))
+                data = read_document(path).data
                 digests += [_pin(item["digest"]) for item in data["artifacts"]]
-            except (yaml.YAMLError, KeyError, TypeError, ValueError) as exc:
-                hint = "it must be a list `artifacts:` of items with a `digest` of at least 12 hex digits"
+            except (RecipeError, KeyError, TypeError, ValueError) as exc:
+                hint = "it must be a list `artifacts:` of items with a `digest` of at least 12 hex digits, in quotes"
                 raise UsageError(f"{path}: can't be read, so nothing is removed", hint=hint) from exc
         return digests
 
@@ -206,8 +201,8 @@ class Store:
 
 
 def _pin(digest: object) -> str:
-    text = f"sha256:{str(digest).removeprefix('sha256:')}"
-    if not PIN.fullmatch(text):
+    text = f"sha256:{digest.removeprefix('sha256:')}" if isinstance(digest, str) else ""
+    if not PIN.fullmatch(text):  # digits alone are a number, whose leading zeros YAML takes for octal
         raise ValueError(digest)
     return text
 
@@ -225,6 +220,6 @@ def _open(folder: Path) -> Artifact | Broken:
 def _complete(artifact: Artifact) -> bool:
     for entry in artifact.manifest.files:
         path = artifact.folder / entry.path
-        if not path.is_file() or path.stat().st_size != entry.size_bytes:
+        if not os.path.isfile(path) or path.stat().st_size != entry.size_bytes:
             return False
     return True

@@ -279,6 +279,10 @@ class FakeBackend:
         size = _size(checkpoint)
         return BuildResult((path.name,), size.weights_bytes, options.bits, None, size.bits_per_weight, size.kept)
 
+    def intermediates(self, context: Context) -> Sequence[tuple[str, str]]:
+        """None."""
+        return ()
+
     def verify(self, folder: Path, checkpoint: Checkpoint, limits: Limits, reporter: Reporter) -> Mapping[str, Any]:
         """The same tensors as the source has."""
         written = read_header(folder / "model.safetensors")

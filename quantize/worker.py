@@ -17,10 +17,10 @@ import traceback
 from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, BinaryIO, ParamSpec, TypeVar
 
 from quantize.errors import BuildError, QuantizeError, WorkerDied, first_line
-from quantize.report import Event, Reporter
+from quantize.report import Event, Reporter, warn
 
 P = ParamSpec("P")
 Result = TypeVar("Result")
@@ -40,16 +40,32 @@ class PipeReporter:
         with self._lock, contextlib.suppress(OSError):
             self._pipe.send(("event", event))
 
+    def stop_asked(self) -> bool:
+        """Whether the parent has asked the step to end."""
+        with contextlib.suppress(OSError, EOFError):
+            return self._pipe.poll()
+        return False
 
-def run_step(step: str, reporter: Reporter, function: Callable[..., Result], *args: Any, **kwargs: Any) -> Result:
+
+def stop_asked(reporter: Reporter) -> bool:
+    """Whether a step that was run with `stops` should end now, because the user has pressed Ctrl-C once."""
+    return isinstance(reporter, PipeReporter) and reporter.stop_asked()
+
+
+def run_step(
+    step: str, reporter: Reporter, function: Callable[..., Result], *args: Any, stops: bool = False, **kwargs: Any
+) -> Result:
     """Call `function(reporter, *args, **kwargs)` in a fresh process and return what it returns.
+
+    stops: the function looks at `stop_asked` now and then and raises Stopped; the first Ctrl-C asks it to, a second one
+    ends it at once, as the first does where `stops` is False.
 
     Raises: the function's own QuantizeError; BuildError for any other exception, with its traceback kept for -v;
     WorkerDied if the process ended without an answer.
     """
     context = multiprocessing.get_context("spawn")
     parent, child = context.Pipe()
-    with tempfile.TemporaryFile(prefix="quantize-step-") as log, _plain_main():
+    with _log_file() as log, _plain_main(), _interrupts(parent, reporter, stops):
         os.set_inheritable(log.fileno(), True)
         path = f"/proc/{os.getpid()}/fd/{log.fileno()}"
         process = context.Process(target=_child, args=(child, path, function, args, kwargs), daemon=True)
@@ -87,6 +103,27 @@ def _answer(step: str, kind: str, payload: Any) -> Any:
     raise error
 
 
+@contextlib.contextmanager
+def _interrupts(pipe: Connection, reporter: Reporter, stops: bool) -> Iterator[None]:
+    """The first Ctrl-C becomes a message to the step; after it, Ctrl-C is again what it was before."""
+    if not stops or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.getsignal(signal.SIGINT)
+
+    def ask(_signal: int, _frame: object) -> None:
+        signal.signal(signal.SIGINT, before)
+        warn(reporter, "", "stopping when this block is done; Ctrl-C again stops at once")
+        with contextlib.suppress(OSError):
+            pipe.send("stop")
+
+    signal.signal(signal.SIGINT, ask)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def spin_briefly() -> None:
     """Have idle OpenMP threads spin for some microseconds and then sleep; call before a library that reads it loads.
 
@@ -112,6 +149,13 @@ def _child(pipe: Connection, log: str, function: Callable[..., Any], args: Any, 
         message = ("crash", (f"{type(exc).__name__}: {first_line(exc)}", traceback.format_exc()))
     pipe.send(message)
     pipe.close()
+
+
+def _log_file() -> BinaryIO:
+    """A file in memory, where the system has them: a full disk must not be what breaks a step."""
+    if hasattr(os, "memfd_create"):
+        return os.fdopen(os.memfd_create("quantize-step"), "w+b")
+    return tempfile.TemporaryFile(prefix="quantize-step-")
 
 
 def _redirect_output(log: str) -> None:

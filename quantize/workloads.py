@@ -6,7 +6,6 @@ Arithmetic is left to estimate.py and fit.py.
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,9 +13,9 @@ from quantize.artifact import Artifact
 from quantize.backends import formats
 from quantize.backends.base import Limits
 from quantize.cache import Cache
-from quantize.checkpoint import open_checkpoint, tensor_table
+from quantize.checkpoint import open_checkpoint, read_json, tensor_table
 from quantize.containers.gguf import GgufFile, read_gguf
-from quantize.errors import CheckpointError, UsageError
+from quantize.errors import UsageError
 from quantize.manifest import FILE_NAME
 from quantize.plan import make_plan
 from quantize.recipe import load_recipe
@@ -97,10 +96,7 @@ def _of_artifact(artifact: Artifact) -> Subject:
         from quantize.backends.gguf import main_file
 
         return _of_gguf(name, main_file(folder), manifest.name)
-    try:
-        config = json.loads((folder / "config.json").read_bytes())
-    except (OSError, ValueError) as exc:
-        raise CheckpointError(f"{folder}: its config.json can't be read ({type(exc).__name__})") from exc
+    config = read_json(folder / "config.json")
     weights = sum(item.size_bytes for item in tensor_table(folder).values())
     return Subject(name, manifest.format, ModelShape.from_config(config), weights, manifest.name)
 

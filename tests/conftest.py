@@ -6,6 +6,7 @@ import os
 import shutil
 import signal
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import click.testing
@@ -86,7 +87,8 @@ def built(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Built:
     root = tmp_path_factory.mktemp("built")
     path = write_recipe(root / "tiny.yaml", tiny, [{"format": "gguf", "types": list(BUILT_TYPES)}])
     recipe = load_recipe(path, formats())
-    outcomes = build(recipe, Store(root / "artifacts"), Cache(root / "cache"), ListReporter(), UNMEASURED)
+    run = replace(UNMEASURED, keep_intermediates=True)
+    outcomes = build(recipe, Store(root / "artifacts"), Cache(root / "cache"), ListReporter(), run)
     assert [item.error for item in outcomes if item.error] == []
     return Built(root, recipe, outcomes)
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import click.testing
 import gguf
 import numpy as np
 import pytest
@@ -24,6 +25,7 @@ from quantize.backends.base import Limits
 from quantize.build import RunOptions, build
 from quantize.cache import Cache
 from quantize.checkpoint import open_checkpoint
+from quantize.cli import main
 from quantize.errors import VerifyError
 from quantize.plan import make_plan
 from quantize.recipe import Recipe, load_recipe
@@ -31,6 +33,7 @@ from quantize.report import ListReporter
 from quantize.store import Store
 from quantize.testing import TinyModel, make_checkpoint, write_recipe
 from tests.conftest import UNMEASURED
+from tests.elsewhere import rebuild_elsewhere
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # transformers and its plugins warn on import
 
@@ -120,12 +123,31 @@ def test_the_manifest_has_the_text_by_hash(run: Run) -> None:
     assert data["spec"]["precision"] == "float32"
 
 
-def test_same_bytes_in_another_folder_with_another_thread_count(run: Run, checkpoint: Path, tmp_path: Path) -> None:
-    """One of each solver; a pass for fewer variants gives them the same bytes, too."""
-    names = ("awq-int4-g64-gptq", "gptq-int4-g64", "q4_k_m-imatrix")
-    again = run_all(checkpoint, tmp_path / "again", 1, names)
-    found = {item.manifest.variant: item.manifest.digest for item in again.store.artifacts()}
-    assert found == {name: run.artifact(name).manifest.digest for name in names}
+@pytest.mark.parametrize("variant", ["gptq-int4-g64", "awq-int4-g64-gptq", "q4_k_m-imatrix", "bnb-int8"])
+def test_the_same_digest_from_the_manifest_alone_elsewhere(run: Run, variant: str, tmp_path: Path) -> None:
+    """One of each solver, each in a pass of its own, with other threads, locale, umask, hash seed and folders."""
+    renamed = shutil.copy(run.recipe.path.parent / "text.txt", tmp_path / "any name.md")
+    options = ["--calibration", str(renamed)] if variant == "gptq-int4-g64" else []
+    data = rebuild_elsewhere(run.artifact(variant).folder, tmp_path, *options)
+    assert (data["tools"], data["manifest_fields"], data["differences"]) == ([], [], [])
+    assert data["rebuilt_digest"] == data["digest"] == run.artifact(variant).manifest.digest
+
+
+@pytest.mark.parametrize(
+    ("text", "code", "message"),
+    [("Another text, and not a short one. " * 40, 3, "the calibration text is not the one that it was built with"),
+     (None, 2, "its calibration text ")],
+)  # fmt: skip
+def test_rebuilding_with_another_text_is_refused_before_the_pass(
+    run: Run, text: str | None, code: int, message: str, tmp_path: Path
+) -> None:
+    if text is not None:
+        (tmp_path / "other.txt").write_text(text)
+    folder = str(run.artifact("gptq-int4-g64").folder)
+    arguments = ["rebuild", folder, "--calibration", str(tmp_path / "other.txt"), "--quiet"]
+    result = click.testing.CliRunner().invoke(main, arguments)
+    assert (result.exit_code, result.stdout) == (code, "")
+    assert message in result.stderr
 
 
 def test_size_equals_plan(run: Run, tmp_path: Path) -> None:

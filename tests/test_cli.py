@@ -160,7 +160,11 @@ def raising(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
         (UsageError("wrong"), 2, "error: wrong\n"),
         (RefusedError("no"), 3, "error: no\n"),
         (ZeroDivisionError("a bug"), 1, "internal error: ZeroDivisionError: a bug\n  run again with -v"),
-        (KeyboardInterrupt(), 130, "interrupted; nothing half-written is left in the store\n"),
+        (
+            KeyboardInterrupt(),
+            130,
+            "interrupted; nothing half-written counts as built; the same build goes on where this one was\n",
+        ),
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, BaseException) else "",
 )
@@ -202,7 +206,10 @@ def test_an_interrupt_ends_a_real_process_with_130(tmp_path: Path) -> None:
     )
     result = fresh(code=code)
     assert (result.returncode, result.stdout) == (130, "")
-    assert result.stderr == "interrupted; nothing half-written is left in the store\n"
+    assert (
+        result.stderr
+        == "interrupted; nothing half-written counts as built; the same build goes on where this one was\n"
+    )
 
 
 # --- a build ----------------------------------------------------------------------------------------------------------

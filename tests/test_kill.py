@@ -14,6 +14,6 @@ def test_a_killed_build_leaves_nothing_broken(built: Built, tiny: Path, tmp_path
     """The converted file is in the cache already, so that kills fall into quantizing, verifying and committing."""
     shutil.copytree(built.cache.root, tmp_path / "cache")
     path = write_recipe(tmp_path / "tiny.yaml", tiny, [{"format": "gguf", "types": ["Q4_K_M", "Q8_0"]}])
-    results = run(path, tmp_path, rounds=6, seed=20, options=["--no-eval"], cold=False)
+    results = run(path, tmp_path, rounds=6, seed=20, options=["--no-eval", "--keep-intermediates"], cold=False)
     assert [item for item in results if not item.ok] == []
     assert sum(item.was_running for item in results) >= 3

@@ -11,6 +11,7 @@ import pytest
 
 from quantize.backends import backends, formats
 from quantize.cache import Cache
+from quantize.disk import PAPERS_BYTES
 from quantize.errors import PlanError, UsageError
 from quantize.plan import Plan, disk_free_bytes, make_plan
 from quantize.recipe import load_recipe
@@ -26,7 +27,7 @@ def plan_for(path: Path, store: Store, cache: Cache) -> Plan:
     return make_plan(load_recipe(path, formats()), store, cache, SilentReporter())
 
 
-def test_planned_sizes_are_the_built_sizes(built: Built, store: Store, cache: Cache) -> None:
+def test_planned_sizes_are_the_built_sizes(built: Built, tiny: Path, store: Store, cache: Cache) -> None:
     """From headers alone, with an empty cache: no weight was read to say this."""
     plan = plan_for(built.recipe.path, store, cache)
     assert len(plan.jobs) == len(BUILT_TYPES) >= 5
@@ -44,14 +45,16 @@ def test_planned_sizes_are_the_built_sizes(built: Built, store: Store, cache: Ca
         assert job.build_key == manifest.build_key
     needed = sum(job.size.file_bytes for job in plan.jobs if job.size)
     f16 = next(job.size.file_bytes for job in plan.jobs if job.variant.name == "f16" and job.size)
-    assert plan.disk_needed_bytes is not None
-    assert needed + f16 <= plan.disk_needed_bytes <= 1.05 * (needed + f16), "one shared 16-bit file beside them"
+    assert plan.disk.intermediates == f16, "one shared 16-bit file beside them"
+    beside = PAPERS_BYTES + sum(path.stat().st_size for path in tiny.glob("LICENSE*"))
+    assert plan.disk.artifacts == needed + beside * len(plan.jobs)
+    assert plan.disk.peak_bytes == sum((f16, plan.disk.artifacts, plan.disk.baseline))
 
 
 def test_a_plan_of_what_is_built_says_so(built: Built) -> None:
     plan = plan_for(built.recipe.path, built.store, built.cache)
     assert [job.existing is not None for job in plan.jobs] == [True] * len(plan.jobs)
-    assert (plan.todo, plan.disk_needed_bytes) == ((), 0)
+    assert (plan.todo, plan.disk.peak_bytes) == ((), 0)
 
 
 def test_sizes_from_the_cached_16_bit_file_are_the_same(built: Built, store: Store) -> None:
@@ -75,12 +78,13 @@ def test_the_table_and_the_json(tiny: Path, tmp_path: Path, run: Run) -> None:
     parameters = sum(array.size for array in TinyModel().weights().values())
     norms = sum(shape[0] for shape in TinyModel().shapes().values() if len(shape) == 1)
     assert [item["weights_bytes"] for item in data["variants"]] == [parameters + 3 * norms] * 2
-    assert data["disk_needed_bytes"] == sum(item["file_bytes"] for item in data["variants"])
+    beside = PAPERS_BYTES + sum(path.stat().st_size for path in tiny.glob("LICENSE*"))
+    assert data["disk_needed_bytes"] == sum(item["file_bytes"] + beside for item in data["variants"])
     run("build", path, "--only", "int8")
     assert "up to date (" in run("plan", path).stdout
     data = json.loads(run("plan", path, "--json").stdout)
     assert [item["up_to_date"] for item in data["variants"]] == [True, False]
-    assert data["disk_needed_bytes"] == data["variants"][1]["file_bytes"]
+    assert data["disk_needed_bytes"] == data["variants"][1]["file_bytes"] + beside
 
 
 @pytest.mark.usefixtures("fake")

@@ -11,11 +11,12 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 
-from quantize.artifact import commit, point_current, staging_folder, variant_lock
+from quantize.artifact import commit, point_current
 from quantize.backends import formats
 from quantize.build import Outcome, RunOptions, build
 from quantize.cache import Cache
@@ -24,6 +25,7 @@ from quantize.errors import BuildError, GateError, PlanError, StoreError, UsageE
 from quantize.manifest import Manifest, manifest_schema, read_manifest
 from quantize.recipe import Recipe, load_recipe
 from quantize.report import ListReporter, SilentReporter
+from quantize.staging import RESUME_NAME, variant_lock, workplace
 from quantize.store import Store
 from quantize.testing import FakeBackend, write_recipe
 from tests.conftest import UNMEASURED, Built, Run
@@ -170,10 +172,10 @@ def test_a_commit_that_fails_leaves_what_was_there(
     build_all(recipe(INT8), store, cache)
     before = snapshot(store.root)
 
-    def full(_: int) -> None:
+    def full(_: Path) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("os.fsync", full)
+    monkeypatch.setattr("quantize.artifact.sync", full)
     (outcome,) = build_all(recipe([{"format": "fake", "bits": 4}]), store, cache)
     assert isinstance(outcome.error, StoreError)
     assert "No space left on device" in outcome.error.message
@@ -224,14 +226,50 @@ def test_a_lock_is_held_by_one_at_a_time_though_its_file_goes(tmp_path: Path) ->
     assert not (tmp_path / "store").exists()
 
 
-def test_staging_of_a_killed_build_is_cleared_but_nobody_elses(tmp_path: Path) -> None:
+def test_what_a_killed_build_left_is_cleared_but_nobody_elses(tmp_path: Path) -> None:
     root = tmp_path / ".staging"
-    for name in ("r--q8.00000000", "r--q8.00000000.scratch", "r--q8.x.00000000", "r--q8-pure.00000000"):
+    for name in ("r--q8.work", "r--q8.work.scratch", "r--q8.00000000.scratch", "r--q8.x.work", "r--q8-pure.work"):
         (root / name).mkdir(parents=True)
-    with staging_folder(tmp_path, "r", "q8") as folder:
-        assert sorted(path.name for path in root.iterdir()) == sorted(
-            [folder.name, "r--q8.x.00000000", "r--q8-pure.00000000"]
-        )
+        (root / name / "file").touch()
+    with workplace(tmp_path, "r", "q8", {"a": 1}, anew=False) as place:
+        assert [*place.staging.iterdir()] == []
+        assert {path.name for path in root.iterdir()} == {
+            place.staging.name, place.scratch.name, "r--q8.x.work", "r--q8-pure.work",
+        }  # fmt: skip
+    assert {path.name for path in root.iterdir()} == {"r--q8.x.work", "r--q8-pure.work"}
+
+
+def stopped(root: Path, inputs: dict[str, Any]) -> None:
+    """A build that has something to go on from, and ends before it is done."""
+    with contextlib.suppress(KeyboardInterrupt), workplace(root, "r", "q8", inputs, anew=False) as place:
+        (place.staging / "half").touch()
+        (place.scratch / RESUME_NAME).write_text("{}")
+        raise KeyboardInterrupt
+
+
+def test_a_stopped_build_with_the_same_inputs_finds_its_work(tmp_path: Path) -> None:
+    stopped(tmp_path, {"tools": {"torch": "1"}})
+    with workplace(tmp_path, "r", "q8", {"tools": {"torch": "1"}}, anew=False) as place:
+        assert (place.changed, (place.staging / "half").exists()) == ((), True)
+        place.staging.rename(tmp_path / "committed")
+    assert not (tmp_path / ".staging").exists()
+
+
+@pytest.mark.parametrize(
+    ("inputs", "anew", "changed"),
+    [
+        ({"tools": {"torch": "2"}}, False, ('tools.torch was "1", is "2"',)),
+        ({"tools": {}}, False, ('tools.torch was "1", is null',)),
+        ({"tools": {"torch": "1"}}, True, ()),
+    ],
+)
+def test_a_stopped_build_of_other_inputs_starts_over_and_says_why(
+    tmp_path: Path, inputs: dict[str, Any], anew: bool, changed: tuple[str, ...]
+) -> None:
+    stopped(tmp_path, {"tools": {"torch": "1"}})
+    with workplace(tmp_path, "r", "q8", inputs, anew=anew) as place:
+        assert (place.changed, [*place.staging.iterdir()]) == (changed, [])
+    assert not (tmp_path / ".staging").exists()
 
 
 # --- gc and pins ----------------------------------------------------------------------------------------------------
@@ -300,12 +338,10 @@ def test_gc_stops_at_a_lock_file_that_it_can_not_read(
 
 
 def test_gc_leaves_the_folders_of_a_running_build(store: Store, run: Run) -> None:
-    with variant_lock(store.root, "demo", "int8"), staging_folder(store.root, "demo", "int8") as folder:
-        scratch = folder.with_name(folder.name + ".scratch")
-        scratch.mkdir()
+    with variant_lock(store.root, "demo", "int8"), workplace(store.root, "demo", "int8", {}, anew=False) as place:
         assert run("gc", "--delete").stdout == "nothing to remove\n"
-        assert folder.is_dir()
-        assert scratch.is_dir()
+        assert place.staging.is_dir()
+        assert place.scratch.is_dir()
 
 
 def test_gc_removes_broken_folders_but_not_the_current_one(
@@ -494,8 +530,8 @@ def test_folders_that_others_remove_because_they_are_empty_are_made_again(tmp_pa
     remover.start()
     try:
         for _ in range(300):
-            with variant_lock(root, "name", "variant"), staging_folder(root, "name", "variant") as folder:
-                (folder / "file").write_text("x")
+            with variant_lock(root, "name", "variant"), workplace(root, "name", "variant", {}, anew=False) as place:
+                (place.staging / "file").write_text("x")
     finally:
         stop.set()
         remover.join()

@@ -14,7 +14,7 @@ MAX_LINES = 400
 # the longest that fits decides. What belongs together is one layer.
 LAYERS: list[set[str]] = [
     {"", "errors"},
-    {"report"},
+    {"report", "untrusted"},
     {
         "numerics",
         "shape",
@@ -27,19 +27,19 @@ LAYERS: list[set[str]] = [
         "folding",
         "architecture",
     },
-    {"estimate", "hardware", "recipe", "checkpoint"},
+    {"estimate", "hardware", "recipe", "checkpoint", "staging"},
     {"engines", "containers.shards"},
     {"fit", "source", "artifact"},
-    {"block_runner", "hidden_states", "activations", "calibration"},
+    {"block_runner", "hidden_states", "activations", "calibration", "resume"},
     {"store", "verify", "diff"},
     {"backends", "evaluate"},
     {"card", "provenance.licence"},
-    {"plan", "reopen", "calibrated", "testing", "assemble", "gates"},
-    {"workloads", "reevaluate"},
+    {"disk", "plan", "reopen", "calibrated", "testing", "assemble", "gates"},
+    {"workloads", "reevaluate", "lock", "rebuild"},
     {"build"},
     {"provenance"},
     {"publish"},
-    {"bench", "serve", "pages"},
+    {"bench", "serve", "pages", "doctor"},
     {"cli", "__main__"},
 ]
 

@@ -17,6 +17,7 @@ from quantize.errors import QuantizeError
 from quantize.manifest import CalibrationEntry
 from quantize.recipe import BackendOptions
 from quantize.report import Reporter
+from quantize.resume import Resumable
 from quantize.source import PinnedSource
 
 if TYPE_CHECKING:
@@ -89,8 +90,11 @@ class BuildResult:
     measurements: Mapping[str, Any] = field(default_factory=dict)
 
 
-class Collector(Protocol):
-    """Sees every decoder block of the calibration pass, in order, in the process that runs the pass."""
+class Collector(Resumable, Protocol):
+    """Sees every decoder block of the calibration pass, in order, in the process that runs the pass.
+
+    After each block its state is recorded: a build that is stopped goes on there, with a collector that `resume`s.
+    """
 
     def add_block(self, block: Block) -> None:
         """Take one block's weights and statistics; what is kept of them must stay small."""
@@ -126,6 +130,9 @@ class Backend(Protocol):
 
     def build(self, context: Context, reporter: Reporter) -> BuildResult:
         """Write the artifact's files into context.staging, after the pass if there is one."""
+
+    def intermediates(self, context: Context) -> Sequence[tuple[str, str]]:
+        """Cache entries (kind, key) that builds of this checkpoint make for one another, and nothing needs later."""
 
     def verify(self, folder: Path, checkpoint: Checkpoint, limits: Limits, reporter: Reporter) -> Mapping[str, Any]:
         """Open the artifact in its real runtime and compare it with its source. Raises VerifyError.

@@ -75,12 +75,16 @@ class BitsandbytesBackend:
         status(reporter, context.variant, f"quantizing to {options.type}")
         files = run_step(
             f"quantizing to {options.type}", reporter, write_quantized, context.checkpoint, context.staging,
-            layout.table, layout.packed, options.type, context.variant,
+            context.scratch, layout.table, layout.packed, options.type, context.variant,
         )  # fmt: skip
         beside = packed.write_beside(context, _config(context.checkpoint, options))
         size = _size(context.checkpoint, options)
         bits, block = (8, None) if options.type == "int8" else (4, NF4_BLOCK)
         return BuildResult((*files, *beside), size.weights_bytes, bits, block, size.bits_per_weight, size.kept)
+
+    def intermediates(self, context: Context) -> Sequence[tuple[str, str]]:
+        """None."""
+        return ()
 
     def verify(self, folder: Path, checkpoint: Checkpoint, limits: Limits, reporter: Reporter) -> Mapping[str, Any]:
         """Load with transformers + bitsandbytes and generate."""

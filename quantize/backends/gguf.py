@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from quantize.marked_yaml import suggest
 from quantize.recipe import BackendOptions
 from quantize.report import Reporter, status
 from quantize.source import PinnedSource, dequantized_key
+from quantize.untrusted import check_pattern
 from quantize.worker import run_step
 
 HUB_URL = "https://huggingface.co/"
@@ -65,8 +67,8 @@ class GgufOptions(BackendOptions):
             if kind not in ELEMENT_TYPES:
                 raise ValueError(f"unknown tensor type {kind!r} for {pattern!r} || {suggest(kind, [*ELEMENT_TYPES])}")
             try:
-                re.compile(pattern)
-            except re.error as exc:
+                check_pattern(pattern)
+            except ValueError as exc:
                 raise ValueError(f"{pattern!r} is not a regular expression ({exc}) || a dot is written `\\.`") from exc
         return value
 
@@ -114,14 +116,13 @@ class GgufBackend:
             request = _request(context)
             sized = run_step("sizing the GGUF files", reporter, convert_and_size, request, out, jobs)
         plans: list[SizePlan | QuantizeError] = []
-        outtype = context.checkpoint.dtype
         for item, result in zip(options, sized, strict=True):
             if isinstance(result, QuantizeError):
                 plans.append(result)
                 continue
             try:
                 _check_overrides(item, [name for name, _, _ in result.tensors])
-                plan = _size_plan(context.checkpoint, item, result, outtype, key, ready is not None)
+                plan = _size_plan(context.checkpoint, item, result, key, ready is not None)
                 extra = _imatrix_bytes(context, result.architecture) if item.imatrix else 0
                 plans.append(replace(plan, file_bytes=plan.file_bytes + extra))
             except PlanError as exc:
@@ -136,10 +137,17 @@ class GgufBackend:
 
     def build(self, context: Context, reporter: Reporter) -> BuildResult:
         """Convert once per source, quantize, name the file by the convention."""
+        with self._converted(context, reporter) as intermediate:
+            return self._quantize(context, intermediate, reporter)
+
+    def intermediates(self, context: Context) -> Sequence[tuple[str, str]]:
+        """The 16-bit file."""
+        return [("gguf", self._intermediate(context)[0])]
+
+    def _quantize(self, context: Context, intermediate: Path, reporter: Reporter) -> BuildResult:
         from quantize.engines.llama_cpp import quantize
 
         options: GgufOptions = context.options
-        intermediate = self._convert(context, reporter)
         imatrix = None
         files = [_file_name(intermediate, options)]
         if options.imatrix:
@@ -179,12 +187,11 @@ class GgufBackend:
         found = sorted(context.cache.entry("gguf", key).glob("*.gguf"))
         return key, (found[0] if found else None)
 
-    def _convert(self, context: Context, reporter: Reporter) -> Path:
+    @contextmanager
+    def _converted(self, context: Context, reporter: Reporter) -> Iterator[Path]:
+        """The 16-bit file, which stays as long as the context is open."""
         from quantize.engines.llama_cpp import convert
 
-        key, ready = self._intermediate(context)
-        if ready is not None:
-            return ready
         request = _request(context)
 
         def fill(scratch: Path) -> None:
@@ -192,7 +199,8 @@ class GgufBackend:
             out = scratch / f"{context.source.name}-{request.outtype}.gguf"
             run_step("converting to GGUF", reporter, convert, request, out)
 
-        return sorted(context.cache.make("gguf", key, fill).glob("*.gguf"))[0]
+        with context.cache.using("gguf", self._intermediate(context)[0], fill) as folder:
+            yield sorted(folder.glob("*.gguf"))[0]
 
 
 def main_file(folder: Path) -> Path:
@@ -282,12 +290,10 @@ def _check_overrides(options: GgufOptions, names: list[str]) -> None:
             raise PlanError(f"override {pattern!r} matches no tensor", hint=hint)
 
 
-def _size_plan(
-    checkpoint: Checkpoint, options: GgufOptions, sized: SizedFile, outtype: str, key: str, ready: bool
-) -> SizePlan:
+def _size_plan(checkpoint: Checkpoint, options: GgufOptions, sized: SizedFile, key: str, ready: bool) -> SizePlan:
     weights = sum(size for _, _, size in sized.tensors)
     kept = _kept(options, [(name, kind, ()) for name, kind, _ in sized.tensors])
-    intermediate = 0 if ready else int(checkpoint.parameters * (4 if outtype == "F32" else 2) * 1.02)
+    intermediate = 0 if ready else sized.source_bytes
     bits = round(8 * weights / checkpoint.parameters, 4)
     return SizePlan(sized.file_bytes, weights, len(sized.tensors), bits, kept, intermediate, f"gguf-{key}")
 

@@ -7,14 +7,17 @@ the GGUF architecture is known that says what each tensor is called there.
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from quantize.architecture import block_count, block_layout
+from quantize.cache import hash_file
 from quantize.checkpoint import Checkpoint
 from quantize.containers.imatrix import write_imatrix
-from quantize.errors import BuildError
+from quantize.errors import BuildError, disk_errors
 from quantize.manifest import CalibrationEntry
+from quantize.staging import sync
 
 if TYPE_CHECKING:
     from quantize.activations import Block
@@ -23,26 +26,53 @@ EXPERT = re.compile(r"\.experts\.(\d+)\.")
 
 
 class ImatrixCollector:
-    """Keeps sums of squared inputs; a few kilobytes a block."""
+    """Keeps sums of squared inputs: a file of a few kilobytes for each block, one for all of them in the end."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._rows: dict[str, Any] = {}
+        self._files: dict[str, str] = {}  # name -> sha256
 
     def add_block(self, block: Block) -> None:
         """Take the diagonals of a block's Gram matrices."""
         import torch
+        from safetensors.torch import save_file
 
+        rows = {}
         for linear in block.layout.linears:
             gram = block.grams[linear.input]
-            self._rows[linear.tensor] = gram.matrix.diagonal().float().cpu().contiguous().clone()
-            self._rows[linear.tensor + ":tokens"] = torch.tensor([float(gram.tokens)])
+            rows[linear.tensor] = gram.matrix.diagonal().float().cpu().contiguous().clone()
+            rows[linear.tensor + ":tokens"] = torch.tensor([float(gram.tokens)])
+        path = self._path.with_name(f"{self._path.stem}.{block.index:05d}.safetensors")
+        with disk_errors(path.parent):
+            save_file(rows, path)
+            sync(path)
+        self._files[path.name] = hash_file(path)
+
+    def state(self) -> dict[str, Any]:
+        """The blocks' files and their hashes."""
+        return {"files": dict(self._files)}
+
+    def resume(self, state: Mapping[str, Any]) -> bool:
+        """Go on with the files of a stopped build."""
+        files = state.get("files")
+        if not isinstance(files, dict):
+            return False
+        for name, sha256 in files.items():
+            path = self._path.with_name(Path(name).name)
+            if not path.is_file() or hash_file(path) != sha256:
+                return False
+        self._files = dict(files)
+        return True
 
     def finish(self) -> None:
         """Write the scratch file."""
-        from safetensors.torch import save_file
+        from safetensors.torch import load_file, save_file
 
-        save_file(self._rows, self._path)
+        rows = {}
+        for name in self._files:
+            rows.update(load_file(self._path.with_name(name)))
+        with disk_errors(self._path.parent):
+            save_file(rows, self._path)
 
 
 def write_zeros(path: Path, checkpoint: Checkpoint) -> None:

@@ -14,14 +14,17 @@ from pydantic import Field
 from quantize.backends import packed
 from quantize.backends.base import Context
 from quantize.checkpoint import Checkpoint
-from quantize.parallel import on_threads
+from quantize.parallel import in_stages
 from quantize.recipe import BackendOptions
 from quantize.report import Reporter, warn
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
     import torch
 
     from quantize.activations import Block
+    from quantize.numerics.gptq import Factor, SolvedRows
 
 Bits = Literal[2, 3, 4, 8]
 
@@ -97,15 +100,14 @@ def solve_block(block: Block, options: GptqOptions, variant: str, reporter: Repo
 
     inputs = sorted(block.layout.inputs, key=lambda key: -len(block.grams[key].matrix))  # long ones first
     weights = {key: [block.weights[linear.tensor] for linear in block.layout.inputs[key]] for key in inputs}
-    factorizations = [
-        partial(factorize, block.grams[key].matrix, options.group_size, damping=options.damping) for key in inputs
-    ]
-    factors = dict(zip(inputs, on_threads(factorizations, threads), strict=True))
-    tasks = {
-        key: row_tasks(weights[key], factors[key], bits=options.bits, symmetric=options.symmetric) for key in inputs
-    }
-    solved = iter(on_threads([task for key in inputs for task in tasks[key]], threads))
-    solutions = {key: collect(weights[key], [next(solved) for _ in tasks[key]]) for key in inputs}
+    factors: dict[str, Factor] = {}
+
+    def begin(key: str) -> Sequence[Callable[[], SolvedRows]]:
+        factors[key] = factorize(block.grams[key].matrix, options.group_size, damping=options.damping)
+        return row_tasks(weights[key], factors[key], bits=options.bits, symmetric=options.symmetric)
+
+    solved = in_stages([partial(begin, key) for key in inputs], threads)
+    solutions = {key: collect(weights[key], rows) for key, rows in zip(inputs, solved, strict=True)}
     tensors: dict[str, torch.Tensor] = {}
     layers: dict[str, Any] = {}
     for key, linears in block.layout.inputs.items():

@@ -152,12 +152,26 @@ class PackedCollector:
                 tensor = block.weights[self._pending]
             self._write(tensor)
 
+    def state(self) -> dict[str, Any]:
+        """How far the shards are, and each linear's loss so far."""
+        return {"shards": self._writer.state(), "layers": self._layers}
+
+    def resume(self, state: Mapping[str, Any]) -> bool:
+        """Go on with shards that a stopped build left."""
+        layers = state.get("layers")
+        if not isinstance(layers, dict) or not self._writer.resume(state.get("shards", {})):
+            return False
+        self._layers = layers
+        self._names = iter([*self._layout.table][self._writer.written :])
+        self._pending = next(self._names, None)
+        return True
+
     def finish(self) -> None:
         """Write what follows the blocks, and leave the pass's results for the build."""
         self._copy_until(None)
         files = self._writer.finish()
         data = {"files": files, "layers": self._layers}
-        (self._context.scratch / RESULTS_NAME).write_text(json.dumps(data), encoding="utf-8")
+        (self._context.scratch / RESULTS_NAME).write_text(json.dumps(data, sort_keys=True), encoding="utf-8")
 
     def _copy_until(self, block: int | None) -> None:
         """Copy tensors from the source up to the first one of `block`."""
@@ -224,6 +238,10 @@ class PackedBackend:
             (*results["files"], *beside), size.weights_bytes, options.bits, options.group_size, size.bits_per_weight,
             size.kept, {"layers": results["layers"]},
         )  # fmt: skip
+
+    def intermediates(self, context: Context) -> Sequence[tuple[str, str]]:
+        """None."""
+        return ()
 
     def verify(self, folder: Path, checkpoint: Checkpoint, limits: Limits, reporter: Reporter) -> Mapping[str, Any]:
         """Independent unpacking by gptqmodel, and greedy generation through transformers."""

@@ -5,11 +5,12 @@ In: JSON or samples' summaries. Out: BenchResult. All times are in seconds, all 
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 Api = Literal["openai", "chat"]
+Count = Annotated[int, Field(ge=0, le=1 << 62)]
 
 
 class _Frozen(BaseModel):
@@ -37,8 +38,8 @@ class Cell(_Frozen):
     output_tokens: int
     concurrency: int | None
     rate: float | None
-    requests: int
-    succeeded: int
+    requests: Count
+    succeeded: Count
     seconds: float
     first_token: Spread | None
     latency: Spread | None
@@ -47,7 +48,7 @@ class Cell(_Frozen):
     output_tokens_per_second: float | None
     mean_prompt_tokens: float | None
     mean_output_tokens: float | None
-    errors: dict[str, int]
+    errors: dict[str, Count]
     error_examples: dict[str, str]
 
     @property

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import importlib
+import signal
 import sys
+import threading
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import click
@@ -12,18 +16,21 @@ import click
 from quantize import __version__
 from quantize.errors import QuantizeError
 
-INTERRUPTED = 130
+INTERRUPTED, TERMINATED = 130, 143
+GOES_ON = "nothing half-written counts as built; the same build goes on where this one was"
 
 # Command -> (module, one line for --help). Help must not import the modules.
 COMMANDS: dict[str, tuple[str, str]] = {
     "plan": ("plan", "Show what a recipe would build: sizes, disk, what is built already. Writes nothing."),
     "build": ("build", "Build every variant of a recipe that is not up to date."),
+    "lock": ("lock", "Pin what a recipe's build is made of, for `build --locked`."),
     "estimate": ("estimate", "Memory of a model at contexts and concurrencies; whether it fits a card."),
     "eval": ("eval", "Measure artifacts against their source, and hold the gates."),
     "list": ("list", "List artifacts, recipes or formats."),
     "show": ("show", "Show one artifact: its manifest and what was measured."),
     "sign": ("sign", "Write an artifact's provenance and bill of materials, and sign it."),
     "verify": ("verify", "Check an artifact: hashes, tensors, and that it runs."),
+    "rebuild": ("rebuild", "Build an artifact again from its manifest alone, and compare."),
     "bench": ("bench", "Load a server, or an artifact's own, and time its answers."),
     "report": ("report", "Write a page about a recipe's artifacts, and the production decision."),
     "serve": ("serve", "Serve artifacts over HTTP, as OpenAI's API does."),
@@ -32,6 +39,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "diff": ("diff", "Compare two artifacts: settings, files, tensor types, sizes."),
     "gc": ("gc", "Remove superseded artifacts and leftovers; shows them only, unless told to."),
     "calibration": ("calibration", "Show the text that calibrated formats see."),
+    "doctor": ("doctor", "What this machine has: versions, devices, disk, which formats it can build and serve."),
     "schema": ("schema", "Print the JSON Schema of recipes or manifests."),
 }
 
@@ -69,13 +77,17 @@ class LazyGroup(click.Group):
     def invoke(self, ctx: click.Context) -> Any:
         """Run a command; map errors to exit codes."""
         try:
-            return super().invoke(ctx)
+            with _terminable():
+                return super().invoke(ctx)
         except QuantizeError as exc:
             _fail(ctx, f"error: {exc}", exc)
             ctx.exit(exc.exit_code)
         except KeyboardInterrupt:
-            click.echo("interrupted; nothing half-written is left in the store", err=True)
+            click.echo(f"interrupted; {GOES_ON}", err=True)
             ctx.exit(INTERRUPTED)
+        except Terminated:
+            click.echo(f"terminated; {GOES_ON}", err=True)
+            ctx.exit(TERMINATED)
         except (click.ClickException, click.exceptions.Exit, click.Abort, BrokenPipeError):
             raise
         except Exception as exc:  # noqa: BLE001 - the last place that can keep a traceback from a user
@@ -83,6 +95,27 @@ class LazyGroup(click.Group):
                 ctx, f"internal error: {type(exc).__name__}: {exc}\n  run again with -v and report what it prints", exc
             )
             ctx.exit(1)
+
+
+class Terminated(BaseException):
+    """SIGTERM: what was begun is ended as after Ctrl-C, and at once."""
+
+
+@contextmanager
+def _terminable() -> Iterator[None]:
+    """Have SIGTERM unwind the stack; a command that must do otherwise (the gateway drains) sets its own handler."""
+
+    def stop(_signal: int, _frame: object) -> None:
+        raise Terminated
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _fail(ctx: click.Context, message: str, exc: BaseException) -> None:

@@ -25,6 +25,7 @@ from quantize.cli.common import (
 from quantize.cli.progress import console_reporter
 from quantize.errors import UsageError
 from quantize.evaluate.record import COLUMNS
+from quantize.lock import hold, lock_path, read_lock
 from quantize.recipe import load_recipe
 from quantize.store import Store
 
@@ -33,10 +34,12 @@ from quantize.store import Store
 @click.argument("recipe", type=click.Path(path_type=Path))
 @click.option("--only", multiple=True, metavar="VARIANT", help="Build only this variant; may be given several times.")
 @click.option("--force", is_flag=True, help="Build again what is up to date.")
+@click.option("--keep-intermediates", is_flag=True, help="Keep the 16-bit GGUF file that variants share, in the cache.")
 @click.option("--no-eval", is_flag=True, help="Measure nothing: what is built stays `not evaluated`.")
 @click.option(
     "--accept-risk", metavar="REASON", help="Take what the gates refuse all the same; the manifest says so, and why."
 )
+@click.option("--locked", is_flag=True, help="Refuse to build anything but what RECIPE.lock says; see `quantize lock`.")
 @click.option(
     "--keep-going/--fail-fast", default=True, help="Go on with other variants after a failure.  [default: go on]"
 )
@@ -46,8 +49,9 @@ from quantize.store import Store
 @quiet_option
 @verbose_option
 def command(
-    recipe: Path, only: tuple[str, ...], force: bool, no_eval: bool, accept_risk: str | None, keep_going: bool,
-    store: Store, threads: int | None, device: str, memory_budget: str | None, as_json: bool, quiet: bool,
+    recipe: Path, only: tuple[str, ...], force: bool, keep_intermediates: bool, no_eval: bool,
+    accept_risk: str | None, locked: bool, keep_going: bool, store: Store, threads: int | None, device: str,
+    memory_budget: str | None, as_json: bool, quiet: bool,
 ) -> None:  # fmt: skip
     """Build every variant of RECIPE that is not up to date; each is verified, measured against its source, and held to
     the recipe's gates before it counts as built. What the gates refuse is kept aside (exit code 3).
@@ -56,8 +60,10 @@ def command(
         raise UsageError("--accept-risk needs a reason", hint='say who knows why: --accept-risk "for load tests only"')
     parsed = load_recipe(recipe, formats())
     limits = make_limits(threads, device, memory_budget)
-    run = RunOptions(limits, keep_going, force, only, evaluate=not no_eval, accept_risk=accept_risk)
+    run = RunOptions(limits, keep_going, force, only, keep_intermediates, evaluate=not no_eval, accept_risk=accept_risk)
     with console_reporter(quiet=quiet or as_json) as reporter:
+        if locked:
+            parsed = hold(read_lock(lock_path(recipe)), parsed, open_cache(), reporter, only)
         outcomes = build(parsed, store, open_cache(), reporter, run)
     if as_json:
         print_json([_as_json(item) for item in outcomes])

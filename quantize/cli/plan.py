@@ -54,10 +54,8 @@ def _print(plan: Plan) -> None:
     columns += [("BYTES", "right"), ("BITS/WEIGHT", "right"), ("KEPT HIGHER", "right"), ("STATE", "left")]
     print_table(columns, [_row(job) for job in plan.jobs], empty="nothing to build")
     click.echo(f"source  {plan.source.uri}  sha256 {plan.source.digest[:12]}")
-    if plan.disk_needed_bytes is not None:
-        click.echo(
-            f"disk    {size_text(plan.disk_needed_bytes)} needed at the peak, {size_text(plan.disk_free_bytes)} free"
-        )
+    needed, free = size_text(plan.disk.peak_bytes), size_text(plan.disk_free_bytes)
+    click.echo(f"disk    {needed} needed at the peak, {free} free")
 
 
 def _row(job: Job) -> list[str]:
@@ -74,7 +72,7 @@ def _as_json(plan: Plan) -> dict[str, Any]:
     return {
         "recipe": plan.recipe.name,
         "source": {"uri": plan.source.uri, "sha256": plan.source.digest},
-        "disk_needed_bytes": plan.disk_needed_bytes,
+        "disk_needed_bytes": plan.disk.peak_bytes,
         "disk_free_bytes": plan.disk_free_bytes,
         "variants": [
             {

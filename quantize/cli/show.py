@@ -15,7 +15,7 @@ from quantize.cli.common import (
     store_option,
     verbose_option,
 )
-from quantize.evaluate.record import NAME
+from quantize.evaluate.record import read_record
 from quantize.hardware import memory_text
 from quantize.store import Store
 
@@ -76,7 +76,7 @@ def command(artifact: str, store: Store, as_json: bool) -> None:
 
 
 def _print_evaluation(artifact: Artifact) -> None:
-    record = artifact.measurements().get(NAME)
+    record = read_record(artifact.measurements())
     if record is None:
         click.echo("\nnot evaluated")
         return
@@ -92,4 +92,4 @@ def _print_evaluation(artifact: Artifact) -> None:
         click.echo(f"{'in':>14}  {quality['runtime']} ({quality['runtime_version']})")
         click.echo(f"{'source in':>14}  {quality['source_runtime']} ({quality['source_runtime_version']})")
         click.echo(f"{'machine':>14}  {record['machine']['processor']}, {record['machine']['cores']} cores")
-        click.echo(f"{'at':>14}  {record['evaluated_at']}")
+        click.echo(f"{'at':>14}  {record.get('evaluated_at', '')}")

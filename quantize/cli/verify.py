@@ -27,6 +27,9 @@ from quantize.verify import check_files
 
 @click.command("verify")
 @click.argument("artifacts", nargs=-1, metavar="ARTIFACT...")
+@click.option(
+    "--source", type=click.Path(path_type=Path), help="The model that they were built from, where it is not found."
+)
 @click.option("--hashes-only", is_flag=True, help="Only files, sizes and hashes; load nothing.")
 @trust_options
 @store_option
@@ -34,8 +37,8 @@ from quantize.verify import check_files
 @quiet_option
 @verbose_option
 def command(
-    artifacts: tuple[str, ...], hashes_only: bool, public_key: Path | None, identity: str | None, issuer: str | None,
-    store: Store, as_json: bool, quiet: bool,
+    artifacts: tuple[str, ...], source: Path | None, hashes_only: bool, public_key: Path | None,
+    identity: str | None, issuer: str | None, store: Store, as_json: bool, quiet: bool,
 ) -> None:  # fmt: skip
     """Check each ARTIFACT (all current ones if none is named) against its manifest, and run it.
 
@@ -53,7 +56,7 @@ def command(
             if trust is not None:
                 trust.check(artifact.folder)
             if not hashes_only:
-                checkpoint = reopen_source(artifact, open_cache(), reporter)
+                checkpoint = reopen_source(artifact, open_cache(), reporter, source)
                 backend = backends()[artifact.manifest.format]
                 limits = make_limits(None, "cpu", None)
                 facts |= backend.verify(artifact.folder, checkpoint, limits, reporter)

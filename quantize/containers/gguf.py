@@ -8,19 +8,26 @@ a vocabulary (2 s for 49,152); this one skips them (0.02 s), and a test holds it
 from __future__ import annotations
 
 import math
-import mmap
+import os
 import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from quantize.errors import CheckpointError, first_line
+from quantize.untrusted import open_regular
 
 UNQUANTIZED = ("F32", "F16", "BF16", "F64")
 STRING, ARRAY = 8, 9
 SCALARS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q", 11: "<q", 12: "<d"}
 MAX_ARRAY = 1024
 MAX_ELEMENTS = 1 << 60
+MAX_HEADER_BYTES = 128 << 20
+MAX_FIELDS = 65_536
+MAX_VALUES = 1_000_000  # in arrays that are read
+MAX_STRINGS = 5_000_000  # in arrays that are skipped
+MAX_TENSORS = 100_000
+CHUNK_BYTES = 1 << 20
 
 # enum ggml_type -> (name, values a block, bytes a block), as in ggml.c and the gguf package's GGML_QUANT_SIZES.
 TENSOR_TYPES: dict[int, tuple[str, int, int]] = {
@@ -37,12 +44,16 @@ TENSOR_TYPES: dict[int, tuple[str, int, int]] = {
 
 @dataclass(frozen=True)
 class GgufTensor:
-    """One tensor: its ggml type, its shape with the input width first as GGUF has it, and its bytes."""
+    """One tensor: its ggml type, its shape with the input width first as GGUF has it, and its bytes.
+
+    offset: of its first byte, from the start of the file.
+    """
 
     name: str
     type: str
     shape: tuple[int, ...]
     size_bytes: int
+    offset: int
 
 
 @dataclass(frozen=True)
@@ -68,62 +79,96 @@ class GgufSummary:
 def read_gguf(path: Path) -> GgufFile:
     """Read key-values and tensor table; arrays longer than MAX_ARRAY are skipped (vocabularies).
 
-    Raises CheckpointError: not a GGUF file, truncated, or a length or type in it that can't be.
+    Raises CheckpointError: can't be read, not a GGUF file, truncated, a name twice, tensors that overlap, or a length
+    or type in it that can't be.
     """
-    size = path.stat().st_size
     try:
-        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-            return _Parser(path, data, size).parse()
-    except (struct.error, ValueError, UnicodeDecodeError, RecursionError, KeyError) as exc:
+        with open_regular(path) as file:
+            return _Parser(path, file).parse()
+    except OSError as exc:
+        hint = "check the file and its permissions"
+        raise CheckpointError(f"{path.name}: can't be read: {exc.strerror or exc}", hint=hint) from exc
+    except ValueError as exc:
         hint = "download it again; GGUF version 2 and 3, little-endian, are read"
         raise CheckpointError(f"{path.name}: not a GGUF file that can be read ({first_line(exc)})", hint=hint) from exc
 
 
 class _Parser:
-    """One walk over a header. Every length is checked against the bytes that are left before it is believed."""
+    """One walk over a header. Every length is checked against the bytes that are left before it is believed.
 
-    def __init__(self, path: Path, data: mmap.mmap, size: int) -> None:
-        self.path, self.data, self.size, self.at = path, data, size, 0
+    The header is read as the walk goes on, not mapped: a mapped file that becomes shorter ends the process.
+    """
+
+    def __init__(self, path: Path, file: BinaryIO) -> None:
+        self.path, self.file, self.data, self.at = path, file, bytearray(), 0
+        self.size, self.values, self.skipped = os.fstat(file.fileno()).st_size, 0, 0
 
     def parse(self) -> GgufFile:
+        self.need(4)
         if self.data[:4] != b"GGUF":
             raise ValueError("it does not start with GGUF")
         self.at = 4
         version, tensors, fields = self.unpack("<IQQ")
         if version not in (2, 3):
             raise ValueError(f"version {version}")
-        self.bounded(fields, 12)
-        self.bounded(tensors, 24)
-        values = {}
+        self.bounded(fields, 12, MAX_FIELDS)
+        self.bounded(tensors, 24, MAX_TENSORS)
+        values: dict[str, Any] = {}
         for _ in range(fields):
             key = self.string()
+            if key in values:
+                raise ValueError(f"key {key[:60]!r} is there twice")
             values[key] = self.value(self.unpack("<I")[0])
         table = [self.tensor() for _ in range(tensors)]
         alignment = values.get("general.alignment", 32)
         if not isinstance(alignment, int) or alignment < 1 or alignment & (alignment - 1):
             raise ValueError(f"alignment {alignment!r}")
-        start = (self.at + alignment - 1) // alignment * alignment
-        found = {}
-        for tensor, offset in table:
+        return GgufFile(self.path, values, self.placed(table, -(-self.at // alignment) * alignment))
+
+    def placed(self, table: list[GgufTensor], start: int) -> dict[str, GgufTensor]:
+        """The tensors by name, in the order of the table, with offsets from the start of the file."""
+        found: dict[str, GgufTensor] = {}
+        for tensor in table:
             if tensor.name in found:
                 raise ValueError(f"tensor {tensor.name[:60]!r} is there twice")
-            if start + offset + tensor.size_bytes > self.size:
+            if start + tensor.offset + tensor.size_bytes > self.size:
                 raise ValueError(f"truncated in tensor {tensor.name[:60]!r}")
-            found[tensor.name] = tensor
-        return GgufFile(self.path, values, found)
+            found[tensor.name] = replace(tensor, offset=start + tensor.offset)
+        position = start
+        for tensor in sorted(found.values(), key=lambda item: (item.offset, item.size_bytes)):
+            if tensor.offset < position:
+                raise ValueError(f"tensor {tensor.name[:60]!r} overlaps the one before it")
+            position = tensor.offset + tensor.size_bytes
+        return found
+
+    def need(self, count: int) -> None:
+        """Have the next `count` bytes of the header in memory."""
+        end = self.at + count
+        if end <= len(self.data):
+            return
+        if end > MAX_HEADER_BYTES:
+            raise ValueError(f"a header of more than {MAX_HEADER_BYTES:,} bytes")
+        self.data += self.file.read(max(end - len(self.data), CHUNK_BYTES))
+        if end > len(self.data):
+            raise ValueError(f"truncated at byte {len(self.data):,}")
 
     def unpack(self, layout: str) -> tuple[Any, ...]:
+        size = struct.calcsize(layout)
+        self.need(size)
         values = struct.unpack_from(layout, self.data, self.at)
-        self.at += struct.calcsize(layout)
+        self.at += size
         return values
 
-    def bounded(self, count: int, item_bytes: int) -> int:
+    def bounded(self, count: int, item_bytes: int, most: int | None = None) -> int:
         if count * item_bytes > self.size - self.at:
             raise ValueError(f"a length of {count:,} at byte {self.at:,} passes the end")
+        if most is not None and count > most:
+            raise ValueError(f"{count:,} entries are too many; at most {most:,} are read")
         return count
 
     def string(self) -> str:
         length = self.bounded(self.unpack("<Q")[0], 1)
+        self.need(length)
         self.at += length
         return self.data[self.at - length : self.at].decode("utf-8")
 
@@ -131,22 +176,29 @@ class _Parser:
         if kind == STRING:
             return self.string()
         if kind != ARRAY:
-            return self.unpack(SCALARS[kind])[0]
+            return self.unpack(_scalar(kind))[0]
         inner, count = self.unpack("<IQ")
         if inner == ARRAY:
             raise ValueError("an array of arrays")
-        self.bounded(count, 8 if inner == STRING else struct.calcsize(SCALARS[inner]))
+        item_bytes = 8 if inner == STRING else struct.calcsize(_scalar(inner))
+        self.bounded(count, item_bytes)
         if count <= MAX_ARRAY:
+            self.values += count
+            if self.values > MAX_VALUES:
+                raise ValueError(f"more than {MAX_VALUES:,} values in arrays")
             return [self.value(inner) for _ in range(count)]
         if inner == STRING:
+            self.skipped += count
+            if self.skipped > MAX_STRINGS:
+                raise ValueError(f"more than {MAX_STRINGS:,} strings in arrays")
             for _ in range(count):
                 length = self.bounded(self.unpack("<Q")[0], 1)
                 self.at += length
         else:
-            self.at += count * struct.calcsize(SCALARS[inner])
+            self.at += count * item_bytes
         return None
 
-    def tensor(self) -> tuple[GgufTensor, int]:
+    def tensor(self) -> GgufTensor:
         name = self.string()
         (dimensions,) = self.unpack("<I")
         if not 1 <= dimensions <= 4:
@@ -159,7 +211,7 @@ class _Parser:
         elements = math.prod(shape)
         if elements > MAX_ELEMENTS or shape[0] % block:
             raise ValueError(f"tensor {name[:60]!r} has the impossible shape {shape}")
-        return GgufTensor(name, type_name, shape, elements // block * block_bytes), offset
+        return GgufTensor(name, type_name, shape, elements // block * block_bytes, offset)
 
 
 def read_summary(path: Path) -> GgufSummary:
@@ -177,6 +229,12 @@ def read_summary(path: Path) -> GgufSummary:
         None if main in UNQUANTIZED else main,
         sum(tensor.size_bytes for tensor in file.tensors.values()),
     )
+
+
+def _scalar(kind: int) -> str:
+    if kind not in SCALARS:
+        raise ValueError(f"the unknown type of value {kind}")
+    return SCALARS[kind]
 
 
 def _string(value: object) -> str | None:

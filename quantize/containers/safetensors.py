@@ -8,16 +8,20 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
-from quantize.errors import CheckpointError
+from quantize.errors import CheckpointError, first_line
+from quantize.untrusted import open_regular, parse_json
 
 MAX_HEADER_BYTES = 100_000_000  # the limit of the reference implementation
+MAX_TENSORS = 1_000_000
 MAX_ELEMENTS = 1 << 60
+MAX_OFFSET = 1 << 63
 
 DTYPE_BITS = {
     "BOOL": 8, "U8": 8, "I8": 8, "F8_E4M3": 8, "F8_E5M2": 8, "I16": 16, "U16": 16, "F16": 16, "BF16": 16,
@@ -25,7 +29,7 @@ DTYPE_BITS = {
 }  # fmt: skip
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class TensorInfo:
     """One tensor of a safetensors file: `offset` counts from the start of the file, in bytes."""
 
@@ -45,25 +49,27 @@ class TensorInfo:
 def read_header(path: Path) -> dict[str, TensorInfo]:
     """The tensors of one safetensors file, in the order of their bytes.
 
-    Raises CheckpointError: truncated, header not JSON, sizes that overflow or disagree with the shape, tensors
-    that overlap, leave a gap or pass the end of the file.
+    Raises CheckpointError: can't be read, truncated, header not JSON, sizes that overflow or disagree with the shape,
+    tensors that overlap, leave a gap or pass the end of the file.
     """
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        prefix = file.read(8)
-        if len(prefix) < 8:
-            raise _damaged(path, f"only {size} bytes long", "download it again")
-        (length,) = struct.unpack("<Q", prefix)
-        if length > MAX_HEADER_BYTES or length > size - 8:
-            raise _damaged(path, f"its header claims {length:,} bytes; the file has {size:,}", "download it again")
-        raw = file.read(length)
     try:
-        header = json.loads(raw.decode("utf-8"), object_pairs_hook=_unique_keys)
-    except (ValueError, RecursionError) as exc:
-        raise _damaged(path, f"its header is not JSON ({str(exc)[:100]})", "download it again") from exc
+        with open_regular(path) as file:
+            size = os.fstat(file.fileno()).st_size
+            raw = _header(path, file, size)
+    except OSError as exc:
+        raise _damaged(path, f"can't be read: {exc.strerror or exc}", "check the file and its permissions") from exc
+    length = len(raw)
+    try:
+        header = parse_json(raw)
+    except ValueError as exc:
+        raise _damaged(path, f"its header is not JSON ({first_line(exc, 100)})", "download it again") from exc
     if not isinstance(header, dict):
         raise _damaged(path, "its header is not a JSON object", "download it again")
-    header.pop("__metadata__", None)
+    metadata = header.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise _damaged(path, "its `__metadata__` is not an object of texts", "download it again")
+    if len(header) > MAX_TENSORS:
+        raise _damaged(path, f"{len(header):,} tensors are too many", f"at most {MAX_TENSORS:,} are read")
     tensors = [_tensor(path, name, entry, 8 + length) for name, entry in header.items()]
     tensors.sort(key=lambda item: (item.offset, item.size_bytes))
     _check_layout(path, tensors, 8 + length, size)
@@ -83,20 +89,26 @@ def header_bytes(tensors: Mapping[str, tuple[str, tuple[int, ...]]]) -> bytes:
     return struct.pack("<Q", len(raw)) + raw
 
 
-def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    result = dict(pairs)
-    if len(result) != len(pairs):
-        raise ValueError("a name is there twice")
-    return result
+def _header(path: Path, file: BinaryIO, size: int) -> bytes:
+    prefix = file.read(8)
+    if len(prefix) < 8:
+        raise _damaged(path, f"only {len(prefix)} bytes long", "download it again")
+    (length,) = struct.unpack("<Q", prefix)
+    if length > MAX_HEADER_BYTES or length > size - 8:
+        raise _damaged(path, f"its header claims {length:,} bytes; the file has {size:,}", "download it again")
+    raw = file.read(length)
+    if len(raw) < length:
+        raise _damaged(path, "it became shorter while it was read", "wait until it is complete")
+    return raw
 
 
 def _tensor(path: Path, name: str, entry: object, start: int) -> TensorInfo:
     try:
         dtype, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]  # type: ignore[index]
-        numbers = [*shape, begin, end]
+        numbers = [*shape, begin, end] if isinstance(shape, list) else [None]
     except (TypeError, KeyError, ValueError) as exc:
         raise _damaged(path, f"tensor {name[:80]!r} has no dtype, shape or offsets", "download it again") from exc
-    if any(type(number) is not int or number < 0 for number in numbers) or begin > end:
+    if any(type(number) is not int or not 0 <= number < MAX_OFFSET for number in numbers) or begin > end:
         raise _damaged(path, f"tensor {name[:80]!r} has an impossible shape or offset", "download it again")
     if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
         raise _damaged(path, f"tensor {name[:80]!r} has dtype {dtype!r}", f"known: {', '.join(DTYPE_BITS)}")

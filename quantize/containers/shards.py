@@ -6,22 +6,26 @@ index that Hugging Face readers expect. No second copy of anything is held: a te
 
 from __future__ import annotations
 
+import hashlib
+import itertools
 import json
 import math
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from quantize.checkpoint import INDEX_NAME
 from quantize.containers.safetensors import DTYPE_BITS, header_bytes
-from quantize.errors import BuildError
+from quantize.errors import BuildError, disk_errors
 
 if TYPE_CHECKING:
     import torch
 
 Table = Mapping[str, tuple[str, tuple[int, ...]]]
 SHARD_BYTES = 5_000_000_000
+CHUNK_BYTES = 8 << 20
 
 
 def table_bytes(table: Table) -> int:
@@ -53,7 +57,7 @@ def plan_shards(table: Table, shard_bytes: int = SHARD_BYTES) -> dict[str, Table
 
 
 class ShardWriter:
-    """Writes the tensors of a table, in its order; a context manager."""
+    """Writes the tensors of a table, in its order; a context manager. Goes on from what `state` of another one said."""
 
     def __init__(self, folder: Path, table: Table, shard_bytes: int = SHARD_BYTES) -> None:
         self._folder, self._table = folder, table
@@ -62,6 +66,9 @@ class ShardWriter:
         self._next = 0
         self._file: BinaryIO | None = None
         self._open = ""
+        self._digest = hashlib.sha256()
+        self._pieces: list[list[Any]] = []  # [file, end, sha256 of what was written to it since the piece before]
+        self.unsaved_bytes = 0
 
     def __enter__(self) -> ShardWriter:
         return self
@@ -70,6 +77,11 @@ class ShardWriter:
         self, kind: type[BaseException] | None, exc: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._close()
+
+    @property
+    def written(self) -> int:
+        """Tensors that are written."""
+        return self._next
 
     def write(self, name: str, tensor: torch.Tensor) -> None:
         """Append one tensor. Raises BuildError if it is not the next of the table, or not as the table says."""
@@ -80,33 +92,117 @@ class ShardWriter:
         found = (_DTYPES[str(tensor.dtype)], tuple(tensor.shape))
         if found != (dtype, shape):
             raise BuildError(f"tensor {name} is {found}, planned was {(dtype, shape)}")
-        if file != self._open:
-            self._close()
-            self._file = (self._folder / file).open("wb")
-            self._file.write(header_bytes(self._shards[file]))
-            self._open = file
-        assert self._file is not None
         import torch
 
-        raw = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-        self._file.write(raw.numpy().data)
+        with disk_errors(self._folder):
+            if file != self._open:
+                self._start(file)
+            raw = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+            self._put(raw.numpy().data)
         self._next += 1
+
+    def state(self) -> dict[str, Any]:
+        """What `resume` goes on from, as JSON data; all that is written is on disk then."""
+        with disk_errors(self._folder):
+            self._end_piece()
+        return {"tensors": self._next, "pieces": [list(piece) for piece in self._pieces]}
+
+    def resume(self, state: Mapping[str, Any]) -> bool:
+        """Go on where a writer of the same table was when it gave `state`; what came after it is cut off.
+
+        False, and nothing changed, if the files are not what they were then.
+        """
+        tensors, pieces = state.get("tensors"), state.get("pieces")
+        if not isinstance(tensors, int) or not 0 <= tensors <= len(self._order) or not isinstance(pieces, list):
+            return False
+        ends = _intact(self._folder, pieces)
+        if ends is None or [*ends.items()] != _ends(self._shards, self._table, tensors):
+            return False
+        with disk_errors(self._folder):
+            for file in self._shards:
+                if file not in ends:
+                    (self._folder / file).unlink(missing_ok=True)
+            for file, end in ends.items():
+                os.truncate(self._folder / file, end)
+            self._next, self._pieces = tensors, [list(piece) for piece in pieces]
+            if ends:
+                self._open = [*ends][-1]
+                self._file = (self._folder / self._open).open("ab")
+        return True
 
     def finish(self) -> tuple[str, ...]:
         """Close the last shard, write the index, and return the names of all files. Raises BuildError if some lack."""
-        self._close()
-        if self._next != len(self._order):
-            raise BuildError(f"tensor {self._order[self._next][1]} was planned and never written")
-        names = [*self._shards]
-        if len(names) > 1:
-            (self._folder / INDEX_NAME).write_bytes(_index(self._shards, self._table))
-            names.append(INDEX_NAME)
+        with disk_errors(self._folder):
+            self._close()
+            if self._next != len(self._order):
+                raise BuildError(f"tensor {self._order[self._next][1]} was planned and never written")
+            names = [*self._shards]
+            if len(names) > 1:
+                (self._folder / INDEX_NAME).write_bytes(_index(self._shards, self._table))
+                names.append(INDEX_NAME)
         return tuple(names)
+
+    def _start(self, file: str) -> None:
+        self._close()
+        self._file = (self._folder / file).open("wb")
+        self._open = file
+        self._put(header_bytes(self._shards[file]))
+
+    def _put(self, data: bytes | memoryview) -> None:
+        assert self._file is not None
+        self._file.write(data)
+        self._digest.update(data)
+        self.unsaved_bytes += len(data)
+
+    def _end_piece(self) -> None:
+        if self._file is not None and self.unsaved_bytes:
+            self._file.flush()
+            os.fsync(self._file.fileno())
+            self._pieces.append([self._open, self._file.tell(), self._digest.hexdigest()])
+            self._digest, self.unsaved_bytes = hashlib.sha256(), 0
 
     def _close(self) -> None:
         if self._file is not None:
+            self._end_piece()
             self._file.close()
             self._file = None
+
+
+def _ends(shards: Mapping[str, Table], table: Table, tensors: int) -> list[tuple[str, int]]:
+    """Where each shard that was begun ends once so many tensors are written."""
+    ends: dict[str, int] = {}
+    names = ((file, part, name) for file, part in shards.items() for name in part)
+    for file, part, name in itertools.islice(names, tensors):
+        ends[file] = ends.get(file) or len(header_bytes(part))
+        ends[file] += _size(*table[name])
+    return [*ends.items()]
+
+
+def _intact(folder: Path, pieces: list[Any]) -> dict[str, int] | None:
+    """Where each file ends by its last piece, once every piece has been read and has its hash; None if one has not."""
+    ends: dict[str, int] = {}
+    try:
+        for file, end, sha256 in pieces:
+            start = ends.get(file, 0)
+            with (folder / Path(file).name).open("rb") as data:
+                data.seek(start)
+                if _digest_of(data, end - start) != sha256:
+                    return None
+            ends[file] = end
+    except (OSError, TypeError, ValueError):
+        return None
+    return ends
+
+
+def _digest_of(data: BinaryIO, size: int) -> str:
+    digest = hashlib.sha256()
+    while size > 0:
+        chunk = data.read(min(size, CHUNK_BYTES))
+        if not chunk:
+            raise ValueError("cut short")
+        digest.update(chunk)
+        size -= len(chunk)
+    return digest.hexdigest()
 
 
 _DTYPES = {

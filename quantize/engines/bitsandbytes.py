@@ -5,6 +5,7 @@ In: a checkpoint and the table of what to write. Out: shards. The rounding is nu
 
 from __future__ import annotations
 
+import json
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,27 +13,37 @@ from typing import TYPE_CHECKING, Any
 from quantize.checkpoint import Checkpoint
 from quantize.containers.shards import ShardWriter, Table
 from quantize.errors import MissingExtraError
-from quantize.report import Reporter, progress
+from quantize.report import Reporter, note, progress
+from quantize.staging import RESUME_NAME, read_json, write_durable
 
 if TYPE_CHECKING:
     import torch
 
 NF4_BLOCK = 64
+SAVE_BYTES = 256 << 20
 
 
 def write_quantized(
-    reporter: Reporter, checkpoint: Checkpoint, staging: Path, table: Table, packed: frozenset[str], kind: str,
-    variant: str,
+    reporter: Reporter, checkpoint: Checkpoint, staging: Path, scratch: Path, table: Table, packed: frozenset[str],
+    kind: str, variant: str,
 ) -> tuple[str, ...]:  # fmt: skip
-    """Write every tensor of `table` in order; the linears in `packed` become INT8 or NF4. Returns the file names."""
+    """Write every tensor of `table` in order; the linears in `packed` become INT8 or NF4. Returns the file names.
+
+    What is written is recorded in `scratch` every SAVE_BYTES; a build that was stopped goes on there.
+    """
     _check_installed()
+    journal = scratch / RESUME_NAME
     pending: dict[str, torch.Tensor] = {}
     with ShardWriter(staging, table) as writer:
-        for done, name in enumerate(table):
+        if writer.resume(read_json(journal).get("shards", {})) and writer.written:
+            note(reporter, variant, f"goes on at tensor {writer.written + 1} of {len(table)}")
+        for name in [*table][writer.written :]:
             if name not in pending:
                 pending = _tensors_of(checkpoint, _source_of(name, checkpoint, packed), packed, kind)
             writer.write(name, pending.pop(name))
-            progress(reporter, variant, f"quantizing to {kind}, tensors", done + 1, len(table))
+            if writer.unsaved_bytes >= SAVE_BYTES:
+                write_durable(journal, json.dumps({"shards": writer.state()}) + "\n")
+            progress(reporter, variant, f"quantizing to {kind}, tensors", writer.written, len(table))
         return writer.finish()
 
 

@@ -6,14 +6,14 @@ Whether it runs is tried in engines/llama_cpp.py.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from functools import cache
 from typing import Any
 
-from quantize.checkpoint import Checkpoint
+from quantize.checkpoint import Checkpoint, read_json
 from quantize.containers.gguf import GgufFile
 from quantize.errors import VerifyError
+from quantize.shape import ModelShape
 
 SPECIAL_TOKENS = {"bos": "tokenizer.ggml.bos_token_id", "eos": "tokenizer.ggml.eos_token_id"}
 MADE_BY_LLAMA_CPP = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
@@ -62,7 +62,7 @@ def _compare_special_tokens(file: GgufFile, checkpoint: Checkpoint) -> None:
     tokenizer = checkpoint.folder / "tokenizer.json"
     if not tokenizer.is_file():
         return
-    ids = _ids_by_text(json.loads(tokenizer.read_bytes()))
+    ids = _ids_by_text(read_json(tokenizer))
     for kind, field in SPECIAL_TOKENS.items():
         text = checkpoint.tokenizer_config.get(f"{kind}_token")
         text = text.get("content") if isinstance(text, dict) else text
@@ -75,10 +75,12 @@ def _compare_special_tokens(file: GgufFile, checkpoint: Checkpoint) -> None:
 
 
 def _ids_by_text(tokenizer: Mapping[str, Any]) -> dict[str, int]:
-    model = tokenizer.get("model") or {}
-    vocabulary = model.get("vocab")
+    model, added = tokenizer.get("model"), tokenizer.get("added_tokens")
+    vocabulary = model.get("vocab") if isinstance(model, dict) else None
     ids = dict(vocabulary) if isinstance(vocabulary, dict) else {}
-    ids.update({item["content"]: item["id"] for item in tokenizer.get("added_tokens") or []})
+    for item in added if isinstance(added, list) else []:
+        if isinstance(item, dict) and isinstance(item.get("content"), str) and isinstance(item.get("id"), int):
+            ids[item["content"]] = item["id"]
     return ids
 
 
@@ -88,8 +90,7 @@ def name_map(architecture: str, checkpoint: Checkpoint) -> Any:
 
 
 def _blocks(checkpoint: Checkpoint) -> int:
-    config = checkpoint.config.get("text_config") or checkpoint.config
-    return int(config.get("num_hidden_layers") or config.get("n_layer") or 1)
+    return ModelShape.from_config(checkpoint.config).layers
 
 
 @cache

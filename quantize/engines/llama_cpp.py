@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import importlib.util
 import json
+import os
 import re
 import sys
 import types
@@ -51,10 +52,14 @@ class ConvertRequest:
 
 @dataclass(frozen=True)
 class SizedFile:
-    """What a quantization would write: total bytes of the file, and the ggml type of each tensor."""
+    """What a quantization would write: total bytes of the file, and the ggml type of each tensor.
+
+    source_bytes: size of the 16-bit file that it reads.
+    """
 
     architecture: str
     file_bytes: int
+    source_bytes: int
     tensors: tuple[tuple[str, str, int], ...]  # name, type, bytes
 
 
@@ -97,7 +102,9 @@ def dry_run(reporter: Reporter, source: Path, jobs: Sequence[QuantizeSettings]) 
         if len(tensors) != len(header.tensors):
             raise BuildError(f"llama.cpp's dry run named {len(tensors)} of {len(header.tensors)} tensors")
         size = header_bytes + sum(_padded(item[2]) for item in tensors)
-        results.append(SizedFile(str(header.fields["general.architecture"]), size, tuple(tensors)))
+        results.append(
+            SizedFile(str(header.fields["general.architecture"]), size, source.stat().st_size, tuple(tensors))
+        )
     return results
 
 
@@ -130,7 +137,7 @@ def try_out(reporter: Reporter, path: Path, tokens: int, threads: int) -> dict[s
     parameters = llama_cpp.llama_model_default_params()
     parameters.check_tensors = True
     parameters.n_gpu_layers = 0
-    model = llama_cpp.llama_model_load_from_file(str(path).encode(), parameters)
+    model = llama_cpp.llama_model_load_from_file(os.fsencode(path), parameters)
     if not model:
         raise VerifyError(f"{path.name}: llama.cpp does not load it", hint=_last_line("".join(log)))
     seconds = time.perf_counter() - start
@@ -269,7 +276,7 @@ def _quantize(source: Path, out: Path, job: QuantizeSettings, *, dry: bool) -> s
         parameters.tt_overrides = (llama_cpp.llama_model_tensor_override * len(rows))(*rows)
     if job.imatrix is not None:
         parameters.imatrix = _imatrix(llama_cpp, job.imatrix, keep)
-    code = llama_cpp.llama_model_quantize(str(source).encode(), str(out).encode(), ctypes.byref(parameters))
+    code = llama_cpp.llama_model_quantize(os.fsencode(source), os.fsencode(out), ctypes.byref(parameters))
     text = "".join(log)
     lacks_imatrix = any(words in text for words in NEEDS_IMATRIX)
     if lacks_imatrix and not job.imatrix_later:

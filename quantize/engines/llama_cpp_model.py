@@ -7,6 +7,7 @@ logits. What to ask it, and how to choose tokens, is left to evaluate and serve.
 from __future__ import annotations
 
 import ctypes
+import os
 import sys
 import types
 from collections.abc import Callable, Iterable
@@ -81,7 +82,7 @@ class OpenModel:
             params.split_mode, params.main_gpu = SPLIT_NONE, settings.main_gpu
         if progress is not None:
             params.progress_callback = library.llama_progress_callback(lambda share, _: (progress(share), True)[1])
-        self.model = library.llama_model_load_from_file(str(path).encode(), params)
+        self.model = library.llama_model_load_from_file(os.fsencode(path), params)
         if not self.model:
             raise VerifyError(f"{self._name}: llama.cpp does not load it", hint=last_log_line())
         self.vocab = library.llama_model_get_vocab(self.model)

@@ -5,12 +5,10 @@ In: the folder of a GPTQ or AWQ artifact. Out: float32 weights by module name.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from quantize.checkpoint import INDEX_NAME
-from quantize.containers.safetensors import read_header
+from quantize.checkpoint import read_json, tensor_table
 from quantize.errors import VerifyError
 
 if TYPE_CHECKING:
@@ -46,11 +44,9 @@ class PackedWeights:
 
 def open_packed(folder: Path, method: str) -> PackedWeights:
     """Open an artifact's folder. Raises VerifyError, CheckpointError."""
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    files = [folder / "model.safetensors"]
-    index = folder / INDEX_NAME
-    if index.is_file():
-        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        files = [folder / name for name in sorted(set(weight_map.values()))]
-    places = {name: path for path in files for name in read_header(path)}
-    return PackedWeights(folder, method, int(config["quantization_config"]["bits"]), places)
+    settings = read_json(folder / "config.json").get("quantization_config")
+    bits = settings.get("bits") if isinstance(settings, dict) else None
+    if not isinstance(bits, int):
+        raise VerifyError(f"{folder.name}: its config.json does not say how many bits a weight has")
+    places = {name: info.path for name, info in tensor_table(folder).items()}
+    return PackedWeights(folder, method, bits, places)

@@ -22,6 +22,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
+from fractions import Fraction
 from typing import Any, Literal
 
 from quantize.errors import GateError
@@ -201,7 +202,11 @@ def _golden(figures: Figures, limits: Limits) -> Finding:
 def sign_test(lost: int, gained: int) -> float:
     """Probability that at least `lost` of the changed answers are losses if losses and gains were equally likely."""
     changed = lost + max(0, gained)
-    return sum(math.comb(changed, k) for k in range(lost, changed + 1)) / float(2**changed)
+    ways = at_least = math.comb(changed, lost)
+    for k in range(lost, changed):
+        ways = ways * (changed - k) // (k + 1)
+        at_least += ways
+    return float(Fraction(at_least, 2**changed))
 
 
 def _json(figures: Figures, limits: Limits) -> Finding:

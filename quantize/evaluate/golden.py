@@ -9,8 +9,7 @@ from __future__ import annotations
 import hashlib
 import importlib
 import json
-import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -18,7 +17,8 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from quantize.errors import MissingExtraError, RecipeError
-from quantize.marked_yaml import read_document, validate
+from quantize.marked_yaml import in_time, read_document, validate
+from quantize.untrusted import check_pattern
 
 Strict = ConfigDict(extra="forbid", frozen=True, strict=True)
 Text = Annotated[str, Field(min_length=1)]
@@ -67,8 +67,8 @@ class Grade(BaseModel):
     def _pattern_and_schema_are_valid(self) -> Grade:
         if self.pattern is not None:
             try:
-                re.compile(self.pattern)
-            except re.error as exc:
+                check_pattern(self.pattern)
+            except ValueError as exc:
                 raise ValueError(f"`pattern` is no regular expression: {exc} || escape it, or use `contains`") from exc
         if self.schema_ is not None:
             check_schema(self.schema_)
@@ -155,7 +155,8 @@ def load_golden(paths: Sequence[Path]) -> GoldenSet:
 
 def _load_file(path: Path) -> tuple[list[GoldenPrompt], str]:
     document = read_document(path)
-    file = validate(_GoldenFile, document)
+    with in_time(path):
+        file = validate(_GoldenFile, document)
     seen: set[str] = set()
     for index, prompt in enumerate(file.prompts):
         if prompt.id in seen:
@@ -165,8 +166,14 @@ def _load_file(path: Path) -> tuple[list[GoldenPrompt], str]:
 
 
 def check_schema(schema: dict[str, Any] | bool) -> None:
-    """Raise ValueError unless it is a JSON Schema of draft 2020-12; MissingExtraError without the library."""
+    """Raise ValueError unless it is a JSON Schema of draft 2020-12 by itself; MissingExtraError without the library."""
     jsonschema = import_jsonschema()
+    try:
+        json.dumps(schema, allow_nan=False)
+    except (TypeError, ValueError) as exc:
+        raise ValueError("`schema` holds what JSON has no words for || put dates between quotes") from exc
+    if any(not str(target).startswith("#") for target in _references(schema)):
+        raise ValueError("`schema` refers to another document || put what it refers to under `$defs`")
     try:
         jsonschema.Draft202012Validator.check_schema(schema)
     except jsonschema.SchemaError as exc:
@@ -174,6 +181,17 @@ def check_schema(schema: dict[str, Any] | bool) -> None:
         raise ValueError(
             f"`schema` is no JSON Schema (wrong at {place}) || see json-schema.org, draft 2020-12"
         ) from exc
+    except (RecursionError, OverflowError) as exc:  # of a regular expression in it
+        raise ValueError(f"`schema` is no JSON Schema ({exc}) || see json-schema.org, draft 2020-12") from exc
+
+
+def _references(schema: Any) -> Iterator[Any]:
+    """What `$ref` and `$dynamicRef` anywhere in it name."""
+    if isinstance(schema, dict):
+        yield from (schema[key] for key in ("$ref", "$dynamicRef") if key in schema)
+    inner = schema.values() if isinstance(schema, dict) else schema if isinstance(schema, list) else ()
+    for item in inner:
+        yield from _references(item)
 
 
 def import_jsonschema() -> Any:

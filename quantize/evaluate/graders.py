@@ -15,8 +15,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from quantize.evaluate.golden import Grade, import_jsonschema
+from quantize.untrusted import time_limit
 
 DEFAULT_SIMILARITY = 0.8
+MAX_SECONDS = 10  # of processor time, for one pattern on one answer
 LOOP_WORDS = 24
 SHORT_ANSWER = 20  # characters: a bare "I don't know" is an answer, even if the question offered it
 _THOUGHT = re.compile(r"<think>.*?(?:</think>|$)", re.DOTALL)
@@ -60,12 +62,13 @@ def grade(rule: Grade, answer: str, source_answer: str | None = None, *, questio
         return _grade_exact(text, rule.answers or [])
     if rule.kind == "contains":
         return _grade_contains(text, rule)
-    if rule.kind == "regex":
-        found = re.search(rule.pattern or "", unicodedata.normalize("NFC", text))
-        return Verdict(True) if found else Verdict(False, f"no match of {rule.pattern}")
-    if rule.kind == "json":
-        return _grade_json(text, rule)
-    return _grade_refusal(text, rule, question)
+    if rule.kind == "refusal":
+        return _grade_refusal(text, rule, question)
+    try:
+        with time_limit(MAX_SECONDS):
+            return _grade_json(text, rule) if rule.kind == "json" else _grade_regex(text, rule.pattern or "")
+    except TimeoutError:
+        return Verdict(False, f"the pattern takes more than {MAX_SECONDS} s on this answer")
 
 
 def normalize(text: str) -> str:
@@ -126,6 +129,11 @@ def _without(unwanted: list[str] | None, given: str) -> Verdict:
     return Verdict(True)
 
 
+def _grade_regex(text: str, pattern: str) -> Verdict:
+    found = re.search(pattern, unicodedata.normalize("NFC", text))
+    return Verdict(True) if found else Verdict(False, f"no match of {pattern}")
+
+
 def _grade_json(text: str, rule: Grade) -> Verdict:
     try:
         value = parse_json(text, strict=bool(rule.strict))
@@ -134,7 +142,10 @@ def _grade_json(text: str, rule: Grade) -> Verdict:
     if rule.schema_ is None:
         return Verdict(True)
     validator = import_jsonschema().Draft202012Validator(rule.schema_)
-    problem = next(iter(validator.iter_errors(value)), None)
+    try:
+        problem = next(iter(validator.iter_errors(value)), None)
+    except RecursionError:
+        return Verdict(False, "the schema, or the answer, is nested without end")
     if problem is None:
         return Verdict(True)
     place = "/".join(map(str, problem.absolute_path)) or "the top"

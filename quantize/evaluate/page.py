@@ -44,9 +44,10 @@ def _quality(measured: Mapping[str, Any]) -> str:
 def _measured(record: Mapping[str, Any]) -> str:
     quality, machine = record["quality"], record["machine"]
     lines = [
-        f"- artifact: {record['artifact']['name']}, {record['artifact']['format']}, in {quality['runtime']} "
+        f"- artifact: {record['artifact']['name']}, {record['artifact'].get('format')}, in {quality['runtime']} "
         f"({quality['runtime_version']})",
-        f"- source: {record['source']['uri']}, in {quality['source_runtime']} ({quality['source_runtime_version']})",
+        f"- source: {record['source'].get('uri')}, in {quality['source_runtime']} "
+        f"({quality['source_runtime_version']})",
         f"- text: {quality['text_name']}, {quality['predictions']:,} predicted tokens in {quality['windows']} windows "
         f"of at most {quality['window_tokens']}, sha256 `{quality['text_hash'][:16]}…`",
         f"- calibration text: {record['held_out']}",

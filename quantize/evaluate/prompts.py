@@ -6,13 +6,13 @@ source and for every artifact of it, so that answers differ by the weights alone
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from quantize.calibration import load_tokenizer
+from quantize.checkpoint import read_json
 from quantize.errors import UsageError
 from quantize.evaluate.golden import PLACE, GoldenSet, Haystack, Prompt
 from quantize.evaluate.runtimes import Request
@@ -132,10 +132,8 @@ def build_haystack(haystack: Haystack, tokenizer: PromptTokenizer, tokens: int) 
 def _stop_tokens(tokenizer: Any, folder: Path) -> list[int]:
     """The end-of-sequence tokens of the tokenizer and generation config, and those that end a turn."""
     found = [tokenizer.eos_token_id]
-    path = folder / "generation_config.json"
-    if path.is_file():
-        ends = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
-        found += ends if isinstance(ends, list) else [ends]
+    ends = read_json(folder / "generation_config.json").get("eos_token_id")
+    found += ends if isinstance(ends, list) else [ends]
     vocabulary = tokenizer.get_vocab()
     found += [vocabulary.get(token) for token in _END_TOKENS]
     return [token for token in found if isinstance(token, int)]

@@ -1,7 +1,7 @@
 """What measurements.json keeps of an evaluation, under `evaluation`: plain data, written once, read by everyone else.
 
 In: an Evaluation, its Figures and Decision. Out: a dict; and from a dict the figures again, so that other limits can be
-held without measuring anew, and a Summary for tables.
+held without measuring anew, and a Summary for tables. A record that is damaged, or of another shape, is none.
 """
 
 from __future__ import annotations
@@ -9,7 +9,9 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from quantize.evaluate.decision import Decision, Figures, Limits
 
@@ -19,6 +21,136 @@ if TYPE_CHECKING:
 
 NAME = "evaluation"
 NOT_EVALUATED = "not evaluated"
+
+
+Number = Annotated[float, Field(allow_inf_nan=False)] | Literal["inf", "-inf", "nan"]  # JSON has no words for those
+Count = Annotated[int, Field(ge=0, le=1 << 62)]
+Asked = Annotated[int, Field(ge=0, le=100_000)]  # golden prompts
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(strict=True, extra="allow")
+
+
+class _Quality(_Strict):
+    perplexity: Number
+    source_perplexity: Number
+    perplexity_ratio: Number
+    mean_kl: Number
+    p99_kl: Number
+    top_token_agreement: Number
+    predictions: Count
+    windows: Count
+    window_tokens: Count
+    kl_is_exact: bool
+    text_name: str
+    text_hash: str
+    windows_hash: str
+    runtime: str
+    runtime_version: str
+    source_runtime: str
+    source_runtime_version: str
+
+
+class _Answer(_Strict):
+    text: str
+    passed: bool
+    reason: str
+
+
+class _Result(_Strict):
+    key: str
+    category: str
+    language: str
+    kind: str
+    prompt: str
+    change: Literal["kept", "lost", "gained", "failed"]
+    source: _Answer
+    artifact: _Answer
+
+
+class _GoldenRecord(_Strict):
+    hash: str
+    context: Count
+    prompts: Asked
+    source_passed: Asked
+    artifact_passed: Asked
+    lost: Asked
+    results: list[_Result]
+
+
+class _Figures(_Strict):
+    mean_kl: Number | None = None
+    perplexity_ratio: Number | None = None
+    golden_source_passed: Asked | None = None
+    golden_artifact_passed: Asked | None = None
+    golden_prompts: Asked | None = None
+    golden_lost: Asked | None = None
+    json_source_passed: Asked | None = None
+    json_lost: Asked | None = None
+    size_bytes: Count | None = None
+    source_bytes: Count | None = None
+    latency_p95_seconds: Number | None = None
+    error_rate: Number | None = None
+    peak_memory_bytes: Count | None = None
+    checks: dict[str, str] = {}
+
+
+class _Limits(_Strict):
+    max_kl: float = 0
+    max_perplexity_ratio: float = 0
+    min_golden_pass_rate: float = 0
+    max_json_loss: float = 0
+    max_size_ratio: float = 0
+    max_gain: float = 0
+    max_latency_p95_seconds: float | None = None
+    max_error_rate: float | None = None
+    max_memory_bytes: Count | None = None
+    golden_beyond_chance: bool = True
+
+
+class _Finding(_Strict):
+    gate: str
+    outcome: str
+    reason: str
+
+
+class _Named(_Strict):
+    name: str
+    format: str = ""
+    uri: str = ""
+
+
+class _Machine(_Strict):
+    processor: str
+    cores: Count
+    gpus: list[str]
+
+
+class _Record(_Strict):
+    """What readers of a record take for granted; there may be more in it."""
+
+    verdict: str
+    findings: list[_Finding]
+    figures: _Figures
+    limits: _Limits
+    quality: _Quality | None
+    golden: _GoldenRecord | None
+    held_out: str | None
+    artifact: _Named
+    source: _Named
+    machine: _Machine
+    evaluated_at: str = ""
+
+
+def read_record(measurements: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The record in an artifact's measurements.json; None if there is none that can be read."""
+    record = measurements.get(NAME)
+    try:
+        _Record.model_validate(record)
+    except ValidationError:
+        return None
+    return record if isinstance(record, dict) else None
 
 
 @dataclass(frozen=True)
@@ -35,8 +167,8 @@ class Summary:
     @classmethod
     def of(cls, measurements: Mapping[str, Any]) -> Summary:
         """The summary of what is in an artifact's measurements.json."""
-        record = measurements.get(NAME)
-        if not isinstance(record, Mapping):
+        record = read_record(measurements)
+        if record is None:
             return cls(NOT_EVALUATED)
         quality, golden = record.get("quality") or {}, record.get("golden")
         return cls(

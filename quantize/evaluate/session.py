@@ -15,6 +15,7 @@ from pathlib import Path
 
 from quantize.cache import Cache
 from quantize.calibration import SELF, load_calibration_set
+from quantize.checkpoint import read_json
 from quantize.errors import CheckpointError, VerifyError
 from quantize.evaluate.answers import GoldenResult, compare_answers
 from quantize.evaluate.baseline import KIND, LIKELIEST, Baseline, baseline_key, find, record, save
@@ -177,7 +178,7 @@ def _max_context(folder: Path) -> int:
     path = folder / "config.json"
     if not path.is_file():
         return DEFAULT_CONTEXT
-    return ModelShape.from_config(json.loads(path.read_text(encoding="utf-8"))).max_context
+    return ModelShape.from_config(read_json(path)).max_context
 
 
 def _longest(job: Job, material: _Material) -> int:

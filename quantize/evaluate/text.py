@@ -66,18 +66,14 @@ def load_text(source: str, base: Path, *, column: str = "text") -> HeldOutText:
     """Read held-out text: `python-docs`, or a file relative to `base`.
 
     A .txt file is one text; the rows of a .jsonl or .parquet file are taken from `column`.
-    Raises UsageError: the file is missing, or holds no text. RecipeError: it has no such column.
+    Raises UsageError: the file is missing, or holds no text. RecipeError: it can't be read, or has no such column.
     """
     if source == PYTHON_DOCS:
         return HeldOutText(PYTHON_DOCS, tuple(python_docs(held_out=True)), stream=False)
     if not (base / source).is_file():
         raise UsageError(f"{source}: no such text file", hint="give a .txt, .jsonl or .parquet file, or python-docs")
     spec = CalibrationSpec.model_validate({"dataset": source if "/" in source else f"./{source}", "column": column})
-    try:
-        rows = list(read_rows(spec, base))
-    except UnicodeDecodeError as exc:
-        raise UsageError(f"{source}: not UTF-8 text (byte {exc.start})", hint="save the file as UTF-8") from exc
-    documents = tuple(row for row in rows if isinstance(row, str) and row.strip())
+    documents = tuple(row for row in read_rows(spec, base) if isinstance(row, str) and row.strip())
     if not documents:
         raise UsageError(f"{source}: no text to measure on", hint=f"the file is empty, or `{column}` holds no text")
     return HeldOutText(Path(source).name, documents, stream=True)

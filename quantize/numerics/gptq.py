@@ -19,11 +19,13 @@ from torch import Tensor
 from quantize.errors import BuildError
 from quantize.numerics.rtn import Quantized, check_shape, round_to_nearest
 from quantize.numerics.scales import ScaleSearch
+from quantize.parallel import without_gil
 
 DAMPING = 0.01
 SMALLEST_ZERO = 1  # GPTQ v1 stores zero points less one
 ROWS = 1024  # output rows solved at a time: bounds memory; rows don't depend on one another
-REPORT_ROWS = 512
+REPORT_ROWS = 128
+LOSS_PANELS = 4
 _BLOCK = 64  # columns between two products with all earlier errors
 
 
@@ -163,8 +165,19 @@ def _solve_rows(rows: Tensor, factor: Factor, kind: ScaleSearch) -> SolvedRows:
 
 
 def row_losses(error: Tensor, gram: Tensor) -> Tensor:
-    """diag(E G Eᵀ): each output row's squared error summed over the calibration tokens, float32 [out]."""
-    losses: Tensor = torch.linalg.vecdot(error @ gram, error)
+    """diag(E G Eᵀ): each output row's squared error summed over the calibration tokens, float32 [out].
+
+    gram is symmetric: on a CPU a panel of it counts once for what is above the diagonal, and twice in the sum.
+    """
+    width = gram.shape[0]
+    panel = width if gram.is_cuda else max(128, -(-width // LOSS_PANELS))
+    losses = error.new_zeros(error.shape[0])
+    for start in range(0, width, panel):
+        part = slice(start, start + panel)
+        product = error[:, part] @ gram[part, part]
+        if start:
+            product.addmm_(error[:, :start], gram[:start, part], alpha=2)
+        losses += torch.linalg.vecdot(product, error[:, part])
     return losses
 
 
@@ -184,6 +197,7 @@ def _sweep(weight: Tensor, factor: Factor, search: ScaleSearch) -> Quantized:
     codes = torch.empty(width, out, dtype=torch.uint8, device=weight.device)
     scales = torch.empty(width // group_size, out, device=weight.device)
     zeros = torch.empty_like(scales)
+    round_block = without_gil(_round_block)
     for place in range(width // group_size):
         start, stop = place * group_size, (place + 1) * group_size
         target = original[start:stop].clone()
@@ -192,34 +206,32 @@ def _sweep(weight: Tensor, factor: Factor, search: ScaleSearch) -> Quantized:
         scale, zero = search.best(target, factor.weights[start:stop])
         group = int(order[start]) // group_size
         scales[group], zeros[group] = scale, zero
-        for first in range(start, stop, _BLOCK):
-            last = min(first + _BLOCK, stop)
-            block = target[first - start : last - start]
-            if first > start:
-                block.addmm_(feedback[start:first, first:last].T, errors[start:first])
-            inner = feedback[first:last, first:last]
-            steps = _round_block(block, original[first:last], errors[first:last], inner, scale, zero, search.bits)
-            codes[first:last] = steps.add_(zero)
+        inverse, low, high = scale.reciprocal(), -zero, (2**search.bits - 1) - zero
+        steps, exact, wrong = target.mul_(inverse), original[start:stop] * inverse, errors[start:stop]
+        for first in range(0, group_size, _BLOCK):
+            last = min(first + _BLOCK, group_size)
+            inner = feedback[start + first : start + last, start + first : start + last]
+            if first:
+                between = feedback[start : start + first, start + first : start + last]
+                steps[first:last].addmm_(between.T, wrong[:first])
+            round_block(steps[first:last], exact[first:last], wrong[first:last], inner, low, high)
+        wrong.mul_(scale)
+        codes[start:stop] = steps.add_(zero)
     stored = torch.empty_like(codes)
     stored[order] = codes
     scales, zeros = scales.T.half().contiguous(), zeros.T.to(torch.uint8).contiguous()
     return Quantized(stored.T.contiguous(), scales, zeros, search.bits, group_size)
 
 
-def _round_block(
-    target: Tensor, original: Tensor, errors: Tensor, feedback: Tensor, scale: Tensor, zero: Tensor, bits: int
-) -> Tensor:
-    """Round a block's columns in turn; fills `errors` (original - rounded), returns codes less zero point."""
-    low, high = -zero, (2**bits - 1) - zero
-    steps = torch.empty_like(target)
-    inverse = scale.reciprocal()
-    for column in range(target.shape[0]):
-        step = torch.mul(target[column], inverse, out=steps[column]).round_()
-        torch.clamp(step, low, high, out=step)
-        error = torch.addcmul(original[column], step, scale, value=-1, out=errors[column])
-        if column + 1 < target.shape[0]:
-            target[column + 1 :].addr_(feedback[column, column + 1 :], error)
-    return steps
+def _round_block(steps: Tensor, exact: Tensor, errors: Tensor, feedback: Tensor, low: Tensor, high: Tensor) -> None:
+    """Round a block's columns in turn, in units of the scale: `steps` in place; fills `errors` (exact - rounded)."""
+    earlier = feedback.t().contiguous()
+    for column in range(steps.shape[0]):
+        step = steps[column]
+        if column > 0:
+            step.addmv_(errors[:column].t(), earlier[column, :column])
+        torch.clamp(step.round_(), low, high, out=step)
+        torch.sub(exact[column], step, out=errors[column])
 
 
 def _nearest(rows: Tensor, factor: Factor, kind: ScaleSearch) -> Quantized:

@@ -1,6 +1,6 @@
 """Gram matrices of a linear's inputs: all that GPTQ, AWQ and the importance matrix need to know of the data.
 
-In: activations, a few thousand rows at a time. Out: Gram (XᵀX, mean |x|, token count) and the importance vector.
+In: activations, a few thousand rows at a time. Out: Gram (XᵀX, token count) and the importance vector.
 Left to others: where the activations come from (activations), what is done with the statistics (gptq, awq, backends).
 """
 
@@ -20,12 +20,11 @@ CUDA_PANEL = 2048
 class Gram:
     """Second moments of an input.
 
-    matrix: XᵀX summed over tokens, [in, in] float32, symmetric. mean_abs: mean of |x|, [in] float32.
-    tokens: rows of X that were summed. note: where they came from, when not from the linear's own input.
+    matrix: XᵀX summed over tokens, [in, in] float32, symmetric. tokens: rows of X that were summed. note: where they
+    came from, when not from the linear's own input.
     """
 
     matrix: Tensor
-    mean_abs: Tensor
     tokens: int
     note: str = ""
 
@@ -36,7 +35,7 @@ def importance(gram: Gram) -> Tensor:
 
 
 class GramAccumulator:
-    """Sums XᵀX and |x| over batches, in the order in which they are added.
+    """Sums XᵀX over batches, in the order in which they are added.
 
     Only panels of the upper triangle are multiplied (a blocked rank-k update, float32), which takes 5/8 of the work of
     the full product. The summation order is fixed by the batches alone, so the same batches give the same bits.
@@ -45,7 +44,6 @@ class GramAccumulator:
     def __init__(self, width: int, device: torch.device | str = "cpu") -> None:
         self._matrix = torch.zeros(width, width, device=device)
         self._panel = CUDA_PANEL if self._matrix.is_cuda else CPU_PANEL
-        self._sum_abs = torch.zeros(width, device=device)
         self._tokens = 0
 
     def add(self, x: Tensor) -> None:
@@ -57,8 +55,13 @@ class GramAccumulator:
         for start in range(0, width, self._panel):
             stop = min(start + self._panel, width)
             self._matrix[start:stop, start:].addmm_(rows[:, start:stop].T, rows[:, start:])
-        self._sum_abs += rows.abs().sum(0)
         self._tokens += rows.shape[0]
+
+    def merge(self, other: GramAccumulator) -> GramAccumulator:
+        """Add what another one has summed; it must not be used afterwards."""
+        self._matrix += other._matrix
+        self._tokens += other._tokens
+        return self
 
     @property
     def tokens(self) -> int:
@@ -73,4 +76,4 @@ class GramAccumulator:
             square = matrix[start:stop, start:stop]
             square.copy_(torch.triu(square) + torch.triu(square, 1).T)
             matrix[stop:, start:stop] = matrix[start:stop, stop:].T
-        return Gram(matrix, self._sum_abs / max(self._tokens, 1), self._tokens, note)
+        return Gram(matrix, self._tokens, note)

@@ -14,9 +14,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from quantize.numerics.rtn import stored_scale
+from quantize.parallel import without_gil
 
-SYMMETRIC_GRID = tuple(step / 20 for step in range(22, 11, -1))  # of max |w| / 2**(bits - 1)
+SYMMETRIC_GRID = tuple(step / 100 for step in range(110, 60, -7))  # of max |w| / 2**(bits - 1)
 ASYMMETRIC_GRID = tuple(step / 20 for step in range(20, 9, -1))  # of (max - min) / (2**bits - 1)
 _CHUNK, _CUDA_CHUNK = 2**17, 2**25  # values searched at a time: what caches hold, what fills a GPU
 
@@ -32,7 +32,7 @@ class ScaleSearch:
     def best(self, values: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
         """The scale and zero point of each column that lose least.
 
-        values: float32 [group_size, n]. weights: float32 [group_size] or [group_size, n], not negative.
+        values: float32 [group_size, n]. weights: float32 [group_size], not negative.
         Returns float32 [n] scales (float16 values, never 0) and float32 [n] zero points (whole numbers).
         """
         size, count = values.shape
@@ -40,70 +40,81 @@ class ScaleSearch:
         step = max(1, (_CUDA_CHUNK if values.is_cuda else _CHUNK) // size)
         for start in range(0, count, step):
             part = slice(start, start + step)
-            heavy = weights[:, None] if weights.dim() == 1 else weights[:, part]
-            state = _Columns(values[:, part], heavy, self)
-            scales[part], zeros[part] = state.symmetric() if self.symmetric else state.asymmetric()
+            if self.symmetric:
+                scales[part] = without_gil(_symmetric)(values[:, part], weights, self.bits, [*SYMMETRIC_GRID])
+                zeros[part] = 2.0 ** (self.bits - 1)
+            else:
+                found = without_gil(_asymmetric)(
+                    values[:, part], weights, self.bits, float(self.smallest_zero), [*ASYMMETRIC_GRID]
+                )
+                scales[part], zeros[part] = found
         return scales, zeros
 
 
-class _Columns:
-    """Some columns under search: the best candidate so far and two buffers."""
+def _symmetric(values: Tensor, weights: Tensor, bits: int, grid: list[float]) -> Tensor:
+    """Scales [n]; a pair of candidates of one size and either sign shares its division and rounding."""
+    half = 2.0 ** (bits - 1)
+    low, high = torch.full_like(values[0], -half), torch.full_like(values[0], half - 1)
+    reach = values.abs().amax(0) / half
+    exact, error = torch.empty_like(values), torch.empty_like(values)
+    scale = _stored(reach * (2 * half / (2 * half - 1)))  # the full range of rounding to nearest
+    loss = _loss(values, weights, scale, low, high)
+    for fraction in grid:
+        candidate = _stored(reach * fraction)
+        torch.mul(values, candidate.reciprocal(), out=exact)
+        rounded = exact.round()
+        squared = candidate * candidate
+        for sign in (1.0, -1.0):
+            torch.clamp(rounded, -half if sign > 0 else 1 - half, half - 1 if sign > 0 else half, out=error)
+            tried = torch.mv(error.sub_(exact).square_().t(), weights).mul_(squared)
+            better = tried < loss
+            loss = torch.where(better, tried, loss)
+            scale = torch.where(better, candidate * sign, scale)
+    fitted = _refit(values, weights, scale, low, high)
+    return torch.where(_loss(values, weights, fitted, low, high) < loss, fitted, scale)
 
-    def __init__(self, values: Tensor, weights: Tensor, kind: ScaleSearch) -> None:
-        self._values, self._weights, self._kind = values, weights, kind
-        self._top = float(2**kind.bits - 1)
-        self._error, self._steps = torch.empty_like(values), torch.empty_like(values)
-        self._loss = values.new_full(values.shape[1:], float("inf"))
-        self._scale, self._zero = torch.ones_like(self._loss), torch.zeros_like(self._loss)
 
-    def symmetric(self) -> tuple[Tensor, Tensor]:
-        half = 2.0 ** (self._kind.bits - 1)
-        reach = self._values.abs().amax(0) / half
-        zero = torch.full_like(reach, half)
-        self._try(stored_scale(reach * (2 * half / self._top)), zero)  # the full range of rounding to nearest
-        for fraction in SYMMETRIC_GRID:
-            self._try(stored_scale(reach * fraction), zero)
-            self._try(stored_scale(reach * -fraction), zero)
-        self._try(self._refit(self._scale, self._zero), zero)
-        return self._scale, self._zero
+def _asymmetric(
+    values: Tensor, weights: Tensor, bits: int, smallest_zero: float, grid: list[float]
+) -> tuple[Tensor, Tensor]:
+    """Scales and zero points, [n] each."""
+    top = 2.0**bits - 1
+    low, high = values.amin(0).clamp_max(0), values.amax(0).clamp_min(0)
+    best, scale, zero = torch.full_like(low, float("inf")), torch.ones_like(low), torch.zeros_like(low)
+    for fraction in grid:
+        candidate = _stored((high - low) * (fraction / top))
+        point = (low * -fraction / candidate).round().clamp(smallest_zero, top)
+        loss = _loss(values, weights, candidate, -point, top - point)
+        better = loss < best
+        best = torch.where(better, loss, best)
+        scale, zero = torch.where(better, candidate, scale), torch.where(better, point, zero)
+    first, around = scale, zero
+    for shift in (0.0, -1.0, 1.0):
+        point = (around + shift).round().clamp(smallest_zero, top)
+        candidate = _refit(values, weights, first, -point, top - point)
+        loss = _loss(values, weights, candidate, -point, top - point)
+        better = loss < best
+        best = torch.where(better, loss, best)
+        scale, zero = torch.where(better, candidate, scale), torch.where(better, point, zero)
+    return scale, zero
 
-    def asymmetric(self) -> tuple[Tensor, Tensor]:
-        low, high = self._values.amin(0).clamp_max(0), self._values.amax(0).clamp_min(0)
-        for fraction in ASYMMETRIC_GRID:
-            scale = stored_scale((high - low) * (fraction / self._top))
-            self._try(scale, self._whole(low * -fraction / scale))
-        scale, zero = self._scale.clone(), self._zero.clone()
-        for shift in (0, -1, 1):
-            shifted = self._whole(zero + shift)
-            self._try(self._refit(scale, shifted), shifted)
-        return self._scale, self._zero
 
-    def _whole(self, zero: Tensor) -> Tensor:
-        return zero.round().clamp_(self._kind.smallest_zero, self._top)
+def _loss(values: Tensor, weights: Tensor, scale: Tensor, low: Tensor, high: Tensor) -> Tensor:
+    """Squared error of each column, weighted; low and high: the limits of codes less zero point, [n]."""
+    exact = values * scale.reciprocal()
+    error = torch.clamp(exact.round(), low, high).sub_(exact)
+    return torch.mv(error.square_().t(), weights).mul_(scale * scale)
 
-    def _encode(self, scale: Tensor, zero: Tensor) -> None:
-        """Exact steps from zero into _error, rounded and clipped ones into _steps."""
-        torch.mul(self._values, scale.reciprocal(), out=self._error)
-        torch.round(self._error, out=self._steps)
-        if self._kind.symmetric:
-            half = 2 ** (self._kind.bits - 1)
-            self._steps.clamp_(-half, half - 1)
-        else:
-            self._steps.clamp_(-zero, self._top - zero)
 
-    def _try(self, scale: Tensor, zero: Tensor) -> None:
-        self._encode(scale, zero)
-        error = self._error.sub_(self._steps)
-        loss = error.square_().mul_(self._weights).sum(0).mul_(scale * scale)
-        better = loss < self._loss
-        self._loss = torch.where(better, loss, self._loss)
-        self._scale = torch.where(better, scale, self._scale)
-        self._zero = torch.where(better, zero, self._zero)
+def _refit(values: Tensor, weights: Tensor, scale: Tensor, low: Tensor, high: Tensor) -> Tensor:
+    """The least-squares scale for the codes that a scale gives; the scale itself where there is none."""
+    steps = torch.clamp((values * scale.reciprocal()).round_(), low, high)
+    below = torch.mv((steps * steps).t(), weights)
+    fitted = torch.mv(steps.mul_(values).t(), weights) / below
+    return _stored(torch.where(torch.isfinite(fitted) & (below > 0), fitted, scale))
 
-    def _refit(self, scale: Tensor, zero: Tensor) -> Tensor:
-        """The least-squares scale for the codes that (scale, zero) give."""
-        self._encode(scale, zero)
-        heavy = self._error.copy_(self._steps).mul_(self._weights)
-        below = (heavy * self._steps).sum(0)
-        fitted = heavy.mul_(self._values).sum(0) / below
-        return stored_scale(torch.where(torch.isfinite(fitted) & (below > 0), fitted, scale))
+
+def _stored(scale: Tensor) -> Tensor:
+    """As rtn.stored_scale: float16 as it is stored, and never 0."""
+    rounded = scale.clamp(-65504.0, 65504.0).half().float()
+    return torch.where(rounded == 0, torch.full_like(rounded, 2.0**-24), rounded)

@@ -10,18 +10,19 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import yaml
 from pydantic import ValidationError
 
 from quantize.artifact import Artifact
 from quantize.bench.result import BenchResult
-from quantize.errors import UsageError
-from quantize.evaluate.record import NAME as EVALUATION
+from quantize.errors import RecipeError, UsageError
+from quantize.evaluate.record import read_record
 from quantize.manifest import RECIPE_NAME, SourceEntry
+from quantize.marked_yaml import read_document
+from quantize.recipe import Gates
 from quantize.store import Store
 
 NOT_FINITE = ("inf", "-inf", "nan")  # JSON has no words for them, so that records spell them
-BLOCK_TENSOR = re.compile(r"(?:^|\.)(\d+)\.(.+)$")
+BLOCK_TENSOR = re.compile(r"(?:^|\.)(\d{1,5})\.(.+)$")
 
 
 @dataclass(frozen=True)
@@ -108,23 +109,21 @@ def collect(store: Store, name: str | None) -> Subject:
 def _subject(name: str, entries: list[Entry]) -> Subject:
     newest = max(entries, key=lambda entry: str(entry.measurements.get("built_at", "")))
     recipe = _recipe(newest.artifact)
-    gates = recipe.get("gates")
     description = recipe.get("description")
     return Subject(
         name,
         tuple(entries),
-        gates if isinstance(gates, dict) else {},
+        _gates(recipe.get("gates")),
         description if isinstance(description, str) else "",
     )
 
 
 def _entry(artifact: Artifact, *, refused: bool) -> Entry:
     measurements = artifact.measurements()
-    record = measurements.get(EVALUATION)
     return Entry(
         artifact,
         refused,
-        record if isinstance(record, Mapping) else None,
+        read_record(measurements),
         _bench(measurements.get("bench")),
         tuple(_layers(measurements.get("layers"))),
         measurements,
@@ -146,16 +145,23 @@ def _layers(data: Any) -> Iterator[Layer]:
         if match is None or not isinstance(loss, int | float) or not 0 <= loss <= 1:
             continue
         nearest = facts.get("nearest_loss")
-        usable = isinstance(nearest, int | float) and nearest >= 0
+        usable = isinstance(nearest, int | float) and 0 <= nearest < 1e300
         yield Layer(int(match.group(1)), match.group(2), float(loss), float(nearest) if usable else None)
 
 
 def _recipe(artifact: Artifact) -> Mapping[str, Any]:
     try:
-        data = yaml.safe_load((artifact.folder / RECIPE_NAME).read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError):
+        data = read_document(artifact.folder / RECIPE_NAME).data
+    except RecipeError:
         return {}
     return data if isinstance(data, dict) else {}
+
+
+def _gates(data: Any) -> Mapping[str, Any]:
+    try:
+        return Gates.model_validate(data).model_dump(exclude_unset=True)
+    except ValidationError:
+        return {}
 
 
 def _built(item: Artifact) -> str:

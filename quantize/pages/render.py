@@ -13,11 +13,12 @@ from typing import Any
 import jinja2
 from markupsafe import Markup, escape
 
-from quantize.artifact import store_errors, write_text
+from quantize.artifact import write_text
 from quantize.pages.collect import Subject, collect
 from quantize.pages.decision_text import decision_text
 from quantize.pages.production import Choice, judge
 from quantize.pages.views import page_of
+from quantize.staging import store_errors
 from quantize.store import Store
 
 HTML, MARKDOWN, DECISION = "report.html", "report.md", "production_decision.md"

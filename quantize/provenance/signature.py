@@ -72,13 +72,13 @@ def sign(folder: Path, key: Path, password: str | None = None) -> bool:
     Raises UsageError: the key can't be read. SignatureError: the folder holds what can't be signed.
     """
     folder = folder.resolve()
-    if (folder / SIGNATURE_NAME).is_file():
-        with _public_half(key, password) as public, contextlib.suppress(SignatureError):
-            check_signature(folder, public)
-            return False
     secret = password.encode() if password else None  # 1.1.1 says str, and passes it on to what takes bytes
     with _key_errors(key):
         signer = _library("signing").Config().use_elliptic_key_signer(private_key=key, password=secret)
+    if (folder / SIGNATURE_NAME).is_file():
+        with _public_half(key, secret) as public, contextlib.suppress(SignatureError):
+            check_signature(folder, public)
+            return False
     _write(folder, signer)
     return True
 
@@ -100,9 +100,10 @@ def check_signature(folder: Path, public_key: Path) -> None:
     with _key_errors(public_key):
         verifier = _library("verifying").Config().use_elliptic_key_verifier(public_key=public_key)
         ours = _fingerprint(public_key)
-    theirs = bundle["verificationMaterial"].get("publicKey", {}).get("hint")
+    named = bundle["verificationMaterial"].get("publicKey")
+    theirs = named.get("hint") if isinstance(named, dict) else None
     if theirs != ours:
-        said = f"with the key {theirs[:16]}…" if theirs else "by Sigstore or an older program"
+        said = f"with the key {str(theirs)[:16]}…" if theirs else "by Sigstore or an older program"
         raise SignatureError(
             f"{folder.name}: {SIGNATURE_NAME} was made {said}, not with {public_key} ({ours[:16]}…)",
             hint="trust it only if you know that key; then give its public half",
@@ -143,8 +144,7 @@ def _check(folder: Path, bundle: Mapping[str, Any], verify: Callable[[Path, Path
 
 def _explain(folder: Path, statement: Mapping[str, Any]) -> None:
     """Say which file is not what the signature's own list says; nothing if the files agree with it."""
-    signed, there = _signed(statement), _files(folder)
-    ignored = statement["predicate"].get("serialization", {}).get("ignore_paths", [])
+    signed, there, ignored = _signed(statement), _files(folder), _ignored(statement)
     for name, path in there.items():
         if path.is_symlink():
             raise SignatureError(f"{folder.name}: {name} is a symbolic link", hint="only files can be signed")
@@ -180,7 +180,8 @@ def _statement(folder: Path, bundle: Mapping[str, Any]) -> Mapping[str, Any]:
     """What the signature lists; not to be believed before the library has checked it."""
     try:
         statement = json.loads(base64.b64decode(bundle["dsseEnvelope"]["payload"], validate=True))
-        if not isinstance(statement["predicate"]["resources"], list):
+        lists = (statement["predicate"]["resources"], _ignored(statement))
+        if not all(isinstance(item, list) for item in lists):
             raise TypeError("no list of files")
         _signed(statement)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as exc:
@@ -194,6 +195,11 @@ def _signed(statement: Mapping[str, Any]) -> dict[str, str | None]:
         str(item["name"]): str(item["digest"]) if item["algorithm"] == "sha256" else None
         for item in statement["predicate"]["resources"]
     }
+
+
+def _ignored(statement: Mapping[str, Any]) -> Any:
+    """The paths that a signature says it leaves out."""
+    return statement["predicate"].get("serialization", {}).get("ignore_paths", [])
 
 
 def _files(folder: Path) -> dict[str, Path]:
@@ -233,13 +239,11 @@ def _pem(public: Any) -> bytes:
 
 
 @contextlib.contextmanager
-def _public_half(key: Path, password: str | None) -> Iterator[Path]:
+def _public_half(key: Path, password: bytes | None) -> Iterator[Path]:
     """The public half of a private key, as a file for a while."""
-    with _key_errors(key):
-        _library("signing")
-        from cryptography.hazmat.primitives.serialization import load_pem_private_key
+    from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
-        private = load_pem_private_key(key.read_bytes(), password.encode() if password else None)
+    private = load_pem_private_key(key.read_bytes(), password)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "key.pub"
         path.write_bytes(_pem(private.public_key()))

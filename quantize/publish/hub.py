@@ -25,7 +25,6 @@ from quantize.publish.retry import Again, Retry, persist
 try:
     import huggingface_hub
     from huggingface_hub import errors as hub_errors
-    from huggingface_hub.utils.tqdm import disable_progress_bars
 except ImportError as exc:
     raise MissingExtraError("the hub", "hub") from exc
 
@@ -73,6 +72,8 @@ class HubPlace:
         self._ready: dict[str, Any] = {}
         self._lock = threading.Lock()
         self._scratch = tempfile.TemporaryDirectory(prefix="quantize-hub-")
+        from huggingface_hub.utils.tqdm import disable_progress_bars
+
         disable_progress_bars()
 
     def close(self) -> None:

@@ -8,7 +8,6 @@ Specification: CNCF ModelPack model-spec v1, on the OCI image specification v1.1
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from quantize.cache import hash_file
 from quantize.errors import VerifyError
 from quantize.manifest import FILE_NAME, PAPERS, Manifest
 from quantize.recipe import SLUG
+from quantize.untrusted import parse_json
 
 MANIFEST_TYPE = "application/vnd.oci.image.manifest.v1+json"
 ARTIFACT_TYPE = "application/vnd.cncf.model.manifest.v1+json"
@@ -172,7 +172,7 @@ def parameter_text(count: int) -> str:
 def read_pack(document: bytes) -> Pack:
     """The publication that a manifest describes. Raises VerifyError: it is none, or its paths are not harmless."""
     try:
-        data = json.loads(document)
+        data = parse_json(document)
         if data["artifactType"] != ARTIFACT_TYPE:
             raise VerifyError(f"not a model: its artifactType is {str(data['artifactType'])[:80]!r}")
         config = _blob(data["config"], CONFIG_NAME)
@@ -206,7 +206,7 @@ def check_contents(pack: Pack, manifest: Manifest) -> None:
 def check_config(pack: Pack, config: bytes) -> None:
     """The configuration names the same files as the manifest. Raises VerifyError."""
     try:
-        named = json.loads(config)["modelfs"]["diffIds"]
+        named = parse_json(config)["modelfs"]["diffIds"]
     except (ValueError, KeyError, TypeError) as exc:
         raise VerifyError(f"its configuration is not one of a ModelPack model ({type(exc).__name__})") from exc
     if named != [blob.digest for blob in pack.files]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,10 +18,12 @@ from pydantic import BaseModel, ConfigDict, StringConstraints, ValidationError
 
 from quantize.artifact import Artifact, write_text
 from quantize.cache import default_cache_root
-from quantize.errors import UsageError
+from quantize.errors import RecipeError, UsageError, first_line
+from quantize.marked_yaml import MAX_BYTES, parse_document
 from quantize.recipe import SlugText
 from quantize.report import Reporter
 from quantize.store import Store
+from quantize.untrusted import read_limited
 from quantize.verify import check_files
 
 HEADER = "# What a deployment runs, by digest: `quantize publish` writes it, `quantize pull --locked` and\n"
@@ -55,19 +58,21 @@ class _File(BaseModel):
 def read_pins(path: Path) -> list[Pin]:
     """The pins in a file. Raises UsageError: not there, or not of that form."""
     try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+        data = parse_document(read_limited(path, MAX_BYTES).decode(), str(path)).data
         pins = _File.model_validate(data).artifacts
     except OSError as exc:
         raise UsageError(f"{path}: {exc.strerror}", hint="`quantize publish` writes it") from exc
-    except (yaml.YAMLError, UnicodeDecodeError) as exc:
-        raise UsageError(f"{path}: not YAML ({str(exc).splitlines()[0][:100]})", hint=FORM) from exc
+    except UnicodeDecodeError as exc:
+        raise UsageError(f"{path}: not YAML (byte {exc.start} is not UTF-8)", hint=FORM) from exc
+    except RecipeError as exc:
+        what = first_line(exc).removeprefix(f"{path}:")
+        raise UsageError(f"{path}: not YAML that can be read ({what})", hint=FORM) from exc
     except ValidationError as exc:
         first = exc.errors()[0]
         where = ".".join(str(step) for step in first["loc"]) or "the file"
         raise UsageError(f"{path}: `{where}`: {first['msg']}", hint=FORM) from exc
-    keys = [pin.key for pin in pins]
-    for key in keys:
-        if keys.count(key) > 1:
+    for key, times in Counter(pin.key for pin in pins).items():
+        if times > 1:
             raise UsageError(f"{path}: {key} is pinned twice", hint="keep one of the two")
     return list(pins)
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from quantize.artifact import STAGING, Artifact, commit, read_measurements, store_errors, variant_lock
+from quantize.artifact import Artifact, commit, read_measurements
 from quantize.cache import hash_file
 from quantize.errors import StoreError, TransferError, UsageError, VerifyError
 from quantize.evaluate.record import NOT_EVALUATED, Summary
@@ -25,6 +25,7 @@ from quantize.publish.pins import Pin
 from quantize.publish.places import Found, find_place
 from quantize.publish.transfer import Progress, Session, run_all
 from quantize.report import Reporter, note, status, warn
+from quantize.staging import STAGING, store_errors, variant_lock
 from quantize.store import Store
 from quantize.verify import check_files
 

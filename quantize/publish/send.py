@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from quantize.artifact import Artifact, store_errors, variant_lock
+from quantize.artifact import Artifact
 from quantize.errors import RefusedError, UsageError
 from quantize.provenance.documents import Signing, prepare
 from quantize.publish.base import Place
@@ -22,6 +22,7 @@ from quantize.publish.policy import required_notice
 from quantize.publish.transfer import Progress, Session, run_all
 from quantize.recipe import PublishPolicy
 from quantize.report import status
+from quantize.staging import store_errors, variant_lock
 from quantize.verify import check_files
 
 

@@ -19,7 +19,7 @@ from quantize.store import Store
 
 DEFAULT_CONTEXT = 4096
 # Format -> (what it needs beside its runtime, the extra that brings it).
-_HELPERS = {
+HELPERS = {
     "gguf": ("llama-cpp-python", "gguf"),
     "awq": ("gptqmodel", "gptqmodel"),
     "gptq": ("gptqmodel", "gptqmodel"),
@@ -116,7 +116,7 @@ def engine_options(target: LocalTarget, options: RunOptions, placement: Placemen
 
 def runtime_name(target: LocalTarget) -> str:
     """What a target runs in, with the version installed here. Raises MissingExtraError: it is not."""
-    helper = _HELPERS.get(target.format, ("torch", "torch"))
+    helper = HELPERS.get(target.format, ("torch", "torch"))
     packages = [helper[0]] if target.format == "gguf" else ["transformers", helper[0]]
     try:
         return f"{target.kind} ({', '.join(f'{name} {version(name)}' for name in packages)})"

@@ -6,7 +6,6 @@ RefusedError for pickled weights.
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from dataclasses import dataclass, field
@@ -15,6 +14,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from quantize.artifact import Artifact, open_artifact
+from quantize.checkpoint import read_json
 from quantize.containers.gguf import read_gguf
 from quantize.errors import RefusedError, UsageError
 from quantize.estimate import repacked_bytes
@@ -121,11 +121,8 @@ def _gguf(name: str, path: Path) -> LocalTarget:
 
 
 def _folder(name: str, folder: Path, format: str | None = None) -> LocalTarget:
-    try:
-        config = json.loads((folder / "config.json").read_bytes())
-    except (OSError, ValueError) as exc:
-        raise RefusedError(f"{folder}: its config.json can't be read ({type(exc).__name__})") from exc
-    weights = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    config = read_json(folder / "config.json")
+    weights = sum(path.stat().st_size for path in folder.glob("*.safetensors") if path.is_file())
     if not weights:
         hint = "weights must be *.safetensors: pickled ones can run code, and are never loaded"
         raise RefusedError(f"{folder}: no safetensors files in it", hint=hint)
@@ -133,9 +130,10 @@ def _folder(name: str, folder: Path, format: str | None = None) -> LocalTarget:
 
 
 def _format(config: dict[str, Any], folder: Path) -> str:
-    method = (config.get("quantization_config") or {}).get("quant_method")
+    settings = config.get("quantization_config")
+    method = settings.get("quant_method") if isinstance(settings, dict) else settings
     known = {None: "safetensors", "awq": "awq", "gptq": "gptq", "bitsandbytes": "bitsandbytes"}
-    if method not in known:
+    if not (method is None or isinstance(method, str)) or method not in known:
         hint = f"known are: {', '.join(item for item in known.values())}"
         raise RefusedError(f"{folder}: quantized by {str(method)[:40]!r}, which is not served here", hint=hint)
     return known[method]

@@ -80,7 +80,11 @@ def keep(
         limits = limits or Limits(max_size_ratio=1.1)  # as the gates have it for a 16-bit file
         weights = int(manifest.estimate["weights_bytes"])
         measured = figures(found, size_bytes=weights, source_bytes=manifest.source.weights_bytes)
-        about = {"machine": {"processor": "A processor", "cores": 2, "gpus": []}}
+        about = {
+            "artifact": {"name": f"{manifest.name}/{manifest.variant}", "format": manifest.format},
+            "source": {"name": manifest.source.name, "uri": manifest.source.uri},
+            "machine": {"processor": "A processor", "cores": 2, "gpus": []},
+        }
         record = decided(to_record(found, measured, about), decide(measured, limits), limits)
         changes["evaluation"] = json.loads(json.dumps(record))
     if load is not None:

@@ -74,6 +74,14 @@ def link_outside(folder: Path) -> None:
     (folder / "extra.json").symlink_to("/etc/hostname")
 
 
+ODD = base64.b64encode(b'{"predicate": {"resources": [], "serialization": {"ignore_paths": 7}}}').decode()
+
+
+def alter(folder: Path, **fields: object) -> None:
+    bundle = json.loads((folder / SIGNATURE_NAME).read_text())
+    (folder / SIGNATURE_NAME).write_text(json.dumps({**bundle, **fields}))
+
+
 def alter_payload(folder: Path) -> None:
     """A changed file, and the list of the signature changed with it."""
     path = folder / SIGNATURE_NAME
@@ -97,6 +105,9 @@ TAMPERING: dict[str, tuple[Callable[[Path], object], str]] = {
     "no signature": (lambda folder: (folder / SIGNATURE_NAME).unlink(), r"not signed: there is no model\.sig"),
     "no JSON": (lambda folder: (folder / SIGNATURE_NAME).write_text("{"), r"model\.sig is no signature bundle"),
     "no bundle": (lambda folder: (folder / SIGNATURE_NAME).write_text("[]"), r"model\.sig is no signature bundle"),
+    "odd material": (lambda folder: alter(folder, verificationMaterial={"publicKey": "x"}), "by Sigstore or an older"),
+    "no payload": (lambda folder: alter(folder, dsseEnvelope={}), r"model\.sig lists no files"),
+    "an odd payload": (lambda folder: alter(folder, dsseEnvelope={"payload": ODD}), r"model\.sig lists no files"),
     "an altered list": (alter_payload, r"model\.sig is not valid: it was altered"),
 }
 

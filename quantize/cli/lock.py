@@ -1,0 +1,51 @@
+"""quantize lock RECIPE"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from quantize.backends import formats
+from quantize.cli.common import json_option, open_cache, print_json, quiet_option, verbose_option
+from quantize.cli.progress import console_reporter
+from quantize.errors import UsageError
+from quantize.lock import Lock, LockDifference, differences, lock_path, make_lock, read_lock, write_lock
+from quantize.recipe import load_recipe
+
+
+@click.command("lock")
+@click.argument("recipe", type=click.Path(path_type=Path))
+@json_option
+@quiet_option
+@verbose_option
+def command(recipe: Path, as_json: bool, quiet: bool) -> None:
+    """Write RECIPE.lock: the source's commit and file hashes, the calibration text by its token ids, each variant's
+    options, tool versions and build key. `quantize build --locked` refuses anything else.
+    """
+    parsed = load_recipe(recipe, formats())
+    path = lock_path(recipe)
+    with console_reporter(quiet=quiet or as_json) as reporter:
+        lock = make_lock(parsed, open_cache(), reporter)
+    before = _before(path)
+    changes = differences(before, lock) if before is not None else []
+    write_lock(path, lock)
+    if as_json:
+        data = [item.__dict__ for item in changes]
+        print_json({"lock": str(path), "digest": lock.digest, "variants": [*lock.variants], "changes": data})
+        return
+    for item in changes:
+        click.echo(_line(item))
+    word = "written" if before is None else "changed" if changes else "unchanged"
+    click.echo(f"{path}: {word} ({len(lock.variants)} variants, {lock.digest})")
+
+
+def _before(path: Path) -> Lock | None:
+    try:
+        return read_lock(path)
+    except UsageError:
+        return None
+
+
+def _line(item: LockDifference) -> str:
+    return f"{item.what}: {'nothing' if item.locked is None else item.locked} -> {item.now}"

@@ -1,0 +1,118 @@
+"""quantize rebuild ARTIFACT"""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import click
+
+from quantize.cli.common import (
+    json_option,
+    limits_options,
+    make_limits,
+    open_cache,
+    print_json,
+    print_table,
+    quiet_option,
+    store_option,
+    verbose_option,
+)
+from quantize.cli.progress import console_reporter
+from quantize.errors import RefusedError, StoreError, UsageError
+from quantize.rebuild import Given, Rebuild, rebuild
+from quantize.store import Store
+
+SHOWN_TENSORS = 20
+
+
+@click.command("rebuild")
+@click.argument("artifact")
+@click.option(
+    "--source", type=click.Path(path_type=Path), help="The model that it was built from, where it is not found."
+)
+@click.option(
+    "--calibration", type=click.Path(path_type=Path), help="The file of calibration text, where it is not found."
+)
+@click.option("--keep", type=click.Path(path_type=Path), metavar="DIR", help="Build into this new folder, and keep it.")
+@store_option
+@limits_options
+@json_option
+@quiet_option
+@verbose_option
+def command(
+    artifact: str, source: Path | None, calibration: Path | None, keep: Path | None, store: Store, threads: int | None,
+    device: str, memory_budget: str | None, as_json: bool, quiet: bool,
+) -> None:  # fmt: skip
+    """Build ARTIFACT again from its manifest alone, in a scratch folder, and compare file by file.
+
+    Says `identical`, or which tensor differs and by how much (exit code 3). Tool versions that are not the manifest's
+    come first. Nothing in the store or the cache is used or changed; the scratch folder is under $TMPDIR.
+    """
+    found = store.find(artifact)
+    limits = make_limits(threads, device, memory_budget)
+    with _folders(keep) as (folder, work), console_reporter(quiet=quiet or as_json) as reporter:
+        result = rebuild(found, folder, work, open_cache(), reporter, limits, Given(source, calibration))
+    if as_json:
+        print_json(_as_json(result, keep))
+    else:
+        _print(result)
+    if not result.identical:
+        click.get_current_context().exit(RefusedError.exit_code)
+
+
+@contextmanager
+def _folders(keep: Path | None) -> Iterator[tuple[Path, Path]]:
+    """The rebuilt artifact's folder, and one to work in; what is not kept is removed. Raises UsageError, StoreError."""
+    if keep is not None and keep.exists() and (not keep.is_dir() or any(keep.iterdir())):
+        raise UsageError(f"--keep {keep}: is there already", hint="name a folder that is new or empty")
+    try:
+        if keep is not None:
+            keep.mkdir(parents=True, exist_ok=True)
+        above = keep.absolute().parent if keep is not None else None
+        scratch = Path(tempfile.mkdtemp(prefix=".quantize-rebuild-" if above else "quantize-rebuild-", dir=above))
+    except OSError as exc:
+        raise StoreError(f"no scratch folder: {exc.strerror} ({exc.filename})", hint="set TMPDIR, or --keep") from exc
+    try:
+        (scratch / "work").mkdir()
+        (scratch / "artifact").mkdir()
+        yield keep or scratch / "artifact", scratch / "work"
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _print(result: Rebuild) -> None:
+    if result.tools:
+        rows = [[item.tool, item.manifest or "-", item.here or "not installed"] for item in result.tools]
+        print_table([("TOOL", "left"), ("MANIFEST", "left"), ("HERE", "left")], rows, empty="")
+    for field in result.fields:
+        click.echo(f"manifest: `{field}` differs")
+    for item in result.differences:
+        click.echo(f"{item.path}: {item.what}")
+        for tensor in item.tensors[:SHOWN_TENSORS]:
+            click.echo(f"  {tensor}")
+        if len(item.tensors) > SHOWN_TENSORS:
+            click.echo(f"  and {len(item.tensors) - SHOWN_TENSORS} more tensors; --json has them all")
+    word = "identical" if result.identical else "different"
+    digest = result.artifact.manifest.digest if result.same_digest else "the digests differ"
+    click.echo(f"{result.artifact.ref}: {word} ({result.files} files, {digest}, {result.seconds:.0f} s)")
+
+
+def _as_json(result: Rebuild, keep: Path | None) -> dict[str, Any]:
+    return {
+        "artifact": result.artifact.ref,
+        "identical": result.identical,
+        "digest": result.artifact.manifest.digest,
+        "rebuilt_digest": result.rebuilt.manifest.digest,
+        "tools": [dataclasses.asdict(item) for item in result.tools],
+        "manifest_fields": list(result.fields),
+        "files": result.files,
+        "differences": [dataclasses.asdict(item) for item in result.differences],
+        "seconds": round(result.seconds, 1),
+        "folder": str(keep.absolute()) if keep else None,
+    }

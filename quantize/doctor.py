@@ -1,0 +1,162 @@
+"""What this machine has: versions, devices, memory, disk, and which formats can be built and served here.
+
+In: the store's and the cache's folders. Out: a Report. Nothing heavy is imported: what is installed is read from the
+packages' own metadata, so that a broken package that is there looks like a good one.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import platform
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+from quantize import __version__
+from quantize.backends import backends
+from quantize.hardware import Machine, detect, processor_name
+from quantize.plan import disk_free_bytes
+from quantize.serve.preflight import HELPERS
+
+OWN = "quantize"
+ENGINES = (
+    "torch", "transformers", "tokenizers", "safetensors", "numpy", "llama-cpp-python", "gguf", "auto-round",
+    "gptqmodel", "bitsandbytes", "huggingface-hub", "datasets",
+)  # fmt: skip
+GPU_LIBRARIES = {"cuda": "CUDA", "hip": "ROCm", "vulkan": "Vulkan", "metal": "Metal", "sycl": "SYCL"}
+
+
+@dataclass(frozen=True)
+class Folder:
+    """A place that is written to. free_bytes: on its disk; writable: whether this user may, as permissions tell."""
+
+    what: str
+    path: Path
+    free_bytes: int
+    writable: bool
+
+
+@dataclass(frozen=True)
+class Ability:
+    """One format: what is missing to build it and to serve it here, as requirements; install: the pip line, if any."""
+
+    format: str
+    build_lacks: tuple[str, ...]
+    serve_lacks: tuple[str, ...]
+    install: str | None
+
+
+@dataclass(frozen=True)
+class Report:
+    """All that was found. versions: None for what is not installed. torch, llama_cpp: what each can compute on."""
+
+    versions: dict[str, str | None]
+    system: str
+    processor: str
+    machine: Machine
+    torch: str
+    llama_cpp: str
+    folders: tuple[Folder, ...]
+    abilities: tuple[Ability, ...]
+
+
+def examine(store: Path, cache: Path) -> Report:
+    """Look at this machine. Raises StoreError: a disk can't be asked."""
+    versions: dict[str, str | None] = {"python": platform.python_version(), OWN: __version__}
+    versions |= {name: _version(name) for name in ENGINES}
+    places = (("store", store), ("cache", cache), ("scratch", Path(tempfile.gettempdir())))
+    return Report(
+        versions=versions,
+        system=f"{platform.system()} {platform.release()} {platform.machine()}",
+        processor=processor_name(),
+        machine=detect(),
+        torch=_torch_devices(versions["torch"]),
+        llama_cpp=_llama_cpp_devices(),
+        folders=tuple(
+            Folder(what, path.absolute(), disk_free_bytes(path), _is_writable(path)) for what, path in places
+        ),
+        abilities=tuple(_ability(name, backend.extra) for name, backend in sorted(backends().items())),
+    )
+
+
+def lacking(extras: Sequence[str], only: str | None = None) -> tuple[str, ...]:
+    """Requirements of this program's extras that are not met here; only: just that of one distribution."""
+    known = metadata.metadata(OWN).get_all("Provides-Extra") or []
+    unknown = [f"{OWN}[{extra}], which this installation does not know" for extra in extras if extra not in known]
+    found = [Requirement(text) for text in dict.fromkeys(_requirements(extras))]
+    return (*unknown, *(str(item) for item in found if only in (None, item.name) and _is_lacking(item)))
+
+
+def _ability(format: str, extra: str) -> Ability:
+    build = lacking([extra])
+    if format not in HELPERS:
+        return Ability(format, build, (f"a runtime that serves {format}",), _install([extra] if build else []))
+    engine = lacking([extra], only=HELPERS[format][0] if format == "gguf" else None)
+    server = lacking(["serve"])
+    return Ability(
+        format,
+        build,
+        (*engine, *server),
+        _install([*([extra] if build or engine else []), *(["serve"] * bool(server))]),
+    )
+
+
+def _install(extras: Sequence[str]) -> str | None:
+    return f"pip install '{OWN}[{','.join(extras)}]'" if extras else None
+
+
+def _requirements(extras: Sequence[str]) -> Iterator[str]:
+    """What the extras require, extras of our own followed to what they require."""
+    stated = [Requirement(text) for text in metadata.requires(OWN) or []]
+    for item in stated:
+        if item.marker is None or not any(item.marker.evaluate({"extra": extra}) for extra in extras):
+            continue
+        if canonicalize_name(item.name) == OWN:
+            yield from _requirements(sorted(item.extras))
+        else:
+            yield f"{item.name}{item.specifier}"
+
+
+def _is_lacking(item: Requirement) -> bool:
+    version = _version(item.name)
+    return version is None or not item.specifier.contains(version, prereleases=True)
+
+
+def _version(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _torch_devices(version: str | None) -> str:
+    if version is None:
+        return "not installed"
+    build = version.partition("+")[2]
+    if build == "cpu":
+        return "CPU only, by its build"
+    return f"CPU and {build}, by its build" if build else "CPU; CUDA where a driver is (its version does not tell)"
+
+
+def _llama_cpp_devices() -> str:
+    """By the libraries beside it; found without importing it."""
+    spec = importlib.util.find_spec("llama_cpp")
+    if spec is None or not spec.submodule_search_locations:
+        return "not installed"
+    folder = Path(next(iter(spec.submodule_search_locations))) / "lib"
+    names = {path.name for path in folder.glob("*ggml-*")}
+    found = [word for key, word in GPU_LIBRARIES.items() if any(f"ggml-{key}" in name for name in names)]
+    return f"CPU and {', '.join(found)}" if found else "CPU only, by its build"
+
+
+def _is_writable(path: Path) -> bool:
+    folder = path.absolute()
+    while not folder.exists():
+        folder = folder.parent
+    return folder.is_dir() and os.access(folder, os.W_OK | os.X_OK)

@@ -1,0 +1,287 @@
+"""A recipe's lock: what a build of it is made of, pinned by hash, in a file beside the recipe.
+
+In: a recipe. Out: a Lock, its YAML text, and what differs between a lock and what a build would take now. The same
+inputs give the same bytes: no time and no path of this machine is in it.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Set as AbstractSet
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict
+
+from quantize.backends import backends
+from quantize.cache import Cache
+from quantize.calibration import TokenSummary, identify, summarize_tokens
+from quantize.errors import LockError, StoreError, UsageError
+from quantize.manifest import FileEntry, canonical_hash, tool_versions
+from quantize.marked_yaml import read_document, validate
+from quantize.plan import Job, identify_jobs, pin_calibration
+from quantize.recipe import CalibrationSpec, Recipe
+from quantize.report import Reporter
+from quantize.source import COMMIT, PinnedSource, dequantized_key, open_source, pin_source
+from quantize.store import Store
+
+SCHEMA_VERSION = 1
+SUFFIX = ".lock"
+TOKENIZER_TOOLS = ("transformers", "tokenizers", "torch")
+NO_STORE = Store(Path(os.devnull))  # what is built already has no say in what a build would be made of
+HEADER = "# Written by `quantize lock`; `quantize build --locked` refuses anything else. Not to be edited.\n"
+MAX_TEXT = 60  # of a value in a message
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class LockedSource(_Frozen):
+    """The source by its content. asked: the revision that the recipe names; revision: the commit that it is."""
+
+    uri: str
+    revision: str | None
+    asked: str | None
+    name: str
+    base_model: str | None
+    license: str | None
+    files: tuple[FileEntry, ...]
+
+
+class LockedCalibration(_Frozen):
+    """The text: what identifies it before it is read, and `hash`, the sha256 over the token ids, in order."""
+
+    identity: dict[str, Any]
+    asked: str | None
+    hash: str
+    sequences: int
+    tokens: int
+
+
+class LockedVariant(_Frozen):
+    """One variant of the recipe, all options filled in."""
+
+    options: dict[str, Any]
+    tools: dict[str, str]
+    build_key: str
+
+
+class Lock(_Frozen):
+    """All that a build of a recipe is made of. `digest` is the sha256 of the canonical JSON of the other fields."""
+
+    schema_version: int
+    recipe: str
+    source: LockedSource
+    calibration: LockedCalibration | None
+    variants: dict[str, LockedVariant]
+    digest: str = ""
+
+    def computed_digest(self) -> str:
+        """sha256 of the RFC 8785 form of every field but `digest`. Raises ValueError: not JSON data."""
+        return "sha256:" + canonical_hash(self.model_dump(mode="json", exclude={"digest"}))
+
+    def to_yaml(self) -> str:
+        """The text of the file: keys sorted."""
+        import yaml
+
+        data = self.model_dump(mode="json")
+        return HEADER + yaml.safe_dump(data, sort_keys=True, allow_unicode=True, width=120)
+
+
+@dataclass(frozen=True)
+class LockDifference:
+    """One thing that is not as the lock says; None where one side does not have it."""
+
+    what: str
+    locked: Any
+    now: Any
+
+    def __str__(self) -> str:
+        return f"{self.what}: {_text(self.locked)} in the lock, {_text(self.now)} now"
+
+
+def lock_path(recipe: Path) -> Path:
+    """Where the lock of a recipe is: beside it, RECIPE.yaml.lock."""
+    return recipe.with_name(recipe.name + SUFFIX)
+
+
+def read_lock(path: Path) -> Lock:
+    """Read and check a lock. Raises UsageError: not there, not readable, no lock, newer than this program, edited."""
+    if not path.exists():
+        name = str(path).removesuffix(SUFFIX)
+        raise UsageError(f"{path}: no such file", hint=f"write it first: quantize lock {name}")
+    document = read_document(path)
+    version = document.data.get("schema_version") if isinstance(document.data, dict) else None
+    if isinstance(version, int) and version > SCHEMA_VERSION:
+        raise UsageError(f"{path}: schema version {version} is newer than this program", hint="upgrade quantize")
+    lock = validate(Lock, document)
+    try:
+        is_whole = lock.digest == lock.computed_digest()
+    except ValueError:
+        is_whole = False
+    if not is_whole:
+        hint = "take it from version control again, or write it anew: quantize lock"
+        raise UsageError(f"{path}: was edited: its content does not have the digest that it states", hint=hint)
+    return lock
+
+
+def write_lock(path: Path, lock: Lock) -> None:
+    """Write a lock, whole or not at all. Raises StoreError."""
+    scratch = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        scratch.write_text(lock.to_yaml(), encoding="utf-8")
+        scratch.replace(path)
+    except OSError as exc:
+        scratch.unlink(missing_ok=True)
+        raise StoreError(f"{path}: can't be written: {exc.strerror}", hint="check the folder's permissions") from exc
+
+
+def make_lock(recipe: Recipe, cache: Cache, reporter: Reporter) -> Lock:
+    """Pin a recipe as it is now, the text tokenized. Raises what planning raises."""
+    current = _pinned(recipe, recipe, cache, reporter)
+    return current.lock(current.tokens(cache, reporter))
+
+
+def hold(lock: Lock, recipe: Recipe, cache: Cache, reporter: Reporter, only: Sequence[str] = ()) -> Recipe:
+    """The recipe at the commits of its lock. only: variants that count; all if none is named.
+
+    Raises LockError with everything that is not as the lock says.
+    """
+    if lock.recipe != recipe.name:
+        hint = f"write one for it: quantize lock {recipe.path}"
+        raise LockError(f"the lock is of another recipe: of {lock.recipe}, not {recipe.name}", hint=hint)
+    at_commits = _at_commits(lock, recipe)
+    wanted = tuple(item for item in recipe.variants if not only or item.name in only)
+    current = _pinned(recipe, replace(at_commits, variants=wanted), cache, reporter)
+    names = set(only) or {*lock.variants, *(item.name for item in recipe.variants)}
+    expected = lock.model_copy(update={"variants": {key: lock.variants[key] for key in lock.variants if key in names}})
+    if current.spec is None:  # no wanted variant looks at the text
+        expected = expected.model_copy(update={"calibration": None})
+    _refuse(differences(expected, current.lock(lock.calibration)), recipe)
+    _refuse(differences(expected, current.lock(current.tokens(cache, reporter))), recipe)
+    return at_commits
+
+
+def differences(lock: Lock, other: Lock) -> list[LockDifference]:
+    """Everything that differs, by name; build keys only where nothing else explains that they do."""
+    both = lock.variants.keys() & other.variants.keys()
+    one, two = dict(_flat(lock, both)), dict(_flat(other, both))
+    found = [LockDifference(key, one.get(key), two.get(key)) for key in sorted({*one, *two})]
+    found = [item for item in found if item.locked != item.now]
+    explained = [item for item in found if not item.what.endswith(".build_key")]
+    return explained or found
+
+
+@dataclass(frozen=True)
+class _Pinned:
+    """A recipe whose source and text are found and hashed. spec: of the text, None where no variant looks at it."""
+
+    asked: Recipe
+    recipe: Recipe
+    source: PinnedSource
+    jobs: tuple[Job, ...]
+    spec: CalibrationSpec | None
+
+    def lock(self, tokens: TokenSummary | LockedCalibration | None) -> Lock:
+        """The lock; tokens: what is known of the text."""
+        calibration, asked = None, self.asked.calibration
+        if self.spec is not None and tokens is not None and asked is not None:
+            calibration = LockedCalibration(
+                identity=identify(self.spec, self.recipe), asked=asked.revision, hash=tokens.hash,
+                sequences=tokens.sequences, tokens=tokens.tokens,
+            )  # fmt: skip
+        source = self.source
+        files = (FileEntry(path=item.path, size_bytes=item.size_bytes, sha256=item.sha256) for item in source.files)
+        lock = Lock(
+            schema_version=SCHEMA_VERSION,
+            recipe=self.recipe.name,
+            source=LockedSource(
+                uri=source.uri, revision=source.revision, asked=self.asked.source.revision, name=source.name,
+                base_model=source.base_model, license=source.license, files=tuple(files),
+            ),
+            calibration=calibration,
+            variants={
+                job.variant.name: LockedVariant(
+                    options=job.variant.normalized(), tools=job.tools, build_key=job.build_key
+                )
+                for job in self.jobs
+            },
+        )  # fmt: skip
+        return lock.model_copy(update={"digest": lock.computed_digest()})
+
+    def tokens(self, cache: Cache, reporter: Reporter) -> TokenSummary | None:
+        """The text as the model's tokenizer reads it; remembered by all that it depends on."""
+        if self.spec is None:
+            return None
+        spec = self.spec
+        key = canonical_hash(
+            {
+                "source": dequantized_key(self.source) if self.source.is_gguf else self.source.digest,
+                "text": identify(spec, self.recipe),
+                "tools": tool_versions(TOKENIZER_TOOLS),
+            }
+        )
+
+        def read() -> dict[str, Any]:
+            folder = open_source(self.source, cache, reporter).folder
+            return vars(summarize_tokens(spec, self.recipe.path.parent, folder, reporter))
+
+        return TokenSummary(**cache.fact(f"tokens:{key}", read))
+
+
+def _pinned(asked: Recipe, recipe: Recipe, cache: Cache, reporter: Reporter) -> _Pinned:
+    recipe = pin_calibration(recipe, reporter)
+    source = pin_source(recipe, cache, reporter)
+    jobs = identify_jobs(recipe, source, NO_STORE)
+    for job in jobs:
+        if job.refusal is not None:
+            raise job.refusal
+    calibrated = any(backends()[item.format].needs_calibration(item.options) for item in recipe.variants)
+    return _Pinned(asked, recipe, source, tuple(jobs), recipe.calibration if calibrated else None)
+
+
+def _at_commits(lock: Lock, recipe: Recipe) -> Recipe:
+    """The recipe with the lock's commits where both name the same branch or tag of the hub: it may have moved on."""
+    source, locked, text = recipe.source, lock.source, lock.calibration
+    if locked.uri == f"hub:{source.model}@{locked.revision}" and source.revision == locked.asked:
+        recipe = replace(recipe, source=source.model_copy(update={"revision": locked.revision}))
+    spec = recipe.calibration
+    if spec is not None and text is not None and text.identity.get("dataset") == spec.dataset:
+        commit = text.identity.get("revision")
+        if isinstance(commit, str) and COMMIT.match(commit) and spec.revision == text.asked:
+            recipe = replace(recipe, calibration=spec.model_copy(update={"revision": commit}))
+    return recipe
+
+
+def _refuse(found: list[LockDifference], recipe: Recipe) -> None:
+    if found:
+        lines = "\n".join(f"  {item}" for item in found)
+        count = "one thing is" if len(found) == 1 else f"{len(found)} things are"
+        hint = f"get the locked ones back, or lock what is there now: quantize lock {recipe.path}"
+        raise LockError(f"{lock_path(recipe.path)}: {count} not as it says\n{lines}", hint=hint)
+
+
+def _flat(lock: Lock, variants: AbstractSet[str]) -> Iterator[tuple[str, Any]]:
+    """Each value with its dotted name; a variant that is not one of `variants` as one line."""
+    data = lock.model_dump(mode="json", exclude={"digest"})
+    files = data["source"].pop("files")
+    for name in lock.variants.keys() - variants:
+        data["variants"][name] = f"a {lock.variants[name].options.get('format')} variant"
+    yield from _leaves("", data)
+    yield from ((f"source.files.{item['path']}", f"sha256 {item['sha256']}") for item in files)
+
+
+def _leaves(prefix: str, data: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    for key, value in data.items():
+        if isinstance(value, dict) and value:
+            yield from _leaves(f"{prefix}{key}.", value)
+        elif value is not None:
+            yield f"{prefix}{key}", value
+
+
+def _text(value: object) -> str:
+    text = "nothing" if value is None else str(value)
+    return text if len(text) <= MAX_TEXT else f"{text[:MAX_TEXT]}…"

@@ -1,0 +1,285 @@
+"""An artifact's manifest -> the same artifact built again in a scratch folder, and what differs between the two.
+
+In: an artifact; where its source and calibration text are, if the manifest's addresses do not lead to them. Out: a
+Rebuild. Nothing but the manifest says what to build, and nothing that an earlier build left in the cache is used.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from quantize.artifact import Artifact, write_text
+from quantize.assemble import Made, assemble
+from quantize.backends import backends
+from quantize.backends.base import Context, Limits
+from quantize.cache import Cache
+from quantize.calibrated import run_pass
+from quantize.calibration import LOCAL_SUFFIXES, summarize_tokens
+from quantize.checkpoint import Checkpoint
+from quantize.containers.compare import TensorDifference, can_compare, compare_metadata, compare_weights
+from quantize.errors import PlanError, RecipeError, VerifyError
+from quantize.manifest import FILE_NAME, RECIPE_NAME, FileEntry, Manifest
+from quantize.plan import Job, disk_free_bytes, disk_short, identify_jobs
+from quantize.recipe import CalibrationSpec, EvaluationSpec, Recipe, Source, Variant, find_path
+from quantize.reopen import find_source
+from quantize.report import Reporter, note, status, warn
+from quantize.source import PinnedSource, open_source
+from quantize.store import Store
+from quantize.verify import check_files
+
+DECIDED_LATER = ("digest", "files", "accepted_risk")  # fields of a manifest that are not compared by themselves
+OF_VERSIONS = ("tools", "build_key")  # those that differ wherever versions do
+TEXT_BYTES = 32 << 20  # a file up to this is looked into for the first byte that differs
+
+
+@dataclass(frozen=True)
+class Given:
+    """Where things are that the manifest only names: the source, the file of calibration text."""
+
+    source: Path | None = None
+    calibration: Path | None = None
+
+
+@dataclass(frozen=True)
+class ToolDifference:
+    """A version that is not the manifest's; here is None where it is not installed."""
+
+    tool: str
+    manifest: str | None
+    here: str | None
+
+
+@dataclass(frozen=True)
+class FileDifference:
+    """A file that is not the same: in words, and by tensor where it holds any."""
+
+    path: str
+    what: str
+    tensors: tuple[TensorDifference, ...] = ()
+
+
+@dataclass(frozen=True)
+class Rebuild:
+    """What came of it. fields: those of the manifest that differ, but for what other versions explain.
+
+    folder: the rebuilt artifact. files: how many were compared.
+    """
+
+    artifact: Artifact
+    rebuilt: Artifact
+    tools: tuple[ToolDifference, ...]
+    fields: tuple[str, ...]
+    differences: tuple[FileDifference, ...]
+    files: int
+    seconds: float
+
+    @property
+    def identical(self) -> bool:
+        """Whether every file, and all that the manifest says but for tool versions, is the same."""
+        return not self.differences and not self.fields
+
+    @property
+    def same_digest(self) -> bool:
+        """Whether the manifest is the same too."""
+        return self.artifact.manifest.digest == self.rebuilt.manifest.digest
+
+
+def rebuild(
+    artifact: Artifact, folder: Path, work: Path, known: Cache, reporter: Reporter, limits: Limits, given: Given
+) -> Rebuild:
+    """Build an artifact again into the empty `folder`, working in the empty `work`, and compare.
+
+    known: the user's cache, which knows where files were; only asked, never built from. Raises VerifyError: the
+    artifact is damaged, its source or text is another. CheckpointError, RecipeError: they are not found.
+    """
+    started = time.perf_counter()
+    check_files(artifact, reporter)
+    cache, manifest = Cache(work / "cache"), artifact.manifest
+    variant = _variant(manifest)
+    source = find_source(artifact, cache, reporter, given=given.source, known=known)
+    _check_disk(manifest, source, folder)
+    recipe = _recipe(artifact, variant, work, given)
+    job, recipe = _job(recipe, source, manifest, Store(work / "store"))
+    tools = _tool_differences(manifest.tools, job.tools)
+    for item in tools:
+        warn(reporter, variant.name, f"{item.tool} is {item.here or 'not installed'}, it was {item.manifest or 'none'}")
+    checkpoint = open_source(source, cache, reporter)
+    _check_text(recipe, job, artifact, checkpoint, reporter)
+    scratch = work / "scratch"
+    scratch.mkdir()
+    context = Context(variant.name, variant.options, source, checkpoint, cache, folder, scratch, limits)
+    rebuilt = Artifact(folder, _build(recipe, job, context, manifest, reporter))
+    status(reporter, variant.name, "comparing")
+    return Rebuild(
+        artifact, rebuilt, tools, _fields(manifest, rebuilt.manifest, OF_VERSIONS if tools else ()),
+        tuple(_differences(artifact, rebuilt)), len(manifest.files), time.perf_counter() - started,
+    )  # fmt: skip
+
+
+def _variant(manifest: Manifest) -> Variant:
+    if manifest.format not in backends():
+        hint = f"install the plugin that brings it; installed are: {', '.join(backends())}"
+        raise PlanError(f"the format {manifest.format!r} is not installed here", hint=hint)
+    options = {key: value for key, value in manifest.options.items() if key != "format"}
+    try:
+        parsed = backends()[manifest.format].Options.model_validate(options)
+    except ValidationError as exc:
+        first = exc.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise VerifyError(f"the manifest's option `{where}` is not one that {manifest.format} has here") from exc
+    return Variant(manifest.variant, manifest.format, parsed)
+
+
+def _recipe(artifact: Artifact, variant: Variant, work: Path, given: Given) -> Recipe:
+    """A recipe for this one variant, from the manifest; its own text only goes along, unread."""
+    manifest = artifact.manifest
+    (work / "recipe").mkdir()
+    calibration = _calibration(artifact, work / "recipe", given.calibration)
+    carried = artifact.folder / RECIPE_NAME
+    text = carried.read_text(encoding="utf-8") if carried.is_file() else ""
+    source = Source(model=manifest.source.uri, revision=None, name=None, base_model=None, license=None)
+    return Recipe(
+        manifest.name, None, source, calibration, (variant,), EvaluationSpec(), None,
+        work / "recipe" / RECIPE_NAME, text,
+    )  # fmt: skip
+
+
+def _calibration(artifact: Artifact, folder: Path, given: Path | None) -> CalibrationSpec | None:
+    """The spec of the manifest; a local file of text is found and put under its own name into `folder`."""
+    entry = artifact.manifest.calibration
+    if entry is None:
+        return None
+    try:
+        spec = CalibrationSpec.model_validate(entry.spec)
+    except ValidationError as exc:
+        raise VerifyError(f"{artifact.ref}: the manifest's calibration spec is not one that is known here") from exc
+    name = spec.dataset
+    if not name.endswith(LOCAL_SUFFIXES):
+        return spec
+    if Path(name).name != name:
+        raise VerifyError(f"{artifact.ref}: the manifest's calibration text {name!r} is no file name")
+    bases = (artifact.folder, *artifact.folder.absolute().parents, *Path.cwd().parents)
+    found = given or next((path for base in bases if (path := find_path(name, base)) is not None), None)
+    if found is None or not found.is_file():
+        raise RecipeError(
+            f"{artifact.ref}: its calibration text {given or name} is not found",
+            hint="say where it is with --calibration PATH",
+        )
+    (folder / name).symlink_to(found.resolve())
+    return spec.model_copy(update={"dataset": str(folder / name)})
+
+
+def _job(recipe: Recipe, source: PinnedSource, manifest: Manifest, store: Store) -> tuple[Job, Recipe]:
+    """The job, and the recipe with the precision that the manifest has.
+
+    The manifest says in which precision the pass ran, the build key what the recipe asked for: `auto`, or the same.
+    """
+    (job,) = identify_jobs(recipe, source, store)
+    if job.refusal is not None:
+        raise job.refusal
+    if job.build_key != manifest.build_key and recipe.calibration is not None:
+        automatic = replace(recipe, calibration=recipe.calibration.model_copy(update={"precision": "auto"}))
+        (other,) = identify_jobs(automatic, source, store)
+        job = other if other.build_key == manifest.build_key else job
+    return job, recipe
+
+
+def _check_text(recipe: Recipe, job: Job, artifact: Artifact, checkpoint: Checkpoint, reporter: Reporter) -> None:
+    """Before the long work: is it the same text? The same build key says so already. Raises VerifyError."""
+    entry, spec = artifact.manifest.calibration, recipe.calibration
+    if entry is None or spec is None or job.build_key == artifact.manifest.build_key:
+        return
+    found = summarize_tokens(spec, recipe.path.parent, checkpoint.folder, reporter)
+    if found.hash == entry.hash:
+        return
+    raise VerifyError(
+        f"{artifact.ref}: the calibration text is not the one that it was built with: {found.tokens:,} tokens with the "
+        f"hash {found.hash[:12]}, the manifest has {entry.tokens:,} with {entry.hash[:12]}",
+        hint="`python-docs` needs the same CPython; name a file with --calibration; tokenizers differ by version",
+    )
+
+
+def _check_disk(manifest: Manifest, source: PinnedSource, folder: Path) -> None:
+    """Artifact, dequantized source and 16-bit GGUF all lie there at once. Raises PlanError."""
+    copies = int(source.is_gguf) + int(manifest.format == "gguf")
+    needed, free = manifest.size_bytes + copies * manifest.source.weights_bytes, disk_free_bytes(folder)
+    if needed > free:
+        raise PlanError(disk_short(needed, free).message, hint="set TMPDIR, or name another folder with --keep")
+
+
+def _tool_differences(wanted: dict[str, str], here: dict[str, str]) -> tuple[ToolDifference, ...]:
+    return tuple(
+        ToolDifference(name, wanted.get(name), here.get(name))
+        for name in sorted({*wanted, *here})
+        if wanted.get(name) != here.get(name)
+    )
+
+
+def _build(recipe: Recipe, job: Job, context: Context, wanted: Manifest, reporter: Reporter) -> Manifest:
+    """Fill the folder as a build does; the accepted risk is a person's word, and is taken over."""
+    started = time.perf_counter()
+    job.backend.check(context.checkpoint, context.options)
+    measured: dict[str, Any] = {}
+    if job.backend.needs_calibration(context.options):
+        folder = context.scratch / "pass"
+        folder.mkdir()
+        passed = run_pass(recipe, [(job.backend.name, context)], folder, reporter)
+        if context.variant in passed.errors:
+            raise passed.errors[context.variant]
+        context, measured = replace(context, calibration=passed.entry), {"calibration_pass": passed.measurements}
+    result = job.backend.build(context, reporter)
+    status(reporter, context.variant, "hashing")
+    manifest = assemble(recipe, job, context, Made(result, measured, time.perf_counter() - started))
+    manifest = manifest.model_copy(update={"accepted_risk": wanted.accepted_risk}).sealed()
+    write_text(context.staging / FILE_NAME, manifest.to_json())
+    note(reporter, context.variant, f"rebuilt as {manifest.short_digest}")
+    return manifest
+
+
+def _fields(wanted: Manifest, found: Manifest, explained: Sequence[str]) -> tuple[str, ...]:
+    one, two = wanted.to_data(), found.to_data()
+    skipped = {*DECIDED_LATER, *explained}
+    return tuple(key for key in sorted({*one, *two} - skipped) if one.get(key) != two.get(key))
+
+
+def _differences(artifact: Artifact, rebuilt: Artifact) -> list[FileDifference]:
+    wanted = {entry.path: entry for entry in artifact.manifest.files}
+    found = {entry.path: entry for entry in rebuilt.manifest.files}
+    differences = []
+    for path in sorted({*wanted, *found}):
+        if path not in found:
+            differences.append(FileDifference(path, "is missing in the rebuilt artifact"))
+        elif path not in wanted:
+            differences.append(FileDifference(path, "is new in the rebuilt artifact"))
+        elif wanted[path].sha256 != found[path].sha256:
+            differences.append(_difference(artifact.folder, rebuilt.folder, wanted[path], found[path]))
+    return differences
+
+
+def _difference(first: Path, second: Path, wanted: FileEntry, found: FileEntry) -> FileDifference:
+    one, two = first / wanted.path, second / found.path
+    sizes = f"{found.size_bytes:,} bytes, the artifact's has {wanted.size_bytes:,}"
+    what = "differs" if found.size_bytes == wanted.size_bytes else f"has {sizes}"
+    if not can_compare(one):
+        return FileDifference(wanted.path, f"{what}{_first_byte(one, two)}")
+    tensors = compare_weights(one, two)
+    keys = compare_metadata(one, two) if one.suffix == ".gguf" else []
+    if keys:
+        what += f", metadata {', '.join(keys)}"
+    if not tensors and not keys:
+        what += ", in its header or the order of its tensors"
+    return FileDifference(wanted.path, what, tuple(tensors))
+
+
+def _first_byte(one: Path, two: Path) -> str:
+    if max(one.stat().st_size, two.stat().st_size) > TEXT_BYTES:
+        return ""
+    pairs = zip(one.read_bytes(), two.read_bytes(), strict=False)
+    at = next((index for index, (left, right) in enumerate(pairs) if left != right), None)
+    return "" if at is None else f" from byte {at:,}"

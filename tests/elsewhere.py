@@ -1,0 +1,44 @@
+"""`quantize rebuild` in a process whose surroundings are as different as can be from those of the tests."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parent.parent
+# The plain C locale without Python's rescue from it (PEP 538, PEP 540): text is ASCII wherever nobody says otherwise.
+ENVIRONMENT = {
+    "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONHASHSEED": "4242", "TZ": "Asia/Ho_Chi_Minh",
+    "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "USER": "somebody", "PYTHONPATH": str(ROOT),
+}  # fmt: skip
+
+
+def rebuild_elsewhere(folder: Path, work: Path, *options: str) -> dict[str, Any]:
+    """What `rebuild --json` says of an artifact, with one thread, another umask, locale, hash seed, home and folder.
+
+    work: an empty folder, for all that is written.
+    """
+    here = work / "sömewhere else"
+    here.mkdir()
+    places = {"HOME": str(here), "TMPDIR": str(here), "QUANTIZE_CACHE": str(here / "cache")}
+    command = [
+        sys.executable,
+        "-m",
+        "quantize",
+        "rebuild",
+        str(folder.absolute()),
+        "--threads",
+        "1",
+        "--json",
+        *options,
+    ]
+    result = subprocess.run(
+        command, capture_output=True, env={**os.environ, **ENVIRONMENT, **places}, cwd=here, umask=0o077, check=False
+    )
+    assert result.returncode in (0, 3), result.stdout.decode() + result.stderr.decode()
+    data: dict[str, Any] = json.loads(result.stdout)
+    return data

@@ -1,0 +1,225 @@
+"""The table of readers: a name, the seeds, and a function of bytes that reads them as the program does.
+
+Each gets a folder of its own, with what it needs beside the file in question, and a few traps: links out of the folder
+and in a circle, a pipe, a device.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from quantize.architecture import TABLE, block_count, block_layout, tensor_role
+from quantize.backends import formats
+from quantize.calibration import read_rows
+from quantize.checkpoint import INDEX_NAME, open_checkpoint, tensor_table
+from quantize.containers.gguf import read_gguf, read_summary
+from quantize.containers.imatrix import read_imatrix
+from quantize.containers.safetensors import read_header
+from quantize.evaluate.decision import Limits, decide
+from quantize.evaluate.golden import load_golden
+from quantize.evaluate.page import render_page
+from quantize.evaluate.record import NAME, Summary, figures_of, read_record
+from quantize.lock import read_lock
+from quantize.manifest import canonical_hash, read_manifest
+from quantize.publish.pack import read_pack
+from quantize.publish.pins import read_pins
+from quantize.recipe import CalibrationSpec, load_calibration, load_recipe
+from quantize.shape import ModelShape
+from quantize.source import card_metadata
+from quantize.store import Store
+from quantize.untrusted import parse_json
+from quantize.workloads import gguf_shape
+from tests.fuzz import seeds
+from tests.fuzz.mutate import Form
+
+
+class Kind(str):
+    """What a reader returns where it refuses nothing: tells one way of reading from another."""
+
+
+Read = Callable[[bytes], object]
+
+
+@dataclass(frozen=True)
+class Target:
+    """One reader. names_paths: what it reads may name files anywhere, as a recipe does."""
+
+    form: Form
+    seeds: Callable[[Path], list[bytes]]
+    prepare: Callable[[Path], Read]
+    names_paths: bool = False
+
+
+def _safetensors(folder: Path) -> Read:
+    return _reading(folder / "model.safetensors", read_header)
+
+
+def _index(folder: Path) -> Read:
+    _checkpoint(folder)
+    (folder / "model.safetensors").rename(folder / "a.safetensors")
+    return _reading(folder / INDEX_NAME, lambda _: tensor_table(folder))
+
+
+def _config(folder: Path) -> Read:
+    _checkpoint(folder)
+
+    def read(_: Path) -> None:
+        checkpoint = open_checkpoint(folder)
+        ModelShape.from_config(checkpoint.config)
+        if checkpoint.architecture in TABLE:
+            block_count(checkpoint.config)
+            block_layout(checkpoint.config, 0)
+            for name in checkpoint.tensors:
+                tensor_role(checkpoint.config, name)
+
+    return _reading(folder / "config.json", read)
+
+
+def _tokenizer(folder: Path) -> Read:
+    _checkpoint(folder)
+    return _reading(folder / "tokenizer.json", lambda _: open_checkpoint(folder))
+
+
+def _tokenizer_config(folder: Path) -> Read:
+    _checkpoint(folder)
+    return _reading(folder / "tokenizer_config.json", lambda _: open_checkpoint(folder).chat_template)
+
+
+def _gguf(folder: Path) -> Read:
+    def read(path: Path) -> None:
+        read_summary(path)
+        gguf_shape(read_gguf(path))
+
+    return _reading(folder / "model.gguf", read)
+
+
+def _recipe(folder: Path) -> Read:
+    _traps(folder)
+
+    def read(path: Path) -> None:
+        recipe = load_recipe(path, formats())
+        canonical_hash([variant.normalized() for variant in recipe.variants])
+        canonical_hash(recipe.evaluation.model_dump(mode="json"))
+
+    return _reading(folder / "recipe.yaml", read)
+
+
+def _calibration(folder: Path) -> Read:
+    return _reading(folder / "spec.yaml", lambda path: canonical_hash(load_calibration(path).model_dump(mode="json")))
+
+
+def _rows(folder: Path) -> Read:
+    spec = CalibrationSpec(dataset="rows.jsonl")
+    return _reading(folder / "rows.jsonl", lambda _: list(read_rows(spec, folder)))
+
+
+def _golden(folder: Path) -> Read:
+    return _reading(folder / "golden.yaml", lambda path: load_golden([path]).hash)
+
+
+def _manifest(folder: Path) -> Read:
+    return _reading(folder / "manifest.json", lambda path: read_manifest(path).to_json())
+
+
+def _pins(folder: Path) -> Read:
+    store = Store(folder / "artifacts")
+
+    def read(path: Path) -> None:
+        store.pinned()
+        read_pins(path)
+
+    return _reading(folder / "artifacts.lock", read)
+
+
+def _recipe_lock(folder: Path) -> Read:
+    return _reading(folder / "recipe.yaml.lock", lambda path: read_lock(path).to_yaml())
+
+
+def _pack(folder: Path) -> Read:
+    def read(data: bytes) -> None:
+        pack = read_pack(data)
+        for blob in pack.files:
+            (folder / blob.path).resolve(strict=False).relative_to(folder)
+            blob.path.encode()
+
+    return read
+
+
+def _record(folder: Path) -> Read:
+    def read(data: bytes) -> object:
+        try:
+            measurements = {NAME: parse_json(data)}
+        except ValueError:
+            return Kind("not JSON")
+        Summary.of(measurements).cells()
+        record = read_record(measurements)
+        if record is not None:
+            known = {item.name for item in dataclasses.fields(Limits)}
+            limits = {name: value for name, value in record["limits"].items() if name in known}
+            decision = decide(figures_of(record), Limits(**limits))
+            render_page(record, "a page")
+            return Kind("; ".join(finding.outcome for finding in decision.findings))
+        return Kind("no record")
+
+    return read
+
+
+def _card(folder: Path) -> Read:
+    return _reading(folder / "README.md", lambda path: Kind(", ".join(map(str, card_metadata(path)))[:40]))
+
+
+def _imatrix(folder: Path) -> Read:
+    return _reading(folder / "imatrix.gguf", read_imatrix)
+
+
+def _reading(path: Path, read: Callable[[Path], object]) -> Read:
+    def run(data: bytes) -> object:
+        path.write_bytes(data)
+        return read(path)
+
+    return run
+
+
+def _checkpoint(folder: Path) -> None:
+    for name, data in (("config.json", seeds.CONFIG), ("tokenizer.json", seeds.TOKENIZER)):
+        (folder / name).write_bytes(seeds.dumped(data))
+    (folder / "model.safetensors").write_bytes(seeds.safetensors())
+    _traps(folder)
+
+
+def _traps(folder: Path) -> None:
+    (folder.parent / "secret").write_bytes(seeds.safetensors())
+    (folder / "link").symlink_to("../secret")
+    (folder / "zero").symlink_to("/dev/zero")
+    (folder / "circle").symlink_to("circle")
+    (folder / "folder").mkdir()
+    os.mkfifo(folder / "pipe")
+
+
+def _plain(*data: object) -> Callable[[Path], list[bytes]]:
+    return lambda _: [item.encode() if isinstance(item, str) else seeds.dumped(item) for item in data]
+
+
+TARGETS: dict[str, Target] = {
+    "safetensors header": Target("safetensors", lambda _: [seeds.safetensors()], _safetensors),
+    "safetensors index": Target("json", lambda _: [seeds.index()], _index),
+    "config.json": Target("json", _plain(seeds.CONFIG, seeds.MIXTURE, seeds.LATENT), _config),
+    "tokenizer.json": Target("json", _plain(seeds.TOKENIZER), _tokenizer),
+    "tokenizer_config.json": Target("json", _plain(seeds.TOKENIZER_CONFIG), _tokenizer_config),
+    "GGUF header": Target("gguf", lambda folder: [seeds.gguf(folder)], _gguf),
+    "importance matrix": Target("gguf", lambda folder: [seeds.imatrix(folder)], _imatrix),
+    "recipe": Target("yaml", _plain(seeds.RECIPE, seeds.OWN_RECIPE, seeds.SHORT_RECIPE), _recipe, names_paths=True),
+    "calibration spec": Target("yaml", _plain(seeds.CALIBRATION), _calibration),
+    "calibration rows": Target("lines", _plain(seeds.ROWS), _rows),
+    "golden prompts": Target("yaml", _plain(seeds.GOLDEN, seeds.GOLDEN_SCHEMA, seeds.GOLDEN_PATTERN), _golden),
+    "manifest.json": Target("json", lambda _: [seeds.manifest()], _manifest),
+    "artifacts.lock": Target("yaml", _plain(seeds.PINS), _pins),
+    "recipe lock": Target("yaml", lambda _: [seeds.recipe_lock()], _recipe_lock),
+    "ModelPack manifest": Target("json", lambda _: [seeds.pack()], _pack),
+    "evaluation record": Target("json", lambda _: [seeds.record()], _record),
+    "model card": Target("card", _plain(seeds.CARD), _card),
+}
