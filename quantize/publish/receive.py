@@ -17,7 +17,7 @@ from pathlib import Path
 from quantize.artifact import Artifact, commit, read_measurements
 from quantize.cache import hash_file
 from quantize.errors import StoreError, TransferError, UsageError, VerifyError
-from quantize.evaluate.record import NOT_EVALUATED, Summary
+from quantize.evaluate.record import NAME, NOT_EVALUATED, Summary, read_record
 from quantize.manifest import MAX_BYTES, Manifest, read_manifest
 from quantize.publish.base import Count, Place, size_of
 from quantize.publish.pack import Blob, Pack, check_config, check_contents, digest_of, manifest_blob, read_pack
@@ -198,10 +198,10 @@ def _check_room(folder: Path, needed: int) -> None:
 
 def _verdict(folder: Path) -> str:
     """What its measurements say of its gates. Raises VerifyError: they would break whoever reads them."""
-    try:
-        return Summary.of(read_measurements(folder)).verdict
-    except (KeyError, TypeError, ValueError, AttributeError) as exc:
-        raise VerifyError(f"its measurements.json is not of the form it must have ({type(exc).__name__})") from exc
+    measured = read_measurements(folder)
+    if NAME in measured and read_record(measured) is None:
+        raise VerifyError("its measurements.json is not of the form it must have")
+    return Summary.of(measured).verdict
 
 
 def _warn_of_gates(artifact: Artifact, verdict: str, reporter: Reporter) -> None:

@@ -21,24 +21,29 @@ from quantize.report import ListReporter
 from quantize.store import Store
 from quantize.testing import FakeBackend, write_recipe
 from tests.conftest import UNMEASURED
+from tests.records import evaluation_record
 
 MEASURED = {
     "built_at": "2026-11-21T10:00:10+00:00",
     "build_seconds": 10.5,
-    "evaluation": {
-        "verdict": "accepted with flags",
-        "findings": [
+    "evaluation": evaluation_record(
+        verdict="accepted with flags",
+        findings=[
             {"gate": "max_kl", "outcome": "passed", "reason": "0.0302 nats, at most 0.05"},
             {"gate": "max_gain", "outcome": "flagged", "reason": "perplexity is 7 % better than the source's"},
         ],
-        "quality": {
+        quality={
             "perplexity": 10.77, "source_perplexity": 10.36, "perplexity_ratio": 1.0396, "mean_kl": 0.0302,
-            "p99_kl": 0.2, "top_token_agreement": 0.91, "predictions": 4516, "window_tokens": 512,
+            "p99_kl": 0.2, "top_token_agreement": 0.91, "predictions": 4516, "windows": 9, "window_tokens": 512,
+            "kl_is_exact": False, "windows_hash": "cd" * 32,
             "text_name": "python-docs", "text_hash": "ab" * 32, "runtime": "llama.cpp", "runtime_version": "0.3.36",
             "source_runtime": "transformers", "source_runtime_version": "5.23.0",
         },
-        "golden": {"prompts": 23, "source_passed": 14, "artifact_passed": 13, "lost": 2},
-    },
+        golden={
+            "hash": "ef" * 32, "context": 1024, "prompts": 23, "source_passed": 14, "artifact_passed": 13, "lost": 2,
+            "results": [],
+        },
+    ),
 }  # fmt: skip
 
 

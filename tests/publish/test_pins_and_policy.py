@@ -20,6 +20,7 @@ from quantize.report import ListReporter
 from quantize.store import Store
 from tests.conftest import Run
 from tests.publish.conftest import publish_one
+from tests.records import evaluation_record
 
 STRICT = PublishPolicy()
 
@@ -107,7 +108,7 @@ def test_only_what_is_pinned_and_intact_is_served(lock: Path, artifact: Artifact
 
 
 def judged(artifact: Artifact, verdict: str) -> Artifact:
-    write_measurements(artifact.folder, {"evaluation": {"verdict": verdict, "quality": None, "golden": None}})
+    write_measurements(artifact.folder, {"evaluation": evaluation_record(verdict=verdict)})
     return artifact
 
 
