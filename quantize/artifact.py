@@ -29,11 +29,13 @@ from quantize.staging import (
     sync,
     variant_lock,
 )
+from quantize.untrusted import parse_json, read_limited
 
 CURRENT = "current"
 REFUSED = "refused"  # folder beside a variant's good builds: those that its gates refused
 UNJUDGED = ".unjudged"  # the same for builds that are complete and verified, and have no figures yet
 ASIDE = (UNJUDGED, REFUSED)
+MAX_MEASUREMENTS_BYTES = 64 << 20
 
 
 @dataclass(frozen=True)
@@ -56,7 +58,7 @@ class Artifact:
 def read_measurements(folder: Path) -> dict[str, Any]:
     """What measurements.json of a folder holds; {} where it is not there or not readable."""
     with contextlib.suppress(OSError, ValueError):
-        data = json.loads((folder / MEASUREMENTS_NAME).read_text(encoding="utf-8"))
+        data = parse_json(read_limited(folder / MEASUREMENTS_NAME, MAX_MEASUREMENTS_BYTES))
         if isinstance(data, dict):
             return data
     return {}

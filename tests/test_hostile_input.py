@@ -21,6 +21,7 @@ import quantize.containers.gguf
 import quantize.containers.safetensors
 import quantize.untrusted
 from quantize.architecture import block_layout, tensor_role
+from quantize.artifact import read_measurements
 from quantize.backends import formats
 from quantize.calibration import read_rows
 from quantize.checkpoint import INDEX_NAME, check_finite, open_checkpoint, read_chat_template, tensor_table
@@ -655,9 +656,16 @@ def test_the_manifest_that_the_others_are_made_of_is_good(tmp_path: Path) -> Non
     ],
 )
 def test_a_damaged_record_is_none(changes: dict[str, Any]) -> None:
-    good = json.loads(seeds.record())
+    good = json.loads(seeds.record())["evaluation"]
     assert Summary.of({"evaluation": good}).verdict == good["verdict"]
     assert Summary.of({"evaluation": {**good, **changes}}).verdict == "not evaluated"
+
+
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize("make", [pipe, device, folder, lambda path: path.write_bytes(b"[" * 100_000)])
+def test_measurements_that_can_not_be_read_are_none(make: Damage, tmp_path: Path) -> None:
+    make(tmp_path / "measurements.json")
+    assert read_measurements(tmp_path) == {}
 
 
 def test_the_sign_test_of_many_prompts() -> None:

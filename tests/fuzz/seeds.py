@@ -163,7 +163,7 @@ def pack() -> bytes:
 
 
 def record() -> bytes:
-    """An evaluation's record, as the gates write it."""
+    """Measurements with an evaluation's record, as the gates write it."""
     from quantize.evaluate.decision import Limits, decide
     from quantize.evaluate.record import decided, to_record
     from quantize.evaluate.session import figures
@@ -173,7 +173,8 @@ def record() -> bytes:
     measured = figures(found, size_bytes=3, source_bytes=6)
     about = {"machine": {"processor": "A", "cores": 2, "gpus": []}, "artifact": {"name": "a/b", "format": "gguf"},
              "source": {"name": "m", "uri": "local:m"}}  # fmt: skip
-    return dumped(decided(to_record(found, measured, about), decide(measured, Limits()), Limits()))
+    record = decided(to_record(found, measured, about), decide(measured, Limits()), Limits())
+    return dumped({"built_at": "", "evaluation": record})
 
 
 def _written(writer: Any, path: Path) -> bytes:

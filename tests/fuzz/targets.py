@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from quantize.architecture import TABLE, block_count, block_layout, tensor_role
+from quantize.artifact import read_measurements
 from quantize.backends import formats
 from quantize.calibration import read_rows
 from quantize.checkpoint import INDEX_NAME, open_checkpoint, tensor_table
@@ -22,16 +23,15 @@ from quantize.containers.safetensors import read_header
 from quantize.evaluate.decision import Limits, decide
 from quantize.evaluate.golden import load_golden
 from quantize.evaluate.page import render_page
-from quantize.evaluate.record import NAME, Summary, figures_of, read_record
+from quantize.evaluate.record import Summary, figures_of, read_record
 from quantize.lock import read_lock
-from quantize.manifest import canonical_hash, read_manifest
+from quantize.manifest import MEASUREMENTS_NAME, canonical_hash, read_manifest
 from quantize.publish.pack import read_pack
 from quantize.publish.pins import read_pins
 from quantize.recipe import CalibrationSpec, load_calibration, load_recipe
 from quantize.shape import ModelShape
 from quantize.source import card_metadata
 from quantize.store import Store
-from quantize.untrusted import parse_json
 from quantize.workloads import gguf_shape
 from tests.fuzz import seeds
 from tests.fuzz.mutate import Form
@@ -150,11 +150,8 @@ def _pack(folder: Path) -> Read:
 
 
 def _record(folder: Path) -> Read:
-    def read(data: bytes) -> object:
-        try:
-            measurements = {NAME: parse_json(data)}
-        except ValueError:
-            return Kind("not JSON")
+    def read(path: Path) -> object:
+        measurements = read_measurements(path.parent)
         Summary.of(measurements).cells()
         record = read_record(measurements)
         if record is not None:
@@ -165,7 +162,7 @@ def _record(folder: Path) -> Read:
             return Kind("; ".join(finding.outcome for finding in decision.findings))
         return Kind("no record")
 
-    return read
+    return _reading(folder / MEASUREMENTS_NAME, read)
 
 
 def _card(folder: Path) -> Read:
