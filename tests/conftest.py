@@ -82,15 +82,18 @@ class Built:
 
 
 @pytest.fixture(scope="session")
-def built(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Built:
-    """The tiny checkpoint in several GGUF types, built by the Python interface."""
+def built(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Built]:
+    """The tiny checkpoint in several GGUF types, built by the Python interface; its 16-bit file stays in the cache."""
     root = tmp_path_factory.mktemp("built")
     path = write_recipe(root / "tiny.yaml", tiny, [{"format": "gguf", "types": list(BUILT_TYPES)}])
     recipe = load_recipe(path, formats())
     run = replace(UNMEASURED, keep_intermediates=True)
     outcomes = build(recipe, Store(root / "artifacts"), Cache(root / "cache"), ListReporter(), run)
     assert [item.error for item in outcomes if item.error] == []
-    return Built(root, recipe, outcomes)
+    made = Built(root, recipe, outcomes)
+    (entry,) = [path for path in (made.cache.root / "gguf").iterdir() if path.is_dir()]
+    with made.cache.using("gguf", entry.name, lambda _: None):
+        yield made
 
 
 Run = Callable[..., click.testing.Result]

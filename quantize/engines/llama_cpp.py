@@ -15,6 +15,7 @@ import sys
 import types
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 from typing import Any
 
@@ -215,8 +216,10 @@ def _conversion_package() -> Any:
     root = Path(next(iter(spec.submodule_search_locations)))
     for name in ("auto_round", "auto_round.utils"):
         if name not in sys.modules:
-            parent = types.ModuleType(name)
-            parent.__path__ = [str(root.joinpath(*name.split(".")[1:]))]
+            parent, folder = types.ModuleType(name), str(root.joinpath(*name.split(".")[1:]))
+            parent.__path__ = [folder]
+            parent.__spec__ = ModuleSpec(name, None, is_package=True)
+            parent.__spec__.submodule_search_locations = [folder]
             sys.modules[name] = parent
     bundled = str(root / "export" / "export_to_gguf")
     sys.path.insert(0, bundled)
