@@ -86,7 +86,7 @@ class FolderPlace:
                 yield chunk
 
         with _errors(self._root):
-            final.parent.mkdir(parents=True, exist_ok=True)
+            _make(final.parent)
             try:
                 write_stream(scratch, chunks(), blob, count, append=False)
                 if digest.hexdigest() != blob.sha256:
@@ -146,6 +146,13 @@ def checked_digest(data: bytes, where: str) -> str:
 def missing(reference: str) -> VerifyError:
     """Nothing was published there."""
     return VerifyError(f"{reference}: there is no such publication", hint="was it published there?")
+
+
+def _make(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except FileNotFoundError as exc:  # a file system that has no such folders to make: /proc, a share that went away
+        raise TransferError(f"{folder}: can't be made", hint="publish to a folder that can be written") from exc
 
 
 @contextlib.contextmanager

@@ -13,7 +13,7 @@ import fsspec
 import pytest
 
 from quantize.artifact import Artifact
-from quantize.errors import RefusedError, UsageError, VerifyError
+from quantize.errors import RefusedError, TransferError, UsageError, VerifyError
 from quantize.publish.pack import MANIFEST_NAME
 from quantize.publish.receive import pull
 from quantize.publish.send import Published, Wanted, publish
@@ -209,6 +209,13 @@ def test_a_share_keeps_weights_once(artifact: Artifact, session: Session, tmp_pa
     first.unlink()
     first.write_bytes(b"another file of that name")
     assert second.stat().st_size == 200_000
+
+
+@pytest.mark.skipif(not Path("/proc/self").is_dir(), reason="a file system in which no folder can be made")
+def test_a_folder_that_can_not_be_made(artifact: Artifact, session: Session) -> None:
+    with pytest.raises(TransferError, match=r"/proc/nowhere.*can't be made") as caught:
+        publish_one(artifact, "/proc/nowhere", session)
+    assert "that can be written" in str(caught.value.hint)
 
 
 def test_two_artifacts_for_one_place(shelf: Store, session: Session, registry: Registry) -> None:
