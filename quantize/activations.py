@@ -226,12 +226,12 @@ def _record(
     other on two.
     """
     with runner.recording(layout, output_needed=not last) as recorder:
-        shares = SHARES if runner.device.type == "cpu" else 1
-        with split_threads(shares) as pools:
-            tasks = [
-                partial(lambda batch, share: recorder.run(states.read(batch), share), batch, number % SHARES)
-                for number, batch in enumerate(batches)
-            ]
+
+        def run(batch: Batch, share: int) -> Tensor | None:
+            return recorder.run(states.read(batch), share)
+
+        with split_threads(SHARES if runner.device.type == "cpu" else 1) as pools:
+            tasks = [partial(run, batch, number % SHARES) for number, batch in enumerate(batches)]
             for batch, output in zip(batches, in_turn(tasks, pools), strict=True):
                 if output is not None and not last:
                     states.write(batch, output)

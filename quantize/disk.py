@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from quantize.checkpoint import CARRIED_FILES, Checkpoint
@@ -85,14 +84,3 @@ def baseline_bytes(recipe: Recipe, checkpoint: Checkpoint) -> int:
         windows = [min(windows[0], spec.windows)] if text.stream else windows[: spec.windows]
     kept = min(LIKELIEST, int(checkpoint.config.get("vocab_size") or LIKELIEST))
     return int(sum(windows) * spec.window * (8 * kept + 8))
-
-
-def tree_bytes(folder: Path) -> int:
-    """Bytes of all files below a folder; files that vanish meanwhile count nothing."""
-    total = 0
-    for path in folder.rglob("*"):
-        try:
-            total += path.lstat().st_size if path.is_file() else 0
-        except OSError:
-            continue
-    return total

@@ -15,7 +15,6 @@ from torch import Tensor
 from quantize.errors import BuildError
 
 BITS = (2, 3, 4, 8)
-_TINY = 2.0**-24  # the smallest positive float16
 
 
 @dataclass(frozen=True)
@@ -67,9 +66,9 @@ def check_shape(width: int, bits: int, group_size: int) -> None:
 
 
 def stored_scale(scale: Tensor) -> Tensor:
-    """Round scales to float16 as they are stored, in float32; zero becomes the smallest positive value."""
+    """Round scales to float16 as they are stored, in float32; zero becomes the smallest positive float16."""
     rounded = scale.clamp(-65504, 65504).half().float()
-    return torch.where(rounded == 0, torch.full_like(rounded, _TINY), rounded)
+    return torch.where(rounded == 0, torch.full_like(rounded, 2.0**-24), rounded)
 
 
 def code_limits(bits: int, zeros: Tensor) -> tuple[Tensor, Tensor]:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from quantize.numerics.rtn import stored_scale
 from quantize.parallel import without_gil
 
 SYMMETRIC_GRID = tuple(step / 100 for step in range(110, 60, -7))  # of max |w| / 2**(bits - 1)
@@ -57,10 +58,10 @@ def _symmetric(values: Tensor, weights: Tensor, bits: int, grid: list[float]) ->
     low, high = torch.full_like(values[0], -half), torch.full_like(values[0], half - 1)
     reach = values.abs().amax(0) / half
     exact, error = torch.empty_like(values), torch.empty_like(values)
-    scale = _stored(reach * (2 * half / (2 * half - 1)))  # the full range of rounding to nearest
+    scale = stored_scale(reach * (2 * half / (2 * half - 1)))  # the full range of rounding to nearest
     loss = _loss(values, weights, scale, low, high)
     for fraction in grid:
-        candidate = _stored(reach * fraction)
+        candidate = stored_scale(reach * fraction)
         torch.mul(values, candidate.reciprocal(), out=exact)
         rounded = exact.round()
         squared = candidate * candidate
@@ -82,7 +83,7 @@ def _asymmetric(
     low, high = values.amin(0).clamp_max(0), values.amax(0).clamp_min(0)
     best, scale, zero = torch.full_like(low, float("inf")), torch.ones_like(low), torch.zeros_like(low)
     for fraction in grid:
-        candidate = _stored((high - low) * (fraction / top))
+        candidate = stored_scale((high - low) * (fraction / top))
         point = (low * -fraction / candidate).round().clamp(smallest_zero, top)
         loss = _loss(values, weights, candidate, -point, top - point)
         better = loss < best
@@ -111,10 +112,4 @@ def _refit(values: Tensor, weights: Tensor, scale: Tensor, low: Tensor, high: Te
     steps = torch.clamp((values * scale.reciprocal()).round_(), low, high)
     below = torch.mv((steps * steps).t(), weights)
     fitted = torch.mv(steps.mul_(values).t(), weights) / below
-    return _stored(torch.where(torch.isfinite(fitted) & (below > 0), fitted, scale))
-
-
-def _stored(scale: Tensor) -> Tensor:
-    """As rtn.stored_scale: float16 as it is stored, and never 0."""
-    rounded = scale.clamp(-65504.0, 65504.0).half().float()
-    return torch.where(rounded == 0, torch.full_like(rounded, 2.0**-24), rounded)
+    return stored_scale(torch.where(torch.isfinite(fitted) & (below > 0), fitted, scale))
