@@ -15,6 +15,7 @@ from quantize.report import Reporter
 from quantize.resident import give_back_freed, give_back_mapped
 
 TOKENS = 16
+GIVE_BACK_AFTER = 1 << 24  # weights compared: some 64 MB of each temporary that a comparison makes
 PROMPT = "The capital of France is"
 
 
@@ -87,7 +88,7 @@ def _compare_weights(model: Any, folder: Path, method: str) -> int:
 
     from quantize.engines.unpack import open_packed
 
-    compared = 0
+    compared = since = 0
     unpacked = open_packed(folder, method)
     for name, module in model.named_modules():
         theirs = _dequantized_by_gptqmodel(module)
@@ -97,8 +98,11 @@ def _compare_weights(model: Any, folder: Path, method: str) -> int:
         if theirs.shape != ours.shape or not torch.allclose(theirs, ours, rtol=2e-3, atol=1e-6):
             raise VerifyError(f"{folder.name}: {name} unpacks differently in gptqmodel", hint="a packing defect")
         compared += 1
+        since += theirs.numel()
         del theirs, ours
-        _give_back(folder)
+        if since > GIVE_BACK_AFTER:
+            _give_back(folder)
+            since = 0
     if compared != len(unpacked.linears):
         raise VerifyError(
             f"{folder.name}: gptqmodel took {compared} linears as packed, the files have {len(unpacked.linears)}"
