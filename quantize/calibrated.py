@@ -14,7 +14,16 @@ from typing import Any
 
 from quantize.architecture import block_count
 from quantize.backends.base import Collector, Context
-from quantize.errors import BuildError, QuantizeError, Stopped, first_line
+from quantize.errors import (
+    BuildError,
+    DiskFullError,
+    QuantizeError,
+    Stopped,
+    disk_full,
+    first_line,
+    is_disk_full,
+    is_out_of_memory,
+)
 from quantize.manifest import CalibrationEntry, tool_versions
 from quantize.recipe import CalibrationSpec, Recipe
 from quantize.report import Reporter, note, status, warn
@@ -146,15 +155,24 @@ def _identity(context: Context, entry: CalibrationEntry) -> dict[str, Any]:
 
 
 def _take(part: _Part, step: Any, reporter: Reporter) -> None:
-    """Let one variant take its step; its failure is its own."""
+    """Let one variant take its step; its failure is its own, but for what would be the next one's too.
+
+    Raises DiskFullError, OutOfMemory: what is on record stays for the next build.
+    """
     if part.error is not None:
         return
     started = time.perf_counter()
     try:
         step(part.collector)
+    except DiskFullError:
+        raise
     except QuantizeError as exc:
         part.error = exc
     except (RuntimeError, ValueError, OSError) as exc:  # torch reports nearly everything as RuntimeError
+        if is_disk_full(exc):
+            raise disk_full(exc, part.context.scratch) from exc
+        if is_out_of_memory(exc):
+            raise
         part.error = BuildError(f"{part.context.variant}: {first_line(exc)}")
         part.error.__cause__ = exc
     part.seconds += time.perf_counter() - started

@@ -37,7 +37,8 @@ class KeptTensor:
 class SizePlan:
     """What a build would write, from headers alone.
 
-    file_bytes: all weight files. intermediate_bytes: what the cache needs beside them (shared by variants of a key).
+    file_bytes: all weight files. pass_bytes: of them, what the calibration pass writes. intermediate_bytes: what the
+    cache needs beside them (shared by variants of a key).
     """
 
     file_bytes: int
@@ -47,6 +48,7 @@ class SizePlan:
     kept: tuple[KeptTensor, ...]
     intermediate_bytes: int = 0
     intermediate_key: str = ""
+    pass_bytes: int = 0
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from quantize.backends.gguf_types import BITS, ELEMENT_TYPES, FTYPES, UNQUANTIZE
 from quantize.checkpoint import Checkpoint
 from quantize.containers.gguf import GgufTensor, read_gguf
 from quantize.engines.llama_cpp import ConvertRequest, QuantizeSettings, SizedFile
-from quantize.errors import PlanError, QuantizeError, VerifyError
+from quantize.errors import PlanError, QuantizeError, VerifyError, disk_errors
 from quantize.manifest import tool_versions
 from quantize.marked_yaml import suggest
 from quantize.recipe import BackendOptions
@@ -123,7 +123,8 @@ class GgufBackend:
             try:
                 _check_overrides(item, [name for name, _, _ in result.tensors])
                 plan = _size_plan(context.checkpoint, item, result, key, ready is not None)
-                extra = _imatrix_bytes(context, result.architecture) if item.imatrix else 0
+                with disk_errors(context.scratch):
+                    extra = _imatrix_bytes(context, result.architecture) if item.imatrix else 0
                 plans.append(replace(plan, file_bytes=plan.file_bytes + extra))
             except PlanError as exc:
                 plans.append(exc)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -220,8 +220,12 @@ class PackedBackend:
 
     def sizes(self, context: Context, options: Sequence[Any], reporter: Reporter) -> list[SizePlan]:
         """By arithmetic: the layout fixes every byte."""
-        checkpoint = context.checkpoint
-        return [size_plan(checkpoint, self.layout(checkpoint, item), self.config(checkpoint, item)) for item in options]
+        checkpoint, plans = context.checkpoint, []
+        for item in options:
+            layout = self.layout(checkpoint, item)
+            plan = size_plan(checkpoint, layout, self.config(checkpoint, item))
+            plans.append(replace(plan, pass_bytes=files_bytes(layout.table)))
+        return plans
 
     def collector(self, context: Context, reporter: Reporter) -> Collector:
         """Solves each block as the pass yields it."""

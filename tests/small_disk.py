@@ -1,0 +1,58 @@
+"""A real file system that is as small as one likes: a tmpfs of one's own, whose size can change while it is in use."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+
+class SmallDisk:
+    """A mounted tmpfs at `folder`."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def resize(self, size_bytes: int) -> None:
+        """Make the file system larger or smaller; it can't become smaller than what it holds."""
+        size = max(size_bytes, self.used_bytes)
+        subprocess.run(["mount", "-o", f"remount,size={size}", self.folder], check=True, capture_output=True)
+
+    def set_read_only(self, read_only: bool) -> None:
+        """Have every write refused, or no more."""
+        option = "ro" if read_only else "rw"
+        subprocess.run(["mount", "-o", f"remount,{option}", self.folder], check=True, capture_output=True)
+
+    @property
+    def used_bytes(self) -> int:
+        """Bytes that are taken, those of deleted files that are still open too."""
+        found = os.statvfs(self.folder)
+        return (found.f_blocks - found.f_bfree) * found.f_frsize
+
+
+@contextmanager
+def small_disk(folder: Path, size_bytes: int) -> Iterator[SmallDisk]:
+    """Mount one at a folder, which is made. Raises CalledProcessError where that is not allowed."""
+    folder.mkdir(parents=True)
+    subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", f"size={size_bytes}", "tmpfs", folder], check=True, capture_output=True
+    )
+    try:
+        yield SmallDisk(folder)
+    finally:
+        subprocess.run(["umount", "--lazy", folder], check=True, capture_output=True)
+
+
+@cache
+def why_not() -> str:
+    """Why no file system can be mounted here; "" if one can."""
+    with TemporaryDirectory() as scratch:
+        try:
+            with small_disk(Path(scratch) / "disk", 1 << 20):
+                return ""
+        except (OSError, subprocess.CalledProcessError) as exc:
+            return f"a file system can't be mounted here ({exc})"
