@@ -31,7 +31,7 @@ from quantize.gates import Gates, Judge
 from quantize.manifest import MEASUREMENTS_NAME
 from quantize.plan import Job, Plan, identify_jobs, pin_calibration, size_plan
 from quantize.recipe import Recipe
-from quantize.report import Event, Reporter, note, status, warn
+from quantize.report import Event, Reporter, SilentReporter, note, status, warn
 from quantize.source import PinnedSource, open_source, pin_source
 from quantize.staging import clear_leftovers, clear_pass, pass_workplace, store_errors, variant_lock, workplace
 from quantize.store import Store
@@ -122,20 +122,21 @@ class _Build:
         measured = any(self.gates.measures(job.variant.format) for job in self.jobs)
         most = most_bytes(self.jobs, self.recipe, self.source, measured=measured)
         if any(disk_free_bytes(root) < most for root in (self.store.root, self.cache.root)):
-            refused = refusal(self._size(self.jobs).rooms)
+            refused = refusal(self._size(self.jobs, self.reporter).rooms)
             if refused is not None:
                 raise refused
 
-    def _size(self, jobs: Sequence[Job]) -> Plan:
+    def _size(self, jobs: Sequence[Job], reporter: Reporter) -> Plan:
         measured = any(self.gates.measures(job.variant.format) for job in jobs)
-        arguments = (self.recipe, self.source, jobs, self.store, self.cache, self.reporter, self.run.limits)
+        arguments = (self.recipe, self.source, jobs, self.store, self.cache, reporter, self.run.limits)
         return size_plan(*arguments, measured=measured)
 
     def _say_what_is_missing(self, error: DiskFullError) -> None:
         """Put into the hint how much more space the rest of the build needs than there is."""
         built = {name for name, outcome in self.outcomes.items() if outcome.error is None}
         try:
-            found = self._size([job for job in self.jobs if job.variant.name not in built]).rooms
+            left = [job for job in self.jobs if job.variant.name not in built]
+            found = self._size(left, SilentReporter()).rooms
         except (QuantizeError, OSError):  # no room even for that
             return
         short = [
