@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import subprocess
 from collections.abc import Iterator
@@ -9,6 +10,8 @@ from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
+
+MS_RDONLY, MS_REMOUNT = 1, 32  # of <sys/mount.h>
 
 
 class SmallDisk:
@@ -19,13 +22,17 @@ class SmallDisk:
 
     def resize(self, size_bytes: int) -> None:
         """Make the file system larger or smaller; it can't become smaller than what it holds."""
-        size = max(size_bytes, self.used_bytes)
-        subprocess.run(["mount", "-o", f"remount,size={size}", self.folder], check=True, capture_output=True)
+        while not self._remount(f"size={max(size_bytes, self.used_bytes)}"):
+            continue  # more was written meanwhile
 
     def set_read_only(self, read_only: bool) -> None:
         """Have every write refused, or no more."""
-        option = "ro" if read_only else "rw"
-        subprocess.run(["mount", "-o", f"remount,{option}", self.folder], check=True, capture_output=True)
+        if not self._remount("", MS_RDONLY if read_only else 0):
+            raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+
+    def _remount(self, options: str, flags: int = 0) -> bool:
+        mount = ctypes.CDLL(None, use_errno=True).mount
+        return bool(mount(b"tmpfs", bytes(self.folder), b"tmpfs", MS_REMOUNT | flags, options.encode()) == 0)
 
     @property
     def used_bytes(self) -> int:
