@@ -25,7 +25,7 @@ from quantize.assemble import Made, assemble
 from quantize.backends.base import Context, Limits
 from quantize.cache import Cache
 from quantize.checkpoint import Checkpoint
-from quantize.disk import disk_free_bytes, most_bytes, refusal
+from quantize.disk import disk_free_bytes, most_bytes
 from quantize.errors import DiskFullError, QuantizeError, Stopped, StoreError, UsageError, VerifyError
 from quantize.gates import Gates, Judge
 from quantize.manifest import MEASUREMENTS_NAME
@@ -118,13 +118,15 @@ class _Build:
         return [self.outcomes[job.variant.name] for job in jobs]
 
     def _check_room(self) -> None:
-        """Refuse a build that would fill a disk, before it has written anything. Raises PlanError."""
+        """Refuse a build that would fill a disk or its memory, before it has written anything. Raises PlanError."""
         measured = any(self.gates.measures(job.variant.format) for job in self.jobs)
         most = most_bytes(self.jobs, self.recipe, self.source, measured=measured)
-        if any(disk_free_bytes(root) < most for root in (self.store.root, self.cache.root)):
-            refused = refusal(self._size(self.jobs, self.reporter).rooms)
-            if refused is not None:
-                raise refused
+        roomy = all(disk_free_bytes(root) >= most for root in (self.store.root, self.cache.root))
+        if roomy and self.run.limits.memory_budget_bytes is None:
+            return
+        refused = self._size(self.jobs, self.reporter).shortage(self.run.limits)
+        if refused is not None:
+            raise refused
 
     def _size(self, jobs: Sequence[Job], reporter: Reporter) -> Plan:
         measured = any(self.gates.measures(job.variant.format) for job in jobs)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from quantize.architecture import block_count
-from quantize.backends.base import Collector, Context
+from quantize.backends.base import Backend, Collector, Context
 from quantize.errors import (
     BuildError,
     DiskFullError,
@@ -25,6 +25,7 @@ from quantize.errors import (
     is_out_of_memory,
 )
 from quantize.manifest import CalibrationEntry, tool_versions
+from quantize.memory import pass_bytes
 from quantize.recipe import CalibrationSpec, Recipe
 from quantize.report import Reporter, note, status, warn
 from quantize.resume import PassJournal
@@ -47,6 +48,7 @@ class _Part:
     """One variant's part in the pass, until it fails. blocks: how many it has done, in this build or a stopped one."""
 
     context: Context
+    backend: Backend
     collector: Collector
     blocks: int = 0
     seconds: float = 0.0
@@ -89,7 +91,7 @@ def _pass(
         seed=spec.seed,
     )
     _warn_if_few(reporter, context, spec, len(found.token_ids), found.tokens)
-    parts = [_Part(item, backends()[name].collector(item, reporter)) for name, item in variants]
+    parts = [_Part(item, backends()[name], backends()[name].collector(item, reporter)) for name, item in variants]
     journal = PassJournal(folder, _identity(context, entry), reporter)
     _stream(journal, parts, found.token_ids, precision, folder, reporter)
     for part in parts:
@@ -121,7 +123,7 @@ def _stream(
         return
     stream = stream_blocks(
         context.checkpoint, token_ids, device=context.limits.device, precision=precision, start_block=start,
-        spill=Spill(folder, context.limits.memory_budget_bytes, journal.saved, journal.keep), reporter=reporter,
+        spill=Spill(folder, _states_budget(parts), journal.saved, journal.keep), reporter=reporter,
     )  # fmt: skip
     for block in stream:
         taking = [part for part in parts if part.blocks == block.index and part.error is None]
@@ -138,6 +140,16 @@ def _stream(
         if stop_asked(reporter):
             hint = "run the same build again to go on there"
             raise Stopped(f"stopped after block {block_number} of {total}", hint=hint)
+
+
+def _states_budget(parts: list[_Part]) -> int | None:
+    """Bytes of hidden states that may stay in memory beside what the pass takes at the least; None for any."""
+    context = parts[0].context
+    budget = context.limits.memory_budget_bytes
+    if budget is None or context.limits.device != "cpu":
+        return budget
+    solvers = [(part.backend, part.context.options) for part in parts]
+    return max(0, budget - pass_bytes(context.checkpoint, solvers, context.limits.threads))
 
 
 def _identity(context: Context, entry: CalibrationEntry) -> dict[str, Any]:

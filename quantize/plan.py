@@ -21,6 +21,7 @@ from quantize.checkpoint import Checkpoint, open_checkpoint
 from quantize.disk import Needs, Room, needs, refusal, rooms, temporary_root
 from quantize.errors import PlanError, QuantizeError
 from quantize.manifest import CalibrationEntry, canonical_hash, tool_versions
+from quantize.memory import memory_short, pass_bytes
 from quantize.recipe import Recipe, Variant
 from quantize.report import Reporter, status
 from quantize.source import PinnedSource, dequantized_key, open_source, pin_source
@@ -53,19 +54,31 @@ class Job:
 
 @dataclass(frozen=True)
 class Plan:
-    """All jobs of a recipe, the disk that they take, and where. config: config.json of the source."""
+    """All jobs of a recipe, the disk that they take, and where. config: config.json of the source.
+
+    memory_bytes: the least that the calibration pass takes of this machine's, with its hidden states on disk; 0 where
+    there is no pass, or it runs on another device.
+    """
 
     recipe: Recipe
     source: PinnedSource
     jobs: tuple[Job, ...]
     disk: Needs
     rooms: tuple[Room, ...]
+    memory_bytes: int
     config: Mapping[str, Any]
 
     @property
     def todo(self) -> tuple[Job, ...]:
         """Jobs that are neither built nor refused."""
         return tuple(job for job in self.jobs if job.existing is None and job.refusal is None)
+
+    def shortage(self, limits: Limits) -> PlanError | None:
+        """Why there is not enough disk for it, or memory; None if there is."""
+        budget = limits.memory_budget_bytes
+        if budget is not None and self.memory_bytes > budget:
+            return memory_short(self.memory_bytes, budget)
+        return refusal(self.rooms)
 
 
 def make_plan(
@@ -80,7 +93,7 @@ def make_plan(
     source = pin_source(recipe, cache, reporter)
     jobs = identify_jobs(recipe, source, store)
     plan = size_plan(recipe, source, jobs, store, cache, reporter, limits or Limits(), measured=measured)
-    refused = refusal(plan.rooms) if plan.todo else None
+    refused = plan.shortage(limits or Limits()) if plan.todo else None
     if refused is None:
         return plan
     jobs = [replace(job, refusal=refused) if job in plan.todo else job for job in plan.jobs]
@@ -99,7 +112,15 @@ def size_plan(
     disk = needs(sized, recipe, checkpoint, measured=measured, source_bytes=dequantized)
     names = [job.variant.name for job in sized]
     found = rooms(disk, store.root, cache.root, recipe.name, names)
-    return Plan(recipe, source, tuple(sized), disk, found, checkpoint.config)
+    return Plan(recipe, source, tuple(sized), disk, found, _pass_memory(sized, checkpoint, limits), checkpoint.config)
+
+
+def _pass_memory(jobs: Sequence[Job], checkpoint: Checkpoint, limits: Limits) -> int:
+    todo = [job for job in jobs if job.existing is None and job.refusal is None]
+    parts = [(job.backend, job.variant.options) for job in todo if job.backend.needs_calibration(job.variant.options)]
+    if not parts or limits.device != "cpu":
+        return 0
+    return pass_bytes(checkpoint, parts, limits.threads)
 
 
 def pin_calibration(recipe: Recipe, reporter: Reporter) -> Recipe:

@@ -15,6 +15,7 @@ from quantize.cache import Cache
 from quantize.checkpoint import Checkpoint
 from quantize.errors import QuantizeError
 from quantize.manifest import CalibrationEntry
+from quantize.memory import BlockMemory
 from quantize.recipe import BackendOptions
 from quantize.report import Reporter
 from quantize.resume import Resumable
@@ -129,6 +130,9 @@ class Backend(Protocol):
 
     def collector(self, context: Context, reporter: Reporter) -> Collector:
         """The variant's part in the calibration pass; only called if needs_calibration."""
+
+    def solver_bytes(self, block: BlockMemory, options: Any, threads: int) -> int:
+        """Memory that the collector takes at a block beside its weights and statistics; 0 for next to nothing."""
 
     def build(self, context: Context, reporter: Reporter) -> BuildResult:
         """Write the artifact's files into context.staging, after the pass if there is one."""

@@ -24,6 +24,7 @@ from quantize.engines.llama_cpp import ConvertRequest, QuantizeSettings, SizedFi
 from quantize.errors import PlanError, QuantizeError, VerifyError, disk_errors
 from quantize.manifest import tool_versions
 from quantize.marked_yaml import suggest
+from quantize.memory import BlockMemory
 from quantize.recipe import BackendOptions
 from quantize.report import Reporter, status
 from quantize.source import PinnedSource, dequantized_key
@@ -135,6 +136,10 @@ class GgufBackend:
         from quantize.backends.gguf_imatrix import ImatrixCollector
 
         return ImatrixCollector(context.scratch / "imatrix.safetensors")
+
+    def solver_bytes(self, block: BlockMemory, options: Any, threads: int) -> int:
+        """Nothing that counts: a diagonal is copied."""
+        return 0
 
     def build(self, context: Context, reporter: Reporter) -> BuildResult:
         """Convert once per source, quantize, name the file by the convention."""

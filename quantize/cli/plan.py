@@ -54,6 +54,8 @@ def _print(plan: Plan) -> None:
     columns += [("BYTES", "right"), ("BITS/WEIGHT", "right"), ("KEPT HIGHER", "right"), ("STATE", "left")]
     print_table(columns, [_row(job) for job in plan.jobs], empty="nothing to build")
     click.echo(f"source  {plan.source.uri}  sha256 {plan.source.digest[:12]}")
+    if plan.memory_bytes:
+        click.echo(f"memory  {size_text(plan.memory_bytes)} at the least for the calibration pass")
     for room in plan.rooms:
         missing = f", {size_text(room.missing_bytes)} missing" if room.missing_bytes else ""
         needed, free = size_text(room.needed_bytes), size_text(room.free_bytes)
@@ -77,6 +79,7 @@ def _as_json(plan: Plan) -> dict[str, Any]:
         "source": {"uri": plan.source.uri, "sha256": plan.source.digest},
         "disk_needed_bytes": plan.disk.peak_bytes,
         "disk_free_bytes": min(room.free_bytes for room in plan.rooms),
+        "pass_memory_bytes": plan.memory_bytes,
         "disks": [
             {
                 "what": room.what,
