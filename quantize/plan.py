@@ -242,4 +242,4 @@ def _refusal(job: Job, checkpoint: Checkpoint) -> QuantizeError | None:
 def _dequantized_bytes(source: PinnedSource, checkpoint: Checkpoint, cache: Cache) -> int:
     if not source.is_gguf or cache.entry("checkpoints", dequantized_key(source)).is_dir():
         return 0
-    return checkpoint.weights_bytes
+    return sum(path.stat().st_size for path in checkpoint.folder.iterdir())  # weights as sparse files, the rest whole

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +80,7 @@ def _as_json(plan: Plan) -> dict[str, Any]:
         "source": {"uri": plan.source.uri, "sha256": plan.source.digest},
         "disk_needed_bytes": plan.disk.peak_bytes,
         "disk_free_bytes": min(room.free_bytes for room in plan.rooms),
+        "disk_parts": asdict(plan.disk),
         "pass_memory_bytes": plan.memory_bytes,
         "disks": [
             {
