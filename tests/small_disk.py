@@ -12,6 +12,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 MS_RDONLY, MS_REMOUNT = 1, 32  # of <sys/mount.h>
+PAGE_BYTES = 4096
 
 
 class SmallDisk:
@@ -22,7 +23,7 @@ class SmallDisk:
 
     def resize(self, size_bytes: int) -> None:
         """Make the file system larger or smaller; it can't become smaller than what it holds."""
-        while not self._remount(f"size={max(size_bytes, self.used_bytes)}"):
+        while not self._remount(f"size={max(size_bytes, self.used_bytes, PAGE_BYTES)}"):
             continue  # more was written meanwhile
 
     def set_read_only(self, read_only: bool) -> None:
