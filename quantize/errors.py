@@ -211,7 +211,7 @@ def is_out_of_memory(exc: BaseException | None) -> bool:
     while exc is not None:
         if isinstance(exc, MemoryError) or (isinstance(exc, OSError) and exc.errno == errno.ENOMEM):
             return True
-        speaks = isinstance(exc, (RuntimeError, ImportError, OSError, VerifyError))
+        speaks = not isinstance(exc, QuantizeError) or isinstance(exc, VerifyError)
         if speaks and _MEMORY_WORDS.search(str(exc)[:MAX_CHARACTERS]):
             return True
         exc = exc.__cause__
