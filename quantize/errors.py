@@ -38,8 +38,9 @@ _DISK_WORDS = re.compile(
     r"No space left on device|disk is full|quota exceeded|os error (28|122)\b|requested and \d+ written"
 )
 _MEMORY_WORDS = re.compile(
-    r"out of memory|not enough memory|can.?t allocate memory|cannot allocate memory|bad_alloc|failed to map segment"
-    r"|can't start new thread|Resource temporarily unavailable|unable to (mmap|allocate)|failed to allocate",
+    r"out of memory|\bMemoryError\b|not enough memory|can.?t allocate memory|cannot allocate memory|bad_alloc"
+    r"|failed to map segment|can't start new thread|Resource temporarily unavailable|unable to (mmap|allocate)"
+    r"|failed to allocate",
     re.IGNORECASE,
 )
 MAX_CHARACTERS = 4_000

@@ -19,6 +19,7 @@ import re
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -59,6 +60,7 @@ class Command:
         self.disk, self.work = disk, disk.folder / "work"
         self.store, self.peak = Store(self.work / "artifacts"), 0
         self._command = [sys.executable, "-m", "quantize", "build", str(recipe), *options]
+        self._plan, self._measured = ["plan", str(recipe), "--json"], "--no-eval" not in options
         self._environment = {
             **os.environ, "QUANTIZE_STORE": str(self.store.root), "QUANTIZE_CACHE": str(self.work / "cache"),
         }  # fmt: skip
@@ -78,6 +80,16 @@ class Command:
             said.seek(0)
             return process.returncode, said.read()
 
+    def planned(self) -> int:
+        """Bytes that the plan says the build takes at its peak."""
+        command = [*self._command[:3], *self._plan]
+        done = subprocess.run(command, env=self._environment, capture_output=True, text=True, check=True)
+        return self._needed(done.stdout)
+
+    def _needed(self, output: str) -> int:
+        data = json.loads(output)
+        return int(data["disk_needed_bytes"]) - (0 if self._measured else int(data["disk_parts"]["baseline"]))
+
 
 class Inline(Command):
     """The same builds in this process, but for loading in transformers; nothing is refused before it begins."""
@@ -89,27 +101,45 @@ class Inline(Command):
         from quantize.cli import main
 
         self.disk.resize(full_at or ROOM)
-        with _steps_inline(self._watch), mock.patch.dict(os.environ, self._environment):
+        with _steps_inline(), self._watched(), mock.patch.dict(os.environ, self._environment):
             unchecked = mock.patch("quantize.build._Build._check_room") if full_at else contextlib.nullcontext()
             with unchecked, contextlib.redirect_stderr(io.StringIO()):
                 result = click.testing.CliRunner().invoke(main, self._command[3:], prog_name="quantize")
-        self._watch()
         return result.exit_code, result.stderr
 
-    def _watch(self) -> None:
-        self.peak = max(self.peak, self.disk.used_bytes)
+    def planned(self) -> int:
+        """The same, in this process."""
+        import click.testing
+
+        from quantize.cli import main
+
+        with _steps_inline(), mock.patch.dict(os.environ, self._environment):
+            return self._needed(click.testing.CliRunner().invoke(main, self._plan, prog_name="quantize").stdout)
+
+    @contextlib.contextmanager
+    def _watched(self) -> Iterator[None]:
+        ended = threading.Event()
+
+        def watch() -> None:
+            while not ended.wait(POLL_SECONDS):
+                self.peak = max(self.peak, self.disk.used_bytes)
+
+        watcher = threading.Thread(target=watch)
+        watcher.start()
+        try:
+            yield
+        finally:
+            ended.set()
+            watcher.join()
 
 
 @contextlib.contextmanager
-def _steps_inline(watch: Callable[[], None]) -> Iterator[None]:
+def _steps_inline() -> Iterator[None]:
     def run_step(step: str, reporter: Reporter, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         if step.startswith("loading in transformers"):
             return {}
         kwargs.pop("stops", None)
-        try:
-            return worker._answer(step, *worker._outcome(function, reporter, *args, **kwargs), 0)
-        finally:
-            watch()
+        return worker._answer(step, *worker._outcome(function, reporter, *args, **kwargs), 0)
 
     importers = [
         module for name, module in sys.modules.items()
@@ -146,6 +176,7 @@ def compare(kind: type[Command], recipe: Path, folder: Path, points: int, option
     """All of it on a disk at `folder`; what went wrong."""
     with small_disk(folder, ROOM) as disk:
         reference = kind(recipe, disk, options)
+        planned = reference.planned()
         code, said = reference.run()
         peak, expected = reference.peak, _digests(reference.store)
         if code not in (0, 3) or not expected:
@@ -156,6 +187,7 @@ def compare(kind: type[Command], recipe: Path, folder: Path, points: int, option
         last, said = builds.run()
         same, left = _digests(builds.store) == expected, leftovers_of(builds.work)
     wrong = [problem for item in fills for problem in item.problems]
+    print(f"planned {planned:,} bytes, taken {peak:,}: ratio {planned / peak:.4f}")
     print(
         f"{len(fills)} of {points} points below {peak:,} bytes; digests equal: {same}, left: {left}, {len(wrong)} wrong"
     )

@@ -18,7 +18,7 @@ import pytest
 from quantize.cache import Cache
 from quantize.disk import Needs, Room, disk_short, rooms, temporary_root
 from quantize.errors import DiskFullError, StoreError, disk_errors
-from quantize.testing import FakeBackend, make_checkpoint, write_recipe
+from quantize.testing import FakeBackend, TinyModel, make_checkpoint, write_recipe
 from tests.conftest import Run
 from tests.small_disk import SmallDisk, small_disk, why_not
 
@@ -54,9 +54,9 @@ def on_disk(disk: SmallDisk, monkeypatch: pytest.MonkeyPatch) -> SmallDisk:
 
 
 @needs_mount
-def test_a_disk_that_fills_up_at_twelve_points(tmp_path: Path) -> None:
+def test_a_disk_that_fills_up_at_twelve_points_and_the_planned_peak(tmp_path: Path) -> None:
     """One process for all, in which the steps run: libraries are loaded once, and patch nothing here."""
-    checkpoint = make_checkpoint(tmp_path / "tiny")
+    checkpoint = make_checkpoint(tmp_path / "tiny", TinyModel(hidden=512, intermediate=1536))
     text = [f"Paragraph {index}: the quick brown fox jumps over the lazy dog. " * 3 for index in range(12)]
     (tmp_path / "text.txt").write_text("\n\n".join(text))
     calibration = {"dataset": "text.txt", "samples": 8, "sequence_length": 64, "minimum_tokens": 16}
@@ -69,6 +69,7 @@ def test_a_disk_that_fills_up_at_twelve_points(tmp_path: Path) -> None:
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]
     assert "12 of 12 points" in done.stdout
+    assert float(done.stdout.partition("ratio ")[2].split()[0]) == pytest.approx(1, abs=0.02), done.stdout
     assert "digests equal: True, left: (), 0 wrong" in done.stdout
 
 
