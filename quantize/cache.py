@@ -150,20 +150,28 @@ class Cache:
         shutil.rmtree(self.entry(kind, key), ignore_errors=True)
 
     def _database(self) -> sqlite3.Connection:
+        """What is remembered; on a disk that is full only as long as it is open. Raises StoreError."""
         try:
             self.root.mkdir(parents=True, exist_ok=True)
-            database = sqlite3.connect(self.root / "index.sqlite", timeout=60)
-            database.execute(
-                "CREATE TABLE IF NOT EXISTS hashes"
-                " (path TEXT PRIMARY KEY, size INTEGER, mtime_ns INTEGER, inode INTEGER, sha256 TEXT)"
-            )
-            database.execute("CREATE TABLE IF NOT EXISTS facts (key TEXT PRIMARY KEY, value TEXT)")
+            return _with_tables(sqlite3.connect(self.root / "index.sqlite", timeout=60))
         except (OSError, sqlite3.Error) as exc:
             if is_disk_full(exc):
-                raise disk_full(exc, self.root) from exc
+                return _with_tables(sqlite3.connect(":memory:"))
             hint = "set QUANTIZE_CACHE to a folder that can be written"
             raise StoreError(f"cache {self.root} can't be used: {exc}", hint=hint) from exc
-        return database
+
+
+def _with_tables(database: sqlite3.Connection) -> sqlite3.Connection:
+    try:
+        database.execute(
+            "CREATE TABLE IF NOT EXISTS hashes"
+            " (path TEXT PRIMARY KEY, size INTEGER, mtime_ns INTEGER, inode INTEGER, sha256 TEXT)"
+        )
+        database.execute("CREATE TABLE IF NOT EXISTS facts (key TEXT PRIMARY KEY, value TEXT)")
+    except sqlite3.Error:
+        database.close()
+        raise
+    return database
 
 
 def _remember(database: sqlite3.Connection, statement: str, values: tuple[Any, ...]) -> None:

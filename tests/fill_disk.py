@@ -1,9 +1,10 @@
 """Fill the disk under a build at many points: the store stays whole, the message says what is missing, it goes on.
 
-python -m tests.fill_disk RECIPE [--points 10] [--inline] [-- OPTIONS OF BUILD]: works on a file system of its own (a
-tmpfs: it needs to be allowed to mount one), prints a line for each point and a summary, and exits 1 if anything was
-broken, unsaid or left behind, or a digest differs from that of a build with room enough. It is one build, whose disk
-becomes as small as what it holds as soon as a share of the peak is written; then there is room again, and it goes on.
+python -m tests.fill_disk RECIPE [--points 10] [--inline] [--ext4] [-- OPTIONS OF BUILD]: works on a file system of its
+own (a tmpfs, or an ext4 in a file; it needs to be allowed to mount one), prints a line for each point and a summary,
+and exits 1 if anything was broken, unsaid or left behind, or a digest differs from that of a build with room enough. It
+is one build, whose disk becomes as small as what it holds as soon as a share of the peak is written; then there is room
+again, and it goes on.
 
 --inline has the steps run in this process and the disk small from the start of each build: a tiny model takes seconds.
 """
@@ -31,10 +32,11 @@ from quantize import worker
 from quantize.report import Reporter
 from quantize.store import Store
 from tests.kill_build import broken_in, leftovers_of
-from tests.small_disk import SmallDisk, small_disk
+from tests.small_disk import SmallDisk, loop_disk, small_disk
 
 MISSING = re.compile(r"([\d,]+) bytes are missing")
 ROOM = 64 << 30
+LOOP_ROOM = 4 << 30
 POLL_SECONDS = 0.002
 
 
@@ -172,22 +174,27 @@ def fill_again_and_again(builds: Command, points: Sequence[int]) -> list[Fill]:
     return fills
 
 
-def compare(kind: type[Command], recipe: Path, folder: Path, points: int, options: Sequence[str]) -> list[str]:
+def compare(
+    kind: type[Command], recipe: Path, folder: Path, points: int, options: Sequence[str], *, ext4: bool = False
+) -> list[str]:
     """All of it on a disk at `folder`; what went wrong."""
-    with small_disk(folder, ROOM) as disk:
+    make_disk, room = (loop_disk, LOOP_ROOM) if ext4 else (small_disk, ROOM)
+    with make_disk(folder, room) as disk:
+        empty = disk.used_bytes
         reference = kind(recipe, disk, options)
         planned = reference.planned()
         code, said = reference.run()
         peak, expected = reference.peak, _digests(reference.store)
         if code not in (0, 3) or not expected:
             raise SystemExit(f"the recipe does not build with room enough (exit {code}):\n{said[-2000:]}")
-    with small_disk(folder.with_name("filled"), ROOM) as disk:
+    with make_disk(folder.with_name("filled"), room) as disk:
         builds = kind(recipe, disk, options)
-        fills = fill_again_and_again(builds, [peak * number // (points + 1) for number in range(1, points + 1)])
+        shares = [(peak - empty) * number // (points + 1) for number in range(1, points + 1)]
+        fills = fill_again_and_again(builds, [empty + share for share in shares])
         last, said = builds.run()
         same, left = _digests(builds.store) == expected, leftovers_of(builds.work)
     wrong = [problem for item in fills for problem in item.problems]
-    print(f"planned {planned:,} bytes, taken {peak:,}: ratio {planned / peak:.4f}")
+    print(f"planned {planned:,} bytes, taken {peak - empty:,}: ratio {planned / (peak - empty):.4f}")
     print(
         f"{len(fills)} of {points} points below {peak:,} bytes; digests equal: {same}, left: {left}, {len(wrong)} wrong"
     )
@@ -207,11 +214,12 @@ def main() -> int:
     parser.add_argument("recipe", type=Path)
     parser.add_argument("--points", type=int, default=10)
     parser.add_argument("--inline", action="store_true", help="run the steps in this process")
+    parser.add_argument("--ext4", action="store_true", help="on an ext4 in a file of 4 GiB, not a tmpfs")
     parser.add_argument("options", nargs="*")
     asked = parser.parse_intermixed_args()
     with tempfile.TemporaryDirectory(prefix="quantize-fill-") as folder:
         kind = Inline if asked.inline else Command
-        problems = compare(kind, asked.recipe, Path(folder) / "disk", asked.points, asked.options)
+        problems = compare(kind, asked.recipe, Path(folder) / "disk", asked.points, asked.options, ext4=asked.ext4)
     for problem in problems:
         print(problem)
     return 1 if problems else 0

@@ -42,6 +42,51 @@ class SmallDisk:
         return (found.f_blocks - found.f_bfree) * found.f_frsize
 
 
+class LoopDisk(SmallDisk):
+    """An ext4 in a file, which lays data out late; it becomes smaller by a file that takes what is to be gone."""
+
+    def resize(self, size_bytes: int) -> None:
+        """Have so many bytes for others than that file."""
+        self._ballast.unlink(missing_ok=True)
+        found = os.statvfs(self.folder)
+        gone = found.f_bavail * found.f_frsize - max(0, size_bytes - self.used_bytes)
+        if gone <= 0:
+            return
+        with self._ballast.open("wb") as file:
+            while gone > PAGE_BYTES:
+                try:
+                    os.posix_fallocate(file.fileno(), os.fstat(file.fileno()).st_size, gone)
+                    return
+                except OSError:  # more was written meanwhile, or what describes the blocks takes some as well
+                    gone //= 2
+
+    @property
+    def used_bytes(self) -> int:
+        """Bytes that are taken, but for that file's."""
+        ballast = self._ballast.stat().st_blocks * 512 if self._ballast.exists() else 0
+        return super().used_bytes - ballast
+
+    @property
+    def _ballast(self) -> Path:
+        return self.folder / "ballast"
+
+
+@contextmanager
+def loop_disk(folder: Path, size_bytes: int) -> Iterator[LoopDisk]:
+    """Make and mount an ext4 at a folder, in a sparse file beside it. Raises CalledProcessError, OSError."""
+    folder.mkdir(parents=True)
+    image = folder.with_suffix(".image")
+    with image.open("wb") as file:
+        file.truncate(size_bytes)
+    subprocess.run(["mkfs.ext4", "-q", "-m", "0", image], check=True, capture_output=True)
+    subprocess.run(["mount", "-o", "loop", image, folder], check=True, capture_output=True)
+    try:
+        yield LoopDisk(folder)
+    finally:
+        subprocess.run(["umount", "--lazy", folder], check=True, capture_output=True)
+        image.unlink()
+
+
 @contextmanager
 def small_disk(folder: Path, size_bytes: int) -> Iterator[SmallDisk]:
     """Mount one at a folder, which is made. Raises CalledProcessError where that is not allowed."""
