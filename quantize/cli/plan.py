@@ -56,7 +56,7 @@ def _print(plan: Plan) -> None:
     print_table(columns, [_row(job) for job in plan.jobs], empty="nothing to build")
     click.echo(f"source  {plan.source.uri}  sha256 {plan.source.digest[:12]}")
     if plan.memory_bytes:
-        click.echo(f"memory  {size_text(plan.memory_bytes)} at the least for the calibration pass")
+        click.echo(f"memory  {plan.memory_bytes / 2**20:,.0f} MiB at the least for the calibration pass")
     for room in plan.rooms:
         missing = f", {size_text(room.missing_bytes)} missing" if room.missing_bytes else ""
         needed, free = size_text(room.needed_bytes), size_text(room.free_bytes)
