@@ -119,6 +119,8 @@ class _Build:
 
     def _check_room(self) -> None:
         """Refuse a build that would fill a disk or its memory, before it has written anything. Raises PlanError."""
+        if not self.jobs:
+            return
         measured = any(self.gates.measures(job.variant.format) for job in self.jobs)
         most = most_bytes(self.jobs, self.recipe, self.source, measured=measured)
         roomy = all(disk_free_bytes(root) >= most for root in (self.store.root, self.cache.root))
@@ -135,17 +137,15 @@ class _Build:
 
     def _say_what_is_missing(self, error: DiskFullError) -> None:
         """Put into the hint how much more space the rest of the build needs than there is."""
-        built = {name for name, outcome in self.outcomes.items() if outcome.error is None}
+        left = [job for job in self.jobs if self._found(job) is None]
         try:
-            left = [job for job in self.jobs if job.variant.name not in built]
             found = self._size(left, SilentReporter()).rooms
         except (QuantizeError, OSError):  # no room even for that
             return
-        short = [
-            f"{room.missing_bytes:,} bytes are missing for the {room.what}" for room in found if room.missing_bytes
-        ]
-        missing = " and ".join(short) or "there is room enough again"
-        error.hint = f"{missing}; free them and run the same build again: it goes on where it stopped"
+        short = [room for room in found if room.missing_bytes]
+        if short:
+            missing = " and ".join(f"{room.missing_bytes:,} bytes are missing for the {room.what}" for room in short)
+            error.hint = f"{missing}: free them and run the same build again, it goes on where it stopped"
 
     def _remove_intermediates(self, built: Sequence[Job]) -> None:
         """Drop what the variants made for one another; what is left to build of this source makes it again."""
