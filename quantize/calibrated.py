@@ -14,9 +14,19 @@ from pathlib import Path
 from typing import Any
 
 from quantize.architecture import block_count
-from quantize.backends.base import Collector, Context
-from quantize.errors import BuildError, QuantizeError, Stopped, first_line
+from quantize.backends.base import Backend, Collector, Context
+from quantize.errors import (
+    BuildError,
+    DiskFullError,
+    QuantizeError,
+    Stopped,
+    disk_full,
+    first_line,
+    is_disk_full,
+    is_out_of_memory,
+)
 from quantize.manifest import CalibrationEntry, tool_versions
+from quantize.memory import pass_bytes
 from quantize.recipe import CalibrationSpec, Recipe
 from quantize.report import Reporter, note, status, warn
 from quantize.resume import PassJournal
@@ -39,6 +49,7 @@ class _Part:
     """One variant's part in the pass, until it fails. blocks: how many it has done, in this build or a stopped one."""
 
     context: Context
+    backend: Backend
     collector: Collector
     blocks: int = 0
     seconds: float = 0.0
@@ -83,7 +94,7 @@ def _pass(
         seed=spec.seed,
     )
     _warn_if_few(reporter, context, spec, len(found.token_ids), found.tokens)
-    parts = [_Part(item, backends()[name].collector(item, reporter)) for name, item in variants]
+    parts = [_Part(item, backends()[name], backends()[name].collector(item, reporter)) for name, item in variants]
     journal = PassJournal(folder, _identity(context, entry), reporter)
     _stream(journal, parts, found.token_ids, precision, folder, reporter)
     for part in parts:
@@ -119,7 +130,7 @@ def _stream(
         return
     stream = stream_blocks(
         context.checkpoint, token_ids, device=context.limits.device, precision=precision, start_block=start,
-        spill=Spill(folder, context.limits.memory_budget_bytes, journal.saved, journal.keep), reporter=reporter,
+        spill=Spill(folder, _states_budget(parts), journal.saved, journal.keep), reporter=reporter,
     )  # fmt: skip
     for block in stream:
         taking = [part for part in parts if part.blocks == block.index and part.error is None]
@@ -144,6 +155,16 @@ def _import_transformers() -> None:
         from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer  # noqa: F401 (lazy: naming loads)
 
 
+def _states_budget(parts: list[_Part]) -> int | None:
+    """Bytes of hidden states that may stay in memory beside what the pass takes at the least; None for any."""
+    context = parts[0].context
+    budget = context.limits.memory_budget_bytes
+    if budget is None or context.limits.device != "cpu":
+        return budget
+    solvers = [(part.backend, part.context.options) for part in parts]
+    return max(0, budget - pass_bytes(context.checkpoint, solvers, context.limits.threads))
+
+
 def _identity(context: Context, entry: CalibrationEntry) -> dict[str, Any]:
     """All that the statistics depend on, but for what goes into each variant's build key."""
     import torch
@@ -159,15 +180,24 @@ def _identity(context: Context, entry: CalibrationEntry) -> dict[str, Any]:
 
 
 def _take(part: _Part, step: Any, reporter: Reporter) -> None:
-    """Let one variant take its step; its failure is its own."""
+    """Let one variant take its step; its failure is its own, but for what would be the next one's too.
+
+    Raises DiskFullError, OutOfMemory: what is on record stays for the next build.
+    """
     if part.error is not None:
         return
     started = time.perf_counter()
     try:
         step(part.collector)
+    except DiskFullError:
+        raise
     except QuantizeError as exc:
         part.error = exc
     except (RuntimeError, ValueError, OSError) as exc:  # torch reports nearly everything as RuntimeError
+        if is_disk_full(exc):
+            raise disk_full(exc, part.context.scratch) from exc
+        if is_out_of_memory(exc):
+            raise
         part.error = BuildError(f"{part.context.variant}: {first_line(exc)}")
         part.error.__cause__ = exc
     part.seconds += time.perf_counter() - started

@@ -29,7 +29,7 @@ LAYERS: list[set[str]] = [
     },
     {"estimate", "hardware", "recipe", "checkpoint", "staging"},
     {"engines", "containers.shards"},
-    {"fit", "source", "artifact"},
+    {"fit", "source", "artifact", "memory"},
     {"block_runner", "hidden_states", "activations", "calibration", "resume"},
     {"store", "verify", "diff"},
     {"backends", "evaluate"},

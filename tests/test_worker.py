@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from quantize.errors import BuildError, PlanError, QuantizeError, WorkerDied
+from quantize.errors import BuildError, OutOfMemory, PlanError, QuantizeError, WorkerDied
 from quantize.report import ListReporter, SilentReporter
 from quantize.worker import run_step
 from tests import worker_steps
@@ -47,9 +47,15 @@ def test_other_errors_name_the_step_and_keep_their_traceback() -> None:
     assert not isinstance(caught.value, WorkerDied)
 
 
-def test_out_of_memory_is_said_as_such() -> None:
-    with pytest.raises(BuildError, match="out of memory"):
-        run_step("filling", QUIET, worker_steps.exhaust)
+@pytest.mark.parametrize(
+    ("step", "arguments"),
+    [("exhaust", ()), ("take", (512,)), ("refused_by_allocator", ()), ("bad_alloc", ())],
+)
+def test_out_of_memory_is_said_as_such(step: str, arguments: tuple[int, ...]) -> None:
+    """Whoever says it, and however; also of an artifact that can't be looked at for it."""
+    with pytest.raises(OutOfMemory, match="filling: out of memory") as caught:
+        run_step("filling", QUIET, getattr(worker_steps, step), *arguments)
+    assert "lower --memory-budget or --threads" in str(caught.value.hint)
 
 
 def test_a_crash_names_step_signal_and_last_words() -> None:

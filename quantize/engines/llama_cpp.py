@@ -7,10 +7,12 @@ What to ask for is decided in backends/gguf.py.
 from __future__ import annotations
 
 import ctypes
+import errno
 import importlib.util
 import json
 import os
 import re
+import shutil
 import sys
 import types
 from collections.abc import Mapping, Sequence
@@ -19,12 +21,24 @@ from importlib.machinery import ModuleSpec
 from pathlib import Path
 from typing import Any
 
-from quantize.errors import BuildError, MissingExtraError, PlanError, QuantizeError, VerifyError, first_line
+from quantize.errors import (
+    BuildError,
+    MissingExtraError,
+    PlanError,
+    QuantizeError,
+    VerifyError,
+    disk_full,
+    first_line,
+    is_disk_full,
+)
 from quantize.report import Reporter, progress
+from quantize.staging import removed_on_failure
 
 LINE = re.compile(r"^\[\s*\d+/\s*\d+\]\s+(\S+)\s+-\s+\[([\d,\s]+)\], type =\s*(\S+), .*?(?:\((\w+)\))?\s*$")
 FALLBACK = "tensor cols"
 LARGE_BYTES = 1 << 30  # below it one thread is fast enough, and never waits on a busy machine's other cores
+STREAM_ERROR = "iostream error"  # all that llama.cpp says of a file that can't be written
+FULL_BYTES = 1 << 20  # with less than this free beside what was written so far, that is why
 NEEDS_IMATRIX = ("require an imatrix", "without an importance matrix", "Missing importance matrix")
 
 
@@ -78,6 +92,8 @@ def convert(reporter: Reporter, request: ConvertRequest, out: Path, *, header_on
         model = model_class(request.folder, kind, out, metadata_override=metadata_path)
         _write_converted(model, out, request.metadata.get("general.license"), reporter, header_only)
     except (ValueError, KeyError, TypeError, NotImplementedError, AttributeError, OSError) as exc:
+        if is_disk_full(exc):
+            raise disk_full(exc, out) from exc
         raise BuildError(f"converting to GGUF: {type(exc).__name__}: {first_line(exc)}") from exc
     finally:
         metadata_path.unlink(missing_ok=True)
@@ -122,7 +138,8 @@ def convert_and_size(
 
 def quantize(reporter: Reporter, source: Path, out: Path, job: QuantizeSettings) -> list[str]:
     """Quantize `source` into `out`; returns llama.cpp's warnings. Raises PlanError, BuildError."""
-    log = _quantize(source, out, job, dry=False)
+    with removed_on_failure(out):
+        log = _quantize(source, out, job, dry=False)
     return [line for line in log.splitlines() if "WARNING" in line or FALLBACK in line]
 
 
@@ -285,7 +302,10 @@ def _quantize(source: Path, out: Path, job: QuantizeSettings, *, dry: bool) -> s
     if lacks_imatrix and not job.imatrix_later:
         raise PlanError(f"{job.type} needs an importance matrix", hint="add `imatrix: true` to the variant")
     if code != 0:
-        raise BuildError(f"llama.cpp could not quantize to {job.type}: {_last_line(text)}")
+        reason = _last_line(text)
+        if STREAM_ERROR in reason and shutil.disk_usage(out.parent).free < FULL_BYTES:
+            raise disk_full(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), out)
+        raise BuildError(f"llama.cpp could not quantize to {job.type}: {reason}")
     return text
 
 
