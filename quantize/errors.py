@@ -204,6 +204,11 @@ def is_disk_full(exc: BaseException | None) -> bool:
     return False
 
 
+def says_out_of_memory(text: str) -> bool:
+    """Whether what a library wrote says that memory has run out."""
+    return bool(_MEMORY_WORDS.search(text))
+
+
 def is_out_of_memory(exc: BaseException | None) -> bool:
     """Whether an exception, or what it came from, says that memory has run out; libraries say it in words.
 
@@ -212,8 +217,8 @@ def is_out_of_memory(exc: BaseException | None) -> bool:
     while exc is not None:
         if isinstance(exc, MemoryError) or (isinstance(exc, OSError) and exc.errno == errno.ENOMEM):
             return True
-        speaks = not isinstance(exc, QuantizeError) or isinstance(exc, VerifyError)
-        if speaks and _MEMORY_WORDS.search(str(exc)[:MAX_CHARACTERS]):
+        speaks = not isinstance(exc, QuantizeError) or isinstance(exc, (VerifyError, BuildError))
+        if speaks and says_out_of_memory(str(exc)[:MAX_CHARACTERS]):
             return True
         exc = exc.__cause__
     return False

@@ -22,9 +22,9 @@ from typing import Any, BinaryIO, ParamSpec, TypeVar
 from quantize.errors import (
     LOWER_MEMORY,
     BuildError,
+    DiskFullError,
     OutOfMemory,
     QuantizeError,
-    VerifyError,
     WorkerDied,
     disk_full,
     first_line,
@@ -164,7 +164,7 @@ def _outcome(function: Callable[..., Any], reporter: Reporter, *args: Any, **kwa
     try:
         return "result", function(reporter, *args, **kwargs)
     except QuantizeError as exc:
-        if isinstance(exc, VerifyError) and is_out_of_memory(exc):
+        if not isinstance(exc, DiskFullError) and is_out_of_memory(exc):
             return "memory", (first_line(exc), traceback.format_exc())
         return "error", exc
     except BaseException as exc:  # noqa: BLE001 - everything must reach the parent, which gives it a name

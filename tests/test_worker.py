@@ -146,3 +146,11 @@ def test_an_interrupt_of_the_parent_ends_the_step(tmp_path: Path) -> None:
     _, errors = parent.communicate(timeout=10)
     assert b"KeyboardInterrupt" in errors
     assert wait_until_gone(step)
+
+
+def test_the_reason_in_a_log_is_named_not_what_came_of_it() -> None:
+    from quantize.engines.llama_cpp import _last_line
+
+    log = "error loading model: mmap failed: Cannot allocate memory\nload_from_file: failed to load model\n"
+    assert _last_line(log).endswith("Cannot allocate memory")
+    assert _last_line("loading\nfailed to load: bad magic\nbye\n") == "failed to load: bad magic"

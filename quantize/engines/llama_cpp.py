@@ -30,6 +30,7 @@ from quantize.errors import (
     disk_full,
     first_line,
     is_disk_full,
+    says_out_of_memory,
 )
 from quantize.report import Reporter, progress
 from quantize.staging import removed_on_failure
@@ -160,7 +161,7 @@ def try_out(reporter: Reporter, path: Path, tokens: int, threads: int) -> dict[s
         raise VerifyError(f"{path.name}: llama.cpp does not load it", hint=_last_line("".join(log)))
     seconds = time.perf_counter() - start
     try:
-        first, second = (_generate(llama_cpp, model, path, tokens, threads) for _ in range(2))
+        first, second = (_generate(llama_cpp, model, path, tokens, threads, log) for _ in range(2))
     finally:
         llama_cpp.llama_model_free(model)
     if first != second:
@@ -168,7 +169,7 @@ def try_out(reporter: Reporter, path: Path, tokens: int, threads: int) -> dict[s
     return {"tokens": first, "load_seconds": round(seconds, 3)}
 
 
-def _generate(llama_cpp: Any, model: Any, path: Path, count: int, threads: int) -> list[int]:
+def _generate(llama_cpp: Any, model: Any, path: Path, count: int, threads: int, log: list[str]) -> list[int]:
     import numpy as np
 
     parameters = llama_cpp.llama_context_default_params()
@@ -177,7 +178,7 @@ def _generate(llama_cpp: Any, model: Any, path: Path, count: int, threads: int) 
     parameters.n_threads = parameters.n_threads_batch = threads if path.stat().st_size > LARGE_BYTES else 1
     context = llama_cpp.llama_init_from_model(model, parameters)
     if not context:
-        raise VerifyError(f"{path.name}: llama.cpp makes no context for it")
+        raise VerifyError(f"{path.name}: llama.cpp makes no context for it", hint=_last_line("".join(log)))
     try:
         vocabulary = llama_cpp.llama_model_get_vocab(model)
         width = llama_cpp.llama_vocab_n_tokens(vocabulary)
@@ -185,7 +186,7 @@ def _generate(llama_cpp: Any, model: Any, path: Path, count: int, threads: int) 
         for _ in range(count):
             array = (llama_cpp.llama_token * len(pending))(*pending)
             if llama_cpp.llama_decode(context, llama_cpp.llama_batch_get_one(array, len(pending))) != 0:
-                raise VerifyError(f"{path.name}: llama.cpp can't run it")
+                raise VerifyError(f"{path.name}: llama.cpp can't run it", hint=_last_line("".join(log)))
             logits = np.ctypeslib.as_array(llama_cpp.llama_get_logits_ith(context, -1), (width,))
             if not bool(np.isfinite(logits).all()):
                 raise VerifyError(f"{path.name}: the logits are not finite", hint="a tensor is damaged")
@@ -373,4 +374,5 @@ def _library() -> tuple[Any, list[str]]:
 def _last_line(log: str) -> str:
     lines = [line.strip() for line in log.splitlines() if line.strip()]
     failed = [line for line in lines if "fail" in line.lower() or "error" in line.lower()]
-    return (failed or lines or ["no message"])[-1][:300]
+    short = [line for line in lines if says_out_of_memory(line)]  # the reason, not what came of it
+    return (short or failed or lines or ["no message"])[-1][:300]
