@@ -98,6 +98,7 @@ def weights(artifact: str) -> Path:
 
 STAGES = """
 import sys
+from pathlib import Path
 import quantize.serve.engines.llama_cpp as engine, quantize.serve.engines.child
 from quantize.engines.llama_cpp_model import ModelSettings, OpenModel
 
@@ -112,7 +113,7 @@ class Staged(OpenModel):
 engine.import_bindings_only()
 import llama_cpp.llama_cpp
 peak()
-Staged(sys.argv[1], ModelSettings(int(sys.argv[2]), flash_attention=False, gpu_layers=0))
+Staged(Path(sys.argv[1]), ModelSettings(int(sys.argv[2]), flash_attention=False, gpu_layers=0))
 peak()
 """
 
