@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from quantize.architecture import BlockLayout, Linear, block_layout
-from quantize.block_runner import SHARES, BlockRunner
+from quantize.block_runner import ROUND_BATCHES, SHARES, BlockRunner, share_of
 from quantize.errors import BuildError, CheckpointError
 from quantize.hidden_states import (
     Batch,
@@ -227,14 +227,17 @@ def _record(
     """
     with runner.recording(layout, output_needed=not last) as recorder:
 
-        def run(batch: Batch, share: int) -> Tensor | None:
-            return recorder.run(states.read(batch), share)
+        def run(number: int) -> Tensor | None:
+            return recorder.run(states.read(batches[number]), share_of(number))
 
         with split_threads(SHARES if runner.device.type == "cpu" else 1) as pools:
-            tasks = [partial(run, batch, number % SHARES) for number, batch in enumerate(batches)]
-            for batch, output in zip(batches, in_turn(tasks, pools), strict=True):
-                if output is not None and not last:
-                    states.write(batch, output)
+            for start in range(0, len(batches), ROUND_BATCHES):
+                numbers = range(start, min(start + ROUND_BATCHES, len(batches)))
+                outputs = in_turn([partial(run, number) for number in numbers], pools)
+                for number, output in zip(numbers, outputs, strict=True):
+                    if output is not None and not last:
+                        states.write(batches[number], output)
+                recorder.settle()
         return recorder.finish()
 
 

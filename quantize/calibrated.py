@@ -117,7 +117,7 @@ def _stream(
     for block in stream:
         taking = [part for part in parts if part.blocks == block.index and part.error is None]
         for part in taking:
-            _take(part, lambda collector, block=block: collector.add_block(block), reporter)
+            _take(part, lambda collector, block=block: collector.add(block.index, collector.solve(block)), reporter)
         taken = [part for part in taking if part.error is None]
         block_number = block.index + 1
         journal.commit(block_number, {part.context.scratch: part.collector for part in taken})

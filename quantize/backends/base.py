@@ -91,13 +91,18 @@ class BuildResult:
 
 
 class Collector(Resumable, Protocol):
-    """Sees every decoder block of the calibration pass, in order, in the process that runs the pass.
+    """A variant's part in the calibration pass: solves each decoder block, and takes the results in order.
 
     After each block its state is recorded: a build that is stopped goes on there, with a collector that `resume`s.
     """
 
-    def add_block(self, block: Block) -> None:
-        """Take one block's weights and statistics; what is kept of them must stay small."""
+    def solve(self, block: Block) -> Any:
+        """What the variant needs of a block, picklable and small; changes nothing, in here or on disk: on a cluster
+        another collector of the same context does it, in another process, and blocks are solved in any order.
+        """
+
+    def add(self, index: int, solved: Any) -> None:
+        """Take what `solve` gave for a block; called for one block after the other, where the pass runs."""
 
     def finish(self) -> None:
         """The pass is over: write what the build needs into staging or scratch."""

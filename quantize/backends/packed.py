@@ -135,22 +135,21 @@ class PackedCollector:
     """Writes the artifact's shards while the pass goes on; `solve` turns one block into its tensors."""
 
     def __init__(self, context: Context, layout: Layout, solve: Callable[[Block], Solved]) -> None:
-        self._context, self._layout, self._solve = context, layout, solve
+        self._context, self._layout = context, layout
+        self.solve = solve
         self._writer = ShardWriter(context.staging, layout.table)
         self._names: Iterator[str] = iter(layout.table)
         self._pending: str | None = next(self._names, None)
         self._layers: dict[str, Any] = {}
 
-    def add_block(self, block: Block) -> None:
-        """Solve a block and append its tensors to the shards."""
-        self._copy_until(block.index)
-        solved, losses = self._solve(block)
+    def add(self, index: int, solved: Solved) -> None:
+        """Append a block's tensors to the shards; those that `solve` did not change are the source's."""
+        self._copy_until(index)
+        tensors, losses = solved
         self._layers.update(losses)
-        while self._pending is not None and block_index(self._pending) == block.index:
-            tensor = solved.get(self._pending)
-            if tensor is None:
-                tensor = block.weights[self._pending]
-            self._write(tensor)
+        while self._pending is not None and block_index(self._pending) == index:
+            tensor = tensors.get(self._pending)
+            self._write(self._context.checkpoint.read(self._pending) if tensor is None else tensor)
 
     def state(self) -> dict[str, Any]:
         """How far the shards are, and each linear's loss so far."""
