@@ -73,6 +73,13 @@ def fastest_precision(device: str) -> Precision:
     return "bfloat16" if native else "float32"
 
 
+def device_name(device: str) -> str:
+    """The kind of device that results depend on: its type, and a GPU's name or a CPU's instruction set."""
+    if torch.device(device).type == "cuda":
+        return f"cuda {torch.cuda.get_device_name()}"
+    return f"cpu {torch.backends.cpu.get_cpu_capability()}"
+
+
 @dataclass(frozen=True)
 class Block:
     """One decoder block and the statistics of what its linears read.
@@ -141,13 +148,13 @@ def stream_blocks(
     batches = make_batches([len(ids) for ids in sequences], tokens_per_batch)
     ordered = [sequences[member] for batch in batches for member in batch.members]
     tokens = sum(len(ids) for ids in ordered)
-    states = _open_states(runner, tokens, spill)
+    states = open_states(runner, tokens, spill)
     first = _first_block(states, spill.saved, start_block, events)
-    _embed(checkpoint, runner, ordered, states if first is None else None)
+    embed_all(checkpoint, runner, ordered, states if first is None else None)
     total = tokens * runner.blocks
     for index in range(first or 0, runner.blocks):
         layout = block_layout(checkpoint.config, index)
-        weights = _read_block(checkpoint, layout, device)
+        weights = read_block(checkpoint, layout, device)
         runner.load(layout, weights)
         last = index == runner.blocks - 1
         grams = None
@@ -171,7 +178,8 @@ def stream_blocks(
         del weights, grams
 
 
-def _open_states(runner: BlockRunner, tokens: int, spill: Spill) -> HiddenStates:
+def open_states(runner: BlockRunner, tokens: int, spill: Spill) -> HiddenStates:
+    """Hidden states for so many tokens, in memory if the budget allows. Raises BuildError: no folder to spill to."""
     size = 4 * tokens * runner.hidden_size
     if spill.budget_bytes is None or size <= spill.budget_bytes:
         return MemoryStates(tokens, runner.hidden_size, runner.device, spill.folder)
@@ -193,7 +201,9 @@ def _first_block(states: HiddenStates, saved: SavedStates | None, start_block: i
     return None
 
 
-def _embed(checkpoint: TensorSource, runner: BlockRunner, sequences: list[Tensor], states: HiddenStates | None) -> None:
+def embed_all(
+    checkpoint: TensorSource, runner: BlockRunner, sequences: list[Tensor], states: HiddenStates | None
+) -> None:
     """Write the first block's input; with states None, only learn each length's masks and positions."""
     name = "model.embed_tokens.weight"
     if name not in checkpoint.tensors:
@@ -207,7 +217,8 @@ def _embed(checkpoint: TensorSource, runner: BlockRunner, sequences: list[Tensor
         states.advance()
 
 
-def _read_block(checkpoint: TensorSource, layout: BlockLayout, device: str) -> dict[str, Tensor]:
+def read_block(checkpoint: TensorSource, layout: BlockLayout, device: str) -> dict[str, Tensor]:
+    """A block's weights in float32, by full name. Raises CheckpointError: some are not there."""
     names = sorted(name for name in checkpoint.tensors if name.startswith(layout.prefix))
     if not names:
         raise CheckpointError(f"the checkpoint has no tensors under {layout.prefix}")

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from quantize.cache import Cache
 from quantize.checkpoint import Checkpoint
+from quantize.cluster.spec import Spread
 from quantize.errors import QuantizeError
 from quantize.manifest import CalibrationEntry
 from quantize.recipe import BackendOptions
@@ -51,11 +52,12 @@ class SizePlan:
 
 @dataclass(frozen=True)
 class Limits:
-    """How a build runs; none of it may change a byte of what is written."""
+    """How a build runs; none of it may change a byte of what is written. spread: the calibration pass, on a cluster."""
 
     threads: int = 1
     device: str = "cpu"
     memory_budget_bytes: int | None = None
+    spread: Spread | None = None
 
 
 @dataclass(frozen=True)
