@@ -6,6 +6,7 @@ a call does (passwork).
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -27,13 +28,14 @@ POLL_SECONDS = 1.0
 
 @dataclass(frozen=True)
 class Machine:
-    """What a worker's results depend on beside its inputs. node: Ray's id of where it is."""
+    """What a worker's results depend on beside its inputs, and where it is. node: Ray's id."""
 
     device: str
     precision: Precision
     versions: tuple[str, ...]
     node: str
     address: str
+    process: int
     sees: bool
 
     @property
@@ -184,7 +186,11 @@ class Pool:
             warn(self._reporter, "", f"node {machine.address} takes no part, its bits could differ: {differ}")
             self.release(worker)
             return
-        note(self._reporter, "", f"{worker.name} is on {machine.address} ({machine.node[:6]})")
+        note(
+            self._reporter,
+            "",
+            f"{worker.name} is process {machine.process} on node {machine.node[:6]}, {machine.address}",
+        )
         worker.machine = machine
         self._present.add(worker.name)
         if self._plan is None:
@@ -216,7 +222,7 @@ class Actor:
         versions = {"quantize": __version__, **tool_versions(("torch", "transformers"))}
         shown = tuple(f"{name} {version}" for name, version in versions.items())
         name, precision = device_name(device), fastest_precision(device)
-        return Machine(name, precision, shown, here, address, Path(probe).is_file())
+        return Machine(name, precision, shown, here, address, os.getpid(), Path(probe).is_file())
 
     def begin(self, plan: PassPlan) -> None:
         """Get ready for the pass."""

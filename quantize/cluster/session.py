@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,7 +17,8 @@ from typing import Any
 
 from quantize.errors import MissingExtraError, PlanError, UsageError, first_line
 
-LOCAL, AUTO, CLIENT = "local", "auto", "ray://"
+LOCAL, AUTO = "local", "auto"
+ADDRESS = re.compile(r"(ray://)?[^\s/:]+:\d+")
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,7 @@ def ray_module() -> Any:
 
 def check_address(address: str) -> None:
     """Raise UsageError for what is no address."""
-    if address not in {LOCAL, AUTO} and not (address.startswith(CLIENT) and len(address) > len(CLIENT)):
+    if address not in {LOCAL, AUTO} and not ADDRESS.fullmatch(address):
         hint = "use --cluster local, --cluster auto or --cluster ray://HOST:10001"
         raise UsageError(f"--cluster {address!r} is no address of a cluster", hint=hint)
 
