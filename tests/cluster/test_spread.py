@@ -28,8 +28,8 @@ from tests.cluster.conftest import Nodes
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # Ray, transformers and its plugins warn on import
 
-BLOCKS = 6
-CALIBRATION = {"dataset": "text.txt", "samples": 640, "sequence_length": 64, "minimum_tokens": 16}
+BLOCKS = 5
+CALIBRATION = {"dataset": "text.txt", "samples": 270, "sequence_length": 64, "minimum_tokens": 16}
 VARIANTS: list[dict[str, Any]] = [
     {"format": "gptq", "group_size": 64},
     {"format": "awq", "group_size": 64},
@@ -60,7 +60,7 @@ class Passes:
     """The pass of a recipe, run in this process."""
 
     def __init__(self, root: Path) -> None:
-        checkpoint = make_checkpoint(root / "deep", TinyModel(blocks=BLOCKS))
+        checkpoint = make_checkpoint(root / "deep", TinyModel(hidden=128, intermediate=256, blocks=BLOCKS))
         text = [f"Paragraph {index}: the quick brown fox jumps over the lazy dog. " * 3 for index in range(700)]
         (root / "text.txt").write_text("\n\n".join(text))
         path = write_recipe(root / "deep.yaml", checkpoint, VARIANTS, calibration=CALIBRATION)
