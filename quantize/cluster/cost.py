@@ -17,29 +17,34 @@ if TYPE_CHECKING:
 GRAM_SHARE = 5 / 8  # of the full product: only panels of the upper triangle are multiplied
 CLIP_OPERATIONS = 100  # elementwise ones for each weight: the grid of the clip search
 AWQ_POINTS, AWQ_ROWS = 19, 256  # of the ratio search
-MATMUL_PER_ELEMENTWISE = 24  # how many operations of a matrix product take the time of one elementwise one
+PRODUCT_OPERATIONS = 24  # that take the time of one elementwise operation, on a CPU
 
 
 @dataclass(frozen=True)
 class BlockCost:
     """One block: operations (a multiplication and an addition are two), bytes.
 
-    forward, gram: over all tokens. solve: of one GPTQ or AWQ variant, elementwise ones included. weight_bytes: as the
-    pass holds them, float32. gram_bytes: of all its Gram matrices; each share sends as much over the network once, and
-    each solve reads it.
+    forward, gram: over all tokens. gptq_products, awq_products: of one variant's solve, in matrix products.
+    clip_weights: weights whose scale is searched, with CLIP_OPERATIONS elementwise operations each. weight_bytes: as
+    the pass holds them, float32. gram_bytes: of all its Gram matrices; each share sends as much once, and each solve
+    reads it. state_bytes: hidden states of all tokens.
     """
 
     forward: float
     gram: float
-    gptq: float
-    awq: float
+    gptq_products: float
+    awq_products: float
+    clip_weights: float
     weight_bytes: int
     gram_bytes: int
     state_bytes: int
 
     def solve(self, format_name: str) -> float:
-        """Operations of one variant's solve; an importance matrix has none to speak of."""
-        return {"gptq": self.gptq, "awq": self.awq}.get(format_name, 0.0)
+        """One variant's solve, in operations of a matrix product; an importance matrix has none to speak of."""
+        products = {"gptq": self.gptq_products, "awq": self.awq_products}
+        if format_name not in products:
+            return 0.0
+        return products[format_name] + CLIP_OPERATIONS * PRODUCT_OPERATIONS * self.clip_weights
 
 
 def block_costs(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], tokens: int) -> list[BlockCost]:
@@ -61,7 +66,7 @@ def _block_cost(
     used = 1.0
     if layout.experts is not None:
         used = int(config.get("num_experts_per_tok", 1)) / layout.experts.count
-    forward = gram = gptq = awq = 0.0
+    forward = gram = gptq = awq = clip = 0.0
     gram_bytes = 0
     for linears in layout.inputs.values():
         width = shapes[linears[0].tensor][1]
@@ -70,11 +75,11 @@ def _block_cost(
         forward += 2 * rows * width * seen
         gram += 2 * width * width * seen * GRAM_SHARE
         gram_bytes += 4 * width * width
-        clip = CLIP_OPERATIONS * MATMUL_PER_ELEMENTWISE * rows * width
-        gptq += width**3 / 3 + rows * width**2 * (1 + 4 * GRAM_SHARE) + clip
-        awq += AWQ_POINTS * AWQ_ROWS * width**2 * 2 * GRAM_SHARE + clip
+        clip += rows * width
+        gptq += width**3 / 3 + rows * width**2 * (1 + 4 * GRAM_SHARE)
+        awq += AWQ_POINTS * AWQ_ROWS * width**2 * 2 * GRAM_SHARE
     weights = sum(_elements(shape) for name, shape in shapes.items() if name.startswith(layout.prefix))
-    return BlockCost(forward, gram, gptq, awq, 4 * weights, gram_bytes, 4 * tokens * hidden)
+    return BlockCost(forward, gram, gptq, awq, clip, 4 * weights, gram_bytes, 4 * tokens * hidden)
 
 
 def _elements(shape: tuple[int, ...]) -> int:
