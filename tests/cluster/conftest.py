@@ -10,6 +10,7 @@ import pytest
 
 STORE_BYTES = 150 << 20
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+os.environ["RAY_worker_niceness"] = "0"
 os.environ.setdefault("RAY_health_check_failure_threshold", "2")
 os.environ.setdefault("RAY_health_check_period_ms", "1000")
 
