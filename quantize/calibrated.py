@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from quantize.architecture import block_count
+from quantize.architecture import block_count, block_layout
 from quantize.backends.base import Collector, Context, Limits
 from quantize.cluster.spec import Spread
 from quantize.errors import BuildError, QuantizeError, Stopped, first_line
@@ -152,7 +152,7 @@ def _stream(
     for block in stream:
 
         def solve(part: _Part, block: Block = block) -> None:
-            part.collector.add(block.index, part.collector.solve(block))
+            part.collector.add(block.index, [part.collector.solve(block)])
 
         _commit(journal, parts, block.index, solve, reporter)
         del block, solve
@@ -166,6 +166,7 @@ def _spread(
 ) -> None:  # fmt: skip
     """Have the workers of a cluster run the blocks that a part still lacks."""
     from quantize.cluster.passwork import PassPlan
+    from quantize.cluster.spread import Lacking
 
     limits = replace(parts[0].context.limits, spread=None, threads=spread.cores)
     contexts = tuple((part.format, replace(part.context, limits=limits)) for part in parts)
@@ -173,18 +174,22 @@ def _spread(
 
     def take(index: int, solved: Mapping[int, Any], after: Sequence[SavedStates]) -> list[int]:
         def add(part: _Part) -> None:
-            answer, seconds = solved[parts.index(part)]
+            answers, seconds = solved[parts.index(part)]
             part.seconds += seconds
-            if isinstance(answer, QuantizeError):
-                raise answer
-            part.collector.add(index, answer)
+            for answer in answers:
+                if isinstance(answer, QuantizeError):
+                    raise answer
+            part.collector.add(index, answers)
 
         _commit(journal, parts, index, add, reporter)
         if after:
             journal.commit_shares(after)
         return [number for number, part in enumerate(parts) if part.error is not None]
 
-    cluster.run(plan, [part.blocks for part in parts], journal.saved_shares, take)
+    config = parts[0].context.checkpoint.config
+    layouts = [block_layout(config, index) for index in range(block_count(config))]
+    lacking = [Lacking(part.blocks, [part.collector.pieces(layout) for layout in layouts]) for part in parts]
+    cluster.run(plan, lacking, journal.saved_shares, take)
 
 
 def _commit(

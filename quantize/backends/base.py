@@ -23,6 +23,7 @@ from quantize.source import PinnedSource
 
 if TYPE_CHECKING:
     from quantize.activations import Block
+    from quantize.architecture import BlockLayout
 
 
 @dataclass(frozen=True)
@@ -98,13 +99,16 @@ class Collector(Resumable, Protocol):
     After each block its state is recorded: a build that is stopped goes on there, with a collector that `resume`s.
     """
 
+    def pieces(self, layout: BlockLayout) -> Sequence[BlockLayout]:
+        """A block in parts that can be solved apart, by several machines at once."""
+
     def solve(self, block: Block) -> Any:
-        """What the variant needs of a block, picklable and small; changes nothing, in here or on disk: on a cluster
-        another collector of the same context does it, in another process, and blocks are solved in any order.
+        """What the variant needs of a block, or of one of its pieces, picklable and small; changes nothing, in here or
+        on disk: on a cluster another collector of the same context does it, in another process, in any order.
         """
 
-    def add(self, index: int, solved: Any) -> None:
-        """Take what `solve` gave for a block; called for one block after the other, where the pass runs."""
+    def add(self, index: int, solved: Sequence[Any]) -> None:
+        """Take what `solve` gave for all pieces of a block; one block after the other, where the pass runs."""
 
     def finish(self) -> None:
         """The pass is over: write what the build needs into staging or scratch."""

@@ -131,18 +131,19 @@ class PassWorker:
         grams = self._runner.complete(layout, total)
         return {key: (gram.matrix.cpu().numpy(), gram.tokens, gram.note) for key, gram in grams.items()}
 
-    def solve(self, block: int, part: int, grams: dict[str, GramArrays]) -> Any:
-        """What a variant needs of a block."""
+    def solve(self, block: int, part: int, piece: int, grams: dict[str, GramArrays]) -> Any:
+        """What a variant needs of a piece of a block. grams: of the inputs that the piece reads."""
         layout, weights = self._load(block)
         device = self._runner.device
         matrices = {
             key: Gram(torch.tensor(matrix, device=device), tokens, note)
             for key, (matrix, tokens, note) in grams.items()
         }
-        inputs = {linear.tensor: linear.input for linear in layout.linears}
         if part not in self._collectors:
             name, context = self._plan.parts[part]
             self._collectors[part] = backends()[name].collector(context, self._events)
+        layout = self._collectors[part].pieces(layout)[piece]
+        inputs = {linear.tensor: linear.input for linear in layout.linears}
         return self._collectors[part].solve(Block(block, layout, weights, matrices, inputs))
 
     def _states(self, share: int, block: int, saved: SavedStates | None) -> HiddenStates:

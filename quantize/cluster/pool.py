@@ -247,11 +247,11 @@ class Actor:
         grams = self._work.complete(block, (ray.get(reference) for reference in shares))
         return (self._report(started), *(grams[key] for key in keys))
 
-    def solve(self, block: int, part: int, keys: Sequence[str], *grams: Any) -> Report:
+    def solve(self, block: int, part: int, piece: int, keys: Sequence[str], *grams: Any) -> Report:
         """See PassWorker; a failure is the variant's own, and comes back as its answer."""
         started = time.time()
         try:
-            return self._report(started, self._work.solve(block, part, dict(zip(keys, grams, strict=True))))
+            return self._report(started, self._work.solve(block, part, piece, dict(zip(keys, grams, strict=True))))
         except QuantizeError as exc:
             return self._report(started, error=exc)
         except (RuntimeError, ValueError, OSError) as exc:  # torch reports nearly everything as RuntimeError

@@ -15,31 +15,38 @@ FORWARD, COMPLETE, SOLVE = "forward", "complete", "solve"
 
 @dataclass(frozen=True)
 class Task:
-    """One call of a worker. number: the share of a forward pass, the part of a solve. record: keep statistics."""
+    """One call of a worker. number: the share of a forward pass, the part of a solve. piece: of a solve. record: keep
+    statistics.
+    """
 
     kind: str
     block: int
     number: int = 0
+    piece: int = 0
     record: bool = True
 
 
 @dataclass
 class _BlockState:
-    """Where the results of a block are: worker names by share, of its sums, by part."""
+    """Where the results of a block are: worker names by share, of its sums; (part, piece) of those that are solved."""
 
     forwards: dict[int, Hashable] = field(default_factory=dict)
     complete: Hashable | None = None
-    solves: dict[int, Hashable] = field(default_factory=dict)
+    solves: set[tuple[int, int]] = field(default_factory=set)
 
 
 class Schedule:
     """The pass over blocks [start, blocks).
 
-    firsts: for each part, the first block that it lacks. start: the block whose input the shares have.
+    firsts: for each part, the first block that it lacks. pieces: for each part, the number of pieces of each block.
+    start: the block whose input the shares have.
     """
 
-    def __init__(self, blocks: int, shares: int, firsts: Sequence[int], start: int, in_flight: int) -> None:
-        self._blocks, self._shares, self._in_flight = blocks, shares, max(1, in_flight)
+    def __init__(
+        self, pieces: Sequence[Sequence[int]], shares: int, firsts: Sequence[int], start: int, in_flight: int
+    ) -> None:
+        self._pieces, self._shares, self._in_flight = pieces, shares, max(1, in_flight)
+        blocks = self._blocks = len(pieces[0])
         self._firsts = dict(enumerate(firsts))
         self._record_from = min(firsts, default=blocks)
         self._at = dict.fromkeys(range(shares), start)  # the next block of each share
@@ -88,7 +95,7 @@ class Schedule:
         elif task.kind == COMPLETE:
             state.complete = worker
         else:
-            state.solves[task.number] = worker
+            state.solves.add((task.number, task.piece))
             self._advance()
 
     def failed(self, task: Task) -> None:
@@ -109,12 +116,12 @@ class Schedule:
         state, gone = self._states.get(block), set(workers)
         if state is None or block < self._solved:
             return
+        state.forwards = {share: worker for share, worker in state.forwards.items() if worker not in gone}
         if state.complete in gone:
             state.complete = None
         if state.complete is None:
-            for share in [share for share, worker in state.forwards.items() if worker in gone]:
-                del state.forwards[share]
-                self._again.append((block, share))
+            lost = {share for share, at in self._at.items() if at > block} - set(state.forwards)
+            self._again += sorted({(block, share) for share in lost} - set(self._again))
 
     def open_blocks(self) -> list[int]:
         """Blocks with results that are still needed."""
@@ -127,12 +134,13 @@ class Schedule:
             if block < limit:
                 found.append(Task(FORWARD, block, share, record=block >= self._record_from))
         for block, state in self._states.items():
-            if block < self._solved or len(state.forwards) < self._shares:
+            if block < self._solved:
                 continue
             if state.complete is None:
-                found.append(Task(COMPLETE, block))
+                found += [Task(COMPLETE, block)] if len(state.forwards) == self._shares else []
             else:
-                found += [Task(SOLVE, block, part) for part in self._parts(block) if part not in state.solves]
+                lacking = self._solves(block) - state.solves
+                found += [Task(SOLVE, block, part, piece) for part, piece in lacking]
         return [task for task in found if task not in self._running and not self._is_moving(task)]
 
     def _is_moving(self, task: Task) -> bool:
@@ -141,20 +149,23 @@ class Schedule:
             other.kind == FORWARD and other.number == task.number for other in self._running
         )
 
-    def _urgency(self, task: Task, worker: Hashable) -> tuple[int, int, int, int]:
+    def _urgency(self, task: Task, worker: Hashable) -> tuple[int, ...]:
         """Sums first, then solves, then forward passes; early blocks first; a worker's own shares before others'."""
         kind = {COMPLETE: 0, SOLVE: 1, FORWARD: 2}[task.kind]
         owner = self._owner.get(task.number, worker) if task.kind == FORWARD else worker
         unowned = task.kind == FORWARD and task.number not in self._owner
-        return kind, task.block, 0 if owner == worker and not unowned else 1 if unowned else 2, task.number
+        place = 0 if owner == worker and not unowned else 1 if unowned else 2
+        return kind, task.block, place, task.number, task.piece
 
-    def _parts(self, block: int) -> list[int]:
-        return [part for part, first in self._firsts.items() if first <= block]
+    def _solves(self, block: int) -> set[tuple[int, int]]:
+        """(part, piece) of all solves of a block."""
+        parts = [part for part, first in self._firsts.items() if first <= block]
+        return {(part, piece) for part in parts for piece in range(self._pieces[part][block])}
 
     def _advance(self) -> None:
         while self._solved < self._blocks:
             state = self._states.get(self._solved, _BlockState())
-            if state.complete is None or any(part not in state.solves for part in self._parts(self._solved)):
+            if state.complete is None or not self._solves(self._solved) <= state.solves:
                 return
             self._states.pop(self._solved)
             self._solved += 1

@@ -10,9 +10,10 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
-from quantize.architecture import block_layout
+from quantize.architecture import BlockLayout, block_layout
 from quantize.cluster.cost import pass_costs
 from quantize.cluster.passwork import PassPlan, deal, share_folder
 from quantize.cluster.pool import Lost, Machine, Pool, Report, Worker
@@ -30,9 +31,17 @@ STORE_SHARE = 0.5  # of the nodes' object stores, for blocks under way: nothing 
 POLL_SECONDS = 0.5
 MOST_DEATHS = 3  # of workers with the same task in hand
 
-# What becomes of a finished block: (block, (answer or error, seconds) of each part, the input of the next by share)
-# -> the parts that take no more.
-Take = Callable[[int, Mapping[int, Any], Sequence[SavedStates]], Sequence[int]]
+# What becomes of a finished block: (block, the answers or errors of each part's pieces and their seconds, the input of
+# the next one by share) -> the parts that take no more.
+Take = Callable[[int, Mapping[int, tuple[list[Any], float]], Sequence[SavedStates]], Sequence[int]]
+
+
+@dataclass(frozen=True)
+class Lacking:
+    """What a part still needs: blocks from `first` on, each in pieces that can be solved apart."""
+
+    first: int
+    pieces: Sequence[Sequence[BlockLayout]]
 
 
 @contextmanager
@@ -56,7 +65,7 @@ class SpreadPass:
         self._saved: dict[tuple[int, int], SavedStates] = {}  # (share, block) -> the block's input
         self._sums: dict[tuple[int, int], Any] = {}  # (block, share) -> reference
         self._grams: dict[int, dict[str, Any]] = {}  # block -> references by key
-        self._solved: dict[int, dict[int, Any]] = {}
+        self._solved: dict[int, dict[tuple[int, int], tuple[Any, float]]] = {}
         self._nodes: dict[str, str] = {}  # worker -> node
         self._deaths: dict[Task, int] = {}
         self._spans: list[Span] = []
@@ -66,21 +75,23 @@ class SpreadPass:
         """What the workers are: waits for the first one."""
         return self._pool.first_machine()
 
-    def run(self, plan: PassPlan, firsts: Sequence[int], saved: Sequence[SavedStates], take: Take) -> None:
-        """Have every part see the blocks from its first one on.
+    def run(self, plan: PassPlan, parts: Sequence[Lacking], saved: Sequence[SavedStates], take: Take) -> None:
+        """Have every part see the blocks that it lacks.
 
-        firsts: per part. saved: the shares' hidden states of a stopped pass, () for none. Raises what a worker raises,
+        saved: the shares' hidden states of a stopped pass, () for none. Raises what a worker raises,
         what `take` raises, BuildError where workers die over the same task again and again.
         """
-        self._plan, self._config = plan, plan.parts[0][1].checkpoint.config
+        self._plan, self._parts, self._config = plan, parts, plan.parts[0][1].checkpoint.config
+        firsts = [part.first for part in parts]
         self._shares = deal(plan.token_ids)
         costs = pass_costs(plan)
         self._blocks = len(costs)
         start = self._start(saved, min(firsts))
         in_flight = self._in_flight(max(cost.gram_bytes for cost in costs))
-        self._schedule = Schedule(self._blocks, len(self._shares), firsts, start, in_flight)
+        pieces = [[len(layouts) for layouts in part.pieces] for part in parts]
+        self._schedule = Schedule(pieces, len(self._shares), firsts, start, in_flight)
         formats = [name for name, _ in plan.parts]
-        self._watch = PassWatch(self._reporter, costs, formats, len(self._shares), shown=self._spread.watch)
+        self._watch = PassWatch(self._reporter, costs, formats, pieces, len(self._shares), shown=self._spread.watch)
         self._pool.begin(plan)
         try:
             with ThreadPoolExecutor(1) as writer:
@@ -149,8 +160,9 @@ class SpreadPass:
             sums = [self._sums[block, share] for share in range(len(self._shares))]
             self._pool.call(worker, task, "complete", (block, keys, sums), 1 + len(keys))
         else:
-            grams = self._grams[block]
-            self._pool.call(worker, task, "solve", (block, task.number, keys, *(grams[key] for key in keys)), 1)
+            keys = tuple(self._parts[task.number].pieces[block][task.piece].inputs)
+            grams = [self._grams[block][key] for key in keys]
+            self._pool.call(worker, task, "solve", (block, task.number, task.piece, keys, *grams), 1)
 
     def _heard(self, worker: Worker, outcome: Report | Lost | None) -> None:
         if isinstance(outcome, Lost):
@@ -177,12 +189,13 @@ class SpreadPass:
             self._grams[task.block] = dict(zip(keys, worker.results[1:], strict=True))
         else:
             answer = report.answer if report.error is None else report.error
-            self._solved.setdefault(task.block, {})[task.number] = (answer, report.ended - report.started)
+            solved = self._solved.setdefault(task.block, {})
+            solved[task.number, task.piece] = (answer, report.ended - report.started)
         self._schedule.done(task)
         worker.results = ()
-        solved = self._schedule.solved_blocks
-        self._grams = {block: grams for block, grams in self._grams.items() if block >= solved}
-        self._sums = {where: sums for where, sums in self._sums.items() if where[0] >= solved}
+        first = self._schedule.solved_blocks
+        self._grams = {block: grams for block, grams in self._grams.items() if block >= first}
+        self._sums = {where: sums for where, sums in self._sums.items() if where[0] >= first}
 
     def _lost(self, worker: Worker, lost: Lost) -> None:
         """Have done again what a dead worker had in hand, and what was on a dead node."""
@@ -214,7 +227,10 @@ class SpreadPass:
     def _hand_over(self, take: Take, block: int) -> Sequence[int]:
         """Give a solved block to whoever writes it; then hidden states before the next one are of no more use."""
         started = time.time()
-        found = self._solved.pop(block, {})
+        found: dict[int, tuple[list[Any], float]] = {}
+        for (part, _), (answer, seconds) in sorted(self._solved.pop(block, {}).items(), key=lambda item: item[0]):
+            answers, before = found.get(part, ([], 0.0))
+            found[part] = ([*answers, answer], before + seconds)
         after = [self._saved[share, block + 1] for share in range(len(self._shares)) if block + 1 < self._blocks]
         leaving = take(block, found, after)
         for share in range(len(self._shares)):
@@ -225,7 +241,7 @@ class SpreadPass:
     def _note_time(self, worker: Worker, task: Task, report: Report) -> None:
         assert worker.machine is not None
         what = {FORWARD: f"share {task.number}", COMPLETE: "sum"}.get(task.kind)
-        what = what or self._plan.parts[task.number][1].variant
+        what = what or f"{self._plan.parts[task.number][1].variant} {task.piece}"
         node = f"{worker.machine.address} {worker.machine.node[:6]}"
         name = f"{task.kind} {task.block}: {what}"
         self._spans.append(Span(node, worker.name, task.kind, name, report.started, report.ended, task.block))

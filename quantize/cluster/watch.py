@@ -23,10 +23,11 @@ class PassWatch:
     """Keeps count of the work that is done; says nothing unless `shown`."""
 
     def __init__(
-        self, reporter: Reporter, costs: Sequence[BlockCost], formats: Sequence[str], shares: int, *, shown: bool
-    ) -> None:
+        self, reporter: Reporter, costs: Sequence[BlockCost], formats: Sequence[str], pieces: Sequence[Sequence[int]],
+        shares: int, *, shown: bool,
+    ) -> None:  # fmt: skip
         self._reporter, self._costs, self._formats, self._shown = reporter, costs, formats, shown
-        self._shares = shares
+        self._pieces, self._shares = pieces, shares
         self._total = sum(cost.forward + cost.gram + sum(map(cost.solve, formats)) for cost in costs)
         self._done = 0.0
         self._began = time.monotonic()
@@ -46,7 +47,7 @@ class PassWatch:
         if task.kind == FORWARD:
             self._done += (cost.forward + cost.gram) / self._shares
         elif task.kind == SOLVE:
-            self._done += cost.solve(self._formats[task.number])
+            self._done += cost.solve(self._formats[task.number]) / self._pieces[task.number][task.block]
 
     def left_seconds(self) -> float | None:
         """What is left at the pace so far; None before anything is done."""

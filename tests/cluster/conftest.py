@@ -9,10 +9,12 @@ from typing import Any
 import pytest
 
 STORE_BYTES = 150 << 20
-os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
-os.environ["RAY_worker_niceness"] = "0"
-os.environ.setdefault("RAY_health_check_failure_threshold", "2")
-os.environ.setdefault("RAY_health_check_period_ms", "1000")
+os.environ |= {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_worker_niceness": "0",  # on a machine that is busy with other tests, workers would hardly run
+    "RAY_health_check_failure_threshold": "2",
+    "RAY_health_check_period_ms": "1000",
+}
 
 
 class Nodes:

@@ -13,9 +13,10 @@ from quantize.cluster.schedule import COMPLETE, FORWARD, SOLVE, Schedule, Task
 
 @dataclass(frozen=True)
 class Case:
-    """A pass, and what goes wrong in it."""
+    """A pass. pieces: for each part, of each block."""
 
     blocks: int
+    pieces: tuple[tuple[int, ...], ...]
     shares: int
     firsts: tuple[int, ...]
     start: int
@@ -28,7 +29,10 @@ def cases(draw: st.DrawFn) -> Case:
     blocks = draw(st.integers(1, 6))
     firsts = tuple(draw(st.lists(st.integers(0, blocks), min_size=1, max_size=3)))
     start = draw(st.integers(0, min(firsts)))
-    return Case(blocks, draw(st.integers(1, 5)), firsts, start, draw(st.integers(1, 3)), draw(st.integers(1, 4)))
+    of_block = st.lists(st.integers(1, 3), min_size=blocks, max_size=blocks).map(tuple)
+    pieces = tuple(draw(of_block) for _ in firsts)
+    shares, in_flight, workers = (draw(st.integers(1, most)) for most in (5, 3, 4))
+    return Case(blocks, pieces, shares, firsts, start, in_flight, workers)
 
 
 class Pass:
@@ -36,11 +40,11 @@ class Pass:
 
     def __init__(self, case: Case) -> None:
         self.case = case
-        self.schedule = Schedule(case.blocks, case.shares, case.firsts, case.start, case.in_flight)
+        self.schedule = Schedule(case.pieces, case.shares, case.firsts, case.start, case.in_flight)
         self.running: dict[int, Task] = {}
         self.sums: dict[tuple[int, int], int] = {}  # (block, share) -> the worker that has them
         self.grams: dict[int, int] = {}
-        self.solved: set[tuple[int, int]] = set()
+        self.solved: set[tuple[int, int, int]] = set()
         self.reached = dict.fromkeys(range(case.shares), case.start)
         self.finished: list[Task] = []
 
@@ -61,7 +65,7 @@ class Pass:
         else:
             assert task.block in self.grams
             assert self.case.firsts[task.number] <= task.block
-            assert (task.block, task.number) not in self.solved
+            assert (task.block, task.number, task.piece) not in self.solved
 
     def finish(self, worker: int) -> None:
         task = self.running.pop(worker)
@@ -73,7 +77,7 @@ class Pass:
         elif task.kind == COMPLETE:
             self.grams[task.block] = worker
         else:
-            self.solved.add((task.block, task.number))
+            self.solved.add((task.block, task.number, task.piece))
         self.schedule.done(task)
 
     def lose_data(self, worker: int) -> None:
@@ -105,7 +109,10 @@ def test_every_part_solves_every_block_that_it_lacks(case: Case, data: st.DataOb
         else:
             found.lose_data(worker)
     assert found.solved == {
-        (block, part) for part, first in enumerate(case.firsts) for block in range(first, case.blocks)
+        (block, part, piece)
+        for part, first in enumerate(case.firsts)
+        for block in range(first, case.blocks)
+        for piece in range(case.pieces[part][block])
     }
     if not troubles:
         assert len(found.finished) == len(set(found.finished))
@@ -113,7 +120,7 @@ def test_every_part_solves_every_block_that_it_lacks(case: Case, data: st.DataOb
 
 def test_the_forward_pass_goes_on_while_blocks_are_solved() -> None:
     """Two workers: once one of them has a solve, the other takes the next block's share, whosever it was."""
-    schedule = Schedule(4, 2, [0], 0, 2)
+    schedule = Schedule([[1] * 4], 2, [0], 0, 2)
     first = [schedule.next("a"), schedule.next("b")]
     assert first == [Task(FORWARD, 0, 0), Task(FORWARD, 0, 1)]
     for task in first:
@@ -135,7 +142,7 @@ def test_the_forward_pass_goes_on_while_blocks_are_solved() -> None:
 
 
 def test_a_part_that_leaves_holds_nobody_up() -> None:
-    schedule = Schedule(1, 1, [0, 0], 0, 1)
+    schedule = Schedule([[1], [2]], 1, [0, 0], 0, 1)
     for expected in (Task(FORWARD, 0), Task(COMPLETE, 0), Task(SOLVE, 0, 0)):
         assert schedule.next("a") == expected
         schedule.done(expected)
@@ -145,7 +152,7 @@ def test_a_part_that_leaves_holds_nobody_up() -> None:
 
 @pytest.mark.parametrize("owner_is_free", [True, False])
 def test_a_share_stays_with_its_worker_unless_that_one_is_busy(owner_is_free: bool) -> None:
-    schedule = Schedule(3, 2, [2], 0, 3)
+    schedule = Schedule([[1] * 3], 2, [2], 0, 3)
     a, b = schedule.next("a"), schedule.next("b")
     assert a is not None
     assert b is not None
