@@ -117,6 +117,8 @@ class Pool:
 
     def wait(self, seconds: float) -> list[tuple[Worker, Report | Lost | None]]:
         """Workers that have answered, or are gone; None: it is new, and ready for work."""
+        if not self._waiting:
+            return []
         done, _ = self._ray.wait([*self._waiting], num_returns=1, timeout=seconds)
         if done:
             more, _ = self._ray.wait([*self._waiting], num_returns=len(self._waiting), timeout=0)

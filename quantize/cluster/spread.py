@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from quantize.architecture import BlockLayout, block_layout
+from quantize.cache import hash_file
 from quantize.cluster.cost import pass_costs
 from quantize.cluster.passwork import PassPlan, deal, share_folder
 from quantize.cluster.pool import Lost, Machine, Pool, Report, Worker
@@ -30,6 +31,7 @@ MOST_IN_FLIGHT = 4
 STORE_SHARE = 0.5  # of the nodes' object stores, for blocks under way: nothing is ever spilled
 POLL_SECONDS = 0.5
 MOST_DEATHS = 3  # of workers with the same task in hand
+BEGIN = Task("the start", -1)  # what a worker has in hand before its first task
 
 # What becomes of a finished block: (block, the answers or errors of each part's pieces and their seconds, the input of
 # the next one by share) -> the parts that take no more.
@@ -105,12 +107,14 @@ class SpreadPass:
         blocks = {item.block for item in saved}
         if len(saved) != len(self._shares) or len(blocks) != 1 or max(blocks) > first:
             return 0
+        for share, item in enumerate(saved):
+            path = share_folder(self._plan.folder, share) / item.file
+            if not path.is_file() or hash_file(path) != item.sha256:
+                text = "the hidden states of the stopped build are damaged or gone; the blocks are run again"
+                warn(self._reporter, "", text)
+                return 0
         self._saved = {(share, item.block): item for share, item in enumerate(saved)}
-        files = [share_folder(self._plan.folder, share) / item.file for share, item in enumerate(saved)]
-        if all(path.is_file() for path in files):
-            return blocks.pop()
-        warn(self._reporter, "", "the hidden states of the stopped build are gone; the blocks are run again")
-        return 0
+        return blocks.pop()
 
     def _in_flight(self, gram_bytes: int) -> int:
         """Blocks between the first forward pass and the last solve, so that their sums fit the object stores."""
@@ -206,8 +210,7 @@ class SpreadPass:
         if not lost.data:
             warn(self._reporter, "", f"{lost}; what it had in hand is given to another")
             self._schedule.lose_worker(worker.name)
-            if task is not None:
-                self._count_death(task)
+            self._count_death(task or BEGIN)
         alive = self._pool.live_nodes()
         gone = {name for name, node in self._nodes.items() if node not in alive}
         if lost.data:
@@ -222,7 +225,8 @@ class SpreadPass:
         self._deaths[task] = self._deaths.get(task, 0) + 1
         if self._deaths[task] > MOST_DEATHS:
             hint = "did it run out of memory? Give a worker more with --memory-budget, or fewer workers to a node"
-            raise BuildError(f"{task.kind} of block {task.block} failed on {MOST_DEATHS + 1} workers", hint=hint)
+            what = task.kind if task == BEGIN else f"the {task.kind} of block {task.block}"
+            raise BuildError(f"{what} failed on {MOST_DEATHS + 1} workers", hint=hint)
 
     def _hand_over(self, take: Take, block: int) -> Sequence[int]:
         """Give a solved block to whoever writes it; then hidden states before the next one are of no more use."""

@@ -15,7 +15,7 @@ from quantize.cluster.units import Sizes
 from quantize.errors import UsageError
 from quantize.testing import TinyModel, make_checkpoint, write_recipe
 from tests.cluster.conftest import Nodes
-from tests.conftest import Run
+from tests.conftest import Built, Run
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # Ray warns while it starts and stops
 
@@ -72,28 +72,28 @@ def test_a_cluster_that_does_not_answer(recipe: Path, run: Run, monkeypatch: pyt
 
 
 def test_recipes_are_built_side_by_side_with_the_digests_of_a_build_alone(
-    nodes: Nodes, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    nodes: Nodes, built: Built, tiny: Path, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     nodes.ensure(1)
     monkeypatch.setenv("RAY_ADDRESS", nodes.address)
-    paths = []
-    for seed in range(2):
-        checkpoint = make_checkpoint(tmp_path / f"model-{seed}", TinyModel(seed=seed))
-        paths.append(write_recipe(tmp_path / f"model-{seed}.yaml", checkpoint, VARIANTS))
+    first = write_recipe(tmp_path / "tiny.yaml", tiny, VARIANTS)
+    other = write_recipe(tmp_path / "other.yaml", make_checkpoint(tmp_path / "other", TinyModel(seed=1)), VARIANTS)
     (tmp_path / "text.txt").write_text("The quick brown fox jumps over the lazy dog. " * 200)
     calibration = {"dataset": "text.txt", "samples": 2, "sequence_length": 64, "minimum_tokens": 16}
     impossible = [{"format": "gptq", "group_size": 96}]
-    broken = write_recipe(tmp_path / "broken.yaml", tmp_path / "model-0", impossible, calibration=calibration)
+    broken = write_recipe(tmp_path / "broken.yaml", tmp_path / "other", impossible, calibration=calibration)
     trace = tmp_path / "trace.json"
     options = ("--no-eval", "--json", "--watch", "--trace", trace)
-    result = run("build", *paths, broken, "--cluster", "auto", *options)
-    found = {item["recipe"]: item for item in json.loads(result.stdout)}
+    result = run("build", first, other, broken, "--cluster", "auto", *options)
     assert result.exit_code == 3, result.stderr
+    found = {item["recipe"]: item for item in json.loads(result.stdout)}
     assert [item["state"] for item in found.values()] == ["built", "built", "failed"]
-    assert len({span.node for span in read_trace(trace) if span.name.startswith("model-")}) == 2
-    alone = run("build", *paths, "--no-eval", "--json", "--force", "--store", tmp_path / "alone")
-    assert [item["digest"] for item in json.loads(alone.stdout)] == [found[path.stem]["digest"] for path in paths]
-    table = run("build", *paths, "--no-eval", "--cluster", nodes.address)
+    (alone,) = [item.artifact for item in built.outcomes if item.variant == "q8_0"]
+    assert alone is not None
+    assert found["tiny"]["digest"] == alone.manifest.digest
+    builds = [span for span in read_trace(trace) if not span.name.startswith("broken")]
+    assert len({span.node for span in builds}) == len(builds) == 2
+    table = run("build", first, other, "--no-eval")
     assert "RECIPE" in table.stdout
     assert table.stdout.count("up to date") == 2
 
