@@ -52,7 +52,8 @@ class Rates:
     """What a GPU and its surroundings are taken to reach, per second. Assumptions, not measurements.
 
     bf16, fp32: operations of matrix products. elementwise: weights of a clip search, with all its candidates. network:
-    bytes out of or into a node. store: bytes between a GPU and its node's object store.
+    bytes out of or into a node. store: bytes between a GPU and its node's object store. storage: bytes of shared
+    storage, for the whole cluster.
     """
 
     bf16: float = 400e12  # of 989 on paper
@@ -60,6 +61,7 @@ class Rates:
     elementwise: float = 2.4e9  # a hundred operations that read and write 10 bytes each, at 2.4 of 3.35 TB/s
     network: float = 40e9  # of 50: 400 Gbit/s
     store: float = 10e9
+    storage: float = 5e9
 
 
 @contextlib.contextmanager
@@ -205,15 +207,11 @@ def model_table() -> str:
         rows.append((name, blocks, cells, cost, solve))
     lines = ["| a block of | forward | Gram | GPTQ | AWQ | weights | Gram, GB | states, GB |", "|---|" + "---:|" * 7]
     lines += [f"| {name} ({blocks} blocks) | {' | '.join(cells)} |" for name, blocks, cells, _, _ in rows]
-    lines += [
-        "",
-        "| whole pass, minutes | 1 GPU | 8 GPUs | 64 nodes of 8, one checkpoint | bound by |",
-        "|---|" + "---:|" * 3 + "---|",
-    ]
+    lines += ["", "| minutes of a pass (bound by) | 1 GPU | a node of 8 | 64 nodes of 8 |", "|---|" + "---:|" * 3]
     for name, blocks, _, cost, solve in rows:
         times = [pass_seconds(cost, solve, gpus, rates) for gpus in (1, 8, 64 * GPUS_A_NODE)]
-        minutes = [f"{blocks * seconds / 60:.1f}" for seconds, _ in times]
-        lines.append(f"| {name} | {' | '.join(minutes)} | {times[-1][1]} |")
+        cells = [f"{blocks * seconds / 60:.1f} ({bound})" for seconds, bound in times]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -221,12 +219,15 @@ def pass_seconds(cost: BlockCost, solve: dict[str, float], gpus: int, rates: Rat
     """Seconds a block of a pass for GPTQ and AWQ, and what bounds it: its stages overlap, the slowest one decides."""
     forward = min(gpus, SHARES)
     through = cost.forward / rates.bf16 + cost.gram / rates.fp32 + cost.gram_bytes * SHARES / rates.store
-    if gpus == 1:
-        return through + sum(solve.values()), "all work"
     work = (through + sum(solve.values())) / gpus
     chain = through / forward
     collect = cost.gram_bytes * SHARES / (rates.network if gpus > GPUS_A_NODE else rates.store)
-    stages = {"all work": work, "the forward pass of a share": chain, "collecting the sums": collect}
+    readers = 1 if gpus <= GPUS_A_NODE else SHARES + len(solve)  # nodes that read a block's weights, of two bytes each
+    storage = (cost.state_bytes + readers * cost.weight_bytes / 2) / rates.storage
+    stages = {
+        "all work": work, "the forward pass of a share": chain, "collecting the sums": collect,
+        "shared storage": storage,
+    }  # fmt: skip
     worst = max(stages, key=lambda name: stages[name])
     return stages[worst], worst
 
