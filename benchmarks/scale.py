@@ -4,10 +4,10 @@
     python -m benchmarks.scale recipes [--count 10] [--nodes 2]
     python -m benchmarks.scale model
 
-`pass` builds the calibrated variants of a recipe (of the demo, if none is given) with each number of workers, and
-prints JSON: seconds of the pass from its first task to its last write, of the step with its start-up, of the whole
-command, efficiency against the first number, how long forward passes and solves were under way at once, the share of
-each kind of work, and the network's bytes. Digests are compared with a build without Ray. `recipes` builds
+`pass` runs the calibration pass of a recipe (of the demo, if none is given), with its solves and shards, with each
+number of workers, and prints JSON: seconds of the pass from its first task to its last write, of the step with its
+start-up, efficiency against the first number, how long forward passes and solves were under way at once, and the seconds
+of each kind of work. Every file is compared with those of a pass without Ray. `recipes` builds
 many small recipes side by side, and holds the time against the bound: the sum of all work over the number of nodes.
 `model` measures nothing: it prints the tables of docs/scale.md from the cost model.
 """
@@ -27,15 +27,18 @@ from pathlib import Path
 from typing import Any
 
 from quantize.backends import backends, formats
-from quantize.backends.base import Limits
-from quantize.build import Outcome, RunOptions, build
-from quantize.cache import Cache, default_cache_root
+from quantize.backends.base import Context, Limits
+from quantize.build import RunOptions
+from quantize.cache import Cache, default_cache_root, hash_file
+from quantize.calibrated import run_pass
 from quantize.cluster.cost import BlockCost, block_costs
 from quantize.cluster.spec import Spread
 from quantize.cluster.trace import Span, overlap_seconds, read_trace
 from quantize.cluster.units import ClusterOptions, build_on_cluster
 from quantize.recipe import Recipe, load_recipe
 from quantize.report import SilentReporter
+from quantize.source import open_source, pin_source
+from quantize.staging import RESUME_NAME
 from quantize.store import Store
 from quantize.testing import TinyModel, make_checkpoint, write_recipe
 
@@ -80,31 +83,33 @@ def cluster_of(count: int) -> Iterator[str]:
         made.shutdown()
 
 
-def digests(outcomes: list[Outcome]) -> dict[str, str]:
-    """Variant -> digest; exits where one failed."""
-    for item in outcomes:
-        if item.error is not None:
-            sys.exit(f"{item.variant}: {item.error}")
-    return {item.variant: item.artifact.manifest.digest for item in outcomes if item.artifact}
-
-
 def one_pass(recipe: Recipe, work: Path, workers: int | None, trace: Path) -> tuple[dict[str, Any], dict[str, str]]:
-    """A build of the calibrated variants; workers None: without Ray, on one thread."""
-    names = [
-        item.name for item in recipe.variants if backends()[item.format].needs_calibration(item.options)
-    ]  # fmt: skip
+    """The calibration pass of a recipe with its solves and shards; workers None: without Ray, on one thread."""
+    cache, reporter = Cache(default_cache_root()), SilentReporter()
+    source = pin_source(recipe, cache, reporter)
+    checkpoint = open_source(source, cache, reporter)
     with contextlib.ExitStack() as held:
+        root = Path(held.enter_context(tempfile.TemporaryDirectory(dir=work)))
         spread = None
         if workers is not None:
             spread = Spread(held.enter_context(cluster_of(workers)), workers, 1, trace=trace)
-        run = RunOptions(Limits(1, spread=spread), only=tuple(names), evaluate=False, force=True)
+        variants = []
+        for item in recipe.variants:
+            if backends()[item.format].needs_calibration(item.options):
+                folders = [root / item.name, root / f"{item.name}.scratch"]
+                for folder in (*folders, root / "pass"):
+                    folder.mkdir(exist_ok=True)
+                limits = Limits(1, spread=spread)
+                context = Context(item.name, item.options, source, checkpoint, cache, *folders, limits)
+                variants.append((item.format, context))
         started = time.perf_counter()
-        outcomes = build(recipe, Store(work / "store"), Cache(default_cache_root()), SilentReporter(), run)
+        passed = run_pass(recipe, variants, root / "pass", reporter)
         seconds = time.perf_counter() - started
-    found = digests(outcomes)
-    artifact = next(item.artifact for item in outcomes if item.artifact)
-    step = artifact.measurements()["calibration_pass"]["seconds"]
-    result: dict[str, Any] = {"workers": workers, "build_seconds": round(seconds, 1), "step_seconds": step}
+        if passed.errors:
+            sys.exit(str(passed.errors))
+        files = [path for path in sorted(root.glob("*/*")) if path.parent.name != "pass" and path.name != RESUME_NAME]
+        found = {f"{path.parent.name}/{path.name}": hash_file(path) for path in files}
+    result: dict[str, Any] = {"workers": workers, "step_seconds": round(seconds, 1)}
     return (result | timeline(read_trace(trace)) if spread else result), found
 
 
@@ -127,22 +132,22 @@ def timeline(spans: list[Span]) -> dict[str, Any]:
 def measure_pass(asked: argparse.Namespace, work: Path) -> dict[str, Any]:
     """Every number of workers, the best of some repeats each."""
     recipe = load_recipe(asked.recipe, formats())
-    _, expected = one_pass(recipe, work, None, work)
+    alone, expected = one_pass(recipe, work, None, work)
     runs: list[dict[str, Any]] = []
     for workers in asked.workers:
         found = []
         for number in range(asked.repeat):
             trace = (asked.trace or work) / f"scale-{workers}-{number}.json"
             result, got = one_pass(recipe, work, workers, trace)
-            found.append(result | {"digests_equal": got == expected})
+            found.append(result | {"files_equal": got == expected})
             print(json.dumps(found[-1]), file=sys.stderr, flush=True)
         runs.append(min(found, key=lambda item: item["pass_seconds"]))
-    for key in ("pass", "step", "build"):
+    for key in ("pass", "step"):
         for item in runs:
             first = runs[0]
             ideal = first[f"{key}_seconds"] * first["workers"] / item["workers"]
             item[f"{key}_efficiency"] = round(ideal / item[f"{key}_seconds"], 3)
-    return {"runs": runs, "load_before": os.getloadavg()[0]}
+    return {"without_ray_seconds": alone["step_seconds"], "runs": runs}
 
 
 def measure_recipes(asked: argparse.Namespace, work: Path) -> dict[str, Any]:
@@ -163,8 +168,9 @@ def measure_recipes(asked: argparse.Namespace, work: Path) -> dict[str, Any]:
         run = RunOptions(evaluate=False)
         pairs = build_on_cluster(recipes, Store(work / "store"), Cache(work / "cache"), SilentReporter(), run, options)
         command = time.time() - started
-    for recipe in recipes:
-        digests([outcome for item, outcome in pairs if item is recipe])
+    failed = [str(outcome.error) for _, outcome in pairs if outcome.error is not None]
+    if failed:
+        sys.exit("\n".join(failed))
     spans = read_trace(trace)
     total = max(span.end for span in spans) - min(span.start for span in spans)
     bound = sum(span.seconds for span in spans) / asked.nodes
