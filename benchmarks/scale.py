@@ -6,10 +6,10 @@
 
 `pass` runs the calibration pass of a recipe (of the demo, if none is given), with its solves and shards, with each
 number of workers, and prints JSON: seconds of the pass from its first task to its last write, of the step with its
-start-up, efficiency against the first number, how long forward passes and solves were under way at once, and the seconds
-of each kind of work. Every file is compared with those of a pass without Ray. `recipes` builds
-many small recipes side by side, and holds the time against the bound: the sum of all work over the number of nodes.
-`model` measures nothing: it prints the tables of docs/scale.md from the cost model.
+start-up, efficiency against the first number, how long forward passes and solves were under way at once, the seconds of
+each kind of work. Every file is compared with those of a pass without Ray. `recipes` builds many small recipes side by
+side, and holds the time against the bound: the sum of all work over the number of nodes. `model` measures nothing: it
+prints the tables of docs/scale.md from the cost model.
 """
 
 from __future__ import annotations

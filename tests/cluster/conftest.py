@@ -12,8 +12,6 @@ STORE_BYTES = 150 << 20
 os.environ |= {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_worker_niceness": "0",  # on a machine that is busy with other tests, workers would hardly run
-    "RAY_health_check_failure_threshold": "2",
-    "RAY_health_check_period_ms": "1000",
 }
 
 
