@@ -154,7 +154,7 @@ def measure_recipes(asked: argparse.Namespace, work: Path) -> dict[str, Any]:
     """Many recipes; the bound is what no schedule on so many nodes can beat."""
     (work / "text.txt").write_text("The quick brown fox jumps over the lazy dog. " * 600)
     calibration = {"dataset": "text.txt", "samples": 32, "sequence_length": 64, "minimum_tokens": 16}
-    variants = [{"format": "gguf", "type": "Q8_0"}, {"format": "gguf", "type": "Q4_K_M", "imatrix": True}]
+    variants = [{"format": "gguf", "type": "Q4_K_M", "imatrix": True}]
     recipes = []
     for number in range(asked.count):
         model = TinyModel(hidden=512, intermediate=1024, blocks=1 + number % 4, seed=number)
