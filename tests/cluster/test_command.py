@@ -27,7 +27,11 @@ def recipe(tiny: Path, tmp_path: Path) -> Path:
     return write_recipe(tmp_path / "tiny.yaml", tiny, VARIANTS)
 
 
-def test_without_ray_it_says_how_to_install_it(recipe: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.usefixtures("fake")
+def test_without_ray_it_says_how_to_install_it(
+    tiny: Path, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = write_recipe(tmp_path / "fake.yaml", tiny, [{"format": "fake"}])
     monkeypatch.setitem(sys.modules, "ray", None)
     result = run("build", recipe, "--cluster", "local")
     assert result.exit_code == 2
