@@ -146,9 +146,8 @@ class _Flight:
         self._spread = 0 < calibrated < self._sizes.places
         self._workers_each = max(1, self._sizes.workers // max(1, calibrated))
         cores = sum(node.cpus for node in found)
-        note(
-            reporter, "", f"{len(found)} nodes with {cores} cores; {len(units)} builds, {self._sizes.places} at a time"
-        )
+        counts = f"nodes: {len(found)}, cores: {cores}, builds: {len(units)}, at a time: {self._sizes.places}"
+        note(reporter, "", counts)
         self._mailbox = ray.remote(Mailbox).options(num_cpus=0).remote()
         self._running: dict[Any, Unit] = {}
         self._spans: list[Span] = []
@@ -227,9 +226,9 @@ class _Flight:
         total = sum(unit.work for unit in self._units)
         left = f", about {spent * (total - self._work_done) / self._work_done:,.0f} s left" if self._work_done else ""
         busy = min(len(self._running), self._sizes.places)
-        text = f"{busy} builds run on {len(working_nodes(self._ray, gpu=self._sizes.gpus > 0))} nodes"
-        queue = f"{len(self._running) - busy} wait, {len(self._units) - len(self._running)} are done"
-        status(self._reporter, "cluster", f"{text}, {queue}{left}")
+        alive = len(working_nodes(self._ray, gpu=self._sizes.gpus > 0))
+        counts = f"running {busy}, waiting {len(self._running) - busy}, done {len(self._units) - len(self._running)}"
+        status(self._reporter, "cluster", f"nodes {alive}; builds: {counts}{left}")
 
     def _write_trace(self, path: Path) -> None:
         """One file of all: the units, and what the spread passes among them left."""
