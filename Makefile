@@ -13,8 +13,9 @@ demo: $(READY)
 	$(BIN)/quantize build recipes/smollm2-135m.yaml
 	$(BIN)/quantize list artifacts
 
+# A worker for each core, each on that core alone; a file's tests share their fixtures.
 test: check
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses auto --dist loadfile
 
 check: $(READY)
 	$(BIN)/ruff check .

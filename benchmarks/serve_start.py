@@ -1,8 +1,9 @@
 """How soon the gateway is ready, and what loading costs in memory: python benchmarks/serve_start.py [ARTIFACT]
 
-Each run starts `quantize serve` on a free port and asks /health and /ready until they answer 200. The memory of the
-model's process is read every two milliseconds until then. The peer is the file itself: loading must not hold a second
-copy of it. With the least context the KV cache is next to nothing, so what is seen is loading.
+First the engine alone says what it has when the weights are loaded, and when the context (KV cache, buffers: as large
+as one asks for) is there too. Then `quantize serve` is started on a free port, by default and with the least context,
+and asked for /health and /ready until they answer 200, the memory of the model's process read every two milliseconds.
+The peer is the file itself: loading must not hold a second copy of it.
 """
 
 from __future__ import annotations
@@ -85,27 +86,42 @@ def _good(url: str) -> bool:
         return False
 
 
-def weights_bytes(artifact: str) -> int:
-    """Bytes of the artifact's weights on disk."""
+def weights(artifact: str) -> Path:
+    """The artifact's GGUF file."""
     from quantize.serve.targets import LocalTarget, resolve
     from quantize.store import Store, default_store_root
 
     target = resolve(artifact, Store(default_store_root()))
     assert isinstance(target, LocalTarget)
-    files = [target.path] if target.path.is_file() else list(target.path.glob("*.safetensors"))
-    return sum(path.stat().st_size for path in files)
+    return target.path
 
 
-def bare_process_bytes() -> int:
-    """Resident memory of the model's process with llama.cpp's library and no model."""
-    script = (
-        "import quantize.serve.engines.llama_cpp as engine, quantize.serve.engines.child\n"
-        "engine.import_bindings_only()\n"
-        "import llama_cpp.llama_cpp\n"
-        "print(open('/proc/self/status').read())"
-    )
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    return int(re.findall(r"VmRSS:\s+(\d+) kB", done.stdout)[0]) * 1024
+STAGES = """
+import sys
+import quantize.serve.engines.llama_cpp as engine, quantize.serve.engines.child
+from quantize.engines.llama_cpp_model import ModelSettings, OpenModel
+
+def peak():
+    print(open("/proc/self/status").read(), flush=True)
+
+class Staged(OpenModel):
+    def _open_context(self):
+        peak()
+        super()._open_context()
+
+engine.import_bindings_only()
+import llama_cpp.llama_cpp
+peak()
+Staged(sys.argv[1], ModelSettings(int(sys.argv[2]), flash_attention=False, gpu_layers=0))
+peak()
+"""
+
+
+def stages(path: Path, context: int) -> list[int]:
+    """Peak memory of a process with llama.cpp's library and no model; with the weights; with a context too."""
+    command = [sys.executable, "-c", STAGES, str(path), str(context)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return [int(size) * 1024 for size in re.findall(r"VmHWM:\s+(\d+) kB", done.stdout)]
 
 
 def main() -> None:
@@ -113,9 +129,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("artifact", nargs="?", default="smollm2-135m/q8_0")
     artifact = parser.parse_args().artifact
-    size = weights_bytes(artifact)
-    bare = bare_process_bytes()
+    path = weights(artifact)
+    size = path.stat().st_size
+    bare, loaded, ready = stages(path, 256)
     print(f"{artifact}: {size / 1e6:.1f} MB, {os.cpu_count()} cores; a process without a model: {bare / 1e6:.1f} MB")
+    print(f"  weights loaded: {loaded / 1e6:.1f} MB, {loaded / size:.2f} x the file, {(loaded - bare) / size:.2f} x "
+          f"added; with a context of 256 tokens too: {ready / 1e6:.1f} MB, {ready / size:.2f} x")  # fmt: skip
     for name, options in (("default options", ()), ("least context", LEAST)):
         runs = [start(artifact, *options) for _ in range(RUNS)]
         worst = Start(

@@ -33,6 +33,7 @@ from quantize.numerics.gptq import estimated_loss
 from quantize.numerics.gram import Gram
 from quantize.parallel import in_turn, split_threads
 from quantize.report import Reporter, SilentReporter, progress, warn
+from quantize.resident import give_back_freed
 
 Precision = Literal["float32", "bfloat16"]
 TOKENS_PER_BATCH = 512  # what fits caches between one operation and the next
@@ -176,6 +177,7 @@ def stream_blocks(
             inputs = {linear.tensor: linear.input for linear in layout.linears}
             yield Block(index, layout, weights, grams, inputs)
         del weights, grams
+        give_back_freed()
 
 
 def open_states(runner: BlockRunner, tokens: int, spill: Spill) -> HiddenStates:

@@ -25,6 +25,7 @@ from quantize.staging import (
     lock_path,
     make_folder,
     remove_if_empty,
+    removed_on_failure,
     store_errors,
     sync,
     variant_lock,
@@ -120,8 +121,9 @@ def keep_only(folder: Path, manifest: Manifest) -> None:
 def write_text(path: Path, text: str) -> None:
     """Write a file through a scratch name and one rename."""
     scratch = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
-    scratch.write_text(text, encoding="utf-8")
-    scratch.replace(path)
+    with removed_on_failure(scratch):
+        scratch.write_text(text, encoding="utf-8")
+        scratch.replace(path)
 
 
 def write_measurements(folder: Path, measurements: Mapping[str, Any]) -> None:

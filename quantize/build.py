@@ -26,14 +26,15 @@ from quantize.backends import backends
 from quantize.backends.base import Context, Limits
 from quantize.cache import Cache
 from quantize.checkpoint import Checkpoint
-from quantize.errors import QuantizeError, Stopped, StoreError, UsageError, VerifyError
+from quantize.disk import disk_free_bytes, most_bytes
+from quantize.errors import DiskFullError, QuantizeError, Stopped, StoreError, UsageError, VerifyError
 from quantize.gates import Gates, Judge
 from quantize.manifest import MEASUREMENTS_NAME
-from quantize.plan import Job, identify_jobs, pin_calibration
+from quantize.plan import Job, Plan, identify_jobs, pin_calibration, size_plan
 from quantize.recipe import Recipe, Variant
-from quantize.report import Event, Reporter, note, status, warn
+from quantize.report import Event, Reporter, SilentReporter, note, status, warn
 from quantize.source import PinnedSource, open_source, pin_source
-from quantize.staging import clear_leftovers, clear_pass, pass_workplace, variant_lock, workplace
+from quantize.staging import clear_leftovers, clear_pass, pass_workplace, store_errors, variant_lock, workplace
 from quantize.store import Store
 
 
@@ -85,13 +86,23 @@ class _Build:
         judge = Judge(recipe, self.source, cache, run.limits)
         self.gates = Gates(judge, store.root, reporter, evaluate=run.evaluate, accept_risk=run.accept_risk)
         self.outcomes: dict[str, Outcome] = {}
+        self.jobs: list[Job] = []
         self.checkpoint: Checkpoint
 
     def all(self) -> list[Outcome]:
+        try:
+            return self._all()
+        except DiskFullError as exc:
+            self._say_what_is_missing(exc)
+            raise
+
+    def _all(self) -> list[Outcome]:
         jobs = self._wanted(identify_jobs(self.recipe, self.source, self.store))
         todo = [job for job in jobs if self.run.force or self._found(job) is None]
         waiting = [job for job in jobs if job not in todo and not self._is_settled(job)]
         if todo or waiting:
+            self.jobs = [replace(job, existing=None) for job in todo]
+            self._check_room()
             self.checkpoint = open_source(self.source, self.cache, self.reporter)
             todo = [job for job in todo if self._checked(job)]
             self._prepare(todo, waiting)
@@ -107,6 +118,36 @@ class _Build:
                 _remove_intermediates([job.variant for job in todo], self.source, self.checkpoint, self.cache)
         clear_pass(self.store.root, self.recipe.name)
         return [self.outcomes[job.variant.name] for job in jobs]
+
+    def _check_room(self) -> None:
+        """Refuse a build that would fill a disk or its memory, before it has written anything. Raises PlanError."""
+        if not self.jobs:
+            return
+        measured = any(self.gates.measures(job.variant.format) for job in self.jobs)
+        most = most_bytes(self.jobs, self.recipe, self.source, measured=measured)
+        roomy = all(disk_free_bytes(root) >= most for root in (self.store.root, self.cache.root))
+        if roomy and self.run.limits.memory_budget_bytes is None:
+            return
+        refused = self._size(self.jobs, self.reporter).shortage(self.run.limits)
+        if refused is not None:
+            raise refused
+
+    def _size(self, jobs: Sequence[Job], reporter: Reporter) -> Plan:
+        measured = any(self.gates.measures(job.variant.format) for job in jobs)
+        arguments = (self.recipe, self.source, jobs, self.store, self.cache, reporter, self.run.limits)
+        return size_plan(*arguments, measured=measured)
+
+    def _say_what_is_missing(self, error: DiskFullError) -> None:
+        """Put into the hint how much more space the rest of the build needs than there is."""
+        left = [job for job in self.jobs if self._found(job) is None]
+        try:
+            found = self._size(left, SilentReporter()).rooms
+        except (QuantizeError, OSError):  # no room even for that
+            return
+        short = [room for room in found if room.missing_bytes]
+        if short:
+            missing = " and ".join(f"{room.missing_bytes:,} bytes are missing for the {room.what}" for room in short)
+            error.hint = f"{missing}: free them and run the same build again, it goes on where it stopped"
 
     def _wanted(self, jobs: list[Job]) -> list[Job]:
         return [job for job in jobs if not self.run.only or job.variant.name in self.run.only]
@@ -160,7 +201,9 @@ class _Build:
         self._finished(Outcome(artifact.manifest.variant, state, settled.artifact, settled.error, seconds))
 
     def _goes_on(self, job: Job) -> bool:
-        if self.run.keep_going or not any(item.error for item in self.outcomes.values()):
+        """Whether to begin with a job after what has failed: what lacks space would only fail as well."""
+        errors = [item.error for item in self.outcomes.values() if item.error is not None]
+        if not errors or (self.run.keep_going and not any(isinstance(item, DiskFullError) for item in errors)):
             return True
         self._finished(Outcome(job.variant.name, "skipped"))
         return False
@@ -216,8 +259,7 @@ class _Build:
         except Stopped:
             raise
         except QuantizeError as exc:
-            for work in works:
-                self._finished(Outcome(work.context.variant, "failed", error=exc))
+            self._failed(exc, *works)
             return
         for work in works:
             error = passed.errors.get(work.context.variant)
@@ -230,16 +272,25 @@ class _Build:
     def _build_one(self, work: _Work, measured: dict[str, Any] | None = None) -> None:
         job, context = work.job, work.context
         try:
-            result = job.backend.build(context, self.reporter)
+            with store_errors(self.store.root):
+                result = job.backend.build(context, self.reporter)
             facts, failure = self._verified(work)
             status(self.reporter, context.variant, "hashing and writing the manifest")
             seconds = time.perf_counter() - work.started
             made = Made(result, {**(measured or {}), "verify": facts}, seconds)
-            manifest = assemble(self.recipe, job, context, made)
-            keep_only(context.staging, manifest)
+            with store_errors(self.store.root):
+                manifest = assemble(self.recipe, job, context, made)
+                keep_only(context.staging, manifest)
             self._settle(set_aside(self.store.root, context.staging, manifest, UNJUDGED), "built", seconds, failure)
         except QuantizeError as exc:
-            self._finished(Outcome(context.variant, "failed", error=exc, seconds=time.perf_counter() - work.started))
+            self._failed(exc, work)
+
+    def _failed(self, error: QuantizeError, *works: _Work) -> None:
+        if isinstance(error, DiskFullError):
+            self._say_what_is_missing(error)
+        for work in works:
+            seconds = time.perf_counter() - work.started
+            self._finished(Outcome(work.context.variant, "failed", error=error, seconds=seconds))
 
     def _verified(self, work: _Work) -> tuple[dict[str, Any], VerifyError | None]:
         """What verification found out, or why it refuses."""

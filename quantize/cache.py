@@ -14,11 +14,11 @@ import shutil
 import sqlite3
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from quantize.errors import StoreError
+from quantize.errors import StoreError, disk_full, first_line, is_disk_full
 
 CHUNK_BYTES = 4 << 20
 
@@ -51,8 +51,7 @@ class Cache:
             if row is not None:
                 return str(row[0])
             digest = hash_file(path, progress)
-            with database:
-                database.execute("INSERT OR REPLACE INTO hashes VALUES (?, ?, ?, ?, ?)", (*seen, digest))
+            _remember(database, "INSERT OR REPLACE INTO hashes VALUES (?, ?, ?, ?, ?)", (*seen, digest))
         return digest
 
     def paths_with(self, sha256: str) -> list[Path]:
@@ -69,8 +68,7 @@ class Cache:
             if row is not None:
                 return json.loads(row[0])
             value = find()
-            with database:
-                database.execute("INSERT OR REPLACE INTO facts VALUES (?, ?)", (key, json.dumps(value)))
+            _remember(database, "INSERT OR REPLACE INTO facts VALUES (?, ?)", (key, json.dumps(value)))
         return value
 
     def entry(self, kind: str, key: str) -> Path:
@@ -80,14 +78,15 @@ class Cache:
     def make(self, kind: str, key: str, build: Callable[[Path], None]) -> Path:
         """The entry's folder; if it is not there, `build` fills a scratch folder that then becomes it.
 
-        Two processes that ask at once: the second waits and gets what the first made. Raises StoreError.
+        Two processes that ask at once: the second waits and gets what the first made. Raises StoreError, DiskFullError,
+        and what `build` raises of ours.
         """
         from filelock import FileLock
 
         final = self.entry(kind, key)
         if final.is_dir():
             return final
-        try:
+        with self._errors():
             final.parent.mkdir(parents=True, exist_ok=True)
             with FileLock(final.parent / f".{key}.lock"):
                 if final.is_dir():
@@ -100,9 +99,19 @@ class Cache:
                     scratch.rename(final)
                 finally:
                     shutil.rmtree(scratch, ignore_errors=True)
-        except PermissionError as exc:
-            raise StoreError(f"cache {self.root}: no permission ({exc.filename})", hint="set QUANTIZE_CACHE") from exc
         return final
+
+    @contextmanager
+    def _errors(self) -> Iterator[None]:
+        """What the system says of the cache's folder, as ours."""
+        try:
+            yield
+        except OSError as exc:
+            if is_disk_full(exc):
+                raise disk_full(exc, self.root) from exc
+            what = exc.strerror or first_line(exc)
+            hint = "set QUANTIZE_CACHE to a folder that can be written"
+            raise StoreError(f"cache {self.root}: {what} ({exc.filename or 'no file'})", hint=hint) from exc
 
     @contextmanager
     def using(self, kind: str, key: str, build: Callable[[Path], None]) -> Iterator[Path]:
@@ -126,7 +135,9 @@ class Cache:
     @contextmanager
     def _use_lock(self, kind: str, key: str, how: int) -> Iterator[bool]:
         """A lock that any number of users share, and that a remover has alone; False if it is not to be had."""
-        with (self.root / kind / f".{key}.use").open("ab") as file:
+        with self._errors():
+            file = (self.root / kind / f".{key}.use").open("ab")
+        with file:
             try:
                 fcntl.flock(file, how)
             except OSError:
@@ -139,18 +150,34 @@ class Cache:
         shutil.rmtree(self.entry(kind, key), ignore_errors=True)
 
     def _database(self) -> sqlite3.Connection:
+        """What is remembered; on a disk that is full only as long as it is open. Raises StoreError."""
         try:
             self.root.mkdir(parents=True, exist_ok=True)
-            database = sqlite3.connect(self.root / "index.sqlite", timeout=60)
-            database.execute(
-                "CREATE TABLE IF NOT EXISTS hashes"
-                " (path TEXT PRIMARY KEY, size INTEGER, mtime_ns INTEGER, inode INTEGER, sha256 TEXT)"
-            )
-            database.execute("CREATE TABLE IF NOT EXISTS facts (key TEXT PRIMARY KEY, value TEXT)")
+            return _with_tables(sqlite3.connect(self.root / "index.sqlite", timeout=60))
         except (OSError, sqlite3.Error) as exc:
+            if is_disk_full(exc):
+                return _with_tables(sqlite3.connect(":memory:"))
             hint = "set QUANTIZE_CACHE to a folder that can be written"
             raise StoreError(f"cache {self.root} can't be used: {exc}", hint=hint) from exc
-        return database
+
+
+def _with_tables(database: sqlite3.Connection) -> sqlite3.Connection:
+    try:
+        database.execute(
+            "CREATE TABLE IF NOT EXISTS hashes"
+            " (path TEXT PRIMARY KEY, size INTEGER, mtime_ns INTEGER, inode INTEGER, sha256 TEXT)"
+        )
+        database.execute("CREATE TABLE IF NOT EXISTS facts (key TEXT PRIMARY KEY, value TEXT)")
+    except sqlite3.Error:
+        database.close()
+        raise
+    return database
+
+
+def _remember(database: sqlite3.Connection, statement: str, values: tuple[Any, ...]) -> None:
+    """Write a row; a full disk or a read-only cache costs the time to find it out again, and nothing else."""
+    with suppress(sqlite3.OperationalError), database:
+        database.execute(statement, values)
 
 
 def hash_file(path: Path, progress: Callable[[int], None] | None = None) -> str:

@@ -6,19 +6,29 @@ error if it failed, measurements. The pass runs in a worker process; backends se
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from quantize.architecture import block_count, block_layout
-from quantize.backends.base import Collector, Context, Limits
+from quantize.backends.base import Backend, Collector, Context, Limits
 from quantize.cluster.spec import Spread
-from quantize.errors import BuildError, QuantizeError, Stopped, first_line
+from quantize.errors import (
+    BuildError,
+    DiskFullError,
+    QuantizeError,
+    Stopped,
+    disk_full,
+    first_line,
+    is_disk_full,
+    is_out_of_memory,
+)
 from quantize.manifest import CalibrationEntry, tool_versions
+from quantize.memory import pass_bytes
 from quantize.recipe import CalibrationSpec, Recipe
 from quantize.report import Reporter, note, status, warn
 from quantize.resume import PassJournal
@@ -45,8 +55,8 @@ class PassResult:
 class _Part:
     """One variant's part in the pass, until it fails. blocks: how many it has done, in this build or a stopped one."""
 
-    format: str
     context: Context
+    backend: Backend
     collector: Collector
     blocks: int = 0
     seconds: float = 0.0
@@ -68,6 +78,7 @@ def run_pass(recipe: Recipe, variants: Sequence[tuple[str, Context]], folder: Pa
 def _pass(
     reporter: Reporter, spec: CalibrationSpec, base: Path, variants: list[tuple[str, Context]], folder: Path
 ) -> PassResult:
+    began = time.perf_counter()
     import torch
 
     from quantize.backends import backends
@@ -75,11 +86,12 @@ def _pass(
 
     context = variants[0][1]
     torch.set_num_threads(context.limits.threads)
+    _import_transformers()
     status(reporter, "", "reading the calibration text")
     started = time.perf_counter()
     found = load_calibration_set(spec, base, context.checkpoint.folder)
-    text_seconds = round(time.perf_counter() - started, 2)
-    parts = [_Part(name, item, backends()[name].collector(item, reporter)) for name, item in variants]
+    text_seconds = time.perf_counter() - started
+    parts = [_Part(item, backends()[name], backends()[name].collector(item, reporter)) for name, item in variants]
     with _runner(context.limits, folder, reporter) as runner:
         precision = runner.fastest_precision if spec.precision == "auto" else spec.precision
         entry = CalibrationEntry(
@@ -98,9 +110,13 @@ def _pass(
     journal.finish()
     errors = {part.context.variant: part.error for part in parts if part.error is not None}
     seconds = {part.context.variant: round(part.seconds, 2) for part in parts}
-    total = round(time.perf_counter() - started, 2)
-    peak = _peak_memory_bytes()
-    measured = {"seconds": total, "text_seconds": text_seconds, "solve_seconds": seconds, "peak_memory_bytes": peak}
+    measured = {
+        "seconds": round(time.perf_counter() - began, 2),
+        "import_seconds": round(started - began, 2),
+        "text_seconds": round(text_seconds, 2),
+        "solve_seconds": seconds,
+        "peak_memory_bytes": _peak_memory_bytes(),
+    }
     return PassResult(entry, errors, measured)
 
 
@@ -113,7 +129,7 @@ class _Runner:
     run: Callable[..., None]
 
 
-@contextmanager
+@contextlib.contextmanager
 def _runner(limits: Limits, folder: Path, reporter: Reporter) -> Iterator[_Runner]:
     from quantize.activations import device_name, fastest_precision
 
@@ -147,7 +163,7 @@ def _stream(
     stream = stream_blocks(
         context.checkpoint, token_ids, device=context.limits.device, precision=precision,
         start_block=min(part.blocks for part in parts), reporter=reporter,
-        spill=Spill(folder, context.limits.memory_budget_bytes, journal.saved, journal.keep),
+        spill=Spill(folder, _states_budget(parts), journal.saved, journal.keep),
     )  # fmt: skip
     for block in stream:
 
@@ -169,7 +185,7 @@ def _spread(
     from quantize.cluster.spread import Lacking
 
     limits = replace(parts[0].context.limits, spread=None, threads=spread.cores)
-    contexts = tuple((part.format, replace(part.context, limits=limits)) for part in parts)
+    contexts = tuple((part.backend.name, replace(part.context, limits=limits)) for part in parts)
     plan = PassPlan(contexts, tuple(tuple(map(int, ids)) for ids in token_ids), precision, folder)
 
     def take(index: int, solved: Mapping[int, Any], after: Sequence[SavedStates]) -> list[int]:
@@ -208,6 +224,22 @@ def _commit(
         raise Stopped(f"stopped after block {index + 1} of {total}", hint="run the same build again to go on there")
 
 
+def _import_transformers() -> None:
+    """Spend the seconds of its imports before the text's are counted; where it is missing, its users say so."""
+    with contextlib.suppress(ImportError):
+        from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer  # noqa: F401 (lazy: naming loads)
+
+
+def _states_budget(parts: list[_Part]) -> int | None:
+    """Bytes of hidden states that may stay in memory beside what the pass takes at the least; None for any."""
+    context = parts[0].context
+    budget = context.limits.memory_budget_bytes
+    if budget is None or context.limits.device != "cpu":
+        return budget
+    solvers = [(part.backend, part.context.options) for part in parts]
+    return max(0, budget - pass_bytes(context.checkpoint, solvers, context.limits.threads))
+
+
 def _identity(context: Context, entry: CalibrationEntry, device: str) -> dict[str, Any]:
     """All that the statistics depend on, but for what goes into each variant's build key."""
     return {
@@ -219,15 +251,24 @@ def _identity(context: Context, entry: CalibrationEntry, device: str) -> dict[st
 
 
 def _take(part: _Part, step: Callable[[_Part], None], reporter: Reporter) -> None:
-    """Let one variant take its step; its failure is its own."""
+    """Let one variant take its step; its failure is its own, but for what would be the next one's too.
+
+    Raises DiskFullError, OutOfMemory: what is on record stays for the next build.
+    """
     if part.error is not None:
         return
     started = time.perf_counter()
     try:
         step(part)
+    except DiskFullError:
+        raise
     except QuantizeError as exc:
         part.error = exc
     except (RuntimeError, ValueError, OSError) as exc:  # torch reports nearly everything as RuntimeError
+        if is_disk_full(exc):
+            raise disk_full(exc, part.context.scratch) from exc
+        if is_out_of_memory(exc):
+            raise
         part.error = BuildError(f"{part.context.variant}: {first_line(exc)}")
         part.error.__cause__ = exc
     part.seconds += time.perf_counter() - started

@@ -1,26 +1,39 @@
-"""How much disk a build takes at its peak, from what is known before it starts.
+"""How much disk a build takes at its peak, and whether there is room for it.
 
-In: jobs with their sizes, the recipe, the checkpoint's headers. Out: Needs, in bytes, part by part. What is free, and
-what follows from it, is plan's.
+In: jobs with their sizes, the recipe, the checkpoint's headers, a store and a cache. Out: Needs, in bytes, part by
+part; a Room for each file system; the refusal of a build that would fill one. Writes nothing.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+import os
+import shutil
+import tempfile
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
+from quantize.architecture import block_count
 from quantize.checkpoint import CARRIED_FILES, Checkpoint
+from quantize.errors import DiskFullError, PlanError, StoreError
 from quantize.evaluate.baseline import LIKELIEST
 from quantize.evaluate.runtimes import FORMATS
 from quantize.evaluate.text import load_text
 from quantize.recipe import Recipe
+from quantize.source import PinnedSource
+from quantize.staging import PASS, STAGING, leftovers
 
 if TYPE_CHECKING:
     from quantize.plan import Job
 
 PAPERS_BYTES = 100_000  # manifest, recipe, card, measurements, evaluation page of one artifact, about
 CHARACTERS_PER_TOKEN = 3.5  # of held-out text, which is not tokenized for a plan
+TEMPORARY_BYTES = 256 << 20  # more than the headers and the tokenizer of any model
+MEMORY_FOLDER = Path("/dev/shm")
+WIDEST_HIDDEN = 16_384
+LARGEST_RATIO = 8  # of a 16-bit file to a quantized one of the same model
 
 
 @dataclass(frozen=True)
@@ -28,19 +41,55 @@ class Needs:
     """Bytes that a build writes into the store and the cache.
 
     source: a GGUF source, dequantized. baseline: the source's side of the evaluation. states: hidden states of the
-    calibration pass, both copies. artifacts: everything in the artifacts' folders. intermediates: what variants share.
+    calibration pass, one copy. passed: of the artifacts, what the pass writes; before_last: before its last block.
+    artifacts: everything in the artifacts' folders. intermediates: what variants share.
     """
 
     source: int = 0
     baseline: int = 0
     states: int = 0
+    passed: int = 0
+    before_last: int = 0
     artifacts: int = 0
     intermediates: int = 0
 
     @property
+    def pass_bytes(self) -> int:
+        """In the store while the pass runs: both copies of the states stand together until the last block."""
+        return max(2 * self.states + self.before_last, self.states + self.passed)
+
+    @property
+    def store_bytes(self) -> int:
+        """At the peak in the store."""
+        return max(self.pass_bytes, self.artifacts)
+
+    @property
+    def cache_bytes(self) -> int:
+        """At the peak in the cache."""
+        return self.source + self.baseline + self.intermediates
+
+    @property
     def peak_bytes(self) -> int:
-        """Hidden states are gone when the shared file is made; all else stays to the end."""
-        return self.source + self.baseline + self.artifacts + max(self.states, self.intermediates)
+        """In both together. The shared file is made after the pass; all else stays to the end."""
+        return self.source + self.baseline + max(self.pass_bytes, self.artifacts + self.intermediates)
+
+
+@dataclass(frozen=True)
+class Room:
+    """A file system that a build writes to: `what` of it is there, the bytes needed at the peak, and those free.
+
+    Free is also what stopped builds of the same variants left, which this one goes on with or removes.
+    """
+
+    what: str
+    path: Path
+    needed_bytes: int
+    free_bytes: int
+
+    @property
+    def missing_bytes(self) -> int:
+        """How much must be freed; 0 for none."""
+        return max(0, self.needed_bytes - self.free_bytes)
 
 
 def needs(jobs: Sequence[Job], recipe: Recipe, checkpoint: Checkpoint, *, source_bytes: int, measured: bool) -> Needs:
@@ -52,20 +101,31 @@ def needs(jobs: Sequence[Job], recipe: Recipe, checkpoint: Checkpoint, *, source
     shared = {size.intermediate_key: size.intermediate_bytes for size in sizes}
     measured = measured and any(job.variant.format in FORMATS for job in todo)
     calibrated = any(job.backend.needs_calibration(job.variant.options) for job in todo)
+    passed, blocks = sum(size.pass_bytes for size in sizes), block_count(checkpoint.config) if calibrated else 1
     return Needs(
         source=source_bytes,
-        baseline=baseline_bytes(recipe, checkpoint) if measured else 0,
-        states=2 * states_bytes(recipe, checkpoint) if calibrated else 0,
+        baseline=baseline_bytes(recipe, int(checkpoint.config.get("vocab_size") or LIKELIEST)) if measured else 0,
+        states=states_bytes(recipe, int(checkpoint.config.get("hidden_size", 0))) if calibrated else 0,
+        passed=passed,
+        before_last=passed * (blocks - 1) // blocks,
         artifacts=sum(size.file_bytes + carried_bytes(checkpoint) + PAPERS_BYTES for size in sizes),
         intermediates=sum(shared.values()),
     )
 
 
-def states_bytes(recipe: Recipe, checkpoint: Checkpoint) -> int:
+def most_bytes(jobs: Sequence[Job], recipe: Recipe, source: PinnedSource, *, measured: bool) -> int:
+    """More than the jobs can need, from file sizes alone: where so much is free, nothing has to be sized."""
+    weights = sum(file.size_bytes for file in source.files) * (LARGEST_RATIO if source.is_gguf else 1)
+    artifacts = sum(2 * weights + PAPERS_BYTES for _ in jobs)  # in float32 it is twice a 16-bit source
+    baseline = baseline_bytes(recipe, LIKELIEST) if measured else 0
+    return 2 * weights + weights * source.is_gguf + artifacts + baseline + 2 * states_bytes(recipe, WIDEST_HIDDEN)
+
+
+def states_bytes(recipe: Recipe, hidden: int) -> int:
     """One block's hidden states, float32, if every sequence is as long as it may be."""
     spec = recipe.calibration
     tokens = spec.samples * spec.sequence_length if spec else 0
-    return 4 * tokens * int(checkpoint.config.get("hidden_size", 0))
+    return 4 * tokens * hidden
 
 
 def carried_bytes(checkpoint: Checkpoint) -> int:
@@ -74,7 +134,7 @@ def carried_bytes(checkpoint: Checkpoint) -> int:
     return sum(path.stat().st_size for path in found)
 
 
-def baseline_bytes(recipe: Recipe, checkpoint: Checkpoint) -> int:
+def baseline_bytes(recipe: Recipe, vocabulary: int) -> int:
     """The likeliest tokens and their log-probabilities (8 bytes each) for each prediction, by the text's length."""
     spec = recipe.evaluation
     text = load_text(spec.text, recipe.path.parent, column=spec.column)
@@ -82,5 +142,82 @@ def baseline_bytes(recipe: Recipe, checkpoint: Checkpoint) -> int:
     windows = [sum(lengths) / spec.window] if text.stream else [min(1.0, length / spec.window) for length in lengths]
     if spec.windows:
         windows = [min(windows[0], spec.windows)] if text.stream else windows[: spec.windows]
-    kept = min(LIKELIEST, int(checkpoint.config.get("vocab_size") or LIKELIEST))
-    return int(sum(windows) * spec.window * (8 * kept + 8))
+    return int(sum(windows) * spec.window * (8 * min(LIKELIEST, vocabulary) + 8))
+
+
+def rooms(needed: Needs, store: Path, cache: Path, name: str, variants: Iterable[str]) -> tuple[Room, ...]:
+    """The file systems that the store and the cache are on, or will be. name, variants: of what is to be built.
+
+    Raises StoreError: one can't be asked.
+    """
+    held = [path for variant in (*variants, PASS) for path in _staged(store, name, variant)]
+    in_store, in_cache = _allocated(held), _allocated(cache.glob("*/.*.tmp"))
+    if _existing(store).stat().st_dev == _existing(cache).stat().st_dev:
+        return (Room("store and cache", store, needed.peak_bytes, disk_free_bytes(store) + in_store + in_cache),)
+    return (
+        Room("store", store, needed.store_bytes, disk_free_bytes(store) + in_store),
+        Room("cache", cache, needed.cache_bytes, disk_free_bytes(cache) + in_cache),
+    )
+
+
+def refusal(found: Sequence[Room]) -> PlanError | None:
+    """Why there is not room enough; None if there is."""
+    for room in found:
+        if room.missing_bytes:
+            return disk_short(room.needed_bytes, room.free_bytes, room.what)
+    return None
+
+
+def disk_short(needed: int, free: int, what: str = "build") -> PlanError:
+    """The refusal of a build that would fill the disk."""
+    missing = needed - free
+    return PlanError(
+        f"the disk is too small for the {what}: {sized(needed)} are needed at the peak, {sized(free)} are free, "
+        f"{missing:,} bytes are missing",
+        hint=f"free {sized(missing)}, build fewer variants with --only, or choose another --store or QUANTIZE_CACHE",
+    )
+
+
+def sized(size_bytes: int) -> str:
+    """A size to read: `1.23 GB`, `45.6 MB`."""
+    return f"{size_bytes / 1e9:.2f} GB" if size_bytes >= 1e9 else f"{size_bytes / 1e6:.1f} MB"
+
+
+def disk_free_bytes(root: Path) -> int:
+    """Bytes free where the store is or will be. Raises StoreError."""
+    try:
+        return shutil.disk_usage(_existing(root)).free
+    except OSError as exc:
+        raise StoreError(f"store {root}: {exc.strerror}") from exc
+
+
+def temporary_root() -> Path:
+    """A folder for temporary files with some room: the system's own, or one in memory. Raises DiskFullError."""
+    places = [MEMORY_FOLDER]
+    with contextlib.suppress(OSError):  # where none can be written to, Python finds none
+        places.insert(0, Path(tempfile.gettempdir()))
+    for place in places:
+        if place.is_dir() and os.access(place, os.W_OK) and shutil.disk_usage(place).free >= TEMPORARY_BYTES:
+            return place
+    hint = f"free {sized(TEMPORARY_BYTES)} there, or set TMPDIR to another folder"
+    raise DiskFullError(f"no room for temporary files in {' or '.join(map(str, places))}", hint=hint)
+
+
+def _existing(path: Path) -> Path:
+    folder = path.absolute()
+    while not folder.exists():
+        folder = folder.parent
+    return folder
+
+
+def _staged(store: Path, name: str, variant: str) -> list[Path]:
+    return leftovers(store, name, variant) if (store / STAGING).is_dir() else []
+
+
+def _allocated(folders: Iterable[Path]) -> int:
+    """Bytes on disk below some folders; what vanishes meanwhile is none."""
+    total = 0
+    for path in (item for folder in folders for item in folder.rglob("*")):
+        with contextlib.suppress(OSError):
+            total += path.lstat().st_blocks * 512
+    return total

@@ -20,8 +20,8 @@ from packaging.utils import canonicalize_name
 
 from quantize import __version__
 from quantize.backends import backends
+from quantize.disk import disk_free_bytes
 from quantize.hardware import Machine, detect, processor_name
-from quantize.plan import disk_free_bytes
 from quantize.serve.preflight import HELPERS
 
 OWN = "quantize"

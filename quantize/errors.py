@@ -14,7 +14,8 @@
     │   └── LockError                3  something is not as the recipe's lock says
     ├── BuildError                   1  a step failed half-way
     │   ├── WorkerDied               1  the process that ran a step was killed or crashed
-    │   └── DiskFullError            1  the disk, or the user's quota, is full
+    │   ├── DiskFullError            1  the disk, or the user's quota, is full
+    │   └── OutOfMemory              1  a step asked for more memory than it may have
     ├── Stopped                    130  the user asked a step to end, and it did, with its work saved
     ├── BenchError                   1  a server can't be measured: not there, or not what it should be
     ├── StoreError                   1  the store can't be read, written or locked
@@ -32,6 +33,16 @@ from contextlib import contextmanager
 from pathlib import Path
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+LOWER_MEMORY = "lower --memory-budget or --threads, build fewer variants at once with --only, or close other programs"
+_DISK_WORDS = re.compile(
+    r"No space left on device|disk is full|quota exceeded|os error (28|122)\b|requested and \d+ written"
+)
+_MEMORY_WORDS = re.compile(
+    r"out of memory|\bMemoryError\b|not enough memory|can.?t allocate memory|cannot allocate memory|bad_alloc"
+    r"|failed to map segment|can't start new thread|Resource temporarily unavailable|unable to (mmap|allocate)"
+    r"|failed to allocate",
+    re.IGNORECASE,
+)
 MAX_CHARACTERS = 4_000
 _UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
@@ -138,6 +149,10 @@ class DiskFullError(BuildError):
     """The disk, or the user's quota, is full."""
 
 
+class OutOfMemory(BuildError):
+    """A step asked for more memory than there is, or than it may have."""
+
+
 class Stopped(QuantizeError):
     """The user asked a step to end, and it ended with its work saved."""
 
@@ -158,12 +173,52 @@ class TransferError(QuantizeError):
 
 @contextmanager
 def disk_errors(folder: Path) -> Iterator[None]:
-    """Turn what the system raises on writing below `folder` into DiskFullError, or BuildError."""
+    """Turn what the system, or a library, raises on writing below `folder` into DiskFullError, or BuildError."""
     try:
         yield
-    except OSError as exc:
-        what = f"{exc.filename or folder}: {exc.strerror or first_line(exc)}"
-        if exc.errno in DISK_FULL:
-            hint = "free some space and run the same build again: it goes on where it stopped"
-            raise DiskFullError(what, hint=hint) from exc
-        raise BuildError(what) from exc
+    except QuantizeError:
+        raise
+    except Exception as exc:
+        if is_disk_full(exc):
+            raise disk_full(exc, folder) from exc
+        if isinstance(exc, OSError):
+            raise BuildError(f"{exc.filename or folder}: {exc.strerror or first_line(exc)}") from exc
+        raise
+
+
+def disk_full(exc: BaseException, where: object) -> DiskFullError:
+    """The error for what was raised because a disk is full. where: a folder or step, for what names no file itself."""
+    named = exc.filename if isinstance(exc, OSError) and exc.filename else where
+    reason = exc.strerror if isinstance(exc, OSError) and exc.strerror else "No space left on device"
+    return DiskFullError(f"{named}: {reason}", hint="free some space and run the same build again")
+
+
+def is_disk_full(exc: BaseException | None) -> bool:
+    """Whether an exception, or what it came from, is a disk or quota that is full; libraries say it in many ways."""
+    while exc is not None:
+        if isinstance(exc, DiskFullError) or (isinstance(exc, OSError) and exc.errno in DISK_FULL):
+            return True
+        if not isinstance(exc, QuantizeError) and _DISK_WORDS.search(first_line(exc, 1000)):
+            return True
+        exc = exc.__cause__
+    return False
+
+
+def says_out_of_memory(text: str) -> bool:
+    """Whether what a library wrote says that memory has run out."""
+    return bool(_MEMORY_WORDS.search(text))
+
+
+def is_out_of_memory(exc: BaseException | None) -> bool:
+    """Whether an exception, or what it came from, says that memory has run out; libraries say it in words.
+
+    A runtime that can't load an artifact for want of memory says nothing against the artifact.
+    """
+    while exc is not None:
+        if isinstance(exc, MemoryError) or (isinstance(exc, OSError) and exc.errno == errno.ENOMEM):
+            return True
+        speaks = not isinstance(exc, QuantizeError) or isinstance(exc, (VerifyError, BuildError))
+        if speaks and says_out_of_memory(str(exc)[:MAX_CHARACTERS]):
+            return True
+        exc = exc.__cause__
+    return False

@@ -19,7 +19,7 @@ from quantize.cache import Cache
 from quantize.calibration import PYTHON_DOCS, topics_file
 from quantize.card import render_card
 from quantize.checkpoint import Checkpoint
-from quantize.errors import BuildError, GateError, QuantizeError, RefusedError, UsageError, VerifyError
+from quantize.errors import BuildError, DiskFullError, GateError, QuantizeError, RefusedError, UsageError, VerifyError
 from quantize.evaluate.decision import SERVING_LIMITS, Decision, Figures, Limits, decide
 from quantize.evaluate.page import render_page
 from quantize.evaluate.record import NAME, decided, failed_record, figures_of, read_record, to_record
@@ -31,6 +31,7 @@ from quantize.manifest import CARD_NAME, EVALUATION_NAME, RECIPE_NAME, AcceptedR
 from quantize.recipe import Recipe
 from quantize.report import Event, Reporter, note, status, warn
 from quantize.source import PinnedSource, dequantized_key
+from quantize.staging import store_errors
 from quantize.worker import run_step
 
 PROTOCOL_VERSION = 1  # of what is asked and how it is graded; another one measures anew
@@ -95,7 +96,7 @@ class Judge:
         try:
             run_step("reading the held-out text with the source", reporter, prepare_source, job)
         except QuantizeError as exc:
-            if isinstance(exc, UsageError) or type(exc) is RefusedError:
+            if isinstance(exc, (UsageError, DiskFullError)) or type(exc) is RefusedError:
                 raise
             hint = "free memory, or build with --no-eval, which leaves the artifacts `not evaluated`"
             raise BuildError(f"the source can't be evaluated: {exc.message}", hint=hint) from exc
@@ -268,15 +269,17 @@ class Gates:
         risk = AcceptedRisk(reason=str(self._accept_risk), gates=gates)
         manifest = artifact.manifest.model_copy(update={"accepted_risk": risk}).sealed()
         warn(self._reporter, manifest.variant, f"refused by {', '.join(gates)}, and taken all the same: {risk.reason}")
-        write_text(artifact.folder / CARD_NAME, render_card(manifest))
+        with store_errors(self._store):
+            write_text(artifact.folder / CARD_NAME, render_card(manifest))
         return manifest
 
     def _write(self, artifact: Artifact, record: Mapping[str, Any]) -> None:
         """Put a record beside the manifest: in measurements.json, and for people in evaluation.md."""
         page = render_page(record, f"{artifact.manifest.source.name} {artifact.manifest.variant}")
-        write_measurements(artifact.folder, {**artifact.measurements(), NAME: dict(record)})
-        write_text(artifact.folder / EVALUATION_NAME, page)
-        write_text(artifact.folder / RECIPE_NAME, self.judge.recipe.text)  # whose gates were held
+        with store_errors(self._store):
+            write_measurements(artifact.folder, {**artifact.measurements(), NAME: dict(record)})
+            write_text(artifact.folder / EVALUATION_NAME, page)
+            write_text(artifact.folder / RECIPE_NAME, self.judge.recipe.text)  # whose gates were held
 
 
 def refusal(artifact: Artifact, decision: Decision) -> GateError:

@@ -10,8 +10,9 @@ import hashlib
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
-from typing import BinaryIO, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -19,6 +20,7 @@ from torch import Tensor
 
 from quantize.cache import hash_file
 from quantize.errors import BuildError, disk_errors
+from quantize.staging import write_all
 
 PIECE_BYTES = 8 << 20
 
@@ -104,12 +106,11 @@ class MemoryStates:
         """Write the tensor to a file, piece by piece."""
         assert self._folder is not None
         path, digest = self._folder / file_name(self._block), hashlib.sha256()
-        with disk_errors(self._folder), path.open("wb") as file:
+        with disk_errors(self._folder), path.open("wb", buffering=0) as file:
             for rows in self._pieces():
                 data = rows.cpu().numpy().data
                 digest.update(data)
-                file.write(data)
-            file.flush()
+                write_all(file, data)
             os.fsync(file.fileno())
         return SavedStates(self._block, path.name, digest.hexdigest())
 
@@ -138,7 +139,7 @@ class FileStates:
     def __init__(self, tokens: int, hidden: int, device: torch.device | str, folder: Path) -> None:
         self._tokens, self._hidden, self._device, self._folder = tokens, hidden, device, folder
         self._block = -1
-        self._out: BinaryIO | None = None
+        self._out: FileIO | None = None
         self._digest = hashlib.sha256()
         self._sha256 = ""
 
@@ -157,15 +158,15 @@ class FileStates:
         data = states.reshape(batch.rows, -1).float().cpu().contiguous().numpy().data
         with disk_errors(self._folder):
             if self._out is None:
-                self._out, self._digest = (self._folder / file_name(self._block + 1)).open("wb"), hashlib.sha256()
-            self._out.write(data)
+                path = self._folder / file_name(self._block + 1)
+                self._out, self._digest = path.open("wb", buffering=0), hashlib.sha256()
+            write_all(self._out, data)
         self._digest.update(data)
 
     def advance(self) -> None:
         """Make the file just written the one to read."""
         assert self._out is not None
         with disk_errors(self._folder):
-            self._out.flush()
             os.fsync(self._out.fileno())
             self._out.close()
         self._out, self._sha256 = None, self._digest.hexdigest()

@@ -6,7 +6,6 @@ doing the work is left to build.
 
 from __future__ import annotations
 
-import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -19,9 +18,10 @@ from quantize.backends import backends
 from quantize.backends.base import Backend, Context, Limits, SizePlan
 from quantize.cache import Cache
 from quantize.checkpoint import Checkpoint, open_checkpoint
-from quantize.disk import Needs, needs
-from quantize.errors import PlanError, QuantizeError, StoreError
+from quantize.disk import Needs, Room, needs, refusal, rooms, temporary_root
+from quantize.errors import PlanError, QuantizeError
 from quantize.manifest import CalibrationEntry, canonical_hash, tool_versions
+from quantize.memory import memory_short, pass_bytes
 from quantize.recipe import Recipe, Variant
 from quantize.report import Reporter, status
 from quantize.source import PinnedSource, dequantized_key, open_source, pin_source
@@ -54,19 +54,31 @@ class Job:
 
 @dataclass(frozen=True)
 class Plan:
-    """All jobs of a recipe, and the disk that they take. config: config.json of the source."""
+    """All jobs of a recipe, the disk that they take, and where. config: config.json of the source.
+
+    memory_bytes: the least that the calibration pass takes of this machine's, with its hidden states on disk; 0 where
+    there is no pass, or it runs on another device.
+    """
 
     recipe: Recipe
     source: PinnedSource
     jobs: tuple[Job, ...]
     disk: Needs
-    disk_free_bytes: int
+    rooms: tuple[Room, ...]
+    memory_bytes: int
     config: Mapping[str, Any]
 
     @property
     def todo(self) -> tuple[Job, ...]:
         """Jobs that are neither built nor refused."""
         return tuple(job for job in self.jobs if job.existing is None and job.refusal is None)
+
+    def shortage(self, limits: Limits) -> PlanError | None:
+        """Why there is not enough disk for it, or memory; None if there is."""
+        budget = limits.memory_budget_bytes
+        if budget is not None and self.memory_bytes > budget:
+            return memory_short(self.memory_bytes, budget)
+        return refusal(self.rooms)
 
 
 def make_plan(
@@ -77,31 +89,38 @@ def make_plan(
 
     Raises CheckpointError, PlanError, MissingExtraError.
     """
-    limits = limits or Limits()
     recipe = pin_calibration(recipe, reporter)
     source = pin_source(recipe, cache, reporter)
     jobs = identify_jobs(recipe, source, store)
-    with tempfile.TemporaryDirectory(prefix="quantize-plan-") as scratch:
+    plan = size_plan(recipe, source, jobs, store, cache, reporter, limits or Limits(), measured=measured)
+    refused = plan.shortage(limits or Limits()) if plan.todo else None
+    if refused is None:
+        return plan
+    jobs = [replace(job, refusal=refused) if job in plan.todo else job for job in plan.jobs]
+    return replace(plan, jobs=tuple(jobs))
+
+
+def size_plan(
+    recipe: Recipe, source: PinnedSource, jobs: Sequence[Job], store: Store, cache: Cache, reporter: Reporter,
+    limits: Limits, *, measured: bool,
+) -> Plan:  # fmt: skip
+    """The plan of jobs that are identified, whether there is room for it or not. Raises as make_plan does."""
+    with tempfile.TemporaryDirectory(prefix="quantize-plan-", dir=temporary_root()) as scratch:
         checkpoint = _checkpoint_headers(source, cache, Path(scratch) / "checkpoint", reporter)
         sized = size_jobs(jobs, recipe, source, checkpoint, cache, Path(scratch), limits, reporter)
         dequantized = _dequantized_bytes(source, checkpoint, cache)
-    disk, free = (
-        needs(sized, recipe, checkpoint, measured=measured, source_bytes=dequantized),
-        disk_free_bytes(store.root),
-    )
-    plan = Plan(recipe, source, tuple(sized), disk, free, checkpoint.config)
-    if plan.todo and disk.peak_bytes > free:
-        refusal = disk_short(disk.peak_bytes, free)
-        plan = replace(plan, jobs=tuple(replace(job, refusal=refusal) if job in plan.todo else job for job in sized))
-    return plan
+    disk = needs(sized, recipe, checkpoint, measured=measured, source_bytes=dequantized)
+    names = [job.variant.name for job in sized]
+    found = rooms(disk, store.root, cache.root, recipe.name, names)
+    return Plan(recipe, source, tuple(sized), disk, found, _pass_memory(sized, checkpoint, limits), checkpoint.config)
 
 
-def disk_short(needed: int, free: int) -> PlanError:
-    """The refusal of a build that would fill the disk."""
-    return PlanError(
-        f"the disk is too small: the build needs {needed / 1e9:.2f} GB at its peak, {free / 1e9:.2f} GB are free",
-        hint=f"free {(needed - free) / 1e9:.2f} GB, choose another --store, or build fewer variants",
-    )
+def _pass_memory(jobs: Sequence[Job], checkpoint: Checkpoint, limits: Limits) -> int:
+    todo = [job for job in jobs if job.existing is None and job.refusal is None]
+    parts = [(job.backend, job.variant.options) for job in todo if job.backend.needs_calibration(job.variant.options)]
+    if not parts or limits.device != "cpu":
+        return 0
+    return pass_bytes(checkpoint, parts, limits.threads)
 
 
 def pin_calibration(recipe: Recipe, reporter: Reporter) -> Recipe:
@@ -132,17 +151,6 @@ def identify_jobs(recipe: Recipe, source: PinnedSource, store: Store) -> list[Jo
         existing = store.find_build(recipe.name, variant.name, canonical_hash(inputs))
         jobs.append(Job(variant, backend, inputs, tools, existing))
     return jobs
-
-
-def disk_free_bytes(root: Path) -> int:
-    """Bytes free where the store is or will be. Raises StoreError."""
-    folder = root.absolute()
-    while not folder.exists():
-        folder = folder.parent
-    try:
-        return shutil.disk_usage(folder).free
-    except OSError as exc:
-        raise StoreError(f"store {root}: {exc.strerror}") from exc
 
 
 def _inputs(
@@ -234,4 +242,4 @@ def _refusal(job: Job, checkpoint: Checkpoint) -> QuantizeError | None:
 def _dequantized_bytes(source: PinnedSource, checkpoint: Checkpoint, cache: Cache) -> int:
     if not source.is_gguf or cache.entry("checkpoints", dequantized_key(source)).is_dir():
         return 0
-    return checkpoint.weights_bytes
+    return sum(path.stat().st_size for path in checkpoint.folder.iterdir())  # weights as sparse files, the rest whole

@@ -23,9 +23,10 @@ from quantize.calibrated import run_pass
 from quantize.calibration import LOCAL_SUFFIXES, summarize_tokens
 from quantize.checkpoint import Checkpoint
 from quantize.containers.compare import TensorDifference, can_compare, compare_metadata, compare_weights
+from quantize.disk import disk_free_bytes, disk_short
 from quantize.errors import PlanError, RecipeError, VerifyError
 from quantize.manifest import FILE_NAME, RECIPE_NAME, FileEntry, Manifest
-from quantize.plan import Job, disk_free_bytes, disk_short, identify_jobs
+from quantize.plan import Job, identify_jobs
 from quantize.recipe import CalibrationSpec, EvaluationSpec, Recipe, Source, Variant, find_path
 from quantize.reopen import find_source
 from quantize.report import Reporter, note, status, warn

@@ -13,10 +13,11 @@ import os
 import shutil
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
+from io import RawIOBase
 from pathlib import Path
 from typing import Any
 
-from quantize.errors import QuantizeError, StoreError
+from quantize.errors import QuantizeError, StoreError, disk_full, is_disk_full
 
 STAGING = ".staging"
 LOCKS = ".locks"
@@ -31,15 +32,15 @@ MKDIR_TRIES = 10_000  # each takes microseconds; only a store whose root can not
 
 @contextlib.contextmanager
 def store_errors(store: Path) -> Iterator[None]:
-    """Turn the system's errors into ours: disk full, read-only, no permission, name too long."""
+    """Turn the system's errors into StoreError: read-only, no permission, name too long; disk full: DiskFullError."""
     try:
         yield
     except QuantizeError:
         raise
     except OSError as exc:
+        if is_disk_full(exc):
+            raise disk_full(exc, store) from exc
         hints = {
-            errno.ENOSPC: "free some space and run the same build again",
-            errno.EDQUOT: "your quota is used up: free some space and run the same build again",
             errno.EROFS: "the store is on a read-only file system: choose another with --store",
             errno.EACCES: "check its permissions, or choose another with --store",
             errno.ENAMETOOLONG: "use a shorter recipe or variant name, or a store nearer to the root",
@@ -195,12 +196,30 @@ def read_json(path: Path) -> dict[str, Any]:
 def write_durable(path: Path, text: str) -> None:
     """Write a file whole or not at all, and have it on disk."""
     scratch = path.with_name(f".{path.name}.tmp")
-    with scratch.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    scratch.replace(path)
+    with removed_on_failure(scratch):
+        with scratch.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        scratch.replace(path)
     sync(path.parent)
+
+
+@contextlib.contextmanager
+def removed_on_failure(path: Path) -> Iterator[None]:
+    """Remove a file that could not be written to its end: it would only take up the space that lacks."""
+    try:
+        yield
+    except BaseException:
+        path.unlink(missing_ok=True)
+        raise
+
+
+def write_all(file: RawIOBase, data: bytes | memoryview) -> None:
+    """Write to an unbuffered file: what could not be written is not written later, when the file is closed."""
+    left = memoryview(data).cast("B")
+    while left:
+        left = left[file.write(left) or 0 :]
 
 
 def sync(path: Path) -> None:

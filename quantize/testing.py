@@ -21,6 +21,7 @@ from quantize.backends.base import Backend, BuildResult, Collector, Context, Kep
 from quantize.checkpoint import INDEX_NAME, Checkpoint
 from quantize.containers.safetensors import TensorInfo, header_bytes, read_header
 from quantize.errors import BuildError, PlanError, QuantizeError, VerifyError
+from quantize.memory import BlockMemory
 from quantize.recipe import BackendOptions
 from quantize.report import Reporter, progress
 
@@ -254,6 +255,10 @@ class FakeBackend:
     def collector(self, context: Context, reporter: Reporter) -> Collector:
         """Never called: it needs no calibration."""
         raise NotImplementedError
+
+    def solver_bytes(self, block: BlockMemory, options: Any, threads: int) -> int:
+        """Nothing: no block is solved."""
+        return 0
 
     def build(self, context: Context, reporter: Reporter) -> BuildResult:
         """Write model.safetensors into staging."""

@@ -19,7 +19,18 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, BinaryIO, ParamSpec, TypeVar
 
-from quantize.errors import BuildError, QuantizeError, WorkerDied, first_line
+from quantize.errors import (
+    LOWER_MEMORY,
+    BuildError,
+    DiskFullError,
+    OutOfMemory,
+    QuantizeError,
+    WorkerDied,
+    disk_full,
+    first_line,
+    is_disk_full,
+    is_out_of_memory,
+)
 from quantize.report import Event, Reporter, warn
 
 P = ParamSpec("P")
@@ -60,8 +71,8 @@ def run_step(
     stops: the function looks at `stop_asked` now and then and raises Stopped; the first Ctrl-C asks it to, a second one
     ends it at once, as the first does where `stops` is False.
 
-    Raises: the function's own QuantizeError; BuildError for any other exception, with its traceback kept for -v;
-    WorkerDied if the process ended without an answer.
+    Raises: the function's own QuantizeError; DiskFullError, OutOfMemory or BuildError for any other exception, with its
+    traceback kept for -v; WorkerDied if the process ended without an answer.
     """
     context = multiprocessing.get_context("spawn")
     parent, child = context.Pipe()
@@ -81,11 +92,12 @@ def run_step(
                     reporter.emit(payload)
                     continue
                 process.join()
-                result: Result = _answer(step, kind, payload)
+                result: Result = _answer(step, kind, payload, peak)
                 return result
         except EOFError:
             process.join()
-            raise _death(step, process.exitcode, peak) from RuntimeError(_tail(log))
+            last_words = _tail(log)
+            raise _death(step, process.exitcode, peak, last_words) from RuntimeError(last_words)
         finally:
             if process.is_alive():
                 process.kill()
@@ -93,12 +105,16 @@ def run_step(
             parent.close()
 
 
-def _answer(step: str, kind: str, payload: Any) -> Any:
+def _answer(step: str, kind: str, payload: Any, peak: int) -> Any:
     if kind == "result":
         return payload
     if kind == "error":
         raise payload
     error = BuildError(f"{step}: {payload[0]}", hint="run again with -v for the traceback")
+    if kind == "memory":
+        error = OutOfMemory(f"{step}: out of memory{_had(peak)}", hint=LOWER_MEMORY)
+    elif kind == "disk":
+        error = disk_full(RuntimeError(payload[0]), step)
     error.__cause__ = RuntimeError(payload[1])
     raise error
 
@@ -139,16 +155,21 @@ def _child(pipe: Connection, log: str, function: Callable[..., Any], args: Any, 
     spin_briefly()
     _redirect_output(log)
     threading.Thread(target=_die_with_parent, args=(os.getppid(),), daemon=True).start()
-    try:
-        message = ("result", function(PipeReporter(pipe), *args, **kwargs))
-    except QuantizeError as exc:
-        message = ("error", exc)
-    except MemoryError:
-        message = ("error", BuildError("out of memory", hint="lower --memory-budget, or close other programs"))
-    except BaseException as exc:  # noqa: BLE001 - everything must reach the parent, which gives it a name
-        message = ("crash", (f"{type(exc).__name__}: {first_line(exc)}", traceback.format_exc()))
-    pipe.send(message)
+    pipe.send(_outcome(function, PipeReporter(pipe), *args, **kwargs))
     pipe.close()
+
+
+def _outcome(function: Callable[..., Any], reporter: Reporter, *args: Any, **kwargs: Any) -> tuple[str, Any]:
+    """What to tell the parent: ("result", it), ("error", one of ours), or what kind of failure, with its traceback."""
+    try:
+        return "result", function(reporter, *args, **kwargs)
+    except QuantizeError as exc:
+        if not isinstance(exc, DiskFullError) and is_out_of_memory(exc):
+            return "memory", (first_line(exc), traceback.format_exc())
+        return "error", exc
+    except BaseException as exc:  # noqa: BLE001 - everything must reach the parent, which gives it a name
+        kind = "memory" if is_out_of_memory(exc) else "disk" if is_disk_full(exc) else "crash"
+        return kind, (f"{type(exc).__name__}: {first_line(exc)}", traceback.format_exc())
 
 
 def _log_file() -> BinaryIO:
@@ -209,12 +230,17 @@ def _tail(log: Any) -> str:
     return str(log.read().decode("utf-8", "replace"))
 
 
-def _death(step: str, exitcode: int | None, peak: int) -> WorkerDied:
-    memory = f"; it had {peak / 2**20:,.0f} MiB of memory" if peak else ""
+def _had(peak: int) -> str:
+    return f"; it had {peak / 2**20:,.0f} MiB of memory" if peak else ""
+
+
+def _death(step: str, exitcode: int | None, peak: int, last_words: str) -> BuildError:
+    if is_out_of_memory(RuntimeError(" ".join(last_words.split()))):
+        return OutOfMemory(f"{step}: out of memory{_had(peak)}", hint=LOWER_MEMORY)
     if exitcode is not None and exitcode < 0:
         name = signal.Signals(-exitcode).name
-        hint = "the kernel does this when memory runs out: lower --memory-budget, or free memory"
+        hint = f"the kernel does this when memory runs out: {LOWER_MEMORY}"
         hint = hint if name == "SIGKILL" else "this is a crash in a library; run again with -v for its last output"
-        return WorkerDied(f"{step}: the process was ended by {name}{memory}", hint=hint)
+        return WorkerDied(f"{step}: the process was ended by {name}{_had(peak)}", hint=hint)
     hint = "run again with -v for its last output"
-    return WorkerDied(f"{step}: the process ended without an answer (exit {exitcode}){memory}", hint=hint)
+    return WorkerDied(f"{step}: the process ended without an answer (exit {exitcode}){_had(peak)}", hint=hint)

@@ -22,6 +22,9 @@ from quantize.store import Store
 from quantize.testing import FakeBackend, installed_backends, make_checkpoint, write_recipe
 from tests.browser import browser as browser
 
+if "PYTEST_XDIST_WORKER" in os.environ:  # threads of several workers that wait for each other by spinning slow all down
+    cores = sorted(os.sched_getaffinity(0))
+    os.sched_setaffinity(0, {cores[int(os.environ["PYTEST_XDIST_WORKER"].removeprefix("gw")) % len(cores)]})
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as behind a shell's &: processes started here would inherit it
     signal.signal(signal.SIGINT, signal.default_int_handler)
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when the hub client is first imported: no test may fetch anything

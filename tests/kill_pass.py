@@ -137,7 +137,7 @@ def main() -> int:
     parser.add_argument("--signal", choices=["KILL", "TERM", "INT"], default="KILL")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("options", nargs="*")
-    asked = parser.parse_args()
+    asked = parser.parse_intermixed_args()
     stop, bad = signal.Signals[f"SIG{asked.signal}"], []
     with tempfile.TemporaryDirectory(prefix="quantize-pass-") as folder:
         reference = Builds(asked.recipe, Path(folder) / "reference", asked.options)

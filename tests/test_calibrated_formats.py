@@ -27,6 +27,7 @@ from quantize.cache import Cache
 from quantize.checkpoint import open_checkpoint
 from quantize.cli import main
 from quantize.errors import VerifyError
+from quantize.memory import pass_bytes
 from quantize.plan import make_plan
 from quantize.recipe import Recipe, load_recipe
 from quantize.report import ListReporter
@@ -109,6 +110,13 @@ def test_one_pass_served_all_calibrated_variants(run: Run) -> None:
     ]
     assert len(measured) == 6
     assert len(set(measured)) == 1
+
+
+def test_the_pass_took_no_more_memory_than_the_plan_says_it_needs(run: Run, checkpoint: Path) -> None:
+    variants = [item for item in run.recipe.variants if backends()[item.format].needs_calibration(item.options)]
+    parts = [(backends()[item.format], item.options) for item in variants]
+    taken = run.artifact("gptq-int4-g64").measurements()["calibration_pass"]["peak_memory_bytes"]
+    assert 0.5 < taken / pass_bytes(open_checkpoint(checkpoint), parts, 2) <= 1
 
 
 def test_the_manifest_has_the_text_by_hash(run: Run) -> None:

@@ -11,9 +11,9 @@ import pytest
 
 from quantize.backends import backends, formats
 from quantize.cache import Cache
-from quantize.disk import PAPERS_BYTES
+from quantize.disk import PAPERS_BYTES, disk_free_bytes
 from quantize.errors import PlanError, UsageError
-from quantize.plan import Plan, disk_free_bytes, make_plan
+from quantize.plan import Plan, make_plan
 from quantize.recipe import load_recipe
 from quantize.report import SilentReporter
 from quantize.store import Store
@@ -91,11 +91,17 @@ def test_the_table_and_the_json(tiny: Path, tmp_path: Path, run: Run) -> None:
 def test_a_disk_that_is_too_small_refuses(
     tiny: Path, tmp_path: Path, run: Run, store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("quantize.plan.disk_free_bytes", lambda _: 1_000_000)
-    result = run("plan", write_recipe(tmp_path / "demo.yaml", tiny, FAKE))
+    monkeypatch.setattr("quantize.disk.disk_free_bytes", lambda _: 1_000_000)
+    monkeypatch.setattr("quantize.build.disk_free_bytes", lambda _: 1_000_000)
+    path = write_recipe(tmp_path / "demo.yaml", tiny, FAKE)
+    result = run("plan", path, "--json")
     assert result.exit_code == 3
-    assert "error: the disk is too small: the build needs 0.00 GB at its peak" in result.stderr
+    needed = int(json.loads(result.stdout)["disk_needed_bytes"])
+    assert "error: the disk is too small for the store and cache: 3.0 MB are needed at the peak" in result.stderr
+    assert f"1.0 MB are free, {needed - 1_000_000:,} bytes are missing" in result.stderr
     assert "choose another --store" in result.stderr
+    refused = run("build", path)
+    assert (refused.exit_code, "bytes are missing" in refused.stderr) == (3, True)
     assert not store.root.exists()
 
 

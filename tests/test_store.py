@@ -21,7 +21,7 @@ from quantize.backends import formats
 from quantize.build import Outcome, RunOptions, build
 from quantize.cache import Cache
 from quantize.diff import compare
-from quantize.errors import BuildError, GateError, PlanError, StoreError, UsageError, VerifyError
+from quantize.errors import BuildError, DiskFullError, GateError, PlanError, StoreError, UsageError, VerifyError
 from quantize.manifest import Manifest, manifest_schema, read_manifest
 from quantize.recipe import Recipe, load_recipe
 from quantize.report import ListReporter, SilentReporter
@@ -178,9 +178,9 @@ def test_a_commit_that_fails_leaves_what_was_there(
 
     monkeypatch.setattr("quantize.artifact.sync", full)
     (outcome,) = build_all(recipe([{"format": "fake", "bits": 4}]), store, cache)
-    assert isinstance(outcome.error, StoreError)
+    assert isinstance(outcome.error, DiskFullError)
     assert "No space left on device" in outcome.error.message
-    assert "free some space" in str(outcome.error.hint)
+    assert "run the same build again" in str(outcome.error.hint)
     assert snapshot(store.root).keys() == before.keys()
 
 

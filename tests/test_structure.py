@@ -14,7 +14,7 @@ MAX_LINES = 400
 # the longest that fits decides. What belongs together is one layer.
 LAYERS: list[set[str]] = [
     {"", "errors"},
-    {"report", "untrusted"},
+    {"report", "untrusted", "resident"},
     {
         "numerics",
         "shape",
@@ -29,7 +29,7 @@ LAYERS: list[set[str]] = [
     },
     {"estimate", "hardware", "recipe", "checkpoint", "staging", "cluster.spec", "cluster.schedule", "cluster.trace"},
     {"engines", "containers.shards"},
-    {"fit", "source", "artifact"},
+    {"fit", "source", "artifact", "memory"},
     {"block_runner", "hidden_states", "activations", "calibration", "resume"},
     {"store", "verify", "diff"},
     {"backends", "evaluate"},

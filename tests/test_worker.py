@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from quantize.errors import BuildError, PlanError, QuantizeError, WorkerDied
+from quantize.errors import BuildError, OutOfMemory, PlanError, QuantizeError, WorkerDied
 from quantize.report import ListReporter, SilentReporter
 from quantize.worker import run_step
 from tests import worker_steps
@@ -47,9 +47,15 @@ def test_other_errors_name_the_step_and_keep_their_traceback() -> None:
     assert not isinstance(caught.value, WorkerDied)
 
 
-def test_out_of_memory_is_said_as_such() -> None:
-    with pytest.raises(BuildError, match="out of memory"):
-        run_step("filling", QUIET, worker_steps.exhaust)
+@pytest.mark.parametrize(
+    ("step", "arguments"),
+    [("exhaust", ()), ("take", (512,)), ("refused_by_allocator", ()), ("bad_alloc", ())],
+)
+def test_out_of_memory_is_said_as_such(step: str, arguments: tuple[int, ...]) -> None:
+    """Whoever says it, and however; also of an artifact that can't be looked at for it."""
+    with pytest.raises(OutOfMemory, match="filling: out of memory") as caught:
+        run_step("filling", QUIET, getattr(worker_steps, step), *arguments)
+    assert "lower --memory-budget or --threads" in str(caught.value.hint)
 
 
 def test_a_crash_names_step_signal_and_last_words() -> None:
@@ -140,3 +146,11 @@ def test_an_interrupt_of_the_parent_ends_the_step(tmp_path: Path) -> None:
     _, errors = parent.communicate(timeout=10)
     assert b"KeyboardInterrupt" in errors
     assert wait_until_gone(step)
+
+
+def test_the_reason_in_a_log_is_named_not_what_came_of_it() -> None:
+    from quantize.engines.llama_cpp import _last_line
+
+    log = "error loading model: mmap failed: Cannot allocate memory\nload_from_file: failed to load model\n"
+    assert _last_line(log).endswith("Cannot allocate memory")
+    assert _last_line("loading\nfailed to load: bad magic\nbye\n") == "failed to load: bad magic"

@@ -9,7 +9,7 @@ import sys
 import time
 from pathlib import Path
 
-from quantize.errors import PlanError
+from quantize.errors import PlanError, VerifyError
 from quantize.report import Reporter, note, progress
 
 
@@ -39,6 +39,32 @@ def crash(reporter: Reporter) -> None:
 def exhaust(reporter: Reporter) -> None:
     """Run out of memory, as Python says it."""
     raise MemoryError
+
+
+def take(reporter: Reporter, mib: int) -> None:
+    """Ask for more memory than a limit allows, as `ulimit -v` sets it."""
+    import resource
+
+    import numpy as np
+
+    with open("/proc/self/statm", encoding="ascii") as file:
+        now = int(file.read().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (now + (64 << 20), now + (64 << 20)))
+    np.ones(mib << 17)
+
+
+def refused_by_allocator(reporter: Reporter) -> None:
+    """An artifact does not load, because there is no memory for it."""
+    try:
+        raise RuntimeError("[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory: 9 bytes")
+    except RuntimeError as exc:
+        raise VerifyError("it does not load") from exc
+
+
+def bad_alloc(reporter: Reporter) -> None:
+    """Die as C++ does when memory runs out."""
+    os.write(2, b"terminate called after throwing an instance of 'std::bad_alloc'\n  what():  std::bad_alloc\n")
+    os.abort()
 
 
 def abort(reporter: Reporter) -> None:

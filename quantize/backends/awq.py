@@ -16,6 +16,7 @@ from quantize.architecture import FoldGroup, Linear, RowsSource, block_count, bl
 from quantize.backends import packed
 from quantize.backends.base import Context
 from quantize.checkpoint import Checkpoint
+from quantize.memory import BlockMemory
 from quantize.parallel import on_threads
 from quantize.recipe import BackendOptions
 from quantize.report import Reporter
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
     import torch
 
     from quantize.activations import Block
+
+SAMPLES_BYTES = 60 << 20
 
 
 class AwqOptions(BackendOptions):
@@ -58,6 +61,11 @@ class AwqBackend(packed.PackedBackend):
     def solve(self, block: Block, context: Context, reporter: Reporter) -> packed.Solved:
         """Scales, folds and rounds."""
         return solve_block(block, context.options, context.limits.threads)
+
+    def solver_bytes(self, block: BlockMemory, options: AwqOptions, threads: int) -> int:
+        """The folded block in 16 bit, a few copies of a linear on each thread, and samples for the search."""
+        rounding = packed.feedback_bytes(block, threads) if options.rounding == "gptq" else 0
+        return block.weights // 2 + max(4 * threads * block.largest + SAMPLES_BYTES, rounding)
 
     def layout(self, checkpoint: Checkpoint, options: AwqOptions) -> packed.Layout:
         """The gemm layout: words along the output axis."""

@@ -16,6 +16,7 @@ from quantize.checkpoint import Checkpoint
 from quantize.cluster.spec import Spread
 from quantize.errors import QuantizeError
 from quantize.manifest import CalibrationEntry
+from quantize.memory import BlockMemory
 from quantize.recipe import BackendOptions
 from quantize.report import Reporter
 from quantize.resume import Resumable
@@ -39,7 +40,8 @@ class KeptTensor:
 class SizePlan:
     """What a build would write, from headers alone.
 
-    file_bytes: all weight files. intermediate_bytes: what the cache needs beside them (shared by variants of a key).
+    file_bytes: all weight files. pass_bytes: of them, what the calibration pass writes. intermediate_bytes: what the
+    cache needs beside them (shared by variants of a key).
     """
 
     file_bytes: int
@@ -49,6 +51,7 @@ class SizePlan:
     kept: tuple[KeptTensor, ...]
     intermediate_bytes: int = 0
     intermediate_key: str = ""
+    pass_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -138,6 +141,9 @@ class Backend(Protocol):
 
     def collector(self, context: Context, reporter: Reporter) -> Collector:
         """The variant's part in the calibration pass; only called if needs_calibration."""
+
+    def solver_bytes(self, block: BlockMemory, options: Any, threads: int) -> int:
+        """Memory that the collector takes at a block beside its weights and statistics; 0 for next to nothing."""
 
     def build(self, context: Context, reporter: Reporter) -> BuildResult:
         """Write the artifact's files into context.staging, after the pass if there is one."""

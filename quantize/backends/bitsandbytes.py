@@ -17,6 +17,7 @@ from quantize.backends.base import BuildResult, Collector, Context, Limits, Size
 from quantize.checkpoint import Checkpoint
 from quantize.engines.bitsandbytes import NF4_BLOCK, nf4_state
 from quantize.errors import PlanError
+from quantize.memory import BlockMemory
 from quantize.recipe import BackendOptions
 from quantize.report import Reporter, status
 from quantize.worker import run_step
@@ -65,6 +66,10 @@ class BitsandbytesBackend:
     def collector(self, context: Context, reporter: Reporter) -> Collector:
         """Never called: needs_calibration is False."""
         raise NotImplementedError
+
+    def solver_bytes(self, block: BlockMemory, options: Any, threads: int) -> int:
+        """Nothing: no block is solved."""
+        return 0
 
     def build(self, context: Context, reporter: Reporter) -> BuildResult:
         """Quantize and write one tensor after another, in a worker."""

@@ -21,9 +21,10 @@ from quantize.backends.gguf_types import BITS, ELEMENT_TYPES, FTYPES, UNQUANTIZE
 from quantize.checkpoint import Checkpoint
 from quantize.containers.gguf import GgufTensor, read_gguf
 from quantize.engines.llama_cpp import ConvertRequest, QuantizeSettings, SizedFile
-from quantize.errors import PlanError, QuantizeError, VerifyError
+from quantize.errors import PlanError, QuantizeError, VerifyError, disk_errors
 from quantize.manifest import tool_versions
 from quantize.marked_yaml import suggest
+from quantize.memory import BlockMemory
 from quantize.recipe import BackendOptions
 from quantize.report import Reporter, status
 from quantize.source import PinnedSource, dequantized_key
@@ -123,7 +124,8 @@ class GgufBackend:
             try:
                 _check_overrides(item, [name for name, _, _ in result.tensors])
                 plan = _size_plan(context.checkpoint, item, result, key, ready is not None)
-                extra = _imatrix_bytes(context, result.architecture) if item.imatrix else 0
+                with disk_errors(context.scratch):
+                    extra = _imatrix_bytes(context, result.architecture) if item.imatrix else 0
                 plans.append(replace(plan, file_bytes=plan.file_bytes + extra))
             except PlanError as exc:
                 plans.append(exc)
@@ -134,6 +136,10 @@ class GgufBackend:
         from quantize.backends.gguf_imatrix import ImatrixCollector
 
         return ImatrixCollector(context.scratch / "imatrix.safetensors")
+
+    def solver_bytes(self, block: BlockMemory, options: Any, threads: int) -> int:
+        """Nothing that counts: a diagonal is copied."""
+        return 0
 
     def build(self, context: Context, reporter: Reporter) -> BuildResult:
         """Convert once per source, quantize, name the file by the convention."""

@@ -14,6 +14,7 @@ from pydantic import Field
 from quantize.backends import packed
 from quantize.backends.base import Context
 from quantize.checkpoint import Checkpoint
+from quantize.memory import BlockMemory
 from quantize.parallel import in_stages
 from quantize.recipe import BackendOptions
 from quantize.report import Reporter, warn
@@ -58,6 +59,10 @@ class GptqBackend(packed.PackedBackend):
     def solve(self, block: Block, context: Context, reporter: Reporter) -> packed.Solved:
         """Rounds with error feedback under each input's Gram matrix."""
         return solve_block(block, context.options, context.variant, reporter, context.limits.threads)
+
+    def solver_bytes(self, block: BlockMemory, options: GptqOptions, threads: int) -> int:
+        """Factorizations, and rows with their errors."""
+        return packed.feedback_bytes(block, threads)
 
     def layout(self, checkpoint: Checkpoint, options: GptqOptions) -> packed.Layout:
         """The v1 layout: words along the input axis."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +18,7 @@ from quantize.backends.base import BuildResult, Collector, Context, KeptTensor, 
 from quantize.checkpoint import CONFIG_FILES, TOKENIZER_FILES, Checkpoint
 from quantize.containers.shards import ShardWriter, files_bytes, table_bytes
 from quantize.errors import BuildError, PlanError
+from quantize.memory import BlockMemory
 from quantize.report import Reporter, status
 from quantize.worker import run_step
 
@@ -32,6 +33,7 @@ Solved = tuple["dict[str, torch.Tensor]", dict[str, Any]]  # tensors that change
 STORED_DTYPE = "F16"
 DTYPE_NAMES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32"}
 RESULTS_NAME = "pass.json"
+SOLVED_ROWS = 1024  # numerics.gptq.ROWS, known without loading torch
 
 
 @dataclass(frozen=True)
@@ -115,6 +117,13 @@ def config_text(checkpoint: Checkpoint, quantization_config: Mapping[str, Any], 
     config = {key: value for key, value in checkpoint.config.items() if key not in {"torch_dtype", "_name_or_path"}}
     config |= {"dtype": dtype, "quantization_config": dict(quantization_config)}
     return json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+
+
+def feedback_bytes(block: BlockMemory, threads: int) -> int:
+    """What rounding with error feedback takes: factorizations under way, or rows, and the factors of all inputs."""
+    factorizing = 4 * sum(block.grams[:threads])
+    rows = 8 * threads * 4 * SOLVED_ROWS * block.width
+    return max(factorizing, rows) + sum(block.grams) + block.stacked
 
 
 def copied_files(checkpoint: Checkpoint) -> list[Path]:
@@ -216,6 +225,10 @@ class PackedBackend:
         """Tensors of a block that change, and each linear's loss."""
         raise NotImplementedError
 
+    def solver_bytes(self, block: BlockMemory, options: Any, threads: int) -> int:
+        """What `solve` takes beside the block."""
+        raise NotImplementedError
+
     def tools(self, options: Any) -> Sequence[str]:
         """The numerics run on torch; the pass on transformers' layers."""
         return ("torch", "transformers")
@@ -226,8 +239,12 @@ class PackedBackend:
 
     def sizes(self, context: Context, options: Sequence[Any], reporter: Reporter) -> list[SizePlan]:
         """By arithmetic: the layout fixes every byte."""
-        checkpoint = context.checkpoint
-        return [size_plan(checkpoint, self.layout(checkpoint, item), self.config(checkpoint, item)) for item in options]
+        checkpoint, plans = context.checkpoint, []
+        for item in options:
+            layout = self.layout(checkpoint, item)
+            plan = size_plan(checkpoint, layout, self.config(checkpoint, item))
+            plans.append(replace(plan, pass_bytes=files_bytes(layout.table)))
+        return plans
 
     def collector(self, context: Context, reporter: Reporter) -> Collector:
         """Solves each block as the pass yields it."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -54,8 +55,13 @@ def _print(plan: Plan) -> None:
     columns += [("BYTES", "right"), ("BITS/WEIGHT", "right"), ("KEPT HIGHER", "right"), ("STATE", "left")]
     print_table(columns, [_row(job) for job in plan.jobs], empty="nothing to build")
     click.echo(f"source  {plan.source.uri}  sha256 {plan.source.digest[:12]}")
-    needed, free = size_text(plan.disk.peak_bytes), size_text(plan.disk_free_bytes)
-    click.echo(f"disk    {needed} needed at the peak, {free} free")
+    if plan.memory_bytes:
+        click.echo(f"memory  {plan.memory_bytes / 2**20:,.0f} MiB at the least for the calibration pass")
+    for room in plan.rooms:
+        missing = f", {size_text(room.missing_bytes)} missing" if room.missing_bytes else ""
+        needed, free = size_text(room.needed_bytes), size_text(room.free_bytes)
+        what = "disk " if len(plan.rooms) == 1 else room.what
+        click.echo(f"{what}   {needed} needed at the peak, {free} free{missing}")
 
 
 def _row(job: Job) -> list[str]:
@@ -73,7 +79,18 @@ def _as_json(plan: Plan) -> dict[str, Any]:
         "recipe": plan.recipe.name,
         "source": {"uri": plan.source.uri, "sha256": plan.source.digest},
         "disk_needed_bytes": plan.disk.peak_bytes,
-        "disk_free_bytes": plan.disk_free_bytes,
+        "disk_free_bytes": min(room.free_bytes for room in plan.rooms),
+        "disk_parts": asdict(plan.disk),
+        "pass_memory_bytes": plan.memory_bytes,
+        "disks": [
+            {
+                "what": room.what,
+                "needed_bytes": room.needed_bytes,
+                "free_bytes": room.free_bytes,
+                "missing_bytes": room.missing_bytes,
+            }
+            for room in plan.rooms
+        ],
         "variants": [
             {
                 "name": job.variant.name,

@@ -12,6 +12,7 @@ import json
 import math
 import os
 from collections.abc import Mapping
+from io import FileIO
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, BinaryIO
@@ -19,6 +20,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 from quantize.checkpoint import INDEX_NAME
 from quantize.containers.safetensors import DTYPE_BITS, header_bytes
 from quantize.errors import BuildError, disk_errors
+from quantize.staging import write_all
 
 if TYPE_CHECKING:
     import torch
@@ -64,7 +66,7 @@ class ShardWriter:
         self._shards = plan_shards(table, shard_bytes)
         self._order = [(file, name) for file, part in self._shards.items() for name in part]
         self._next = 0
-        self._file: BinaryIO | None = None
+        self._file: FileIO | None = None
         self._open = ""
         self._digest = hashlib.sha256()
         self._pieces: list[list[Any]] = []  # [file, end, sha256 of what was written to it since the piece before]
@@ -127,7 +129,7 @@ class ShardWriter:
             self._next, self._pieces = tensors, [list(piece) for piece in pieces]
             if ends:
                 self._open = [*ends][-1]
-                self._file = (self._folder / self._open).open("ab")
+                self._file = (self._folder / self._open).open("ab", buffering=0)
         return True
 
     def finish(self) -> tuple[str, ...]:
@@ -144,19 +146,18 @@ class ShardWriter:
 
     def _start(self, file: str) -> None:
         self._close()
-        self._file = (self._folder / file).open("wb")
+        self._file = (self._folder / file).open("wb", buffering=0)
         self._open = file
         self._put(header_bytes(self._shards[file]))
 
     def _put(self, data: bytes | memoryview) -> None:
         assert self._file is not None
-        self._file.write(data)
+        write_all(self._file, data)
         self._digest.update(data)
         self.unsaved_bytes += len(data)
 
     def _end_piece(self) -> None:
         if self._file is not None and self.unsaved_bytes:
-            self._file.flush()
             os.fsync(self._file.fileno())
             self._pieces.append([self._open, self._file.tell(), self._digest.hexdigest()])
             self._digest, self.unsaved_bytes = hashlib.sha256(), 0

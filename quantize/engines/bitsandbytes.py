@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from quantize.checkpoint import Checkpoint
 from quantize.containers.shards import ShardWriter, Table
-from quantize.errors import MissingExtraError
+from quantize.errors import MissingExtraError, disk_errors
 from quantize.report import Reporter, note, progress
 from quantize.staging import RESUME_NAME, read_json, write_durable
 
@@ -42,7 +42,8 @@ def write_quantized(
                 pending = _tensors_of(checkpoint, _source_of(name, checkpoint, packed), packed, kind)
             writer.write(name, pending.pop(name))
             if writer.unsaved_bytes >= SAVE_BYTES:
-                write_durable(journal, json.dumps({"shards": writer.state()}) + "\n")
+                with disk_errors(scratch):
+                    write_durable(journal, json.dumps({"shards": writer.state()}) + "\n")
             progress(reporter, variant, f"quantizing to {kind}, tensors", writer.written, len(table))
         return writer.finish()
 

@@ -7,10 +7,12 @@ What to ask for is decided in backends/gguf.py.
 from __future__ import annotations
 
 import ctypes
+import errno
 import importlib.util
 import json
 import os
 import re
+import shutil
 import sys
 import types
 from collections.abc import Mapping, Sequence
@@ -19,12 +21,25 @@ from importlib.machinery import ModuleSpec
 from pathlib import Path
 from typing import Any
 
-from quantize.errors import BuildError, MissingExtraError, PlanError, QuantizeError, VerifyError, first_line
+from quantize.errors import (
+    BuildError,
+    MissingExtraError,
+    PlanError,
+    QuantizeError,
+    VerifyError,
+    disk_full,
+    first_line,
+    is_disk_full,
+    says_out_of_memory,
+)
 from quantize.report import Reporter, progress
+from quantize.staging import removed_on_failure
 
 LINE = re.compile(r"^\[\s*\d+/\s*\d+\]\s+(\S+)\s+-\s+\[([\d,\s]+)\], type =\s*(\S+), .*?(?:\((\w+)\))?\s*$")
 FALLBACK = "tensor cols"
 LARGE_BYTES = 1 << 30  # below it one thread is fast enough, and never waits on a busy machine's other cores
+STREAM_ERROR = "iostream error"  # all that llama.cpp says of a file that can't be written
+FULL_BYTES = 1 << 20  # with less than this free beside what was written so far, that is why
 NEEDS_IMATRIX = ("require an imatrix", "without an importance matrix", "Missing importance matrix")
 
 
@@ -78,6 +93,8 @@ def convert(reporter: Reporter, request: ConvertRequest, out: Path, *, header_on
         model = model_class(request.folder, kind, out, metadata_override=metadata_path)
         _write_converted(model, out, request.metadata.get("general.license"), reporter, header_only)
     except (ValueError, KeyError, TypeError, NotImplementedError, AttributeError, OSError) as exc:
+        if is_disk_full(exc):
+            raise disk_full(exc, out) from exc
         raise BuildError(f"converting to GGUF: {type(exc).__name__}: {first_line(exc)}") from exc
     finally:
         metadata_path.unlink(missing_ok=True)
@@ -122,7 +139,8 @@ def convert_and_size(
 
 def quantize(reporter: Reporter, source: Path, out: Path, job: QuantizeSettings) -> list[str]:
     """Quantize `source` into `out`; returns llama.cpp's warnings. Raises PlanError, BuildError."""
-    log = _quantize(source, out, job, dry=False)
+    with removed_on_failure(out):
+        log = _quantize(source, out, job, dry=False)
     return [line for line in log.splitlines() if "WARNING" in line or FALLBACK in line]
 
 
@@ -143,7 +161,7 @@ def try_out(reporter: Reporter, path: Path, tokens: int, threads: int) -> dict[s
         raise VerifyError(f"{path.name}: llama.cpp does not load it", hint=_last_line("".join(log)))
     seconds = time.perf_counter() - start
     try:
-        first, second = (_generate(llama_cpp, model, path, tokens, threads) for _ in range(2))
+        first, second = (_generate(llama_cpp, model, path, tokens, threads, log) for _ in range(2))
     finally:
         llama_cpp.llama_model_free(model)
     if first != second:
@@ -151,7 +169,7 @@ def try_out(reporter: Reporter, path: Path, tokens: int, threads: int) -> dict[s
     return {"tokens": first, "load_seconds": round(seconds, 3)}
 
 
-def _generate(llama_cpp: Any, model: Any, path: Path, count: int, threads: int) -> list[int]:
+def _generate(llama_cpp: Any, model: Any, path: Path, count: int, threads: int, log: list[str]) -> list[int]:
     import numpy as np
 
     parameters = llama_cpp.llama_context_default_params()
@@ -160,7 +178,7 @@ def _generate(llama_cpp: Any, model: Any, path: Path, count: int, threads: int) 
     parameters.n_threads = parameters.n_threads_batch = threads if path.stat().st_size > LARGE_BYTES else 1
     context = llama_cpp.llama_init_from_model(model, parameters)
     if not context:
-        raise VerifyError(f"{path.name}: llama.cpp makes no context for it")
+        raise VerifyError(f"{path.name}: llama.cpp makes no context for it", hint=_last_line("".join(log)))
     try:
         vocabulary = llama_cpp.llama_model_get_vocab(model)
         width = llama_cpp.llama_vocab_n_tokens(vocabulary)
@@ -168,7 +186,7 @@ def _generate(llama_cpp: Any, model: Any, path: Path, count: int, threads: int) 
         for _ in range(count):
             array = (llama_cpp.llama_token * len(pending))(*pending)
             if llama_cpp.llama_decode(context, llama_cpp.llama_batch_get_one(array, len(pending))) != 0:
-                raise VerifyError(f"{path.name}: llama.cpp can't run it")
+                raise VerifyError(f"{path.name}: llama.cpp can't run it", hint=_last_line("".join(log)))
             logits = np.ctypeslib.as_array(llama_cpp.llama_get_logits_ith(context, -1), (width,))
             if not bool(np.isfinite(logits).all()):
                 raise VerifyError(f"{path.name}: the logits are not finite", hint="a tensor is damaged")
@@ -285,7 +303,10 @@ def _quantize(source: Path, out: Path, job: QuantizeSettings, *, dry: bool) -> s
     if lacks_imatrix and not job.imatrix_later:
         raise PlanError(f"{job.type} needs an importance matrix", hint="add `imatrix: true` to the variant")
     if code != 0:
-        raise BuildError(f"llama.cpp could not quantize to {job.type}: {_last_line(text)}")
+        reason = _last_line(text)
+        if STREAM_ERROR in reason and shutil.disk_usage(out.parent).free < FULL_BYTES:
+            raise disk_full(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), out)
+        raise BuildError(f"llama.cpp could not quantize to {job.type}: {reason}")
     return text
 
 
@@ -353,4 +374,5 @@ def _library() -> tuple[Any, list[str]]:
 def _last_line(log: str) -> str:
     lines = [line.strip() for line in log.splitlines() if line.strip()]
     failed = [line for line in lines if "fail" in line.lower() or "error" in line.lower()]
-    return (failed or lines or ["no message"])[-1][:300]
+    short = [line for line in lines if says_out_of_memory(line)]  # the reason, not what came of it
+    return (short or failed or lines or ["no message"])[-1][:300]

@@ -16,7 +16,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from quantize.errors import MissingExtraError, UsageError, VerifyError
+from quantize.errors import MissingExtraError, UsageError, VerifyError, says_out_of_memory
 from quantize.hardware import usable_cores
 
 MICRO_BATCH_TOKENS = 512
@@ -228,7 +228,8 @@ def log_text() -> str:
 
 
 def last_log_line() -> str:
-    """The last line of its log that speaks of a failure, else the last at all."""
+    """The last line of its log that speaks of memory that ran out, else of a failure, else the last at all."""
     lines = [line.strip() for line in _log_lines if line.strip()]
     failed = [line for line in lines if "fail" in line.lower() or "error" in line.lower()]
-    return (failed or lines or ["llama.cpp gave no message"])[-1][:300]
+    short = [line for line in lines if says_out_of_memory(line)]
+    return (short or failed or lines or ["llama.cpp gave no message"])[-1][:300]

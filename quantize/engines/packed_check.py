@@ -5,8 +5,6 @@ In: an artifact's folder. Out: facts, or VerifyError. Runs in a worker: gptqmode
 
 from __future__ import annotations
 
-import ctypes
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -14,8 +12,10 @@ from typing import Any
 from quantize.engines.transformers_model import import_torch, load_causal_lm
 from quantize.errors import VerifyError
 from quantize.report import Reporter
+from quantize.resident import give_back_freed, give_back_mapped
 
 TOKENS = 16
+GIVE_BACK_AFTER = 1 << 24  # weights compared: some 64 MB of each temporary that a comparison makes
 PROMPT = "The capital of France is"
 
 
@@ -30,6 +30,7 @@ def check_packed(reporter: Reporter, folder: Path, method: str, threads: int) ->
     model = load_causal_lm(folder)
     seconds = time.perf_counter() - started
     compared = _compare_weights(model, folder, method)
+    _first_use(model, folder)
     tokens = generate_twice(model, folder)
     return {
         "runtime": "transformers + gptqmodel",
@@ -37,6 +38,23 @@ def check_packed(reporter: Reporter, folder: Path, method: str, threads: int) ->
         "tokens": tokens,
         "load_seconds": round(seconds, 2),
     }
+
+
+def _first_use(model: Any, folder: Path) -> None:
+    """One forward pass, in which gptqmodel's kernels repack their weights: the pages of the old ones are given back."""
+    import torch
+
+    lists = [module for module in model.modules() if isinstance(module, torch.nn.ModuleList)]
+    hooks = [layer.register_forward_hook(lambda *_: _give_back(folder)) for layers in lists for layer in layers]
+    with torch.inference_mode():
+        model(input_ids=torch.zeros(1, 1, dtype=torch.long))
+    for hook in hooks:
+        hook.remove()
+
+
+def _give_back(folder: Path) -> None:
+    give_back_freed()
+    give_back_mapped(folder)
 
 
 def generate_twice(model: Any, folder: Path) -> list[int]:
@@ -70,7 +88,7 @@ def _compare_weights(model: Any, folder: Path, method: str) -> int:
 
     from quantize.engines.unpack import open_packed
 
-    compared = 0
+    compared = since = 0
     unpacked = open_packed(folder, method)
     for name, module in model.named_modules():
         theirs = _dequantized_by_gptqmodel(module)
@@ -80,21 +98,16 @@ def _compare_weights(model: Any, folder: Path, method: str) -> int:
         if theirs.shape != ours.shape or not torch.allclose(theirs, ours, rtol=2e-3, atol=1e-6):
             raise VerifyError(f"{folder.name}: {name} unpacks differently in gptqmodel", hint="a packing defect")
         compared += 1
+        since += theirs.numel()
         del theirs, ours
-        _return_memory()
+        if since > GIVE_BACK_AFTER:
+            _give_back(folder)
+            since = 0
     if compared != len(unpacked.linears):
         raise VerifyError(
             f"{folder.name}: gptqmodel took {compared} linears as packed, the files have {len(unpacked.linears)}"
         )
     return compared
-
-
-def _return_memory() -> None:
-    """Have glibc give freed memory back: else what every layer's comparison leaves adds up to twice the model."""
-    if sys.platform == "linux":
-        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # musl has none
-        if trim is not None:
-            trim(0)
 
 
 def _dequantized_by_gptqmodel(module: Any) -> Any:

@@ -73,12 +73,13 @@ def factorize(gram: Tensor, group_size: int, *, damping: float = DAMPING) -> Fac
     if not bool(torch.isfinite(diagonal).all()):
         raise BuildError("the Gram matrix is not finite", hint="the model overflows on the calibration text")
     order = group_order(diagonal, group_size)
+    backward = order.flip(0)
     mean = float(diagonal.double().mean())
     while mean > 0 and damping < 1e3:
-        matrix = gram[order][:, order]
+        matrix = gram.index_select(0, backward).index_select(1, backward)
         matrix.diagonal().add_(damping * mean)
-        weights = matrix.diagonal().clone()
-        lower, info = torch.linalg.cholesky_ex(matrix.flip(0, 1))
+        weights = matrix.diagonal().flip(0)
+        lower, info = torch.linalg.cholesky_ex(matrix)
         if int(info) == 0:
             upper = lower.flip(0, 1)
             return Factor(gram, order, upper.div_(upper.diagonal().clone()), weights, damping, group_size)
@@ -191,7 +192,7 @@ def estimated_loss(error: Tensor, gram: Tensor) -> float:
 def _sweep(weight: Tensor, factor: Factor, search: ScaleSearch) -> Quantized:
     """Round column after column, feeding each error forward; everything is held transposed, [in, out]."""
     group_size, order, feedback = factor.group_size, factor.order, factor.feedback
-    original = weight.T[order]
+    original = weight.T.contiguous().index_select(0, order)
     width, out = original.shape
     errors = torch.empty_like(original)
     codes = torch.empty(width, out, dtype=torch.uint8, device=weight.device)

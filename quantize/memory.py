@@ -1,0 +1,100 @@
+"""The least memory that a calibration pass takes, from headers: what `--memory-budget` is held against.
+
+In: a checkpoint's shapes, what each solver needs, the threads. Out: bytes of resident memory at the peak of the
+process that runs the pass, its hidden states on disk. The shares are those measured on models of 135M and of 1,024- and
+2,048-wide blocks (docs/resume.md has the figures); none is of the model's size but what is one block's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from quantize.architecture import block_count, block_index, block_layout
+from quantize.checkpoint import Checkpoint
+from quantize.errors import PlanError
+
+BASE_BYTES = 500 << 20  # Python, torch and transformers, loaded and warm
+TOKEN_BYTES = 1 << 10  # of a tokenizer's tables, for each token of the vocabulary
+SOLVER_BYTES = 40 << 20  # what any solver brings along
+PART_BYTES = 60 << 20  # what one leaves to the allocator for the next
+ACTIVATIONS = 6  # tensors as wide as the widest input, of a batch under way
+BATCH_TOKENS, BATCHES = 512, 2
+FLOAT_BYTES = 4
+
+
+@dataclass(frozen=True)
+class BlockMemory:
+    """The largest block in float32. weights: bytes of all its tensors. largest: of its largest linear.
+
+    grams: bytes of the Gram matrix of each distinct input, largest first. width: of the widest input, in channels.
+    stacked: bytes of the linears that read one input, where they are most.
+    """
+
+    weights: int
+    largest: int
+    grams: tuple[int, ...]
+    width: int
+    stacked: int
+
+
+class Solver(Protocol):
+    """The part of a backend that matters here."""
+
+    def solver_bytes(self, block: BlockMemory, options: Any, threads: int) -> int:
+        """Memory beside a block's weights and statistics."""
+
+
+def largest_block(checkpoint: Checkpoint) -> BlockMemory:
+    """The block whose weights and Gram matrices take most. Raises CheckpointError: the architecture is not known."""
+    found = [_block_memory(checkpoint, index) for index in range(block_count(checkpoint.config))]
+    return max(found, key=lambda item: item.weights + sum(item.grams))
+
+
+def least_bytes(checkpoint: Checkpoint, solvers: Sequence[int]) -> int:
+    """Of the pass, if hidden states go to disk. solvers: what each variant's solve takes, 0 for next to nothing."""
+    block = largest_block(checkpoint)
+    grams = sum(block.grams)
+    outside = [info.size_bytes for name, info in checkpoint.tensors.items() if block_index(name) is None]
+    working = FLOAT_BYTES * block.width * BATCH_TOKENS * BATCHES * ACTIVATIONS
+    recording = block.weights // 2 + grams + working  # a copy in bfloat16, a second share of the sums
+    copying = 3 * max(outside, default=0) // 2
+    solving = [SOLVER_BYTES + size for size in solvers if size]
+    others = PART_BYTES * max(0, len(solving) - 1)
+    vocabulary = TOKEN_BYTES * int(checkpoint.config.get("vocab_size") or 0)
+    beside = max(recording, copying, max(solving, default=0) + others)
+    return BASE_BYTES + vocabulary + block.weights + grams + beside
+
+
+def pass_bytes(checkpoint: Checkpoint, parts: Sequence[tuple[Solver, Any]], threads: int) -> int:
+    """As least_bytes, for backends and their options. Raises CheckpointError."""
+    block = largest_block(checkpoint)
+    return least_bytes(checkpoint, [backend.solver_bytes(block, options, threads) for backend, options in parts])
+
+
+def memory_short(least: int, budget: int) -> PlanError:
+    """The refusal of a pass that can't stay under its budget."""
+    return PlanError(
+        f"the memory budget is too small: the calibration pass takes at least {least / 2**20:,.0f} MiB, the budget is "
+        f"{budget / 2**20:,.0f} MiB, {least - budget:,} bytes are missing",
+        hint="raise --memory-budget, lower --threads, or build fewer of the calibrated variants with --only",
+    )
+
+
+def _block_memory(checkpoint: Checkpoint, index: int) -> BlockMemory:
+    layout = block_layout(checkpoint.config, index)
+    shapes = {name: info for name, info in checkpoint.tensors.items() if name.startswith(layout.prefix)}
+    linears = {item.tensor: shapes[item.tensor] for item in layout.linears if item.tensor in shapes}
+    widths, stacks = [], []
+    for readers in layout.inputs.values():
+        known = [linears[item.tensor] for item in readers if item.tensor in linears]
+        widths += [info.shape[-1] for info in known[:1]]
+        stacks.append(FLOAT_BYTES * sum(info.elements for info in known))
+    return BlockMemory(
+        weights=FLOAT_BYTES * sum(info.elements for info in shapes.values()),
+        largest=FLOAT_BYTES * max((info.elements for info in linears.values()), default=0),
+        grams=tuple(sorted((FLOAT_BYTES * width * width for width in widths), reverse=True)),
+        width=max(widths, default=0),
+        stacked=max(stacks, default=0),
+    )
