@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from quantize.architecture import BlockLayout, Linear, block_layout
-from quantize.block_runner import SHARES, BlockRunner
+from quantize.block_runner import ROUND_BATCHES, SHARES, BlockRunner, share_of
 from quantize.errors import BuildError, CheckpointError
 from quantize.hidden_states import (
     Batch,
@@ -72,6 +72,13 @@ def fastest_precision(device: str) -> Precision:
         return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
     native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     return "bfloat16" if native else "float32"
+
+
+def device_name(device: str) -> str:
+    """The kind of device that results depend on: its type, and a GPU's name or a CPU's instruction set."""
+    if torch.device(device).type == "cuda":
+        return f"cuda {torch.cuda.get_device_name()}"
+    return f"cpu {torch.backends.cpu.get_cpu_capability()}"
 
 
 @dataclass(frozen=True)
@@ -142,13 +149,13 @@ def stream_blocks(
     batches = make_batches([len(ids) for ids in sequences], tokens_per_batch)
     ordered = [sequences[member] for batch in batches for member in batch.members]
     tokens = sum(len(ids) for ids in ordered)
-    states = _open_states(runner, tokens, spill)
+    states = open_states(runner, tokens, spill)
     first = _first_block(states, spill.saved, start_block, events)
-    _embed(checkpoint, runner, ordered, states if first is None else None)
+    embed_all(checkpoint, runner, ordered, states if first is None else None)
     total = tokens * runner.blocks
     for index in range(first or 0, runner.blocks):
         layout = block_layout(checkpoint.config, index)
-        weights = _read_block(checkpoint, layout, device)
+        weights = read_block(checkpoint, layout, device)
         runner.load(layout, weights)
         last = index == runner.blocks - 1
         grams = None
@@ -173,7 +180,8 @@ def stream_blocks(
         give_back_freed()
 
 
-def _open_states(runner: BlockRunner, tokens: int, spill: Spill) -> HiddenStates:
+def open_states(runner: BlockRunner, tokens: int, spill: Spill) -> HiddenStates:
+    """Hidden states for so many tokens, in memory if the budget allows. Raises BuildError: no folder to spill to."""
     size = 4 * tokens * runner.hidden_size
     if spill.budget_bytes is None or size <= spill.budget_bytes:
         return MemoryStates(tokens, runner.hidden_size, runner.device, spill.folder)
@@ -195,7 +203,9 @@ def _first_block(states: HiddenStates, saved: SavedStates | None, start_block: i
     return None
 
 
-def _embed(checkpoint: TensorSource, runner: BlockRunner, sequences: list[Tensor], states: HiddenStates | None) -> None:
+def embed_all(
+    checkpoint: TensorSource, runner: BlockRunner, sequences: list[Tensor], states: HiddenStates | None
+) -> None:
     """Write the first block's input; with states None, only learn each length's masks and positions."""
     name = "model.embed_tokens.weight"
     if name not in checkpoint.tensors:
@@ -209,7 +219,8 @@ def _embed(checkpoint: TensorSource, runner: BlockRunner, sequences: list[Tensor
         states.advance()
 
 
-def _read_block(checkpoint: TensorSource, layout: BlockLayout, device: str) -> dict[str, Tensor]:
+def read_block(checkpoint: TensorSource, layout: BlockLayout, device: str) -> dict[str, Tensor]:
+    """A block's weights in float32, by full name. Raises CheckpointError: some are not there."""
     names = sorted(name for name in checkpoint.tensors if name.startswith(layout.prefix))
     if not names:
         raise CheckpointError(f"the checkpoint has no tensors under {layout.prefix}")
@@ -229,14 +240,17 @@ def _record(
     """
     with runner.recording(layout, output_needed=not last) as recorder:
 
-        def run(batch: Batch, share: int) -> Tensor | None:
-            return recorder.run(states.read(batch), share)
+        def run(number: int) -> Tensor | None:
+            return recorder.run(states.read(batches[number]), share_of(number))
 
         with split_threads(SHARES if runner.device.type == "cpu" else 1) as pools:
-            tasks = [partial(run, batch, number % SHARES) for number, batch in enumerate(batches)]
-            for batch, output in zip(batches, in_turn(tasks, pools), strict=True):
-                if output is not None and not last:
-                    states.write(batch, output)
+            for start in range(0, len(batches), ROUND_BATCHES):
+                numbers = range(start, min(start + ROUND_BATCHES, len(batches)))
+                outputs = in_turn([partial(run, number) for number in numbers], pools)
+                for number, output in zip(numbers, outputs, strict=True):
+                    if output is not None and not last:
+                        states.write(batches[number], output)
+                recorder.settle()
         return recorder.finish()
 
 

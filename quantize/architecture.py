@@ -10,7 +10,7 @@ from __future__ import annotations
 import enum
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from quantize.errors import CheckpointError
@@ -122,6 +122,21 @@ class BlockLayout:
         for linear in self.linears:
             found.setdefault(linear.input, []).append(linear)
         return {key: tuple(linears) for key, linears in found.items()}
+
+    def pieces(self, *, folded: bool) -> tuple[BlockLayout, ...]:
+        """The block in parts that can be solved apart, each with some of the groups and no input of another's.
+
+        folded: scales are folded into the rows of other groups, which keeps those groups together.
+        """
+        parts: list[list[FoldGroup]] = []
+        for group in self.groups:
+            rows = group.source.tensor if folded and isinstance(group.source, RowsSource) else None
+            fed = (part for part in parts if any(linear.tensor == rows for item in part for linear in item.linears))
+            home = next(fed, None)
+            if home is None:
+                parts.append(home := [])
+            home.append(group)
+        return tuple(replace(self, groups=tuple(part)) for part in parts)
 
     def module_path(self, tensor: str) -> str:
         """The parameter path inside the block that `tensor` (a full name) is loaded into."""

@@ -23,7 +23,8 @@ from quantize.numerics.gram import Gram, GramAccumulator
 
 STARVED_TOKENS = 256  # an expert that saw fewer is calibrated on all experts' tokens instead
 _KEPT_TOKENS = 2048  # how many of those are kept for it
-SHARES = 2  # sums that batches are dealt out to in turn
+SHARES = 2  # sums that the batches of a round are dealt out to in turn
+ROUND_BATCHES = 32  # then the sums are added up, and two new ones begun
 
 
 class _Stop(Exception):
@@ -114,6 +115,30 @@ class BlockRunner:
             for handle in handles:
                 handle.remove()
 
+    def complete(self, layout: BlockLayout, total: ShareSums) -> dict[str, Gram]:
+        """The Gram matrix of each input key from the sums of all shares; a block with experts must be loaded."""
+        sums, experts = total.sums, layout.experts
+        if experts is None:
+            return {key: sums.pop(key).finish() for key in list(sums)}
+        shared = sums.pop(experts.input).finish()
+        grams = {experts.input: shared}
+        routed = self._base.layers[layout.index].get_submodule(experts.module)
+        kept = torch.cat(total.kept)[:_KEPT_TOKENS]
+        for expert in range(experts.count):
+            keys = experts.expert_input.format(expert=expert), experts.output.format(expert=expert)
+            parts = [sums.pop(key, None) for key in keys]
+            if parts[0] is not None and parts[1] is not None and parts[0].tokens >= STARVED_TOKENS:
+                grams.update({key: part.finish() for key, part in zip(keys, parts, strict=True) if part is not None})
+                continue
+            seen = 0 if parts[0] is None else parts[0].tokens
+            note = f"expert saw {seen} tokens, fewer than {STARVED_TOKENS}: calibrated on all experts' tokens"
+            grams[keys[0]] = Gram(shared.matrix, shared.tokens, note)
+            output = GramAccumulator(routed.width, self.device)
+            output.add(routed.inner(expert, kept))
+            grams[keys[1]] = output.finish(note)
+        grams.update({key: sums.pop(key).finish() for key in list(sums)})
+        return grams
+
     def _intercept(self, ids: Tensor) -> tuple[Tensor, list[dict[str, Any]]]:
         found: list[Tensor] = []
         arguments: list[dict[str, Any]] = []
@@ -140,25 +165,38 @@ class BlockRunner:
         return found[0], arguments
 
 
-class _Share:
-    """What one share of the batches adds up: sums by input key, some tokens for starved experts."""
+def share_of(batch_number: int) -> int:
+    """The share whose sums a batch goes into: two for each round of batches, whoever computes them, and wherever."""
+    return SHARES * (batch_number // ROUND_BATCHES) + batch_number % SHARES
+
+
+class ShareSums:
+    """What one share of the batches adds up. sums: by input key. kept: some tokens for starved experts."""
 
     def __init__(self) -> None:
         self.sums: dict[str, GramAccumulator] = {}
         self.kept: list[Tensor] = []
         self.pending: set[str] = set()
 
+    def merge(self, other: ShareSums) -> None:
+        """Add the next share's sums, which must not be used afterwards."""
+        for key in list(other.sums):
+            part = other.sums.pop(key)
+            self.sums[key] = self.sums[key].merge(part) if key in self.sums else part
+        self.kept += other.kept
+
 
 class BlockRecorder:
-    """Accumulates the Gram matrices of one block over many batches, in SHARES sums that are added in the end.
+    """Accumulates the Gram matrices of one block over many batches, in shares that are added up in order.
 
-    So batches of different shares can run at once, each on a thread of its own, and the order of all sums is the same
-    however many do.
+    So batches of different shares can run at once, each on a thread or a machine of its own, and the order of all sums
+    is the same however many do.
     """
 
     def __init__(self, runner: BlockRunner, layout: BlockLayout, output_needed: bool) -> None:
         self._runner, self._layout, self._output_needed = runner, layout, output_needed
-        self._shares = [_Share() for _ in range(SHARES)]
+        self._total = ShareSums()
+        self._shares: dict[int, ShareSums] = {}
         self._thread = threading.local()
         self._keys = {key for key, readers in layout.inputs.items() if readers[0].expert is None}
         if layout.experts is not None:
@@ -169,7 +207,7 @@ class BlockRecorder:
 
         Batches of one share must run one after the other, in order.
         """
-        self._thread.share = self._shares[share]
+        self._thread.share = self._shares.setdefault(share, ShareSums())
         self._share.pending = set(self._keys)
         try:
             return self._runner.run(self._layout.index, states)
@@ -177,8 +215,8 @@ class BlockRecorder:
             return None
 
     @property
-    def _share(self) -> _Share:
-        share: _Share = self._thread.share
+    def _share(self) -> ShareSums:
+        share: ShareSums = self._thread.share
         return share
 
     def attach(self, layer: nn.Module) -> list[Any]:
@@ -197,40 +235,19 @@ class BlockRecorder:
             handles.append(routed.register_forward_hook(lambda *_: self._seen("experts")))
         return handles
 
+    def take(self, share: int) -> ShareSums:
+        """A share's sums; it is no longer part of this recorder's."""
+        return self._shares.pop(share)
+
+    def settle(self) -> None:
+        """Add up the shares so far: their batches are done."""
+        for share in sorted(self._shares):
+            self._total.merge(self.take(share))
+
     def finish(self) -> dict[str, Gram]:
         """The Gram matrix of each input key. Starved experts take statistics of all experts' tokens, and say so."""
-        sums = self._merged()
-        experts = self._layout.experts
-        if experts is None:
-            return {key: sums.pop(key).finish() for key in list(sums)}
-        shared = sums.pop(experts.input).finish()
-        grams = {experts.input: shared}
-        layer = self._runner._base.layers[self._layout.index]
-        routed = layer.get_submodule(experts.module)
-        kept = torch.cat([states for share in self._shares for states in share.kept])[:_KEPT_TOKENS]
-        for expert in range(experts.count):
-            keys = experts.expert_input.format(expert=expert), experts.output.format(expert=expert)
-            parts = [sums.pop(key, None) for key in keys]
-            if parts[0] is not None and parts[1] is not None and parts[0].tokens >= STARVED_TOKENS:
-                grams.update({key: part.finish() for key, part in zip(keys, parts, strict=True) if part is not None})
-                continue
-            seen = 0 if parts[0] is None else parts[0].tokens
-            note = f"expert saw {seen} tokens, fewer than {STARVED_TOKENS}: calibrated on all experts' tokens"
-            grams[keys[0]] = Gram(shared.matrix, shared.tokens, note)
-            output = GramAccumulator(routed.width, self._runner.device)
-            output.add(routed.inner(expert, kept))
-            grams[keys[1]] = output.finish(note)
-        grams.update({key: sums.pop(key).finish() for key in list(sums)})
-        return grams
-
-    def _merged(self) -> dict[str, GramAccumulator]:
-        """The shares' sums, added in order; the keys in the order in which the block reads them."""
-        merged: dict[str, GramAccumulator] = {}
-        for share in self._shares:
-            for key in list(share.sums):
-                part = share.sums.pop(key)
-                merged[key] = merged[key].merge(part) if key in merged else part
-        return merged
+        self.settle()
+        return self._runner.complete(self._layout, self._total)
 
     def _hook(self, key: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         def record(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:

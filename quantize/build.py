@@ -22,6 +22,7 @@ from quantize.artifact import (
     settle,
 )
 from quantize.assemble import Made, assemble
+from quantize.backends import backends
 from quantize.backends.base import Context, Limits
 from quantize.cache import Cache
 from quantize.checkpoint import Checkpoint
@@ -30,7 +31,7 @@ from quantize.errors import DiskFullError, QuantizeError, Stopped, StoreError, U
 from quantize.gates import Gates, Judge
 from quantize.manifest import MEASUREMENTS_NAME
 from quantize.plan import Job, Plan, identify_jobs, pin_calibration, size_plan
-from quantize.recipe import Recipe
+from quantize.recipe import Recipe, Variant
 from quantize.report import Event, Reporter, SilentReporter, note, status, warn
 from quantize.source import PinnedSource, open_source, pin_source
 from quantize.staging import clear_leftovers, clear_pass, pass_workplace, store_errors, variant_lock, workplace
@@ -113,7 +114,8 @@ class _Build:
                     with ExitStack() as held:
                         if (work := self._open_work(job, held)) is not None:
                             self._build_one(work)
-            self._remove_intermediates(todo)
+            if not self.run.keep_intermediates:
+                _remove_intermediates([job.variant for job in todo], self.source, self.checkpoint, self.cache)
         clear_pass(self.store.root, self.recipe.name)
         return [self.outcomes[job.variant.name] for job in jobs]
 
@@ -146,14 +148,6 @@ class _Build:
         if short:
             missing = " and ".join(f"{room.missing_bytes:,} bytes are missing for the {room.what}" for room in short)
             error.hint = f"{missing}: free them and run the same build again, it goes on where it stopped"
-
-    def _remove_intermediates(self, built: Sequence[Job]) -> None:
-        """Drop what the variants made for one another; what is left to build of this source makes it again."""
-        for job in built if not self.run.keep_intermediates else ():
-            nowhere = self.store.root
-            context = Context("", job.variant.options, self.source, self.checkpoint, self.cache, nowhere, nowhere)
-            for kind, key in job.backend.intermediates(context):
-                self.cache.remove_unused(kind, key)
 
     def _wanted(self, jobs: list[Job]) -> list[Job]:
         return [job for job in jobs if not self.run.only or job.variant.name in self.run.only]
@@ -332,4 +326,20 @@ def build(
     return _Build(recipe, store, cache, reporter, replace(run)).all()
 
 
-__all__ = ["MEASUREMENTS_NAME", "Outcome", "RunOptions", "build"]
+def drop_intermediates(recipe: Recipe, cache: Cache, reporter: Reporter) -> None:
+    """Drop what builds with `keep_intermediates` have left in the cache. Raises CheckpointError."""
+    source = pin_source(recipe, cache, reporter)
+    _remove_intermediates(recipe.variants, source, open_source(source, cache, reporter), cache)
+
+
+def _remove_intermediates(
+    variants: Sequence[Variant], source: PinnedSource, checkpoint: Checkpoint, cache: Cache
+) -> None:
+    """Drop what the variants made for one another; what is left to build of this source makes it again."""
+    for variant in variants:
+        context = Context("", variant.options, source, checkpoint, cache, cache.root, cache.root)
+        for kind, key in backends()[variant.format].intermediates(context):
+            cache.remove_unused(kind, key)
+
+
+__all__ = ["MEASUREMENTS_NAME", "Outcome", "RunOptions", "build", "drop_intermediates"]

@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from quantize.architecture import block_count
-from quantize.backends.base import Backend, Collector, Context
+from quantize.architecture import block_count, block_layout
+from quantize.backends.base import Backend, Collector, Context, Limits
+from quantize.cluster.spec import Spread
 from quantize.errors import (
     BuildError,
     DiskFullError,
@@ -31,6 +33,11 @@ from quantize.recipe import CalibrationSpec, Recipe
 from quantize.report import Reporter, note, status, warn
 from quantize.resume import PassJournal
 from quantize.worker import run_step, stop_asked
+
+if TYPE_CHECKING:
+    from quantize.activations import Block, Precision
+    from quantize.cluster.spread import SpreadPass
+    from quantize.hidden_states import SavedStates
 
 ENOUGH_TOKENS_PER_CHANNEL = 4
 
@@ -74,7 +81,6 @@ def _pass(
     began = time.perf_counter()
     import torch
 
-    from quantize.activations import fastest_precision
     from quantize.backends import backends
     from quantize.calibration import load_calibration_set, pinned_spec
 
@@ -85,20 +91,22 @@ def _pass(
     started = time.perf_counter()
     found = load_calibration_set(spec, base, context.checkpoint.folder)
     text_seconds = time.perf_counter() - started
-    precision = fastest_precision(context.limits.device) if spec.precision == "auto" else spec.precision
-    entry = CalibrationEntry(
-        spec=pinned_spec(spec) | {"precision": precision},
-        hash=found.hash,
-        sequences=len(found.token_ids),
-        tokens=found.tokens,
-        seed=spec.seed,
-    )
-    _warn_if_few(reporter, context, spec, len(found.token_ids), found.tokens)
     parts = [_Part(item, backends()[name], backends()[name].collector(item, reporter)) for name, item in variants]
-    journal = PassJournal(folder, _identity(context, entry), reporter)
-    _stream(journal, parts, found.token_ids, precision, folder, reporter)
+    with _runner(context.limits, folder, reporter) as runner:
+        precision = runner.fastest_precision if spec.precision == "auto" else spec.precision
+        entry = CalibrationEntry(
+            spec=pinned_spec(spec) | {"precision": precision},
+            hash=found.hash,
+            sequences=len(found.token_ids),
+            tokens=found.tokens,
+            seed=spec.seed,
+        )
+        _warn_if_few(reporter, context, spec, len(found.token_ids), found.tokens)
+        journal = PassJournal(folder, _identity(context, entry, runner.device), reporter)
+        if _resume(journal, parts, reporter) < block_count(context.checkpoint.config):
+            runner.run(journal, parts, found.token_ids, precision, folder, reporter)
     for part in parts:
-        _take(part, lambda collector: collector.finish(), reporter)
+        _take(part, lambda part: part.collector.finish(), reporter)
     journal.finish()
     errors = {part.context.variant: part.error for part in parts if part.error is not None}
     seconds = {part.context.variant: round(part.seconds, 2) for part in parts}
@@ -112,41 +120,108 @@ def _pass(
     return PassResult(entry, errors, measured)
 
 
-def _stream(
-    journal: PassJournal, parts: list[_Part], token_ids: Any, precision: Any, folder: Path, reporter: Reporter
-) -> None:
-    """Stream the blocks that a part still lacks, and record each when every part has taken it."""
-    from quantize.activations import Spill, stream_blocks
+@dataclass(frozen=True)
+class _Runner:
+    """Who runs the blocks: this process, or the workers of a cluster. device: its kind, see activations.device_name."""
 
-    context = parts[0].context
-    total = block_count(context.checkpoint.config)
+    device: str
+    fastest_precision: Precision
+    run: Callable[..., None]
+
+
+@contextlib.contextmanager
+def _runner(limits: Limits, folder: Path, reporter: Reporter) -> Iterator[_Runner]:
+    from quantize.activations import device_name, fastest_precision
+
+    if limits.spread is None:
+        yield _Runner(device_name(limits.device), fastest_precision(limits.device), _stream)
+        return
+    from quantize.cluster.spread import spread_over
+
+    with spread_over(limits.spread, limits.device, folder, reporter) as cluster:
+        yield _Runner(cluster.machine.device, cluster.machine.precision, partial(_spread, cluster, limits.spread))
+
+
+def _resume(journal: PassJournal, parts: list[_Part], reporter: Reporter) -> int:
+    """Have the parts go on from where they were; the number of blocks that all of them have."""
     for part in parts:
         part.blocks = journal.resume(part.context.scratch, part.collector)
-    start = min(part.blocks for part in parts)
+    start, total = min(part.blocks for part in parts), block_count(parts[0].context.checkpoint.config)
     if any(part.blocks for part in parts):
         done = ", ".join(f"{part.context.variant} {part.blocks}" for part in parts)
         note(reporter, "", f"the calibration pass goes on after block {start} of {total} (done: {done})")
-    if start == total:
-        return
+    return start
+
+
+def _stream(
+    journal: PassJournal, parts: list[_Part], token_ids: Any, precision: Precision, folder: Path, reporter: Reporter
+) -> None:
+    """Stream the blocks that a part still lacks through this process."""
+    from quantize.activations import Spill, stream_blocks
+
+    context = parts[0].context
     stream = stream_blocks(
-        context.checkpoint, token_ids, device=context.limits.device, precision=precision, start_block=start,
-        spill=Spill(folder, _states_budget(parts), journal.saved, journal.keep), reporter=reporter,
+        context.checkpoint, token_ids, device=context.limits.device, precision=precision,
+        start_block=min(part.blocks for part in parts), reporter=reporter,
+        spill=Spill(folder, _states_budget(parts), journal.saved, journal.keep),
     )  # fmt: skip
     for block in stream:
-        taking = [part for part in parts if part.blocks == block.index and part.error is None]
-        for part in taking:
-            _take(part, lambda collector, block=block: collector.add_block(block), reporter)
-        taken = [part for part in taking if part.error is None]
-        block_number = block.index + 1
-        journal.commit(block_number, {part.context.scratch: part.collector for part in taken})
-        for part in taken:
-            part.blocks = block_number
-        del block
+
+        def solve(part: _Part, block: Block = block) -> None:
+            part.collector.add(block.index, [part.collector.solve(block)])
+
+        _commit(journal, parts, block.index, solve, reporter)
+        del block, solve
         if all(part.error is not None for part in parts):
             break
-        if stop_asked(reporter):
-            hint = "run the same build again to go on there"
-            raise Stopped(f"stopped after block {block_number} of {total}", hint=hint)
+
+
+def _spread(
+    cluster: SpreadPass, spread: Spread, journal: PassJournal, parts: list[_Part], token_ids: Any, precision: Precision,
+    folder: Path, reporter: Reporter,
+) -> None:  # fmt: skip
+    """Have the workers of a cluster run the blocks that a part still lacks."""
+    from quantize.cluster.passwork import PassPlan
+    from quantize.cluster.spread import Lacking
+
+    limits = replace(parts[0].context.limits, spread=None, threads=spread.cores)
+    contexts = tuple((part.backend.name, replace(part.context, limits=limits)) for part in parts)
+    plan = PassPlan(contexts, tuple(tuple(map(int, ids)) for ids in token_ids), precision, folder)
+
+    def take(index: int, solved: Mapping[int, Any], after: Sequence[SavedStates]) -> list[int]:
+        def add(part: _Part) -> None:
+            answers, seconds = solved[parts.index(part)]
+            part.seconds += seconds
+            for answer in answers:
+                if isinstance(answer, QuantizeError):
+                    raise answer
+            part.collector.add(index, answers)
+
+        _commit(journal, parts, index, add, reporter)
+        if after:
+            journal.commit_shares(after)
+        return [number for number, part in enumerate(parts) if part.error is not None]
+
+    config = parts[0].context.checkpoint.config
+    layouts = [block_layout(config, index) for index in range(block_count(config))]
+    lacking = [Lacking(part.blocks, [part.collector.pieces(layout) for layout in layouts]) for part in parts]
+    cluster.run(plan, lacking, journal.saved_shares, take)
+
+
+def _commit(
+    journal: PassJournal, parts: list[_Part], index: int, step: Callable[[_Part], None], reporter: Reporter
+) -> None:
+    """Have the parts that lack a block take it, and record that they did. Raises Stopped if the user asked for it."""
+    taking = [part for part in parts if part.blocks == index and part.error is None]
+    for part in taking:
+        _take(part, step, reporter)
+    taken = [part for part in taking if part.error is None]
+    journal.commit(index + 1, {part.context.scratch: part.collector for part in taken})
+    for part in taken:
+        part.blocks = index + 1
+    if stop_asked(reporter) and any(part.error is None for part in parts):
+        total = block_count(parts[0].context.checkpoint.config)
+        raise Stopped(f"stopped after block {index + 1} of {total}", hint="run the same build again to go on there")
 
 
 def _import_transformers() -> None:
@@ -165,21 +240,17 @@ def _states_budget(parts: list[_Part]) -> int | None:
     return max(0, budget - pass_bytes(context.checkpoint, solvers, context.limits.threads))
 
 
-def _identity(context: Context, entry: CalibrationEntry) -> dict[str, Any]:
+def _identity(context: Context, entry: CalibrationEntry, device: str) -> dict[str, Any]:
     """All that the statistics depend on, but for what goes into each variant's build key."""
-    import torch
-
-    device = torch.device(context.limits.device).type
-    name = torch.cuda.get_device_name() if device == "cuda" else torch.backends.cpu.get_cpu_capability()
     return {
         "source": context.source.digest,
         "calibration": entry.model_dump(mode="json"),
         "tools": tool_versions(("torch", "transformers")),
-        "device": f"{device} {name}",
+        "device": device,
     }
 
 
-def _take(part: _Part, step: Any, reporter: Reporter) -> None:
+def _take(part: _Part, step: Callable[[_Part], None], reporter: Reporter) -> None:
     """Let one variant take its step; its failure is its own, but for what would be the next one's too.
 
     Raises DiskFullError, OutOfMemory: what is on record stays for the next build.
@@ -188,7 +259,7 @@ def _take(part: _Part, step: Any, reporter: Reporter) -> None:
         return
     started = time.perf_counter()
     try:
-        step(part.collector)
+        step(part)
     except DiskFullError:
         raise
     except QuantizeError as exc:

@@ -53,7 +53,7 @@ def largest_block(checkpoint: Checkpoint) -> BlockMemory:
 
 
 def least_bytes(checkpoint: Checkpoint, solvers: Sequence[int]) -> int:
-    """Of the pass, if hidden states go to disk. solvers: what each variant's add_block takes, 0 for next to nothing."""
+    """Of the pass, if hidden states go to disk. solvers: what each variant's solve takes, 0 for next to nothing."""
     block = largest_block(checkpoint)
     grams = sum(block.grams)
     outside = [info.size_bytes for name, info in checkpoint.tensors.items() if block_index(name) is None]

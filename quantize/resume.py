@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
@@ -35,12 +35,15 @@ class Resumable(Protocol):
 
 
 class PassJournal:
-    """The record of one pass. `saved` are the hidden states to go on from, if there are any."""
+    """The record of one pass. `saved` are the hidden states to go on from, if there are any; `saved_shares` those of a
+    pass that was spread over a cluster, share by share.
+    """
 
     def __init__(self, folder: Path, identity: Mapping[str, Any], reporter: Reporter) -> None:
         from quantize.hidden_states import SavedStates
 
         self.saved: SavedStates | None = None
+        self.saved_shares: tuple[SavedStates, ...] = ()
         self._folder, self._identity = folder, identity
         self._saver = ThreadPoolExecutor(1)
         self._saving: Future[SavedStates] | None = None
@@ -51,6 +54,7 @@ class PassJournal:
         elif found:
             states = found.get("states")
             self.saved = SavedStates(**states) if isinstance(states, dict) else None
+            self.saved_shares = tuple(SavedStates(**item) for item in found.get("shares", ()))
 
     def resume(self, scratch: Path, part: Resumable) -> int:
         """Have a part go on from its record in `scratch`; the number of blocks that it has done, 0 for none."""
@@ -77,6 +81,10 @@ class PassJournal:
             saved, self._saving = self._saving.result(), None
             self._write(self._folder, {"pass": self._identity, "states": asdict(saved)})
             remove_before(self._folder, saved.block)
+
+    def commit_shares(self, shares: Sequence[SavedStates]) -> None:
+        """Record the hidden states of a spread pass, one file a share, after `commit` of the block that made them."""
+        self._write(self._folder, {"pass": self._identity, "shares": [asdict(item) for item in shares]})
 
     def finish(self) -> None:
         """The last block is done: the hidden states are of no more use."""

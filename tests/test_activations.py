@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from quantize.activations import Spill, fastest_precision, stream_blocks
 from quantize.architecture import TABLE, block_layouts
+from quantize.block_runner import ROUND_BATCHES
 from quantize.errors import BuildError, CheckpointError
-from quantize.hidden_states import SavedStates
+from quantize.hidden_states import SavedStates, make_batches
 from quantize.numerics.gram import Gram
 from quantize.report import ListReporter
 from tests.architectures import CONFIGS, SavedCheckpoint, save, tiny_model, token_ids
@@ -108,13 +109,16 @@ def test_spilled_states_change_no_bit_and_only_the_last_file_stays(llama: SavedC
     assert len([*tmp_path.iterdir()]) == 1
 
 
-def test_thread_count_changes_no_bit(llama: SavedCheckpoint) -> None:
-    before = torch.get_num_threads()
+@pytest.mark.parametrize("times", [1, 16])
+def test_thread_count_changes_no_bit(llama: SavedCheckpoint, times: int) -> None:
+    """Also over several rounds of batches."""
+    before, ids = torch.get_num_threads(), token_ids() * times
+    assert (len(make_batches([len(item) for item in ids], 60)) > ROUND_BATCHES) == (times > 1)
     try:
         found = []
         for threads in (1, 2):
             torch.set_num_threads(threads)
-            found.append(collect(llama, token_ids()))
+            found.append(collect(llama, ids))
     finally:
         torch.set_num_threads(before)
     assert_same_bits(found[0], found[1])

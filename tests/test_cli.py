@@ -121,7 +121,7 @@ def test_python_m_is_the_same_command() -> None:
     [
         (["biuld"], "No such command 'biuld'. Did you mean `build`?"),
         (["zzzzz"], "No such command 'zzzzz'."),
-        (["build"], "Missing argument 'RECIPE'"),
+        (["build"], "Missing argument 'RECIPE...'"),
         (["build", "x.yaml", "--frce"], "No such option '--frce'"),
         (["build", "x.yaml", "--threads", "0"], "0 is not in the range x>=1"),
         (["schema", "artifact"], "'artifact' is not one of 'recipe', 'manifest'"),

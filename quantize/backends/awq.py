@@ -51,6 +51,7 @@ class AwqBackend(packed.PackedBackend):
     """AWQ from the shared Gram matrices."""
 
     name = "awq"
+    folds = True
     Options = AwqOptions
 
     def check(self, checkpoint: Checkpoint, options: AwqOptions) -> None:

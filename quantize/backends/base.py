@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from quantize.cache import Cache
 from quantize.checkpoint import Checkpoint
+from quantize.cluster.spec import Spread
 from quantize.errors import QuantizeError
 from quantize.manifest import CalibrationEntry
 from quantize.memory import BlockMemory
@@ -23,6 +24,7 @@ from quantize.source import PinnedSource
 
 if TYPE_CHECKING:
     from quantize.activations import Block
+    from quantize.architecture import BlockLayout
 
 
 @dataclass(frozen=True)
@@ -54,11 +56,12 @@ class SizePlan:
 
 @dataclass(frozen=True)
 class Limits:
-    """How a build runs; none of it may change a byte of what is written."""
+    """How a build runs; none of it may change a byte of what is written. spread: the calibration pass, on a cluster."""
 
     threads: int = 1
     device: str = "cpu"
     memory_budget_bytes: int | None = None
+    spread: Spread | None = None
 
 
 @dataclass(frozen=True)
@@ -94,13 +97,21 @@ class BuildResult:
 
 
 class Collector(Resumable, Protocol):
-    """Sees every decoder block of the calibration pass, in order, in the process that runs the pass.
+    """A variant's part in the calibration pass: solves each decoder block, and takes the results in order.
 
     After each block its state is recorded: a build that is stopped goes on there, with a collector that `resume`s.
     """
 
-    def add_block(self, block: Block) -> None:
-        """Take one block's weights and statistics; what is kept of them must stay small."""
+    def pieces(self, layout: BlockLayout) -> Sequence[BlockLayout]:
+        """A block in parts that can be solved apart, by several machines at once."""
+
+    def solve(self, block: Block) -> Any:
+        """What the variant needs of a block, or of one of its pieces, picklable and small; changes nothing, in here or
+        on disk: on a cluster another collector of the same context does it, in another process, in any order.
+        """
+
+    def add(self, index: int, solved: Sequence[Any]) -> None:
+        """Take what `solve` gave for all pieces of a block; one block after the other, where the pass runs."""
 
     def finish(self) -> None:
         """The pass is over: write what the build needs into staging or scratch."""

@@ -7,11 +7,12 @@ the GGUF architecture is known that says what each tensor is called there.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections import ChainMap
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from quantize.architecture import block_count, block_layout
+from quantize.architecture import BlockLayout, block_count, block_layout
 from quantize.cache import hash_file
 from quantize.checkpoint import Checkpoint
 from quantize.containers.imatrix import write_imatrix
@@ -20,6 +21,8 @@ from quantize.manifest import CalibrationEntry
 from quantize.staging import sync
 
 if TYPE_CHECKING:
+    import torch
+
     from quantize.activations import Block
 
 EXPERT = re.compile(r"\.experts\.(\d+)\.")
@@ -32,19 +35,28 @@ class ImatrixCollector:
         self._path = path
         self._files: dict[str, str] = {}  # name -> sha256
 
-    def add_block(self, block: Block) -> None:
-        """Take the diagonals of a block's Gram matrices."""
+    def pieces(self, layout: BlockLayout) -> Sequence[BlockLayout]:
+        """The block whole: there is next to nothing to do."""
+        return (layout,)
+
+    def solve(self, block: Block) -> dict[str, torch.Tensor]:
+        """The diagonals of a block's Gram matrices, and the tokens that they are sums over."""
         import torch
-        from safetensors.torch import save_file
 
         rows = {}
         for linear in block.layout.linears:
             gram = block.grams[linear.input]
             rows[linear.tensor] = gram.matrix.diagonal().float().cpu().contiguous().clone()
             rows[linear.tensor + ":tokens"] = torch.tensor([float(gram.tokens)])
-        path = self._path.with_name(f"{self._path.stem}.{block.index:05d}.safetensors")
+        return rows
+
+    def add(self, index: int, solved: Sequence[dict[str, torch.Tensor]]) -> None:
+        """Keep a block's diagonals in a file."""
+        from safetensors.torch import save_file
+
+        path = self._path.with_name(f"{self._path.stem}.{index:05d}.safetensors")
         with disk_errors(path.parent):
-            save_file(rows, path)
+            save_file(dict(ChainMap(*solved)), path)
             sync(path)
         self._files[path.name] = hash_file(path)
 

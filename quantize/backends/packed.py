@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from quantize.architecture import block_count, block_index, block_layout
+from quantize.architecture import BlockLayout, block_count, block_index, block_layout
 from quantize.backends.base import BuildResult, Collector, Context, KeptTensor, Limits, SizePlan
 from quantize.checkpoint import CONFIG_FILES, TOKENIZER_FILES, Checkpoint
 from quantize.containers.shards import ShardWriter, files_bytes, table_bytes
@@ -143,23 +143,28 @@ def write_beside(context: Context, text: str) -> tuple[str, ...]:
 class PackedCollector:
     """Writes the artifact's shards while the pass goes on; `solve` turns one block into its tensors."""
 
-    def __init__(self, context: Context, layout: Layout, solve: Callable[[Block], Solved]) -> None:
-        self._context, self._layout, self._solve = context, layout, solve
+    def __init__(self, context: Context, layout: Layout, solve: Callable[[Block], Solved], *, folds: bool) -> None:
+        self._context, self._layout, self._folds = context, layout, folds
+        self.solve = solve
         self._writer = ShardWriter(context.staging, layout.table)
         self._names: Iterator[str] = iter(layout.table)
         self._pending: str | None = next(self._names, None)
         self._layers: dict[str, Any] = {}
 
-    def add_block(self, block: Block) -> None:
-        """Solve a block and append its tensors to the shards."""
-        self._copy_until(block.index)
-        solved, losses = self._solve(block)
-        self._layers.update(losses)
-        while self._pending is not None and block_index(self._pending) == block.index:
-            tensor = solved.get(self._pending)
-            if tensor is None:
-                tensor = block.weights[self._pending]
-            self._write(tensor)
+    def pieces(self, layout: BlockLayout) -> Sequence[BlockLayout]:
+        """Each group of linears, or those that a fold keeps together."""
+        return layout.pieces(folded=self._folds)
+
+    def add(self, index: int, solved: Sequence[Solved]) -> None:
+        """Append a block's tensors to the shards; those that `solve` did not change are the source's."""
+        self._copy_until(index)
+        tensors: dict[str, torch.Tensor] = {}
+        for changed, losses in solved:
+            tensors |= changed
+            self._layers |= losses
+        while self._pending is not None and block_index(self._pending) == index:
+            tensor = tensors.get(self._pending)
+            self._write(self._context.checkpoint.read(self._pending) if tensor is None else tensor)
 
     def state(self) -> dict[str, Any]:
         """How far the shards are, and each linear's loss so far."""
@@ -206,6 +211,7 @@ class PackedBackend:
 
     name: str
     extra = "gptqmodel"
+    folds = False  # whether a group's scales go into the rows of another
 
     def layout(self, checkpoint: Checkpoint, options: Any) -> Layout:
         """Every tensor of the artifact."""
@@ -243,7 +249,7 @@ class PackedBackend:
     def collector(self, context: Context, reporter: Reporter) -> Collector:
         """Solves each block as the pass yields it."""
         layout = self.layout(context.checkpoint, context.options)
-        return PackedCollector(context, layout, lambda block: self.solve(block, context, reporter))
+        return PackedCollector(context, layout, lambda block: self.solve(block, context, reporter), folds=self.folds)
 
     def build(self, context: Context, reporter: Reporter) -> BuildResult:
         """Add config and tokenizer to the shards that the pass wrote."""

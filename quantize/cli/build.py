@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -26,12 +26,15 @@ from quantize.cli.progress import console_reporter
 from quantize.errors import UsageError
 from quantize.evaluate.record import COLUMNS
 from quantize.lock import hold, lock_path, read_lock
-from quantize.recipe import load_recipe
+from quantize.recipe import Recipe, load_recipe
 from quantize.store import Store
+
+if TYPE_CHECKING:
+    from quantize.cluster.units import ClusterOptions
 
 
 @click.command("build")
-@click.argument("recipe", type=click.Path(path_type=Path))
+@click.argument("recipes", metavar="RECIPE...", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.option("--only", multiple=True, metavar="VARIANT", help="Build only this variant; may be given several times.")
 @click.option("--force", is_flag=True, help="Build again what is up to date.")
 @click.option("--keep-intermediates", is_flag=True, help="Keep the 16-bit GGUF file that variants share, in the cache.")
@@ -43,44 +46,90 @@ from quantize.store import Store
 @click.option(
     "--keep-going/--fail-fast", default=True, help="Go on with other variants after a failure.  [default: go on]"
 )
+@click.option(
+    "--cluster",
+    metavar="ADDRESS",
+    help="Build on a Ray cluster: auto (the one that runs here), local, ray://HOST:PORT.",
+)
+@click.option("--watch", is_flag=True, help="With --cluster: show nodes, workers, blocks, queue and the time left.")
+@click.option(
+    "--trace", type=click.Path(path_type=Path, dir_okay=False), metavar="FILE",
+    help="With --cluster: write a timeline of all work, for chrome://tracing.",
+)  # fmt: skip
 @store_option
 @limits_options
 @json_option
 @quiet_option
 @verbose_option
 def command(
-    recipe: Path, only: tuple[str, ...], force: bool, keep_intermediates: bool, no_eval: bool,
-    accept_risk: str | None, locked: bool, keep_going: bool, store: Store, threads: int | None, device: str,
-    memory_budget: str | None, as_json: bool, quiet: bool,
+    recipes: tuple[Path, ...], only: tuple[str, ...], force: bool, keep_intermediates: bool, no_eval: bool,
+    accept_risk: str | None, locked: bool, keep_going: bool, cluster: str | None, watch: bool, trace: Path | None,
+    store: Store, threads: int | None, device: str, memory_budget: str | None, as_json: bool, quiet: bool,
 ) -> None:  # fmt: skip
-    """Build every variant of RECIPE that is not up to date; each is verified, measured against its source, and held to
-    the recipe's gates before it counts as built. What the gates refuse is kept aside (exit code 3).
+    """Build every variant of each RECIPE that is not up to date; each is verified, measured against its source, and
+    held to the recipe's gates before it counts as built. What the gates refuse is kept aside (exit code 3).
     """
     if accept_risk is not None and not accept_risk.strip():
         raise UsageError("--accept-risk needs a reason", hint='say who knows why: --accept-risk "for load tests only"')
-    parsed = load_recipe(recipe, formats())
-    limits = make_limits(threads, device, memory_budget)
+    options = _cluster_options(cluster, device, threads, watch, trace)
+    parsed = [load_recipe(recipe, formats()) for recipe in recipes]
+    limits = make_limits(threads, device, memory_budget, here=options is None)
     run = RunOptions(limits, keep_going, force, only, keep_intermediates, evaluate=not no_eval, accept_risk=accept_risk)
     with console_reporter(quiet=quiet or as_json) as reporter:
         if locked:
-            parsed = hold(read_lock(lock_path(recipe)), parsed, open_cache(), reporter, only)
-        outcomes = build(parsed, store, open_cache(), reporter, run)
-    if as_json:
-        print_json([_as_json(item) for item in outcomes])
-    else:
-        columns = [
-            ("VARIANT", "left"),
-            ("STATE", "left"),
-            ("SIZE", "right"),
-            ("SECONDS", "right"),
-            *COLUMNS,
-            ("ARTIFACT", "left"),
-        ]
-        print_table(columns, [_row(item) for item in outcomes], empty="nothing to build")
+            pairs = zip(recipes, parsed, strict=True)
+            parsed = [hold(read_lock(lock_path(path)), item, open_cache(), reporter, only) for path, item in pairs]
+        if options is not None:
+            from quantize.cluster.units import build_on_cluster
+
+            found = build_on_cluster(parsed, store, open_cache(), reporter, run, options)
+        else:
+            found = [(item, outcome) for item in parsed for outcome in build(item, store, open_cache(), reporter, run)]
+    _show(found, as_json=as_json, several=len(recipes) > 1)
+    outcomes = [outcome for _, outcome in found]
     failed = [item.error for item in outcomes if item.error is not None]
     if failed:
         click.echo(_failures(outcomes), err=True)
         click.get_current_context().exit(max(error.exit_code for error in failed))
+
+
+def _cluster_options(
+    address: str | None, device: str, threads: int | None, watch: bool, trace: Path | None
+) -> ClusterOptions | None:
+    """Raises UsageError, MissingExtraError."""
+    if address is None:
+        if watch or trace is not None:
+            raise UsageError(
+                f"{'--watch' if watch else '--trace'} is for builds on a cluster", hint="add --cluster local"
+            )
+        return None
+    from quantize.cluster.session import check_address, ray_module
+    from quantize.cluster.units import ClusterOptions
+
+    check_address(address)
+    if device not in {"cpu", "cuda"}:
+        raise UsageError(f"--device {device!r} is none of a cluster's", hint="use --device cpu or --device cuda")
+    ray_module()
+    return ClusterOptions(address, threads, trace, watch)
+
+
+def _show(found: list[tuple[Recipe, Outcome]], *, as_json: bool, several: bool) -> None:
+    if as_json:
+        print_json([{"recipe": recipe.name, **_as_json(item)} for recipe, item in found])
+        return
+    columns = [
+        ("VARIANT", "left"),
+        ("STATE", "left"),
+        ("SIZE", "right"),
+        ("SECONDS", "right"),
+        *COLUMNS,
+        ("ARTIFACT", "left"),
+    ]
+    rows = [_row(item) for _, item in found]
+    if several:
+        columns = [("RECIPE", "left"), *columns]
+        rows = [[recipe.name, *row] for (recipe, _), row in zip(found, rows, strict=True)]
+    print_table(columns, rows, empty="nothing to build")
 
 
 def _failures(outcomes: list[Outcome]) -> str:

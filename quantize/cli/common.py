@@ -86,12 +86,14 @@ def trust_options(function: Function) -> Function:
     return function
 
 
-def make_limits(threads: int | None, device: str, memory_budget: str | None) -> Any:
-    """Limits from the options. Raises UsageError: a size that can't be read, a device that is not there."""
+def make_limits(threads: int | None, device: str, memory_budget: str | None, *, here: bool = True) -> Any:
+    """Limits from the options; here: they are for this machine. Raises UsageError: a size that can't be read, a device
+    that is not there.
+    """
     from quantize.backends.base import Limits
     from quantize.hardware import parse_size, usable_cores
 
-    if device != "cpu":
+    if device != "cpu" and here:
         _check_device(device)
     budget = parse_size(memory_budget) if memory_budget else None
     return Limits(threads or usable_cores(), device, budget)

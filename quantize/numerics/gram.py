@@ -57,6 +57,18 @@ class GramAccumulator:
             self._matrix[start:stop, start:].addmm_(rows[:, start:stop].T, rows[:, start:])
         self._tokens += rows.shape[0]
 
+    @classmethod
+    def of(cls, matrix: Tensor, tokens: int) -> GramAccumulator:
+        """One that has summed so much already, on another machine; the matrix becomes its own."""
+        found = cls(0, matrix.device)
+        found._matrix, found._tokens = matrix, tokens
+        return found
+
+    @property
+    def matrix(self) -> Tensor:
+        """The sums so far: panels of the upper triangle. [in, in] float32."""
+        return self._matrix
+
     def merge(self, other: GramAccumulator) -> GramAccumulator:
         """Add what another one has summed; it must not be used afterwards."""
         self._matrix += other._matrix

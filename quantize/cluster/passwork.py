@@ -1,0 +1,196 @@
+"""What one worker of a spread pass does: the forward pass of a share, the sum of all shares, the solve of one variant.
+
+In: the plan of the pass, results of others as arrays. Out: arrays, by which machines talk. Left to others: who does
+what when (schedule), how it gets there (pool). A worker holds one block's weights and the hidden states of its shares.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from quantize.activations import TOKENS_PER_BATCH, Block, Precision, Spill, embed_all, open_states, read_block
+from quantize.architecture import BlockLayout, block_layout
+from quantize.backends import backends
+from quantize.backends.base import Collector, Context
+from quantize.block_runner import BlockRunner, ShareSums, share_of
+from quantize.errors import BuildError
+from quantize.hidden_states import Batch, HiddenStates, SavedStates, make_batches
+from quantize.numerics.gram import Gram, GramAccumulator
+from quantize.report import Event, ListReporter
+
+Matrix = NDArray[np.float32]
+ShareArrays = tuple[dict[str, tuple[Matrix, int]], list[Matrix]]  # ShareSums: (sums, tokens) by key; kept tokens
+GramArrays = tuple[Matrix, int, str]  # Gram: matrix, tokens, note
+
+
+@dataclass(frozen=True)
+class PassPlan:
+    """All that the workers of a pass have in common. parts: (format, context) of each variant. folder: of the pass."""
+
+    parts: tuple[tuple[str, Context], ...]
+    token_ids: tuple[tuple[int, ...], ...]
+    precision: Precision
+    folder: Path
+
+
+@dataclass(frozen=True)
+class Share:
+    """Some of the batches, as if they were all. batches: with rows counted from 0. sequences: in their order."""
+
+    batches: tuple[Batch, ...]
+    sequences: tuple[torch.Tensor, ...]
+
+    @property
+    def tokens(self) -> int:
+        """Rows of all its batches."""
+        return sum(batch.rows for batch in self.batches)
+
+
+def deal(token_ids: Sequence[Sequence[int]]) -> list[Share]:
+    """The shares of a calibration set, as the pass on one machine sums them up."""
+    sequences = [torch.as_tensor(ids, dtype=torch.long).reshape(-1) for ids in token_ids]
+    sequences = [ids for ids in sequences if ids.numel()]
+    dealt: dict[int, list[Batch]] = {}
+    for number, batch in enumerate(make_batches([len(ids) for ids in sequences], TOKENS_PER_BATCH)):
+        own = dealt.setdefault(share_of(number), [])
+        start = own[-1].start + own[-1].rows if own else 0
+        own.append(Batch(batch.members, batch.length, start))
+    return [
+        Share(tuple(own), tuple(sequences[member] for batch in own for member in batch.members))
+        for _, own in sorted(dealt.items())
+    ]
+
+
+def share_folder(folder: Path, share: int) -> Path:
+    """Where a share's hidden states are."""
+    return folder / f"share-{share:05d}"
+
+
+class PassWorker:
+    """The work itself, one call at a time. Raises what the pass on one machine raises."""
+
+    def __init__(self, plan: PassPlan) -> None:
+        self._plan, self._context = plan, plan.parts[0][1]
+        self._checkpoint, self._device = self._context.checkpoint, self._context.limits.device
+        config = dict(self._checkpoint.config)
+        self._runner = BlockRunner(self._checkpoint.folder, config, self._device, plan.precision)
+        self._shares = deal(plan.token_ids)
+        self._held: dict[int, tuple[int, HiddenStates]] = {}  # share -> the block whose input they are, the states
+        self._embedded: set[int] = set()
+        self._loaded: tuple[BlockLayout, dict[str, torch.Tensor]] | None = None
+        self._collectors: dict[int, Collector] = {}
+        self._events = ListReporter()
+
+    def take_events(self) -> list[Event]:
+        """What was said since the last call."""
+        events, self._events.events = self._events.events, []
+        return events
+
+    def forward(
+        self, share: int, block: int, saved: SavedStates | None, *, record: bool
+    ) -> tuple[SavedStates | None, ShareArrays | None]:
+        """Take a share through a block: where the next one's input is, and the sums if they are to be recorded.
+
+        saved: the block's input, for a worker that does not hold it; None for the first block.
+        """
+        own, states = self._shares[share], self._states(share, block, saved)
+        layout, _ = self._load(block)
+        last = block == self._runner.blocks - 1
+        sums = None
+        if record:
+            with self._runner.recording(layout, output_needed=not last) as recorder:
+                for batch in own.batches:
+                    output = recorder.run(states.read(batch), share)
+                    if output is not None and not last:
+                        states.write(batch, output)
+                sums = _share_arrays(recorder.take(share))
+        else:
+            for batch in own.batches:
+                states.write(batch, self._runner.run(block, states.read(batch)))
+        if last:
+            return None, sums
+        states.advance()
+        self._held[share] = (block + 1, states)
+        return states.save(), sums
+
+    def complete(self, block: int, shares: Iterable[ShareArrays]) -> dict[str, GramArrays]:
+        """The Gram matrices of a block from the sums of all shares, in order."""
+        layout = block_layout(self._checkpoint.config, block)
+        if layout.experts is not None:
+            self._load(block)
+        total = ShareSums()
+        for arrays in shares:
+            total.merge(_share_sums(arrays, self._runner.device if layout.experts else torch.device("cpu")))
+        grams = self._runner.complete(layout, total)
+        return {key: (gram.matrix.cpu().numpy(), gram.tokens, gram.note) for key, gram in grams.items()}
+
+    def solve(self, block: int, part: int, piece: int, grams: dict[str, GramArrays]) -> Any:
+        """What a variant needs of a piece of a block. grams: of the inputs that the piece reads."""
+        layout, weights = self._load(block)
+        device = self._runner.device
+        matrices = {
+            key: Gram(torch.tensor(matrix, device=device), tokens, note)
+            for key, (matrix, tokens, note) in grams.items()
+        }
+        if part not in self._collectors:
+            name, context = self._plan.parts[part]
+            self._collectors[part] = backends()[name].collector(context, self._events)
+        layout = self._collectors[part].pieces(layout)[piece]
+        inputs = {linear.tensor: linear.input for linear in layout.linears}
+        return self._collectors[part].solve(Block(block, layout, weights, matrices, inputs))
+
+    def _states(self, share: int, block: int, saved: SavedStates | None) -> HiddenStates:
+        """The input of a block: held since the last one, made from the tokens, or read from where it was saved."""
+        at, states = self._held.pop(share, (-1, None))
+        if states is not None and at == block:
+            return states
+        own = self._shares[share]
+        folder = share_folder(self._plan.folder, share)
+        folder.mkdir(parents=True, exist_ok=True)
+        budget = self._context.limits.memory_budget_bytes
+        states = open_states(self._runner, own.tokens, Spill(folder, budget))
+        if saved is None or share not in self._embedded:
+            fill = states if saved is None else None
+            embed_all(self._checkpoint, self._runner, list(own.sequences), fill)
+            self._embedded.add(share)
+        if saved is not None and not states.load(saved):
+            raise BuildError(
+                f"the hidden states of share {share} before block {block} are damaged or gone",
+                hint="is the store on storage that all nodes share? Run the same build again",
+            )
+        return states
+
+    def _load(self, block: int) -> tuple[BlockLayout, dict[str, torch.Tensor]]:
+        """A block's layout and weights, in place to run; it stays until another one is needed."""
+        if self._loaded is None or self._loaded[0].index != block:
+            if self._loaded is not None:
+                before, self._loaded = self._loaded[0].index, None
+                self._runner.unload(before)
+            layout = block_layout(self._checkpoint.config, block)
+            weights = read_block(self._checkpoint, layout, self._device)
+            self._runner.load(layout, weights)
+            self._loaded = (layout, weights)
+        return self._loaded
+
+
+def _share_arrays(sums: ShareSums) -> ShareArrays:
+    matrices = {key: (part.matrix.cpu().numpy(), part.tokens) for key, part in sums.sums.items()}
+    return matrices, [states.float().cpu().numpy() for states in sums.kept]
+
+
+def _share_sums(arrays: ShareArrays, device: torch.device) -> ShareSums:
+    found = ShareSums()
+    matrices, kept = arrays
+    found.sums = {
+        key: GramAccumulator.of(torch.tensor(matrix, device=device), tokens)
+        for key, (matrix, tokens) in matrices.items()
+    }
+    found.kept = [torch.tensor(states, device=device) for states in kept]
+    return found

@@ -1,0 +1,263 @@
+"""The workers of a spread pass: Ray actors that come, work and die.
+
+In: how many there may be, calls. Out: their answers, or that they are gone. Left to others: which calls (spread), what
+a call does (passwork).
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from quantize.cluster.session import cause_of
+from quantize.cluster.spec import Spread
+from quantize.errors import BuildError, PlanError, QuantizeError, first_line
+from quantize.report import Event, Reporter, note, warn
+
+if TYPE_CHECKING:
+    from quantize.activations import Precision
+    from quantize.cluster.passwork import PassPlan
+
+PROBE_NAME = ".seen-by-all"
+POLL_SECONDS = 1.0
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What a worker's results depend on beside its inputs, and where it is. node: Ray's id."""
+
+    device: str
+    precision: Precision
+    versions: tuple[str, ...]
+    node: str
+    address: str
+    process: int
+    sees: bool
+
+    @property
+    def kind(self) -> tuple[str, ...]:
+        """What must be equal on all machines for equal bits."""
+        return (self.device, *self.versions)
+
+
+@dataclass(frozen=True)
+class Report:
+    """What comes back with every answer. Seconds since the epoch, by the worker's clock."""
+
+    started: float
+    ended: float
+    events: tuple[Event, ...]
+    error: QuantizeError | None = None
+    answer: Any = None
+
+
+@dataclass
+class Worker:
+    """One actor. machine: None until it has answered. task: what it was given last, None while it is free."""
+
+    name: str
+    actor: Any
+    machine: Machine | None = None
+    task: Any = None
+    results: tuple[Any, ...] = ()
+
+
+class Lost(Exception):
+    """A worker is gone, or data that a call needs. data: it is the data."""
+
+    def __init__(self, reason: str, *, data: bool) -> None:
+        super().__init__(reason)
+        self.data = data
+
+
+class Pool:
+    """Up to `spread.workers` actors; one that dies is replaced as soon as the cluster has room."""
+
+    def __init__(self, ray: Any, spread: Spread, device: str, folder: Path, reporter: Reporter) -> None:
+        self._ray, self._spread, self._device, self._folder, self._reporter = ray, spread, device, folder, reporter
+        self._plan: Any = None
+        self._kind: tuple[str, ...] | None = None
+        self._waiting: dict[Any, Worker] = {}  # the reference of a worker's answer -> the worker
+        self._early: list[Worker] = []  # that have answered before there was a plan
+        self._present: set[str] = set()
+        self._count = 0
+        (folder / PROBE_NAME).write_text("for other nodes to see", encoding="utf-8")
+        actor = ray.remote(Actor)
+        options: dict[str, Any] = {"num_cpus": spread.cores, "num_gpus": spread.gpus, "max_restarts": 0}
+        if spread.memory_bytes:
+            options["memory"] = spread.memory_bytes
+        self._make = actor.options(scheduling_strategy="SPREAD", **options).remote
+        for _ in range(spread.workers):
+            self._add()
+
+    def first_machine(self) -> Machine:
+        """What the first worker to answer says of itself; those that differ from it take no part."""
+        while not self._early:
+            self.wait(POLL_SECONDS)
+        found = self._early[0].machine
+        assert found is not None
+        return found
+
+    def begin(self, plan: PassPlan) -> None:
+        """Give all workers, also those to come, the plan of the pass."""
+        self._plan = self._ray.put(plan)
+        for worker in self._early:
+            self.call(worker, None, "begin", (self._plan,), 1)
+
+    def call(self, worker: Worker, task: Any, method: str, arguments: Sequence[Any], results: int) -> None:
+        """Have a free worker do something; its first result is a Report."""
+        answers = getattr(worker.actor, method).options(num_returns=results).remote(*arguments)
+        answers = answers if isinstance(answers, list) else [answers]
+        worker.task, worker.results = task, tuple(answers)
+        self._waiting[answers[0]] = worker
+
+    def wait(self, seconds: float) -> list[tuple[Worker, Report | Lost | None]]:
+        """Workers that have answered, or are gone; None: it is new, and ready for work."""
+        if not self._waiting:
+            return []
+        done, _ = self._ray.wait([*self._waiting], num_returns=1, timeout=seconds)
+        if done:
+            more, _ = self._ray.wait([*self._waiting], num_returns=len(self._waiting), timeout=0)
+            done = list(dict.fromkeys([*done, *more]))
+        found: list[tuple[Worker, Report | Lost | None]] = []
+        for reference in done:
+            worker = self._waiting.pop(reference)
+            answer = self._answer(worker, reference)
+            if isinstance(answer, Machine):
+                self._welcome(worker, answer)
+            else:
+                found.append((worker, answer))
+        return found
+
+    def __len__(self) -> int:
+        """Workers that take part."""
+        return len(self._present)
+
+    def live_nodes(self) -> set[str]:
+        """Ids of the nodes that are alive."""
+        return {node["NodeID"] for node in self._ray.nodes() if node["Alive"]}
+
+    def close(self) -> None:
+        """End all workers."""
+        for worker in self._waiting.values():
+            self._ray.kill(worker.actor)
+        (self._folder / PROBE_NAME).unlink(missing_ok=True)
+
+    def release(self, worker: Worker) -> None:
+        """End a worker that has nothing left to do: what it took of its node is for others."""
+        self._ray.kill(worker.actor)
+
+    def _add(self) -> None:
+        worker = Worker(f"worker {self._count}", self._make())
+        self._count += 1
+        self._waiting[worker.actor.hello.remote(self._device, str(self._folder / PROBE_NAME))] = worker
+
+    def _answer(self, worker: Worker, reference: Any) -> Machine | Report | Lost | None:
+        errors = self._ray.exceptions
+        try:
+            answer = self._ray.get(reference)
+        except errors.RayActorError as exc:
+            self._present.discard(worker.name)
+            self._add()
+            return Lost(f"{worker.name} is gone: {first_line(exc)}", data=False)
+        except (errors.ObjectLostError, errors.RayTaskError) as exc:
+            cause = cause_of(exc)
+            if isinstance(exc, errors.ObjectLostError) or isinstance(cause, errors.ObjectLostError):
+                return Lost(first_line(cause), data=True)
+            if isinstance(cause, QuantizeError):
+                raise cause from None
+            raise BuildError(f"{worker.name}: {type(cause).__name__}: {first_line(cause)}") from exc
+        assert answer is None or isinstance(answer, Machine | Report)
+        return answer
+
+    def _welcome(self, worker: Worker, machine: Machine) -> None:
+        """Take a new worker in, unless its results could differ from the others'."""
+        if not machine.sees:
+            raise PlanError(
+                f"node {machine.address} does not see {self._folder}",
+                hint="put source, cache and store on storage that every node has under the same path",
+            )
+        self._kind = self._kind or machine.kind
+        if machine.kind != self._kind:
+            pairs = zip(machine.kind, self._kind, strict=True)
+            differ = "; ".join(f"{found} instead of {wanted}" for found, wanted in pairs if found != wanted)
+            warn(self._reporter, "", f"node {machine.address} takes no part, its bits could differ: {differ}")
+            self.release(worker)
+            return
+        note(
+            self._reporter,
+            "",
+            f"{worker.name} is process {machine.process} on node {machine.node[:6]}, {machine.address}",
+        )
+        worker.machine = machine
+        self._present.add(worker.name)
+        if self._plan is None:
+            self._early.append(worker)
+        else:
+            self.call(worker, None, "begin", (self._plan,), 1)
+
+
+class Actor:
+    """A PassWorker in a process that Ray started; says when it did what."""
+
+    def __init__(self) -> None:
+        from quantize.worker import spin_briefly
+
+        spin_briefly()
+        self._work: Any = None
+
+    def hello(self, device: str, probe: str) -> Machine:
+        """What this machine is."""
+        import ray
+
+        from quantize import __version__
+        from quantize.activations import device_name, fastest_precision
+        from quantize.cluster.session import nodes
+        from quantize.manifest import tool_versions
+
+        here = ray.get_runtime_context().get_node_id()
+        address = next(node.address for node in nodes(ray) if node.name == here)
+        versions = {"quantize": __version__, **tool_versions(("torch", "transformers"))}
+        shown = tuple(f"{name} {version}" for name, version in versions.items())
+        name, precision = device_name(device), fastest_precision(device)
+        return Machine(name, precision, shown, here, address, os.getpid(), Path(probe).is_file())
+
+    def begin(self, plan: PassPlan) -> None:
+        """Get ready for the pass."""
+        import torch
+
+        from quantize.cluster.passwork import PassWorker
+
+        torch.set_num_threads(plan.parts[0][1].limits.threads)
+        self._work = PassWorker(plan)
+
+    def forward(self, share: int, block: int, saved: Any, record: bool) -> tuple[Report, Any]:
+        """See PassWorker; the sums are a result of their own, which stays on this node until it is asked for."""
+        started = time.time()
+        after, sums = self._work.forward(share, block, saved, record=record)
+        return self._report(started, after), sums
+
+    def complete(self, block: int, keys: Sequence[str], shares: Sequence[Any]) -> tuple[Any, ...]:
+        """See PassWorker; the shares are fetched one after another, and each Gram matrix is a result of its own."""
+        import ray
+
+        started = time.time()
+        grams = self._work.complete(block, (ray.get(reference) for reference in shares))
+        return (self._report(started), *(grams[key] for key in keys))
+
+    def solve(self, block: int, part: int, piece: int, keys: Sequence[str], *grams: Any) -> Report:
+        """See PassWorker; a failure is the variant's own, and comes back as its answer."""
+        started = time.time()
+        try:
+            return self._report(started, self._work.solve(block, part, piece, dict(zip(keys, grams, strict=True))))
+        except QuantizeError as exc:
+            return self._report(started, error=exc)
+        except (RuntimeError, ValueError, OSError) as exc:  # torch reports nearly everything as RuntimeError
+            return self._report(started, error=BuildError(first_line(exc)))
+
+    def _report(self, started: float, answer: Any = None, error: QuantizeError | None = None) -> Report:
+        return Report(started, time.time(), tuple(self._work.take_events()), error, answer)

@@ -1,0 +1,158 @@
+"""A calibration pass on a cluster: the bytes of the pass on one machine, whatever dies meanwhile."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from quantize import calibrated
+from quantize.backends import formats
+from quantize.backends.base import Context, Limits
+from quantize.cache import Cache
+from quantize.cluster.schedule import FORWARD, SOLVE
+from quantize.cluster.spec import Spread
+from quantize.cluster.trace import overlap_seconds, read_trace
+from quantize.errors import Stopped
+from quantize.recipe import load_recipe
+from quantize.report import Event, ListReporter, SilentReporter
+from quantize.source import open_source, pin_source
+from quantize.staging import RESUME_NAME
+from quantize.testing import TinyModel, make_checkpoint, write_recipe
+from tests.cluster.conftest import Nodes
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # Ray, transformers and its plugins warn on import
+
+BLOCKS = 4
+CALIBRATION = {"dataset": "text.txt", "samples": 264, "sequence_length": 64, "minimum_tokens": 16}
+VARIANTS: list[dict[str, Any]] = [
+    {"format": "gptq", "group_size": 64},
+    {"format": "awq", "group_size": 64},
+    {"format": "gguf", "type": "Q4_K_M", "imatrix": True},
+]
+
+
+class Reporter(ListReporter):
+    """Does something when a text is said, once."""
+
+    def __init__(self, on: str = "", then: Callable[[str], None] = lambda _: None) -> None:
+        super().__init__()
+        self.on, self.then, self.fired = on, then, False
+
+    def emit(self, event: Event) -> None:
+        super().emit(event)
+        said = f"{event.text} {event.done:g}" if event.done is not None else event.text
+        if self.on and not self.fired and self.on in said:
+            self.fired = True
+            self.then("\n".join(item.text for item in self.events))
+
+    @property
+    def text(self) -> str:
+        return "\n".join(event.text for event in self.events)
+
+
+class Passes:
+    """The pass of a recipe, run in this process."""
+
+    def __init__(self, root: Path) -> None:
+        checkpoint = make_checkpoint(root / "deep", TinyModel(hidden=128, intermediate=256, blocks=BLOCKS))
+        text = [f"Paragraph {index}: the quick brown fox jumps over the lazy dog. " * 3 for index in range(700)]
+        (root / "text.txt").write_text("\n\n".join(text))
+        path = write_recipe(root / "deep.yaml", checkpoint, VARIANTS, calibration=CALIBRATION)
+        self.recipe, self.cache = load_recipe(path, formats()), Cache(root / "cache")
+
+    def run(self, root: Path, spread: Spread | None = None, said: ListReporter | None = None) -> dict[str, bytes]:
+        """What it leaves for each variant."""
+        assert self.recipe.calibration is not None
+        source = pin_source(self.recipe, self.cache, SilentReporter())
+        checkpoint, limits = open_source(source, self.cache, SilentReporter()), Limits(1, spread=spread)
+        works = []
+        for variant in self.recipe.variants:
+            folders = [root / variant.name, root / f"{variant.name}.scratch"]
+            for folder in (*folders, root / "pass"):
+                folder.mkdir(parents=True, exist_ok=True)
+            options = (variant.name, variant.options, source, checkpoint, self.cache, *folders, limits)
+            works.append((variant.format, Context(*options)))
+        arguments = (self.recipe.calibration, self.recipe.path.parent, works, root / "pass")
+        result = calibrated._pass(said or ListReporter(), *arguments)
+        assert result.errors == {}
+        found = (path for name in root.iterdir() if name.name != "pass" for path in name.rglob("*"))
+        return {str(path.relative_to(root)): path.read_bytes() for path in found if path.name != RESUME_NAME}
+
+
+@pytest.fixture(scope="module")
+def passes(tmp_path_factory: pytest.TempPathFactory) -> Passes:
+    return Passes(tmp_path_factory.mktemp("spread"))
+
+
+@pytest.fixture(scope="module")
+def alone(passes: Passes, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    return passes.run(tmp_path_factory.mktemp("alone"))
+
+
+def test_two_nodes_leave_the_bytes_of_one_machine(
+    nodes: Nodes, passes: Passes, alone: dict[str, bytes], tmp_path: Path
+) -> None:
+    nodes.ensure(1)
+    trace = tmp_path / "trace.json"
+    said = Reporter()
+    spread = Spread(nodes.address, workers=2, cores=1, trace=trace, watch=True)
+    assert passes.run(tmp_path / "work", spread, said) == alone
+    spans = read_trace(trace)
+    by_kind = {kind: [span for span in spans if span.kind == kind] for kind in (FORWARD, SOLVE)}
+    assert len(by_kind[SOLVE]) == BLOCKS * (
+        4 + 2 + 1
+    )  # groups of linears, halves that a fold keeps together, diagonals
+    assert len({span.worker for span in spans} - {"writer"}) == 2
+    assert overlap_seconds(by_kind[FORWARD], by_kind[SOLVE]) > 0
+    assert "2 workers" in said.text
+    assert [*(tmp_path / "work" / "pass").glob("share-*/*")] == []
+
+
+def test_a_worker_that_is_killed_costs_what_it_had_in_hand(
+    nodes: Nodes, passes: Passes, alone: dict[str, bytes], tmp_path: Path
+) -> None:
+    nodes.ensure(1)
+
+    def kill(text: str) -> None:
+        os.kill(int(re.findall(r"worker \d+ is process (\d+)", text)[0]), signal.SIGKILL)
+
+    said, trace = Reporter("calibration pass, blocks 2", kill), tmp_path / "trace.json"
+    assert passes.run(tmp_path / "work", Spread(nodes.address, 2, 1, trace=trace), said) == alone
+    assert "is gone" in said.text
+    spans = [(span.kind, span.name) for span in read_trace(trace)]
+    assert len(spans) - len(set(spans)) <= 1  # what was in hand never ended; nothing else was done again
+
+
+def test_a_node_that_is_killed_costs_at_most_a_block(
+    nodes: Nodes, passes: Passes, alone: dict[str, bytes], tmp_path: Path
+) -> None:
+    nodes.ensure(1)
+    said, trace = Reporter("calibration pass, blocks 2", lambda _: nodes.kill() and None), tmp_path / "trace.json"
+    assert passes.run(tmp_path / "work", Spread(nodes.address, 2, 1, trace=trace), said) == alone
+    assert said.fired
+    spans = [(span.kind, span.name) for span in read_trace(trace)]
+    again = len(spans) - len(set(spans))
+    assert again <= len({name for _, name in spans}) / BLOCKS
+
+
+def test_a_pass_that_was_stopped_goes_on_with_or_without_the_cluster(
+    nodes: Nodes, passes: Passes, alone: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answers = iter([False, True])
+    monkeypatch.setattr(calibrated, "stop_asked", lambda _: next(answers, False))
+    with pytest.raises(Stopped, match=f"stopped after block 2 of {BLOCKS}"):
+        passes.run(tmp_path, Spread(nodes.address, 1, 1))
+    said = Reporter()
+    answers = iter([True])
+    with pytest.raises(Stopped, match=f"stopped after block 3 of {BLOCKS}"):
+        passes.run(tmp_path, Spread(nodes.address, 1, 1), said)
+    assert "goes on after block 2" in said.text
+    assert "gone" not in said.text
+    assert passes.run(tmp_path, None, said) == alone
+    assert "goes on after block 3" in said.text
