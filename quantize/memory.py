@@ -58,7 +58,7 @@ def least_bytes(checkpoint: Checkpoint, solvers: Sequence[int]) -> int:
     grams = sum(block.grams)
     outside = [info.size_bytes for name, info in checkpoint.tensors.items() if block_index(name) is None]
     working = FLOAT_BYTES * block.width * BATCH_TOKENS * BATCHES * ACTIVATIONS
-    recording = block.weights // 2 + grams + working  # a copy in bfloat16, a second share of the sums
+    recording = block.weights // 2 + 2 * grams + working  # a copy in bfloat16, the sums of a round's two shares
     copying = 3 * max(outside, default=0) // 2
     solving = [SOLVER_BYTES + size for size in solvers if size]
     others = PART_BYTES * max(0, len(solving) - 1)
