@@ -99,11 +99,13 @@ def test_two_nodes_leave_the_bytes_of_one_machine(
     nodes: Nodes, passes: Passes, alone: dict[str, bytes], tmp_path: Path
 ) -> None:
     nodes.ensure(1)
-    trace = tmp_path / "trace.json"
-    said = Reporter()
-    spread = Spread(nodes.address, workers=2, cores=1, trace=trace, watch=True)
-    assert passes.run(tmp_path / "work", spread, said) == alone
-    spans = read_trace(trace)
+    for attempt in range(3):  # on a busy machine the second worker may come when the first has done all
+        trace, said, work = tmp_path / f"trace-{attempt}.json", Reporter(), tmp_path / f"work-{attempt}"
+        spread = Spread(nodes.address, workers=2, cores=1, trace=trace, watch=True)
+        assert passes.run(work, spread, said) == alone
+        spans = read_trace(trace)
+        if len({span.worker for span in spans} - {"writer"}) == 2:
+            break
     by_kind = {kind: [span for span in spans if span.kind == kind] for kind in (FORWARD, SOLVE)}
     assert len(by_kind[SOLVE]) == BLOCKS * (
         4 + 2 + 1
@@ -111,7 +113,7 @@ def test_two_nodes_leave_the_bytes_of_one_machine(
     assert len({span.worker for span in spans} - {"writer"}) == 2
     assert overlap_seconds(by_kind[FORWARD], by_kind[SOLVE]) > 0
     assert "2 workers" in said.text
-    assert [*(tmp_path / "work" / "pass").glob("share-*/*")] == []
+    assert [*(work / "pass").glob("share-*/*")] == []
 
 
 def test_a_worker_that_is_killed_costs_what_it_had_in_hand(
