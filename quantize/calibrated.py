@@ -7,6 +7,7 @@ error if it failed, measurements. The pass runs in a worker process; backends se
 from __future__ import annotations
 
 import contextlib
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -32,7 +33,7 @@ from quantize.memory import pass_bytes
 from quantize.recipe import CalibrationSpec, Recipe
 from quantize.report import Reporter, note, status, warn
 from quantize.resume import PassJournal
-from quantize.worker import run_step, stop_asked
+from quantize.worker import peak_memory_bytes, run_step, stop_asked
 
 if TYPE_CHECKING:
     from quantize.activations import Block, Precision
@@ -115,7 +116,7 @@ def _pass(
         "import_seconds": round(started - began, 2),
         "text_seconds": round(text_seconds, 2),
         "solve_seconds": seconds,
-        "peak_memory_bytes": _peak_memory_bytes(),
+        "peak_memory_bytes": peak_memory_bytes(os.getpid()),
     }
     return PassResult(entry, errors, measured)
 
@@ -283,9 +284,3 @@ def _warn_if_few(reporter: Reporter, context: Context, spec: CalibrationSpec, se
         warn(reporter, "", f"calibration has {tokens:,} tokens; {wanted:,} or more suit a layer of {widest:,} inputs")
     if sequences < spec.samples:
         note(reporter, "", f"calibration has {sequences} sequences; the spec asks for {spec.samples}")
-
-
-def _peak_memory_bytes() -> int:
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -86,7 +86,7 @@ def run_step(
         try:
             while True:
                 while not parent.poll(POLL_SECONDS):
-                    peak = max(peak, _memory_bytes(process.pid))
+                    peak = max(peak, peak_memory_bytes(process.pid))
                 kind, payload = parent.recv()
                 if kind == "event":
                     reporter.emit(payload)
@@ -215,8 +215,11 @@ def _plain_main() -> Iterator[None]:
             main.__file__ = file
 
 
-def _memory_bytes(pid: int | None) -> int:
-    """Peak resident memory of a process so far, in bytes; 0 where the system does not tell."""
+def peak_memory_bytes(pid: int | None) -> int:
+    """Peak resident memory of a process so far, in bytes; 0 where the system does not tell.
+
+    Not ru_maxrss: that one is inherited from the process that started it.
+    """
     with contextlib.suppress(OSError, ValueError, IndexError):
         for line in Path(f"/proc/{pid}/status").read_text().splitlines():
             if line.startswith("VmHWM:"):
