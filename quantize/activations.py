@@ -141,8 +141,7 @@ def stream_blocks(
         BuildError: no tokens, no folder to spill to, or the disk failed.
     """
     events, spill = reporter or SilentReporter(), spill or Spill()
-    sequences = [torch.as_tensor(ids, dtype=torch.long).reshape(-1) for ids in token_ids]
-    sequences = [ids for ids in sequences if ids.numel()]
+    sequences = as_sequences(token_ids)
     if not sequences:
         raise BuildError("the calibration set has no tokens")
     runner = BlockRunner(checkpoint.folder, dict(checkpoint.config), device, precision)
@@ -178,6 +177,12 @@ def stream_blocks(
             yield Block(index, layout, weights, grams, inputs)
         del weights, grams
         give_back_freed()
+
+
+def as_sequences(token_ids: Sequence[Sequence[int] | Tensor]) -> list[Tensor]:
+    """Each sequence as int64 [length], without those that are empty."""
+    sequences = [torch.as_tensor(ids, dtype=torch.long).reshape(-1) for ids in token_ids]
+    return [ids for ids in sequences if ids.numel()]
 
 
 def open_states(runner: BlockRunner, tokens: int, spill: Spill) -> HiddenStates:

@@ -123,8 +123,7 @@ class _Build:
         """Refuse a build that would fill a disk or its memory, before it has written anything. Raises PlanError."""
         if not self.jobs:
             return
-        measured = any(self.gates.measures(job.variant.format) for job in self.jobs)
-        most = most_bytes(self.jobs, self.recipe, self.source, measured=measured)
+        most = most_bytes(self.jobs, self.recipe, self.source, measured=self._measures(self.jobs))
         roomy = all(disk_free_bytes(root) >= most for root in (self.store.root, self.cache.root))
         if roomy and self.run.limits.memory_budget_bytes is None:
             return
@@ -133,9 +132,12 @@ class _Build:
             raise refused
 
     def _size(self, jobs: Sequence[Job], reporter: Reporter) -> Plan:
-        measured = any(self.gates.measures(job.variant.format) for job in jobs)
         arguments = (self.recipe, self.source, jobs, self.store, self.cache, reporter, self.run.limits)
-        return size_plan(*arguments, measured=measured)
+        return size_plan(*arguments, measured=self._measures(jobs))
+
+    def _measures(self, jobs: Sequence[Job]) -> bool:
+        """Whether any of the jobs is to be measured against the source."""
+        return any(self.gates.measures(job.variant.format) for job in jobs)
 
     def _say_what_is_missing(self, error: DiskFullError) -> None:
         """Put into the hint how much more space the rest of the build needs than there is."""

@@ -94,7 +94,7 @@ class Room:
 
 def needs(jobs: Sequence[Job], recipe: Recipe, checkpoint: Checkpoint, *, source_bytes: int, measured: bool) -> Needs:
     """What the jobs that are to be built need. source_bytes: of what is dequantized first. measured: as gates do."""
-    todo = [job for job in jobs if job.existing is None and job.size is not None and job.refusal is None]
+    todo = [job for job in jobs if job.is_open and job.size is not None]
     if not todo:
         return Needs()
     sizes = [job.size for job in todo if job.size is not None]

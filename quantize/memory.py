@@ -2,7 +2,7 @@
 
 In: a checkpoint's shapes, what each solver needs, the threads. Out: bytes of resident memory at the peak of the
 process that runs the pass, its hidden states on disk. The shares are those measured on models of 135M and of 1,024- and
-2,048-wide blocks (docs/resume.md has the figures); none is of the model's size but what is one block's.
+2,048-wide blocks (docs/disk.md has the figures); none is of the model's size but what is one block's.
 """
 
 from __future__ import annotations

@@ -46,6 +46,11 @@ class Job:
     size: SizePlan | None = None
     refusal: QuantizeError | None = None
 
+    @property
+    def is_open(self) -> bool:
+        """Neither built nor refused."""
+        return self.existing is None and self.refusal is None
+
     @cached_property
     def build_key(self) -> str:
         """Hex sha256 of the inputs; "" where there are none."""
@@ -71,7 +76,7 @@ class Plan:
     @property
     def todo(self) -> tuple[Job, ...]:
         """Jobs that are neither built nor refused."""
-        return tuple(job for job in self.jobs if job.existing is None and job.refusal is None)
+        return tuple(job for job in self.jobs if job.is_open)
 
     def shortage(self, limits: Limits) -> PlanError | None:
         """Why there is not enough disk for it, or memory; None if there is."""
@@ -116,7 +121,7 @@ def size_plan(
 
 
 def _pass_memory(jobs: Sequence[Job], checkpoint: Checkpoint, limits: Limits) -> int:
-    todo = [job for job in jobs if job.existing is None and job.refusal is None]
+    todo = [job for job in jobs if job.is_open]
     parts = [(job.backend, job.variant.options) for job in todo if job.backend.needs_calibration(job.variant.options)]
     if not parts or limits.device != "cpu":
         return 0

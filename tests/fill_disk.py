@@ -31,7 +31,7 @@ from unittest import mock
 from quantize import worker
 from quantize.report import Reporter
 from quantize.store import Store
-from tests.kill_build import broken_in, leftovers_of
+from tests.kill_build import broken_in, environment_of, leftovers_of
 from tests.small_disk import SmallDisk, loop_disk, small_disk
 
 MISSING = re.compile(r"([\d,]+) bytes are missing")
@@ -63,9 +63,7 @@ class Command:
         self.store, self.peak = Store(self.work / "artifacts"), 0
         self._command = [sys.executable, "-m", "quantize", "build", str(recipe), *options]
         self._plan, self._measured = ["plan", str(recipe), "--json"], "--no-eval" not in options
-        self._environment = {
-            **os.environ, "QUANTIZE_STORE": str(self.store.root), "QUANTIZE_CACHE": str(self.work / "cache"),
-        }  # fmt: skip
+        self._environment = environment_of(self.work)
 
     def run(self, full_at: int | None = None) -> tuple[int, str]:
         """A build; as soon as so many bytes are taken the disk is full. Exit code and what it said."""

@@ -49,8 +49,12 @@ class Round:
 
 def command(recipe: Path, work: Path, options: Sequence[str]) -> tuple[list[str], dict[str, str]]:
     """The build as a user calls it, in a store and cache of this run."""
-    environment = {**os.environ, "QUANTIZE_STORE": str(work / "artifacts"), "QUANTIZE_CACHE": str(work / "cache")}
-    return [sys.executable, "-m", "quantize", "build", str(recipe), "--quiet", "--json", *options], environment
+    return [sys.executable, "-m", "quantize", "build", str(recipe), "--quiet", "--json", *options], environment_of(work)
+
+
+def environment_of(work: Path) -> dict[str, str]:
+    """This process's, with a store and cache below a folder."""
+    return {**os.environ, "QUANTIZE_STORE": str(work / "artifacts"), "QUANTIZE_CACHE": str(work / "cache")}
 
 
 def build(recipe: Path, work: Path, options: Sequence[str] = ()) -> tuple[int, float]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import random
 import re
 import signal
@@ -23,7 +22,7 @@ from pathlib import Path
 
 from quantize.staging import RESUME_NAME, STAGING, read_json
 from quantize.store import Store
-from tests.kill_build import leftovers_of
+from tests.kill_build import environment_of, leftovers_of
 
 GOES_ON = re.compile(r"goes on after block (\d+) of (\d+)")
 
@@ -49,11 +48,7 @@ class Builds:
     def __init__(self, recipe: Path, work: Path, options: Sequence[str]) -> None:
         self.work, self.store = work, Store(work / "artifacts")
         self._command = [sys.executable, "-m", "quantize", "build", str(recipe), *options]
-        self._environment = {
-            **os.environ,
-            "QUANTIZE_STORE": str(self.store.root),
-            "QUANTIZE_CACHE": str(work / "cache"),
-        }
+        self._environment = environment_of(work)
 
     def run(
         self, until: Callable[[float], bool] = lambda _: False, stop: signal.Signals = signal.SIGKILL

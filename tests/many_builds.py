@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import re
 import subprocess
 import sys
@@ -22,7 +21,7 @@ from pathlib import Path
 from quantize.backends import formats
 from quantize.recipe import load_recipe
 from quantize.store import Store
-from tests.kill_build import broken_in, leftovers_of
+from tests.kill_build import broken_in, environment_of, leftovers_of
 
 STATE = re.compile(r"^(\S+): (built|up to date|refused|failed|evaluated|skipped)\b", re.MULTILINE)
 
@@ -38,7 +37,7 @@ class Ended:
 
 def at_once(builds: Sequence[Sequence[str]], work: Path) -> list[Ended]:
     """Start `quantize build` with each of the arguments, all together, and wait for all."""
-    environment = os.environ | {"QUANTIZE_STORE": str(work / "artifacts"), "QUANTIZE_CACHE": str(work / "cache")}
+    environment = environment_of(work)
     command = [sys.executable, "-m", "quantize", "build"]
     logs = [tempfile.TemporaryFile("w+") for _ in builds]  # noqa: SIM115 - closed below, when all have ended
     started = [

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import threading
+import time
 from multiprocessing.synchronize import Event
 from pathlib import Path
 
@@ -47,10 +48,11 @@ def test_an_entry_in_use_by_another_process_is_not_dropped(cache: Cache) -> None
 
 def test_users_and_removers_at_once_never_lose_a_file_in_use(cache: Cache) -> None:
     missing: list[str] = []
+    removed, tries = 0, 0
     stop = threading.Event()
 
     def use() -> None:
-        while not stop.is_set():
+        while not stop.wait(0.001):  # nobody holds it for a while, or a remover on a busy core might never get it
             with cache.using("kind", "key", fill) as folder:
                 if not (folder / "file").is_file():
                     missing.append("gone while in use")
@@ -58,12 +60,15 @@ def test_users_and_removers_at_once_never_lose_a_file_in_use(cache: Cache) -> No
     threads = [threading.Thread(target=use) for _ in range(3)]
     for thread in threads:
         thread.start()
-    removed = sum(cache.remove_unused("kind", "key") for _ in range(300))
+    deadline = time.monotonic() + 60
+    while (tries < 300 or removed < 10) and time.monotonic() < deadline:
+        removed += cache.remove_unused("kind", "key")
+        tries += 1
     stop.set()
     for thread in threads:
         thread.join()
     assert missing == []
-    assert removed > 0
+    assert removed >= 10
 
 
 @pytest.mark.parametrize("keep", [False, True])

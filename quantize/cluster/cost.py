@@ -5,6 +5,7 @@ In: a checkpoint's config and tensor shapes, the number of tokens. Out: BlockCos
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -78,12 +79,5 @@ def _block_cost(
         clip += rows * width
         gptq += width**3 / 3 + rows * width**2 * (1 + 4 * GRAM_SHARE)
         awq += AWQ_POINTS * AWQ_ROWS * width**2 * 2 * GRAM_SHARE
-    weights = sum(_elements(shape) for name, shape in shapes.items() if name.startswith(layout.prefix))
+    weights = sum(math.prod(shape) for name, shape in shapes.items() if name.startswith(layout.prefix))
     return BlockCost(forward, gram, gptq, awq, clip, 4 * weights, gram_bytes, 4 * tokens * hidden)
-
-
-def _elements(shape: tuple[int, ...]) -> int:
-    count = 1
-    for size in shape:
-        count *= size
-    return count

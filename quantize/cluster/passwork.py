@@ -15,7 +15,16 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from quantize.activations import TOKENS_PER_BATCH, Block, Precision, Spill, embed_all, open_states, read_block
+from quantize.activations import (
+    TOKENS_PER_BATCH,
+    Block,
+    Precision,
+    Spill,
+    as_sequences,
+    embed_all,
+    open_states,
+    read_block,
+)
 from quantize.architecture import BlockLayout, block_layout
 from quantize.backends import backends
 from quantize.backends.base import Collector, Context
@@ -55,8 +64,7 @@ class Share:
 
 def deal(token_ids: Sequence[Sequence[int]]) -> list[Share]:
     """The shares of a calibration set, as the pass on one machine sums them up."""
-    sequences = [torch.as_tensor(ids, dtype=torch.long).reshape(-1) for ids in token_ids]
-    sequences = [ids for ids in sequences if ids.numel()]
+    sequences = as_sequences(token_ids)
     dealt: dict[int, list[Batch]] = {}
     for number, batch in enumerate(make_batches([len(ids) for ids in sequences], TOKENS_PER_BATCH)):
         own = dealt.setdefault(share_of(number), [])

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from quantize.cluster.session import cause_of
+from quantize.cluster.session import cause_of, nodes
 from quantize.cluster.spec import Spread
 from quantize.errors import BuildError, PlanError, QuantizeError, first_line
 from quantize.report import Event, Reporter, note, warn
@@ -139,7 +139,7 @@ class Pool:
 
     def live_nodes(self) -> set[str]:
         """Ids of the nodes that are alive."""
-        return {node["NodeID"] for node in self._ray.nodes() if node["Alive"]}
+        return {node.name for node in nodes(self._ray)}
 
     def close(self) -> None:
         """End all workers."""
@@ -216,7 +216,6 @@ class Actor:
 
         from quantize import __version__
         from quantize.activations import device_name, fastest_precision
-        from quantize.cluster.session import nodes
         from quantize.manifest import tool_versions
 
         here = ray.get_runtime_context().get_node_id()

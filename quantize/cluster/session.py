@@ -94,9 +94,14 @@ def nodes(ray: Any) -> list[Node]:
     return sorted(found, key=lambda node: node.name)
 
 
+def able_nodes(ray: Any, *, gpu: bool) -> list[Node]:
+    """Nodes that can build now: a head without CPUs is none."""
+    return [node for node in nodes(ray) if node.cpus > 0 and (node.gpus > 0 or not gpu)]
+
+
 def working_nodes(ray: Any, *, gpu: bool) -> list[Node]:
-    """Nodes that can build: a head without CPUs is none. Raises PlanError where there are none."""
-    found = [node for node in nodes(ray) if node.cpus > 0 and (node.gpus > 0 or not gpu)]
+    """As able_nodes. Raises PlanError where there are none."""
+    found = able_nodes(ray, gpu=gpu)
     if not found:
         hint = "add nodes with GPUs, or leave out --device" if gpu else "add nodes with `ray start --address=…`"
         raise PlanError(f"the cluster has no node with {'a GPU' if gpu else 'CPUs'}", hint=hint)

@@ -16,7 +16,7 @@ from typing import Any
 from quantize.backends import backends
 from quantize.build import Outcome, RunOptions, build, drop_intermediates
 from quantize.cache import Cache
-from quantize.cluster.session import Node, cause_of, connected, working_nodes
+from quantize.cluster.session import Node, able_nodes, cause_of, connected, working_nodes
 from quantize.cluster.spec import Spread
 from quantize.cluster.trace import Span, read_trace, write_trace
 from quantize.errors import BuildError, QuantizeError, UsageError, first_line
@@ -109,8 +109,10 @@ def build_on_cluster(
         flight = _Flight(ray, units, store, cache, reporter, run, cluster)
         outcomes = flight.all()
     if not run.keep_intermediates:
+        worked = {name for (name, _), outcome in outcomes.items() if outcome.state != "up to date"}
         for recipe in recipes:
-            drop_intermediates(recipe, cache, reporter)
+            if recipe.name in worked:
+                drop_intermediates(recipe, cache, reporter)
     names = [(recipe, variant.name) for recipe in recipes for variant in recipe.variants]
     return [(recipe, outcomes[recipe.name, name]) for recipe, name in names if (recipe.name, name) in outcomes]
 
@@ -226,7 +228,7 @@ class _Flight:
         total = sum(unit.work for unit in self._units)
         left = f", about {spent * (total - self._work_done) / self._work_done:,.0f} s left" if self._work_done else ""
         busy = min(len(self._running), self._sizes.places)
-        alive = len(working_nodes(self._ray, gpu=self._sizes.gpus > 0))
+        alive = len(able_nodes(self._ray, gpu=self._sizes.gpus > 0))
         counts = f"running {busy}, waiting {len(self._running) - busy}, done {len(self._units) - len(self._running)}"
         status(self._reporter, "cluster", f"nodes {alive}; builds: {counts}{left}")
 

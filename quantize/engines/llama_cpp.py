@@ -21,6 +21,7 @@ from importlib.machinery import ModuleSpec
 from pathlib import Path
 from typing import Any
 
+from quantize.engines.llama_cpp_model import telling_line
 from quantize.errors import (
     BuildError,
     MissingExtraError,
@@ -30,7 +31,6 @@ from quantize.errors import (
     disk_full,
     first_line,
     is_disk_full,
-    says_out_of_memory,
 )
 from quantize.report import Reporter, progress
 from quantize.staging import removed_on_failure
@@ -372,7 +372,4 @@ def _library() -> tuple[Any, list[str]]:
 
 
 def _last_line(log: str) -> str:
-    lines = [line.strip() for line in log.splitlines() if line.strip()]
-    failed = [line for line in lines if "fail" in line.lower() or "error" in line.lower()]
-    short = [line for line in lines if says_out_of_memory(line)]  # the reason, not what came of it
-    return (short or failed or lines or ["no message"])[-1][:300]
+    return telling_line(log.splitlines()) or "no message"

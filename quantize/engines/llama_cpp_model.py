@@ -228,8 +228,13 @@ def log_text() -> str:
 
 
 def last_log_line() -> str:
-    """The last line of its log that speaks of memory that ran out, else of a failure, else the last at all."""
-    lines = [line.strip() for line in _log_lines if line.strip()]
+    """The line of its log that tells most; see telling_line."""
+    return telling_line(_log_lines) or "llama.cpp gave no message"
+
+
+def telling_line(log: Iterable[str]) -> str:
+    """The last line that speaks of memory that ran out, else of a failure, else the last; "" if there is none."""
+    lines = [line.strip() for line in log if line.strip()]
     failed = [line for line in lines if "fail" in line.lower() or "error" in line.lower()]
-    short = [line for line in lines if says_out_of_memory(line)]
-    return (short or failed or lines or ["llama.cpp gave no message"])[-1][:300]
+    short = [line for line in lines if says_out_of_memory(line)]  # the reason, not what came of it
+    return (short or failed or lines or [""])[-1][:300]
