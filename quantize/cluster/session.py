@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import re
+import socket
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,6 +19,7 @@ from typing import Any
 from quantize.errors import MissingExtraError, PlanError, UsageError, first_line
 
 LOCAL, AUTO = "local", "auto"
+REACH_SECONDS = 10.0
 ADDRESS = re.compile(r"(ray://)?[^\s/:]+:\d+")
 
 
@@ -61,6 +63,7 @@ def connected(address: str) -> Iterator[Any]:
     Raises MissingExtraError; UsageError where nothing answers.
     """
     ray = ray_module()
+    _reach(address)
     own = {"include_dashboard": False} if address == LOCAL else {}
     try:
         with warnings.catch_warnings():
@@ -70,12 +73,27 @@ def connected(address: str) -> Iterator[Any]:
                 namespace="quantize", **own,
             )  # fmt: skip
     except (ConnectionError, TimeoutError, ValueError, RuntimeError, OSError) as exc:
-        hint = "start one with `ray start --head`, or use --cluster local"
-        raise UsageError(f"no Ray cluster answers at {address!r}: {first_line(exc)}", hint=hint) from exc
+        raise _no_answer(address, exc) from exc
     try:
         yield ray
     finally:
         ray.shutdown()
+
+
+def _reach(address: str) -> None:
+    """Ray itself tries for minutes. Raises UsageError: nothing listens at HOST:PORT."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not host:
+        return
+    try:
+        socket.create_connection((host, int(port)), timeout=REACH_SECONDS).close()
+    except (OSError, OverflowError, UnicodeError) as exc:
+        raise _no_answer(address, exc) from exc
+
+
+def _no_answer(address: str, exc: Exception) -> UsageError:
+    hint = "start one with `ray start --head`, or use --cluster local"
+    return UsageError(f"no Ray cluster answers at {address!r}: {first_line(exc)}", hint=hint)
 
 
 def nodes(ray: Any) -> list[Node]:

@@ -100,7 +100,7 @@ class SpreadPass:
                 self._drive(writer, take)
         finally:
             if self._spread.trace is not None:
-                write_trace(self._spread.trace, self._spans)
+                write_trace(self._spread.trace, self._spans, self._reporter)
 
     def _start(self, saved: Sequence[SavedStates], first: int) -> int:
         """The block that the shares go on at: that of saved states, if they are of these shares and help."""

@@ -11,6 +11,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from quantize.errors import UsageError, first_line
+from quantize.report import Reporter, warn
+
 
 @dataclass(frozen=True)
 class Span:
@@ -30,8 +33,22 @@ class Span:
         return self.end - self.start
 
 
-def write_trace(path: Path, spans: Iterable[Span]) -> None:
-    """Write the spans, and names for the lines that a viewer draws. Raises OSError."""
+def check_trace(path: Path) -> None:
+    """Raise UsageError where a trace could not be written; before the work, not after it."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        there = path.exists()
+        path.open("ab").close()
+        if not there:
+            path.unlink()
+    except OSError as exc:
+        raise UsageError(
+            f"--trace {path}: {first_line(exc)}", hint="name a file in a folder that can be written"
+        ) from exc
+
+
+def write_trace(path: Path, spans: Iterable[Span], reporter: Reporter) -> None:
+    """Write the spans, and names for the lines that a viewer draws; a failure is a warning: a build is worth more."""
     ordered = sorted(spans, key=lambda span: span.start)
     nodes = {name: number for number, name in enumerate(dict.fromkeys(span.node for span in ordered))}
     workers = {name: number for number, name in enumerate(dict.fromkeys((s.node, s.worker) for s in ordered))}
@@ -46,8 +63,11 @@ def write_trace(path: Path, spans: Iterable[Span]) -> None:
         where = {"pid": nodes[span.node], "tid": workers[span.node, span.worker]}
         times = {"ts": round(1e6 * (span.start - zero)), "dur": round(1e6 * span.seconds)}
         events.append({"ph": "X", "name": span.name, "cat": span.kind, **where, **times, "args": asdict(span)})
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"traceEvents": events}, indent=0) + "\n", encoding="utf-8")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps({"traceEvents": events}, indent=0) + "\n", encoding="utf-8")
+    except OSError as exc:
+        warn(reporter, "cluster", f"no trace at {path}: {exc.strerror}")
 
 
 def read_trace(path: Path) -> list[Span]:

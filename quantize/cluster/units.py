@@ -18,7 +18,7 @@ from quantize.build import Outcome, RunOptions, build, drop_intermediates
 from quantize.cache import Cache
 from quantize.cluster.session import Node, able_nodes, cause_of, connected, working_nodes
 from quantize.cluster.spec import Spread
-from quantize.cluster.trace import Span, read_trace, write_trace
+from quantize.cluster.trace import Span, check_trace, read_trace, write_trace
 from quantize.errors import BuildError, QuantizeError, UsageError, first_line
 from quantize.plan import pin_calibration
 from quantize.recipe import Recipe
@@ -98,10 +98,14 @@ def build_on_cluster(
 ) -> list[tuple[Recipe, Outcome]]:
     """Build the variants of all recipes that are not up to date, on the nodes of a cluster; outcomes in recipes' order.
 
-    Raises UsageError: no cluster answers, a variant is not in its recipe. What one recipe can't, is in its outcomes.
+    A recipe that is given twice is built once; what one recipe can't, is in its outcomes. Raises UsageError: no cluster
+    answers, a variant is not in its recipe, the trace can't be written.
     """
+    if cluster.trace is not None:
+        check_trace(cluster.trace)
     store, cache = Store(store.root.absolute()), Cache(cache.root.absolute())
-    recipes = [pin_calibration(replace(item, path=item.path.absolute()), reporter) for item in recipes]
+    found = {item.path.absolute(): item for item in recipes}
+    recipes = [pin_calibration(replace(item, path=path), reporter) for path, item in found.items()]
     units = sorted(
         (unit for recipe in recipes for unit in _units(recipe, cache, reporter, run.only)), key=lambda unit: -unit.work
     )
@@ -109,12 +113,12 @@ def build_on_cluster(
         flight = _Flight(ray, units, store, cache, reporter, run, cluster)
         outcomes = flight.all()
     if not run.keep_intermediates:
-        worked = {name for (name, _), outcome in outcomes.items() if outcome.state != "up to date"}
+        worked = {path for (path, _), outcome in outcomes.items() if outcome.state != "up to date"}
         for recipe in recipes:
-            if recipe.name in worked:
+            if recipe.path in worked:
                 drop_intermediates(recipe, cache, reporter)
     names = [(recipe, variant.name) for recipe in recipes for variant in recipe.variants]
-    return [(recipe, outcomes[recipe.name, name]) for recipe, name in names if (recipe.name, name) in outcomes]
+    return [(recipe, outcomes[recipe.path, name]) for recipe, name in names if (recipe.path, name) in outcomes]
 
 
 def _units(recipe: Recipe, cache: Cache, reporter: Reporter, only: Sequence[str]) -> Iterator[Unit]:
@@ -153,11 +157,11 @@ class _Flight:
         self._mailbox = ray.remote(Mailbox).options(num_cpus=0).remote()
         self._running: dict[Any, Unit] = {}
         self._spans: list[Span] = []
-        self._outcomes: dict[tuple[str, str], Outcome] = {}
+        self._outcomes: dict[tuple[Path, str], Outcome] = {}
         self._began, self._work_done, self._said = time.monotonic(), 0.0, 0.0
 
-    def all(self) -> dict[tuple[str, str], Outcome]:
-        """Outcomes by (recipe's name, variant's)."""
+    def all(self) -> dict[tuple[Path, str], Outcome]:
+        """Outcomes by (recipe's path, variant's name)."""
         run_unit = self._ray.remote(run_unit_here)
         for number, unit in enumerate(self._units):
             options, limits = self._needs(unit, number)
@@ -207,12 +211,12 @@ class _Flight:
         self._spans.append(Span(f"node {done.node[:6]}", "build", "build", unit.name, done.started, done.ended))
         self._work_done += unit.work
         for outcome in done.outcomes:
-            self._outcomes[unit.recipe.name, outcome.variant] = outcome
+            self._outcomes[unit.recipe.path, outcome.variant] = outcome
         if not self._run.keep_going and any(item.error for item in done.outcomes):
             for reference, waiting in self._running.items():
                 self._ray.cancel(reference)
                 for name in waiting.variants:
-                    self._outcomes[waiting.recipe.name, name] = Outcome(name, "skipped")
+                    self._outcomes[waiting.recipe.path, name] = Outcome(name, "skipped")
             self._running.clear()
 
     def _relay(self) -> None:
@@ -240,7 +244,7 @@ class _Flight:
             if part.is_file():
                 spans += read_trace(part)
                 part.unlink()
-        write_trace(path, spans)
+        write_trace(path, spans, self._reporter)
 
 
 def _part_of(path: Path, number: int) -> Path:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -75,6 +76,17 @@ def test_a_cluster_that_does_not_answer(recipe: Path, run: Run, monkeypatch: pyt
     assert "ray start --head" in result.stderr
 
 
+@pytest.mark.parametrize("scheme", ["", "ray://"])
+def test_an_address_at_which_nothing_listens_is_said_at_once(scheme: str, recipe: Path, run: Run) -> None:
+    pytest.importorskip("ray")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"{scheme}127.0.0.1:{free.getsockname()[1]}"
+        result = run("build", recipe, "--cluster", address)
+    assert result.exit_code == 2
+    assert f"no Ray cluster answers at '{address}': [Errno 111] Connection refused" in result.stderr
+
+
 def test_recipes_are_built_side_by_side_with_the_digests_of_a_build_alone(
     nodes: Nodes, built: Built, tiny: Path, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -88,18 +100,33 @@ def test_recipes_are_built_side_by_side_with_the_digests_of_a_build_alone(
     broken = write_recipe(tmp_path / "broken.yaml", tmp_path / "other", impossible, calibration=calibration)
     trace = tmp_path / "trace.json"
     options = ("--no-eval", "--json", "--watch", "--trace", trace)
-    result = run("build", first, other, broken, "--cluster", "auto", *options)
+    result = run("build", first, other, broken, first, "--cluster", "auto", *options)  # one of them twice
     assert result.exit_code == 3, result.stderr
-    found = {item["recipe"]: item for item in json.loads(result.stdout)}
-    assert [item["state"] for item in found.values()] == ["built", "built", "failed"]
+    found = json.loads(result.stdout)
+    assert [item["recipe"] for item in found] == ["tiny", "other", "broken"]
+    assert [item["state"] for item in found] == ["built", "built", "failed"]
     (alone,) = [item.artifact for item in built.outcomes if item.variant == "q8_0"]
     assert alone is not None
-    assert found["tiny"]["digest"] == alone.manifest.digest
+    assert found[0]["digest"] == alone.manifest.digest
     builds = [span for span in read_trace(trace) if not span.name.startswith("broken")]
     assert len({span.node for span in builds}) == len(builds) == 2
     table = run("build", first, other, "--no-eval")
     assert "RECIPE" in table.stdout
     assert table.stdout.count("up to date") == 2
+
+
+def test_recipes_of_one_name_keep_their_own_outcomes(
+    nodes: Nodes, recipe: Path, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    nodes.ensure(1)
+    monkeypatch.setenv("RAY_ADDRESS", nodes.address)
+    (tmp_path / "same").mkdir()
+    model = make_checkpoint(tmp_path / "model", TinyModel(seed=2))
+    same = write_recipe(tmp_path / "same" / recipe.name, model, VARIANTS)
+    result = run("build", recipe, same, "--cluster", "auto", "--no-eval", "--json")
+    found = json.loads(result.stdout)
+    assert [item["recipe"] for item in found] == ["tiny", "tiny"]
+    assert found[0]["digest"] != found[1]["digest"]
 
 
 def node(cpus: int, gpus: int = 0) -> Node:

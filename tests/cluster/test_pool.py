@@ -15,9 +15,9 @@ from quantize.cluster.passwork import deal
 from quantize.cluster.pool import Machine, Pool, Worker
 from quantize.cluster.spec import Spread
 from quantize.cluster.spread import MOST_IN_FLIGHT, SpreadPass
-from quantize.cluster.trace import Span, overlap_seconds, read_trace, write_trace
-from quantize.errors import BuildError, PlanError
-from quantize.report import ListReporter
+from quantize.cluster.trace import Span, check_trace, overlap_seconds, read_trace, write_trace
+from quantize.errors import BuildError, PlanError, UsageError
+from quantize.report import ListReporter, SilentReporter
 from quantize.testing import TinyModel
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # transformers warns on import
@@ -96,5 +96,16 @@ def test_overlap_is_the_time_in_which_both_kinds_run(tmp_path: Path) -> None:
     forward, solve = [span("forward", 0, 2), span("forward", 1, 4)], [span("solve", 3, 6), span("solve", 3.5, 3.7)]
     assert overlap_seconds(forward, solve) == pytest.approx(1)
     assert overlap_seconds(forward[:1], solve) == 0
-    write_trace(tmp_path / "t.json", [*forward, *solve])
+    write_trace(tmp_path / "t.json", [*forward, *solve], SilentReporter())
     assert read_trace(tmp_path / "t.json") == sorted([*forward, *solve], key=lambda item: item.start)
+
+
+def test_a_trace_that_cannot_be_written_is_refused_before_the_work_and_costs_nothing_after_it(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    check_trace(tmp_path / "folder" / "trace.json")
+    assert not [*(tmp_path / "folder").iterdir()]
+    with pytest.raises(UsageError, match=r"--trace .*trace\.json: .*file'"):
+        check_trace(tmp_path / "file" / "trace.json")
+    reporter = ListReporter()
+    write_trace(tmp_path / "file" / "trace.json", [], reporter)
+    assert [event.kind for event in reporter.events] == ["warning"]
