@@ -2,15 +2,18 @@
 
 python -m tests.kill_pass RECIPE [--blocks] [--random 30] [--signal KILL] [--seed 0] [-- OPTIONS OF BUILD]: works in a
 folder of its own, prints a line for each stop and a summary, and exits 1 if a digest differs, more than one block's
-work was lost, or anything was left behind. One build is stopped again and again until it ends.
+work was lost, or anything was left behind. One build is stopped again and again until it ends; the next begins in a
+folder of its own, until there were N random stops.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -24,6 +27,9 @@ from quantize.staging import RESUME_NAME, STAGING, read_json
 from quantize.store import Store
 from tests.kill_build import environment_of, leftovers_of
 
+ENDS = (0, 3)  # a build that ends: with all variants, or with some that the gates refuse
+PART_OF_BUILD = 0.25  # of the seconds of an undisturbed build: the latest moment of a stop
+Moments = Iterator[tuple[str, Callable[[float], bool]]]
 GOES_ON = re.compile(r"goes on after block (\d+) of (\d+)")
 
 
@@ -78,40 +84,47 @@ class Builds:
         return {item.manifest.variant: item.manifest.digest for item in found}
 
 
-def at_blocks(builds: Builds) -> Iterator[tuple[str, Callable[[float], bool]]]:
+def at_blocks(builds: Builds) -> Moments:
     """Stop as soon as one more block is on record."""
     while True:
         before = builds.blocks_done()
         yield f"after block {before + 1}", lambda _seconds, before=before: builds.blocks_done() > before  # type: ignore[misc]
 
 
-def at_random(seed: int, count: int, longest: float) -> Iterator[tuple[str, Callable[[float], bool]]]:
-    """Stop some seconds after the start."""
+def at_random(seed: int, longest: float) -> Moments:
+    """Stop some seconds after the start; what is done adds up, so a build is stopped some ten times before it ends."""
     randomness = random.Random(seed)
-    for _ in range(count):
-        after = randomness.uniform(0.05, longest)
+    while True:
+        after = randomness.uniform(0.05, longest * PART_OF_BUILD)
         yield f"after {after:.2f} s", lambda seconds, after=after: seconds >= after  # type: ignore[misc]
 
 
-def stopped_again_and_again(
-    builds: Builds, moments: Iterator[tuple[str, Callable[[float], bool]]], stop: signal.Signals
-) -> list[Stop]:
-    """Stop one build at each of the moments, as long as it lasts; in the end it is left to finish."""
+def stopped_again_and_again(builds: Builds, moments: Moments, stop: signal.Signals, most: int | None) -> list[Stop]:
+    """Stop one build at the moments, as long as it lasts and at most so often; in the end it is left to finish."""
     stops: list[Stop] = []
-    for moment, until in moments:
+    for moment, until in itertools.islice(moments, most):
         code, said = builds.run(until, stop)
-        _went_on(stops, said, ended=code == 0)
-        if code == 0:
+        _went_on(stops, said, ended=code in ENDS)
+        if code in ENDS:
             return stops
         done = builds.blocks_done()
         if stops and stops[-1].goes_on is None and done == stops[-1].done:
             stops[-1] = replace(stops[-1], goes_on=done)  # stopped again before it said anything, and nothing is lost
         stops.append(Stop(moment, code, done, None))
     code, said = builds.run()
-    if code not in (0, 3):
+    if code not in ENDS:
         raise SystemExit(f"the build did not end well (exit {code}):\n{said[-2000:]}")
     _went_on(stops, said, ended=True)
     return stops
+
+
+def check(builds: Builds, stops: list[Stop], expected: dict[str, str]) -> bool:
+    """Print what came of one build that was stopped; whether all is well."""
+    same, left = builds.digests() == expected, leftovers_of(builds.work)
+    wrong = [item for item in stops if not item.ok]
+    said = f"digests equal: {same}, lost more than a block: {len(wrong)}, left: {left}"
+    print(f"{builds.work.name}: {len(stops)} stops, {said}", flush=True)
+    return same and not wrong and not left
 
 
 def _went_on(stops: list[Stop], said: str, *, ended: bool) -> None:
@@ -133,7 +146,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("options", nargs="*")
     asked = parser.parse_intermixed_args()
-    stop, bad = signal.Signals[f"SIG{asked.signal}"], []
+    stop, well = signal.Signals[f"SIG{asked.signal}"], True
     with tempfile.TemporaryDirectory(prefix="quantize-pass-") as folder:
         reference = Builds(asked.recipe, Path(folder) / "reference", asked.options)
         started = time.monotonic()
@@ -141,19 +154,17 @@ def main() -> int:
         longest, expected = time.monotonic() - started, reference.digests()
         if not expected:
             raise SystemExit(f"the recipe does not build undisturbed (exit {code}):\n{said[-2000:]}")
-        for name, wanted in (("blocks", asked.blocks), ("random", asked.random)):
-            if not wanted:
-                continue
-            builds = Builds(asked.recipe, Path(folder) / name, asked.options)
-            moments = at_blocks(builds) if name == "blocks" else at_random(asked.seed, asked.random, longest)
-            stops = stopped_again_and_again(builds, moments, stop)
-            same, left = builds.digests() == expected, leftovers_of(builds.work)
-            wrong = [item for item in stops if not item.ok]
-            print(
-                f"{name}: {len(stops)} stops, digests equal: {same}, lost more than a block: {len(wrong)}, left: {left}"
-            )
-            bad += [*wrong, *([] if same else ["digests"]), *left]
-    return 1 if bad else 0
+        if asked.blocks:
+            builds = Builds(asked.recipe, Path(folder) / "blocks", asked.options)
+            well &= check(builds, stopped_again_and_again(builds, at_blocks(builds), stop, None), expected)
+        moments, missing = at_random(asked.seed, longest), asked.random
+        while missing > 0:
+            builds = Builds(asked.recipe, Path(folder) / f"random-{asked.random - missing}", asked.options)
+            stops = stopped_again_and_again(builds, moments, stop, missing)
+            well &= check(builds, stops, expected)
+            missing -= len(stops)
+            shutil.rmtree(builds.work)
+    return 0 if well else 1
 
 
 if __name__ == "__main__":

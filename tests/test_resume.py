@@ -252,7 +252,7 @@ def test_a_build_that_is_stopped_goes_on_and_ends_with_the_same_digests(
     name: str, recipe_path: Path, tmp_path: Path, expected: Builds
 ) -> None:
     builds = Builds(recipe_path, tmp_path / "work", OPTIONS)
-    stops = stopped_again_and_again(builds, islice(at_blocks(builds), 1), signal.Signals[name])
+    stops = stopped_again_and_again(builds, at_blocks(builds), signal.Signals[name], most=1)
     codes = {"SIGKILL": {-9}, "SIGTERM": {143}, "SIGINT": {130}}[name]
     assert [(item.ok, item.exit_code in codes, item.done > 0) for item in stops] == [(True, True, True)]
     assert builds.digests() == expected.digests()
