@@ -18,6 +18,7 @@ from quantize.backends.base import Limits
 from quantize.backends.gguf import GgufBackend
 from quantize.checkpoint import open_checkpoint
 from quantize.engines import llama_cpp as engine
+from quantize.engines.packed_check import ROWS, agree
 from quantize.errors import VerifyError
 from quantize.report import ListReporter, SilentReporter
 from quantize.testing import write_json
@@ -235,3 +236,16 @@ def test_a_folder_without_weights(tmp_path: Path, tiny: Path) -> None:
     write_json(tmp_path / "manifest.json", {})
     with pytest.raises(VerifyError, match=r"no \.gguf file"):
         GgufBackend().verify(tmp_path, open_checkpoint(tiny), Limits(), SilentReporter())
+
+
+@pytest.mark.parametrize("place", [(0, 0), (ROWS, 7), (2 * ROWS, 31)])
+@pytest.mark.parametrize("damage", [3e-3, -3e-3, float("nan"), float("inf")])
+def test_two_readers_of_a_linear_agree_as_allclose_says(place: tuple[int, int], damage: float) -> None:
+    torch = pytest.importorskip("torch")
+    ours = torch.ones(2 * ROWS + 1, 32)
+    theirs = (ours * (1 + 1e-3)).T.contiguous().T
+    assert agree(theirs, ours)
+    assert not agree(theirs[1:], ours)
+    theirs[place] = 1 + damage
+    assert not agree(theirs, ours)
+    assert not torch.allclose(theirs, ours, rtol=2e-3, atol=1e-6)

@@ -15,6 +15,7 @@ from quantize.report import Reporter
 from quantize.resident import give_back_freed, give_back_mapped
 
 TOKENS = 16
+ROWS = 256  # of a linear that are compared at once
 GIVE_BACK_AFTER = 1 << 24  # weights compared: some 64 MB of each temporary that a comparison makes
 PROMPT = "The capital of France is"
 
@@ -84,8 +85,6 @@ def generate_twice(model: Any, folder: Path) -> list[int]:
 
 def _compare_weights(model: Any, folder: Path, method: str) -> int:
     """Each packed linear, dequantized by gptqmodel, against our own unpacking of the file's tensors."""
-    import torch
-
     from quantize.engines.unpack import open_packed
 
     compared = since = 0
@@ -95,7 +94,7 @@ def _compare_weights(model: Any, folder: Path, method: str) -> int:
         if theirs is None:
             continue
         ours = unpacked.dequantize(name)
-        if theirs.shape != ours.shape or not torch.allclose(theirs, ours, rtol=2e-3, atol=1e-6):
+        if not agree(theirs, ours):
             raise VerifyError(f"{folder.name}: {name} unpacks differently in gptqmodel", hint="a packing defect")
         compared += 1
         since += theirs.numel()
@@ -108,6 +107,14 @@ def _compare_weights(model: Any, folder: Path, method: str) -> int:
             f"{folder.name}: gptqmodel took {compared} linears as packed, the files have {len(unpacked.linears)}"
         )
     return compared
+
+
+def agree(theirs: Any, ours: Any) -> bool:
+    """Whether two float32 [out, in] are within 0.2 %, a few rows at a time: no temporaries of a linear's size."""
+    if theirs.shape != ours.shape:
+        return False
+    pairs = zip(theirs.split(ROWS), ours.split(ROWS), strict=True)
+    return all(bool(((left - right).abs_() <= right.abs().mul_(2e-3).add_(1e-6)).all()) for left, right in pairs)
 
 
 def _dequantized_by_gptqmodel(module: Any) -> Any:
