@@ -1,4 +1,4 @@
-"""`quantize rebuild` in a process whose surroundings are as different as can be from those of the tests."""
+"""Commands in a process whose surroundings are as different as can be from those of the tests."""
 
 from __future__ import annotations
 
@@ -17,28 +17,20 @@ ENVIRONMENT = {
 }  # fmt: skip
 
 
-def rebuild_elsewhere(folder: Path, work: Path, *options: str) -> dict[str, Any]:
-    """What `rebuild --json` says of an artifact, with one thread, another umask, locale, hash seed, home and folder.
-
-    work: an empty folder, for all that is written.
-    """
+def run_elsewhere(work: Path, *args: str) -> subprocess.CompletedProcess[bytes]:
+    """Run a command with another umask, locale, hash seed, home and folder. work: an empty one, for all it writes."""
     here = work / "sömewhere else"
     here.mkdir()
     places = {"HOME": str(here), "TMPDIR": str(here), "QUANTIZE_CACHE": str(here / "cache")}
-    command = [
-        sys.executable,
-        "-m",
-        "quantize",
-        "rebuild",
-        str(folder.absolute()),
-        "--threads",
-        "1",
-        "--json",
-        *options,
-    ]
-    result = subprocess.run(
-        command, capture_output=True, env={**os.environ, **ENVIRONMENT, **places}, cwd=here, umask=0o077, check=False
-    )
+    places |= {"QUANTIZE_STORE": str(here / "artifacts")}
+    environment = {**os.environ, **ENVIRONMENT, **places}
+    command = [sys.executable, "-m", "quantize", *args]
+    return subprocess.run(command, capture_output=True, env=environment, cwd=here, umask=0o077, check=False)
+
+
+def rebuild_elsewhere(folder: Path, work: Path, *options: str) -> dict[str, Any]:
+    """What `rebuild --json` says of an artifact, elsewhere and with one thread. work: an empty folder."""
+    result = run_elsewhere(work, "rebuild", str(folder.absolute()), "--threads", "1", "--json", *options)
     assert result.returncode in (0, 3), result.stdout.decode() + result.stderr.decode()
     data: dict[str, Any] = json.loads(result.stdout)
     return data

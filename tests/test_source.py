@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import sys
 from collections.abc import Callable
@@ -19,8 +20,9 @@ from quantize.errors import CheckpointError, MissingExtraError, StoreError
 from quantize.recipe import Recipe, load_recipe
 from quantize.report import ListReporter, SilentReporter
 from quantize.source import PinnedSource, card_metadata, open_source, pin_source
-from quantize.testing import TinyModel, make_checkpoint
+from quantize.testing import TinyModel, make_checkpoint, write_recipe
 from tests.conftest import Built
+from tests.elsewhere import run_elsewhere
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 VARIANTS = "variants: [{format: gguf, type: Q8_0}]\n"
@@ -170,6 +172,19 @@ def test_a_gguf_file_becomes_a_checkpoint_once(built: Built, tmp_path: Path, cac
     assert open_source(pinned, cache, events).folder == checkpoint.folder
     assert events.events == [], "the second time nothing is done"
     assert (pinned.name, pinned.quantized_before) == ("tiny", None)
+
+
+def test_a_gguf_file_in_another_locale(built: Built, tmp_path: Path) -> None:
+    """Rust's tokenizers takes no path that is not UTF-8; the command speaks it whatever the locale is."""
+    (artifact,) = [item for item in built.store.artifacts() if item.manifest.variant == "f16"]
+    (file,) = artifact.folder.glob("*.gguf")
+    (tmp_path / "tïny.gguf").write_bytes(file.read_bytes())
+    variants = [{"format": "gguf", "type": "Q8_0"}]
+    recipe = write_recipe(tmp_path / "räzept.yaml", tmp_path / "tïny.gguf", variants, name="tiny")
+    result = run_elsewhere(tmp_path, "build", str(recipe), "--no-eval", "--json")
+    assert result.returncode == 0, result.stderr.decode()
+    (built_there,) = json.loads(result.stdout)
+    assert built_there["state"] == "built"
 
 
 def test_a_gguf_file_that_is_none(tmp_path: Path, cache: Cache) -> None:
