@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from quantize.cache import hash_file
+from quantize.locks import file_lock
 from quantize.manifest import EVALUATION_NAME, FILE_NAME, MEASUREMENTS_NAME, PAPERS, FileEntry, Manifest, read_manifest
 from quantize.staging import (
     SCRATCH,
@@ -80,14 +81,14 @@ def settle(store: Path, artifact: Artifact) -> None:
 
     Does nothing where there is nothing to do, where a running build holds the variant, or where the store is read-only.
     """
-    from filelock import FileLock, Timeout
+    from filelock import Timeout
 
     name, variant = artifact.manifest.name, artifact.manifest.variant
     path, link = lock_path(store, name, variant), artifact.folder.parent / CURRENT
     current = link.is_symlink() and os.readlink(link) == artifact.folder.name
     if current and not path.exists() and not leftovers(store, name, variant):
         return
-    lock = FileLock(path)
+    lock = file_lock(path)
     try:
         make_folder(path.parent)
         lock.acquire(timeout=0)

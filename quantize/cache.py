@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from quantize.errors import StoreError, disk_full, first_line, is_disk_full
+from quantize.locks import NO_LOCKS, NO_LOCKS_HINT, file_lock
 
 CHUNK_BYTES = 4 << 20
 
@@ -81,14 +82,12 @@ class Cache:
         Two processes that ask at once: the second waits and gets what the first made. Raises StoreError, DiskFullError,
         and what `build` raises of ours.
         """
-        from filelock import FileLock
-
         final = self.entry(kind, key)
         if final.is_dir():
             return final
         with self._errors():
             final.parent.mkdir(parents=True, exist_ok=True)
-            with FileLock(final.parent / f".{key}.lock"):
+            with file_lock(final.parent / f".{key}.lock"):
                 if final.is_dir():
                     return final
                 _remove_leftovers(final)
@@ -110,7 +109,8 @@ class Cache:
             if is_disk_full(exc):
                 raise disk_full(exc, self.root) from exc
             what = exc.strerror or first_line(exc)
-            hint = "set QUANTIZE_CACHE to a folder that can be written"
+            hint = NO_LOCKS_HINT if exc.errno in NO_LOCKS else "it must be a folder that can be written"
+            hint = f"{hint}; QUANTIZE_CACHE says where it is"
             raise StoreError(f"cache {self.root}: {what} ({exc.filename or 'no file'})", hint=hint) from exc
 
     @contextmanager
@@ -138,12 +138,13 @@ class Cache:
         with self._errors():
             file = (self.root / kind / f".{key}.use").open("ab")
         with file:
-            try:
-                fcntl.flock(file, how)
-            except OSError:
-                yield False
-                return
-            yield True
+            with self._errors():
+                try:
+                    fcntl.flock(file, how)
+                    held = True
+                except (BlockingIOError, PermissionError):
+                    held = False
+            yield held
 
     def remove(self, kind: str, key: str) -> None:
         """Drop an entry."""

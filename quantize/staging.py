@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from quantize.errors import QuantizeError, StoreError, disk_full, is_disk_full
+from quantize.locks import NO_LOCKS, NO_LOCKS_HINT, file_lock
 
 STAGING = ".staging"
 LOCKS = ".locks"
@@ -43,6 +44,7 @@ def store_errors(store: Path) -> Iterator[None]:
         hints = {
             errno.EROFS: "the store is on a read-only file system: choose another with --store",
             errno.EACCES: "check its permissions, or choose another with --store",
+            **dict.fromkeys(NO_LOCKS, NO_LOCKS_HINT),
             errno.ENAMETOOLONG: "use a shorter recipe or variant name, or a store nearer to the root",
         }
         message = f"store {store}: {exc.strerror or exc} ({exc.filename or 'no file'})"
@@ -56,10 +58,8 @@ def variant_lock(store: Path, name: str, variant: str) -> Iterator[None]:
     The lock's file is gone afterwards. It is removed before the lock is released, and filelock takes no lock on a
     file that was removed meanwhile, so those who wait for it go on to the next file of that name.
     """
-    from filelock import FileLock
-
     path = lock_path(store, name, variant)
-    lock = FileLock(path, poll_interval=LOCK_POLL_SECONDS)
+    lock = file_lock(path, poll_seconds=LOCK_POLL_SECONDS)
     with store_errors(store):
         while not lock.is_locked:
             make_folder(path.parent)
@@ -67,9 +67,6 @@ def variant_lock(store: Path, name: str, variant: str) -> Iterator[None]:
                 lock.acquire()
             except (FileNotFoundError, FileExistsError):
                 continue  # another build has just removed, or made, the empty folder
-            except NotImplementedError as exc:
-                hint = "put the store on a local disk, or one whose file system has locks"
-                raise StoreError(f"store {store}: this file system has no locks", hint=hint) from exc
     try:
         yield
     finally:
@@ -142,7 +139,7 @@ def pass_workplace(store: Path, name: str) -> Iterator[Path]:
 
 def clear_pass(store: Path, name: str) -> None:
     """Remove the folder of a recipe's calibration pass, unless a build runs or can go on from where it stopped."""
-    from filelock import FileLock, Timeout
+    from filelock import Timeout
 
     folder = store / STAGING / f"{name}--{PASS}{WORK}"
     waiting = {staged_variant(path.parent.name) for path in (store / STAGING).glob(f"{name}--*/{RESUME_NAME}")}
@@ -151,7 +148,7 @@ def clear_pass(store: Path, name: str) -> None:
     path = lock_path(store, name, PASS)
     try:
         make_folder(path.parent)
-        with FileLock(path, timeout=0):
+        with file_lock(path, timeout=0):
             shutil.rmtree(folder, ignore_errors=True)
             path.unlink(missing_ok=True)
     except (Timeout, OSError):

@@ -22,6 +22,7 @@ from quantize.artifact import (
     open_artifact,
 )
 from quantize.errors import RecipeError, UsageError, VerifyError
+from quantize.locks import file_lock
 from quantize.manifest import FILE_NAME
 from quantize.marked_yaml import read_document
 from quantize.staging import LOCKS, STAGING, staged_variant, store_errors, variant_lock
@@ -180,15 +181,15 @@ class Store:
         return sorted(item for item in root.iterdir() if not self._is_held(item.name)) if root.is_dir() else []
 
     def _is_held(self, staging_name: str) -> bool:
-        from filelock import FileLock, Timeout
+        from filelock import Timeout
 
         path = self.root / LOCKS / f"{staged_variant(staging_name)}.lock"
         if not path.exists():
             return False
-        lock = FileLock(path)
+        lock = file_lock(path)
         try:
             lock.acquire(timeout=0)
-        except Timeout:
+        except (Timeout, OSError):  # also where a store is read-only: nothing could be removed
             return True
         lock.release()
         return False

@@ -19,6 +19,8 @@ from pydantic import BaseModel, ConfigDict, StringConstraints, ValidationError
 from quantize.artifact import Artifact, write_text
 from quantize.cache import default_cache_root
 from quantize.errors import RecipeError, UsageError, first_line
+from quantize.locks import file_lock
+from quantize.manifest import Manifest
 from quantize.marked_yaml import MAX_BYTES, parse_document
 from quantize.recipe import SlugText
 from quantize.report import Reporter
@@ -79,20 +81,22 @@ def read_pins(path: Path) -> list[Pin]:
 
 def pin(path: Path, artifact: Artifact, reference: str) -> None:
     """Write an artifact, and one more place where it is, into a file of pins. Raises UsageError."""
-    manifest = artifact.manifest
-    with _alone(path):
-        pins = {item.key: item for item in (read_pins(path) if path.exists() else [])}
-        key = f"{manifest.name}/{manifest.variant}"
-        before = pins[key].published if key in pins and pins[key].means(manifest.digest) else ()
-        kept = tuple(item for item in before if _place(item) != _place(reference))
-        new = Pin(name=manifest.name, variant=manifest.variant, digest=manifest.digest, published=(*kept, reference))
-        pins[key] = new
-        entries = [{**pins[name].model_dump(), "published": list(pins[name].published)} for name in sorted(pins)]
-        text = HEADER + yaml.safe_dump({"artifacts": entries}, sort_keys=False, allow_unicode=True, width=1000)
-        try:
-            write_text(path, text)
-        except OSError as exc:
-            raise UsageError(f"{path}: {exc.strerror}", hint=f"published all the same: {reference}") from exc
+    try:
+        with _alone(path):
+            _pin_alone(path, artifact.manifest, reference)
+    except OSError as exc:
+        raise UsageError(f"{path}: {first_line(exc)}", hint=f"published all the same: {reference}") from exc
+
+
+def _pin_alone(path: Path, manifest: Manifest, reference: str) -> None:
+    pins = {item.key: item for item in (read_pins(path) if path.exists() else [])}
+    key = f"{manifest.name}/{manifest.variant}"
+    before = pins[key].published if key in pins and pins[key].means(manifest.digest) else ()
+    kept = tuple(item for item in before if _place(item) != _place(reference))
+    pins[key] = Pin(name=manifest.name, variant=manifest.variant, digest=manifest.digest, published=(*kept, reference))
+    entries = [{**pins[name].model_dump(), "published": list(pins[name].published)} for name in sorted(pins)]
+    text = HEADER + yaml.safe_dump({"artifacts": entries}, sort_keys=False, allow_unicode=True, width=1000)
+    write_text(path, text)
 
 
 def chosen(pins: list[Pin], names: tuple[str, ...], path: Path) -> list[Pin]:
@@ -132,10 +136,8 @@ def _place(reference: str) -> str:
 @contextmanager
 def _alone(path: Path) -> Iterator[None]:
     """One writer at a time on this machine; the lock is no file beside what is committed."""
-    from filelock import FileLock
-
     name = hashlib.sha256(os.fsencode(path.absolute())).hexdigest()[:16]
     folder = default_cache_root() / "locks"
     folder.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder / f"{name}.lock"):
+    with file_lock(folder / f"{name}.lock"):
         yield
