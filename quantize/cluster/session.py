@@ -93,6 +93,8 @@ def _reach(address: str) -> None:
 
 def _no_answer(address: str, exc: Exception) -> UsageError:
     hint = "start one with `ray start --head`, or use --cluster local"
+    if os.environ.get("RAY_AUTH_MODE") != "token":
+        hint += "; one that asks for a token, as Ray's do by default, is reached with RAY_AUTH_MODE=token"
     return UsageError(f"no Ray cluster answers at {address!r}: {first_line(exc)}", hint=hint)
 
 

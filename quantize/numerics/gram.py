@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-# Columns of one panel of the upper triangle: narrow ones skip more of the lower half, wide ones multiply faster. Measured
-# with MKL; it changes no bit.
+# Columns of one panel of the upper triangle: narrow ones skip more of the lower half, wide ones multiply faster.
+# Measured with MKL; it changes no bit.
 CPU_PANEL, CPU_PANEL_WIDE, CPU_WIDE = 96, 256, 2048
 CUDA_PANEL = 2048
 
