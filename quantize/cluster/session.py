@@ -63,7 +63,7 @@ def connected(address: str) -> Iterator[Any]:
     Raises MissingExtraError; UsageError where nothing answers.
     """
     ray = ray_module()
-    _reach(address)
+    _reach(os.environ.get("RAY_ADDRESS", "") if address == AUTO else address)
     own = {"include_dashboard": False} if address == LOCAL else {}
     try:
         with warnings.catch_warnings():
@@ -82,9 +82,9 @@ def connected(address: str) -> Iterator[Any]:
 
 def _reach(address: str) -> None:
     """Ray itself tries for minutes. Raises UsageError: nothing listens at HOST:PORT."""
-    host, _, port = address.removeprefix("ray://").rpartition(":")
-    if not host:
+    if not ADDRESS.fullmatch(address):
         return
+    host, _, port = address.removeprefix("ray://").rpartition(":")
     try:
         socket.create_connection((host, int(port)), timeout=REACH_SECONDS).close()
     except (OSError, OverflowError, UnicodeError) as exc:

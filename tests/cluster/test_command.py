@@ -76,13 +76,16 @@ def test_a_cluster_that_does_not_answer(recipe: Path, run: Run, monkeypatch: pyt
     assert "ray start --head" in result.stderr
 
 
-@pytest.mark.parametrize("scheme", ["", "ray://"])
-def test_an_address_at_which_nothing_listens_is_said_at_once(scheme: str, recipe: Path, run: Run) -> None:
+@pytest.mark.parametrize("scheme", ["", "ray://", "auto"])
+def test_an_address_at_which_nothing_listens_is_said_at_once(
+    scheme: str, recipe: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
     pytest.importorskip("ray")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        address = f"{scheme}127.0.0.1:{free.getsockname()[1]}"
-        result = run("build", recipe, "--cluster", address)
+        address = f"{scheme.removeprefix('auto')}127.0.0.1:{free.getsockname()[1]}"
+        monkeypatch.setenv("RAY_ADDRESS", address)
+        result = run("build", recipe, "--cluster", "auto" if scheme == "auto" else address)
     assert result.exit_code == 2
     assert f"no Ray cluster answers at '{address}': [Errno 111] Connection refused" in result.stderr
 
