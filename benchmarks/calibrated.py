@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -129,6 +130,7 @@ def main() -> None:
             if not checkpoint.is_dir():
                 models.dithered(plain, checkpoint)
             work = root / f"work-{name}"
+            shutil.rmtree(work, ignore_errors=True)
             work.mkdir()
             measure = compare_gptq if args.gptq_only else compare
             print(json.dumps({"checkpoint": name, **measure(checkpoint, work)}, indent=2), flush=True)

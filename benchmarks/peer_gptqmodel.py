@@ -24,7 +24,7 @@ def run(checkpoint: Path, method: str, out: Path, samples: int, length: int, gro
     """Quantize and save; seconds of loading, quantizing and saving, and the peak of resident memory."""
     from gptqmodel import BACKEND, GPTQModel, QuantizeConfig
     from gptqmodel.quantization import FORMAT, METHOD
-    from transformers import AutoTokenizer
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoTokenizer
 
     from quantize.calibration import python_docs
 
@@ -37,6 +37,7 @@ def run(checkpoint: Path, method: str, out: Path, samples: int, length: int, gro
     else:
         config = QuantizeConfig(quant_method=METHOD.AWQ, format=FORMAT.GEMM, **settings)
         extra = {"backend": BACKEND.AWQ_TORCH}  # the other AWQ kernels need CUDA
+    MODEL_FOR_CAUSAL_LM_MAPPING[type(AutoConfig.from_pretrained(checkpoint))]  # imports its code, as our side does
     started = time.perf_counter()
     model = GPTQModel.load(str(checkpoint), config)
     model.quantize(data, batch_size=4, **extra)

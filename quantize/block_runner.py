@@ -18,8 +18,10 @@ import torch
 from torch import Tensor, nn
 
 from quantize.architecture import BlockLayout, Experts, architecture_of
+from quantize.attention import register
 from quantize.errors import CheckpointError
 from quantize.numerics.gram import Gram, GramAccumulator
+from quantize.parallel import on_threads
 
 STARVED_TOKENS = 256  # an expert that saw fewer is calibrated on all experts' tokens instead
 _KEPT_TOKENS = 2048  # how many of those are kept for it
@@ -105,7 +107,7 @@ class BlockRunner:
 
     @contextmanager
     def recording(self, layout: BlockLayout, *, output_needed: bool) -> Iterator[BlockRecorder]:
-        """While open, run_recorded() of the yielded recorder also accumulates the inputs of every linear."""
+        """While open, run() of the yielded recorder also accumulates the inputs of every linear."""
         layer = self._base.layers[layout.index]
         recorder = BlockRecorder(self, layout, output_needed)
         handles = recorder.attach(layer)
@@ -119,7 +121,7 @@ class BlockRunner:
         """The Gram matrix of each input key from the sums of all shares; a block with experts must be loaded."""
         sums, experts = total.sums, layout.experts
         if experts is None:
-            return {key: sums.pop(key).finish() for key in list(sums)}
+            return self._finish(sums)
         shared = sums.pop(experts.input).finish()
         grams = {experts.input: shared}
         routed = self._base.layers[layout.index].get_submodule(experts.module)
@@ -136,8 +138,13 @@ class BlockRunner:
             output = GramAccumulator(routed.width, self.device)
             output.add(routed.inner(expert, kept))
             grams[keys[1]] = output.finish(note)
-        grams.update({key: sums.pop(key).finish() for key in list(sums)})
-        return grams
+        return grams | self._finish(sums)
+
+    def _finish(self, sums: dict[str, GramAccumulator]) -> dict[str, Gram]:
+        """The Gram matrices of all that is left of the sums."""
+        keys = list(sums)
+        threads = torch.get_num_threads() if self.device.type == "cpu" else 1
+        return dict(zip(keys, on_threads([sums.pop(key).finish for key in keys], threads), strict=True))
 
     def _intercept(self, ids: Tensor) -> tuple[Tensor, list[dict[str, Any]]]:
         found: list[Tensor] = []
@@ -326,8 +333,9 @@ def _meta_model(folder: Path, attention: str) -> Any:
 
     try:
         config = AutoConfig.from_pretrained(folder)
+        kernel = register() if attention == "sdpa" else attention
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, attn_implementation=attention, dtype=torch.float32)
+            model = AutoModelForCausalLM.from_config(config, attn_implementation=kernel, dtype=torch.float32)
     except (OSError, ValueError, KeyError, TypeError) as exc:
         raise CheckpointError(f"{folder}: transformers can't build this model: {exc}") from exc
     return model.eval()

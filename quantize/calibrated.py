@@ -87,7 +87,7 @@ def _pass(
 
     context = variants[0][1]
     torch.set_num_threads(context.limits.threads)
-    _import_transformers()
+    _import_transformers(context.checkpoint.folder)
     status(reporter, "", "reading the calibration text")
     started = time.perf_counter()
     found = load_calibration_set(spec, base, context.checkpoint.folder)
@@ -225,10 +225,14 @@ def _commit(
         raise Stopped(f"stopped after block {index + 1} of {total}", hint="run the same build again to go on there")
 
 
-def _import_transformers() -> None:
-    """Spend the seconds of its imports before the text's are counted; where it is missing, its users say so."""
-    with contextlib.suppress(ImportError):
-        from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer  # noqa: F401 (lazy: naming loads)
+def _import_transformers(folder: Path) -> None:
+    """Spend the seconds of its imports, the model's own code among them, before the text's are counted; where something
+    is missing, its users say so.
+    """
+    with contextlib.suppress(ImportError, OSError, ValueError, KeyError, TypeError):
+        from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoTokenizer  # noqa: F401 (naming loads)
+
+        MODEL_FOR_CAUSAL_LM_MAPPING[type(AutoConfig.from_pretrained(folder))]
 
 
 def _states_budget(parts: list[_Part]) -> int | None:

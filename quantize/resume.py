@@ -47,6 +47,7 @@ class PassJournal:
         self._folder, self._identity = folder, identity
         self._saver = ThreadPoolExecutor(1)
         self._saving: Future[SavedStates] | None = None
+        self._removing: Future[None] | None = None
         found = read_json(folder / RESUME_NAME)
         changed = differences(found.get("pass", {}), identity) if found else ()
         if changed:
@@ -71,16 +72,17 @@ class PassJournal:
     def commit(self, blocks: int, parts: Mapping[Path, Resumable]) -> None:
         """Record that `blocks` blocks are done, for each part (scratch folder -> part) and for the hidden states.
 
-        Raises BuildError, DiskFullError.
+        States that are of no more use are removed beside what the pass does next. Raises BuildError, DiskFullError.
         """
         from quantize.hidden_states import remove_before
 
+        self._removed()
         for scratch, part in parts.items():
             self._write(scratch, {"pass": self._identity, "blocks": blocks, "state": part.state()})
         if self._saving is not None:
             saved, self._saving = self._saving.result(), None
             self._write(self._folder, {"pass": self._identity, "states": asdict(saved)})
-            remove_before(self._folder, saved.block)
+            self._removing = self._saver.submit(remove_before, self._folder, saved.block)
 
     def commit_shares(self, shares: Sequence[SavedStates]) -> None:
         """Record the hidden states of a spread pass, one file a share, after `commit` of the block that made them."""
@@ -91,7 +93,15 @@ class PassJournal:
         from quantize.hidden_states import remove_before
 
         self._saver.shutdown()
+        self._removed()
         remove_before(self._folder, sys.maxsize)
+
+    def _removed(self) -> None:
+        """Wait for the last removal. Raises BuildError if it failed."""
+        if self._removing is not None:
+            with disk_errors(self._folder):
+                self._removing.result()
+            self._removing = None
 
     def _write(self, folder: Path, data: Mapping[str, Any]) -> None:
         with disk_errors(folder):

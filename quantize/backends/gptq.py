@@ -15,7 +15,7 @@ from quantize.backends import packed
 from quantize.backends.base import Context
 from quantize.checkpoint import Checkpoint
 from quantize.memory import BlockMemory
-from quantize.parallel import in_stages
+from quantize.parallel import in_stages, on_threads
 from quantize.recipe import BackendOptions
 from quantize.report import Reporter, warn
 
@@ -111,21 +111,26 @@ def solve_block(block: Block, options: GptqOptions, variant: str, reporter: Repo
         factors[key] = factorize(block.grams[key].matrix, options.group_size, damping=options.damping)
         return row_tasks(weights[key], factors[key], bits=options.bits, symmetric=options.symmetric)
 
-    solved = in_stages([partial(begin, key) for key in inputs], threads)
-    solutions = {key: collect(weights[key], rows) for key, rows in zip(inputs, solved, strict=True)}
-    tensors: dict[str, torch.Tensor] = {}
-    layers: dict[str, Any] = {}
-    for key, linears in block.layout.inputs.items():
-        damping = factors[key].damping
-        if damping > options.damping:
-            warn(reporter, variant, f"{linears[0].tensor}: damping raised to {damping:g} to make it solvable")
-        for linear, solution in zip(linears, solutions[key], strict=True):
+    def finish(key: str, rows: Sequence[SolvedRows]) -> packed.Solved:
+        tensors: dict[str, torch.Tensor] = {}
+        layers: dict[str, Any] = {}
+        solutions = collect(weights[key], rows)
+        for linear, solution in zip(block.layout.inputs[key], solutions, strict=True):
             words = pack_gptq(solution.quantized)
             prefix = linear.tensor.removesuffix("weight")
             tensors |= {f"{prefix}{field}": getattr(words, field) for field in ("qweight", "qzeros", "scales", "g_idx")}
             layers[prefix.removesuffix(".")] = {
                 "loss": block.share(solution.loss, linear),
                 "nearest_loss": block.share(solution.nearest_loss, linear),
-                "damping": damping,
+                "damping": factors[key].damping,
             }
-    return tensors, layers
+        return tensors, layers
+
+    solved = in_stages([partial(begin, key) for key in inputs], threads)
+    finished = on_threads([partial(finish, key, rows) for key, rows in zip(inputs, solved, strict=True)], threads)
+    for key, linears in block.layout.inputs.items():
+        damping = factors[key].damping
+        if damping > options.damping:
+            warn(reporter, variant, f"{linears[0].tensor}: damping raised to {damping:g} to make it solvable")
+    tensors = {name: tensor for found, _ in finished for name, tensor in found.items()}
+    return tensors, {name: layer for _, found in finished for name, layer in found.items()}

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from quantize.parallel import without_gil
+
 # Columns of one panel of the upper triangle: narrow ones skip more of the lower half, wide ones multiply faster.
 # Measured with MKL; it changes no bit.
 CPU_PANEL, CPU_PANEL_WIDE, CPU_WIDE = 96, 256, 2048
@@ -58,9 +60,7 @@ class GramAccumulator:
         rows = x.reshape(-1, width).float()
         if rows.shape[0] == 0:
             return
-        for start in range(0, width, self._panel):
-            stop = min(start + self._panel, width)
-            self._matrix[start:stop, start:].addmm_(rows[:, start:stop].T, rows[:, start:])
+        without_gil(_add_panels)(self._matrix, rows, self._panel)
         self._tokens += rows.shape[0]
 
     @classmethod
@@ -95,3 +95,11 @@ class GramAccumulator:
             square.copy_(torch.triu(square) + torch.triu(square, 1).T)
             matrix[stop:, start:stop] = matrix[start:stop, stop:].T
         return Gram(matrix, self._tokens, note)
+
+
+def _add_panels(matrix: Tensor, rows: Tensor, panel: int) -> None:
+    """Add rowsᵀ rows to the panels of the upper triangle."""
+    width = matrix.shape[0]
+    for start in range(0, width, panel):
+        stop = min(start + panel, width)
+        matrix[start:stop, start:].addmm_(rows[:, start:stop].t(), rows[:, start:])
