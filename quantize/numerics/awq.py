@@ -22,7 +22,7 @@ BITS = 4
 RATIOS = tuple(step / 10 for step in range(10))
 WEIGHT_RATIOS = (0.15, 0.3, 0.45, 0.6)
 REFINEMENT = (-0.1, -0.05, 0.05, 0.1)  # steps of the ratio around the best so far
-SEARCH_ROWS = 256  # output rows that the ratio search looks at, for each Gram matrix
+SEARCH_ROWS = 1024  # output rows that the ratio search looks at, for each Gram matrix
 
 
 @dataclass(frozen=True)
