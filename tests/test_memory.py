@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from quantize import activations, block_runner, memory
+from quantize.backends import awq as awq_backend
 from quantize.backends import backends, formats, packed
 from quantize.backends.base import Context, Limits
 from quantize.cache import Cache
@@ -15,7 +16,7 @@ from quantize.calibrated import _Part, _states_budget
 from quantize.checkpoint import open_checkpoint
 from quantize.errors import PlanError
 from quantize.memory import BASE_BYTES, BlockMemory, largest_block, least_bytes, memory_short, pass_bytes
-from quantize.numerics import gptq
+from quantize.numerics import awq, gptq
 from quantize.recipe import load_recipe
 from quantize.report import SilentReporter
 from quantize.source import pin_source
@@ -33,6 +34,7 @@ def recipe_path(tiny: Path, tmp_path: Path) -> Path:
 
 def test_what_is_known_without_torch_is_what_torch_is_given() -> None:
     assert packed.SOLVED_ROWS == gptq.ROWS
+    assert awq_backend.SEARCHED_ROWS == awq.SEARCH_ROWS
     assert (memory.BATCH_TOKENS, memory.BATCHES) == (activations.TOKENS_PER_BATCH, block_runner.SHARES)
 
 

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
     from quantize.activations import Block
 
+SEARCHED_ROWS, SAMPLE_COPIES = 1024, 6  # numerics.awq.SEARCH_ROWS, known without loading torch; copies of a sample
 SAMPLES_BYTES = 60 << 20
 
 
@@ -64,8 +65,9 @@ class AwqBackend(packed.PackedBackend):
 
     def solver_bytes(self, block: BlockMemory, options: AwqOptions, threads: int) -> int:
         """The folded block in 16 bit, a few copies of a linear on each thread, and samples for the search."""
+        samples = SAMPLE_COPIES * threads * 4 * SEARCHED_ROWS * block.width + SAMPLES_BYTES
         rounding = packed.feedback_bytes(block, threads) if options.rounding == "gptq" else 0
-        return block.weights // 2 + max(4 * threads * block.largest + SAMPLES_BYTES, rounding)
+        return block.weights // 2 + max(4 * threads * block.largest + samples, rounding)
 
     def layout(self, checkpoint: Checkpoint, options: AwqOptions) -> packed.Layout:
         """The gemm layout: words along the output axis."""
