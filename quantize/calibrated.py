@@ -7,7 +7,6 @@ error if it failed, measurements. The pass runs in a worker process; backends se
 from __future__ import annotations
 
 import contextlib
-import gc
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -89,7 +88,6 @@ def _pass(
     context = variants[0][1]
     torch.set_num_threads(context.limits.threads)
     _import_transformers(context.checkpoint.folder)
-    gc.freeze()  # what is imported stays: a collection that looks at all of it takes 0.2 s
     status(reporter, "", "reading the calibration text")
     started = time.perf_counter()
     found = load_calibration_set(spec, base, context.checkpoint.folder)
