@@ -30,7 +30,7 @@ LAYERS: list[set[str]] = [
     {"estimate", "hardware", "recipe", "checkpoint", "staging", "cluster.spec", "cluster.schedule", "cluster.trace"},
     {"engines", "containers.shards"},
     {"fit", "source", "artifact", "memory"},
-    {"block_runner", "hidden_states", "activations", "calibration", "resume"},
+    {"attention", "block_runner", "hidden_states", "activations", "calibration", "resume"},
     {"store", "verify", "diff"},
     {"backends", "evaluate"},
     {"card", "provenance.licence"},
