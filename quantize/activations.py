@@ -31,7 +31,7 @@ from quantize.hidden_states import (
 )
 from quantize.numerics.gptq import estimated_loss
 from quantize.numerics.gram import Gram
-from quantize.parallel import in_turn, on_threads, split_threads
+from quantize.parallel import in_turn, on_threads, split_threads, threads_on
 from quantize.report import Reporter, SilentReporter, progress, warn
 from quantize.resident import give_back_freed
 
@@ -232,8 +232,8 @@ def read_block(checkpoint: TensorSource, layout: BlockLayout, device: str) -> di
     missing = [linear.tensor for linear in layout.linears if linear.tensor not in checkpoint.tensors]
     if missing:
         raise CheckpointError(f"the checkpoint lacks {missing[0]}", hint="its config.json may belong to another model")
-    threads = torch.get_num_threads() if torch.device(device).type == "cpu" else 1
-    read = on_threads([partial(_read_float32, checkpoint, name, device) for name in names], threads)
+    tasks = [partial(_read_float32, checkpoint, name, device) for name in names]
+    read = on_threads(tasks, threads_on(torch.device(device)))
     return dict(zip(names, read, strict=True))
 
 

@@ -35,12 +35,12 @@ def attend(
     """Attention [batch, length, heads, head_dim] of queries [batch, heads, length, head_dim]; keys and values may have
     fewer heads. What is masked otherwise than by causality, long, or on a GPU goes to transformers' "sdpa".
     """
-    from transformers.integrations.sdpa_attention import sdpa_attention_forward
-
     causal = attention_mask is None and options.get("is_causal") is None and getattr(module, "is_causal", True)
     plain = causal and options.get("position_bias") is None and not options.get("dropout")
     length = query.shape[2]
     if not plain or query.device.type != "cpu" or not PIECE < length <= LONGEST or key.shape[2] != length:
+        from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
         found: tuple[Tensor, None] = sdpa_attention_forward(module, query, key, value, attention_mask, **options)
         return found
     grouped = key.shape[1] != query.shape[1]

@@ -21,7 +21,7 @@ from quantize.architecture import BlockLayout, Experts, architecture_of
 from quantize.attention import register
 from quantize.errors import CheckpointError
 from quantize.numerics.gram import Gram, GramAccumulator
-from quantize.parallel import on_threads
+from quantize.parallel import on_threads, threads_on
 
 STARVED_TOKENS = 256  # an expert that saw fewer is calibrated on all experts' tokens instead
 _KEPT_TOKENS = 2048  # how many of those are kept for it
@@ -143,8 +143,8 @@ class BlockRunner:
     def _finish(self, sums: dict[str, GramAccumulator]) -> dict[str, Gram]:
         """The Gram matrices of all that is left of the sums."""
         keys = list(sums)
-        threads = torch.get_num_threads() if self.device.type == "cpu" else 1
-        return dict(zip(keys, on_threads([sums.pop(key).finish for key in keys], threads), strict=True))
+        grams = on_threads([sums.pop(key).finish for key in keys], threads_on(self.device))
+        return dict(zip(keys, grams, strict=True))
 
     def _intercept(self, ids: Tensor) -> tuple[Tensor, list[dict[str, Any]]]:
         found: list[Tensor] = []

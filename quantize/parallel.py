@@ -12,10 +12,20 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from functools import cache
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
+
+if TYPE_CHECKING:
+    import torch
 
 Result = TypeVar("Result")
 Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def threads_on(device: torch.device) -> int:
+    """How many tasks a device may be given at once: torch's threads on a CPU; a GPU takes one after the other."""
+    import torch
+
+    return torch.get_num_threads() if device.type == "cpu" else 1
 
 
 def on_threads(tasks: Sequence[Callable[[], Result]], threads: int) -> list[Result]:

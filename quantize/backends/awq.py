@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     import torch
 
     from quantize.activations import Block
+    from quantize.numerics.awq import ScaleChoice
 
 SEARCHED_ROWS, SAMPLE_COPIES = 1024, 6  # numerics.awq.SEARCH_ROWS, known without loading torch; copies of a sample
 SAMPLES_BYTES = 60 << 20
@@ -104,7 +105,6 @@ def solve_block(block: Block, options: AwqOptions, threads: int) -> packed.Solve
     import torch
 
     from quantize.folding import fold_block
-    from quantize.numerics.packing import pack_awq
 
     groups = [group for group in block.layout.groups if group.source is not None]
     found = on_threads([partial(_search, group, block, options) for group in groups], threads)
@@ -113,33 +113,45 @@ def solve_block(block: Block, options: AwqOptions, threads: int) -> packed.Solve
     scales = {name: choice.scales for name, choice in choices.items()}
     folded = fold_block(block.layout, block.weights, scales, dtypes)
     tensors = {name: folded.weights[name] for name in folded.changed}
-    parts: list[tuple[FoldGroup, list[Linear]]] = []
+    tasks = []
     for group in block.layout.groups:
         for key in dict.fromkeys(linear.input for linear in group.linears):
-            parts.append((group, [linear for linear in group.linears if linear.input == key]))
-    tasks = []
-    for group, members in parts:
-        weights = [folded.weights[linear.tensor] for linear in members]
-        gram = block.grams[members[0].input].matrix
-        tasks.append(partial(_quantize, weights, gram, folded.scales.get(group.name), options))
+            members = [linear for linear in group.linears if linear.input == key]
+            weights = [folded.weights[linear.tensor] for linear in members]
+            scale, choice = folded.scales.get(group.name), choices.get(group.name)
+            tasks.append(partial(_pack, block, members, weights, scale, choice, options))
     layers: dict[str, Any] = {}
-    for (group, members), results in zip(parts, on_threads(tasks, threads), strict=True):
-        choice = choices.get(group.name)
-        ratios = {"ratio": choice.ratio, "weight_ratio": choice.weight_ratio} if choice else {}
-        for linear, (quantized, loss) in zip(members, results, strict=True):
-            words = pack_awq(quantized)
-            prefix = linear.tensor.removesuffix("weight")
-            tensors |= {f"{prefix}{field}": getattr(words, field) for field in ("qweight", "qzeros", "scales")}
-            layers[prefix.removesuffix(".")] = {"loss": block.share(loss, linear), **ratios}
+    for packed_tensors, losses in on_threads(tasks, threads):
+        tensors |= packed_tensors
+        layers |= losses
     return tensors, layers
 
 
-def _search(group: FoldGroup, block: Block, options: AwqOptions) -> Any:
+def _search(group: FoldGroup, block: Block, options: AwqOptions) -> ScaleChoice:
     from quantize.numerics.awq import Reader, Tie, search_scales
 
     readers = [Reader(block.weights[linear.tensor], block.grams[linear.input]) for linear in group.linears]
     tie = Tie(group.source.head_dim, group.source.repeats) if isinstance(group.source, RowsSource) else None
     return search_scales(readers, group_size=options.group_size, tie=tie)
+
+
+def _pack(
+    block: Block, members: list[Linear], weights: list[torch.Tensor], scales: torch.Tensor | None,
+    choice: ScaleChoice | None, options: AwqOptions,
+) -> packed.Solved:  # fmt: skip
+    """Packed tensors of scaled weights that read one input, and what each of the linears loses."""
+    from quantize.numerics.packing import pack_awq
+
+    ratios = {"ratio": choice.ratio, "weight_ratio": choice.weight_ratio} if choice else {}
+    tensors: dict[str, torch.Tensor] = {}
+    layers: dict[str, Any] = {}
+    found = _quantize(weights, block.grams[members[0].input].matrix, scales, options)
+    for linear, (quantized, loss) in zip(members, found, strict=True):
+        words = pack_awq(quantized)
+        prefix = linear.tensor.removesuffix("weight")
+        tensors |= {f"{prefix}{field}": getattr(words, field) for field in ("qweight", "qzeros", "scales")}
+        layers[prefix.removesuffix(".")] = {"loss": block.share(loss, linear), **ratios}
+    return tensors, layers
 
 
 def _quantize(

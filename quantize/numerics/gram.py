@@ -48,14 +48,17 @@ class GramAccumulator:
         self._matrix = torch.zeros(width, width, device=device)
         self._tokens = 0
 
+    @property
+    def _tile_and_panel(self) -> tuple[int, int]:
+        return (CUDA_TILE, CUDA_TILE) if self._matrix.is_cuda else (CPU_TILE, CPU_PANEL)
+
     def add(self, x: Tensor) -> None:
         """Add rows x [..., in] of any floating type."""
         width = self._matrix.shape[0]
         rows = x.reshape(-1, width).float()
         if rows.shape[0] == 0:
             return
-        tile, panel = (CUDA_TILE, CUDA_TILE) if self._matrix.is_cuda else (CPU_TILE, CPU_PANEL)
-        without_gil(_add_tiles)(self._matrix, rows, tile, panel)
+        without_gil(_add_tiles)(self._matrix, rows, *self._tile_and_panel)
         self._tokens += rows.shape[0]
 
     @classmethod
@@ -84,7 +87,7 @@ class GramAccumulator:
     def finish(self, note: str = "") -> Gram:
         """Mirror the upper triangle and return the sums; the accumulator must not be used afterwards."""
         matrix, width = self._matrix, self._matrix.shape[0]
-        step = CUDA_TILE if matrix.is_cuda else CPU_PANEL
+        _, step = self._tile_and_panel
         for start in range(0, width, step):
             stop = min(start + step, width)
             square = matrix[start:stop, start:stop]
