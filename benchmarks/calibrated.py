@@ -23,7 +23,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-sys.path[0] = str(Path(__file__).resolve().parents[1])  # or benchmarks/gguf.py would stand for the gguf package
+sys.path[0] = str(Path(__file__).resolve().parents[1])  # the folder above, for `benchmarks`
 
 HERE = Path(__file__).resolve().parent
 RECIPE = """

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[0] = str(ROOT)  # or benchmarks/gguf.py would stand for the gguf package
+sys.path[0] = str(ROOT)
 
 from tests.small_disk import small_disk  # noqa: E402
 

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from random_gguf import SHAPES, metadata_of, tensor_table, write_gguf
 
+from quantize.engines.llama_cpp_log import keep_log
 from quantize.estimate import MIB, Estimate, ModelShape, Settings, estimate, repacked_bytes
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "estimates.md"
@@ -93,13 +94,7 @@ def measure(path: Path, point: Point) -> Truth:
     """Load the file, open a context, read the log. Raises RuntimeError when llama.cpp refuses."""
     import llama_cpp
 
-    log: list[str] = []
-
-    @llama_cpp.llama_log_callback
-    def keep(_level: int, text: bytes, _data: object) -> None:
-        log.append(text.decode("utf-8", "replace"))
-
-    llama_cpp.llama_log_set(keep, None)
+    log = keep_log(llama_cpp)
     model_params = llama_cpp.llama_model_default_params()
     model_params.use_extra_bufts = point.repack
     model = llama_cpp.llama_model_load_from_file(str(path).encode(), model_params)

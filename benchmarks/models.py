@@ -13,11 +13,8 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
-import sys
 from pathlib import Path
 from typing import Any
-
-sys.path[0] = str(Path(__file__).resolve().parents[1])  # or benchmarks/gguf.py would stand for the gguf package
 
 BLOCK = 32
 LEVELS = 15

@@ -11,11 +11,8 @@ import argparse
 import json
 import os
 import resource
-import sys
 import time
 from pathlib import Path
-
-sys.path[0] = str(Path(__file__).resolve().parents[1])  # or benchmarks/gguf.py would stand for the gguf package
 
 os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")  # with fewer it refuses to start on machines of few cores
 

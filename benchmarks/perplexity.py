@@ -13,10 +13,7 @@ import argparse
 import json
 import math
 import os
-import sys
 from pathlib import Path
-
-sys.path[0] = str(Path(__file__).resolve().parents[1])  # or benchmarks/gguf.py would stand for the gguf package
 
 os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")  # gptqmodel refuses to start with fewer
 

@@ -15,13 +15,13 @@ import re
 import shutil
 import sys
 import types
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.machinery import ModuleSpec
 from pathlib import Path
 from typing import Any
 
-from quantize.engines.llama_cpp_model import telling_line
+from quantize.engines.llama_cpp_log import keep_log, telling_line
 from quantize.errors import (
     BuildError,
     MissingExtraError,
@@ -169,7 +169,7 @@ def try_out(reporter: Reporter, path: Path, tokens: int, threads: int) -> dict[s
     return {"tokens": first, "load_seconds": round(seconds, 3)}
 
 
-def _generate(llama_cpp: Any, model: Any, path: Path, count: int, threads: int, log: list[str]) -> list[int]:
+def _generate(llama_cpp: Any, model: Any, path: Path, count: int, threads: int, log: Iterable[str]) -> list[int]:
     import numpy as np
 
     parameters = llama_cpp.llama_context_default_params()
@@ -351,24 +351,13 @@ def _parse_log(log: str) -> list[tuple[str, str, int]]:
     return tensors
 
 
-_callback: Any = None
-
-
-def _library() -> tuple[Any, list[str]]:
-    """The llama_cpp package, with its log going to a fresh list instead of stderr."""
-    global _callback
+def _library() -> tuple[Any, Iterable[str]]:
+    """The llama_cpp package, and its log from now on."""
     try:
         import llama_cpp
     except ImportError as exc:
         raise MissingExtraError("the GGUF format", "gguf") from exc
-    lines: list[str] = []
-
-    def keep(level: int, text: bytes, data: Any) -> None:
-        lines.append(text.decode("utf-8", "replace"))
-
-    _callback = llama_cpp.llama_log_callback(keep)  # llama.cpp keeps the pointer: it must outlive this call
-    llama_cpp.llama_log_set(_callback, ctypes.c_void_p(0))
-    return llama_cpp, lines
+    return llama_cpp, keep_log(llama_cpp)
 
 
 def _last_line(log: str) -> str:

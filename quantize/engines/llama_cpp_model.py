@@ -16,15 +16,13 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from quantize.errors import MissingExtraError, UsageError, VerifyError, says_out_of_memory
+from quantize.engines.llama_cpp_log import keep_log, log_text, telling_line
+from quantize.errors import MissingExtraError, UsageError, VerifyError
 from quantize.hardware import usable_cores
 
 MICRO_BATCH_TOKENS = 512
 LOG_LINES = 2000
 SPLIT_NONE = 0  # llama.cpp's LLAMA_SPLIT_MODE_NONE: the whole model on main_gpu
-
-_log_callback: Any = None
-_log_lines: list[str] = []
 
 
 @dataclass(frozen=True)
@@ -84,7 +82,7 @@ class OpenModel:
             params.progress_callback = library.llama_progress_callback(lambda share, _: (progress(share), True)[1])
         self.model = library.llama_model_load_from_file(os.fsencode(path), params)
         if not self.model:
-            raise VerifyError(f"{self._name}: llama.cpp does not load it", hint=last_log_line())
+            raise VerifyError(f"{self._name}: llama.cpp does not load it", hint=_last_log_line())
         self.vocab = library.llama_model_get_vocab(self.model)
         self.vocabulary = int(library.llama_vocab_n_tokens(self.vocab))
         self.trained_context = int(library.llama_model_n_ctx_train(self.model))
@@ -109,7 +107,7 @@ class OpenModel:
         self.context = library.llama_init_from_model(self.model, params)
         if not self.context:
             self.close()
-            raise VerifyError(f"{self._name}: llama.cpp makes no context for it", hint=last_log_line())
+            raise VerifyError(f"{self._name}: llama.cpp makes no context for it", hint=_last_log_line())
         self._memory = library.llama_get_memory(self.context)
 
     def decode(self, entries: Iterable[Entry]) -> None:
@@ -125,7 +123,7 @@ class OpenModel:
                 batch.n_seq_id[index], batch.seq_id[index][0] = 1, row.sequence
                 batch.logits[index] = row.logits
             if self.library.llama_decode(self.context, batch) != 0:
-                raise VerifyError(f"{self._name}: llama.cpp can't run it", hint=last_log_line())
+                raise VerifyError(f"{self._name}: llama.cpp can't run it", hint=_last_log_line())
         finally:
             self.library.llama_batch_free(batch)
 
@@ -206,35 +204,14 @@ def import_bindings_only() -> None:
 
 def _load_library(feature: str) -> Any:
     """llama.cpp's C functions, with its log kept instead of printed."""
-    global _log_callback
     try:
         import llama_cpp.llama_cpp as library
     except ImportError as exc:
         raise MissingExtraError(feature, "gguf") from exc
-
-    def keep(_level: int, text: bytes, _data: Any) -> None:
-        _log_lines.append(text.decode("utf-8", "replace"))
-        del _log_lines[:-LOG_LINES]
-
-    _log_callback = library.llama_log_callback(keep)  # llama.cpp keeps the pointer: it must outlive this call
-    library.llama_log_set(_log_callback, ctypes.c_void_p(0))
+    keep_log(library, LOG_LINES)
     library.llama_backend_init()
     return library
 
 
-def log_text() -> str:
-    """What llama.cpp has said lately."""
-    return "".join(_log_lines)
-
-
-def last_log_line() -> str:
-    """The line of its log that tells most; see telling_line."""
-    return telling_line(_log_lines) or "llama.cpp gave no message"
-
-
-def telling_line(log: Iterable[str]) -> str:
-    """The last line that speaks of memory that ran out, else of a failure, else the last; "" if there is none."""
-    lines = [line.strip() for line in log if line.strip()]
-    failed = [line for line in lines if "fail" in line.lower() or "error" in line.lower()]
-    short = [line for line in lines if says_out_of_memory(line)]  # the reason, not what came of it
-    return (short or failed or lines or [""])[-1][:300]
+def _last_log_line() -> str:
+    return telling_line(log_text().splitlines()) or "llama.cpp gave no message"

@@ -1,6 +1,6 @@
 """Time and memory of three GGUF types: one `quantize build` against the same work done by hand, in one run.
 
-    python benchmarks/gguf.py [CHECKPOINT]
+    python benchmarks/gguf_build.py [CHECKPOINT]
 
 By hand means what READMEs tell people to do: for each type, run llama.cpp's converter to F16 in a fresh process, then
 quantize. Ours converts once, and also hashes, verifies and runs every file. Both start from the same safetensors
@@ -19,7 +19,6 @@ import tempfile
 import time
 from pathlib import Path
 
-sys.path[:] = [item for item in sys.path if Path(item).resolve() != Path(__file__).parent]  # we share gguf's name
 TYPES = ("Q4_K_M", "Q5_K_M", "Q8_0")
 
 CONVERT = """
