@@ -13,9 +13,10 @@ demo: $(READY)
 	$(BIN)/quantize build recipes/smollm2-135m.yaml
 	$(BIN)/quantize list artifacts
 
-# A worker for each core, each on that core alone; a file's tests share their fixtures.
+# A worker for each core, each on that core alone; a file's tests share their fixtures. A worker that crashes ends the
+# run: pytest-xdist names the test, but would wait for ever for one that takes its place.
 test: check
-	$(BIN)/python -m pytest --numprocesses auto --dist loadfile
+	$(BIN)/python -m pytest --numprocesses auto --dist loadfile --max-worker-restart 0
 
 check: $(READY)
 	$(BIN)/ruff check .
