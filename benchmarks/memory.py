@@ -1,11 +1,13 @@
-"""Peak memory of calibrated builds: flat in depth, and what a 3B-shaped model takes.
+"""Peak memory of calibrated builds: flat in depth, within what the plan says, and what a 3B-shaped model takes.
 
-    python benchmarks/memory.py [depth] [3b] [--work FOLDER]
+    python benchmarks/memory.py [depth] [least] [3b] [--work FOLDER]
 
-`depth`: GPTQ builds of random Llamas of 2, 8 and 32 equal blocks. `3b`: AWQ and GPTQ from one pass over a random
-checkpoint of Llama-3.2-3B's shape (28 blocks, hidden 3072), with a reduced calibration. Weights are random, which
-changes no byte of what is allocated. Each figure is the largest resident set of any process of the build; `pass` is
-the calibration pass alone, without the check that loads the finished artifact whole in its runtime. Prints JSON.
+`depth`: GPTQ builds of random Llamas of 2, 8 and 32 equal blocks. `least`: builds of the demo model and of two wider
+random ones with the least memory that their plan allows as the budget, planned and measured. `3b`: AWQ and GPTQ from
+one pass over a random checkpoint of Llama-3.2-3B's shape (28 blocks, hidden 3072), with a reduced calibration. Weights
+are random, which changes no byte of what is allocated. Each figure is the largest resident set of any process of the
+build; `pass` is the calibration pass alone, without the check that loads the finished artifact whole in its runtime.
+Prints JSON.
 """
 
 from __future__ import annotations
@@ -31,8 +33,17 @@ variants:
 """
 GPTQ = "  - {format: gptq, group_size: 64}\n"
 AWQ = "  - {format: awq, group_size: 64}\n"
+IMATRIX = "  - {format: gguf, types: [Q4_K_M], imatrix: true}\n"
 SMALL = {"hidden": 1024, "intermediate": 2816, "heads": 16, "kv_heads": 8}
 LLAMA_3B = {"layers": 28, "hidden": 3072, "intermediate": 8192, "heads": 24, "kv_heads": 8}
+LEAST = (  # shape (none: the demo model), variants
+    (None, GPTQ + AWQ + IMATRIX),
+    (None, GPTQ),
+    (None, AWQ),
+    (None, IMATRIX),
+    ({"layers": 2, "hidden": 1024, "intermediate": 4096, "heads": 16, "kv_heads": 8}, GPTQ + AWQ),
+    ({"layers": 2, "hidden": 2048, "intermediate": 5632, "heads": 32, "kv_heads": 8}, GPTQ + AWQ),
+)
 MEASURE = """
 import json, resource, subprocess, sys, time
 started = time.perf_counter()
@@ -42,14 +53,17 @@ print(json.dumps({"rc": done.returncode, "seconds": round(time.perf_counter() - 
 """
 
 
-def build(checkpoint: Path, variants: str, work: Path, samples: int, length: int) -> dict[str, Any]:
-    """One build in processes of its own: seconds, its peak, and that of the pass alone."""
+def build(
+    checkpoint: Path, variants: str, work: Path, samples: int, length: int, budget: int | None = None
+) -> dict[str, Any]:
+    """One build in processes of its own: seconds, its peak, and that of the pass alone. budget: bytes for the pass."""
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir()
     recipe = work / "recipe.yaml"
     recipe.write_text(RECIPE.format(checkpoint=checkpoint, variants=variants, samples=samples, length=length))
     env = os.environ | {"QUANTIZE_STORE": str(work / "store"), "QUANTIZE_CACHE": str(work / "cache")}
     command = [sys.executable, "-c", MEASURE, sys.executable, "-m", "quantize", "build", str(recipe), "--no-eval", "-q"]
+    command += ["--memory-budget", str(budget)] if budget else []
     result: dict[str, Any] = json.loads(subprocess.run(command, env=env, stdout=subprocess.PIPE, check=True).stdout)
     if result.pop("rc"):
         sys.exit("the build failed")
@@ -74,6 +88,33 @@ def depth(tokenizer: Path, work: Path) -> dict[str, Any]:
     return {"blocks": found, "growth_from_2_to_32": growth}
 
 
+def least(tokenizer: Path, work: Path) -> list[dict[str, Any]]:
+    """Builds with as little memory as their plans allow: planned and measured bytes of the pass."""
+    from benchmarks import models
+    from quantize.backends import backends, formats
+    from quantize.checkpoint import open_checkpoint
+    from quantize.hardware import usable_cores
+    from quantize.memory import pass_bytes
+    from quantize.recipe import load_recipe
+
+    found = []
+    for shape, variants in LEAST:
+        checkpoint = tokenizer
+        if shape is not None:
+            checkpoint = work / f"hidden-{shape['hidden']}"
+            models.random_llama(checkpoint, tokenizer, **shape)
+        recipe = work / "least.yaml"
+        recipe.write_text(RECIPE.format(checkpoint=checkpoint, variants=variants, samples=32, length=512))
+        parts = [(backends()[item.format], item.options) for item in load_recipe(recipe, formats()).variants]
+        planned = pass_bytes(open_checkpoint(checkpoint), parts, usable_cores())
+        measured = build(checkpoint, variants, work / "build-least", samples=32, length=512, budget=planned)
+        names = sorted(path.name for path in (work / "build-least" / "store" / "memory").iterdir() if path.is_dir())
+        taken = measured["pass_peak_bytes"]
+        found.append({"shape": shape or "demo", "variants": names, "planned_bytes": planned, "measured_bytes": taken,
+                      "ratio": round(taken / planned, 3)})  # fmt: skip
+    return found
+
+
 def three_billion(tokenizer: Path, work: Path) -> dict[str, Any]:
     """AWQ and GPTQ of a 3B-shaped model from one pass of 4 x 512 tokens."""
     from benchmarks import models
@@ -86,10 +127,13 @@ def three_billion(tokenizer: Path, work: Path) -> dict[str, Any]:
     return {"parameters": parameters, "calibration": "4 x 512 tokens", **result}
 
 
+WHAT = {"depth": depth, "least": least, "3b": three_billion}
+
+
 def main() -> None:
     """Run what was asked for."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", nargs="*", choices=["depth", "3b"], default=["depth", "3b"])
+    parser.add_argument("what", nargs="*", choices=list(WHAT), default=list(WHAT))
     parser.add_argument("--work", type=Path, default=None)
     args = parser.parse_args()
     from benchmarks import models
@@ -100,7 +144,7 @@ def main() -> None:
         tokenizer = work / "tokenizer"
         if not tokenizer.is_dir():
             models.demo(tokenizer)
-        for what, run in (("depth", depth), ("3b", three_billion)):
+        for what, run in WHAT.items():
             if what in args.what:
                 print(json.dumps({what: run(tokenizer, work)}, indent=2), flush=True)
 
