@@ -15,7 +15,7 @@ from quantize.architecture import block_count, block_index, block_layout
 from quantize.checkpoint import Checkpoint
 from quantize.errors import PlanError
 
-BASE_BYTES = 500 << 20  # Python, torch and transformers, loaded and warm
+BASE_BYTES = 420 << 20  # Python, torch and transformers, loaded and warm
 TOKEN_BYTES = 1 << 10  # of a tokenizer's tables, for each token of the vocabulary
 SOLVER_BYTES = 40 << 20  # what any solver brings along
 PART_BYTES = 60 << 20  # what one leaves to the allocator for the next
@@ -59,7 +59,7 @@ def least_bytes(checkpoint: Checkpoint, solvers: Sequence[int]) -> int:
     outside = [info.size_bytes for name, info in checkpoint.tensors.items() if block_index(name) is None]
     working = FLOAT_BYTES * block.width * BATCH_TOKENS * BATCHES * ACTIVATIONS
     recording = block.weights // 2 + 2 * grams + working  # a copy in bfloat16, the sums of a round's two shares
-    copying = 3 * max(outside, default=0) // 2
+    copying = 2 * max(outside, default=0)  # the pages that are read, and a copy in FP16
     solving = [SOLVER_BYTES + size for size in solvers if size]
     others = PART_BYTES * max(0, len(solving) - 1)
     vocabulary = TOKEN_BYTES * int(checkpoint.config.get("vocab_size") or 0)

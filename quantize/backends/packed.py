@@ -20,6 +20,7 @@ from quantize.containers.shards import ShardWriter, files_bytes, table_bytes
 from quantize.errors import BuildError, PlanError
 from quantize.memory import BlockMemory
 from quantize.report import Reporter, status
+from quantize.resident import give_back_freed
 from quantize.worker import run_step
 
 if TYPE_CHECKING:
@@ -34,6 +35,7 @@ STORED_DTYPE = "F16"
 DTYPE_NAMES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32"}
 RESULTS_NAME = "pass.json"
 SOLVED_ROWS = 1024  # numerics.gptq.ROWS, known without loading torch
+CHECKED_ELEMENTS = 1 << 20  # of a tensor, looked at together for values beyond FP16
 
 
 @dataclass(frozen=True)
@@ -190,6 +192,7 @@ class PackedCollector:
     def _copy_until(self, block: int | None) -> None:
         """Copy tensors from the source up to the first one of `block`."""
         while self._pending is not None and (block is None or block_index(self._pending) != block):
+            give_back_freed()  # an embedding may be larger than all that solving a block took
             self._write(self._context.checkpoint.read(self._pending))
 
     def _write(self, tensor: torch.Tensor) -> None:
@@ -197,11 +200,11 @@ class PackedCollector:
 
         assert self._pending is not None
         if tensor.is_floating_point():
-            half = tensor.to(torch.float16)
-            if not bool(torch.isfinite(half).all()):
+            tensor = tensor.to(torch.float16)
+            pieces = torch.split(tensor.reshape(-1), CHECKED_ELEMENTS)  # a whole embedding takes twice its memory
+            if not all(bool(torch.isfinite(piece).all()) for piece in pieces):
                 hint = "this format stores FP16; the model has weights beyond its range of 65,504"
                 raise BuildError(f"tensor {self._pending} does not fit FP16", hint=hint)
-            tensor = half
         self._writer.write(self._pending, tensor)
         self._pending = next(self._names, None)
 
