@@ -32,7 +32,7 @@ from quantize.plan import make_plan
 from quantize.recipe import Recipe, load_recipe
 from quantize.report import ListReporter
 from quantize.store import Store
-from quantize.testing import TinyModel, make_checkpoint, write_recipe
+from quantize.testing import TinyModel, make_checkpoint, write_recipe, write_weights
 from tests.conftest import UNMEASURED
 from tests.elsewhere import rebuild_elsewhere
 
@@ -156,6 +156,21 @@ def test_rebuilding_with_another_text_is_refused_before_the_pass(
     result = click.testing.CliRunner().invoke(main, arguments)
     assert (result.exit_code, result.stdout) == (code, "")
     assert message in result.stderr
+
+
+@pytest.mark.parametrize("tensor", ["model.embed_tokens.weight", "lm_head.weight"])
+def test_weights_beyond_fp16_are_an_error_that_names_them(tensor: str, tmp_path: Path) -> None:
+    checkpoint, weights = make_checkpoint(tmp_path / "wide", dtype="BF16"), TinyModel().weights()
+    weights[tensor][-1, -1] = 70_000.0
+    write_weights(checkpoint, weights, dtype="BF16")
+    (tmp_path / "text.txt").write_text("The quick brown fox jumps over the lazy dog. " * 40)
+    path = write_recipe(tmp_path / "wide.yaml", checkpoint, VARIANTS[:1], calibration=CALIBRATION)
+    store = Store(tmp_path / "artifacts")
+    (outcome,) = build(load_recipe(path, formats()), store, Cache(tmp_path / "cache"), ListReporter(), UNMEASURED)
+    assert outcome.error is not None
+    assert f"tensor {tensor} does not fit FP16" in outcome.error.message
+    assert "beyond its range of 65,504" in str(outcome.error.hint)
+    assert store.artifacts() == []
 
 
 def test_size_equals_plan(run: Run, tmp_path: Path) -> None:
