@@ -24,13 +24,13 @@ check: $(READY)
 
 setup: $(READY)
 
-# torch first and by itself: an unpinned one would bring gigabytes of CUDA packages. Not compiled ahead: Python does that
-# for the few modules that are imported, in a second; for all of them it takes more than a minute.
+# torch first and by itself: an unpinned one would bring gigabytes of CUDA packages. pip compiles bytecode on one core only.
 $(READY): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade "pip>=25"
 	$(BIN)/python -m pip install --quiet --no-compile -c constraints.txt torch==2.13.0
 	$(BIN)/python -m pip install --quiet --no-compile -c constraints.txt -e ".[dev]"
+	-@$(BIN)/python -m compileall -q -j 0 $(VENV)/lib >/dev/null 2>&1
 	touch $(READY)
 
 clean:

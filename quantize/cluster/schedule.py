@@ -96,7 +96,7 @@ class Schedule:
             state.complete = worker
         else:
             state.solves.add((task.number, task.piece))
-            self._advance()
+        self._advance()
 
     def failed(self, task: Task) -> None:
         """A task ended without a result: somebody else gets it."""
@@ -116,6 +116,8 @@ class Schedule:
         state, gone = self._states.get(block), set(workers)
         if state is None or block < self._solved:
             return
+        if state.complete is not None and self._solves(block) <= state.solves:
+            return  # it waits for earlier blocks only
         state.forwards = {share: worker for share, worker in state.forwards.items() if worker not in gone}
         if state.complete in gone:
             state.complete = None

@@ -141,6 +141,35 @@ def test_the_forward_pass_goes_on_while_blocks_are_solved() -> None:
     assert schedule.next("c") == Task(FORWARD, 2, 0)
 
 
+def in_order(schedule: Schedule, *expected: Task) -> None:
+    for task in expected:
+        assert schedule.next("a") == task
+        schedule.done(task)
+
+
+def test_sums_that_are_lost_beside_their_last_solve_hold_nobody_up() -> None:
+    """The sums are made again, though nothing is left to solve with them: only then is the block over."""
+    schedule = Schedule([[1, 1]], 1, [0], 0, 1)
+    in_order(schedule, Task(FORWARD, 0), Task(COMPLETE, 0))
+    assert schedule.next("b") == Task(SOLVE, 0)
+    schedule.lose_results(0, {"a"})
+    schedule.done(Task(SOLVE, 0))
+    in_order(schedule, Task(FORWARD, 0), Task(COMPLETE, 0))
+    in_order(schedule, Task(FORWARD, 1), Task(COMPLETE, 1), Task(SOLVE, 1))
+    assert schedule.finished
+
+
+def test_a_solved_block_that_waits_for_an_earlier_one_is_not_made_again() -> None:
+    schedule = Schedule([[1, 1]], 1, [0], 0, 2)
+    in_order(schedule, Task(FORWARD, 0), Task(COMPLETE, 0))
+    assert schedule.next("b") == Task(SOLVE, 0)
+    in_order(schedule, Task(FORWARD, 1), Task(COMPLETE, 1), Task(SOLVE, 1))
+    schedule.lose_results(1, {"a"})
+    assert schedule.next("a") is None
+    schedule.done(Task(SOLVE, 0))
+    assert schedule.finished
+
+
 def test_a_part_that_leaves_holds_nobody_up() -> None:
     schedule = Schedule([[1], [2]], 1, [0, 0], 0, 1)
     for expected in (Task(FORWARD, 0), Task(COMPLETE, 0), Task(SOLVE, 0, 0)):
