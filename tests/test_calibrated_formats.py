@@ -158,8 +158,8 @@ def test_rebuilding_with_another_text_is_refused_before_the_pass(
     assert message in result.stderr
 
 
-@pytest.mark.parametrize("tensor", ["model.embed_tokens.weight", "lm_head.weight"])
-def test_weights_beyond_fp16_are_an_error_that_names_them(tensor: str, tmp_path: Path) -> None:
+def test_weights_beyond_fp16_are_an_error_that_names_them(tmp_path: Path) -> None:
+    tensor = "model.embed_tokens.weight"
     checkpoint, weights = make_checkpoint(tmp_path / "wide", dtype="BF16"), TinyModel().weights()
     weights[tensor][-1, -1] = 70_000.0
     write_weights(checkpoint, weights, dtype="BF16")
