@@ -53,14 +53,15 @@ def check_loaded(reporter: Reporter, folder: Path, threads: int) -> dict[str, An
     _check_installed()
     import torch
 
-    from quantize.engines.packed_check import generate_twice
+    from quantize.engines.packed_check import generate_twice, read_prompt
     from quantize.engines.transformers_model import load_causal_lm
 
     torch.set_num_threads(threads)
     started = time.perf_counter()
     model = load_causal_lm(folder)
     seconds = round(time.perf_counter() - started, 2)
-    return {"runtime": "transformers + bitsandbytes", "tokens": generate_twice(model, folder), "load_seconds": seconds}
+    tokens = generate_twice(model, folder, read_prompt(folder))
+    return {"runtime": "transformers + bitsandbytes", "tokens": tokens, "load_seconds": seconds}
 
 
 def nf4_state(dtype: str, shape: tuple[int, int]) -> bytes:

@@ -27,12 +27,13 @@ def check_packed(reporter: Reporter, folder: Path, method: str, threads: int) ->
     """
     torch = import_torch(method, f"loading {method.upper()} artifacts")
     torch.set_num_threads(threads)
+    prompt = read_prompt(folder)  # a tokenizer takes memory while it is read: not beside the model
     started = time.perf_counter()
     model = load_causal_lm(folder)
     seconds = time.perf_counter() - started
     compared = _compare_weights(model, folder, method)
     _first_use(model, folder)
-    tokens = generate_twice(model, folder)
+    tokens = generate_twice(model, folder, prompt)
     return {
         "runtime": "transformers + gptqmodel",
         "linears": compared,
@@ -58,12 +59,17 @@ def _give_back(folder: Path) -> None:
     give_back_mapped(folder)
 
 
-def generate_twice(model: Any, folder: Path) -> list[int]:
-    """Greedy tokens. Raises VerifyError: logits not finite, or two runs differ."""
-    import torch
+def read_prompt(folder: Path) -> Any:
+    """Token ids [1, length] of what the model is asked, by the artifact's tokenizer."""
     from transformers import AutoTokenizer
 
-    prompt = AutoTokenizer.from_pretrained(folder, local_files_only=True)(PROMPT, return_tensors="pt")["input_ids"]
+    return AutoTokenizer.from_pretrained(folder, local_files_only=True)(PROMPT, return_tensors="pt")["input_ids"]
+
+
+def generate_twice(model: Any, folder: Path, prompt: Any) -> list[int]:
+    """Greedy tokens after a prompt. Raises VerifyError: logits not finite, or two runs differ."""
+    import torch
+
     limit = model.config.get_text_config().vocab_size
     prompt = prompt[prompt < limit].reshape(1, -1) if bool((prompt >= limit).any()) else prompt
     runs = []
