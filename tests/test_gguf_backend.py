@@ -20,13 +20,12 @@ from quantize.backends import formats
 from quantize.backends.gguf_types import ELEMENT_TYPES, FTYPES
 from quantize.build import build
 from quantize.cache import Cache
+from quantize.engines.llama_cpp_log import keep_log
 from quantize.recipe import load_recipe
 from quantize.report import SilentReporter
 from quantize.store import Store
 from quantize.testing import CHAT_TEMPLATE, TinyModel, make_checkpoint, write_recipe
 from tests.conftest import BUILT_TYPES, UNMEASURED, Built
-
-NO_LOG = llama_cpp.llama_log_callback(lambda *_: None)  # llama.cpp keeps the pointer: it must outlive the tests
 
 
 def reader_of(artifact: Artifact) -> gguf.GGUFReader:
@@ -91,7 +90,7 @@ def test_bytes_are_those_of_llama_cpp_called_directly(kind: str, built: Built, t
     settings.ftype = getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{kind}")
     settings.nthread = 1
     out = tmp_path / "direct.gguf"
-    llama_cpp.llama_log_set(NO_LOG, ctypes.c_void_p(0))
+    keep_log(llama_cpp)
     assert llama_cpp.llama_model_quantize(str(source).encode(), str(out).encode(), ctypes.byref(settings)) == 0
     ours = {item.name: item for item in reader_of(artifact_of(built.store, kind.lower())).tensors}
     theirs = {item.name: item for item in gguf.GGUFReader(out).tensors}
