@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Builds on a Slurm cluster: sbatch deploy/slurm.sh recipes/llama3-70b.yaml [MORE RECIPES OR OPTIONS]
-# Recipes, sources, cache and store lie on the cluster's shared file system; the environment has quantize[ray,all].
+# Recipes, sources, cache and store lie on the cluster's shared file system; the environment has quantize-models[ray,all].
 # A job that runs out of time, or is preempted and requeued, goes on at the last finished block.
 #SBATCH --job-name=quantize
 #SBATCH --nodes=8

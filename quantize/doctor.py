@@ -18,13 +18,13 @@ from pathlib import Path
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from quantize import __version__
+from quantize import DISTRIBUTION, __version__
 from quantize.backends import backends
 from quantize.disk import disk_free_bytes
+from quantize.errors import UsageError
 from quantize.hardware import Machine, detect, processor_name
 from quantize.serve.preflight import HELPERS
 
-OWN = "quantize"
 ENGINES = (
     "torch", "transformers", "tokenizers", "safetensors", "numpy", "llama-cpp-python", "gguf", "auto-round",
     "gptqmodel", "bitsandbytes", "huggingface-hub", "datasets",
@@ -67,8 +67,8 @@ class Report:
 
 
 def examine(store: Path, cache: Path) -> Report:
-    """Look at this machine. Raises StoreError: a disk can't be asked."""
-    versions: dict[str, str | None] = {"python": platform.python_version(), OWN: __version__}
+    """Look at this machine. Raises StoreError: a disk can't be asked. UsageError: not installed."""
+    versions: dict[str, str | None] = {"python": platform.python_version(), "quantize": __version__}
     versions |= {name: _version(name) for name in ENGINES}
     places = (("store", store), ("cache", cache), ("scratch", Path(tempfile.gettempdir())))
     return Report(
@@ -87,8 +87,9 @@ def examine(store: Path, cache: Path) -> Report:
 
 def lacking(extras: Sequence[str], only: str | None = None) -> tuple[str, ...]:
     """Requirements of this program's extras that are not met here; only: just that of one distribution."""
-    known = metadata.metadata(OWN).get_all("Provides-Extra") or []
-    unknown = [f"{OWN}[{extra}], which this installation does not know" for extra in extras if extra not in known]
+    known = _own().metadata.get_all("Provides-Extra") or []
+    strange = "which this installation does not know"
+    unknown = [f"{DISTRIBUTION}[{extra}], {strange}" for extra in extras if extra not in known]
     found = [Requirement(text) for text in dict.fromkeys(_requirements(extras))]
     return (*unknown, *(str(item) for item in found if only in (None, item.name) and _is_lacking(item)))
 
@@ -108,19 +109,27 @@ def _ability(format: str, extra: str) -> Ability:
 
 
 def _install(extras: Sequence[str]) -> str | None:
-    return f"pip install '{OWN}[{','.join(extras)}]'" if extras else None
+    return f"pip install '{DISTRIBUTION}[{','.join(extras)}]'" if extras else None
 
 
 def _requirements(extras: Sequence[str]) -> Iterator[str]:
     """What the extras require, extras of our own followed to what they require."""
-    stated = [Requirement(text) for text in metadata.requires(OWN) or []]
+    stated = [Requirement(text) for text in _own().requires or []]
     for item in stated:
         if item.marker is None or not any(item.marker.evaluate({"extra": extra}) for extra in extras):
             continue
-        if canonicalize_name(item.name) == OWN:
+        if canonicalize_name(item.name) == DISTRIBUTION:
             yield from _requirements(sorted(item.extras))
         else:
             yield f"{item.name}{item.specifier}"
+
+
+def _own() -> metadata.Distribution:
+    try:
+        return metadata.distribution(DISTRIBUTION)
+    except metadata.PackageNotFoundError as exc:
+        hint = "in a clone: pip install -e ."
+        raise UsageError(f"{DISTRIBUTION} is not installed, only its code is here", hint=hint) from exc
 
 
 def _is_lacking(item: Requirement) -> bool:

@@ -57,7 +57,7 @@ def test_a_missing_engine_is_named_with_its_pip_line(run: Run, monkeypatch: pyte
     item = found.pop("bitsandbytes")
     assert [text.partition(">")[0] for text in item["build_lacks"]] == ["bitsandbytes"]  # type: ignore[attr-defined]
     assert item["build_lacks"] == item["serve_lacks"]
-    assert item["install"] == "pip install 'quantize[bnb]'"
+    assert item["install"] == "pip install 'quantize-models[bnb]'"
     assert all(other["install"] is None for other in found.values())
 
 
@@ -67,7 +67,7 @@ def test_torch_is_what_all_formats_are_built_with(run: Run, monkeypatch: pytest.
     found = abilities(run)
     assert all(any("torch" in text for text in item["build_lacks"]) for item in found.values())  # type: ignore[attr-defined]
     assert not any("torch" in text for text in found["gguf"]["serve_lacks"])  # type: ignore[attr-defined]
-    assert found["gguf"]["install"] == "pip install 'quantize[gguf,serve]'"
+    assert found["gguf"]["install"] == "pip install 'quantize-models[gguf,serve]'"
 
 
 def test_an_old_version_is_as_good_as_none(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -78,7 +78,7 @@ def test_an_old_version_is_as_good_as_none(monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_an_extra_that_the_installation_does_not_know_is_not_met() -> None:
     """As after an update of an editable installation: its metadata is still that of before."""
-    assert lacking(["torch", "new"]) == ("quantize[new], which this installation does not know",)
+    assert lacking(["torch", "new"]) == ("quantize-models[new], which this installation does not know",)
 
 
 def test_the_table_is_for_people(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -86,7 +86,7 @@ def test_the_table_is_for_people(run: Run, monkeypatch: pytest.MonkeyPatch) -> N
     text = run("doctor").stdout
     assert "llama-cpp-python   not installed" in text
     assert "lacks llama-cpp-python>=" in text
-    assert "pip install 'quantize[gguf]'" in text
+    assert "pip install 'quantize-models[gguf]'" in text
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")

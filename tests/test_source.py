@@ -298,4 +298,4 @@ def test_without_the_hub_client_the_extra_is_named(
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     with pytest.raises(MissingExtraError, match="fetching from the hub needs an extra") as caught:
         pin(tmp_path, "{model: org/none}", cache)
-    assert caught.value.hint == "install it with: pip install 'quantize[hub]'"
+    assert caught.value.hint == "install it with: pip install 'quantize-models[hub]'"

@@ -16,7 +16,9 @@ GROUP = "quantize.backends"
 def backends() -> dict[str, Backend]:
     """All installed backends by name. Raises UsageError if a plugin can't be loaded or two share a name."""
     found: dict[str, Backend] = {}
-    for point in sorted(entry_points(group=GROUP), key=lambda item: item.name):
+    # what two installations name, as after a change of the distribution's name, is one plugin
+    points = {(item.name, item.value): item for item in entry_points(group=GROUP)}
+    for _, point in sorted(points.items()):
         try:
             backend = point.load()()
         except Exception as exc:

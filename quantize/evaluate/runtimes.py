@@ -90,14 +90,22 @@ def open_runtime(model: ModelRef, *, context: int, threads: int = 0) -> Runtime:
     return TransformersRuntime(model, threads=threads)
 
 
+# Format -> the package that transformers needs for it, and the extra that brings it.
+_HELPERS = {
+    "awq": ("gptqmodel", "gptqmodel"),
+    "gptq": ("gptqmodel", "gptqmodel"),
+    "bitsandbytes": ("bitsandbytes", "bnb"),
+}
+
+
 def runtime_of(format: str) -> tuple[str, str]:
     """Name and versions of the runtime that a format runs in. Raises MissingExtraError: it is not installed."""
     packages: tuple[str, ...]
     if format == "gguf":
         name, packages, extra = "llama.cpp", ("llama-cpp-python",), "gguf"
     else:
-        helper = {"awq": "gptqmodel", "gptq": "gptqmodel", "bitsandbytes": "bitsandbytes"}.get(format)
-        name, packages, extra = "transformers", ("transformers", "torch", *filter(None, [helper])), helper or "torch"
+        helper, extra = _HELPERS.get(format, (None, "torch"))
+        name, packages = "transformers", ("transformers", "torch", *filter(None, [helper]))
     try:
         return name, ", ".join(f"{package} {version(package)}" for package in packages)
     except PackageNotFoundError as exc:

@@ -14,13 +14,14 @@ from datetime import datetime, timedelta
 from typing import Any
 from urllib.parse import quote
 
+from quantize import DISTRIBUTION
 from quantize.artifact import Artifact
 from quantize.errors import UsageError
 from quantize.manifest import FILE_NAME, RECIPE_NAME, CalibrationEntry, FileEntry, Manifest, SourceEntry
 
 STATEMENT_TYPE = "https://in-toto.io/Statement/v1"
 PREDICATE_TYPE = "https://slsa.dev/provenance/v1"
-BUILD_TYPE = "pkg:pypi/quantize#docs/provenance.md"  # what the parameters mean is written there
+BUILD_TYPE = f"pkg:pypi/{DISTRIBUTION}#docs/provenance.md"  # what the parameters mean is written there
 HUB = "https://huggingface.co"
 
 
@@ -91,8 +92,9 @@ def _dependencies(manifest: Manifest) -> list[dict[str, Any]]:
 
 
 def pypi_url(name: str, version: str) -> str:
-    """The package URL (purl) of a release on PyPI."""
-    return f"pkg:pypi/{name.lower().replace('_', '-')}@{quote(version, safe='')}"
+    """The package URL (purl) of a release on PyPI. name: a distribution's; manifests call this one `quantize`."""
+    distribution = DISTRIBUTION if name == "quantize" else name
+    return f"pkg:pypi/{distribution.lower().replace('_', '-')}@{quote(version, safe='')}"
 
 
 def _source_file(source: SourceEntry, entry: FileEntry) -> dict[str, Any]:

@@ -284,7 +284,7 @@ def test_without_the_extra_it_says_so() -> None:
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
     assert result.returncode == 2
-    assert "pip install 'quantize[bench]'" in result.stderr
+    assert "pip install 'quantize-models[bench]'" in result.stderr
 
 
 def test_the_load_test_of_a_server_that_fails_on_purpose(run: Run) -> None:

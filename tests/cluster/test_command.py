@@ -36,7 +36,7 @@ def test_without_ray_it_says_how_to_install_it(
     monkeypatch.setitem(sys.modules, "ray", None)
     result = run("build", recipe, "--cluster", "local")
     assert result.exit_code == 2
-    assert "pip install 'quantize[ray]'" in result.stderr
+    assert "pip install 'quantize-models[ray]'" in result.stderr
     assert run("build", recipe, "--no-eval").exit_code == 0
 
 

@@ -67,7 +67,7 @@ def test_the_statement_parses_with_in_totos_own_classes(changed: Changed) -> Non
     predicate = json_format.ParseDict(data["predicate"], provenance_pb2.Provenance())  # refuses what it does not know
     assert predicate.build_definition.external_parameters["variant"] == "int8"
     assert "format: fake" in predicate.build_definition.external_parameters["recipe"]
-    assert predicate.run_details.builder.id.startswith("pkg:pypi/quantize@")
+    assert predicate.run_details.builder.id.startswith("pkg:pypi/quantize-models@")
 
 
 def test_its_subjects_are_the_files_by_their_hashes(artifact: Artifact) -> None:
