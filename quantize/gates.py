@@ -27,6 +27,7 @@ from quantize.evaluate.runtimes import FORMATS, ModelRef
 from quantize.evaluate.session import CalibratedOn, Job, evaluate, figures, prepare_source
 from quantize.evaluate.structure import Intended
 from quantize.hardware import describe_machine
+from quantize.lookup import GOLDEN, Found, builtin_files, find_data
 from quantize.manifest import CARD_NAME, EVALUATION_NAME, RECIPE_NAME, AcceptedRisk, Manifest, canonical_hash
 from quantize.recipe import Recipe
 from quantize.report import Event, Reporter, note, status, warn
@@ -37,7 +38,6 @@ from quantize.worker import run_step
 PROTOCOL_VERSION = 1  # of what is asked and how it is graded; another one measures anew
 RUNS = "loads and runs"
 UNQUANTIZED_SIZE_RATIO = 1.1  # a 16-bit conversion saves nothing: its file holds the same weights and a header
-GOLDEN = "calibration/golden"
 LOOKED = "paths are looked for beside the recipe, in the folder above it, and in the working folder"
 
 
@@ -67,7 +67,9 @@ class Judge:
         self.recipe = recipe
         self._source, self._cache, self._run = source, cache, run
         self._text, self._text_hash = _text(recipe, cache)
-        self.golden = _golden(recipe)
+        found = _golden(recipe)
+        self.golden = tuple(item.path.absolute() for item in found)
+        self._notes = [item.note for item in found if item.note]
         self._golden_hashes = [cache.sha256(file) for path in self.golden for file in _files(path)]
 
     @staticmethod
@@ -91,8 +93,8 @@ class Judge:
         job = self._job(checkpoint, ModelRef(checkpoint.folder, "safetensors"))
         if calibrated and self.recipe.calibration is not None:
             job = replace(job, calibrated_on=CalibratedOn(self.recipe.calibration, self.recipe.path.parent))
-        if self.recipe.evaluation.golden is None and not self.golden:
-            note(reporter, "", f"no golden prompts are asked: there is no {GOLDEN}, and the recipe names none")
+        for text in self._notes:
+            note(reporter, "", text)
         try:
             run_step("reading the held-out text with the source", reporter, prepare_source, job)
         except QuantizeError as exc:
@@ -313,18 +315,17 @@ def _text(recipe: Recipe, cache: Cache) -> tuple[str, str]:
     return str(found.absolute()), cache.sha256(found)
 
 
-def _golden(recipe: Recipe) -> tuple[Path, ...]:
+def _golden(recipe: Recipe) -> list[Found]:
+    """The recipe's golden prompts; where it names none, those of a folder of the user's, or of the package."""
     named = recipe.evaluation.golden
-    if named is None:
-        found = recipe.find(GOLDEN)
-        return (found.absolute(),) if found else ()
     paths = []
-    for item in named:
-        path = recipe.find(item)
-        if path is None:
-            raise UsageError(f"{recipe.path}: `evaluation`: no such golden prompts: {item}", hint=LOOKED)
-        paths.append(path.absolute())
-    return tuple(paths)
+    for item in [GOLDEN] if named is None else named:
+        found = find_data(item, recipe.path.parent, GOLDEN)
+        if found is None:
+            hint = f"{LOOKED}; by name there are: {', '.join(builtin_files(GOLDEN))}"
+            raise UsageError(f"{recipe.path}: `evaluation`: no such golden prompts: {item}", hint=hint)
+        paths.append(found)
+    return paths
 
 
 def _files(path: Path) -> list[Path]:

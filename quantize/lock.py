@@ -19,6 +19,7 @@ from quantize.backends import backends
 from quantize.cache import Cache
 from quantize.calibration import TokenSummary, identify, summarize_tokens
 from quantize.errors import LockError, StoreError, UsageError
+from quantize.lookup import is_builtin
 from quantize.manifest import FileEntry, canonical_hash, tool_versions
 from quantize.marked_yaml import read_document, validate
 from quantize.plan import Job, identify_jobs, pin_calibration
@@ -104,7 +105,9 @@ class LockDifference:
 
 
 def lock_path(recipe: Path) -> Path:
-    """Where the lock of a recipe is: beside it, RECIPE.yaml.lock."""
+    """Where the lock of a recipe is: beside it, RECIPE.yaml.lock; of one that the package brings, NAME.lock here."""
+    if is_builtin(recipe):
+        return Path(f"{recipe.stem}{SUFFIX}")
     return recipe.with_name(recipe.name + SUFFIX)
 
 
@@ -151,7 +154,7 @@ def hold(lock: Lock, recipe: Recipe, cache: Cache, reporter: Reporter, only: Seq
     Raises LockError with everything that is not as the lock says.
     """
     if lock.recipe != recipe.name:
-        hint = f"write one for it: quantize lock {recipe.path}"
+        hint = f"write one for it: {_command(recipe)}"
         raise LockError(f"the lock is of another recipe: of {lock.recipe}, not {recipe.name}", hint=hint)
     at_commits = _at_commits(lock, recipe)
     wanted = tuple(item for item in recipe.variants if not only or item.name in only)
@@ -260,8 +263,13 @@ def _refuse(found: list[LockDifference], recipe: Recipe) -> None:
     if found:
         lines = "\n".join(f"  {item}" for item in found)
         count = "one thing is" if len(found) == 1 else f"{len(found)} things are"
-        hint = f"get the locked ones back, or lock what is there now: quantize lock {recipe.path}"
+        hint = f"get the locked ones back, or lock what is there now: {_command(recipe)}"
         raise LockError(f"{lock_path(recipe.path)}: {count} not as it says\n{lines}", hint=hint)
+
+
+def _command(recipe: Recipe) -> str:
+    """The command that locks a recipe."""
+    return f"quantize lock {str(lock_path(recipe.path)).removesuffix(SUFFIX)}"
 
 
 def _flat(lock: Lock, variants: AbstractSet[str]) -> Iterator[tuple[str, Any]]:

@@ -25,9 +25,10 @@ from quantize.checkpoint import Checkpoint
 from quantize.containers.compare import TensorDifference, can_compare, compare_metadata, compare_weights
 from quantize.disk import disk_free_bytes, disk_short
 from quantize.errors import PlanError, RecipeError, VerifyError
+from quantize.lookup import CALIBRATION, DATA, find_path
 from quantize.manifest import FILE_NAME, RECIPE_NAME, FileEntry, Manifest
 from quantize.plan import Job, identify_jobs
-from quantize.recipe import CalibrationSpec, EvaluationSpec, Recipe, Source, Variant, find_path
+from quantize.recipe import CalibrationSpec, EvaluationSpec, Recipe, Source, Variant
 from quantize.reopen import find_source
 from quantize.report import Reporter, note, status, warn
 from quantize.source import PinnedSource, open_source
@@ -165,7 +166,7 @@ def _calibration(artifact: Artifact, folder: Path, given: Path | None) -> Calibr
         return spec
     if Path(name).name != name:
         raise VerifyError(f"{artifact.ref}: the manifest's calibration text {name!r} is no file name")
-    bases = (artifact.folder, *artifact.folder.absolute().parents, *Path.cwd().parents)
+    bases = (artifact.folder, *artifact.folder.absolute().parents, *Path.cwd().parents, DATA / CALIBRATION)
     found = given or next((path for base in bases if (path := find_path(name, base)) is not None), None)
     if found is None or not found.is_file():
         raise RecipeError(

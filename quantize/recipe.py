@@ -25,6 +25,7 @@ from pydantic import (
 )
 
 from quantize.errors import RecipeError
+from quantize.lookup import CALIBRATION, builtin_files, find_data, find_path, is_path_text
 from quantize.marked_yaml import Document, Location, in_time, read_document, suggest, validate
 
 SLUG = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
@@ -155,7 +156,7 @@ class EvaluationSpec(BaseModel):
     )
     golden: list[str] | None = Field(
         default=None,
-        description="files or folders of golden prompts; [] asks none (default: calibration/golden)",
+        description="files, names or folders of golden prompts; [] asks none (default: calibration/golden)",
     )
     context: Annotated[int, Field(ge=0)] = Field(
         default=0, description="tokens of a golden prompt and its answer; 0 for the model's own, at most 2,048"
@@ -181,7 +182,9 @@ class _RecipeFile(BaseModel):
     name: SlugText = Field(description="names the folder under artifacts/")
     description: str | None = None
     source: Source
-    calibration: str | CalibrationSpec | None = Field(None, description="a calibration/*.yaml file, or its content")
+    calibration: str | CalibrationSpec | None = Field(
+        None, description="a calibration/*.yaml file, the name of one, or its content"
+    )
     defaults: dict[str, Any] = Field(default_factory=dict, description="options that all variants share")
     variants: Annotated[list[dict[str, Any]], Field(min_length=1)]
     evaluation: EvaluationSpec = EvaluationSpec()
@@ -204,7 +207,10 @@ class Variant:
 
 @dataclass(frozen=True)
 class Recipe:
-    """A valid recipe. `text` is the file verbatim; `folder` is where relative paths start."""
+    """A valid recipe. `text` is the file verbatim; relative paths start at its folder.
+
+    notes: which file was taken, where a name could have meant two.
+    """
 
     name: str
     description: str | None
@@ -215,29 +221,15 @@ class Recipe:
     gates: Gates | None
     path: Path
     text: str
+    notes: tuple[str, ...] = ()
 
     def find(self, relative: str) -> Path | None:
         """A path of the recipe: from its own folder, then the folder above, then the working folder."""
         return find_path(relative, self.path.parent)
 
 
-def find_path(text: str, folder: Path) -> Path | None:
-    """The first that exists of `text` from `folder`, the folder above it, and the working folder; else None."""
-    try:
-        path = Path(text).expanduser()
-    except RuntimeError:  # ~ of a user who is not there
-        return None
-    candidates = [path] if path.is_absolute() else [folder / path, folder.parent / path, Path.cwd() / path]
-    return next((item for item in candidates if os.path.exists(item)), None)
-
-
-def is_path_text(text: str) -> bool:
-    """Whether a source or dataset string can only be meant as a path, never as a hub id."""
-    return text.startswith((".", "/", "~")) or text.endswith((".gguf", ".jsonl", ".txt", ".parquet", ".json"))
-
-
 def load_recipe(path: Path, formats: Mapping[str, type[BackendOptions]]) -> Recipe:
-    """Read and validate a recipe file.
+    """Read and validate a recipe file; lookup.find_recipe has the path of a name.
 
     Raises RecipeError: the file can't be read, or anything in it is not what a recipe may say.
     """
@@ -245,7 +237,7 @@ def load_recipe(path: Path, formats: Mapping[str, type[BackendOptions]]) -> Reci
     with in_time(path):
         file = validate(_RecipeFile, document)
         variants = _variants(document, file, formats)
-    calibration = _calibration(document, file, path)
+    calibration, notes = _calibration(document, file, path)
     return Recipe(
         file.name,
         file.description,
@@ -256,6 +248,7 @@ def load_recipe(path: Path, formats: Mapping[str, type[BackendOptions]]) -> Reci
         file.gates,
         path,
         document.text,
+        notes,
     )
 
 
@@ -390,10 +383,12 @@ def _check_unique(document: Document, at: Location, variants: list[Variant]) -> 
         raise document.error(at, f"two variants are called `{twice}`", hint="give one of them a `name` of its own")
 
 
-def _calibration(document: Document, file: _RecipeFile, path: Path) -> CalibrationSpec | None:
+def _calibration(document: Document, file: _RecipeFile, path: Path) -> tuple[CalibrationSpec | None, tuple[str, ...]]:
+    """The spec, and what there is to say of where it was found."""
     if not isinstance(file.calibration, str):
-        return file.calibration
-    found = find_path(file.calibration, path.parent)
+        return file.calibration, ()
+    found = find_data(file.calibration, path.parent, CALIBRATION)
     if found is None:
-        raise document.error(("calibration",), f"no such file: {file.calibration}", hint="check the path")
-    return load_calibration(found)
+        hint = suggest(file.calibration, sorted(builtin_files(CALIBRATION)))
+        raise document.error(("calibration",), f"no such file or name: {file.calibration}", hint=hint)
+    return load_calibration(found.path), (found.note,) if found.note else ()

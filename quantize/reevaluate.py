@@ -17,6 +17,7 @@ from quantize.backends.base import Limits
 from quantize.cache import Cache
 from quantize.errors import UsageError
 from quantize.gates import Gates, Judge, Settled, refusal
+from quantize.lookup import SUFFIXES
 from quantize.recipe import Recipe, load_recipe
 from quantize.reopen import own_recipe, repin_source
 from quantize.report import Reporter
@@ -49,7 +50,7 @@ def find_artifacts(names: tuple[str, ...], store: Store) -> list[Artifact]:
 
 
 def _recipe(name: str) -> Recipe | None:
-    return load_recipe(Path(name), formats()) if Path(name).suffix in (".yaml", ".yml") else None
+    return load_recipe(Path(name), formats()) if Path(name).suffix in SUFFIXES else None
 
 
 def _artifacts(name: str, recipe: Recipe | None, store: Store) -> list[Artifact]:

@@ -16,6 +16,7 @@ from quantize.cache import Cache
 from quantize.checkpoint import open_checkpoint, read_json, tensor_table
 from quantize.containers.gguf import GgufFile, read_gguf
 from quantize.errors import UsageError
+from quantize.lookup import SUFFIXES
 from quantize.manifest import FILE_NAME
 from quantize.plan import make_plan
 from quantize.recipe import load_recipe
@@ -41,7 +42,7 @@ def subjects(target: str, store: Store, cache: Cache, reporter: Reporter) -> lis
     Raises UsageError: nothing of that name. CheckpointError, PlanError: it can't be read, or not be planned.
     """
     path = Path(target)
-    if path.suffix in (".yaml", ".yml"):
+    if path.suffix in SUFFIXES:
         return _of_recipe(path, store, cache, reporter)
     if path.suffix == ".gguf" and path.is_file():
         return [_of_gguf(path.stem, path)]

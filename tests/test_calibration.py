@@ -26,7 +26,8 @@ from quantize.calibration import (
     seed_prompts,
 )  # fmt: skip
 from quantize.errors import PlanError, RecipeError
-from quantize.recipe import CalibrationSpec, is_path_text, load_calibration, load_recipe
+from quantize.lookup import is_path_text
+from quantize.recipe import CalibrationSpec, load_calibration, load_recipe
 from quantize.report import SilentReporter
 from quantize.testing import write_recipe
 

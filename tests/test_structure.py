@@ -23,6 +23,7 @@ LAYERS: list[set[str]] = [
         "worker",
         "parallel",
         "marked_yaml",
+        "lookup",
         "containers",
         "folding",
         "architecture",

@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from quantize.backends import formats
 from quantize.build import Outcome, RunOptions, build
 from quantize.cli.common import (
     json_option,
     limits_options,
     make_limits,
     open_cache,
+    open_recipe,
     print_json,
     print_table,
     quality,
@@ -26,7 +26,7 @@ from quantize.cli.progress import console_reporter
 from quantize.errors import UsageError
 from quantize.evaluate.record import COLUMNS
 from quantize.lock import hold, lock_path, read_lock
-from quantize.recipe import Recipe, load_recipe
+from quantize.recipe import Recipe
 from quantize.store import Store
 
 if TYPE_CHECKING:
@@ -72,13 +72,13 @@ def command(
     if accept_risk is not None and not accept_risk.strip():
         raise UsageError("--accept-risk needs a reason", hint='say who knows why: --accept-risk "for load tests only"')
     options = _cluster_options(cluster, device, threads, watch, trace)
-    parsed = [load_recipe(recipe, formats()) for recipe in recipes]
+    parsed = [open_recipe(recipe) for recipe in recipes]
     limits = make_limits(threads, device, memory_budget, here=options is None)
     run = RunOptions(limits, keep_going, force, only, keep_intermediates, evaluate=not no_eval, accept_risk=accept_risk)
     with console_reporter(quiet=quiet or as_json) as reporter:
         if locked:
-            pairs = zip(recipes, parsed, strict=True)
-            parsed = [hold(read_lock(lock_path(path)), item, open_cache(), reporter, only) for path, item in pairs]
+            cache = open_cache()
+            parsed = [hold(read_lock(lock_path(item.path)), item, cache, reporter, only) for item in parsed]
         if options is not None:
             from quantize.cluster.units import build_on_cluster
 

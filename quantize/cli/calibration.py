@@ -7,12 +7,12 @@ from pathlib import Path
 
 import click
 
-from quantize.backends import formats
 from quantize.calibration import CalibrationSet, load_calibration_set, load_tokenizer
-from quantize.cli.common import json_option, open_cache, print_json, quiet_option, verbose_option
+from quantize.cli.common import json_option, open_cache, open_recipe, print_json, quiet_option, verbose_option
 from quantize.cli.progress import console_reporter
 from quantize.errors import UsageError
-from quantize.recipe import Recipe, load_calibration, load_recipe
+from quantize.lookup import CALIBRATION, find_data
+from quantize.recipe import Recipe, load_calibration
 from quantize.source import open_source, pin_source
 
 
@@ -33,7 +33,7 @@ def command() -> None:
 def show(spec: Path, recipe: Path | None, sequences: int, as_json: bool, quiet: bool) -> None:
     """Print what the model will really see: counts, the hash, and the first sequences after tokenizing.
 
-    SPEC is a calibration/*.yaml file, or a recipe with calibration.
+    SPEC is a calibration/*.yaml file or the name of one, or a recipe with calibration.
     """
     parsed = _recipe(spec, recipe)
     assert parsed.calibration is not None
@@ -53,12 +53,13 @@ def show(spec: Path, recipe: Path | None, sequences: int, as_json: bool, quiet: 
 
 
 def _recipe(spec: Path, recipe: Path | None) -> Recipe:
+    found = find_data(str(spec), Path(), CALIBRATION)
     if recipe is not None:
-        return replace(load_recipe(recipe, formats()), calibration=load_calibration(spec))
-    if _is_calibration_file(spec):
-        hint = "give the recipe whose model tokenizes: --recipe recipes/NAME.yaml"
+        return replace(open_recipe(recipe), calibration=load_calibration(found.path if found else spec))
+    if found is not None and _is_calibration_file(found.path):
+        hint = "give the recipe whose model tokenizes: --recipe NAME"
         raise UsageError(f"{spec} is calibration text without a model", hint=hint)
-    parsed = load_recipe(spec, formats())
+    parsed = open_recipe(spec)
     if parsed.calibration is None:
         raise UsageError(f"{spec}: the recipe has no calibration", hint="name a calibration/*.yaml file and --recipe")
     return parsed

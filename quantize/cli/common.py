@@ -15,11 +15,13 @@ import click
 from quantize.cache import Cache, default_cache_root
 from quantize.cli import set_verbose
 from quantize.errors import UsageError
+from quantize.lookup import find_recipe, find_target
 from quantize.store import Store, default_store_root
 
 if TYPE_CHECKING:
     from quantize.artifact import Artifact
     from quantize.evaluate.record import Summary
+    from quantize.recipe import Recipe
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 UNLIMITED_COLUMNS = 10_000  # in a pipe or a file nothing is cut
@@ -119,6 +121,32 @@ def quality(artifact: Artifact) -> Summary:
     if artifact.manifest.accepted_risk is None:
         return found
     return dataclasses.replace(found, verdict="risk accepted")
+
+
+def open_recipe(given: Path) -> Recipe:
+    """The recipe that a path or a name means; what there is to say of where it was found is said. Raises UsageError."""
+    from quantize.backends import formats
+    from quantize.recipe import load_recipe
+
+    found = find_recipe(str(given))
+    recipe = load_recipe(found.path, formats())
+    _say(found.note, *recipe.notes)
+    return recipe
+
+
+def recipe_path(target: str) -> str:
+    """The path of the recipe that a target names; any other target as it is."""
+    found = find_target(target)
+    if found is None:
+        return target
+    _say(found.note)
+    return str(found.path)
+
+
+def _say(*notes: str | None) -> None:
+    if not click.get_current_context().params.get("quiet"):
+        for note in filter(None, notes):
+            click.echo(f"note: {note}", err=True)
 
 
 def open_cache() -> Cache:

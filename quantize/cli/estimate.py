@@ -14,6 +14,7 @@ from quantize.cli.common import (
     print_json,
     print_table,
     quiet_option,
+    recipe_path,
     store_option,
     verbose_option,
 )
@@ -68,14 +69,15 @@ def command(
     target: str, context: int | None, concurrency: int | None, gpu: str | None, vram: str | None, kv_bits: str,
     runtime: str | None, store: Store, as_json: bool, quiet: bool,
 ) -> None:  # fmt: skip
-    """Memory that TARGET takes (a recipe, a checkpoint folder, a GGUF file or an artifact), from headers alone.
+    """Memory that TARGET takes (a recipe by file or name, a checkpoint folder, a GGUF file or an artifact), from
+    headers alone.
 
     Each cell has the expected figure and the safe upper one. `fits`: the upper one is within 90 % of the card; `tight`:
     only the expected one is. How good the figures are: docs/estimates.md.
     """
     card = card_of(gpu, vram) or _own_card()
     with console_reporter(quiet=quiet or as_json) as reporter:
-        found = subjects(target, store, open_cache(), reporter)
+        found = subjects(recipe_path(target), store, open_cache(), reporter)
     others = found if len(found) > 1 else [*found, *siblings(found[0], store)] if found[0].family else found
     answers = [_answer(item, others, card, context, concurrency, KV_TYPES[kv_bits], runtime) for item in found]
     if as_json:

@@ -14,6 +14,7 @@ from quantize.cli.common import (
     print_json,
     print_table,
     quiet_option,
+    recipe_path,
     store_option,
     threads_option,
     verbose_option,
@@ -56,8 +57,9 @@ def command(
     if text is not None and Path(text).is_file():
         changes["text"] = str(Path(text).absolute())
     if golden or no_golden:
-        changes["golden"] = [str(path.absolute()) for path in golden] if not no_golden else []
-    found = find_targets(targets, store)
+        named = [] if no_golden else golden
+        changes["golden"] = [str(path.absolute() if path.exists() else path) for path in named]
+    found = find_targets(tuple(map(recipe_path, targets)), store)
     cache, limits, results = open_cache(), make_limits(threads, "cpu", None), []
     with console_reporter(quiet=quiet or as_json) as reporter:
         for target in found:

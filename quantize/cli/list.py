@@ -21,6 +21,7 @@ from quantize.cli.common import (
 from quantize.errors import RecipeError
 from quantize.evaluate.record import COLUMNS
 from quantize.hardware import memory_text
+from quantize.lookup import PREFIX, RECIPES, builtin_files, local_recipes
 from quantize.store import Store
 
 
@@ -57,31 +58,42 @@ def artifacts(everything: bool, markdown: bool, store: Store, as_json: bool) -> 
 
 
 @command.command("recipes")
-@click.argument("folder", type=click.Path(path_type=Path, file_okay=False, exists=True), default="recipes")
+@click.argument("folder", type=click.Path(path_type=Path, file_okay=False, exists=True), required=False)
 @json_option
 @verbose_option
-def recipes(folder: Path, as_json: bool) -> None:
-    """List the recipes in FOLDER, with what each would build."""
-    from quantize.backends import formats
-    from quantize.recipe import load_recipe
-
-    rows: list[dict[str, Any]] = []
-    for path in sorted([*folder.glob("*.yaml"), *folder.glob("*.yml")]):
-        try:
-            recipe = load_recipe(path, formats())
-            model = recipe.source.model if isinstance(recipe.source.model, str) else recipe.source.model.file
-            variants = [item.name for item in recipe.variants]
-            rows.append({"path": str(path), "name": recipe.name, "model": model, "variants": variants, "error": None})
-        except RecipeError as exc:
-            rows.append(
-                {"path": str(path), "name": "", "model": "", "variants": [], "error": exc.message.splitlines()[0]}
-            )
+def recipes(folder: Path | None, as_json: bool) -> None:
+    """List the recipes in FOLDER, with what each would build; else those in recipes/ and those that come with quantize,
+    which are built by name: `quantize build NAME`.
+    """
+    local = local_recipes(folder or Path(RECIPES))
+    builtin = {} if folder is not None else builtin_files(RECIPES)
+    rows = [_recipe_row(path, str(path)) for path in local]
+    rows += [
+        _recipe_row(path, f"{PREFIX}{name}")
+        for name, path in builtin.items()
+        if not any(path.samefile(other) for other in local)
+    ]
     if as_json:
         print_json(rows)
         return
     table = [[row["path"], row["name"], row["model"], row["error"] or ", ".join(row["variants"])] for row in rows]
     columns = [("RECIPE", "left"), ("NAME", "left"), ("MODEL", "left"), ("VARIANTS", "left")]
     print_table(columns, table, empty=f"no recipes in {folder}/")
+
+
+def _recipe_row(path: Path, shown: str) -> dict[str, Any]:
+    from quantize.backends import formats
+    from quantize.recipe import load_recipe
+
+    try:
+        recipe = load_recipe(path, formats())
+    except RecipeError as exc:
+        return {"path": shown, "name": "", "model": "", "variants": [], "error": exc.message.splitlines()[0]}
+    model = recipe.source.model if isinstance(recipe.source.model, str) else recipe.source.model.file
+    return {
+        "path": shown, "name": recipe.name, "model": model, "variants": [item.name for item in recipe.variants],
+        "error": None,
+    }  # fmt: skip
 
 
 @command.command("formats")

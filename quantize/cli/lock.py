@@ -6,12 +6,10 @@ from pathlib import Path
 
 import click
 
-from quantize.backends import formats
-from quantize.cli.common import json_option, open_cache, print_json, quiet_option, verbose_option
+from quantize.cli.common import json_option, open_cache, open_recipe, print_json, quiet_option, verbose_option
 from quantize.cli.progress import console_reporter
 from quantize.errors import UsageError
 from quantize.lock import Lock, LockDifference, differences, lock_path, make_lock, read_lock, write_lock
-from quantize.recipe import load_recipe
 
 
 @click.command("lock")
@@ -23,8 +21,8 @@ def command(recipe: Path, as_json: bool, quiet: bool) -> None:
     """Write RECIPE.lock: the source's commit and file hashes, the calibration text by its token ids, each variant's
     options, tool versions and build key. `quantize build --locked` refuses anything else.
     """
-    parsed = load_recipe(recipe, formats())
-    path = lock_path(recipe)
+    parsed = open_recipe(recipe)
+    path = lock_path(parsed.path)
     with console_reporter(quiet=quiet or as_json) as reporter:
         lock = make_lock(parsed, open_cache(), reporter)
     before = _before(path)

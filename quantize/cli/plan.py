@@ -8,12 +8,12 @@ from typing import Any
 
 import click
 
-from quantize.backends import formats
 from quantize.cli.common import (
     json_option,
     limits_options,
     make_limits,
     open_cache,
+    open_recipe,
     print_json,
     print_table,
     quiet_option,
@@ -23,7 +23,6 @@ from quantize.cli.common import (
 )
 from quantize.cli.progress import console_reporter
 from quantize.plan import Job, Plan, make_plan
-from quantize.recipe import load_recipe
 from quantize.store import Store
 
 
@@ -37,8 +36,10 @@ from quantize.store import Store
 def command(
     recipe: Path, store: Store, threads: int | None, device: str, memory_budget: str | None, as_json: bool, quiet: bool
 ) -> None:
-    """Show what RECIPE would build: exact sizes, disk needed and free, what is built already. Writes nothing."""
-    parsed = load_recipe(recipe, formats())
+    """Show what RECIPE, a file or a name, would build: exact sizes, disk needed and free, what is built already. Writes
+    nothing.
+    """
+    parsed = open_recipe(recipe)
     with console_reporter(quiet=quiet or as_json) as reporter:
         plan = make_plan(parsed, store, open_cache(), reporter, make_limits(threads, device, memory_budget))
     if as_json:

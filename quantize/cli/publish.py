@@ -8,8 +8,17 @@ from typing import Any
 
 import click
 
-from quantize.cli.common import json_option, print_json, quiet_option, size_text, store_option, verbose_option
+from quantize.cli.common import (
+    json_option,
+    print_json,
+    quiet_option,
+    recipe_path,
+    size_text,
+    store_option,
+    verbose_option,
+)
 from quantize.cli.progress import console_reporter
+from quantize.lookup import SUFFIXES
 from quantize.provenance.documents import Signing
 from quantize.provenance.signature import PASSWORD_VARIABLE
 from quantize.provenance.statement import known_run
@@ -67,7 +76,8 @@ def command(
 
 def _wanted(word: str, store: Store) -> list[Wanted]:
     """An artifact by the policy in the recipe that it carries, or a recipe's by its own."""
-    if Path(word).suffix in (".yaml", ".yml"):
+    word = recipe_path(word)
+    if Path(word).suffix in SUFFIXES:
         policy = read_policy(Path(word))
         return [Wanted(found.artifact, policy) for found in find_targets((word,), store)]
     artifact = store.find(word)
