@@ -1,4 +1,84 @@
-"""make for quantized models: a recipe and a checkpoint go in; pinned, verified, measured artifacts come out."""
+"""make for quantized models: a recipe and a checkpoint go in; pinned, verified, measured artifacts come out.
+
+`load_recipe`, `plan`, `build` and `rebuild` do what the commands of these names do, with the same defaults; `errors`
+has what they raise. Each is imported when it is first used, so that `import quantize` is quick.
+"""
+
+import importlib
+import sys
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from quantize import errors
+    from quantize.api import build, load_recipe, plan, rebuild
+    from quantize.artifact import Artifact
+    from quantize.build import Outcome
+    from quantize.plan import Plan
+    from quantize.rebuild import Rebuild
+    from quantize.recipe import Recipe
+    from quantize.report import Event, Reporter
+    from quantize.store import Store
 
 __version__ = "0.1.0"
 DISTRIBUTION = "quantize-models"  # what pip installs: `quantize` is another project on PyPI
+
+__all__ = [
+    "Artifact",
+    "Event",
+    "Outcome",
+    "Plan",
+    "Rebuild",
+    "Recipe",
+    "Reporter",
+    "Store",
+    "__version__",
+    "build",
+    "errors",
+    "load_recipe",
+    "plan",
+    "rebuild",
+]
+
+# Public name -> the module that has it.
+_HOMES = {
+    "Artifact": "quantize.artifact",
+    "Event": "quantize.report",
+    "Outcome": "quantize.build",
+    "Plan": "quantize.plan",
+    "Rebuild": "quantize.rebuild",
+    "Recipe": "quantize.recipe",
+    "Reporter": "quantize.report",
+    "Store": "quantize.store",
+    "build": "quantize.api",
+    "load_recipe": "quantize.api",
+    "plan": "quantize.api",
+    "rebuild": "quantize.api",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name when it is asked for (PEP 562)."""
+    if name == "errors":
+        return importlib.import_module("quantize.errors")
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+class _Package(ModuleType):
+    """This module, where `quantize.build` is the function.
+
+    The import system would set the attribute to the submodule of that name whenever that is imported, by whomever.
+    """
+
+    def __setattr__(self, name: str, value: object) -> None:
+        if not (name in _HOMES and isinstance(value, ModuleType)):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package

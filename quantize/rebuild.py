@@ -6,8 +6,11 @@ Rebuild. Nothing but the manifest says what to build, and nothing that an earlie
 
 from __future__ import annotations
 
+import shutil
+import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -24,7 +27,7 @@ from quantize.calibration import LOCAL_SUFFIXES, summarize_tokens
 from quantize.checkpoint import Checkpoint
 from quantize.containers.compare import TensorDifference, can_compare, compare_metadata, compare_weights
 from quantize.disk import disk_free_bytes, disk_short
-from quantize.errors import PlanError, RecipeError, VerifyError
+from quantize.errors import PlanError, RecipeError, StoreError, UsageError, VerifyError
 from quantize.lookup import CALIBRATION, DATA, find_path
 from quantize.manifest import FILE_NAME, RECIPE_NAME, FileEntry, Manifest
 from quantize.plan import Job, identify_jobs
@@ -122,6 +125,26 @@ def rebuild(
         artifact, rebuilt, tools, _fields(manifest, rebuilt.manifest, OF_VERSIONS if tools else ()),
         tuple(_differences(artifact, rebuilt)), len(manifest.files), time.perf_counter() - started,
     )  # fmt: skip
+
+
+@contextmanager
+def rebuild_folders(keep: Path | None) -> Iterator[tuple[Path, Path]]:
+    """The rebuilt artifact's folder, and one to work in; what is not kept is removed. Raises UsageError, StoreError."""
+    if keep is not None and keep.exists() and (not keep.is_dir() or any(keep.iterdir())):
+        raise UsageError(f"{keep}: is there already", hint="name a folder that is new or empty")
+    try:
+        if keep is not None:
+            keep.mkdir(parents=True, exist_ok=True)
+        above = keep.absolute().parent if keep is not None else None
+        scratch = Path(tempfile.mkdtemp(prefix=".quantize-rebuild-" if above else "quantize-rebuild-", dir=above))
+    except OSError as exc:
+        raise StoreError(f"no scratch folder: {exc.strerror} ({exc.filename})", hint="set TMPDIR, or --keep") from exc
+    try:
+        (scratch / "work").mkdir()
+        (scratch / "artifact").mkdir()
+        yield keep or scratch / "artifact", scratch / "work"
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
 
 
 def _variant(manifest: Manifest) -> Variant:

@@ -46,10 +46,10 @@ class Broken:
 
 
 class Store:
-    """Artifacts under one root: <recipe>/<variant>/<digest12>/."""
+    """Artifacts under one root: <recipe>/<variant>/<digest12>/. root: by default $QUANTIZE_STORE, else artifacts/."""
 
-    def __init__(self, root: Path) -> None:
-        self.root = root
+    def __init__(self, root: Path | str | None = None) -> None:
+        self.root = default_store_root() if root is None else Path(root)
 
     def folders(self) -> Iterator[Path]:
         """Every folder that an artifact can be in, sorted."""

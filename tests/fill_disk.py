@@ -24,6 +24,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -102,7 +103,8 @@ class Inline(Command):
 
         self.disk.resize(full_at or ROOM)
         with _steps_inline(), self._watched(), mock.patch.dict(os.environ, self._environment):
-            unchecked = mock.patch("quantize.build._Build._check_room") if full_at else contextlib.nullcontext()
+            builder = import_module("quantize.build")._Build
+            unchecked = mock.patch.object(builder, "_check_room") if full_at else contextlib.nullcontext()
             with unchecked, contextlib.redirect_stderr(io.StringIO()):
                 result = click.testing.CliRunner().invoke(main, self._command[3:], prog_name="quantize")
         return result.exit_code, result.stderr

@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -194,7 +195,7 @@ def test_the_good_build_before_it_stays_current(
     write: Write, run: Run, store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     good, _ = outcome(run, write())
-    monkeypatch.setattr("quantize.plan.tool_versions", lambda _: {"llama-cpp-python": "99.0"})
+    monkeypatch.setattr(import_module("quantize.plan"), "tool_versions", lambda _: {"llama-cpp-python": "99.0"})
     refused, code = outcome(run, write(gates=IMPOSSIBLE))
     assert (refused["state"], code) == ("refused", 3)
     (artifact,) = store.artifacts()

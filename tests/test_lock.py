@@ -7,6 +7,7 @@ import json
 import re
 import shutil
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -139,7 +140,7 @@ def test_a_tool_in_another_version(locked: Path, run: Run, monkeypatch: pytest.M
 
 def test_a_build_key_by_itself_is_named_too(locked: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     """Another way to make keys: nothing else tells it."""
-    monkeypatch.setattr("quantize.plan.BUILD_KEY_VERSION", 99)
+    monkeypatch.setattr(import_module("quantize.plan"), "BUILD_KEY_VERSION", 99)
     assert "variants.int4.build_key: " in refusal(run, locked)
 
 

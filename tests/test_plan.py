@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -92,7 +93,7 @@ def test_a_disk_that_is_too_small_refuses(
     tiny: Path, tmp_path: Path, run: Run, store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("quantize.disk.disk_free_bytes", lambda _: 1_000_000)
-    monkeypatch.setattr("quantize.build.disk_free_bytes", lambda _: 1_000_000)
+    monkeypatch.setattr(import_module("quantize.build"), "disk_free_bytes", lambda _: 1_000_000)
     path = write_recipe(tmp_path / "demo.yaml", tiny, FAKE)
     result = run("plan", path, "--json")
     assert result.exit_code == 3

@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -142,7 +143,8 @@ def test_another_version_of_a_tool_is_another_build(
     recipe: Callable[[Variants], Recipe], store: Store, cache: Cache, monkeypatch: pytest.MonkeyPatch, fake: FakeBackend
 ) -> None:
     build_all(recipe(INT8), store, cache)
-    monkeypatch.setattr("quantize.plan.tool_versions", lambda _: {"numpy": "99.0", "quantize": "99.0"})
+    versions = {"numpy": "99.0", "quantize": "99.0"}
+    monkeypatch.setattr(import_module("quantize.plan"), "tool_versions", lambda _: versions)
     (outcome,) = build_all(recipe(INT8), store, cache)
     assert (outcome.state, fake.built) == ("built", ["int8", "int8"])
 
@@ -284,7 +286,7 @@ def two_builds(
     build_all(recipe(INT8), store, cache)
     (old,) = store.artifacts()
     with monkeypatch.context() as patch:
-        patch.setattr("quantize.plan.tool_versions", lambda _: {"numpy": "99.0"})
+        patch.setattr(import_module("quantize.plan"), "tool_versions", lambda _: {"numpy": "99.0"})
         build_all(recipe(INT8), store, cache)
     (new,) = [item for item in store.artifacts() if store.is_current(item)]
     return old.manifest, new.manifest

@@ -42,7 +42,7 @@ LAYERS: list[set[str]] = [
     {"cluster"},
     {"provenance"},
     {"publish"},
-    {"bench", "serve", "pages", "doctor"},
+    {"bench", "serve", "pages", "doctor", "api"},
     {"cli", "__main__"},
 ]
 

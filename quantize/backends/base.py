@@ -6,6 +6,7 @@ never prints, never touches the store, and never falls back silently: what stays
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from quantize.cache import Cache
 from quantize.checkpoint import Checkpoint
 from quantize.cluster.spec import Spread
-from quantize.errors import QuantizeError
+from quantize.errors import QuantizeError, UsageError
 from quantize.manifest import CalibrationEntry
 from quantize.memory import BlockMemory
 from quantize.recipe import BackendOptions
@@ -62,6 +63,34 @@ class Limits:
     device: str = "cpu"
     memory_budget_bytes: int | None = None
     spread: Spread | None = None
+
+    @classmethod
+    def of(
+        cls, threads: int | None = None, device: str = "cpu", memory_budget: int | str | None = None, *,
+        here: bool = True,
+    ) -> Limits:  # fmt: skip
+        """Limits as people give them. threads: None takes every core. memory_budget: bytes, or such as "6GiB".
+
+        here: they are for this machine. Raises UsageError: a size that can't be read, a device that is not there.
+        """
+        from quantize.hardware import parse_size, usable_cores
+
+        if device != "cpu" and here:
+            _check_device(device)
+        budget = parse_size(memory_budget) if isinstance(memory_budget, str) else memory_budget
+        return cls(threads or usable_cores(), device, budget)
+
+
+def _check_device(device: str) -> None:
+    found = re.fullmatch(r"cuda(?::(\d+))?", device)
+    if found is None:
+        raise UsageError(f"device {device!r} is none", hint="use --device cpu, --device cuda or --device cuda:N")
+    import torch
+
+    count = torch.cuda.device_count()
+    if int(found[1] or 0) >= count:
+        have = f"torch sees {count} CUDA device{'s' * (count != 1)}"
+        raise UsageError(f"device {device!r} is not there: {have}", hint="use --device cpu, or install torch for CUDA")
 
 
 @dataclass(frozen=True)

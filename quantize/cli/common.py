@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -14,12 +13,12 @@ import click
 
 from quantize.cache import Cache, default_cache_root
 from quantize.cli import set_verbose
-from quantize.errors import UsageError
 from quantize.lookup import find_recipe, find_target
 from quantize.store import Store, default_store_root
 
 if TYPE_CHECKING:
     from quantize.artifact import Artifact
+    from quantize.backends.base import Limits
     from quantize.evaluate.record import Summary
     from quantize.recipe import Recipe
 
@@ -88,29 +87,11 @@ def trust_options(function: Function) -> Function:
     return function
 
 
-def make_limits(threads: int | None, device: str, memory_budget: str | None, *, here: bool = True) -> Any:
-    """Limits from the options; here: they are for this machine. Raises UsageError: a size that can't be read, a device
-    that is not there.
-    """
+def make_limits(threads: int | None, device: str, memory_budget: str | None, *, here: bool = True) -> Limits:
+    """Limits from the options. Raises as Limits.of does."""
     from quantize.backends.base import Limits
-    from quantize.hardware import parse_size, usable_cores
 
-    if device != "cpu" and here:
-        _check_device(device)
-    budget = parse_size(memory_budget) if memory_budget else None
-    return Limits(threads or usable_cores(), device, budget)
-
-
-def _check_device(device: str) -> None:
-    found = re.fullmatch(r"cuda(?::(\d+))?", device)
-    if found is None:
-        raise UsageError(f"device {device!r} is none", hint="use --device cpu, --device cuda or --device cuda:N")
-    import torch
-
-    count = torch.cuda.device_count()
-    if int(found[1] or 0) >= count:
-        have = f"torch sees {count} CUDA device{'s' * (count != 1)}"
-        raise UsageError(f"device {device!r} is not there: {have}", hint="use --device cpu, or install torch for CUDA")
+    return Limits.of(threads, device, memory_budget, here=here)
 
 
 def quality(artifact: Artifact) -> Summary:

@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import shutil
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +20,8 @@ from quantize.cli.common import (
     verbose_option,
 )
 from quantize.cli.progress import console_reporter
-from quantize.errors import RefusedError, StoreError, UsageError
-from quantize.rebuild import Given, Rebuild, rebuild
+from quantize.errors import RefusedError
+from quantize.rebuild import Given, Rebuild, rebuild, rebuild_folders
 from quantize.store import Store
 
 SHOWN_TENSORS = 20
@@ -56,7 +52,7 @@ def command(
     """
     found = store.find(artifact)
     limits = make_limits(threads, device, memory_budget)
-    with _folders(keep) as (folder, work), console_reporter(quiet=quiet or as_json) as reporter:
+    with rebuild_folders(keep) as (folder, work), console_reporter(quiet=quiet or as_json) as reporter:
         result = rebuild(found, folder, work, open_cache(), reporter, limits, Given(source, calibration))
     if as_json:
         print_json(_as_json(result, keep))
@@ -64,26 +60,6 @@ def command(
         _print(result)
     if not result.identical:
         click.get_current_context().exit(RefusedError.exit_code)
-
-
-@contextmanager
-def _folders(keep: Path | None) -> Iterator[tuple[Path, Path]]:
-    """The rebuilt artifact's folder, and one to work in; what is not kept is removed. Raises UsageError, StoreError."""
-    if keep is not None and keep.exists() and (not keep.is_dir() or any(keep.iterdir())):
-        raise UsageError(f"--keep {keep}: is there already", hint="name a folder that is new or empty")
-    try:
-        if keep is not None:
-            keep.mkdir(parents=True, exist_ok=True)
-        above = keep.absolute().parent if keep is not None else None
-        scratch = Path(tempfile.mkdtemp(prefix=".quantize-rebuild-" if above else "quantize-rebuild-", dir=above))
-    except OSError as exc:
-        raise StoreError(f"no scratch folder: {exc.strerror} ({exc.filename})", hint="set TMPDIR, or --keep") from exc
-    try:
-        (scratch / "work").mkdir()
-        (scratch / "artifact").mkdir()
-        yield keep or scratch / "artifact", scratch / "work"
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
 
 
 def _print(result: Rebuild) -> None:
