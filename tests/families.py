@@ -21,7 +21,7 @@ QWEN2_SPLIT = (
 )
 BYTE_LEVEL_SPECIALS = (
     "<|endoftext|>", "<|startoftext|>", "<|im_start|>", "<|im_end|>", "<|system|>", "<|user|>", "<|assistant|>",
-    "<|observation|>", "[gMASK]", "<|pad|>",
+    "<|observation|>", "[gMASK]", "<|pad|>", "<unk>",
 )  # fmt: skip
 _COMMON: dict[str, Any] = {
     "vocab_size": VOCABULARY,
@@ -44,7 +44,8 @@ class Family:
     """One row: the class of transformers, its config class, and what its tiny config adds to the common one.
 
     tokenizer: `llama` is byte-fallback BPE in tokenizer.json; `sentencepiece` has the same as tokenizer.model too;
-    `qwen2` is byte-level BPE with Qwen2's rules. keys of the common config that are None in `extra` are left out.
+    `qwen2` is byte-level BPE with Qwen2's rules.
+    seed: of the weights; chosen where another one puts two experts so near each other that a rounding swaps them.
     """
 
     name: str
@@ -52,6 +53,7 @@ class Family:
     config: str
     extra: dict[str, Any] = field(default_factory=dict)
     tokenizer: Tokenizer = "qwen2"
+    seed: int = 0
 
     @property
     def pre_tokenizer(self) -> str | None:
@@ -68,7 +70,7 @@ _LATENT = {
     "n_shared_experts": 1, "first_k_dense_replace": 1,
 }  # fmt: skip
 _DELTA = {
-    "layer_types": ["linear_attention", "full_attention"], "head_dim": 32, "linear_num_key_heads": 2,
+    "num_hidden_layers": 4, "head_dim": 32, "linear_num_key_heads": 2,
     "linear_num_value_heads": 4, "linear_key_head_dim": 32, "linear_value_head_dim": 32, "linear_conv_kernel_dim": 4,
 }  # fmt: skip
 _MAMBA = {
@@ -85,7 +87,7 @@ FAMILIES: tuple[Family, ...] = (
     Family("Qwen2", "Qwen2ForCausalLM", "Qwen2Config", {}),
     Family("Qwen2-MoE", "Qwen2MoeForCausalLM", "Qwen2MoeConfig", {**_EXPERTS, **_SHARED}),
     Family("Qwen3", "Qwen3ForCausalLM", "Qwen3Config", {"head_dim": 32}),
-    Family("Qwen3-MoE", "Qwen3MoeForCausalLM", "Qwen3MoeConfig", {**_EXPERTS, "head_dim": 32}),
+    Family("Qwen3-MoE", "Qwen3MoeForCausalLM", "Qwen3MoeConfig", {**_EXPERTS, "head_dim": 32, "norm_topk_prob": True}),
     Family("Qwen3-Next", "Qwen3NextForCausalLM", "Qwen3NextConfig", {**_EXPERTS, **_SHARED, **_DELTA}),
     Family("Qwen3.5", "Qwen3_5ForCausalLM", "Qwen3_5TextConfig", {**_DELTA}),
     Family("Qwen3.5-MoE", "Qwen3_5MoeForCausalLM", "Qwen3_5MoeTextConfig", {**_EXPERTS, **_SHARED, **_DELTA}),
@@ -101,12 +103,13 @@ FAMILIES: tuple[Family, ...] = (
     Family(
         "Gemma 3n", "Gemma3nForCausalLM", "Gemma3nTextConfig",
         {**_WINDOW, "tie_word_embeddings": True, "num_hidden_layers": 5, "vocab_size_per_layer_input": VOCABULARY,
-         "hidden_size_per_layer_input": 32, "num_kv_shared_layers": 0, "laurel_rank": 32, "intermediate_size": 192,
-         "activation_sparsity_pattern": [0.0] * 5}, "sentencepiece",
+         "hidden_size_per_layer_input": 256, "num_kv_shared_layers": 0, "laurel_rank": 64, "intermediate_size": 192,
+         "activation_sparsity_pattern": [0.95] * 5}, "sentencepiece",
     ),
     Family(
         "Gemma 4", "Gemma4ForCausalLM", "Gemma4TextConfig",
-        {**_WINDOW, "tie_word_embeddings": True, "num_hidden_layers": 6}, "sentencepiece",
+        {**_WINDOW, "tie_word_embeddings": True, "num_hidden_layers": 6, "global_head_dim": 64,
+         "vocab_size_per_layer_input": VOCABULARY, "hidden_size_per_layer_input": 32}, "sentencepiece",
     ),
     Family("Phi-3", "Phi3ForCausalLM", "Phi3Config", {}, "sentencepiece"),
     Family("gpt-oss", "GptOssForCausalLM", "GptOssConfig", {**_LOCAL_EXPERTS, **_WINDOW}),
@@ -122,40 +125,69 @@ FAMILIES: tuple[Family, ...] = (
     Family("OLMo", "OlmoForCausalLM", "OlmoConfig", {}),
     Family("OLMo 2", "Olmo2ForCausalLM", "Olmo2Config", {}),
     Family("OLMo 3", "Olmo3ForCausalLM", "Olmo3Config", {"sliding_window": 8, "num_hidden_layers": 4}),
-    Family("OLMoE", "OlmoeForCausalLM", "OlmoeConfig", {"num_experts": 4, "num_experts_per_tok": 2}),
+    Family("OLMoE", "OlmoeForCausalLM", "OlmoeConfig", {"num_experts": 4, "num_experts_per_tok": 2, "num_key_value_heads": 4}),
     Family("Granite", "GraniteForCausalLM", "GraniteConfig", {"logits_scaling": 2.0, "residual_multiplier": 0.5}),
     Family("Granite-MoE", "GraniteMoeForCausalLM", "GraniteMoeConfig", {**_LOCAL_EXPERTS}),
     Family(
         "Granite hybrid", "GraniteMoeHybridForCausalLM", "GraniteMoeHybridConfig",
         {**_LOCAL_EXPERTS, **_MAMBA, "layer_types": ["mamba", "attention"], "shared_intermediate_size": 96},
     ),
-    Family("Cohere", "CohereForCausalLM", "CohereConfig", {"tie_word_embeddings": True}),
-    Family("Cohere 2", "Cohere2ForCausalLM", "Cohere2Config", {**_WINDOW, "num_hidden_layers": 4, "tie_word_embeddings": True}),
-    Family("Falcon", "FalconForCausalLM", "FalconConfig", {"new_decoder_architecture": True, "num_kv_heads": 2, "num_key_value_heads": None}),
+    Family("Cohere", "CohereForCausalLM", "CohereConfig", {"tie_word_embeddings": True, "logit_scale": 1.0}),
+    Family("Cohere 2", "Cohere2ForCausalLM", "Cohere2Config", {**_WINDOW, "num_hidden_layers": 4, "tie_word_embeddings": True, "logit_scale": 1.0}),
+    Family("Falcon", "FalconForCausalLM", "FalconConfig", {"new_decoder_architecture": True, "num_kv_heads": 2, "multi_query": False}),
     Family("Falcon-H1", "FalconH1ForCausalLM", "FalconH1Config", {**_MAMBA, "mamba_d_ssm": 256, "head_dim": 32}),
     Family("StableLM", "StableLmForCausalLM", "StableLmConfig", {"use_qkv_bias": True}),
     Family("SmolLM3", "SmolLM3ForCausalLM", "SmolLM3Config", {"num_hidden_layers": 4}),
     Family("StarCoder2", "Starcoder2ForCausalLM", "Starcoder2Config", {}),
-    Family("EXAONE 4", "Exaone4ForCausalLM", "Exaone4Config", {"sliding_window": 8, "num_hidden_layers": 4}),
+    Family("EXAONE 4", "Exaone4ForCausalLM", "Exaone4Config", {"sliding_window": None, "layer_types": ["full_attention"] * 2}),
     Family("ERNIE 4.5", "Ernie4_5ForCausalLM", "Ernie4_5Config", {"head_dim": 32}, "sentencepiece"),
     Family(
         "ERNIE 4.5-MoE", "Ernie4_5_MoeForCausalLM", "Ernie4_5_MoeConfig",
-        {"moe_num_experts": 4, "moe_k": 2, "moe_intermediate_size": 64, "moe_num_shared_experts": 1,
+        {"moe_num_experts": 4, "moe_k": 2, "moe_intermediate_size": 96, "moe_num_shared_experts": 1,
          "moe_layer_start_index": 1}, "sentencepiece",
     ),
     Family("Hunyuan", "HunYuanDenseV1ForCausalLM", "HunYuanDenseV1Config", {"head_dim": 32}),
     Family("LFM2", "Lfm2ForCausalLM", "Lfm2Config", {"layer_types": ["conv", "full_attention"]}),
     Family(
         "LFM2-MoE", "Lfm2MoeForCausalLM", "Lfm2MoeConfig",
-        {**_EXPERTS, "layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
+        {**_EXPERTS, "layer_types": ["conv", "full_attention"], "num_dense_layers": 1,
+         "tie_word_embeddings": True},
     ),
     Family("Nemotron", "NemotronForCausalLM", "NemotronConfig", {"head_dim": 32}, "sentencepiece"),
     Family("MiniMax", "MiniMaxForCausalLM", "MiniMaxConfig", {**_LOCAL_EXPERTS, "head_dim": 32, "layer_types": ["linear_attention", "full_attention"]}),
-    Family("MiniMax-M2", "MiniMaxM2ForCausalLM", "MiniMaxM2Config", {**_LOCAL_EXPERTS, "head_dim": 32}),
+    Family("MiniMax-M2", "MiniMaxM2ForCausalLM", "MiniMaxM2Config", {**_LOCAL_EXPERTS, "head_dim": 32, "rotary_dim": 16}),
     Family("Bamba", "BambaForCausalLM", "BambaConfig", {**_MAMBA, "attn_layer_indices": [1]}),
     Family("Seed-OSS", "SeedOssForCausalLM", "SeedOssConfig", {"head_dim": 32}),
     Family("Arcee", "ArceeForCausalLM", "ArceeConfig", {}, "llama"),
     Family("Apertus", "ApertusForCausalLM", "ApertusConfig", {}, "llama"),
+    Family("GPT-2", "GPT2LMHeadModel", "GPT2Config", {"n_positions": 256, "tie_word_embeddings": True}),
+    Family("GPT-NeoX", "GPTNeoXForCausalLM", "GPTNeoXConfig", {}),
+    Family("BLOOM", "BloomForCausalLM", "BloomConfig", {"tie_word_embeddings": True}),
+    Family("StarCoder", "GPTBigCodeForCausalLM", "GPTBigCodeConfig", {"n_positions": 256, "tie_word_embeddings": True}),
+    Family("Phi-2", "PhiForCausalLM", "PhiConfig", {"num_key_value_heads": 4, "intermediate_size": 512}),
+    Family("Phi-3.5-MoE", "PhimoeForCausalLM", "PhimoeConfig", {**_LOCAL_EXPERTS, "original_max_position_embeddings": 256}, "sentencepiece"),
+    Family("Mamba", "MambaForCausalLM", "MambaConfig", {"state_size": 16, "intermediate_size": 256}),
+    Family("Mamba 2", "Mamba2ForCausalLM", "Mamba2Config", {"intermediate_size": 256, "state_size": 16, "num_heads": 8, "head_dim": 32, "n_groups": 1, "chunk_size": 16}),
+    Family("Falcon-Mamba", "FalconMambaForCausalLM", "FalconMambaConfig", {"state_size": 16, "intermediate_size": 256}),
+    Family("Jamba", "JambaForCausalLM", "JambaConfig", {**_EXPERTS, "attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2, "expert_layer_offset": 1, "mamba_dt_rank": 8, "use_mamba_kernels": False}, "llama"),
+    Family("Nemotron-H", "NemotronHForCausalLM", "NemotronHConfig", {"head_dim": 32}),
+    Family("Dots 1", "Dots1ForCausalLM", "Dots1Config", {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "n_shared_experts": 1, "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1, "head_dim": 32, "num_key_value_heads": 4}),
+    Family("Llama 4", "Llama4ForCausalLM", "Llama4TextConfig", {**_LOCAL_EXPERTS, "head_dim": 32, "num_hidden_layers": 4, "intermediate_size_mlp": 192}),
+    Family("Hunyuan-MoE", "HunYuanMoEV1ForCausalLM", "HunYuanMoEV1Config", {"num_experts": 4, "moe_topk": 2, "head_dim": 32}),
+    Family("Granite-MoE shared", "GraniteMoeSharedForCausalLM", "GraniteMoeSharedConfig", {**_LOCAL_EXPERTS, "shared_intermediate_size": 96}),
+    Family("GLM-4-MoE lite", "Glm4MoeLiteForCausalLM", "Glm4MoeLiteConfig", {**_LATENT, "n_group": 1, "topk_group": 1}),
+    Family("MiniCPM 3", "MiniCPM3ForCausalLM", "MiniCPM3Config", {"q_lora_rank": 64, "kv_lora_rank": 64, "qk_nope_head_dim": 32, "qk_rope_head_dim": 32, "v_head_dim": 32, "num_key_value_heads": 4}, "sentencepiece"),
+    Family("Youtu", "YoutuForCausalLM", "YoutuConfig", {"q_lora_rank": 64, "kv_lora_rank": 64, "qk_nope_head_dim": 32, "qk_rope_head_dim": 32, "v_head_dim": 32, "num_key_value_heads": 4}),
+    Family("Solar Open", "SolarOpenForCausalLM", "SolarOpenConfig", {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "n_shared_experts": 1, "n_group": 1, "topk_group": 1, "head_dim": 32}),
+    Family("Jais 2", "Jais2ForCausalLM", "Jais2Config", {"head_dim": 32}),
+    Family("AFMoE", "AfmoeForCausalLM", "AfmoeConfig", {**_EXPERTS, "head_dim": 32, "num_hidden_layers": 4}),
+    Family("EXAONE MoE", "ExaoneMoeForCausalLM", "ExaoneMoeConfig", {**_EXPERTS, "head_dim": 32}),
+    Family("MiMo V2 Flash", "MiMoV2FlashForCausalLM", "MiMoV2FlashConfig", {"head_dim": 32}),
+    Family("MPT", "MptForCausalLM", "MptConfig", {"tie_word_embeddings": True, "d_model": 128, "n_heads": 4, "n_layers": 2}),
+    Family("DeepSeek V3.2", "DeepseekV32ForCausalLM", "DeepseekV32Config", {**_LATENT, "n_group": 1, "topk_group": 1}),
+    Family("OPT", "OPTForCausalLM", "OPTConfig", {"ffn_dim": 192, "word_embed_proj_dim": 128}),
+    Family("Helium", "HeliumForCausalLM", "HeliumConfig", {"head_dim": 32}),
+    Family("Cohere 2 MoE", "Cohere2MoeForCausalLM", "Cohere2MoeConfig", {"head_dim": 32}),
 )  # fmt: skip
 
 
@@ -164,24 +196,23 @@ def family_named(name: str) -> Family:
     return next(family for family in FAMILIES if family.name == name)
 
 
-def make_family(family: Family, folder: Path, *, seed: int = 0) -> Any:
+def make_family(family: Family, folder: Path) -> Any:
     """Write the family's tiny checkpoint into a new folder; returns the float32 model that was saved."""
-    model = tiny_model(family, seed=seed)
+    model = tiny_model(family)
     model.save_pretrained(folder)
     write_family_tokenizer(family.tokenizer, folder)
     return model
 
 
-def tiny_model(family: Family, *, seed: int = 0) -> Any:
+def tiny_model(family: Family) -> Any:
     """The seeded random model, float32, with every weight drawn anew so that it counts."""
     import torch
     import transformers
 
-    settings = {key: value for key, value in {**_COMMON, **family.extra}.items() if value is not None}
-    config = getattr(transformers, family.config)(**settings)
-    torch.manual_seed(seed)
+    config = getattr(transformers, family.config)(**{**_COMMON, **family.extra})
+    torch.manual_seed(family.seed)
     model = getattr(transformers, family.architecture)._from_config(config, dtype=torch.float32).eval()
-    generator = torch.Generator().manual_seed(seed + 1)
+    generator = torch.Generator().manual_seed(family.seed + 1)
     with torch.no_grad():
         for parameter in model.parameters():
             noise = torch.randn(parameter.shape, generator=generator)
@@ -189,12 +220,26 @@ def tiny_model(family: Family, *, seed: int = 0) -> Any:
                 parameter.add_(noise * 0.2)
             else:
                 parameter.copy_(noise / math.sqrt(parameter.shape[-1]))
-        for module in {model.get_input_embeddings(), model.get_output_embeddings()}:
-            module.weight.mul_(2)
+        model.get_input_embeddings().weight.mul_(0.5)  # a tied head would else answer with the token that it read
+        if model.get_output_embeddings().weight is not model.get_input_embeddings().weight:
+            model.get_output_embeddings().weight.mul_(2)
+        else:
+            _final_norm(model).add_(3)
         for name, buffer in model.named_buffers():
             if name.endswith(("e_score_correction_bias", "expert_bias")):
                 buffer.add_(torch.randn(buffer.shape, generator=generator) * 0.1)
     return model
+
+
+def _final_norm(model: Any) -> Any:
+    """The weight of the norm before the head."""
+    names = ("norm", "norm_f", "ln_f", "final_layernorm", "embedding_norm")
+    (found,) = [
+        parameter
+        for name, parameter in model.named_parameters()
+        if name.endswith(".weight") and name.split(".")[-2] in names and len(name.split(".")) == 3
+    ]
+    return found
 
 
 def write_family_tokenizer(kind: Tokenizer, folder: Path) -> None:

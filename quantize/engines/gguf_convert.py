@@ -19,6 +19,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from quantize.engines.gguf_config import SAME_MODEL, converter_config
+from quantize.engines.gguf_tensors import show_as_published
 from quantize.errors import (
     MissingExtraError,
     PlanError,
@@ -58,7 +60,7 @@ def convert(reporter: Reporter, request: ConvertRequest, out: Path, *, header_on
     belong together. MissingExtraError, DiskFullError.
     """
     package = converter_package()
-    architecture = _architecture(request.folder)
+    written, architecture = _read_config(request.folder)
     model_class = _model_class(package, architecture)
     metadata_path = out.with_suffix(".metadata.json")
     where = _Where(architecture)
@@ -68,8 +70,11 @@ def convert(reporter: Reporter, request: ConvertRequest, out: Path, *, header_on
         metadata_path.write_text(json.dumps(_with_name_parts(gguf, request.metadata)), encoding="utf-8")
         try:
             kind = gguf.LlamaFileType[KINDS[request.outtype]]
-            model = model_class(request.folder, kind, out, metadata_override=metadata_path)
+            loaded = model_class.load_hparams(request.folder, is_mistral_format=False)
+            config = converter_config(architecture, loaded, written)
+            model = model_class(request.folder, kind, out, metadata_override=metadata_path, hparams=config)
             model = getattr(model, "impl", model)  # what stands for several architectures has the right one inside
+            show_as_published(model, architecture)
             where.follow(model)
             if request.pre_tokenizer is not None:
                 model.get_vocab_base_pre = lambda _tokenizer: request.pre_tokenizer
@@ -133,19 +138,20 @@ def converter_modules() -> dict[str, UsageError | None]:
     return found
 
 
-def _architecture(folder: Path) -> str:
+def _read_config(folder: Path) -> tuple[dict[str, Any], str]:
+    """config.json, and the architecture that it names."""
     try:
-        named = json.loads((folder / "config.json").read_text(encoding="utf-8"))["architectures"][0]
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        return config, str(config["architectures"][0])
     except (OSError, ValueError, LookupError, TypeError) as exc:
         hint = 'it must be JSON with the class of the model: "architectures": ["LlamaForCausalLM"]'
         raise PlanError(f"{folder / 'config.json'}: names no architecture ({first_line(exc)})", hint=hint) from exc
-    return str(named)
 
 
 def _model_class(package: ModuleType, architecture: str) -> Any:
     with _import_errors():
         try:
-            return package.get_model_class(architecture)
+            return package.get_model_class(SAME_MODEL.get(architecture, architecture))
         except NotImplementedError as exc:
             raise PlanError(
                 f"config.json: llama.cpp's converter does not know the architecture {architecture}",

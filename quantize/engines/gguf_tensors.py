@@ -1,0 +1,94 @@
+"""Tensors that llama.cpp's converter must be shown otherwise than a checkpoint has them.
+
+In: a model of the converter, before it writes. Out: the same model, that is given its tensors one by one as it knows
+them: experts that are stacked in one tensor are taken apart, and heads of which only a part is rotated are put in order.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Loader = Callable[[], "Tensor"]
+STACKED = re.compile(r"^(?P<module>.*\.(?:mlp|block_sparse_moe|feed_forward)\.experts)\.(?P<kind>gate_up_proj|down_proj)$")
+# How an architecture's experts are called in the checkpoints that it was published with: gate, up, down, and the module.
+PUBLISHED = {
+    "MixtralForCausalLM": ("w1", "w3", "w2", "block_sparse_moe"),
+    "MiniMaxM2ForCausalLM": ("w1", "w3", "w2", "block_sparse_moe"),
+    "PhimoeForCausalLM": ("w1", "w3", "w2", "block_sparse_moe"),
+    "PhiMoEForCausalLM": ("w1", "w3", "w2", "block_sparse_moe"),
+    "Lfm2MoeForCausalLM": ("w1", "w3", "w2", "feed_forward"),
+}
+"""Others: gate_proj, up_proj, down_proj of `mlp`."""
+STACKED_TOO = ("GptOssForCausalLM", "Llama4ForCausalLM", "Gemma4ForCausalLM", "Gemma4ForConditionalGeneration")
+
+
+def show_as_published(model: Any, architecture: str) -> None:
+    """Change the tensors that `model` will read, and how it is handed them."""
+    if architecture not in STACKED_TOO:
+        model.model_tensors = dict(_apart(model.model_tensors, architecture))
+    if architecture == "BambaForCausalLM":
+        _order_heads(model)
+
+
+def _apart(tensors: dict[str, Loader], architecture: str) -> Iterator[tuple[str, Loader]]:
+    gate, up, down, module = PUBLISHED.get(architecture, ("gate_proj", "up_proj", "down_proj", "mlp"))
+    for name, load in tensors.items():
+        match = STACKED.match(name)
+        if match is None:
+            yield name, load
+            continue
+        block = match["module"].split(".")[:-2]
+        count = load().shape[0]
+        for expert in range(count):
+            stem = ".".join([*block, module, "experts", str(expert)])
+            if match["kind"] == "down_proj":
+                yield f"{stem}.{down}.weight", _part(load, expert, None)
+            else:
+                yield f"{stem}.{gate}.weight", _part(load, expert, 0)
+                yield f"{stem}.{up}.weight", _part(load, expert, 1)
+
+
+def _part(load: Loader, expert: int, half: int | None) -> Loader:
+    """One expert of a stack [experts, rows, columns]; half: 0 or 1 for gate or up, whose rows are one below the other."""
+
+    def part() -> Tensor:
+        matrix = load()[expert]
+        rows = matrix.shape[0] // 2
+        return matrix if half is None else matrix[half * rows : (half + 1) * rows]
+
+    return part
+
+
+def _order_heads(model: Any) -> None:
+    """Undo what the converter does to a head as a whole, and do it to the rotated part alone.
+
+    llama.cpp rotates neighbours, transformers the two halves of the rotated part; the converter interleaves the halves
+    of the head, which is the same only where all of it is rotated.
+    """
+    heads = {"q_proj": model.hparams["num_attention_heads"], "k_proj": model.hparams["num_key_value_heads"]}
+    rotated = model.hparams["attn_rotary_emb"]
+    for name, load in model.model_tensors.items():
+        count = heads.get(name.split(".")[-2]) if name.endswith(".weight") else None
+        if count is not None:
+            model.model_tensors[name] = _reordered(load, count, rotated)
+
+
+def _reordered(load: Loader, heads: int, rotated: int) -> Loader:
+    def reordered() -> Tensor:
+        import torch
+
+        weight = load()
+        width = weight.shape[0] // heads
+        order = torch.arange(width)
+        wanted = torch.cat([order[:rotated].reshape(2, -1).T.reshape(-1), order[rotated:]])
+        interleaved = order.reshape(2, -1).T.reshape(-1)
+        shown = torch.empty_like(wanted)
+        shown[interleaved] = wanted
+        return weight.reshape(heads, width, -1)[:, shown.tolist()].reshape(weight.shape)
+
+    return reordered
