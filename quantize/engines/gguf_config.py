@@ -1,8 +1,8 @@
 """The config.json that llama.cpp's converter is shown: transformers' reading of it, with the names of old put back.
 
 In: config.json as transformers 5 reads it, and as it is in the file. Out: a dict with the keys that the converter looks
-for, or PlanError where llama.cpp runs an architecture in one way only and the checkpoint asks for another. transformers 5
-moved several keys into `rope_parameters` and dropped others that its classes take for granted.
+for, or PlanError where llama.cpp runs an architecture in one way only and the checkpoint asks for another. transformers
+5 moved several keys into `rope_parameters` and dropped others that its classes take for granted.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from quantize.errors import PlanError
 Config = dict[str, Any]
 SIGMOID_ROUTERS = (
     "DeepseekV3ForCausalLM", "Dots1ForCausalLM", "Glm4MoeLiteForCausalLM", "GlmMoeDsaForCausalLM",
-    "MiniMaxM2ForCausalLM", "AfmoeForCausalLM",
+    "MiniMaxM2ForCausalLM", "AfmoeForCausalLM", "ExaoneMoeForCausalLM", "ExaoneMoEForCausalLM", "SolarOpenForCausalLM",
 )  # fmt: skip
 # Classes of one model that the converter knows by one name only.
 SAME_MODEL = {
@@ -116,6 +116,7 @@ _ADDED: dict[str, dict[str, Callable[[Mapping[str, Any]], Any]]] = {
 }
 _ADDED["MiniMaxM2ForCausalLM"]["rotary_dim"] = _rotated
 _ADDED["AfmoeForCausalLM"]["route_norm"] = lambda _: True
+_ADDED["SolarOpenForCausalLM"]["partial_rotary_factor"] = _share
 _ADDED["Gemma4ForConditionalGeneration"] = _ADDED["Gemma4ForCausalLM"]
 # What transformers 5 calls otherwise.
 _RENAMED = {
@@ -124,6 +125,11 @@ _RENAMED = {
 
 
 def _refuse(architecture: str, config: Mapping[str, Any]) -> None:
+    if architecture in _OTHERWISE:
+        raise PlanError(
+            f"config.json: llama.cpp's {architecture} is another model: {_OTHERWISE[architecture]}",
+            hint="its answers would not be the model's; choose a format other than GGUF",
+        )
     for key, value in _ALWAYS.get(architecture, {}).items():
         found = config.get(key, value)
         if found != value:
@@ -140,8 +146,11 @@ def _refusal(architecture: str, found: str, taken: str) -> PlanError:
     )
 
 
+_SPARSE_MIXER = "it weighs the chosen experts by a softmax over all of them, the model by a sparse mixer"
+_OTHERWISE = {"PhimoeForCausalLM": _SPARSE_MIXER, "PhiMoEForCausalLM": _SPARSE_MIXER}
 # What llama.cpp does not ask the file for.
 _ALWAYS: dict[str, dict[str, Any]] = {
+    "AfmoeForCausalLM": {"mup_enabled": True},
     "DeepseekV3ForCausalLM": {"rope_interleave": True},
     "Qwen3MoeForCausalLM": {"norm_topk_prob": True},
 }

@@ -1,7 +1,7 @@
 """Tensors that llama.cpp's converter must be shown otherwise than a checkpoint has them.
 
 In: a model of the converter, before it writes. Out: the same model, that is given its tensors one by one as it knows
-them: experts that are stacked in one tensor are taken apart, and heads of which only a part is rotated are put in order.
+them: experts that are stacked in one tensor are taken apart, heads of which only a part is rotated are put in order.
 """
 
 from __future__ import annotations
@@ -14,29 +14,55 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 Loader = Callable[[], "Tensor"]
-STACKED = re.compile(r"^(?P<module>.*\.(?:mlp|block_sparse_moe|feed_forward)\.experts)\.(?P<kind>gate_up_proj|down_proj)$")
-# How an architecture's experts are called in the checkpoints that it was published with: gate, up, down, and the module.
+STACKED = re.compile(r"^(?P<module>.*\.(?:mlp|feed_forward)\.experts)\.(?P<kind>gate_up_proj|down_proj)$")
+# What an architecture calls its experts' gate, up and down, and the module that they are in, in the checkpoints that it
+# was published with. Of the others it is as in DEFAULT.
+DEFAULT = ("gate_proj", "up_proj", "down_proj", "mlp")
 PUBLISHED = {
-    "MixtralForCausalLM": ("w1", "w3", "w2", "block_sparse_moe"),
-    "MiniMaxM2ForCausalLM": ("w1", "w3", "w2", "block_sparse_moe"),
-    "PhimoeForCausalLM": ("w1", "w3", "w2", "block_sparse_moe"),
-    "PhiMoEForCausalLM": ("w1", "w3", "w2", "block_sparse_moe"),
+    **dict.fromkeys(
+        ("MixtralForCausalLM", "MiniMaxM2ForCausalLM", "PhimoeForCausalLM", "PhiMoEForCausalLM"),
+        ("w1", "w3", "w2", "block_sparse_moe"),
+    ),
+    "JambaForCausalLM": ("gate_proj", "up_proj", "down_proj", "feed_forward"),
     "Lfm2MoeForCausalLM": ("w1", "w3", "w2", "feed_forward"),
 }
-"""Others: gate_proj, up_proj, down_proj of `mlp`."""
-STACKED_TOO = ("GptOssForCausalLM", "Llama4ForCausalLM", "Gemma4ForCausalLM", "Gemma4ForConditionalGeneration")
+# Architectures that were published with their experts stacked, and under which names.
+STACKED_TOO: dict[str, tuple[tuple[str, str], ...]] = {
+    **dict.fromkeys(
+        ("GraniteMoeForCausalLM", "GraniteMoeHybridForCausalLM", "GraniteMoeSharedForCausalLM"),
+        (
+            (".experts.gate_up_proj", ".input_linear.weight"),
+            (".experts.down_proj", ".output_linear.weight"),
+            (".router.weight", ".router.layer.weight"),
+        ),
+    ),
+    **dict.fromkeys(
+        ("GptOssForCausalLM", "Llama4ForCausalLM", "Gemma4ForCausalLM", "Gemma4ForConditionalGeneration"), ()
+    ),
+}
+RENAMED = {"Ernie4_5_MoeForCausalLM": ((".mlp.gate.moe_statics.", ".mlp.moe_statics."),)}
 
 
 def show_as_published(model: Any, architecture: str) -> None:
     """Change the tensors that `model` will read, and how it is handed them."""
+    model.model_tensors = _renamed(model.model_tensors, STACKED_TOO.get(architecture, RENAMED.get(architecture, ())))
     if architecture not in STACKED_TOO:
         model.model_tensors = dict(_apart(model.model_tensors, architecture))
     if architecture == "BambaForCausalLM":
         _order_heads(model)
 
 
+def _renamed(tensors: dict[str, Loader], names: tuple[tuple[str, str], ...]) -> dict[str, Loader]:
+    renamed = {}
+    for name, load in tensors.items():
+        for old, new in names:
+            name = name.replace(old, new)
+        renamed[name] = load
+    return renamed
+
+
 def _apart(tensors: dict[str, Loader], architecture: str) -> Iterator[tuple[str, Loader]]:
-    gate, up, down, module = PUBLISHED.get(architecture, ("gate_proj", "up_proj", "down_proj", "mlp"))
+    gate, up, down, module = PUBLISHED.get(architecture, DEFAULT)
     for name, load in tensors.items():
         match = STACKED.match(name)
         if match is None:
@@ -54,7 +80,7 @@ def _apart(tensors: dict[str, Loader], architecture: str) -> Iterator[tuple[str,
 
 
 def _part(load: Loader, expert: int, half: int | None) -> Loader:
-    """One expert of a stack [experts, rows, columns]; half: 0 or 1 for gate or up, whose rows are one below the other."""
+    """One expert of a stack [experts, rows, columns]; half: 0 or 1 where the rows are those of gate, and then of up."""
 
     def part() -> Tensor:
         matrix = load()[expert]
