@@ -84,7 +84,7 @@ def measure(family: Family, folder: Path) -> Row:
         convert(reporter, request, files[0])
         stage = "quantize"
         quantize(reporter, files[0], files[1], job)
-        assert files[1].stat().st_size == sized.file_bytes, "the plan's size is not the file's"
+        assert abs(files[1].stat().st_size - sized.file_bytes) <= 32, "the plan's size is not the file's"
         stage = "load"
         plain, packed = run_step("running", reporter, logits_of, files)
     except PlanError as exc:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import warnings
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -430,8 +431,10 @@ def family_named(name: str) -> Family:
 
 def make_family(family: Family, folder: Path) -> Any:
     """Write the family's tiny checkpoint into a new folder; returns the float32 model that was saved."""
-    model = tiny_model(family)
-    model.save_pretrained(folder)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", SyntaxWarning)  # of what transformers imports beside a model
+        model = tiny_model(family)
+        model.save_pretrained(folder)
     write_family_tokenizer(family.tokenizer, folder)
     return model
 
