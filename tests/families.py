@@ -432,7 +432,7 @@ def family_named(name: str) -> Family:
 def make_family(family: Family, folder: Path) -> Any:
     """Write the family's tiny checkpoint into a new folder; returns the float32 model that was saved."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", SyntaxWarning)  # of what transformers imports beside a model
+        warnings.simplefilter("ignore")  # transformers and its plugins warn on import
         model = tiny_model(family)
         model.save_pretrained(folder)
     write_family_tokenizer(family.tokenizer, folder)

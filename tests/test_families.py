@@ -12,6 +12,7 @@ import pytest
 from tests.canary import PAGE, measure, rows_of_page
 from tests.families import FAMILIES, Family
 
+pytestmark = pytest.mark.filterwarnings("ignore")  # transformers and its plugins warn on import
 NEAR = 0.002  # nats between two processors
 CELLS = rows_of_page(PAGE.read_text(encoding="utf-8"))
 
