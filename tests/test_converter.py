@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
 import re
 import shutil
@@ -190,6 +192,22 @@ def test_a_tensor_that_it_does_not_know_is_named(tiny: Path, tmp_path: Path) -> 
     save_file({"model.layers.0.mlp.odd.weight": torch.ones(4, 4)}, folder / "model-odd.safetensors")
     with pytest.raises(PlanError, match=r"^tensor model\.layers\.0\.mlp\.odd\.weight: .* this LlamaForCausalLM"):
         convert(SilentReporter(), ConvertRequest(folder, "F32", {"general.name": "tiny"}), tmp_path / "out.gguf")
+
+
+def test_code_beside_a_tokenizer_is_not_run(tmp_path: Path) -> None:
+    """GLM 4's module of the converter asks for it."""
+    family = family_named("GLM 4")
+    make_family(family, tmp_path / "model")
+    path, ran = tmp_path / "model" / "tokenizer_config.json", tmp_path / "ran"
+    settings = json.loads(path.read_text())
+    del settings["tokenizer_class"]
+    path.write_text(json.dumps({**settings, "auto_map": {"AutoTokenizer": [None, "own.Own"]}}))
+    code = f"open({str(ran)!r}, 'w')\nfrom transformers import PreTrainedTokenizerFast as Own\n"
+    (tmp_path / "model" / "own.py").write_text(code)
+    request = ConvertRequest(tmp_path / "model", "F32", {"general.name": "tiny"}, family.pre_tokenizer)
+    with contextlib.suppress(PlanError):
+        convert(SilentReporter(), request, tmp_path / "out.gguf")
+    assert not ran.exists()
 
 
 # --- what it is shown -------------------------------------------------------------------------------------------------

@@ -12,12 +12,13 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+from unittest import mock
 
 from quantize.engines.gguf_config import SAME_MODEL, converter_config
 from quantize.engines.gguf_tensors import show_as_published
@@ -64,7 +65,7 @@ def convert(reporter: Reporter, request: ConvertRequest, out: Path, *, header_on
     model_class = _model_class(package, architecture)
     metadata_path = out.with_suffix(".metadata.json")
     where = _Where(architecture)
-    with where.errors(out):
+    with where.errors(out), _no_code_of_the_model():
         import gguf
 
         metadata_path.write_text(json.dumps(_with_name_parts(gguf, request.metadata)), encoding="utf-8")
@@ -81,6 +82,24 @@ def convert(reporter: Reporter, request: ConvertRequest, out: Path, *, header_on
             _write(model, out, request.metadata.get("general.license"), reporter, header_only)
         finally:
             metadata_path.unlink(missing_ok=True)
+
+
+@contextmanager
+def _no_code_of_the_model() -> Iterator[None]:
+    """Modules of the converter load tokenizers with trust_remote_code; code that a checkpoint brings is never run."""
+    from transformers import AutoConfig, AutoTokenizer
+
+    with ExitStack() as stack:
+        for loader in (AutoConfig, AutoTokenizer):
+            stack.enter_context(mock.patch.object(loader, "from_pretrained", _distrusting(loader.from_pretrained)))
+        yield
+
+
+def _distrusting(load: Callable[..., Any]) -> Callable[..., Any]:
+    def distrusting(*args: Any, **settings: Any) -> Any:
+        return load(*args, **{**settings, "trust_remote_code": False, "local_files_only": True})
+
+    return distrusting
 
 
 def converter_package() -> ModuleType:
