@@ -60,6 +60,16 @@ def convert(reporter: Reporter, request: ConvertRequest, out: Path, *, header_on
     Raises PlanError: the converter does not know the architecture, or fails on it. UsageError: its packages do not
     belong together. MissingExtraError, DiskFullError.
     """
+    with opened_converter(request, out) as model:
+        _write(model, out, request.metadata.get("general.license"), reporter, header_only)
+
+
+@contextmanager
+def opened_converter(request: ConvertRequest, out: Path) -> Iterator[Any]:
+    """The converter's model of a checkpoint, which has read no weight yet and would write to `out`.
+
+    What it raises while the context is open becomes what `convert` raises.
+    """
     package = converter_package()
     written, architecture = _read_config(request.folder)
     model_class = _model_class(package, architecture)
@@ -79,7 +89,7 @@ def convert(reporter: Reporter, request: ConvertRequest, out: Path, *, header_on
             where.follow(model)
             if request.pre_tokenizer is not None:
                 model.get_vocab_base_pre = lambda _tokenizer: request.pre_tokenizer
-            _write(model, out, request.metadata.get("general.license"), reporter, header_only)
+            yield model
         finally:
             metadata_path.unlink(missing_ok=True)
 
