@@ -8,6 +8,9 @@ from __future__ import annotations
 
 import os
 import platform
+import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -28,6 +31,7 @@ from tests import torch_steps
 
 pytestmark = pytest.mark.skipif(platform.machine() != "x86_64", reason="MKL is x86-64's")
 
+ROOT = Path(__file__).parent.parent
 AVX2 = "vendor_id\t: GenuineIntel\nflags\t\t: fpu sse2 avx avx2 fma\n\nflags\t\t: fpu\n"
 AVX512 = "flags\t\t: fpu avx2 avx512f avx512dq avx512cd avx512bw avx512vl avx512_bf16 amx_tile\n"
 KNIGHTS = "flags\t\t: fpu avx2 avx512f avx512cd avx512er avx512pf\n"
@@ -105,6 +109,22 @@ def test_what_chooses_other_kernels_is_in_the_kind(name: str, monkeypatch: pytes
 def test_atens_own_kernels_are_in_the_kind(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ATEN_CPU_CAPABILITY", "default")
     assert run_step("looking", SilentReporter(), name_device, "cpu").startswith("cpu DEFAULT")
+
+
+@pytest.mark.skipif(shutil.which("qemu-x86_64") is None, reason="needs qemu-user")
+def test_the_same_bits_on_any_number_of_threads_on_an_emulated_intel_processor() -> None:
+    """Without the mode this fails on a Haswell, real or emulated. A worker would leave the emulator: none here."""
+    program = (
+        "from quantize.worker import settle_libraries; settle_libraries(); from tests.torch_steps import product; "
+        "print(len({product(None, threads) for threads in (1, 2, 4)}))"
+    )
+    inherited = {name: value for name, value in os.environ.items() if name != MKL_MODE}
+    paths = os.pathsep.join([str(ROOT), *(path for path in sys.path if path.endswith("site-packages"))])
+    done = subprocess.run(
+        ["qemu-x86_64", "-cpu", "Haswell", os.path.realpath(sys.executable), "-c", program],
+        capture_output=True, env={**inherited, "PYTHONPATH": paths}, text=True, check=False,
+    )  # fmt: skip
+    assert done.stdout == "1\n", done.stderr[-1000:]
 
 
 # --- one thread, two, four --------------------------------------------------------------------------------------------
