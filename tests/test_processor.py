@@ -84,8 +84,8 @@ def test_a_worker_of_a_cluster_has_the_mode_too() -> None:
 
 
 @pytest.mark.usefixtures("unset")
-def test_a_product_in_a_worker_has_the_same_bits_on_any_number_of_threads() -> None:
-    found = {run_step("multiplying", SilentReporter(), torch_steps.product, threads) for threads in (1, 2, 4)}
+def test_products_in_a_worker_have_the_same_bits_on_any_number_of_threads() -> None:
+    found = {run_step("multiplying", SilentReporter(), torch_steps.products, threads) for threads in (1, 2, 4)}
     assert len(found) == 1
 
 
@@ -115,8 +115,8 @@ def test_atens_own_kernels_are_in_the_kind(monkeypatch: pytest.MonkeyPatch) -> N
 def test_the_same_bits_on_any_number_of_threads_on_an_emulated_intel_processor() -> None:
     """Without the mode this fails on a Haswell, real or emulated. A worker would leave the emulator: none here."""
     program = (
-        "from quantize.worker import settle_libraries; settle_libraries(); from tests.torch_steps import product; "
-        "print(len({product(None, threads) for threads in (1, 2, 4)}))"
+        "from quantize.worker import settle_libraries; settle_libraries(); from tests.torch_steps import products; "
+        "print(len({products(None, threads) for threads in (1, 2, 4)}))"
     )
     inherited = {name: value for name, value in os.environ.items() if name != MKL_MODE}
     paths = os.pathsep.join([str(ROOT), *(path for path in sys.path if path.endswith("site-packages"))])

@@ -10,6 +10,7 @@ FOUND_AT_IMPORT = os.environ.get("MKL_CBWR")
 
 import torch  # noqa: E402 - after a look at what it finds
 
+from quantize.numerics.gram import GramAccumulator  # noqa: E402
 from quantize.processor import device_name  # noqa: E402
 from quantize.report import Reporter  # noqa: E402
 
@@ -25,8 +26,11 @@ def modes(reporter: Reporter) -> tuple[str | None, str | None, bool, str]:
     return FOUND_AT_IMPORT, BRANCHES[mode & ~STRICT], bool(mode & STRICT), device_name("cpu")
 
 
-def product(reporter: Reporter, threads: int) -> bytes:
-    """The bits of a product whose sum is long enough to be split among threads."""
+def products(reporter: Reporter | None, threads: int) -> bytes:
+    """The bits of a Gram matrix and of a linear, in shapes whose sums MKL splits among threads if it may."""
     torch.set_num_threads(threads)
-    x = torch.randn(777, 576, generator=torch.Generator().manual_seed(0))
-    return (x.T @ x).numpy().tobytes()
+    generator = torch.Generator().manual_seed(0)
+    x, weight = torch.randn(128, 192, generator=generator), torch.randn(256, 192, generator=generator)
+    accumulator = GramAccumulator(192)
+    accumulator.add(x)
+    return b"".join(item.numpy().tobytes() for item in (accumulator.finish().matrix, x @ weight.T))
