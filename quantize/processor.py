@@ -52,7 +52,7 @@ def name_device(_reporter: Reporter, device: str) -> str:
 
 
 def device_name(device: str) -> str:
-    """The kind of device that results depend on, as torch in this process has it; equal kinds give equal bits.
+    """The kind of device that results depend on, as torch in this process has it; other kinds may give other bits.
 
     A GPU's name, or a processor's: "cpu AVX512 (Intel), bfloat16 by AMX, MKL AVX512,STRICT".
     """
