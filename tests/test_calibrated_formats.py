@@ -168,7 +168,7 @@ def test_another_kind_of_processor_is_told_from_another_result(
     told = f"made on another kind of processor: {artifact.manifest.device} there, cpu DEFAULT"
     assert lines[0].startswith(told)
     assert lines[0].endswith(", MKL COMPATIBLE here")
-    assert f"warning: gptq-int4-g64: {told}" in result.stderr
+    assert f"gptq-int4-g64: warning: {told}" in result.stderr
     assert not [line for line in lines if line.startswith("manifest:")]
     assert f"{'identical' if result.exit_code == 0 else 'different'} (" in lines[-1]
     assert "the digests differ" in lines[-1]
