@@ -74,13 +74,6 @@ def fastest_precision(device: str) -> Precision:
     return "bfloat16" if native else "float32"
 
 
-def device_name(device: str) -> str:
-    """The kind of device that results depend on: its type, and a GPU's name or a CPU's instruction set."""
-    if torch.device(device).type == "cuda":
-        return f"cuda {torch.cuda.get_device_name()}"
-    return f"cpu {torch.backends.cpu.get_cpu_capability()}"
-
-
 @dataclass(frozen=True)
 class Block:
     """One decoder block and the statistics of what its linears read.

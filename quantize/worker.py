@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import multiprocessing
 import os
+import pickle
 import signal
 import sys
 import tempfile
@@ -31,6 +32,7 @@ from quantize.errors import (
     is_disk_full,
     is_out_of_memory,
 )
+from quantize.processor import settle_products
 from quantize.report import Event, Reporter, warn
 
 P = ParamSpec("P")
@@ -79,7 +81,8 @@ def run_step(
     with _log_file() as log, _plain_main(), _interrupts(parent, reporter, stops):
         os.set_inheritable(log.fileno(), True)
         path = f"/proc/{os.getpid()}/fd/{log.fileno()}"
-        process = context.Process(target=_child, args=(child, path, function, args, kwargs), daemon=True)
+        work = pickle.dumps((function, args, kwargs))
+        process = context.Process(target=_child, args=(child, path, work), daemon=True)
         process.start()
         child.close()
         peak = 0
@@ -140,6 +143,12 @@ def _interrupts(pipe: Connection, reporter: Reporter, stops: bool) -> Iterator[N
         signal.signal(signal.SIGINT, before)
 
 
+def settle_libraries() -> None:
+    """Set what numerical libraries read from the environment; call before the first of them loads."""
+    spin_briefly()
+    settle_products()
+
+
 def spin_briefly() -> None:
     """Have idle OpenMP threads spin for some microseconds and then sleep; call before a library that reads it loads.
 
@@ -150,18 +159,20 @@ def spin_briefly() -> None:
         os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 
-def _child(pipe: Connection, log: str, function: Callable[..., Any], args: Any, kwargs: Any) -> None:
+def _child(pipe: Connection, log: str, work: bytes) -> None:
+    """work: the function and its arguments, pickled: to load it imports their modules, and with them torch."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides, and kills us if it must
-    spin_briefly()
+    settle_libraries()
     _redirect_output(log)
     threading.Thread(target=_die_with_parent, args=(os.getppid(),), daemon=True).start()
-    pipe.send(_outcome(function, PipeReporter(pipe), *args, **kwargs))
+    pipe.send(_outcome(work, PipeReporter(pipe)))
     pipe.close()
 
 
-def _outcome(function: Callable[..., Any], reporter: Reporter, *args: Any, **kwargs: Any) -> tuple[str, Any]:
+def _outcome(work: bytes, reporter: Reporter) -> tuple[str, Any]:
     """What to tell the parent: ("result", it), ("error", one of ours), or what kind of failure, with its traceback."""
     try:
+        function, args, kwargs = pickle.loads(work)
         return "result", function(reporter, *args, **kwargs)
     except QuantizeError as exc:
         if not isinstance(exc, DiskFullError) and is_out_of_memory(exc):

@@ -22,6 +22,7 @@ LAYERS: list[set[str]] = [
         "cache",
         "worker",
         "parallel",
+        "processor",
         "marked_yaml",
         "containers",
         "folding",

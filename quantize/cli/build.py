@@ -78,7 +78,10 @@ def command(
     with console_reporter(quiet=quiet or as_json) as reporter:
         if locked:
             pairs = zip(recipes, parsed, strict=True)
-            parsed = [hold(read_lock(lock_path(path)), item, open_cache(), reporter, only) for path, item in pairs]
+            kind = device if options is None else None
+            parsed = [
+                hold(read_lock(lock_path(path)), item, open_cache(), reporter, only, kind) for path, item in pairs
+            ]
         if options is not None:
             from quantize.cluster.units import build_on_cluster
 

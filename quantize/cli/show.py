@@ -47,6 +47,8 @@ def command(artifact: str, store: Store, as_json: bool) -> None:
         facts.append(
             ("calibration", f"{manifest.calibration.sequences} sequences, {manifest.calibration.tokens:,} tokens")
         )
+    if manifest.device is not None:
+        facts.append(("calibrated on", manifest.device))
     if manifest.accepted_risk is not None:
         facts.append(("risk accepted", f"{manifest.accepted_risk.reason} ({', '.join(manifest.accepted_risk.gates)})"))
     for name, value in facts:
