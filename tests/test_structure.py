@@ -14,7 +14,7 @@ MAX_LINES = 400
 # the longest that fits decides. What belongs together is one layer.
 LAYERS: list[set[str]] = [
     {"", "errors"},
-    {"report", "untrusted", "resident", "locks"},
+    {"report", "untrusted", "resident", "locks", "deaths"},
     {
         "numerics",
         "shape",
