@@ -249,7 +249,8 @@ def test_a_failed_variant_is_told_by_the_exit_code(step: str, code: int, tiny: P
     states = [(item["variant"], item["state"], bool(item["error"])) for item in json.loads(result.stdout)]
     state = "refused" if step == "verify" else "failed"
     assert states == [(f"int8-{step}", state, True), ("int8", "built", False), ("int4", "built", False)]
-    assert f"of 3 variants 1 {state}; first: " in result.stderr
+    assert f"1 of 3 variants {state}: " in result.stderr
+    assert result.stderr.rstrip().endswith("\nbuilt: int8, int4")
 
 
 @pytest.mark.usefixtures("fake")

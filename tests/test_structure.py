@@ -41,7 +41,7 @@ LAYERS: list[set[str]] = [
     {"cluster"},
     {"provenance"},
     {"publish"},
-    {"bench", "serve", "pages", "doctor"},
+    {"bench", "serve", "pages", "doctor", "trials"},
     {"cli", "__main__"},
 ]
 
