@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -88,6 +89,8 @@ def command(
     _show(found, as_json=as_json, several=len(recipes) > 1)
     failed = [outcome.error for _, outcome in found if outcome.error is not None]
     if failed:
+        if click.get_current_context().meta.get("quantize.verbose"):
+            click.echo("\n".join("".join(traceback.format_exception(error)) for error in failed), err=True)
         click.echo(summary(found, several=len(recipes) > 1), err=True)
         click.get_current_context().exit(max(error.exit_code for error in failed))
 
