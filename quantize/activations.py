@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from quantize.architecture import BlockLayout, Linear, block_layout
-from quantize.block_runner import ROUND_BATCHES, SHARES, BlockRunner, share_of
+from quantize.block_runner import ROUND_BATCHES, BlockRunner, share_of
 from quantize.errors import BuildError, CheckpointError
 from quantize.hidden_states import (
     Batch,
@@ -29,6 +29,7 @@ from quantize.hidden_states import (
     make_batches,
     remove_before,
 )
+from quantize.numerics.constants import BATCH_TOKENS, SHARES
 from quantize.numerics.gptq import estimated_loss
 from quantize.numerics.gram import Gram
 from quantize.parallel import in_turn, on_threads, split_threads, threads_on
@@ -36,7 +37,6 @@ from quantize.report import Reporter, SilentReporter, progress, warn
 from quantize.resident import give_back_freed
 
 Precision = Literal["float32", "bfloat16"]
-TOKENS_PER_BATCH = 512  # what fits caches between one operation and the next
 
 
 class TensorInfo(Protocol):
@@ -120,7 +120,7 @@ def stream_blocks(
     precision: Precision = "float32",
     spill: Spill | None = None,
     start_block: int = 0,
-    tokens_per_batch: int = TOKENS_PER_BATCH,
+    tokens_per_batch: int = BATCH_TOKENS,
     reporter: Reporter | None = None,
 ) -> Iterator[Block]:
     """Yield each block from `start_block` on, with its weights and Gram matrices.

@@ -142,7 +142,11 @@ class BuildError(QuantizeError):
 
 
 class WorkerDied(BuildError):
-    """The process that ran a step was killed or crashed."""
+    """The process that ran a step was killed or crashed. reason: why, without the step: the same for all it hits."""
+
+    def __init__(self, message: str, *, hint: str | None = None, reason: str | None = None) -> None:
+        self.reason = _shown(reason or message)
+        super().__init__(message, hint=hint)
 
 
 class DiskFullError(BuildError):

@@ -31,6 +31,7 @@ from quantize.staging import removed_on_failure
 
 LINE = re.compile(r"^\[\s*\d+/\s*\d+\]\s+(\S+)\s+-\s+\[([\d,\s]+)\], type =\s*(\S+), .*?(?:\((\w+)\))?\s*$")
 FALLBACK = "tensor cols"
+PROMPT_TOKENS = 48  # of a try-out: as real ones, long enough for the kernels of whole batches, which begin at 32
 LARGE_BYTES = 1 << 30  # below it one thread is fast enough, and never waits on a busy machine's other cores
 STREAM_ERROR = "iostream error"  # all that llama.cpp says of a file that can't be written
 FULL_BYTES = 1 << 20  # with less than this free beside what was written so far, that is why
@@ -162,11 +163,13 @@ def _generate(llama_cpp: Any, model: Any, path: Path, count: int, threads: int, 
 
 
 def _prompt(llama_cpp: Any, vocabulary: Any, width: int) -> list[int]:
-    text = b"The capital of France is"
-    buffer = (llama_cpp.llama_token * 64)()
-    count = llama_cpp.llama_tokenize(vocabulary, text, len(text), buffer, 64, True, False)
-    ids = [int(buffer[index]) for index in range(max(0, count))]
-    return ids if ids and max(ids) < width else [0]
+    """PROMPT_TOKENS tokens of text, or as many zeros where the tokenizer makes none."""
+    text = b"The capital of France is Paris. " * PROMPT_TOKENS
+    room = len(text) + 8
+    buffer = (llama_cpp.llama_token * room)()
+    count = llama_cpp.llama_tokenize(vocabulary, text, len(text), buffer, room, True, False)
+    ids = [int(buffer[index]) for index in range(max(0, min(count, PROMPT_TOKENS)))]
+    return ids if ids and max(ids) < width else [0] * PROMPT_TOKENS
 
 
 def _quantize(source: Path, out: Path, job: QuantizeSettings, *, dry: bool) -> str:

@@ -97,7 +97,8 @@ def runtime_of(format: str) -> tuple[str, str]:
         name, packages, extra = "llama.cpp", ("llama-cpp-python",), "gguf"
     else:
         helper = {"awq": "gptqmodel", "gptq": "gptqmodel", "bitsandbytes": "bitsandbytes"}.get(format)
-        name, packages, extra = "transformers", ("transformers", "torch", *filter(None, [helper])), helper or "torch"
+        name, packages = "transformers", ("transformers", "torch", *filter(None, [helper]))
+        extra = "bnb" if format == "bitsandbytes" else helper or "torch"
     try:
         return name, ", ".join(f"{package} {version(package)}" for package in packages)
     except PackageNotFoundError as exc:
