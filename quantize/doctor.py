@@ -21,6 +21,7 @@ from packaging.utils import canonicalize_name
 from quantize import __version__
 from quantize.backends import backends
 from quantize.disk import disk_free_bytes
+from quantize.errors import install_line
 from quantize.hardware import Machine, detect, processor_name
 from quantize.serve.preflight import HELPERS
 
@@ -108,7 +109,7 @@ def _ability(format: str, extra: str) -> Ability:
 
 
 def _install(extras: Sequence[str]) -> str | None:
-    return f"pip install '{OWN}[{','.join(extras)}]'" if extras else None
+    return install_line(*extras) if extras else None
 
 
 def _requirements(extras: Sequence[str]) -> Iterator[str]:
