@@ -22,6 +22,7 @@ from packaging.utils import canonicalize_name
 from quantize import __version__
 from quantize.backends import backends
 from quantize.disk import disk_free_bytes
+from quantize.errors import install_line
 from quantize.hardware import Machine, detect, processor_name
 from quantize.serve.preflight import HELPERS
 from quantize.trials import Trial, try_engines
@@ -128,7 +129,7 @@ def _packages(extras: Sequence[str]) -> set[str]:
 
 
 def _install(extras: Sequence[str]) -> str | None:
-    return f"pip install '{OWN}[{','.join(extras)}]'" if extras else None
+    return install_line(*extras) if extras else None
 
 
 def _requirements(extras: Sequence[str]) -> Iterator[str]:

@@ -93,13 +93,23 @@ class RecipeError(UsageError):
     """A recipe, calibration spec or golden file is wrong; the message starts with file:line:column."""
 
 
+def install_line(*extras: str) -> str:
+    """The pip line for extras of this program.
+
+    llama.cpp is compiled for any processor of its kind, and a wheel in pip's cache may be compiled otherwise.
+    """
+    compiled = "gguf" in extras
+    command = "CMAKE_ARGS=-DGGML_NATIVE=OFF pip install --no-cache-dir" if compiled else "pip install"
+    return f"{command} 'quantize[{','.join(extras)}]'"
+
+
 class MissingExtraError(UsageError):
     """A feature needs an optional dependency that is not installed."""
 
     def __init__(self, feature: str, extra: str) -> None:
         super().__init__(
             f"{feature} needs an extra that is not installed",
-            hint=f"install it with: pip install 'quantize[{extra}]'",
+            hint=f"install it with: {install_line(extra)}",
         )
 
 

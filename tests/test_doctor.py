@@ -186,7 +186,7 @@ def test_torch_is_what_all_formats_are_built_with(run: Run, monkeypatch: pytest.
     found = abilities(run)
     assert all(any("torch" in text for text in item["build_lacks"]) for item in found.values())  # type: ignore[attr-defined]
     assert not any("torch" in text for text in found["gguf"]["serve_lacks"])  # type: ignore[attr-defined]
-    assert found["gguf"]["install"] == "pip install 'quantize[gguf,serve]'"
+    assert found["gguf"]["install"] == "CMAKE_ARGS=-DGGML_NATIVE=OFF pip install --no-cache-dir 'quantize[gguf,serve]'"
 
 
 def test_an_old_version_is_as_good_as_none(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -205,7 +205,7 @@ def test_the_table_is_for_people(run: Run, monkeypatch: pytest.MonkeyPatch) -> N
     text = run("doctor", "--quick").stdout
     assert "llama-cpp-python   not installed" in text
     assert "lacks llama-cpp-python>=" in text
-    assert "pip install 'quantize[gguf]'" in text
+    assert "CMAKE_ARGS=-DGGML_NATIVE=OFF pip install --no-cache-dir 'quantize[gguf]'" in text
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
