@@ -86,7 +86,7 @@ def run_step(
     with _log_file() as log, _interrupts(parent, reporter, stops):
         os.set_inheritable(log.fileno(), True)
         path = f"/proc/{os.getpid()}/fd/{log.fileno()}"
-work = pickle.dumps((function, args, kwargs))
+        work = pickle.dumps((function, args, kwargs))
         process = context.Process(target=_child, args=(child, path, work), daemon=True)
         kills = oom_kills()
         with _starting, _plain_main():
