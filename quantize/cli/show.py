@@ -15,7 +15,7 @@ from quantize.cli.common import (
     store_option,
     verbose_option,
 )
-from quantize.evaluate.record import read_record
+from quantize.evaluate.record import GoldenCount, read_record
 from quantize.hardware import memory_text
 from quantize.store import Store
 
@@ -85,7 +85,9 @@ def _print_evaluation(artifact: Artifact) -> None:
     rows = [[item["gate"], item["outcome"], item["reason"]] for item in record["findings"]]
     click.echo(f"\n{record['verdict']}")
     print_table([("GATE", "left"), ("OUTCOME", "left"), ("WHY", "left")], rows, empty="no gates")
-    quality = record["quality"]
+    quality, golden = record["quality"], GoldenCount.of(record["golden"])
+    if golden is not None:
+        click.echo(f"{'golden prompts':>14}  {golden} passed, the source passes {golden.source}")
     if quality is not None:
         click.echo(
             f"{'measured on':>14}  {quality['text_name']}, {quality['predictions']:,} tokens, "
