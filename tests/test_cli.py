@@ -19,10 +19,9 @@ from quantize.backends import formats
 from quantize.build import Outcome
 from quantize.cli import COMMANDS, main
 from quantize.cli.build import summary
-from quantize.cli.common import size_text
 from quantize.errors import GateError, PlanError, QuantizeError, RefusedError, StoreError, UsageError, WorkerDied
-from quantize.hardware import memory_text
 from quantize.recipe import load_recipe
+from quantize.sizes import memory_text
 from quantize.testing import write_recipe
 from tests.conftest import Run
 
@@ -357,13 +356,6 @@ def test_a_table_cuts_nothing_and_reads_no_markup(tiny: Path, run: Run, tmp_path
 
 
 # --- small things -----------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("size", "text"), [(0, "0 B"), (999, "999 B"), (1000, "1.0 kB"), (104_931_424, "104.9 MB"), (10**16, "10000.0 TB")]
-)
-def test_sizes_are_written(size: int, text: str) -> None:
-    assert size_text(size) == text
 
 
 def test_memory_is_written_in_binary_units() -> None:

@@ -14,7 +14,7 @@ MAX_LINES = 400
 # the longest that fits decides. What belongs together is one layer.
 LAYERS: list[set[str]] = [
     {"", "errors"},
-    {"report", "untrusted", "resident", "locks", "deaths"},
+    {"report", "untrusted", "resident", "locks", "deaths", "sizes"},
     {
         "numerics",
         "shape",
@@ -28,7 +28,18 @@ LAYERS: list[set[str]] = [
         "folding",
         "architecture",
     },
-    {"estimate", "hardware", "recipe", "checkpoint", "staging", "cluster.spec", "cluster.schedule", "cluster.trace"},
+    {
+        "estimate",
+        "hardware",
+        "gpus",
+        "cards",
+        "recipe",
+        "checkpoint",
+        "staging",
+        "cluster.spec",
+        "cluster.schedule",
+        "cluster.trace",
+    },
     {"engines", "containers.shards"},
     {"fit", "source", "artifact", "memory"},
     {"attention", "block_runner", "hidden_states", "activations", "calibration", "resume"},

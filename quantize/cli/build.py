@@ -19,7 +19,6 @@ from quantize.cli.common import (
     print_table,
     quality,
     quiet_option,
-    size_text,
     store_option,
     verbose_option,
 )
@@ -28,6 +27,7 @@ from quantize.errors import QuantizeError, UsageError, WorkerDied
 from quantize.evaluate.record import COLUMNS
 from quantize.lock import hold, lock_path, read_lock
 from quantize.recipe import Recipe, load_recipe
+from quantize.sizes import size_text
 from quantize.store import Store
 
 if TYPE_CHECKING:

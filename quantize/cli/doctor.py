@@ -9,9 +9,9 @@ from typing import Any
 import click
 
 from quantize.cache import default_cache_root
-from quantize.cli.common import json_option, print_json, print_table, size_text, store_option, verbose_option
+from quantize.cli.common import json_option, print_json, print_table, store_option, verbose_option
 from quantize.doctor import Ability, Report, examine
-from quantize.hardware import memory_text
+from quantize.sizes import memory_text, size_text
 from quantize.store import Store
 from quantize.trials import Trial
 

@@ -14,13 +14,12 @@ from quantize.cli.common import (
     print_markdown,
     print_table,
     quality,
-    size_text,
     store_option,
     verbose_option,
 )
 from quantize.errors import RecipeError
 from quantize.evaluate.record import COLUMNS, source_lines
-from quantize.hardware import memory_text
+from quantize.sizes import memory_text, size_text
 from quantize.store import Store
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from quantize.cli.common import json_option, print_json, quiet_option, size_text, store_option, verbose_option
+from quantize.cli.common import json_option, print_json, quiet_option, store_option, verbose_option
 from quantize.cli.progress import console_reporter
 from quantize.provenance.documents import Signing
 from quantize.provenance.signature import PASSWORD_VARIABLE
@@ -18,6 +18,7 @@ from quantize.publish.policy import own_policy, read_policy
 from quantize.publish.send import Published, Wanted, publish
 from quantize.publish.transfer import Session
 from quantize.reevaluate import find_targets
+from quantize.sizes import size_text
 from quantize.store import PINS_NAME, Store
 
 

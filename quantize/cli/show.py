@@ -11,12 +11,11 @@ from quantize.cli.common import (
     json_option,
     print_json,
     print_table,
-    size_text,
     store_option,
     verbose_option,
 )
 from quantize.evaluate.record import GoldenCount, read_record
-from quantize.hardware import memory_text
+from quantize.sizes import memory_text, size_text
 from quantize.store import Store
 
 

@@ -18,6 +18,7 @@ from quantize.pages.golden import GoldenView, golden_view
 from quantize.pages.production import Choice, Verdict
 from quantize.pages.provenance import made, provenance, source_facts
 from quantize.pages.table import Table
+from quantize.sizes import size_text
 
 MISSING = "not measured"
 TONES = {"accepted": "good", "accepted with flags": "flag", "refused": "bad", "insufficient evidence": "open"}
@@ -100,11 +101,6 @@ def page_of(subject: Subject, choice: Choice) -> Page:
     )
 
 
-def megabytes(size_bytes: int) -> str:
-    """Decimal, as disks and downloads are."""
-    return f"{size_bytes / 1e9:,.2f} GB" if size_bytes >= 1e9 else f"{size_bytes / 1e6:,.1f} MB"
-
-
 def shown(value: float | None, form: str) -> str:
     """A figure, or that there is none."""
     return MISSING if value is None else form.format(value)
@@ -117,7 +113,7 @@ def _card(verdict: Verdict, index: int) -> Card:
         variant=manifest.variant,
         ref=verdict.entry.artifact.ref,
         format=manifest.format,
-        size=megabytes(manifest.size_bytes),
+        size=size_text(manifest.size_bytes),
         word=verdict.word,
         tone=TONES[verdict.word],
         reason=_first_reason(verdict),
@@ -156,7 +152,7 @@ def _glance(choice: Choice) -> Table:
         golden = GoldenCount.of(verdict.entry.golden)
         rows.append(
             (
-                manifest.variant, manifest.format, megabytes(manifest.size_bytes), f"{manifest.bits_per_weight:.2f}",
+                manifest.variant, manifest.format, size_text(manifest.size_bytes), f"{manifest.bits_per_weight:.2f}",
                 shown(quality.get("perplexity"), "{:.2f}"), shown(quality.get("perplexity_ratio"), "{:.4f}"),
                 shown(quality.get("mean_kl"), "{:.4f}"), shown(quality.get("p99_kl"), "{:.3f}"),
                 shown(quality.get("top_token_agreement"), "{:.1%}"), str(golden or MISSING), verdict.word,
@@ -171,7 +167,7 @@ def _source_row(verdicts: Sequence[Verdict]) -> tuple[str, ...]:
     bits = f"{8 * source.weights_bytes / source.parameters:.2f}" if source.parameters else ""
     perplexity = shown(measured.quality.get("source_perplexity"), "{:.2f}")
     golden = next((count.source for item in verdicts if (count := GoldenCount.of(item.entry.golden))), "")
-    return ("source", "", megabytes(source.weights_bytes), bits, perplexity, "1", "0", "0", "100 %", golden, "")
+    return ("source", "", size_text(source.weights_bytes), bits, perplexity, "1", "0", "0", "100 %", golden, "")
 
 
 def _quality_plot(choice: Choice) -> str:

@@ -12,9 +12,8 @@ from typing import Any
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import GaugeMetricFamily, InfoMetricFamily, Metric
 
-from quantize.hardware import ram
+from quantize.hardware import ram, resident_bytes
 from quantize.serve.engines.base import Engine
-from quantize.serve.engines.link import resident_bytes
 from quantize.serve.limits import Slots
 from quantize.serve.logs import Log
 
@@ -98,7 +97,7 @@ class _State:
         active = GaugeMetricFamily("quantize_active_requests", "Answers under way", labels=["model"])
         memory = GaugeMetricFamily("quantize_memory_rss_bytes", "Resident memory", labels=["process"])
         info = InfoMetricFamily("quantize_model", "What a model runs in", labels=["model"])
-        memory.add_metric(["gateway"], resident_bytes(None))
+        memory.add_metric(["gateway"], resident_bytes())
         for name, engine in self._engines.items():
             ready.add_metric([name], float(engine.status.ready))
             queue.add_metric([name], self._slots[name].waiting)

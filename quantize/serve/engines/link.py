@@ -250,12 +250,3 @@ def _failure(fields: Mapping[str, Any]) -> Failure:
         status, fields["code"], fields["message"],
         param=fields["param"], retry_after=2 if lost else None, elsewhere=lost,
     )  # fmt: skip
-
-
-def resident_bytes(pid: int | None) -> int:
-    """Resident memory of a process; 0 where the system does not tell."""
-    try:
-        with open(f"/proc/{pid or os.getpid()}/statm", "rb") as file:
-            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    except (OSError, ValueError, IndexError):
-        return 0
