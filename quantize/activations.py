@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from quantize.architecture import BlockLayout, Linear, block_layout
-from quantize.block_runner import ROUND_BATCHES, SHARES, BlockRunner, share_of
+from quantize.block_runner import ROUND_BATCHES, BlockRunner, share_of
 from quantize.errors import BuildError, CheckpointError
 from quantize.hidden_states import (
     Batch,
@@ -29,6 +29,7 @@ from quantize.hidden_states import (
     make_batches,
     remove_before,
 )
+from quantize.numerics.constants import BATCH_TOKENS, SHARES
 from quantize.numerics.gptq import estimated_loss
 from quantize.numerics.gram import Gram
 from quantize.parallel import in_turn, on_threads, split_threads, threads_on
@@ -36,7 +37,6 @@ from quantize.report import Reporter, SilentReporter, progress, warn
 from quantize.resident import give_back_freed
 
 Precision = Literal["float32", "bfloat16"]
-TOKENS_PER_BATCH = 512  # what fits caches between one operation and the next
 
 
 class TensorInfo(Protocol):
@@ -72,13 +72,6 @@ def fastest_precision(device: str) -> Precision:
         return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
     native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     return "bfloat16" if native else "float32"
-
-
-def device_name(device: str) -> str:
-    """The kind of device that results depend on: its type, and a GPU's name or a CPU's instruction set."""
-    if torch.device(device).type == "cuda":
-        return f"cuda {torch.cuda.get_device_name()}"
-    return f"cpu {torch.backends.cpu.get_cpu_capability()}"
 
 
 @dataclass(frozen=True)
@@ -127,7 +120,7 @@ def stream_blocks(
     precision: Precision = "float32",
     spill: Spill | None = None,
     start_block: int = 0,
-    tokens_per_batch: int = TOKENS_PER_BATCH,
+    tokens_per_batch: int = BATCH_TOKENS,
     reporter: Reporter | None = None,
 ) -> Iterator[Block]:
     """Yield each block from `start_block` on, with its weights and Gram matrices.

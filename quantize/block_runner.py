@@ -20,12 +20,12 @@ from torch import Tensor, nn
 from quantize.architecture import BlockLayout, Experts, architecture_of
 from quantize.attention import register
 from quantize.errors import CheckpointError
+from quantize.numerics.constants import SHARES
 from quantize.numerics.gram import Gram, GramAccumulator
 from quantize.parallel import on_threads, threads_on
 
 STARVED_TOKENS = 256  # an expert that saw fewer is calibrated on all experts' tokens instead
 _KEPT_TOKENS = 2048  # how many of those are kept for it
-SHARES = 2  # sums that the batches of a round are dealt out to in turn
 ROUND_BATCHES = 32  # then the sums are added up, and two new ones begun
 
 

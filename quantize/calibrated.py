@@ -101,9 +101,10 @@ def _pass(
             sequences=len(found.token_ids),
             tokens=found.tokens,
             seed=spec.seed,
+            device=runner.device,
         )
         _warn_if_few(reporter, context, spec, len(found.token_ids), found.tokens)
-        journal = PassJournal(folder, _identity(context, entry, runner.device), reporter)
+        journal = PassJournal(folder, _identity(context, entry), reporter)
         if _resume(journal, parts, reporter) < block_count(context.checkpoint.config):
             runner.run(journal, parts, found.token_ids, precision, folder, reporter)
     for part in parts:
@@ -123,7 +124,7 @@ def _pass(
 
 @dataclass(frozen=True)
 class _Runner:
-    """Who runs the blocks: this process, or the workers of a cluster. device: its kind, see activations.device_name."""
+    """Who runs the blocks: this process, or the workers of a cluster. device: its kind, see processor.device_name."""
 
     device: str
     fastest_precision: Precision
@@ -132,7 +133,8 @@ class _Runner:
 
 @contextlib.contextmanager
 def _runner(limits: Limits, folder: Path, reporter: Reporter) -> Iterator[_Runner]:
-    from quantize.activations import device_name, fastest_precision
+    from quantize.activations import fastest_precision
+    from quantize.processor import device_name
 
     if limits.spread is None:
         yield _Runner(device_name(limits.device), fastest_precision(limits.device), _stream)
@@ -245,13 +247,12 @@ def _states_budget(parts: list[_Part]) -> int | None:
     return max(0, budget - pass_bytes(context.checkpoint, solvers, context.limits.threads))
 
 
-def _identity(context: Context, entry: CalibrationEntry, device: str) -> dict[str, Any]:
+def _identity(context: Context, entry: CalibrationEntry) -> dict[str, Any]:
     """All that the statistics depend on, but for what goes into each variant's build key."""
     return {
         "source": context.source.digest,
         "calibration": entry.model_dump(mode="json"),
         "tools": tool_versions(("torch", "transformers")),
-        "device": device,
     }
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from quantize.evaluate.record import NAME, NOT_EVALUATED, Summary
+from quantize.evaluate.record import NAME, NOT_EVALUATED, GoldenCount, Summary
 from quantize.manifest import Manifest
 from quantize.provenance.licence import Licence, licence_of
 
@@ -121,7 +121,7 @@ def _files(manifest: Manifest) -> str:
 def _measured(record: Mapping[str, Any] | None) -> str:
     if record is None or not record.get("quality"):
         return ""
-    quality, golden = record["quality"], record.get("golden")
+    quality, golden = record["quality"], GoldenCount.of(record.get("golden"))
     perplexity, source = float(quality["perplexity"]), float(quality["source_perplexity"])
     rows = [
         f"| perplexity | {perplexity:.4f}, the base model's {source:.4f} |",
@@ -130,11 +130,9 @@ def _measured(record: Mapping[str, Any] | None) -> str:
         f"| KL divergence, 99th percentile | {float(quality['p99_kl']):.4f} nats |",
         f"| same likeliest token | {float(quality['top_token_agreement']):.1%} |",
     ]
-    if golden:
-        rows.append(
-            f"| golden prompts | {golden['artifact_passed']} of {golden['prompts']}, the base model "
-            f"{golden['source_passed']}; {golden['lost']} lost |"
-        )
+    if golden is not None:
+        lost = record["golden"]["lost"]
+        rows.append(f"| golden prompts passed | {golden}; the base model passes {golden.source}; {lost} lost |")
     rows.append(f"| gates | {record['verdict']} |")
     how = (
         f"On {quality['predictions']:,} tokens of {quality['text_name']} (sha256 `{quality['text_hash'][:16]}…`), in "

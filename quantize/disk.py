@@ -22,6 +22,7 @@ from quantize.evaluate.baseline import LIKELIEST
 from quantize.evaluate.runtimes import FORMATS
 from quantize.evaluate.text import load_text
 from quantize.recipe import Recipe
+from quantize.sizes import size_text
 from quantize.source import PinnedSource
 from quantize.staging import PASS, STAGING, leftovers
 
@@ -172,15 +173,11 @@ def disk_short(needed: int, free: int, what: str = "build") -> PlanError:
     """The refusal of a build that would fill the disk."""
     missing = needed - free
     return PlanError(
-        f"the disk is too small for the {what}: {sized(needed)} are needed at the peak, {sized(free)} are free, "
-        f"{missing:,} bytes are missing",
-        hint=f"free {sized(missing)}, build fewer variants with --only, or choose another --store or QUANTIZE_CACHE",
+        f"the disk is too small for the {what}: {size_text(needed)} are needed at the peak, "
+        f"{size_text(free)} are free, {missing:,} bytes are missing",
+        hint=f"free {size_text(missing)}, build fewer variants with --only, or choose another --store or "
+        "QUANTIZE_CACHE",
     )
-
-
-def sized(size_bytes: int) -> str:
-    """A size to read: `1.23 GB`, `45.6 MB`."""
-    return f"{size_bytes / 1e9:.2f} GB" if size_bytes >= 1e9 else f"{size_bytes / 1e6:.1f} MB"
 
 
 def disk_free_bytes(root: Path) -> int:
@@ -199,7 +196,7 @@ def temporary_root() -> Path:
     for place in places:
         if place.is_dir() and os.access(place, os.W_OK) and shutil.disk_usage(place).free >= TEMPORARY_BYTES:
             return place
-    hint = f"free {sized(TEMPORARY_BYTES)} there, or set TMPDIR to another folder"
+    hint = f"free {size_text(TEMPORARY_BYTES)} there, or set TMPDIR to another folder"
     raise DiskFullError(f"no room for temporary files in {' or '.join(map(str, places))}", hint=hint)
 
 

@@ -1,7 +1,8 @@
 """What this machine has: versions, devices, memory, disk, and which formats can be built and served here.
 
 In: the store's and the cache's folders. Out: a Report. Nothing heavy is imported: what is installed is read from the
-packages' own metadata, so that a broken package that is there looks like a good one.
+packages' own metadata. Whether what is there works is tried in processes of its own (trials.py), unless it is to be
+quick: then a broken package that is there looks like a good one.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import importlib.util
 import os
 import platform
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -21,9 +22,10 @@ from packaging.utils import canonicalize_name
 from quantize import DISTRIBUTION, __version__
 from quantize.backends import backends
 from quantize.disk import disk_free_bytes
-from quantize.errors import UsageError
+from quantize.errors import UsageError, install_line
 from quantize.hardware import Machine, detect, processor_name
 from quantize.serve.preflight import HELPERS
+from quantize.trials import Trial, try_engines
 
 ENGINES = (
     "torch", "transformers", "tokenizers", "safetensors", "numpy", "llama-cpp-python", "gguf", "auto-round",
@@ -44,17 +46,25 @@ class Folder:
 
 @dataclass(frozen=True)
 class Ability:
-    """One format: what is missing to build it and to serve it here, as requirements; install: the pip line, if any."""
+    """One format: what is missing to build it and to serve it here, as requirements; install: the pip line, if any.
+
+    build_broken, serve_broken: engines that are there and that it needs, but that do not work.
+    """
 
     format: str
     build_lacks: tuple[str, ...]
     serve_lacks: tuple[str, ...]
     install: str | None
+    build_broken: tuple[str, ...] = ()
+    serve_broken: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class Report:
-    """All that was found. versions: None for what is not installed. torch, llama_cpp: what each can compute on."""
+    """All that was found. versions: None for what is not installed. torch, llama_cpp: what each can compute on.
+
+    trials: of each engine that is installed; None if none was started.
+    """
 
     versions: dict[str, str | None]
     system: str
@@ -64,10 +74,16 @@ class Report:
     llama_cpp: str
     folders: tuple[Folder, ...]
     abilities: tuple[Ability, ...]
+    trials: tuple[Trial, ...] | None = None
 
 
-def examine(store: Path, cache: Path) -> Report:
-    """Look at this machine. Raises StoreError: a disk can't be asked. UsageError: not installed."""
+def examine(store: Path, cache: Path, *, quick: bool = False) -> Report:
+    """Look at this machine, and run something in each engine unless it is to be quick.
+
+    Raises StoreError: a disk can't be asked. UsageError: not installed.
+    """
+    trials = None if quick else try_engines()
+    broken = {trial.package: trial.engine for trial in trials or () if trial.state != "works"}
     versions: dict[str, str | None] = {"python": platform.python_version(), "quantize": __version__}
     versions |= {name: _version(name) for name in ENGINES}
     places = (("store", store), ("cache", cache), ("scratch", Path(tempfile.gettempdir())))
@@ -81,7 +97,8 @@ def examine(store: Path, cache: Path) -> Report:
         folders=tuple(
             Folder(what, path.absolute(), disk_free_bytes(path), _is_writable(path)) for what, path in places
         ),
-        abilities=tuple(_ability(name, backend.extra) for name, backend in sorted(backends().items())),
+        abilities=tuple(_ability(name, backend.extra, broken) for name, backend in sorted(backends().items())),
+        trials=trials,
     )
 
 
@@ -94,22 +111,25 @@ def lacking(extras: Sequence[str], only: str | None = None) -> tuple[str, ...]:
     return (*unknown, *(str(item) for item in found if only in (None, item.name) and _is_lacking(item)))
 
 
-def _ability(format: str, extra: str) -> Ability:
-    build = lacking([extra])
+def _ability(format: str, extra: str, broken: Mapping[str, str]) -> Ability:
+    build, needs = lacking([extra]), _packages([extra])
+    builds_with = tuple(engine for package, engine in broken.items() if package in needs)
     if format not in HELPERS:
-        return Ability(format, build, (f"a runtime that serves {format}",), _install([extra] if build else []))
-    engine = lacking([extra], only=HELPERS[format][0] if format == "gguf" else None)
-    server = lacking(["serve"])
-    return Ability(
-        format,
-        build,
-        (*engine, *server),
-        _install([*([extra] if build or engine else []), *(["serve"] * bool(server))]),
-    )
+        runtime = (f"a runtime that serves {format}",)
+        return Ability(format, build, runtime, _install([extra] if build else []), builds_with)
+    only = HELPERS[format][0] if format == "gguf" else None
+    engine, server = lacking([extra], only), lacking(["serve"])
+    install = _install([*([extra] if build or engine else []), *(["serve"] * bool(server))])
+    serves_with = builds_with if only is None else tuple(filter(None, [broken.get(only)]))
+    return Ability(format, build, (*engine, *server), install, builds_with, serves_with)
+
+
+def _packages(extras: Sequence[str]) -> set[str]:
+    return {Requirement(text).name for text in _requirements(extras)}
 
 
 def _install(extras: Sequence[str]) -> str | None:
-    return f"pip install '{DISTRIBUTION}[{','.join(extras)}]'" if extras else None
+    return install_line(*extras) if extras else None
 
 
 def _requirements(extras: Sequence[str]) -> Iterator[str]:

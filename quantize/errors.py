@@ -32,8 +32,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from quantize import DISTRIBUTION
-
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 LOWER_MEMORY = "lower --memory-budget or --threads, build fewer variants at once with --only, or close other programs"
 _DISK_WORDS = re.compile(
@@ -95,13 +93,23 @@ class RecipeError(UsageError):
     """A recipe, calibration spec or golden file is wrong; the message starts with file:line:column."""
 
 
+def install_line(*extras: str) -> str:
+    """The pip line for extras of this program.
+
+    llama.cpp is compiled for any processor of its kind, and a wheel in pip's cache may be compiled otherwise.
+    """
+    compiled = "gguf" in extras
+    command = "CMAKE_ARGS=-DGGML_NATIVE=OFF pip install --no-cache-dir" if compiled else "pip install"
+    return f"{command} '{DISTRIBUTION}[{','.join(extras)}]'"
+
+
 class MissingExtraError(UsageError):
     """A feature needs an optional dependency that is not installed."""
 
     def __init__(self, feature: str, extra: str) -> None:
         super().__init__(
             f"{feature} needs an extra that is not installed",
-            hint=f"install it with: pip install '{DISTRIBUTION}[{extra}]'",
+            hint=f"install it with: {install_line(extra)}",
         )
 
 
@@ -144,7 +152,11 @@ class BuildError(QuantizeError):
 
 
 class WorkerDied(BuildError):
-    """The process that ran a step was killed or crashed."""
+    """The process that ran a step was killed or crashed. reason: why, without the step: the same for all it hits."""
+
+    def __init__(self, message: str, *, hint: str | None = None, reason: str | None = None) -> None:
+        self.reason = _shown(reason or message)
+        super().__init__(message, hint=hint)
 
 
 class DiskFullError(BuildError):

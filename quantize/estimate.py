@@ -14,8 +14,8 @@ from fractions import Fraction
 from typing import Any
 
 from quantize.errors import UsageError
-from quantize.hardware import GIB
 from quantize.shape import KvLayer, ModelShape
+from quantize.sizes import GIB
 
 __all__ = [
     "CONCURRENCIES", "CONTEXTS", "KV_TYPES", "RUNTIMES", "Estimate", "KvLayer", "ModelShape", "Settings",

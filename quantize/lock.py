@@ -23,10 +23,12 @@ from quantize.lookup import is_builtin
 from quantize.manifest import FileEntry, canonical_hash, tool_versions
 from quantize.marked_yaml import read_document, validate
 from quantize.plan import Job, identify_jobs, pin_calibration
+from quantize.processor import name_device
 from quantize.recipe import CalibrationSpec, Recipe
-from quantize.report import Reporter
+from quantize.report import Reporter, warn
 from quantize.source import COMMIT, PinnedSource, dequantized_key, open_source, pin_source
 from quantize.store import Store
+from quantize.worker import run_step
 
 SCHEMA_VERSION = 1
 SUFFIX = ".lock"
@@ -53,13 +55,18 @@ class LockedSource(_Frozen):
 
 
 class LockedCalibration(_Frozen):
-    """The text: what identifies it before it is read, and `hash`, the sha256 over the token ids, in order."""
+    """The text: what identifies it before it is read, and `hash`, the sha256 over the token ids, in order.
+
+    device: the kind of processor that the lock was written on, on which the bits of what is calibrated depend. It is
+    told, not held to; None in older locks.
+    """
 
     identity: dict[str, Any]
     asked: str | None
     hash: str
     sequences: int
     tokens: int
+    device: str | None = None
 
 
 class LockedVariant(_Frozen):
@@ -82,7 +89,10 @@ class Lock(_Frozen):
 
     def computed_digest(self) -> str:
         """sha256 of the RFC 8785 form of every field but `digest`. Raises ValueError: not JSON data."""
-        return "sha256:" + canonical_hash(self.model_dump(mode="json", exclude={"digest"}))
+        exclude: dict[str, Any] = {"digest": True}
+        if self.calibration is not None and self.calibration.device is None:
+            exclude["calibration"] = {"device"}
+        return "sha256:" + canonical_hash(self.model_dump(mode="json", exclude=exclude))
 
     def to_yaml(self) -> str:
         """The text of the file: keys sorted."""
@@ -145,11 +155,15 @@ def write_lock(path: Path, lock: Lock) -> None:
 def make_lock(recipe: Recipe, cache: Cache, reporter: Reporter) -> Lock:
     """Pin a recipe as it is now, the text tokenized. Raises what planning raises."""
     current = _pinned(recipe, recipe, cache, reporter)
-    return current.lock(current.tokens(cache, reporter))
+    device = run_step("looking at the processor", reporter, name_device, "cpu") if current.spec is not None else None
+    return current.lock(current.tokens(cache, reporter), device)
 
 
-def hold(lock: Lock, recipe: Recipe, cache: Cache, reporter: Reporter, only: Sequence[str] = ()) -> Recipe:
-    """The recipe at the commits of its lock. only: variants that count; all if none is named.
+def hold(
+    lock: Lock, recipe: Recipe, cache: Cache, reporter: Reporter, only: Sequence[str] = (), device: str | None = None
+) -> Recipe:
+    """The recipe at the commits of its lock. only: variants that count; all if none is named. device: what it is to be
+    built on, which is only told if it is of another kind; None where that is not known here.
 
     Raises LockError with everything that is not as the lock says.
     """
@@ -163,9 +177,19 @@ def hold(lock: Lock, recipe: Recipe, cache: Cache, reporter: Reporter, only: Seq
     expected = lock.model_copy(update={"variants": {key: lock.variants[key] for key in lock.variants if key in names}})
     if current.spec is None:  # no wanted variant looks at the text
         expected = expected.model_copy(update={"calibration": None})
-    _refuse(differences(expected, current.lock(lock.calibration)), recipe)
-    _refuse(differences(expected, current.lock(current.tokens(cache, reporter))), recipe)
+    known = expected.calibration.device if expected.calibration is not None else None
+    _refuse(differences(expected, current.lock(lock.calibration, known)), recipe)
+    _refuse(differences(expected, current.lock(current.tokens(cache, reporter), known)), recipe)
+    if known is not None and device is not None:
+        _tell_device(known, device, reporter)
     return at_commits
+
+
+def _tell_device(locked: str, device: str, reporter: Reporter) -> None:
+    here = run_step("looking at the processor", reporter, name_device, device)
+    if here != locked:
+        kinds = f"locked on another kind of processor: {locked} there, {here} here"
+        warn(reporter, "", f"{kinds}; calibrated variants may get other bytes")
 
 
 def differences(lock: Lock, other: Lock) -> list[LockDifference]:
@@ -188,13 +212,13 @@ class _Pinned:
     jobs: tuple[Job, ...]
     spec: CalibrationSpec | None
 
-    def lock(self, tokens: TokenSummary | LockedCalibration | None) -> Lock:
-        """The lock; tokens: what is known of the text."""
+    def lock(self, tokens: TokenSummary | LockedCalibration | None, device: str | None) -> Lock:
+        """The lock; tokens: what is known of the text; device: the kind that it is read on."""
         calibration, asked = None, self.asked.calibration
         if self.spec is not None and tokens is not None and asked is not None:
             calibration = LockedCalibration(
                 identity=identify(self.spec, self.recipe), asked=asked.revision, hash=tokens.hash,
-                sequences=tokens.sequences, tokens=tokens.tokens,
+                sequences=tokens.sequences, tokens=tokens.tokens, device=device,
             )  # fmt: skip
         source = self.source
         files = (FileEntry(path=item.path, size_bytes=item.size_bytes, sha256=item.sha256) for item in source.files)

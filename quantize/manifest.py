@@ -82,13 +82,17 @@ class SourceEntry(_Frozen):
 
 
 class CalibrationEntry(_Frozen):
-    """The text that was shown: `hash` is the sha256 over the token ids, in order."""
+    """The text that was shown: `hash` is the sha256 over the token ids, in order.
+
+    device: the kind of processor or GPU that saw it, on which the bits depend; None in older manifests.
+    """
 
     spec: dict[str, Any]
     hash: str
     sequences: int
     tokens: int
     seed: int
+    device: str | None = None
 
 
 class KeptEntry(_Frozen):
@@ -109,8 +113,8 @@ class AcceptedRisk(_Frozen):
 class Manifest(_Frozen):
     """All that is pinned about an artifact. `digest` is the sha256 of the canonical JSON of the other fields.
 
-    `accepted_risk` is there only where a risk was accepted: the digest of every other artifact is what it would be
-    without that field.
+    `accepted_risk` is there only where a risk was accepted, and `calibration.device` only where it is known: the digest
+    of every other artifact is what it would be without that field.
     """
 
     schema_version: int
@@ -142,7 +146,15 @@ class Manifest(_Frozen):
 
     def to_data(self) -> dict[str, Any]:
         """Plain JSON data: what manifest.json holds."""
-        return self.model_dump(mode="json", exclude=set() if self.accepted_risk else {"accepted_risk"})
+        exclude: dict[str, Any] = {} if self.accepted_risk else {"accepted_risk": True}
+        if self.device is None:
+            exclude["calibration"] = {"device"}
+        return self.model_dump(mode="json", exclude=exclude)
+
+    @property
+    def device(self) -> str | None:
+        """The kind of device that its bits depend on; None where they depend on none, or it is not known."""
+        return self.calibration.device if self.calibration else None
 
     @property
     def short_digest(self) -> str:

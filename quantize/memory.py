@@ -14,13 +14,13 @@ from typing import Any, Protocol
 from quantize.architecture import block_count, block_index, block_layout
 from quantize.checkpoint import Checkpoint
 from quantize.errors import PlanError
+from quantize.numerics.constants import BATCH_TOKENS, SHARES
 
 BASE_BYTES = 420 << 20  # Python, torch and transformers, loaded and warm
 TOKEN_BYTES = 1 << 10  # of a tokenizer's tables, for each token of the vocabulary
 SOLVER_BYTES = 40 << 20  # what any solver brings along
 PART_BYTES = 60 << 20  # what one leaves to the allocator for the next
 ACTIVATIONS = 6  # tensors as wide as the widest input, of a batch under way
-BATCH_TOKENS, BATCHES = 512, 2
 FLOAT_BYTES = 4
 
 
@@ -57,7 +57,7 @@ def least_bytes(checkpoint: Checkpoint, solvers: Sequence[int]) -> int:
     block = largest_block(checkpoint)
     grams = sum(block.grams)
     outside = [info.size_bytes for name, info in checkpoint.tensors.items() if block_index(name) is None]
-    working = FLOAT_BYTES * block.width * BATCH_TOKENS * BATCHES * ACTIVATIONS
+    working = FLOAT_BYTES * block.width * BATCH_TOKENS * SHARES * ACTIVATIONS
     recording = block.weights // 2 + 2 * grams + working  # a copy in bfloat16, the sums of a round's two shares
     copying = 2 * max(outside, default=0)  # the pages that are read, and a copy in FP16
     solving = [SOLVER_BYTES + size for size in solvers if size]

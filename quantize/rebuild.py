@@ -31,12 +31,14 @@ from quantize.errors import PlanError, RecipeError, StoreError, UsageError, Veri
 from quantize.lookup import CALIBRATION, DATA, find_path
 from quantize.manifest import FILE_NAME, RECIPE_NAME, FileEntry, Manifest
 from quantize.plan import Job, identify_jobs
+from quantize.processor import name_device
 from quantize.recipe import CalibrationSpec, EvaluationSpec, Recipe, Source, Variant
 from quantize.reopen import find_source
 from quantize.report import Reporter, note, status, warn
 from quantize.source import PinnedSource, open_source
 from quantize.store import Store
 from quantize.verify import check_files
+from quantize.worker import run_step
 
 DECIDED_LATER = ("digest", "files", "accepted_risk")  # fields of a manifest that are not compared by themselves
 OF_VERSIONS = ("tools", "build_key")  # those that differ wherever versions do
@@ -61,6 +63,17 @@ class ToolDifference:
 
 
 @dataclass(frozen=True)
+class DeviceDifference:
+    """The kind of device that the manifest names, and another one that is here: the same work may give other bits."""
+
+    manifest: str
+    here: str
+
+    def __str__(self) -> str:
+        return f"made on another kind of processor: {self.manifest} there, {self.here} here"
+
+
+@dataclass(frozen=True)
 class FileDifference:
     """A file that is not the same: in words, and by tensor where it holds any."""
 
@@ -71,7 +84,8 @@ class FileDifference:
 
 @dataclass(frozen=True)
 class Rebuild:
-    """What came of it. fields: those of the manifest that differ, but for what other versions explain.
+    """What came of it. fields: those of the manifest that differ, but for what other versions or another kind of device
+    explain.
 
     folder: the rebuilt artifact. files: how many were compared.
     """
@@ -79,6 +93,7 @@ class Rebuild:
     artifact: Artifact
     rebuilt: Artifact
     tools: tuple[ToolDifference, ...]
+    device: DeviceDifference | None
     fields: tuple[str, ...]
     differences: tuple[FileDifference, ...]
     files: int
@@ -86,7 +101,7 @@ class Rebuild:
 
     @property
     def identical(self) -> bool:
-        """Whether every file, and all that the manifest says but for tool versions, is the same."""
+        """Whether every file, and all that the manifest says but for tool versions and the device, is the same."""
         return not self.differences and not self.fields
 
     @property
@@ -114,6 +129,9 @@ def rebuild(
     tools = _tool_differences(manifest.tools, job.tools)
     for item in tools:
         warn(reporter, variant.name, f"{item.tool} is {item.here or 'not installed'}, it was {item.manifest or 'none'}")
+    device = _device_difference(manifest, limits, reporter)
+    if device is not None:
+        warn(reporter, variant.name, f"{device}; its bytes may differ")
     checkpoint = open_source(source, cache, reporter)
     _check_text(recipe, job, artifact, checkpoint, reporter)
     scratch = work / "scratch"
@@ -122,7 +140,7 @@ def rebuild(
     rebuilt = Artifact(folder, _build(recipe, job, context, manifest, reporter))
     status(reporter, variant.name, "comparing")
     return Rebuild(
-        artifact, rebuilt, tools, _fields(manifest, rebuilt.manifest, OF_VERSIONS if tools else ()),
+        artifact, rebuilt, tools, device, _fields(manifest, rebuilt.manifest, OF_VERSIONS if tools else ()),
         tuple(_differences(artifact, rebuilt)), len(manifest.files), time.perf_counter() - started,
     )  # fmt: skip
 
@@ -246,6 +264,14 @@ def _tool_differences(wanted: dict[str, str], here: dict[str, str]) -> tuple[Too
     )
 
 
+def _device_difference(manifest: Manifest, limits: Limits, reporter: Reporter) -> DeviceDifference | None:
+    """None too where the bits depend on no device, or the manifest is older than its record."""
+    if manifest.device is None:
+        return None
+    here = run_step("looking at the processor", reporter, name_device, limits.device)
+    return DeviceDifference(manifest.device, here) if here != manifest.device else None
+
+
 def _build(recipe: Recipe, job: Job, context: Context, wanted: Manifest, reporter: Reporter) -> Manifest:
     """Fill the folder as a build does; the accepted risk is a person's word, and is taken over."""
     started = time.perf_counter()
@@ -269,6 +295,8 @@ def _build(recipe: Recipe, job: Job, context: Context, wanted: Manifest, reporte
 
 def _fields(wanted: Manifest, found: Manifest, explained: Sequence[str]) -> tuple[str, ...]:
     one, two = wanted.to_data(), found.to_data()
+    for data in (one, two):
+        (data["calibration"] or {}).pop("device", None)
     skipped = {*DECIDED_LATER, *explained}
     return tuple(key for key in sorted({*one, *two} - skipped) if one.get(key) != two.get(key))
 

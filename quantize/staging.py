@@ -178,7 +178,7 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any], where: str = 
 
 def _short(value: Any) -> str:
     text = json.dumps(value, ensure_ascii=False)
-    return text if len(text) <= 40 else f"{text[:37]}..."
+    return text if len(text) <= 100 else f"{text[:97]}..."
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -1,24 +1,29 @@
 """Runs one long step in a process of its own, so that its crash is an error with a name and not the end of the run.
 
 In: a picklable function, its arguments, the name of the step. Out: its result, its events, or its QuantizeError;
-WorkerDied if the process was killed or crashed, with the memory that it had.
+WorkerDied if the process was killed or crashed, in the words of deaths.py.
 """
 
 from __future__ import annotations
 
 import contextlib
+import faulthandler
+import math
 import multiprocessing
 import os
+import pickle
 import signal
 import sys
 import tempfile
 import threading
+import time
 import traceback
 from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, BinaryIO, ParamSpec, TypeVar
 
+from quantize.deaths import TAIL_BYTES, evidence, explain, oom_kills
 from quantize.errors import (
     LOWER_MEMORY,
     BuildError,
@@ -31,12 +36,13 @@ from quantize.errors import (
     is_disk_full,
     is_out_of_memory,
 )
+from quantize.processor import settle_products
 from quantize.report import Event, Reporter, warn
 
 P = ParamSpec("P")
 Result = TypeVar("Result")
-LOG_TAIL_BYTES = 2000
 POLL_SECONDS = 0.2
+_starting = threading.Lock()
 
 
 class PipeReporter:
@@ -64,29 +70,35 @@ def stop_asked(reporter: Reporter) -> bool:
 
 
 def run_step(
-    step: str, reporter: Reporter, function: Callable[..., Result], *args: Any, stops: bool = False, **kwargs: Any
-) -> Result:
+    step: str, reporter: Reporter, function: Callable[..., Result], *args: Any, stops: bool = False,
+    most_seconds: float = math.inf, **kwargs: Any,
+) -> Result:  # fmt: skip
     """Call `function(reporter, *args, **kwargs)` in a fresh process and return what it returns.
 
     stops: the function looks at `stop_asked` now and then and raises Stopped; the first Ctrl-C asks it to, a second one
-    ends it at once, as the first does where `stops` is False.
+    ends it at once, as the first does where `stops` is False. most_seconds: what takes longer is ended.
 
     Raises: the function's own QuantizeError; DiskFullError, OutOfMemory or BuildError for any other exception, with its
-    traceback kept for -v; WorkerDied if the process ended without an answer.
+    traceback kept for -v; WorkerDied if the process ended without an answer, or took too long.
     """
     context = multiprocessing.get_context("spawn")
     parent, child = context.Pipe()
-    with _log_file() as log, _plain_main(), _interrupts(parent, reporter, stops):
+    with _log_file() as log, _interrupts(parent, reporter, stops):
         os.set_inheritable(log.fileno(), True)
         path = f"/proc/{os.getpid()}/fd/{log.fileno()}"
-        process = context.Process(target=_child, args=(child, path, function, args, kwargs), daemon=True)
-        process.start()
+        work = pickle.dumps((function, args, kwargs))
+        process = context.Process(target=_child, args=(child, path, work), daemon=True)
+        kills = oom_kills()
+        with _starting, _plain_main():
+            process.start()
         child.close()
-        peak = 0
+        peak, end = 0, time.monotonic() + most_seconds
         try:
             while True:
                 while not parent.poll(POLL_SECONDS):
                     peak = max(peak, peak_memory_bytes(process.pid))
+                    if time.monotonic() > end:
+                        raise _too_long(step, most_seconds)
                 kind, payload = parent.recv()
                 if kind == "event":
                     reporter.emit(payload)
@@ -96,8 +108,8 @@ def run_step(
                 return result
         except EOFError:
             process.join()
-            last_words = _tail(log)
-            raise _death(step, process.exitcode, peak, last_words) from RuntimeError(last_words)
+            wrote = _tail(log)
+            raise _death(step, process.exitcode, peak, wrote, kills) from RuntimeError(evidence(wrote))
         finally:
             if process.is_alive():
                 process.kill()
@@ -140,6 +152,12 @@ def _interrupts(pipe: Connection, reporter: Reporter, stops: bool) -> Iterator[N
         signal.signal(signal.SIGINT, before)
 
 
+def settle_libraries() -> None:
+    """Set what numerical libraries read from the environment; call before the first of them loads."""
+    spin_briefly()
+    settle_products()
+
+
 def spin_briefly() -> None:
     """Have idle OpenMP threads spin for some microseconds and then sleep; call before a library that reads it loads.
 
@@ -150,18 +168,21 @@ def spin_briefly() -> None:
         os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 
-def _child(pipe: Connection, log: str, function: Callable[..., Any], args: Any, kwargs: Any) -> None:
+def _child(pipe: Connection, log: str, work: bytes) -> None:
+    """work: the function and its arguments, pickled: to load it imports their modules, and with them torch."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides, and kills us if it must
-    spin_briefly()
+    settle_libraries()
     _redirect_output(log)
+    faulthandler.enable()  # a crash leaves where it was, and deaths.py reads which library that is
     threading.Thread(target=_die_with_parent, args=(os.getppid(),), daemon=True).start()
-    pipe.send(_outcome(function, PipeReporter(pipe), *args, **kwargs))
+    pipe.send(_outcome(work, PipeReporter(pipe)))
     pipe.close()
 
 
-def _outcome(function: Callable[..., Any], reporter: Reporter, *args: Any, **kwargs: Any) -> tuple[str, Any]:
+def _outcome(work: bytes, reporter: Reporter) -> tuple[str, Any]:
     """What to tell the parent: ("result", it), ("error", one of ours), or what kind of failure, with its traceback."""
     try:
+        function, args, kwargs = pickle.loads(work)
         return "result", function(reporter, *args, **kwargs)
     except QuantizeError as exc:
         if not isinstance(exc, DiskFullError) and is_out_of_memory(exc):
@@ -229,7 +250,7 @@ def peak_memory_bytes(pid: int | None) -> int:
 
 def _tail(log: Any) -> str:
     size = log.seek(0, os.SEEK_END)
-    log.seek(max(0, size - LOG_TAIL_BYTES))
+    log.seek(max(0, size - TAIL_BYTES))
     return str(log.read().decode("utf-8", "replace"))
 
 
@@ -237,13 +258,20 @@ def _had(peak: int) -> str:
     return f"; it had {peak / 2**20:,.0f} MiB of memory" if peak else ""
 
 
-def _death(step: str, exitcode: int | None, peak: int, last_words: str) -> BuildError:
-    if is_out_of_memory(RuntimeError(" ".join(last_words.split()))):
+def _too_long(step: str, seconds: float) -> WorkerDied:
+    reason = f"the process did not end within {seconds:g} s and was ended"
+    return WorkerDied(f"{step}: {reason}", reason=reason, hint="try it again when the machine is less busy")
+
+
+def _death(step: str, exitcode: int | None, peak: int, wrote: str, kills: int | None) -> BuildError:
+    """The error for a process that ended without an answer. kills: what `oom_kills` said as it began."""
+    if is_out_of_memory(RuntimeError(" ".join(evidence(wrote).split()))):
         return OutOfMemory(f"{step}: out of memory{_had(peak)}", hint=LOWER_MEMORY)
     if exitcode is not None and exitcode < 0:
-        name = signal.Signals(-exitcode).name
-        hint = f"the kernel does this when memory runs out: {LOWER_MEMORY}"
-        hint = hint if name == "SIGKILL" else "this is a crash in a library; run again with -v for its last output"
-        return WorkerDied(f"{step}: the process was ended by {name}{_had(peak)}", hint=hint)
-    hint = "run again with -v for its last output"
-    return WorkerDied(f"{step}: the process ended without an answer (exit {exitcode}){_had(peak)}", hint=hint)
+        death = explain(exitcode, wrote, kills)
+        reason = f"the process was {death.reason}"
+        hint = f"{death.remedy}\n  -v shows where it was" if death.is_crash else death.remedy
+        had = _had(peak) if death.signal == "SIGKILL" else ""
+        return WorkerDied(f"{step}: {reason}{had}", reason=reason, hint=hint)
+    reason = f"the process ended without an answer (exit {exitcode})"
+    return WorkerDied(f"{step}: {reason}{_had(peak)}", reason=reason, hint="run again with -v for its last output")

@@ -16,6 +16,7 @@ from quantize.backends import formats
 from quantize.build import Outcome, RunOptions, build
 from quantize.cache import Cache
 from quantize.cli import main
+from quantize.processor import settle_products
 from quantize.recipe import Recipe, load_recipe
 from quantize.report import ListReporter
 from quantize.store import Store
@@ -27,6 +28,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # threads of several workers that wait 
     os.sched_setaffinity(0, {cores[int(os.environ["PYTEST_XDIST_WORKER"].removeprefix("gw")) % len(cores)]})
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as behind a shell's &: processes started here would inherit it
     signal.signal(signal.SIGINT, signal.default_int_handler)
+settle_products()  # as in a worker: some tests multiply in this process
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when the hub client is first imported: no test may fetch anything
 
 UNMEASURED = RunOptions(evaluate=False)  # for tests that are about the files

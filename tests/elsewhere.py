@@ -9,6 +9,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from quantize.processor import MKL_MODE
+
 ROOT = Path(__file__).parent.parent
 # The plain C locale without Python's rescue from it (PEP 538, PEP 540): text is ASCII wherever nobody says otherwise.
 ENVIRONMENT = {
@@ -23,7 +25,8 @@ def run_elsewhere(work: Path, *args: str) -> subprocess.CompletedProcess[bytes]:
     here.mkdir()
     places = {"HOME": str(here), "TMPDIR": str(here), "QUANTIZE_CACHE": str(here / "cache")}
     places |= {"QUANTIZE_STORE": str(here / "artifacts")}
-    environment = {**os.environ, **ENVIRONMENT, **places}
+    inherited = {name: value for name, value in os.environ.items() if name != MKL_MODE}  # the program sets it
+    environment = {**inherited, **ENVIRONMENT, **places}
     command = [sys.executable, "-m", "quantize", *args]
     return subprocess.run(command, capture_output=True, env=environment, cwd=here, umask=0o077, check=False)
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from quantize.activations import Spill, fastest_precision, stream_blocks
+from quantize.activations import Precision, Spill, fastest_precision, stream_blocks
 from quantize.architecture import TABLE, block_layouts
 from quantize.attention import PIECE
 from quantize.block_runner import ROUND_BATCHES
@@ -110,19 +110,21 @@ def test_spilled_states_change_no_bit_and_only_the_last_file_stays(llama: SavedC
     assert len([*tmp_path.iterdir()]) == 1
 
 
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 @pytest.mark.parametrize("times", [1, 16])
-def test_thread_count_changes_no_bit(llama: SavedCheckpoint, times: int) -> None:
+def test_thread_count_changes_no_bit(llama: SavedCheckpoint, times: int, precision: Precision) -> None:
     """Also over several rounds of batches."""
     before, ids = torch.get_num_threads(), token_ids() * times
     assert (len(make_batches([len(item) for item in ids], 60)) > ROUND_BATCHES) == (times > 1)
     try:
         found = []
-        for threads in (1, 2):
+        for threads in (1, 2, 4):
             torch.set_num_threads(threads)
-            found.append(collect(llama, ids))
+            found.append(collect(llama, ids, precision=precision))
     finally:
         torch.set_num_threads(before)
     assert_same_bits(found[0], found[1])
+    assert_same_bits(found[0], found[2])
 
 
 @pytest.mark.parametrize("budget", [None, 1])

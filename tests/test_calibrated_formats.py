@@ -27,8 +27,10 @@ from quantize.cache import Cache
 from quantize.checkpoint import open_checkpoint
 from quantize.cli import main
 from quantize.errors import VerifyError
+from quantize.manifest import read_manifest
 from quantize.memory import pass_bytes
 from quantize.plan import make_plan
+from quantize.processor import MKL_MODE, device_name, strict_mode
 from quantize.recipe import Recipe, load_recipe
 from quantize.report import ListReporter
 from quantize.store import Store
@@ -85,7 +87,10 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def run(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
-    return run_all(checkpoint, tmp_path_factory.mktemp("first") / "run", threads=2)
+    """A build on two threads, in an environment that says nothing of MKL's mode."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv(MKL_MODE)
+        return run_all(checkpoint, tmp_path_factory.mktemp("first") / "run", threads=2)
 
 
 def tensors_of(artifact: Artifact) -> dict[str, torch.Tensor]:
@@ -131,14 +136,52 @@ def test_the_manifest_has_the_text_by_hash(run: Run) -> None:
     assert data["spec"]["precision"] == "float32"
 
 
-@pytest.mark.parametrize("variant", ["gptq-int4-g64", "awq-int4-g64-gptq", "q4_k_m-imatrix", "bnb-int8"])
+def test_the_manifest_has_the_kind_of_processor_that_the_pass_ran_on(run: Run) -> None:
+    kinds = {item.manifest.variant: item.manifest.device for item in run.store.artifacts()}
+    assert (kinds.pop("bnb-int8"), kinds.pop("bnb-nf4")) == (None, None)
+    assert set(kinds.values()) == {device_name("cpu")}
+    assert f"MKL {strict_mode()}" in kinds["gptq-int4-g64"]
+
+
+@pytest.mark.parametrize(
+    "variant", ["gptq-int4-g64", "awq-int4-g64", "awq-int4-g64-gptq", "q4_k_m-imatrix", "bnb-int8"]
+)
 def test_the_same_digest_from_the_manifest_alone_elsewhere(run: Run, variant: str, tmp_path: Path) -> None:
-    """One of each solver, each in a pass of its own, with other threads, locale, umask, hash seed and folders."""
+    """One of each solver, each in a pass of its own, on one thread, with other locale, umask, hash seed and folders."""
     renamed = shutil.copy(run.recipe.path.parent / "text.txt", tmp_path / "any name.md")
     options = ["--calibration", str(renamed)] if variant == "gptq-int4-g64" else []
     data = rebuild_elsewhere(run.artifact(variant).folder, tmp_path, *options)
-    assert (data["tools"], data["manifest_fields"], data["differences"]) == ([], [], [])
+    assert (data["tools"], data["device"], data["manifest_fields"], data["differences"]) == ([], None, [], [])
     assert data["rebuilt_digest"] == data["digest"] == run.artifact(variant).manifest.digest
+
+
+def test_another_kind_of_processor_is_told_from_another_result(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torch's and MKL's kernels for processors of long ago stand for one: codes may differ, and that is why."""
+    artifact = run.artifact("gptq-int4-g64")
+    monkeypatch.setenv("ATEN_CPU_CAPABILITY", "default")
+    monkeypatch.setenv(MKL_MODE, "COMPATIBLE")
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    result = click.testing.CliRunner().invoke(main, ["rebuild", str(artifact.folder)])
+    lines = result.stdout.splitlines()
+    told = f"made on another kind of processor: {artifact.manifest.device} there, cpu DEFAULT"
+    assert lines[0].startswith(told)
+    assert lines[0].endswith(", MKL COMPATIBLE here")
+    assert f"gptq-int4-g64: warning: {told}" in result.stderr
+    assert not [line for line in lines if line.startswith("manifest:")]
+    assert f"{'identical' if result.exit_code == 0 else 'different'} (" in lines[-1]
+    assert "the digests differ" in lines[-1]
+
+
+def test_a_manifest_of_before_the_kind_was_recorded_keeps_its_digest(run: Run, tmp_path: Path) -> None:
+    manifest = run.artifact("gptq-int4-g64").manifest
+    assert manifest.calibration is not None
+    older = manifest.model_copy(update={"calibration": manifest.calibration.model_copy(update={"device": None})})
+    data = older.sealed().to_data()
+    assert "device" not in data["calibration"]
+    (tmp_path / "manifest.json").write_text(json.dumps(data))
+    assert read_manifest(tmp_path / "manifest.json").device is None
 
 
 @pytest.mark.parametrize(

@@ -15,10 +15,13 @@ import click.testing
 import pytest
 
 from quantize import __version__
+from quantize.backends import formats
+from quantize.build import Outcome
 from quantize.cli import COMMANDS, main
-from quantize.cli.common import size_text
-from quantize.errors import QuantizeError, RefusedError, StoreError, UsageError
-from quantize.hardware import memory_text
+from quantize.cli.build import summary
+from quantize.errors import GateError, PlanError, QuantizeError, RefusedError, StoreError, UsageError, WorkerDied
+from quantize.recipe import load_recipe
+from quantize.sizes import memory_text
 from quantize.testing import write_recipe
 from tests.conftest import Run
 
@@ -249,7 +252,56 @@ def test_a_failed_variant_is_told_by_the_exit_code(step: str, code: int, tiny: P
     states = [(item["variant"], item["state"], bool(item["error"])) for item in json.loads(result.stdout)]
     state = "refused" if step == "verify" else "failed"
     assert states == [(f"int8-{step}", state, True), ("int8", "built", False), ("int4", "built", False)]
-    assert f"of 3 variants 1 {state}; first: " in result.stderr
+    assert f"1 of 3 variants {state}: " in result.stderr
+    assert result.stderr.rstrip().endswith("\nbuilt: int8, int4")
+
+
+def died(step: str, reason: str = "the process was ended by SIGILL: so it is", had: str = "") -> WorkerDied:
+    return WorkerDied(f"{step}: {reason}{had}", reason=reason, hint="reinstall it with: pip install it")
+
+
+@pytest.mark.usefixtures("fake")
+def test_the_summary_names_each_reason_once_with_what_it_hit_and_what_was_built(recipe: Path) -> None:
+    parsed = load_recipe(recipe, formats())
+    found = [
+        *((name, "failed", died("loading in llama.cpp")) for name in ("q4_k_m", "q5_k_m", "q8_0")),
+        ("gptq", "refused", GateError("gptq: perplexity is 1.4 times the source's", hint="accept the risk")),
+        ("awq", "failed", PlanError("no such group size")),
+        ("int8", "built", None),
+        ("f16", "up to date", None),
+        ("nf4", "built", None),
+    ]
+    outcomes = [(parsed, Outcome(name, state, error=error)) for name, state, error in found]
+    assert summary(outcomes, several=False).splitlines() == [
+        "3 of 8 variants failed: loading in llama.cpp: the process was ended by SIGILL: so it is "
+        "(q4_k_m, q5_k_m, q8_0)",
+        "  reinstall it with: pip install it",
+        "1 of 8 variants refused: gptq: perplexity is 1.4 times the source's (gptq)",
+        "  accept the risk",
+        "1 of 8 variants failed: no such group size (awq)",
+        "built: int8, nf4",
+        "up to date: f16",
+    ]
+    assert "demo/q4_k_m, demo/q5_k_m" in summary(outcomes, several=True)
+
+
+@pytest.mark.usefixtures("fake")
+def test_one_reason_in_several_steps_is_one_reason(recipe: Path) -> None:
+    """Whatever memory each had; only a step that all share is named."""
+    parsed = load_recipe(recipe, formats())
+    errors = [died("quantizing to Q4_0", had="; it had 1 MiB"), died("quantizing to Q8_0", had="; it had 2 MiB")]
+    outcomes = [(parsed, Outcome(f"v{number}", "failed", error=error)) for number, error in enumerate(errors)]
+    first, _ = summary(outcomes, several=False).splitlines()
+    assert first == "2 of 2 variants failed: the process was ended by SIGILL: so it is (v0, v1)"
+    alone = summary(outcomes[:1], several=False).splitlines()[0]
+    assert alone == "the variant failed: quantizing to Q4_0: the process was ended by SIGILL: so it is (v0)"
+
+
+@pytest.mark.usefixtures("fake")
+def test_v_shows_where_a_variant_failed(tiny: Path, tmp_path: Path, run: Run) -> None:
+    path = write_recipe(tmp_path / "demo.yaml", tiny, [{"format": "fake", "fail": "build"}])
+    assert "Traceback" not in run("build", path, "--no-eval").stderr
+    assert "in build\n" in run("build", path, "--no-eval", "-v").stderr
 
 
 @pytest.mark.usefixtures("fake")
@@ -304,13 +356,6 @@ def test_a_table_cuts_nothing_and_reads_no_markup(tiny: Path, run: Run, tmp_path
 
 
 # --- small things -----------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("size", "text"), [(0, "0 B"), (999, "999 B"), (1000, "1.0 kB"), (104_931_424, "104.9 MB"), (10**16, "10000.0 TB")]
-)
-def test_sizes_are_written(size: int, text: str) -> None:
-    assert size_text(size) == text
 
 
 def test_memory_is_written_in_binary_units() -> None:

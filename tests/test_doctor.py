@@ -1,22 +1,60 @@
-"""quantize doctor: what is said to be missing is what is missing, and nothing heavy is loaded to find out."""
+"""quantize doctor: what is said to be missing is what is missing, what is said to work has run, and nothing heavy is
+loaded into the command itself.
+"""
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
+import signal
 import subprocess
 import sys
+import tempfile
+import time
+from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
 
 import pytest
 
 import quantize.doctor
+from quantize import trials
 from quantize.doctor import lacking
+from quantize.trials import Trial
 from tests.conftest import Run
 
 ROOT = Path(__file__).parent.parent
+
+
+REINSTALL = "reinstall it with: pip install --force-reinstall --no-cache-dir --no-deps torch=="
+
+
+def die_of_a_signal() -> str:
+    """With a file in its temporary folder."""
+    tempfile.mkdtemp()
+    os.kill(os.getpid(), signal.SIGSEGV)
+    return "never"
+
+
+def raise_an_import_error() -> str:
+    raise ImportError("libcudart.so.12: cannot open shared object file")
+
+
+def compute_nonsense() -> str:
+    trials.check_alike([1.0, 2.0, 3.0], [3.0, -2.0, 1.0], "a product")
+    return "never"
+
+
+def compute_no_numbers() -> str:
+    trials.check_alike([1.0, float("nan")], [1.0, 2.0], "a product")
+    return "never"
+
+
+def hang() -> str:
+    time.sleep(120)
+    return "never"
 
 
 def without(monkeypatch: pytest.MonkeyPatch, *missing: str, **old: str) -> None:
@@ -32,13 +70,13 @@ def without(monkeypatch: pytest.MonkeyPatch, *missing: str, **old: str) -> None:
 
 
 def abilities(run: Run) -> dict[str, dict[str, object]]:
-    result = run("doctor", "--json")
+    result = run("doctor", "--quick", "--json")
     assert (result.exit_code, result.stderr) == (0, "")
     return {item["format"]: item for item in json.loads(result.stdout)["abilities"]}
 
 
 def test_what_is_here(run: Run, tmp_path: Path) -> None:
-    data = json.loads(run("doctor", "--json", "--store", tmp_path / "new" / "store").stdout)
+    data = json.loads(run("doctor", "--quick", "--json", "--store", tmp_path / "new" / "store").stdout)
     for name in ("torch", "transformers", "gguf"):
         assert data["versions"][name] == metadata.version(name)
     store, cache, scratch = data["folders"]
@@ -49,6 +87,87 @@ def test_what_is_here(run: Run, tmp_path: Path) -> None:
     assert not (tmp_path / "new").exists()
     for item in data["abilities"]:
         assert (item["build_lacks"], item["serve_lacks"], item["install"]) == ([], [], None)
+
+
+def test_every_engine_that_is_installed_runs(run: Run) -> None:
+    """And is told as JSON; the exit code is that of a command that could look."""
+    result = run("doctor", "--json")
+    assert (result.exit_code, result.stderr) == (0, "")
+    data = json.loads(result.stdout)
+    trials = {item["engine"]: item for item in data["trials"]}
+    assert list(trials) == ["llama.cpp", "torch", "transformers", "bitsandbytes", "gptqmodel"]
+    assert {name: (item["state"], item["problem"]) for name, item in trials.items()} == dict.fromkeys(
+        trials, ("works", None)
+    )
+    for item in trials.values():
+        assert item["version"] == metadata.version(item["package"])
+        assert item["seconds"] > 0
+    for kind in ("F16", "Q4_0", "Q8_0", "Q4_K_M", "48 tokens"):
+        assert kind in trials["llama.cpp"]["ran"]
+    assert all(item["build_broken"] == item["serve_broken"] == [] for item in data["abilities"])
+
+
+def test_quick_starts_no_engine(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(quantize.doctor, "try_engines", lambda: pytest.fail("an engine was started"))
+    result = run("doctor", "--quick")
+    assert result.exit_code == 0
+    assert "engines were not started" in result.stdout
+    assert json.loads(run("doctor", "--quick", "--json").stdout)["trials"] is None
+
+
+def broken(monkeypatch: pytest.MonkeyPatch, package: str, function: Callable[[], str]) -> Trial:
+    """What becomes of an engine whose trial does this; it is the only one that is tried."""
+    monkeypatch.setattr(trials, "ENGINES", [(package, package, function)])
+    (trial,) = trials.try_engines()
+    return trial
+
+
+@pytest.mark.parametrize(
+    ("function", "state", "problem", "repair"),
+    [
+        (die_of_a_signal, "died", "the process was ended by SIGSEGV: ", "run it again; if it dies again, report it"),
+        (trials.try_llama_cpp, "works", None, None),
+        (raise_an_import_error, "fails", "ImportError: libcudart.so.12: cannot open", REINSTALL),
+        (compute_nonsense, "fails", "a product: one computation in two ways gives two results", REINSTALL),
+        (compute_no_numbers, "fails", "a product: the results are not finite numbers", REINSTALL),
+    ],
+    ids=lambda item: getattr(item, "__name__", None),
+)
+def test_what_does_not_work_is_told_with_one_line_that_repairs_it(
+    function: Callable[[], str], state: str, problem: str | None, repair: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trial = broken(monkeypatch, "torch", function)
+    assert trial.state == state
+    assert str(trial.problem).startswith(str(problem))
+    assert str(trial.repair).startswith(str(repair))
+    assert "\n" not in str(trial.repair)
+
+
+def test_what_hangs_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trials, "MOST_SECONDS", 1)
+    trial = broken(monkeypatch, "torch", hang)
+    assert (trial.state, trial.problem) == ("died", "the process did not end within 1 s and was ended")
+
+
+def test_what_is_not_installed_is_not_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trials, "ENGINES", [("no-such-package", "none", hang)])
+    assert trials.try_engines() == ()
+
+
+def test_people_read_what_died_and_what_to_do(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trials, "ENGINES", [("bitsandbytes", "bitsandbytes", die_of_a_signal)])
+    result = run("doctor")
+    assert result.exit_code == 0
+    assert re.search(r"bitsandbytes +died +[\d.]+ +see below", result.stdout)
+    assert re.search(r"bitsandbytes +NO: bitsandbytes +NO: bitsandbytes", result.stdout)
+    assert re.search(r"gguf +yes +yes", result.stdout)
+    assert re.search(r"^bitsandbytes [\d.]+ died: the process was ended by SIGSEGV: .*\n  run it", result.stdout, re.M)
+
+
+def test_nothing_is_left_of_a_trial_that_died(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    broken(monkeypatch, "torch", die_of_a_signal)
+    assert [path.name for path in tmp_path.glob("quantize-doctor-*")] == []
 
 
 def test_a_missing_engine_is_named_with_its_pip_line(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -67,7 +186,10 @@ def test_torch_is_what_all_formats_are_built_with(run: Run, monkeypatch: pytest.
     found = abilities(run)
     assert all(any("torch" in text for text in item["build_lacks"]) for item in found.values())  # type: ignore[attr-defined]
     assert not any("torch" in text for text in found["gguf"]["serve_lacks"])  # type: ignore[attr-defined]
-    assert found["gguf"]["install"] == "pip install 'quantize-models[gguf,serve]'"
+    assert (
+        found["gguf"]["install"]
+        == "CMAKE_ARGS=-DGGML_NATIVE=OFF pip install --no-cache-dir 'quantize-models[gguf,serve]'"
+    )
 
 
 def test_an_old_version_is_as_good_as_none(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -83,29 +205,30 @@ def test_an_extra_that_the_installation_does_not_know_is_not_met() -> None:
 
 def test_the_table_is_for_people(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     without(monkeypatch, "llama-cpp-python")
-    text = run("doctor").stdout
+    text = run("doctor", "--quick").stdout
     assert "llama-cpp-python   not installed" in text
     assert "lacks llama-cpp-python>=" in text
-    assert "pip install 'quantize-models[gguf]'" in text
+    assert "CMAKE_ARGS=-DGGML_NATIVE=OFF pip install --no-cache-dir 'quantize-models[gguf]'" in text
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
 def test_a_store_that_can_not_be_written(run: Run, tmp_path: Path) -> None:
     tmp_path.chmod(0o500)
-    store = json.loads(run("doctor", "--json", "--store", tmp_path / "store").stdout)["folders"][0]
+    store = json.loads(run("doctor", "--quick", "--json", "--store", tmp_path / "store").stdout)["folders"][0]
     tmp_path.chmod(0o700)
     assert store["writable"] is False
 
 
 def test_a_store_below_a_file(run: Run, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    store = json.loads(run("doctor", "--json", "--store", tmp_path / "file" / "store").stdout)["folders"][0]
+    store = json.loads(run("doctor", "--quick", "--json", "--store", tmp_path / "file" / "store").stdout)["folders"][0]
     assert store["writable"] is False
 
 
 def test_nothing_heavy_is_loaded() -> None:
     code = (
-        "import sys\nfrom quantize.cli import main\ntry:\n  main(['doctor', '--json'])\nexcept SystemExit:\n  pass\n"
+        "import sys\nfrom quantize import trials\nfrom quantize.cli import main\ntrials.ENGINES = []\n"
+        "try:\n  main(['doctor', '--json'])\nexcept SystemExit:\n  pass\n"
         "heavy = {'torch', 'transformers', 'numpy', 'gguf', 'llama_cpp', 'fastapi', 'gptqmodel'}\n"
         "print('HEAVY', *sorted({name.partition('.')[0] for name in sys.modules} & heavy))"
     )

@@ -83,12 +83,14 @@ def test_dequantized_weights_are_near_the_source(kind: str, built: Built) -> Non
         assert float(np.abs(values - wanted).max()) <= 2 * step + 1e-6, item.name
 
 
+@pytest.mark.parametrize("threads", [1, 2, 4])
 @pytest.mark.parametrize("kind", ["Q4_K_M", "Q8_0", "IQ4_XS"])
-def test_bytes_are_those_of_llama_cpp_called_directly(kind: str, built: Built, tmp_path: Path) -> None:
+def test_bytes_are_those_of_llama_cpp_called_directly(kind: str, threads: int, built: Built, tmp_path: Path) -> None:
+    """On any number of threads: each of theirs takes 16,384 weights or more, of the 131,072 of a matrix here."""
     (source,) = (built.cache.root / "gguf").glob("*/*-F16.gguf")
     settings = llama_cpp.llama_model_quantize_default_params()
     settings.ftype = getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{kind}")
-    settings.nthread = 1
+    settings.nthread = threads
     out = tmp_path / "direct.gguf"
     keep_log(llama_cpp)
     assert llama_cpp.llama_model_quantize(str(source).encode(), str(out).encode(), ctypes.byref(settings)) == 0

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-import subprocess
+import sys
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
 
 import pytest
 
 from quantize import hardware
+from quantize.cards import _CARDS_GIB, Card, card_of, find_card
 from quantize.errors import UsageError
 from quantize.estimate import ModelShape, Settings, estimate
 from quantize.fit import Workload, advise, judge, usable_bytes
-from quantize.hardware import GIB, Card, card_names, card_of, detect, find_card, parse_size
+from quantize.gpus import Gpus, nvidia_gpus
+from quantize.hardware import detect
+from quantize.sizes import GIB, memory_text, parse_size, size_text
 
 LLAMA_8B = ModelShape.from_config(
     {
@@ -39,7 +42,7 @@ def test_cards_are_found_as_people_write_them(written: str, name: str, gib: int)
     assert find_card(written) == Card(name, gib * GIB)
 
 
-@pytest.mark.parametrize("name", card_names())
+@pytest.mark.parametrize("name", [*_CARDS_GIB])
 def test_every_card_finds_itself(name: str) -> None:
     assert find_card(name).name == name
 
@@ -86,6 +89,26 @@ def test_bad_sizes(text: str) -> None:
         parse_size(text)
 
 
+@pytest.mark.parametrize(
+    ("size", "text"),
+    [
+        (0, "0 B"),
+        (999, "999 B"),
+        (1000, "1.0 kB"),
+        (45_600_000, "45.6 MB"),
+        (104_931_424, "104.9 MB"),
+        (1_234_000_000, "1.23 GB"),
+        (10**16, "10000.00 TB"),
+    ],
+)
+def test_sizes_for_people(size: int, text: str) -> None:
+    assert size_text(size) == text
+
+
+def test_memory_for_people_is_binary() -> None:
+    assert memory_text(15 * GIB // 2) == "7.50 GiB"
+
+
 def test_options_become_a_card() -> None:
     assert card_of() is None
     assert card_of(gpu="L4") == Card("L4", 24 * GIB)
@@ -111,23 +134,55 @@ def test_a_cgroup_limits_memory_and_cores(tmp_path: Path) -> None:
     assert hardware._cgroup_memory(tmp_path) == (None, 0)
 
 
-def test_gpus_are_read_from_nvidia_smi(monkeypatch: pytest.MonkeyPatch) -> None:
-    def answer(command: tuple[str, ...], **_: Any) -> subprocess.CompletedProcess[str]:
-        return subprocess.CompletedProcess(command, 0, "NVIDIA GeForce RTX 4060, 8188, 512\nbroken line\n", "")
+class FakeDriver:
+    """NVML with two cards, of which the second does not tell its memory, as on WSL2 and Jetson."""
 
-    monkeypatch.setattr(hardware.shutil, "which", lambda name: f"/usr/bin/{name}")
-    monkeypatch.setattr(hardware.subprocess, "run", answer)
-    (gpu,) = hardware._nvidia_gpus()
+    class NVMLError(Exception):
+        pass
+
+    def __init__(self, *, broken: bool = False) -> None:
+        self.broken = broken
+
+    def nvmlInit(self) -> None:  # noqa: N802 - the driver's names
+        if self.broken:
+            raise self.NVMLError("driver not loaded")
+
+    def nvmlDeviceGetCount(self) -> int:  # noqa: N802
+        return 2
+
+    def nvmlDeviceGetHandleByIndex(self, index: int) -> int:  # noqa: N802
+        return index
+
+    def nvmlDeviceGetName(self, handle: int) -> str:  # noqa: N802
+        return "NVIDIA GeForce RTX 4060"
+
+    def nvmlDeviceGetMemoryInfo(self, handle: int) -> SimpleNamespace:  # noqa: N802
+        if handle == 1:
+            raise self.NVMLError("not supported")
+        return SimpleNamespace(total=8188 * 2**20, used=512 * 2**20)
+
+    def nvmlDeviceGetComputeRunningProcesses(self, handle: int) -> list[SimpleNamespace]:  # noqa: N802
+        if handle == 1:
+            raise self.NVMLError("not supported")
+        return [SimpleNamespace(pid=7, usedGpuMemory=2**20), SimpleNamespace(pid=8, usedGpuMemory=None)]
+
+
+def test_gpus_are_asked_of_the_driver(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pynvml", FakeDriver())
+    (gpu,) = nvidia_gpus()
     assert (gpu.name, gpu.vram_bytes, gpu.used_bytes) == ("NVIDIA GeForce RTX 4060", 8188 * 2**20, 512 * 2**20)
+    assert Gpus().used({7}) == (2**20, 512 * 2**20)
+    assert Gpus().used({8}) == (None, 512 * 2**20)
 
 
 def test_a_driver_that_fails_is_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(*_: Any, **__: Any) -> None:
-        raise subprocess.CalledProcessError(9, "nvidia-smi")
+    monkeypatch.setitem(sys.modules, "pynvml", FakeDriver(broken=True))
+    assert nvidia_gpus() == ()
 
-    monkeypatch.setattr(hardware.shutil, "which", lambda name: f"/usr/bin/{name}")
-    monkeypatch.setattr(hardware.subprocess, "run", fail)
-    assert hardware._nvidia_gpus() == ()
+
+def test_resident_memory_is_that_of_a_living_process() -> None:
+    assert hardware.resident_bytes() > 2**20
+    assert hardware.resident_bytes(2**22 + 1) == 0
 
 
 def test_seven_and_a_half_of_eight_is_not_enough() -> None:

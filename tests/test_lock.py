@@ -18,8 +18,9 @@ from quantize.backends import formats
 from quantize.cache import Cache
 from quantize.calibration import load_calibration_set
 from quantize.lock import Lock, hold, lock_path, make_lock, read_lock
+from quantize.processor import device_name
 from quantize.recipe import load_recipe
-from quantize.report import SilentReporter
+from quantize.report import ListReporter, SilentReporter
 from quantize.testing import FakeBackend, make_checkpoint, write_recipe
 from tests.bad_checkpoints import change_json
 from tests.conftest import Run
@@ -269,6 +270,26 @@ def test_the_text_is_pinned_by_its_token_ids(tmp_path: Path, run: Run) -> None:
     assert "calibration.hash: 0000" in refusal(run, path)
     write(path, lock.model_copy(update={"calibration": None}))
     assert "calibration.hash: nothing in the lock" in refusal(run, path)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_another_kind_of_processor_is_told_and_refuses_nothing(tmp_path: Path, run: Run) -> None:
+    """Also a lock of before the kind was recorded is held to all the rest."""
+    model = make_checkpoint(tmp_path / "tiny")
+    (tmp_path / "text.txt").write_text("The quick brown fox jumps over the dog. " * 99)
+    calibration = {"dataset": "text.txt", "samples": 8, "sequence_length": 64}
+    path = write_recipe(tmp_path / "demo.yaml", model, [{"format": "gptq", "group_size": 64}], calibration=calibration)
+    assert run("lock", path).exit_code == 0
+    lock, recipe = read_lock(lock_path(path)), load_recipe(path, formats())
+    assert lock.calibration is not None
+    here = device_name("cpu")
+    assert lock.calibration.device == here
+    told = f"locked on another kind of processor: another there, {here} here"
+    for device, words in ((here, []), ("another", [f"{told}; calibrated variants may get other bytes"]), (None, [])):
+        write(path, lock.model_copy(update={"calibration": lock.calibration.model_copy(update={"device": device})}))
+        reporter = ListReporter()
+        hold(read_lock(lock_path(path)), recipe, Cache(tmp_path / "cache"), reporter, device="cpu")
+        assert [event.text for event in reporter.events if event.kind == "warning"] == words
 
 
 def write(recipe: Path, lock: Lock) -> None:

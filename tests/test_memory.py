@@ -7,16 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from quantize import activations, block_runner, memory
-from quantize.backends import awq as awq_backend
-from quantize.backends import backends, formats, packed
+from quantize.backends import backends, formats
 from quantize.backends.base import Context, Limits
 from quantize.cache import Cache
 from quantize.calibrated import _Part, _states_budget
 from quantize.checkpoint import open_checkpoint
 from quantize.errors import PlanError
 from quantize.memory import BASE_BYTES, BlockMemory, largest_block, least_bytes, memory_short, pass_bytes
-from quantize.numerics import awq, gptq
 from quantize.recipe import load_recipe
 from quantize.report import SilentReporter
 from quantize.source import pin_source
@@ -30,12 +27,6 @@ VARIANTS = [{"format": "gptq", "group_size": 64}, {"format": "awq", "group_size"
 @pytest.fixture
 def recipe_path(tiny: Path, tmp_path: Path) -> Path:
     return write_recipe(tmp_path / "demo.yaml", tiny, VARIANTS, calibration=CALIBRATION)
-
-
-def test_what_is_known_without_torch_is_what_torch_is_given() -> None:
-    assert packed.SOLVED_ROWS == gptq.ROWS
-    assert awq_backend.SEARCHED_ROWS == awq.SEARCH_ROWS
-    assert (memory.BATCH_TOKENS, memory.BATCHES) == (activations.TOKENS_PER_BATCH, block_runner.SHARES)
 
 
 def test_the_largest_block(tiny: Path) -> None:

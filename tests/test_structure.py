@@ -14,7 +14,7 @@ MAX_LINES = 400
 # the longest that fits decides. What belongs together is one layer.
 LAYERS: list[set[str]] = [
     {"", "errors"},
-    {"report", "untrusted", "resident", "locks"},
+    {"report", "untrusted", "resident", "locks", "deaths", "sizes"},
     {
         "numerics",
         "shape",
@@ -22,13 +22,25 @@ LAYERS: list[set[str]] = [
         "cache",
         "worker",
         "parallel",
+        "processor",
         "marked_yaml",
         "lookup",
         "containers",
         "folding",
         "architecture",
     },
-    {"estimate", "hardware", "recipe", "checkpoint", "staging", "cluster.spec", "cluster.schedule", "cluster.trace"},
+    {
+        "estimate",
+        "hardware",
+        "gpus",
+        "cards",
+        "recipe",
+        "checkpoint",
+        "staging",
+        "cluster.spec",
+        "cluster.schedule",
+        "cluster.trace",
+    },
     {"engines", "containers.shards"},
     {"fit", "source", "artifact", "memory"},
     {"attention", "block_runner", "hidden_states", "activations", "calibration", "resume"},
@@ -42,9 +54,17 @@ LAYERS: list[set[str]] = [
     {"cluster"},
     {"provenance"},
     {"publish"},
-    {"bench", "serve", "pages", "doctor", "api"},
+    {"bench", "serve", "pages", "doctor", "trials", "api"},
     {"cli", "__main__"},
 ]
+
+
+# Modules that import one another, by what is imported late or for types only. Nothing is added here.
+CIRCLES = {
+    ("disk", "plan"),  # disk's arithmetic is over plan's Job, as a type: Job wants a module below both
+    # The door to the two runtimes is in the module that both take their protocol from.
+    ("evaluate.runtime_llama_cpp", "evaluate.runtime_transformers", "evaluate.runtimes"),
+}
 
 
 def module_name(path: Path) -> str:
@@ -90,12 +110,43 @@ def imported(path: Path) -> set[str]:
 
 def later_imports(path: Path) -> set[str]:
     """Modules of the package that a file imports anywhere, in functions and for types too."""
-    tree = ast.parse(path.read_text(encoding="utf-8"))
-    return {
-        node.module.removeprefix("quantize.")
-        for node in ast.walk(tree)
-        if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("quantize.")
-    }
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            for alias in node.names:
+                inner = f"{node.module}.{alias.name}"
+                found.add(inner if inner.removeprefix("quantize.") in MODULES else node.module)
+    return {name.removeprefix("quantize").removeprefix(".") for name in found if name.partition(".")[0] == "quantize"}
+
+
+def circles(graph: dict[str, set[str]]) -> list[tuple[str, ...]]:
+    """The groups of modules that import one another, each sorted: Tarjan's strongly connected components."""
+    number: dict[str, int] = {}
+    low: dict[str, int] = {}
+    open_: list[str] = []
+    found: list[tuple[str, ...]] = []
+
+    def visit(name: str) -> None:
+        number[name] = low[name] = len(number)
+        open_.append(name)
+        for other in sorted(graph.get(name, ())):
+            if other not in number:
+                visit(other)
+                low[name] = min(low[name], low[other])
+            elif other in open_:
+                low[name] = min(low[name], number[other])
+        if low[name] == number[name]:
+            group = open_[open_.index(name) :]
+            del open_[open_.index(name) :]
+            if len(group) > 1:
+                found.append(tuple(sorted(group)))
+
+    for name in sorted(graph):
+        if name not in number:
+            visit(name)
+    return sorted(found)
 
 
 @pytest.mark.parametrize("module", [name for name in MODULES if name])
@@ -115,19 +166,18 @@ def test_late_imports_go_down_too(module: str) -> None:
 
 def test_nothing_imports_in_a_circle() -> None:
     """Not even inside a layer."""
-    graph = {name: {other for other in imported(path) if other != name} for name, path in MODULES.items()}
-    done: set[str] = set()
+    assert circles({name: imported(path) - {name} for name, path in MODULES.items()}) == []
 
-    def walk(name: str, trail: tuple[str, ...]) -> None:
-        assert name not in trail, " -> ".join((*trail[trail.index(name) :], name))
-        if name in done:
-            return
-        for other in sorted(graph.get(name, ())):
-            walk(other, (*trail, name))
-        done.add(name)
 
-    for name in graph:
-        walk(name, ())
+def test_late_and_type_imports_close_no_circle_but_those_that_are_known() -> None:
+    """CIRCLES may only get shorter."""
+    assert circles({name: later_imports(path) - {name} for name, path in MODULES.items()}) == sorted(CIRCLES)
+
+
+def test_circles_are_found() -> None:
+    graph = {"a": {"b"}, "b": {"c", "d"}, "c": {"a"}, "d": {"e"}, "e": {"d"}, "f": {"a", "g"}, "g": set()}
+    assert circles(graph) == [("a", "b", "c"), ("d", "e")]
+    assert circles({"a": {"b", "c"}, "b": {"c"}, "c": set()}) == []
 
 
 @pytest.mark.parametrize("module", list(MODULES))
@@ -142,7 +192,6 @@ def test_every_module_says_what_it_is_for(module: str) -> None:
 
 
 def test_the_layers_name_nothing_that_is_not_there() -> None:
-    planned = {"publish", "serve"}  # of the design, not written yet
     names = {name for names in LAYERS for name in names if name}
     folders = {name.rpartition(".")[0] for name in MODULES}
-    assert {name for name in names if name not in MODULES and name not in folders} <= planned
+    assert {name for name in names if name not in MODULES and name not in folders} == set()

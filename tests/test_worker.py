@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
 import textwrap
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import psutil
@@ -59,18 +61,38 @@ def test_out_of_memory_is_said_as_such(step: str, arguments: tuple[int, ...]) ->
 
 
 def test_a_crash_names_step_signal_and_last_words() -> None:
-    with pytest.raises(WorkerDied, match="crashing: the process was ended by SIGABRT") as caught:
+    with pytest.raises(WorkerDied, match="crashing: the process was ended by SIGABRT: a library gave up") as caught:
         run_step("crashing", QUIET, worker_steps.abort)
-    assert "crash in a library" in str(caught.value.hint)
-    assert "assertion failed in some library" in str(caught.value.__cause__)
+    assert str(caught.value.hint).endswith("\n  -v shows where it was")
+    shown = str(caught.value.__cause__)
+    assert "assertion failed in some library" in shown
+    assert re.search(r'worker_steps.py", line \d+ in abort', shown), "and where it was"
 
 
 def test_a_kill_names_step_signal_and_memory() -> None:
-    with pytest.raises(WorkerDied, match=r"filling: the process was ended by SIGKILL; it had [\d,]+ MiB") as caught:
+    with pytest.raises(WorkerDied, match=r"filling: the process was ended by SIGKILL: .*; it had [\d,]+ MiB") as caught:
         run_step("filling", QUIET, worker_steps.kill, 200)
     mib = int(caught.value.message.rpartition("it had ")[2].split()[0].replace(",", ""))
     assert 200 <= mib < 600
-    assert "the kernel does this when memory runs out" in str(caught.value.hint)
+    assert caught.value.reason in caught.value.message
+    assert "it had" not in caught.value.reason, "the same for all that it hits"
+
+
+def test_what_takes_too_long_is_ended(tmp_path: Path) -> None:
+    started = time.monotonic()
+    with pytest.raises(WorkerDied, match=r"waiting: the process did not end within 2 s and was ended"):
+        run_step("waiting", QUIET, worker_steps.wait, tmp_path / "pid", most_seconds=2)
+    assert time.monotonic() - started < 20
+    if (tmp_path / "pid").exists():
+        assert wait_until_gone(int((tmp_path / "pid").read_text()))
+
+
+def test_steps_at_once_leave_the_main_module_as_it_was() -> None:
+    main = sys.modules["__main__"]
+    before = (main.__spec__, getattr(main, "__file__", None))
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(lambda number: run_step("adding", QUIET, worker_steps.add, number, 1), range(4)))
+    assert (main.__spec__, getattr(main, "__file__", None)) == before
 
 
 def test_an_end_without_an_answer() -> None:

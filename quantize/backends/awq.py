@@ -17,6 +17,7 @@ from quantize.backends import packed
 from quantize.backends.base import Context
 from quantize.checkpoint import Checkpoint
 from quantize.memory import BlockMemory
+from quantize.numerics.constants import SEARCHED_ROWS
 from quantize.parallel import on_threads
 from quantize.recipe import BackendOptions
 from quantize.report import Reporter
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
     from quantize.activations import Block
     from quantize.numerics.awq import ScaleChoice
 
-SEARCHED_ROWS, SAMPLE_COPIES = 1024, 6  # numerics.awq.SEARCH_ROWS, known without loading torch; copies of a sample
+SAMPLE_COPIES = 6  # of the rows that the ratio search looks at
 SAMPLES_BYTES = 60 << 20
 
 

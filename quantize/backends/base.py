@@ -73,7 +73,8 @@ class Limits:
 
         here: they are for this machine. Raises UsageError: a size that can't be read, a device that is not there.
         """
-        from quantize.hardware import parse_size, usable_cores
+        from quantize.hardware import usable_cores
+        from quantize.sizes import parse_size
 
         if device != "cpu" and here:
             _check_device(device)

@@ -1,7 +1,7 @@
 """The GGUF format: every type that llama.cpp quantizes to, from one 16-bit file that all variants share.
 
 In: a checkpoint and options. Out: one .gguf file named by the GGUF convention. The numbers are llama.cpp's own;
-the calls into it are in engines/llama_cpp.py, the comparison with the source in engines/gguf_check.py.
+the calls into it are in engines/gguf_convert.py and llama_cpp.py, the comparison with the source in gguf_check.py.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ from quantize.backends.base import BuildResult, Collector, Context, KeptTensor, 
 from quantize.backends.gguf_types import BITS, ELEMENT_TYPES, FTYPES, UNQUANTIZED_TYPES, base_type
 from quantize.checkpoint import Checkpoint
 from quantize.containers.gguf import GgufTensor, read_gguf
-from quantize.engines.llama_cpp import ConvertRequest, QuantizeSettings, SizedFile
+from quantize.engines.gguf_convert import ConvertRequest
+from quantize.engines.llama_cpp import QuantizeSettings, SizedFile
 from quantize.errors import PlanError, QuantizeError, VerifyError, disk_errors
 from quantize.manifest import tool_versions
 from quantize.marked_yaml import suggest
@@ -196,7 +197,7 @@ class GgufBackend:
     @contextmanager
     def _converted(self, context: Context, reporter: Reporter) -> Iterator[Path]:
         """The 16-bit file, which stays as long as the context is open."""
-        from quantize.engines.llama_cpp import convert
+        from quantize.engines.gguf_convert import convert
 
         request = _request(context)
 

@@ -19,6 +19,7 @@ from quantize.checkpoint import CONFIG_FILES, TOKENIZER_FILES, Checkpoint
 from quantize.containers.shards import ShardWriter, files_bytes, table_bytes
 from quantize.errors import BuildError, PlanError
 from quantize.memory import BlockMemory
+from quantize.numerics.constants import SOLVED_ROWS
 from quantize.report import Reporter, status
 from quantize.resident import give_back_freed
 from quantize.worker import run_step
@@ -34,7 +35,6 @@ Solved = tuple["dict[str, torch.Tensor]", dict[str, Any]]  # tensors that change
 STORED_DTYPE = "F16"
 DTYPE_NAMES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32"}
 RESULTS_NAME = "pass.json"
-SOLVED_ROWS = 1024  # numerics.gptq.ROWS, known without loading torch
 CHECKED_ELEMENTS = 1 << 20  # of a tensor, looked at together for values beyond FP16
 
 

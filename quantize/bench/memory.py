@@ -7,16 +7,17 @@ memory of the process and its children, mapped weights included; pages that seve
 from __future__ import annotations
 
 import contextlib
-import importlib
 import ipaddress
 import socket
 import threading
 from dataclasses import dataclass
-from typing import Any, Literal, Self
+from typing import Literal, Self
 
 import psutil
 
 from quantize.bench.result import MemoryUse
+from quantize.gpus import Gpus
+from quantize.hardware import resident_bytes
 
 EVERY_SECONDS = 0.1
 
@@ -52,45 +53,9 @@ def family(pid: int) -> list[psutil.Process]:
         return []
 
 
-def resident_bytes(pid: int) -> int:
+def family_bytes(pid: int) -> int:
     """RAM of a process and all below it."""
-    total = 0
-    for process in family(pid):
-        with contextlib.suppress(psutil.Error):
-            total += process.memory_info().rss
-    return total
-
-
-class Gpus:
-    """The NVIDIA GPUs of this machine, through NVML; none where there is no driver or no nvidia-ml-py."""
-
-    def __init__(self) -> None:
-        self._nvml: Any = None
-        self._handles: list[Any] = []
-        with contextlib.suppress(ImportError):
-            self._nvml = importlib.import_module("pynvml")
-        if self._nvml is None:
-            return
-        try:
-            self._nvml.nvmlInit()
-            count = self._nvml.nvmlDeviceGetCount()
-            self._handles = [self._nvml.nvmlDeviceGetHandleByIndex(index) for index in range(count)]
-        except self._nvml.NVMLError:
-            self._handles = []
-
-    def __bool__(self) -> bool:
-        return bool(self._handles)
-
-    def used(self, pids: set[int]) -> tuple[int | None, int]:
-        """(bytes of these processes, bytes in use on all devices); None where the driver does not name them."""
-        mine = [
-            int(item.usedGpuMemory)
-            for handle in self._handles
-            for item in self._nvml.nvmlDeviceGetComputeRunningProcesses(handle)
-            if item.pid in pids and item.usedGpuMemory
-        ]
-        whole = sum(int(self._nvml.nvmlDeviceGetMemoryInfo(handle).used) for handle in self._handles)
-        return (sum(mine) if mine else None), whole
+    return sum(resident_bytes(process.pid) for process in family(pid))
 
 
 @dataclass(frozen=True)
@@ -151,7 +116,7 @@ class MemoryWatch:
     def _look(self) -> _Seen:
         pid, peak = self.pid or 0, self._peak
         vram, device = self.gpus.used({item.pid for item in family(pid)}) if self.gpus else (None, 0)
-        seen = _Seen(resident_bytes(pid), vram, device)
+        seen = _Seen(family_bytes(pid), vram, device)
         most = max((item for item in (peak.vram, vram) if item is not None), default=None)
         self._peak = _Seen(max(peak.ram, seen.ram), most, max(peak.device, device))
         return seen

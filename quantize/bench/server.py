@@ -125,7 +125,7 @@ def _plan(artifact: Artifact, kind: Kind, port: int, context: int, threads: int,
     address = ["--host", "127.0.0.1", "--port", str(port)]
     if chosen == "llama-cpp-python":
         if not _installed(LLAMA_SERVER_MODULES):
-            hint = "pip install 'llama-cpp-python[server]', or use --server quantize"
+            hint = "CMAKE_ARGS=-DGGML_NATIVE=OFF pip install 'llama-cpp-python[server]', or use --server quantize"
             raise UsageError("llama-cpp-python's server is not installed", hint=hint)
         model = ["--model", str(_gguf_path(artifact)), "--n_ctx", str(context), "--n_threads", str(threads)]
         options = ["--logits_all", "false", "--interrupt_requests", "false", "--verbose", "false"]

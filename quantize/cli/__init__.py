@@ -39,7 +39,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "diff": ("diff", "Compare two artifacts: settings, files, tensor types, sizes."),
     "gc": ("gc", "Remove superseded artifacts and leftovers; shows them only, unless told to."),
     "calibration": ("calibration", "Show the text that calibrated formats see."),
-    "doctor": ("doctor", "What this machine has: versions, devices, disk, which formats it can build and serve."),
+    "doctor": ("doctor", "What this machine has, whether its engines run, which formats it can build and serve."),
     "schema": ("schema", "Print the JSON Schema of recipes or manifests."),
 }
 

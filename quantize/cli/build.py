@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,15 +19,15 @@ from quantize.cli.common import (
     print_table,
     quality,
     quiet_option,
-    size_text,
     store_option,
     verbose_option,
 )
 from quantize.cli.progress import console_reporter
-from quantize.errors import UsageError
+from quantize.errors import QuantizeError, UsageError, WorkerDied
 from quantize.evaluate.record import COLUMNS
 from quantize.lock import hold, lock_path, read_lock
 from quantize.recipe import Recipe
+from quantize.sizes import size_text
 from quantize.store import Store
 
 if TYPE_CHECKING:
@@ -77,8 +78,8 @@ def command(
     run = RunOptions(limits, keep_going, force, only, keep_intermediates, evaluate=not no_eval, accept_risk=accept_risk)
     with console_reporter(quiet=quiet or as_json) as reporter:
         if locked:
-            cache = open_cache()
-            parsed = [hold(read_lock(lock_path(item.path)), item, cache, reporter, only) for item in parsed]
+            cache, kind = open_cache(), device if options is None else None
+            parsed = [hold(read_lock(lock_path(item.path)), item, cache, reporter, only, kind) for item in parsed]
         if options is not None:
             from quantize.cluster.units import build_on_cluster
 
@@ -86,10 +87,11 @@ def command(
         else:
             found = [(item, outcome) for item in parsed for outcome in build(item, store, open_cache(), reporter, run)]
     _show(found, as_json=as_json, several=len(recipes) > 1)
-    outcomes = [outcome for _, outcome in found]
-    failed = [item.error for item in outcomes if item.error is not None]
+    failed = [outcome.error for _, outcome in found if outcome.error is not None]
     if failed:
-        click.echo(_failures(outcomes), err=True)
+        if click.get_current_context().meta.get("quantize.verbose"):
+            click.echo("\n".join("".join(traceback.format_exception(error)) for error in failed), err=True)
+        click.echo(summary(found, several=len(recipes) > 1), err=True)
         click.get_current_context().exit(max(error.exit_code for error in failed))
 
 
@@ -132,12 +134,28 @@ def _show(found: list[tuple[Recipe, Outcome]], *, as_json: bool, several: bool) 
     print_table(columns, rows, empty="nothing to build")
 
 
-def _failures(outcomes: list[Outcome]) -> str:
-    failed = [item for item in outcomes if item.error is not None]
-    refused = sum(item.state == "refused" for item in failed)
-    counts = [f"{len(failed) - refused} failed"] if len(failed) > refused else []
-    counts += [f"{refused} refused"] if refused else []
-    return f"of {len(outcomes)} variants {' and '.join(counts)}; first: {failed[0].error}"
+def summary(found: list[tuple[Recipe, Outcome]], *, several: bool) -> str:
+    """What did not become an artifact: each distinct reason once, with all that it hit and what to do; then the rest.
+
+    several: names carry their recipe's.
+    """
+    reasons: dict[tuple[str, str, str | None], list[tuple[str, QuantizeError]]] = {}
+    others: dict[str, list[str]] = {}
+    for recipe, item in found:
+        name = f"{recipe.name}/{item.variant}" if several else item.variant
+        if item.error is None:
+            others.setdefault(item.state, []).append(name)
+        else:
+            why = item.error.reason if isinstance(item.error, WorkerDied) else item.error.message
+            reasons.setdefault((item.state, why, item.error.hint), []).append((name, item.error))
+    lines = []
+    for (state, why, hint), hit in reasons.items():
+        steps = {error.message.partition(why)[0] for _, error in hit}  # what one reason ended: "loading in llama.cpp: "
+        what = f"{len(hit)} of {len(found)} variants {state}" if len(found) > 1 else f"the variant {state}"
+        step = steps.pop() if len(steps) == 1 else ""
+        lines.append(f"{what}: {step}{why} ({', '.join(name for name, _ in hit)})")
+        lines += [f"  {hint}"] if hint else []
+    return "\n".join([*lines, *(f"{state}: {', '.join(names)}" for state, names in others.items())])
 
 
 def _row(item: Outcome) -> list[str]:

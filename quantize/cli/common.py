@@ -166,13 +166,3 @@ def print_table(columns: Sequence[tuple[str, str]], rows: Sequence[Sequence[str]
         table.add_row(*row)
     width = None if sys.stdout.isatty() else UNLIMITED_COLUMNS
     Console(width=width, markup=False, emoji=False, highlight=False).print(table)  # cells are text, brackets and all
-
-
-def size_text(size_bytes: int) -> str:
-    """Bytes for people, in decimal units as disks and downloads are."""
-    value, unit = float(size_bytes), "B"
-    for unit in ("B", "kB", "MB", "GB", "TB"):
-        if value < 1000 or unit == "TB":
-            break
-        value /= 1000
-    return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"

@@ -3,26 +3,31 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import click
 
 from quantize.cache import default_cache_root
-from quantize.cli.common import json_option, print_json, print_table, size_text, store_option, verbose_option
+from quantize.cli.common import json_option, print_json, print_table, store_option, verbose_option
 from quantize.doctor import Ability, Report, examine
-from quantize.hardware import memory_text
+from quantize.sizes import memory_text, size_text
 from quantize.store import Store
+from quantize.trials import Trial
 
 
 @click.command("doctor")
+@click.option("--quick", is_flag=True, help="Start no engine: what is installed and broken looks well.")
 @store_option
 @json_option
 @verbose_option
-def command(store: Store, as_json: bool) -> None:
+@click.pass_context
+def command(context: click.Context, quick: bool, store: Store, as_json: bool) -> None:
     """Show versions, devices, memory, disk, and which formats can be built and served here, with what is missing for
-    the others.
+    the others. Runs something tiny in every engine that is installed, each in a process of its own, and says what died
+    and the line that repairs it. The exit code is 0 whatever was found; programs read --json.
     """
-    report = examine(store.root, default_cache_root())
+    report = examine(store.root, default_cache_root(), quick=quick)
     if as_json:
         print_json(_as_json(report))
         return
@@ -48,14 +53,33 @@ def command(store: Store, as_json: bool) -> None:
     rows = [_row(item) for item in report.abilities]
     columns = [("FORMAT", "left"), ("BUILD", "left"), ("SERVE", "left"), ("TO INSTALL", "left")]
     print_table(columns, rows, empty="no formats")
+    if report.trials is None:
+        click.echo("engines were not started; without --quick something tiny runs in each")
+    else:
+        _show_trials(report.trials, verbose=bool(context.meta.get("quantize.verbose")))
+
+
+def _show_trials(trials: Sequence[Trial], *, verbose: bool) -> None:
+    """A table of all; then, for each that does not work, what happened and what to do, whole lines to copy."""
+    rows = [[item.engine, item.state, f"{item.seconds:.1f}", item.ran or "see below"] for item in trials]
+    columns = [("ENGINE", "left"), ("STATE", "left"), ("SECONDS", "right"), ("RAN", "left")]
+    print_table(columns, rows, empty="no engine is installed")
+    for item in trials:
+        if item.state != "works":
+            click.echo(f"\n{item.engine} {item.version} {item.state}: {item.problem}\n  {item.repair}")
+            if verbose and item.evidence:
+                click.echo(item.evidence, err=True)
 
 
 def _row(item: Ability) -> list[str]:
-    return [item.format, _word(item.build_lacks), _word(item.serve_lacks), item.install or ""]
+    build = _word(item.build_lacks, item.build_broken)
+    return [item.format, build, _word(item.serve_lacks, item.serve_broken), item.install or ""]
 
 
-def _word(lacks: tuple[str, ...]) -> str:
-    return f"lacks {', '.join(lacks)}" if lacks else "yes"
+def _word(lacks: tuple[str, ...], broken: tuple[str, ...]) -> str:
+    if lacks:
+        return f"lacks {', '.join(lacks)}"
+    return f"NO: {', '.join(broken)}" if broken else "yes"
 
 
 def _as_json(report: Report) -> dict[str, Any]:

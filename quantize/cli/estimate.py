@@ -8,6 +8,7 @@ from typing import Any
 
 import click
 
+from quantize.cards import Card, card_of
 from quantize.cli.common import (
     json_option,
     open_cache,
@@ -31,7 +32,8 @@ from quantize.estimate import (
     vram_table,
 )
 from quantize.fit import Verdict, Workload, advise, judge
-from quantize.hardware import Card, card_of, detect, memory_text
+from quantize.hardware import detect
+from quantize.sizes import memory_text
 from quantize.store import Store
 from quantize.workloads import Subject, siblings, subjects
 

@@ -20,13 +20,14 @@ from quantize.cli.common import (
     verbose_option,
 )
 from quantize.cli.progress import console_reporter
+from quantize.evaluate.record import GoldenCount, source_lines
 from quantize.gates import Settled
 from quantize.reevaluate import find_targets, reevaluate
 from quantize.store import Store
 
 COLUMNS = [
     ("ARTIFACT", "left"), ("PERPLEXITY", "right"), ("RATIO", "right"), ("MEAN KL", "right"), ("P99 KL", "right"),
-    ("TOP-1", "right"), ("GOLDEN SOURCE", "right"), ("GOLDEN ARTIFACT", "right"), ("GATES", "left"),
+    ("TOP-1", "right"), ("GOLDEN", "right"), ("GATES", "left"),
 ]  # fmt: skip
 
 
@@ -68,6 +69,8 @@ def command(
         print_json([_as_json(item, recorded=not changes) for item in results])
     else:
         print_table(COLUMNS, [_row(item) for item in results], empty="nothing to measure")
+        for note in source_lines((item.artifact.manifest.name, _golden(item)) for item in results):
+            click.echo(note)
     refused = [item.error for item in results if item.error is not None]
     for error in refused:
         click.echo(f"refused: {error}", err=True)
@@ -78,13 +81,16 @@ def command(
 def _row(item: Settled) -> list[str]:
     assert item.judgement is not None
     record = item.judgement.record
-    quality, golden = record["quality"], record["golden"]
+    quality, golden = record["quality"], _golden(item)
     name, verdict = item.artifact.ref, record["verdict"]
     if quality is None:
-        return [name, "", "", "", "", "", "", "", verdict]
+        return [name, "", "", "", "", "", "", verdict]
     numbers = [f"{float(quality[key]):.4f}" for key in ("perplexity", "perplexity_ratio", "mean_kl", "p99_kl")]
-    passed = [f"{golden[key]} of {golden['prompts']}" if golden else "" for key in ("source_passed", "artifact_passed")]
-    return [name, *numbers, f"{quality['top_token_agreement']:.1%}", *passed, verdict]
+    return [name, *numbers, f"{quality['top_token_agreement']:.1%}", str(golden or ""), verdict]
+
+
+def _golden(item: Settled) -> GoldenCount | None:
+    return GoldenCount.of(item.judgement.record["golden"]) if item.judgement is not None else None
 
 
 def _as_json(item: Settled, *, recorded: bool) -> dict[str, Any]:

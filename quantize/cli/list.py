@@ -14,14 +14,13 @@ from quantize.cli.common import (
     print_markdown,
     print_table,
     quality,
-    size_text,
     store_option,
     verbose_option,
 )
 from quantize.errors import RecipeError
-from quantize.evaluate.record import COLUMNS
-from quantize.hardware import memory_text
+from quantize.evaluate.record import COLUMNS, source_lines
 from quantize.lookup import PREFIX, RECIPES, builtin_files, local_recipes
+from quantize.sizes import memory_text, size_text
 from quantize.store import Store
 
 
@@ -53,6 +52,11 @@ def artifacts(everything: bool, markdown: bool, store: Store, as_json: bool) -> 
         columns += [("VRAM 4K", "right"), *COLUMNS, ("DIGEST", "left"), ("BUILT", "left")]
         show = print_markdown if markdown else print_table
         show(columns, [_row(item) for item in found], empty=f"no artifacts in {store.root}/; see `quantize build`")
+        notes = source_lines((item.manifest.name, quality(item).golden) for item in found)
+        if notes and markdown:
+            click.echo("")  # or the table would take the line in
+        for note in notes:
+            click.echo(note)
     for item in store.broken():
         click.echo(f"warning: {item.folder}: {item.reason}", err=True)
 

@@ -17,12 +17,12 @@ from quantize.cli.common import (
     print_json,
     print_table,
     quiet_option,
-    size_text,
     store_option,
     verbose_option,
 )
 from quantize.cli.progress import console_reporter
 from quantize.plan import Job, Plan, make_plan
+from quantize.sizes import size_text
 from quantize.store import Store
 
 

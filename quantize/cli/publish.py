@@ -13,7 +13,6 @@ from quantize.cli.common import (
     print_json,
     quiet_option,
     recipe_path,
-    size_text,
     store_option,
     verbose_option,
 )
@@ -27,6 +26,7 @@ from quantize.publish.policy import own_policy, read_policy
 from quantize.publish.send import Published, Wanted, publish
 from quantize.publish.transfer import Session
 from quantize.reevaluate import find_targets
+from quantize.sizes import size_text
 from quantize.store import PINS_NAME, Store
 
 

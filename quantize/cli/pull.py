@@ -6,12 +6,13 @@ from pathlib import Path
 
 import click
 
-from quantize.cli.common import json_option, print_json, quiet_option, size_text, store_option, verbose_option
+from quantize.cli.common import json_option, print_json, quiet_option, store_option, verbose_option
 from quantize.cli.progress import console_reporter
 from quantize.errors import UsageError
 from quantize.publish.pins import chosen, read_pins
 from quantize.publish.receive import pull, pull_pinned
 from quantize.publish.transfer import Session
+from quantize.sizes import size_text
 from quantize.store import PINS_NAME, Store
 
 

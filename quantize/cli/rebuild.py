@@ -47,8 +47,9 @@ def command(
 ) -> None:  # fmt: skip
     """Build ARTIFACT again from its manifest alone, in a scratch folder, and compare file by file.
 
-    Says `identical`, or which tensor differs and by how much (exit code 3). Tool versions that are not the manifest's
-    come first. Nothing in the store or the cache is used or changed; the scratch folder is under $TMPDIR.
+    Says `identical`, or which tensor differs and by how much (exit code 3). Tool versions and a kind of processor that
+    are not the manifest's come first. Nothing in the store or the cache is used or changed; the scratch folder is under
+    $TMPDIR.
     """
     found = store.find(artifact)
     limits = make_limits(threads, device, memory_budget)
@@ -66,6 +67,8 @@ def _print(result: Rebuild) -> None:
     if result.tools:
         rows = [[item.tool, item.manifest or "-", item.here or "not installed"] for item in result.tools]
         print_table([("TOOL", "left"), ("MANIFEST", "left"), ("HERE", "left")], rows, empty="")
+    if result.device is not None:
+        click.echo(result.device)
     for field in result.fields:
         click.echo(f"manifest: `{field}` differs")
     for item in result.differences:
@@ -86,6 +89,7 @@ def _as_json(result: Rebuild, keep: Path | None) -> dict[str, Any]:
         "digest": result.artifact.manifest.digest,
         "rebuilt_digest": result.rebuilt.manifest.digest,
         "tools": [dataclasses.asdict(item) for item in result.tools],
+        "device": dataclasses.asdict(result.device) if result.device else None,
         "manifest_fields": list(result.fields),
         "files": result.files,
         "differences": [dataclasses.asdict(item) for item in result.differences],

@@ -8,6 +8,7 @@ import click
 
 from quantize.cli.common import json_option, print_json, print_table, store_option, verbose_option
 from quantize.evaluate.decision import Decision
+from quantize.pages.decision_text import headline
 from quantize.pages.render import choice_data, write_report
 from quantize.store import Store
 
@@ -34,6 +35,7 @@ def command(name: str | None, output: Path | None, store: Store, as_json: bool) 
     rows = [[item.entry.variant, item.word, _why(item.decision)] for item in choice.verdicts]
     print_table([("VARIANT", "left"), ("VERDICT", "left"), ("WHY", "left")], rows, empty="nothing to report")
     click.echo(f"serve: {choice.serve.entry.artifact.ref}" if choice.serve else "serve: none of these")
+    click.echo(f"why: {headline(choice)[2]}")
     for path in paths:
         click.echo(str(path))
 

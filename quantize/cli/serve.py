@@ -10,8 +10,8 @@ import click
 
 from quantize.cli.common import store_option, trust_options, verbose_option
 from quantize.errors import MissingExtraError, SignatureError, UsageError
-from quantize.hardware import parse_size
 from quantize.report import SilentReporter
+from quantize.sizes import parse_size
 from quantize.store import PINS_NAME, Store
 
 if TYPE_CHECKING:

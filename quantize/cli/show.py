@@ -11,12 +11,11 @@ from quantize.cli.common import (
     json_option,
     print_json,
     print_table,
-    size_text,
     store_option,
     verbose_option,
 )
-from quantize.evaluate.record import read_record
-from quantize.hardware import memory_text
+from quantize.evaluate.record import GoldenCount, read_record
+from quantize.sizes import memory_text, size_text
 from quantize.store import Store
 
 
@@ -47,6 +46,8 @@ def command(artifact: str, store: Store, as_json: bool) -> None:
         facts.append(
             ("calibration", f"{manifest.calibration.sequences} sequences, {manifest.calibration.tokens:,} tokens")
         )
+    if manifest.device is not None:
+        facts.append(("calibrated on", manifest.device))
     if manifest.accepted_risk is not None:
         facts.append(("risk accepted", f"{manifest.accepted_risk.reason} ({', '.join(manifest.accepted_risk.gates)})"))
     for name, value in facts:
@@ -83,7 +84,9 @@ def _print_evaluation(artifact: Artifact) -> None:
     rows = [[item["gate"], item["outcome"], item["reason"]] for item in record["findings"]]
     click.echo(f"\n{record['verdict']}")
     print_table([("GATE", "left"), ("OUTCOME", "left"), ("WHY", "left")], rows, empty="no gates")
-    quality = record["quality"]
+    quality, golden = record["quality"], GoldenCount.of(record["golden"])
+    if golden is not None:
+        click.echo(f"{'golden prompts':>14}  {golden} passed, the source passes {golden.source}")
     if quality is not None:
         click.echo(
             f"{'measured on':>14}  {quality['text_name']}, {quality['predictions']:,} tokens, "

@@ -11,13 +11,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from quantize.architecture import BlockLayout, block_count, block_layout
+from quantize.numerics.constants import RATIOS, REFINEMENT, SEARCHED_ROWS, WEIGHT_RATIOS
 
 if TYPE_CHECKING:
     from quantize.cluster.passwork import PassPlan
 
 GRAM_SHARE = 5 / 8  # of the full product: only panels of the upper triangle are multiplied
 CLIP_OPERATIONS = 100  # elementwise ones for each weight: the grid of the clip search
-AWQ_POINTS, AWQ_ROWS = 19, 256  # of the ratio search
+AWQ_POINTS = len(RATIOS) + len(WEIGHT_RATIOS) + len(REFINEMENT)  # that the ratio search tries, at most
 PRODUCT_OPERATIONS = 24  # that take the time of one elementwise operation, on a CPU
 
 
@@ -78,6 +79,7 @@ def _block_cost(
         gram_bytes += 4 * width * width
         clip += rows * width
         gptq += width**3 / 3 + rows * width**2 * (1 + 4 * GRAM_SHARE)
-        awq += AWQ_POINTS * AWQ_ROWS * width**2 * 2 * GRAM_SHARE
+        sampled = rows // -(-rows // SEARCHED_ROWS)  # every n-th, so that no more are looked at
+        awq += AWQ_POINTS * sampled * width**2 * 2 * GRAM_SHARE
     weights = sum(math.prod(shape) for name, shape in shapes.items() if name.startswith(layout.prefix))
     return BlockCost(forward, gram, gptq, awq, clip, 4 * weights, gram_bytes, 4 * tokens * hidden)

@@ -16,7 +16,6 @@ import torch
 from numpy.typing import NDArray
 
 from quantize.activations import (
-    TOKENS_PER_BATCH,
     Block,
     Precision,
     Spill,
@@ -31,6 +30,7 @@ from quantize.backends.base import Collector, Context
 from quantize.block_runner import BlockRunner, ShareSums, share_of
 from quantize.errors import BuildError
 from quantize.hidden_states import Batch, HiddenStates, SavedStates, make_batches
+from quantize.numerics.constants import BATCH_TOKENS
 from quantize.numerics.gram import Gram, GramAccumulator
 from quantize.report import Event, ListReporter
 
@@ -66,7 +66,7 @@ def deal(token_ids: Sequence[Sequence[int]]) -> list[Share]:
     """The shares of a calibration set, as the pass on one machine sums them up."""
     sequences = as_sequences(token_ids)
     dealt: dict[int, list[Batch]] = {}
-    for number, batch in enumerate(make_batches([len(ids) for ids in sequences], TOKENS_PER_BATCH)):
+    for number, batch in enumerate(make_batches([len(ids) for ids in sequences], BATCH_TOKENS)):
         own = dealt.setdefault(share_of(number), [])
         start = own[-1].start + own[-1].rows if own else 0
         own.append(Batch(batch.members, batch.length, start))

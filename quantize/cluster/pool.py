@@ -205,9 +205,9 @@ class Actor:
     """A PassWorker in a process that Ray started; says when it did what."""
 
     def __init__(self) -> None:
-        from quantize.worker import spin_briefly
+        from quantize.worker import settle_libraries
 
-        spin_briefly()
+        settle_libraries()
         self._work: Any = None
 
     def hello(self, device: str, probe: str) -> Machine:
@@ -215,8 +215,9 @@ class Actor:
         import ray
 
         from quantize import __version__
-        from quantize.activations import device_name, fastest_precision
+        from quantize.activations import fastest_precision
         from quantize.manifest import tool_versions
+        from quantize.processor import device_name
 
         here = ray.get_runtime_context().get_node_id()
         address = next(node.address for node in nodes(ray) if node.name == here)

@@ -1,26 +1,22 @@
-"""llama.cpp through its Python packages: convert to a 16-bit GGUF, quantize it, and try an artifact out.
+"""llama.cpp through its Python package: size and quantize a 16-bit GGUF, and try an artifact out.
 
 In: paths and settings. Out: GGUF files and plain facts about them. Every public function runs in a worker process.
-What to ask for is decided in backends/gguf.py.
+The 16-bit file comes from engines/gguf_convert.py; what to ask for is decided in backends/gguf.py.
 """
 
 from __future__ import annotations
 
 import ctypes
 import errno
-import importlib.util
-import json
 import os
 import re
 import shutil
-import sys
-import types
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from importlib.machinery import ModuleSpec
 from pathlib import Path
 from typing import Any
 
+from quantize.engines.gguf_convert import ConvertRequest, convert, padded
 from quantize.engines.llama_cpp_log import keep_log, telling_line
 from quantize.errors import (
     BuildError,
@@ -29,14 +25,13 @@ from quantize.errors import (
     QuantizeError,
     VerifyError,
     disk_full,
-    first_line,
-    is_disk_full,
 )
-from quantize.report import Reporter, progress
+from quantize.report import Reporter
 from quantize.staging import removed_on_failure
 
 LINE = re.compile(r"^\[\s*\d+/\s*\d+\]\s+(\S+)\s+-\s+\[([\d,\s]+)\], type =\s*(\S+), .*?(?:\((\w+)\))?\s*$")
 FALLBACK = "tensor cols"
+PROMPT_TOKENS = 48  # of a try-out: as real ones, long enough for the kernels of whole batches, which begin at 32
 LARGE_BYTES = 1 << 30  # below it one thread is fast enough, and never waits on a busy machine's other cores
 STREAM_ERROR = "iostream error"  # all that llama.cpp says of a file that can't be written
 FULL_BYTES = 1 << 20  # with less than this free beside what was written so far, that is why
@@ -58,15 +53,6 @@ class QuantizeSettings:
 
 
 @dataclass(frozen=True)
-class ConvertRequest:
-    """A checkpoint folder, the 16- or 32-bit type to convert to, and the general.* metadata to write."""
-
-    folder: Path
-    outtype: str
-    metadata: Mapping[str, Any]
-
-
-@dataclass(frozen=True)
 class SizedFile:
     """What a quantization would write: total bytes of the file, and the ggml type of each tensor.
 
@@ -79,27 +65,6 @@ class SizedFile:
     tensors: tuple[tuple[str, str, int], ...]  # name, type, bytes
 
 
-def convert(reporter: Reporter, request: ConvertRequest, out: Path, *, header_only: bool = False) -> None:
-    """Write the checkpoint as one unquantized GGUF file; with header_only the weights stay a hole in a sparse file.
-
-    The converter is llama.cpp's own, as auto-round bundles it. Raises PlanError if it does not know the architecture.
-    """
-    gguf, model_class = _converter(request.folder)
-    metadata_path = out.with_suffix(".metadata.json")
-    metadata_path.write_text(json.dumps(_with_name_parts(gguf, request.metadata)), encoding="utf-8")
-    kinds = {"F16": "MOSTLY_F16", "BF16": "MOSTLY_BF16", "F32": "ALL_F32"}
-    try:
-        kind = gguf.LlamaFileType[kinds[request.outtype]]
-        model = model_class(request.folder, kind, out, metadata_override=metadata_path)
-        _write_converted(model, out, request.metadata.get("general.license"), reporter, header_only)
-    except (ValueError, KeyError, TypeError, NotImplementedError, AttributeError, OSError) as exc:
-        if is_disk_full(exc):
-            raise disk_full(exc, out) from exc
-        raise BuildError(f"converting to GGUF: {type(exc).__name__}: {first_line(exc)}") from exc
-    finally:
-        metadata_path.unlink(missing_ok=True)
-
-
 def dry_run(reporter: Reporter, source: Path, jobs: Sequence[QuantizeSettings]) -> list[SizedFile | QuantizeError]:
     """The exact sizes that each job would have, by llama.cpp's own dry run. `source` may be header-only.
 
@@ -108,7 +73,7 @@ def dry_run(reporter: Reporter, source: Path, jobs: Sequence[QuantizeSettings]) 
     from quantize.containers.gguf import read_gguf
 
     header = read_gguf(source)
-    data_bytes = sum(_padded(tensor.size_bytes) for tensor in header.tensors.values())
+    data_bytes = sum(padded(tensor.size_bytes) for tensor in header.tensors.values())
     header_bytes = source.stat().st_size - data_bytes
     results: list[SizedFile | QuantizeError] = []
     for job in jobs:
@@ -119,7 +84,7 @@ def dry_run(reporter: Reporter, source: Path, jobs: Sequence[QuantizeSettings]) 
             continue
         if len(tensors) != len(header.tensors):
             raise BuildError(f"llama.cpp's dry run named {len(tensors)} of {len(header.tensors)} tensors")
-        size = header_bytes + sum(_padded(item[2]) for item in tensors)
+        size = header_bytes + sum(padded(item[2]) for item in tensors)
         results.append(
             SizedFile(str(header.fields["general.architecture"]), size, source.stat().st_size, tuple(tensors))
         )
@@ -198,86 +163,13 @@ def _generate(llama_cpp: Any, model: Any, path: Path, count: int, threads: int, 
 
 
 def _prompt(llama_cpp: Any, vocabulary: Any, width: int) -> list[int]:
-    text = b"The capital of France is"
-    buffer = (llama_cpp.llama_token * 64)()
-    count = llama_cpp.llama_tokenize(vocabulary, text, len(text), buffer, 64, True, False)
-    ids = [int(buffer[index]) for index in range(max(0, count))]
-    return ids if ids and max(ids) < width else [0]
-
-
-def _converter(folder: Path) -> tuple[Any, Any]:
-    try:
-        import gguf
-
-        conversion = _conversion_package()
-    except ImportError as exc:
-        raise MissingExtraError("the GGUF format", "gguf") from exc
-    architecture = json.loads((folder / "config.json").read_text(encoding="utf-8"))["architectures"][0]
-    try:
-        return gguf, conversion.get_model_class(architecture)
-    except NotImplementedError as exc:
-        raise PlanError(
-            f"llama.cpp's converter does not know the architecture {architecture}",
-            hint="a newer auto-round may bundle a converter that does; the other formats do not need it",
-        ) from exc
-
-
-def _conversion_package() -> Any:
-    """llama.cpp's `conversion` package as auto-round bundles it, without auto-round's own start-up.
-
-    `import auto_round` loads datasets, pandas and torchao: 2.8 s and 200 MB more than the converter needs. Empty
-    parents stand in for it, in this worker process only, so that the one module that the converter takes from it loads.
-    """
-    spec = importlib.util.find_spec("auto_round")
-    if spec is None or not spec.submodule_search_locations:
-        raise ImportError("auto_round is not installed")
-    root = Path(next(iter(spec.submodule_search_locations)))
-    for name in ("auto_round", "auto_round.utils"):
-        if name not in sys.modules:
-            parent, folder = types.ModuleType(name), str(root.joinpath(*name.split(".")[1:]))
-            parent.__path__ = [folder]
-            parent.__spec__ = ModuleSpec(name, None, is_package=True)
-            parent.__spec__.submodule_search_locations = [folder]
-            sys.modules[name] = parent
-    bundled = str(root / "export" / "export_to_gguf")
-    sys.path.insert(0, bundled)
-    try:
-        return importlib.import_module("conversion")
-    finally:
-        sys.path.remove(bundled)
-
-
-def _with_name_parts(gguf: Any, metadata: Mapping[str, Any]) -> dict[str, Any]:
-    """Add what the name says by the GGUF naming convention; null keeps the converter from guessing by folder name."""
-    name = str(metadata["general.name"])
-    _, _, base, finetune, version, _ = gguf.Metadata.get_model_id_components(name)
-    parts = {"general.basename": base or name, "general.finetune": finetune, "general.version": version}
-    return {**metadata, **parts, "general.size_label": None}
-
-
-def _write_converted(model: Any, out: Path, license_id: str | None, reporter: Reporter, header_only: bool) -> None:
-    model.prepare_tensors()
-    model.prepare_metadata(vocab_only=False)
-    writer = model.gguf_writer
-    if license_id is not None:
-        writer.add_license(license_id)  # the converter's metadata file has no key for it
-    writer.write_header_to_file(path=out)
-    writer.write_kv_data_to_file()
-    if header_only:
-        sizes = [info.nbytes for shard in writer.tensors for info in shard.values()]
-        writer.write_ti_data_to_file()
-        file = writer.fout[0]
-        file.truncate(_padded(file.tell()) + sum(_padded(size) for size in sizes))
-    else:
-        total = sum(info.nbytes for shard in writer.tensors for info in shard.values())
-        progress(reporter, "", "converting to GGUF", 0, total)
-        writer.write_tensors_to_file(progress=False)
-        progress(reporter, "", "converting to GGUF", total, total)
-    writer.close()
-
-
-def _padded(size: int, alignment: int = 32) -> int:
-    return (size + alignment - 1) // alignment * alignment
+    """PROMPT_TOKENS tokens of text, or as many zeros where the tokenizer makes none."""
+    text = b"The capital of France is Paris. " * PROMPT_TOKENS
+    room = len(text) + 8
+    buffer = (llama_cpp.llama_token * room)()
+    count = llama_cpp.llama_tokenize(vocabulary, text, len(text), buffer, room, True, False)
+    ids = [int(buffer[index]) for index in range(max(0, min(count, PROMPT_TOKENS)))]
+    return ids if ids and max(ids) < width else [0] * PROMPT_TOKENS
 
 
 def _quantize(source: Path, out: Path, job: QuantizeSettings, *, dry: bool) -> str:

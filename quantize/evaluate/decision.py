@@ -187,10 +187,11 @@ def _golden(figures: Figures, limits: Limits) -> Finding:
         reason = f"the source itself passes only {source}{of}; {MIN_GOLDEN_PASSES} are needed to tell a loss"
         return Finding("golden prompts", "insufficient evidence", reason)
     rate = artifact / source
-    counts = f"passes {artifact}{of}, the source {source}: {rate:.0%}"
+    counts = f"passes {artifact}{of}, the source passes {source}{of}"
     if rate >= limits.min_golden_pass_rate:
-        return Finding("golden prompts", "passed", f"{counts}, at least {limits.min_golden_pass_rate:.0%} are needed")
-    counts += f" is under the limit of {limits.min_golden_pass_rate:.0%}"
+        needed = f"at least {limits.min_golden_pass_rate:.0%} of the source's are needed"
+        return Finding("golden prompts", "passed", f"{counts}; {needed}")
+    counts += f": {rate:.0%} is under the limit of {limits.min_golden_pass_rate:.0%}"
     lost = source - artifact if figures.golden_lost is None else figures.golden_lost
     chance = sign_test(lost, lost - (source - artifact))
     if limits.golden_beyond_chance and chance >= SIGNIFICANCE:

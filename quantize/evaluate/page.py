@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from quantize.evaluate.record import GoldenCount
+
 CHANGED = ("lost", "gained")
 
 
@@ -57,10 +59,11 @@ def _measured(record: Mapping[str, Any]) -> str:
 
 
 def _golden(golden: Mapping[str, Any]) -> str:
-    changed = [item for item in golden["results"] if item["change"] in CHANGED]
+    changed, count = [item for item in golden["results"] if item["change"] in CHANGED], GoldenCount.of(golden)
+    assert count is not None
     head = (
-        f"## Golden prompts\n\nThe source passes {golden['source_passed']} of {golden['prompts']}, the artifact "
-        f"{golden['artifact_passed']}; {golden['lost']} lost. Context {golden['context']:,} tokens."
+        f"## Golden prompts\n\nThe artifact passes {count}, the source passes {count.source}; {golden['lost']} lost. "
+        f"Context {golden['context']:,} tokens."
     )
     return "\n\n".join([head, *(_answers(item) for item in changed)])
 

@@ -7,7 +7,7 @@ held without measuring anew, and a Summary for tables. A record that is damaged,
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -154,6 +154,40 @@ def read_record(measurements: Mapping[str, Any]) -> dict[str, Any] | None:
 
 
 @dataclass(frozen=True)
+class GoldenCount:
+    """Golden prompts passed by an artifact and by its source, of all that have a right answer; as text, "16 of 23"."""
+
+    passed: int
+    source_passed: int
+    prompts: int
+
+    @classmethod
+    def of(cls, golden: Mapping[str, Any] | None) -> GoldenCount | None:
+        """The counts in a record's `golden`; None where no prompts were asked."""
+        if not golden:
+            return None
+        return cls(golden["artifact_passed"], golden["source_passed"], golden["prompts"])
+
+    def __str__(self) -> str:
+        return f"{self.passed} of {self.prompts}"
+
+    @property
+    def source(self) -> str:
+        """What the source passes, in the same words."""
+        return f"{self.source_passed} of {self.prompts}"
+
+
+def source_lines(counts: Iterable[tuple[str, GoldenCount | None]]) -> list[str]:
+    """What must be known beside a column of GoldenCounts: one line for each source, or set of prompts it was asked.
+
+    counts: (name of the recipe, count) of each row. The names are only shown where there are several.
+    """
+    asked = list(dict.fromkeys((name, count.source) for name, count in counts if count is not None))
+    several = len({name for name, _ in asked}) > 1
+    return [f"the source{f' of {name}' if several else ''} passes {text} golden prompts" for name, text in asked]
+
+
+@dataclass(frozen=True)
 class Summary:
     """One line of a table; None where something was not measured."""
 
@@ -162,7 +196,7 @@ class Summary:
     mean_kl: float | None = None
     p99_kl: float | None = None
     top_token_agreement: float | None = None
-    golden: str | None = None
+    golden: GoldenCount | None = None
 
     @classmethod
     def of(cls, measurements: Mapping[str, Any]) -> Summary:
@@ -170,14 +204,14 @@ class Summary:
         record = read_record(measurements)
         if record is None:
             return cls(NOT_EVALUATED)
-        quality, golden = record.get("quality") or {}, record.get("golden")
+        quality = record.get("quality") or {}
         return cls(
             verdict=str(record["verdict"]),
             perplexity_ratio=_number(quality.get("perplexity_ratio")),
             mean_kl=_number(quality.get("mean_kl")),
             p99_kl=_number(quality.get("p99_kl")),
             top_token_agreement=_number(quality.get("top_token_agreement")),
-            golden=f"{golden['artifact_passed']}/{golden['source_passed']}" if golden else None,
+            golden=GoldenCount.of(record.get("golden")),
         )
 
     def as_json(self) -> dict[str, Any]:
@@ -189,7 +223,7 @@ class Summary:
         return [
             "" if self.perplexity_ratio is None else f"{self.perplexity_ratio:.4f}",
             "" if self.mean_kl is None else f"{self.mean_kl:.4f}",
-            self.golden or "",
+            "" if self.golden is None else str(self.golden),
             self.verdict,
         ]
 

@@ -13,16 +13,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from quantize.numerics.constants import RATIOS, REFINEMENT, SEARCHED_ROWS, WEIGHT_RATIOS
 from quantize.numerics.gptq import DAMPING, Solution, factorize, row_losses, solve
 from quantize.numerics.gram import Gram
 from quantize.numerics.rtn import Quantized, check_shape, encode, round_to_nearest
 from quantize.numerics.scales import ScaleSearch
 
 BITS = 4
-RATIOS = tuple(step / 10 for step in range(10))
-WEIGHT_RATIOS = (0.15, 0.3, 0.45, 0.6)
-REFINEMENT = (-0.1, -0.05, 0.05, 0.1)  # steps of the ratio around the best so far
-SEARCH_ROWS = 1024  # output rows that the ratio search looks at, for each Gram matrix
 
 
 @dataclass(frozen=True)
@@ -88,7 +85,7 @@ def search_scales(
 ) -> ScaleChoice:
     """The exponents that lose least over all readers: the ratio on a grid, the weights' at that ratio, both refined.
 
-    Only every n-th output row is looked at, up to SEARCH_ROWS for each Gram matrix: the best exponent is a sum over
+    Only every n-th output row is looked at, up to SEARCHED_ROWS for each Gram matrix: the best exponent is a sum over
     rows, and a sample finds it. Rounding is to nearest without clipping, as in the paper's search; dividing by the
     weights' magnitude as well is AutoAWQ's later form ("duo scaling"), with an exponent of its own here.
 
@@ -167,7 +164,7 @@ def _samples(readers: Sequence[Reader]) -> list[tuple[Tensor, Tensor]]:
     shared: dict[int, list[Reader]] = {}
     for reader in readers:
         shared.setdefault(id(reader.gram.matrix), []).append(reader)
-    limit = max(32, SEARCH_ROWS // len(shared))
+    limit = max(32, SEARCHED_ROWS // len(shared))
     samples: list[tuple[Tensor, Tensor]] = []
     for alike in shared.values():
         stride = -(-sum(reader.weight.shape[0] for reader in alike) // limit)

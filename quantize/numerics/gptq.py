@@ -17,13 +17,13 @@ import torch
 from torch import Tensor
 
 from quantize.errors import BuildError
+from quantize.numerics.constants import SOLVED_ROWS
 from quantize.numerics.rtn import Quantized, check_shape, round_to_nearest
 from quantize.numerics.scales import ScaleSearch
 from quantize.parallel import without_gil
 
 DAMPING = 0.01
 SMALLEST_ZERO = 1  # GPTQ v1 stores zero points less one
-ROWS = 1024  # output rows solved at a time: bounds memory; rows don't depend on one another
 REPORT_ROWS = 128
 LOSS_PANELS = 4
 _BLOCK = 64  # columns between two products with all earlier errors
@@ -128,8 +128,8 @@ def row_tasks(
     stacked = torch.cat([weight.float() for weight in weights]) if len(weights) > 1 else weights[0].float()
     check_shape(stacked.shape[1], bits, factor.group_size)
     kind = ScaleSearch(bits, symmetric, smallest_zero)
-    starts = range(0, len(stacked), ROWS)
-    return [partial(_solve_rows, stacked[start : start + ROWS], factor, kind) for start in starts]
+    starts = range(0, len(stacked), SOLVED_ROWS)
+    return [partial(_solve_rows, stacked[start : start + SOLVED_ROWS], factor, kind) for start in starts]
 
 
 def collect(weights: Sequence[Tensor], parts: Sequence[SolvedRows]) -> list[Solution]:

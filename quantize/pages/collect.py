@@ -37,9 +37,13 @@ class Layer:
 
 @dataclass(frozen=True)
 class Entry:
-    """One artifact and what was measured of it. refused: a gate refused it, and it is kept aside."""
+    """One artifact and what was measured of it.
+
+    called: what other commands find it by. refused: a gate refused it, and it is kept aside.
+    """
 
     artifact: Artifact
+    called: str
     refused: bool
     evaluation: Mapping[str, Any] | None
     bench: BenchResult | None
@@ -95,14 +99,14 @@ def collect(store: Store, name: str | None) -> Subject:
             raise UsageError(f"{store.root}/ has {len(names)} recipes", hint=f"name one: {', '.join(names)}")
         name = names[0]
     if name not in names:
-        return _subject(name, [_entry(store.find(name), refused=False)])
+        return _subject(name, [_entry(store.find(name), name, refused=False)])
     mine = {item.manifest.variant: item for item in current if item.manifest.name == name}
     aside: dict[str, Artifact] = {}
     for item in sorted((item for item in refused if item.manifest.name == name), key=_built):
         if item.manifest.variant not in mine or _built(item) > _built(mine[item.manifest.variant]):
             aside[item.manifest.variant] = item
-    entries = [_entry(item, refused=False) for item in mine.values()]
-    entries += [_entry(item, refused=True) for item in aside.values()]
+    entries = [_entry(item, f"{name}/{item.manifest.variant}", refused=False) for item in mine.values()]
+    entries += [_entry(item, item.ref, refused=True) for item in aside.values()]
     return _subject(name, sorted(entries, key=lambda entry: (entry.artifact.manifest.size_bytes, entry.variant)))
 
 
@@ -118,10 +122,11 @@ def _subject(name: str, entries: list[Entry]) -> Subject:
     )
 
 
-def _entry(artifact: Artifact, *, refused: bool) -> Entry:
+def _entry(artifact: Artifact, called: str, *, refused: bool) -> Entry:
     measurements = artifact.measurements()
     return Entry(
         artifact,
+        called,
         refused,
         read_record(measurements),
         _bench(measurements.get("bench")),

@@ -5,11 +5,12 @@ In: a Subject and its Choice. Out: DecisionText, for production_decision.md and 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from quantize.evaluate.decision import Limits
 from quantize.pages.collect import Entry, Subject
-from quantize.pages.production import Choice, Verdict
+from quantize.pages.production import MAX_ERROR_RATE, SERVING, Choice, Verdict
 
 
 @dataclass(frozen=True)
@@ -27,11 +28,11 @@ class DecisionText:
 
 def decision_text(subject: Subject, choice: Choice) -> DecisionText:
     """Put a choice into words."""
-    word, headline, why = _headline(choice)
-    limits = choice.verdicts[0].limits
+    word, title, why = headline(choice)
+    limits = (choice.serve or choice.verdicts[0]).limits
     return DecisionText(
         word=word,
-        headline=headline,
+        headline=title,
         why=why,
         context=_context(subject),
         limits=_limits(limits),
@@ -40,13 +41,10 @@ def decision_text(subject: Subject, choice: Choice) -> DecisionText:
     )
 
 
-def _headline(choice: Choice) -> tuple[str, str, str]:
+def headline(choice: Choice) -> tuple[str, str, str]:
+    """A word for the decision, the decision, and why."""
     if choice.serve is not None:
-        name = choice.serve.entry.variant
-        others = sum(item.usable for item in choice.verdicts) - 1
-        why = "It is the smallest artifact that keeps every limit with every figure measured"
-        why += f"; {others} larger one{'s do' if others > 1 else ' does'} too." if others else "; no other one does."
-        return choice.serve.word, f"Serve {name}.", why
+        return choice.serve.word, f"Serve {choice.serve.entry.variant}.", _why(choice, choice.serve)
     refused = [item.entry.variant for item in choice.verdicts if item.word == "refused"]
     unknown = [item for item in choice.verdicts if item.word == "insufficient evidence"]
     if not unknown:
@@ -54,11 +52,48 @@ def _headline(choice: Choice) -> tuple[str, str, str]:
     gates = dict.fromkeys(finding.gate for item in unknown for finding in item.decision.missing)
     why = f"No artifact is refused by what was measured of {', '.join(item.entry.variant for item in unknown)}, but "
     why += f"there is no evidence of: {', '.join(gates)}."
-    return (
-        "insufficient evidence",
-        "Insufficient evidence.",
-        why + (f" Refused: {', '.join(refused)}." if refused else ""),
-    )
+    why += f" Refused: {', '.join(refused)}." if refused else ""
+    return "insufficient evidence", "Insufficient evidence.", f"{why} To measure it: {_measure(unknown[0])}."
+
+
+def _why(choice: Choice, serve: Verdict) -> str:
+    """Why this one of those that are accepted, and what is not known of it."""
+    smallest, number = choice.usable[0], len(choice.usable)
+    if number == 1:
+        why = "It is the only artifact that keeps every limit."
+    elif serve is smallest:
+        why = f"It is the smallest of the {number} artifacts that keep every limit."
+    else:
+        larger = serve.size_bytes / smallest.size_bytes - 1
+        why = (
+            f"Of the {number} artifacts that keep every limit, {smallest.entry.variant} is the smallest; "
+            f"{serve.entry.variant} is only {larger:.1%} larger, and its KL divergence is {serve.divergence:.4f} nats, "
+            f"not {smallest.divergence:.4f}."
+        )
+    return f"{why} {_not_measured(serve)}".strip()
+
+
+def _not_measured(verdict: Verdict) -> str:
+    """What the decision was taken without; "" if every figure is there."""
+    names = listed(verdict.not_measured)
+    if not names:
+        return ""
+    were, them = ("were", "them") if len(verdict.not_measured) > 1 else ("was", "it")
+    command = f"`quantize bench {verdict.entry.called}`"
+    return f"{names.capitalize()} {were} not measured ({command}); the recipe sets no limit on {them}."
+
+
+def _measure(verdict: Verdict) -> str:
+    """The commands that give the evidence that a verdict lacks."""
+    load = [finding.gate in SERVING for finding in verdict.decision.missing]
+    called = verdict.entry.called
+    commands = [f"`quantize eval {called}`"] * (not all(load)) + [f"`quantize bench {called}`"] * any(load)
+    return " and ".join(commands)
+
+
+def listed(names: Sequence[str]) -> str:
+    """ "a", "a and b", "a, b and c"."""
+    return " and ".join(part for part in (", ".join(names[:-1]), *names[-1:]) if part)
 
 
 def _context(subject: Subject) -> tuple[str, ...]:
@@ -83,9 +118,13 @@ def _limits(limits: Limits) -> tuple[tuple[str, str], ...]:
         ("golden prompts", golden + (", unless chance explains the loss" if limits.golden_beyond_chance else "")),
         ("JSON answers", f"at most {limits.max_json_loss:.0%} of the source's good ones lost"),
         ("size", f"under {limits.max_size_ratio:g} times the source"),
-        ("error rate", f"at most {limits.max_error_rate:g}" if limits.max_error_rate is not None else "no limit"),
+        ("error rate", f"at most {_error_rate(limits):g}, where a load was measured"),
         *((name, f"at most {form.format(value)}" if value else "no limit given") for name, value, form in serving),
     )
+
+
+def _error_rate(limits: Limits) -> float:
+    return MAX_ERROR_RATE if limits.max_error_rate is None else limits.max_error_rate
 
 
 def _conditions(chosen: Verdict, subject: Subject) -> list[str]:
@@ -96,9 +135,12 @@ def _conditions(chosen: Verdict, subject: Subject) -> list[str]:
         lines.append(f"Quality was measured in {quality.get('runtime')} ({quality.get('runtime_version')}).")
     lines += _load_conditions(entry)
     lines += [f"A person looks at: {item.gate} ({item.reason})." for item in chosen.decision.flags]
+    if chosen.not_measured:
+        names = listed(chosen.not_measured)
+        lines.append(f"Nothing is known of {names}: run `quantize bench {entry.called}` before it takes load.")
     limits = chosen.limits
     for name, value in (("latency", limits.max_latency_p95_seconds), ("memory", limits.max_memory_bytes)):
-        if value is None:
+        if value is None and name not in chosen.not_measured:
             key = "max_latency_p95_seconds" if name == "latency" else "max_memory_bytes"
             lines.append(f"No limit on {name} was given: decide whether the figure will do, or set `gates.{key}`.")
     if subject.source.license:
@@ -128,13 +170,14 @@ def _rollback(choice: Choice, subject: Subject) -> tuple[str, ...]:
         return ("Nothing new is served: what serves now goes on.",)
     source = subject.source
     if choice.fallback is not None:
-        back = f"Go back to `{choice.fallback.entry.artifact.ref}`, the next larger artifact that keeps every limit."
+        ref = choice.fallback.entry.artifact.ref
+        back = f"Go back to `{ref}`, the next larger artifact that keeps every limit and diverges no more."
     else:
         size = f"{source.weights_bytes:,} bytes"
-        back = f"Go back to the source itself, {source.uri} ({size}): no other artifact is accepted."
+        back = f"Go back to the source itself, {source.uri} ({size}): no larger artifact is accepted and diverges less."
     kept = "Name both digests" if choice.fallback else "Name its digest"
     limits = choice.serve.limits
-    when = [f"more than {limits.max_error_rate:g} of the requests fail"]
+    when = [f"more than {_error_rate(limits):g} of the requests fail"]
     if limits.max_latency_p95_seconds is not None:
         when.append(f"the 95th percentile of latency passes {limits.max_latency_p95_seconds:g} s")
     when.append("`quantize eval` no longer gives these figures after a change of runtime")

@@ -1,12 +1,17 @@
 """The production decision: figures against limits, what is missing, which artifact to serve, where to go back.
 
-In: a Subject. Out: a Verdict for each entry, and a Choice. The rule is evaluate/decision.py's; here it is told about
-serving too, and it asks for evidence of latency, errors and memory even where the recipe gives no limit for them.
+In: a Subject. Out: a Verdict for each entry, and a Choice. evaluate/decision.py holds the limits; here the figures of a
+load test are added. They are required only where the recipe sets a limit on them: otherwise what was measured is shown,
+and what was not is stated beside the decision.
+
+Which artifact: the gates have already said what loss is acceptable, so the smallest accepted one wins. A few percent of
+size make no difference to whoever runs it, though, and within them the lower divergence wins.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -16,7 +21,11 @@ from quantize.gates import UNQUANTIZED_SIZE_RATIO
 from quantize.pages.collect import Entry, Subject
 
 MAX_ERROR_RATE = 0.01
-"""Failed requests that production stands where the recipe does not say: one in a hundred."""
+"""Failed requests that production stands where the recipe does not say: one in a hundred of those measured."""
+SAME_SIZE = 0.05
+"""Files that are larger by at most this share of the smallest are as good as equal in size."""
+SERVING = ("latency", "error rate", "memory")
+"""Gates whose figures a load test measures."""
 
 
 @dataclass(frozen=True)
@@ -38,35 +47,70 @@ class Verdict:
         """Whether it may be served."""
         return self.word.startswith("accepted")
 
+    @property
+    def not_measured(self) -> tuple[str, ...]:
+        """Figures of a load test that are not there, and that no limit asks for."""
+        known = {finding.gate for finding in self.decision.findings}
+        return tuple(name for name in SERVING if name not in known)
+
+    @property
+    def size_bytes(self) -> int:
+        """Of all files together."""
+        return self.entry.artifact.manifest.size_bytes
+
+    @property
+    def divergence(self) -> float:
+        """Mean KL divergence in nats; infinite where it is unknown, or no number."""
+        value = self.figures.mean_kl
+        return math.inf if value is None or math.isnan(value) else value
+
 
 @dataclass(frozen=True)
 class Choice:
-    """Which artifact to serve, and the one to fall back on; None where there is none."""
+    """Which artifact to serve, and the one to fall back on; None where there is none.
+
+    usable: the accepted ones by size. verdicts: all, in the subject's order.
+    """
 
     serve: Verdict | None
     fallback: Verdict | None
+    usable: tuple[Verdict, ...]
     verdicts: tuple[Verdict, ...]
 
 
 def judge(subject: Subject) -> Choice:
-    """A verdict on every entry. The smallest that is accepted is to be served; the next one up is the way back."""
+    """A verdict on every entry, and the choice among those that are accepted."""
     verdicts = tuple(_verdict(entry, subject.gates) for entry in subject.entries)
-    usable = sorted(
-        (item for item in verdicts if item.usable), key=lambda item: item.entry.artifact.manifest.size_bytes
-    )
-    serve = usable[0] if usable else None
-    return Choice(serve, usable[1] if len(usable) > 1 else None, verdicts)
+    usable = tuple(sorted((item for item in verdicts if item.usable), key=lambda item: item.size_bytes))
+    serve = _to_serve(usable)
+    return Choice(serve, _way_back(serve, usable) if serve else None, usable, verdicts)
+
+
+def _to_serve(usable: Sequence[Verdict]) -> Verdict | None:
+    """Of the smallest and those of about its size, the one that diverges least; the smallest of equals."""
+    if not usable:
+        return None
+    largest = usable[0].size_bytes * (1 + SAME_SIZE)
+    return min((item for item in usable if item.size_bytes <= largest), key=lambda item: item.divergence)
+
+
+def _way_back(serve: Verdict, usable: Sequence[Verdict]) -> Verdict | None:
+    """The smallest one that is larger than what is served and diverges no more."""
+    above = usable[usable.index(serve) + 1 :]
+    return next((item for item in above if item.divergence <= serve.divergence), None)
 
 
 def _verdict(entry: Entry, gates: Mapping[str, Any]) -> Verdict:
     limits, figures = limits_of(entry, gates), figures_with_serving(entry)
+    if limits.max_error_rate is None and entry.bench is not None:
+        limits = replace(limits, max_error_rate=MAX_ERROR_RATE)
     findings = [*decide(figures, limits).findings, *_serving(figures, limits)]
     decision = Decision(tuple(_accepted_risk(entry, _under_load(entry, finding)) for finding in findings))
     return Verdict(entry, decision, figures, limits)
 
 
 def limits_of(entry: Entry, gates: Mapping[str, Any]) -> Limits:
-    """The limits that the evaluation was held against, with the recipe's own for serving; the defaults elsewhere."""
+    """The limits that the evaluation was held against, and the recipe's own for serving; the defaults elsewhere."""
     known = {item.name for item in fields(Limits)}
     recorded = (entry.evaluation or {}).get("limits")
     if isinstance(recorded, Mapping):
@@ -76,8 +120,7 @@ def limits_of(entry: Entry, gates: Mapping[str, Any]) -> Limits:
         if (entry.artifact.manifest.bits or 0) >= 16 and gates.get("max_size_ratio") is None:
             limits = replace(limits, max_size_ratio=UNQUANTIZED_SIZE_RATIO)
     serving = {name: gates[name] for name in SERVING_LIMITS if gates.get(name) is not None}
-    limits = replace(limits, **serving)
-    return limits if limits.max_error_rate is not None else replace(limits, max_error_rate=MAX_ERROR_RATE)
+    return replace(limits, **serving)
 
 
 def figures_with_serving(entry: Entry) -> Figures:
@@ -100,11 +143,13 @@ def figures_with_serving(entry: Entry) -> Figures:
 
 
 def _serving(figures: Figures, limits: Limits) -> Iterator[Finding]:
-    """Findings where the recipe gives no limit: the rule itself is silent there."""
-    if limits.max_latency_p95_seconds is None:
-        yield _no_limit("latency", figures.latency_p95_seconds, "95th percentile {:.3f} s", "max_latency_p95_seconds")
-    if limits.max_memory_bytes is None:
-        yield _no_limit("memory", figures.peak_memory_bytes, "{:,} bytes at the peak", "max_memory_bytes")
+    """What was measured and has no limit, of which the rule itself says nothing."""
+    latency, memory = figures.latency_p95_seconds, figures.peak_memory_bytes
+    if limits.max_latency_p95_seconds is None and latency is not None:
+        shown = f"95th percentile {latency:.3f} s"
+        yield Finding("latency", "passed", f"{shown}; the recipe gives no `max_latency_p95_seconds`")
+    if limits.max_memory_bytes is None and memory is not None:
+        yield Finding("memory", "passed", f"{memory:,} bytes at the peak; the recipe gives no `max_memory_bytes`")
 
 
 def _under_load(entry: Entry, finding: Finding) -> Finding:
@@ -117,12 +162,6 @@ def _under_load(entry: Entry, finding: Finding) -> Finding:
     if finding.gate == "memory":
         return replace(finding, reason=f"{finding.reason} ({'GPU' if bench.vram else 'RAM'})")
     return finding
-
-
-def _no_limit(gate: str, value: float | None, shown: str, key: str) -> Finding:
-    if value is None:
-        return Finding(gate, "insufficient evidence", f"no {gate} was measured: run `quantize bench`")
-    return Finding(gate, "passed", f"{shown.format(value)}; the recipe gives no `{key}`")
 
 
 def _accepted_risk(entry: Entry, finding: Finding) -> Finding:

@@ -15,7 +15,7 @@ from markupsafe import Markup, escape
 
 from quantize.artifact import write_text
 from quantize.pages.collect import Subject, collect
-from quantize.pages.decision_text import decision_text
+from quantize.pages.decision_text import decision_text, headline
 from quantize.pages.production import Choice, judge
 from quantize.pages.views import page_of
 from quantize.staging import store_errors
@@ -51,12 +51,14 @@ def choice_data(choice: Choice) -> dict[str, Any]:
     return {
         "serve": choice.serve.entry.artifact.ref if choice.serve else None,
         "fallback": choice.fallback.entry.artifact.ref if choice.fallback else None,
+        "why": headline(choice)[2],
         "artifacts": [
             {
                 "artifact": item.entry.artifact.ref,
                 "verdict": item.word,
                 "figures": asdict(item.figures),
                 "findings": [asdict(finding) for finding in item.decision.findings],
+                "not_measured": list(item.not_measured),
             }
             for item in choice.verdicts
         ],

@@ -6,18 +6,19 @@ In: a Subject and its Choice. Out: a Page of plain text and SVG. A figure that i
 from __future__ import annotations
 
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from quantize.bench.result import BenchResult, Cell
 from quantize.evaluate.decision import Finding
+from quantize.evaluate.record import GoldenCount, source_lines
 from quantize.pages.charts import Point, Range, heatmap, ranges, scatter
 from quantize.pages.collect import Entry, Layer, Subject
 from quantize.pages.golden import GoldenView, golden_view
 from quantize.pages.production import Choice, Verdict
 from quantize.pages.provenance import made, provenance, source_facts
 from quantize.pages.table import Table
+from quantize.sizes import size_text
 
 MISSING = "not measured"
 TONES = {"accepted": "good", "accepted with flags": "flag", "refused": "bad", "insufficient evidence": "open"}
@@ -100,11 +101,6 @@ def page_of(subject: Subject, choice: Choice) -> Page:
     )
 
 
-def megabytes(size_bytes: int) -> str:
-    """Decimal, as disks and downloads are."""
-    return f"{size_bytes / 1e9:,.2f} GB" if size_bytes >= 1e9 else f"{size_bytes / 1e6:,.1f} MB"
-
-
 def shown(value: float | None, form: str) -> str:
     """A figure, or that there is none."""
     return MISSING if value is None else form.format(value)
@@ -117,7 +113,7 @@ def _card(verdict: Verdict, index: int) -> Card:
         variant=manifest.variant,
         ref=verdict.entry.artifact.ref,
         format=manifest.format,
-        size=megabytes(manifest.size_bytes),
+        size=size_text(manifest.size_bytes),
         word=verdict.word,
         tone=TONES[verdict.word],
         reason=_first_reason(verdict),
@@ -134,7 +130,8 @@ def _first_reason(verdict: Verdict) -> str:
         if findings:
             more = f" (and {len(findings) - 1} more)" if len(findings) > 1 else ""
             return f"{findings[0].gate}: {findings[0].reason}{more}"
-    return "every figure is measured and keeps its limit"
+    missing = verdict.not_measured
+    return f"keeps every limit; not measured: {', '.join(missing)}" if missing else "keeps every limit, all measured"
 
 
 def _glance(choice: Choice) -> Table:
@@ -151,16 +148,17 @@ def _glance(choice: Choice) -> Table:
     )
     rows = [_source_row(choice.verdicts)]
     for verdict in choice.verdicts:
-        manifest, quality, golden = verdict.entry.artifact.manifest, verdict.entry.quality, verdict.entry.golden
+        manifest, quality = verdict.entry.artifact.manifest, verdict.entry.quality
+        golden = GoldenCount.of(verdict.entry.golden)
         rows.append(
             (
-                manifest.variant, manifest.format, megabytes(manifest.size_bytes), f"{manifest.bits_per_weight:.2f}",
+                manifest.variant, manifest.format, size_text(manifest.size_bytes), f"{manifest.bits_per_weight:.2f}",
                 shown(quality.get("perplexity"), "{:.2f}"), shown(quality.get("perplexity_ratio"), "{:.4f}"),
                 shown(quality.get("mean_kl"), "{:.4f}"), shown(quality.get("p99_kl"), "{:.3f}"),
-                shown(quality.get("top_token_agreement"), "{:.1%}"), _passes(golden), verdict.word,
+                shown(quality.get("top_token_agreement"), "{:.1%}"), str(golden or MISSING), verdict.word,
             )
         )  # fmt: skip
-    return Table((*columns, "golden (source)", "verdict"), tuple(rows))
+    return Table((*columns, "golden", "verdict"), tuple(rows))
 
 
 def _source_row(verdicts: Sequence[Verdict]) -> tuple[str, ...]:
@@ -168,13 +166,8 @@ def _source_row(verdicts: Sequence[Verdict]) -> tuple[str, ...]:
     measured = next((item.entry for item in verdicts if item.entry.quality), verdicts[0].entry)
     bits = f"{8 * source.weights_bytes / source.parameters:.2f}" if source.parameters else ""
     perplexity = shown(measured.quality.get("source_perplexity"), "{:.2f}")
-    return ("source", "", megabytes(source.weights_bytes), bits, perplexity, "1", "0", "0", "100 %", "", "")
-
-
-def _passes(golden: Mapping[str, Any]) -> str:
-    if "prompts" not in golden:
-        return MISSING
-    return f"{golden['artifact_passed']} ({golden['source_passed']}) of {golden['prompts']}"
+    golden = next((count.source for item in verdicts if (count := GoldenCount.of(item.entry.golden))), "")
+    return ("source", "", size_text(source.weights_bytes), bits, perplexity, "1", "0", "0", "100 %", golden, "")
 
 
 def _quality_plot(choice: Choice) -> str:
@@ -197,6 +190,8 @@ def _quality_note(entries: Sequence[Entry]) -> str:
     tokens = shown(quality.get("predictions"), "{:,} predicted tokens")
     text = str(quality.get("text_hash", ""))[:12]
     note = f"Held-out text {quality.get('text_name', '')} (sha256 {text}…), {tokens}; each artifact in its own runtime."
+    golden = source_lines(("", GoldenCount.of(entry.golden)) for entry in entries)
+    note += "".join(f" {line[0].upper()}{line[1:]}." for line in golden)
     for what, found in (
         ("text", {entry.quality.get("windows_hash") for entry in measured}),
         ("golden prompts", {entry.golden.get("hash") for entry in measured}),

@@ -86,7 +86,8 @@ def _model_card(artifact: Artifact) -> dict[str, Any]:
     found = [(title, getattr(summary, key)) for key, title in METRICS.items()]
     metrics = [{"type": title, "value": f"{value:.6g}"} for title, value in found if value is not None]
     if summary.golden is not None:
-        metrics.append({"type": "golden prompts passed, over those the base model passes", "value": summary.golden})
+        metrics.append({"type": "golden prompts passed", "value": str(summary.golden)})
+        metrics.append({"type": "golden prompts that the base model passes", "value": summary.golden.source})
     limits = [f"gates: {summary.verdict}"]
     if manifest.accepted_risk is not None:
         limits = [f"refused by its gates ({', '.join(manifest.accepted_risk.gates)}); {manifest.accepted_risk.reason}"]

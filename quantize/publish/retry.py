@@ -11,6 +11,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeVar
 
+from tenacity import RetryCallState, Retrying, retry_if_exception_type
+
 from quantize.errors import TransferError
 
 Result = TypeVar("Result")
@@ -44,21 +46,51 @@ class Retry:
         return own if asked is None else min(max(own, asked), self.longest_asked_seconds)
 
 
+class _Failures:
+    """Counts failures in a row, for one call: progress starts the count again."""
+
+    def __init__(self, retry: Retry, where: str) -> None:
+        self._retry, self._where, self.count = retry, where, 0
+
+    def are_enough(self, state: RetryCallState) -> bool:
+        """Whether to give up."""
+        self.count = 1 if _again(state).moved else self.count + 1
+        return self.count >= self._retry.tries
+
+    def wait(self, state: RetryCallState) -> float:
+        """Seconds until the next try."""
+        return self._retry.wait(max(self.count, 1), _again(state).after)
+
+    def pause(self, seconds: float) -> None:
+        """Wait."""
+        self._retry.pause(seconds)
+
+    def tell(self, state: RetryCallState) -> None:
+        """Say that there is a wait, if it is one that a user notices."""
+        seconds = state.upcoming_sleep
+        if seconds >= TOLD_SECONDS:
+            self._retry.tell(f"{self._where}: {_again(state).reason}; tried again in {seconds:.0f} s")
+
+
 def persist(step: Callable[[], Result], retry: Retry, where: str) -> Result:
     """Call `step` until it returns; only failures in a row without progress count. Raises TransferError."""
-    started, failures = time.monotonic(), 0
-    while True:
-        try:
-            return step()
-        except Again as again:
-            failures = 1 if again.moved else failures + 1
-            if failures >= retry.tries:
-                seconds = time.monotonic() - started
-                raise TransferError(
-                    f"{where}: given up after {failures} tries in {seconds:.0f} s: {again.reason}",
-                    hint="run the same command again: what has arrived stays, and a tag is put only after all of it",
-                ) from again
-            seconds = retry.wait(failures, again.after)
-            if seconds >= TOLD_SECONDS:
-                retry.tell(f"{where}: {again.reason}; tried again in {seconds:.0f} s")
-            retry.pause(seconds)
+    started, failures = time.monotonic(), _Failures(retry, where)
+    retrying = Retrying(
+        retry=retry_if_exception_type(Again), stop=failures.are_enough, wait=failures.wait,
+        before_sleep=failures.tell, sleep=failures.pause, reraise=True,
+    )  # fmt: skip
+    try:
+        return retrying(step)
+    except Again as again:
+        seconds = time.monotonic() - started
+        raise TransferError(
+            f"{where}: given up after {failures.count} tries in {seconds:.0f} s: {again.reason}",
+            hint="run the same command again: what has arrived stays, and a tag is put only after all of it",
+        ) from again
+
+
+def _again(state: RetryCallState) -> Again:
+    """What the last try failed of."""
+    failure = state.outcome.exception() if state.outcome is not None else None
+    assert isinstance(failure, Again)  # tenacity asks only after an exception of the type that is retried
+    return failure

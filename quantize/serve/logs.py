@@ -5,29 +5,31 @@ In: events with facts: sizes, times, names. Out: lines on a stream. No prompt, a
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import queue
-import threading
 import traceback
+from logging.handlers import QueueListener
 from typing import Any, BinaryIO
 
 import orjson
 import structlog
 
 QUEUE_LINES = 10_000
+CLOSE_SECONDS = 5.0
 
 Log = structlog.typing.FilteringBoundLogger
 
 
-class LogWriter:
-    """Writes lines in a thread of its own. Lines past QUEUE_LINES are dropped and counted, not waited for."""
+class LogWriter(QueueListener):
+    """Writes lines in the listener's thread. Lines past QUEUE_LINES are dropped and counted, not waited for."""
 
     def __init__(self, stream: BinaryIO) -> None:
-        self._stream = stream
         self._lines: queue.Queue[bytes | None] = queue.Queue(QUEUE_LINES)
+        super().__init__(self._lines)
+        self._stream = stream
         self.dropped = 0
-        self._thread = threading.Thread(target=self._run, name="log", daemon=True)
-        self._thread.start()
+        self.start()
 
     def msg(self, line: bytes) -> None:
         """Take one line."""
@@ -38,24 +40,20 @@ class LogWriter:
 
     debug = info = warning = error = critical = msg
 
-    def close(self) -> None:
-        """Write what is left."""
-        self._lines.put(None)
-        self._thread.join(timeout=5)
+    def handle(self, record: Any) -> None:
+        """Write one line; structlog has rendered it already."""
+        try:
+            self._stream.write(record + b"\n")
+            self._stream.flush()
+        except (OSError, ValueError):
+            self.dropped += 1
 
-    def _run(self) -> None:
-        while True:
-            lines = [self._lines.get()]
-            while not self._lines.empty() and len(lines) < QUEUE_LINES:
-                lines.append(self._lines.get_nowait())
-            over = None in lines
-            try:
-                self._stream.write(b"".join(line + b"\n" for line in lines if line is not None))
-                self._stream.flush()
-            except (OSError, ValueError):
-                self.dropped += len(lines)
-            if over:
-                return
+    def close(self) -> None:
+        """Write what is left, for up to CLOSE_SECONDS: a stream that hangs holds up no shutdown."""
+        with contextlib.suppress(queue.Full):
+            self._lines.put(None, timeout=CLOSE_SECONDS)
+        if self._thread is not None:
+            self._thread.join(timeout=CLOSE_SECONDS)
 
 
 def make_log(writer: LogWriter, level: str = "info") -> Log:

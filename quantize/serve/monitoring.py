@@ -12,12 +12,12 @@ from typing import Any
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import GaugeMetricFamily, InfoMetricFamily, Metric
 
-from quantize.hardware import GIB, ram
+from quantize.hardware import ram, resident_bytes
 from quantize.serve.engines.base import Engine
-from quantize.serve.engines.link import resident_bytes
 from quantize.serve.limits import Slots
 from quantize.serve.logs import Log
 
+GB = 1e9
 SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
 
 
@@ -97,7 +97,7 @@ class _State:
         active = GaugeMetricFamily("quantize_active_requests", "Answers under way", labels=["model"])
         memory = GaugeMetricFamily("quantize_memory_rss_bytes", "Resident memory", labels=["process"])
         info = InfoMetricFamily("quantize_model", "What a model runs in", labels=["model"])
-        memory.add_metric(["gateway"], resident_bytes(None))
+        memory.add_metric(["gateway"], resident_bytes())
         for name, engine in self._engines.items():
             ready.add_metric([name], float(engine.status.ready))
             queue.add_metric([name], self._slots[name].waiting)
@@ -116,16 +116,16 @@ class _State:
 def memory_line(moment: str, gpu: Mapping[str, Any]) -> str:
     """`[After model load] GPU: NAME - VRAM: a GB (allocated) / r GB (reserved) | RAM: u GB/t GB (p%)`
 
-    gpu: a model's own account of its card; {"gpu": None} where it has none.
+    GB of 10^9 bytes. gpu: a model's own account of its card; {"gpu": None} where it has none.
     """
     total, available = ram()
     used = total - available
     card = "none"
     if gpu.get("gpu"):
-        allocated, reserved = (gpu.get(name, 0) / GIB for name in ("vram_allocated", "vram_reserved"))
+        allocated, reserved = (gpu.get(name, 0) / GB for name in ("vram_allocated", "vram_reserved"))
         card = f"{gpu['gpu']} - VRAM: {allocated:.2f} GB (allocated) / {reserved:.2f} GB (reserved)"
     percent = 100 * used / total if total else 0
-    return f"[{moment}] GPU: {card} | RAM: {used / GIB:.2f} GB/{total / GIB:.2f} GB ({percent:.0f}%)"
+    return f"[{moment}] GPU: {card} | RAM: {used / GB:.2f} GB/{total / GB:.2f} GB ({percent:.0f}%)"
 
 
 class Watcher:

@@ -13,8 +13,9 @@ from pathlib import Path
 from quantize.errors import MissingExtraError, RefusedError, UsageError
 from quantize.estimate import Settings
 from quantize.fit import Verdict, Workload, advise
-from quantize.hardware import GIB, Machine
+from quantize.hardware import Machine
 from quantize.serve.targets import LocalTarget
+from quantize.sizes import GIB
 from quantize.store import Store
 
 DEFAULT_CONTEXT = 4096

@@ -14,10 +14,10 @@ import orjson
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
+from quantize.hardware import resident_bytes
 from quantize.serve import protocol
 from quantize.serve.edge import STATE, Receive, RequestState, Scope, Send
 from quantize.serve.engines.base import Call, Engine
-from quantize.serve.engines.link import resident_bytes
 from quantize.serve.failures import ClientGone, Failure
 from quantize.serve.monitoring import memory_line
 from quantize.serve.protocol import ChatRequest, CompletionRequest, GenerateRequest, SimpleAnswer, SimpleChatRequest
@@ -241,7 +241,7 @@ def _json(data: Any, status: int = 200) -> Response:
 
 
 def _memory_mb(engines: list[Engine]) -> float:
-    total = resident_bytes(None) + sum(engine.memory_bytes() for engine in engines)
+    total = resident_bytes() + sum(engine.memory_bytes() for engine in engines)
     return round(total / 1e6, 1)
 
 

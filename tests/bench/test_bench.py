@@ -18,12 +18,13 @@ import pytest
 from quantize.artifact import Artifact, commit, update_measurements
 from quantize.bench import memory, server
 from quantize.bench.client import parse_endpoint
-from quantize.bench.memory import Gpus, MemoryWatch
+from quantize.bench.memory import MemoryWatch
 from quantize.bench.result import BenchResult
 from quantize.bench.server import choose, free_port, running
 from quantize.bench.session import Settings, bench_url
 from quantize.bench.workload import Shape
 from quantize.errors import BenchError, UsageError
+from quantize.gpus import Gpus
 from quantize.report import ListReporter
 from quantize.store import Store
 from tests.bench.servers import FakeServer, serving
@@ -247,9 +248,10 @@ def test_gpu_memory_is_the_processes_or_else_the_devices(monkeypatch: pytest.Mon
         nvmlDeviceGetCount=lambda: 2,
         nvmlDeviceGetHandleByIndex=lambda index: index,
         nvmlDeviceGetComputeRunningProcesses=lambda handle: processes if handle == 0 else [],
-        nvmlDeviceGetMemoryInfo=lambda handle: SimpleNamespace(used=1000 + handle),
+        nvmlDeviceGetName=lambda handle: f"card {handle}",
+        nvmlDeviceGetMemoryInfo=lambda handle: SimpleNamespace(total=8000, used=1000 + handle),
     )
-    monkeypatch.setattr(memory.importlib, "import_module", lambda _: nvml)
+    monkeypatch.setitem(sys.modules, "pynvml", nvml)
     with MemoryWatch(os.getpid()) as watch:
         pass
     use = watch.vram()

@@ -56,7 +56,7 @@ def test_q8_and_int8_pass(ratio: float, kl: float) -> None:
 @pytest.mark.parametrize(
     ("gate", "changes", "number"),
     [
-        ("golden prompts", {"golden_artifact_passed": 15}, "passes 15 of 41, the source 20: 75%"),
+        ("golden prompts", {"golden_artifact_passed": 15}, "passes 15 of 41, the source passes 20 of 41: 75%"),
         ("JSON answers", {"json_lost": 1}, "1 of the source's 6 good JSON answers are lost (17%)"),
         ("size", {"size_bytes": 270}, "270 of 270 bytes"),
         ("KL divergence", {"mean_kl": math.nan}, "nan"),

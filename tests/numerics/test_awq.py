@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -72,6 +74,25 @@ def test_outlier_channels_are_protected_and_clipping_helps() -> None:
         (found,) = quantize_scaled(weights, energy, choice.scales, group_size=32, clip=clip)
         losses.append(float(row_losses(found.dequantize() / choice.scales - reader.weight, reader.gram.matrix).sum()))
     assert losses[1] < losses[0]
+
+
+def test_the_search_takes_what_the_cost_model_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """At most so many points, and of a tall weight so many rows."""
+    from quantize.cluster.cost import AWQ_POINTS
+    from quantize.numerics import awq
+    from quantize.numerics.constants import SEARCHED_ROWS
+
+    seen: list[int] = []
+    real = awq._rounding_loss
+
+    def count(rows: Tensor, *others: Any) -> float:
+        seen.append(len(rows))
+        return real(rows, *others)
+
+    monkeypatch.setattr(awq, "_rounding_loss", count)
+    search_scales([problem(0, out=2 * SEARCHED_ROWS)], group_size=32)
+    assert set(seen) == {SEARCHED_ROWS}
+    assert AWQ_POINTS - len(awq.REFINEMENT) <= len(seen) <= AWQ_POINTS
 
 
 def test_tied_channels_share_scales() -> None:

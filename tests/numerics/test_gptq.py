@@ -82,7 +82,7 @@ def test_solving_rows_in_parts_changes_nothing(monkeypatch: pytest.MonkeyPatch) 
     weight, gram = problem(2, out=40)
     factor = factorize(gram, 32)
     whole = solve([weight], factor, bits=4)[0].quantized
-    monkeypatch.setattr(gptq, "ROWS", 16)
+    monkeypatch.setattr(gptq, "SOLVED_ROWS", 16)
     assert torch.equal(solve([weight], factor, bits=4)[0].quantized.codes, whole.codes)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -41,11 +42,13 @@ def test_nothing_measured_is_insufficient_evidence(store: Store) -> None:
     assert [entry.variant for entry in subject.entries][-2:] == ["q8_0", "f16"]  # by size
     assert set(words.values()) == {"insufficient evidence"}
     missing = [finding.gate for finding in choice.verdicts[0].decision.missing]
-    expected = ["KL divergence", "perplexity", "golden prompts", "JSON answers", "error rate", "latency", "memory"]
+    expected = ["KL divergence", "perplexity", "golden prompts", "JSON answers"]
     assert missing == expected
     text = decision_text(subject, choice)
     assert (text.word, text.headline, choice.serve) == ("insufficient evidence", "Insufficient evidence.", None)
     assert all(gate in text.why for gate in expected)
+    smallest = subject.entries[0].variant
+    assert text.why.endswith(f"To measure it: `quantize eval tiny/{smallest}`.")
     assert text.rollback == ("Nothing new is served: what serves now goes on.",)
 
 
@@ -64,12 +67,88 @@ def test_the_smallest_accepted_is_served_and_the_next_is_the_way_back(store: Sto
     assert any("context 512 tokens" in line for line in text.conditions)
 
 
-def test_quality_alone_is_not_enough(store: Store) -> None:
+def test_quality_is_enough_where_no_limit_asks_for_a_load(store: Store) -> None:
     keep(store, store.find("tiny/q8_0"), found=evaluation())
-    _, choice, words = judged(store)
-    assert words["q8_0"] == "insufficient evidence"
-    verdict = next(item for item in choice.verdicts if item.entry.variant == "q8_0")
-    assert [finding.gate for finding in verdict.decision.missing] == ["error rate", "latency", "memory"]
+    subject, choice, words = judged(store)
+    assert words["q8_0"] == "accepted"
+    text = decision_text(subject, choice)
+    assert (text.word, text.headline) == ("accepted", "Serve q8_0.")
+    assert "Latency, error rate and memory were not measured (`quantize bench tiny/q8_0`)" in text.why
+    assert any("Nothing is known of latency, error rate and memory" in line for line in text.conditions)
+    assert not any("No limit on" in line for line in text.conditions)  # there is no figure to decide about
+
+
+@pytest.mark.parametrize(
+    ("gates", "gate"),
+    [
+        ({"max_latency_p95_seconds": 0.4}, "latency"),
+        ({"max_error_rate": 0.05}, "error rate"),
+        ({"max_memory_bytes": 100 << 20}, "memory"),
+    ],
+)
+def test_a_limit_that_the_recipe_sets_asks_for_its_figure(store: Store, gates: dict[str, float], gate: str) -> None:
+    keep(store, store.find("tiny/q8_0"), found=evaluation())
+    subject = collect(store, "tiny/q8_0")
+    choice = judge(Subject(subject.name, subject.entries, gates, ""))
+    assert choice.serve is None
+    assert [finding.gate for finding in choice.verdicts[0].decision.missing] == [gate]
+    text = decision_text(subject, choice)
+    assert text.headline == "Insufficient evidence."
+    assert f"no evidence of: {gate}. To measure it: `quantize bench tiny/q8_0`." in text.why
+
+
+def test_evidence_of_both_kinds_is_asked_for(store: Store) -> None:
+    subject = collect(store, "tiny/q8_0")
+    choice = judge(Subject(subject.name, subject.entries, {"max_error_rate": 0.05}, ""))
+    why = decision_text(subject, choice).why
+    assert why.endswith("To measure it: `quantize eval tiny/q8_0` and `quantize bench tiny/q8_0`.")
+
+
+def sized(subject: Subject, sizes: dict[str, int]) -> Subject:
+    """The subject with only these artifacts, of these sizes in bytes."""
+    entries = []
+    for entry in subject.entries:
+        if entry.variant in sizes:
+            manifest = entry.artifact.manifest.model_copy(update={"size_bytes": sizes[entry.variant]})
+            entries.append(replace(entry, artifact=replace(entry.artifact, manifest=manifest)))
+    return replace(subject, entries=tuple(entries))
+
+
+@pytest.mark.parametrize(
+    ("sizes", "kl", "serve", "back"),
+    [
+        # within 5 % of the smallest, the one that diverges least; the way back is larger and no worse
+        ((100, 104, 105, 140), (0.04, 0.02, 0.03, 0.004), "q4_0", "q5_k_s"),
+        ((100, 104, 106, 140), (0.04, 0.03, 0.02, 0.004), "q4_0", "q4_k_m"),  # 6 % is another size
+        ((100, 104, 105, 140), (0.04, 0.04, 0.04, 0.04), "iq4_xs", "q4_0"),  # equals: the smallest
+        ((100, 110, 120, 140), (0.01, 0.02, 0.03, 0.04), "iq4_xs", None),  # nothing that is larger is better
+        ((100, 104, 105, 140), (0.9, 0.04, 0.9, 0.02), "q4_0", "q5_k_s"),  # what is refused counts for nothing
+    ],
+)
+def test_which_one_is_served(
+    store: Store, sizes: tuple[int, ...], kl: tuple[float, ...], serve: str, back: str | None
+) -> None:
+    names = VARIANTS[:4]
+    for name, value in zip(names, kl, strict=True):
+        keep(store, store.find(f"tiny/{name}"), found=evaluation(kl=value))
+    subject = sized(collect(store, "tiny"), dict(zip(names, sizes, strict=True)))
+    choice = judge(subject)
+    assert choice.serve is not None
+    assert choice.serve.entry.variant == serve
+    assert (choice.fallback.entry.variant if choice.fallback else None) == back
+    text = decision_text(subject, choice)
+    assert (text.rollback[0].startswith("Go back to the source itself")) == (back is None)
+
+
+def test_the_reason_has_the_figures(store: Store) -> None:
+    for name, value in (("iq4_xs", 0.04), ("q4_0", 0.02)):
+        keep(store, store.find(f"tiny/{name}"), found=evaluation(kl=value))
+    subject = sized(collect(store, "tiny"), {"iq4_xs": 1000, "q4_0": 1006})
+    why = decision_text(subject, judge(subject)).why
+    assert why.startswith(
+        "Of the 2 artifacts that keep every limit, iq4_xs is the smallest; q4_0 is only 0.6% larger, and its KL "
+        "divergence is 0.0200 nats, not 0.0400."
+    )
 
 
 def test_load_alone_is_not_enough(store: Store) -> None:

@@ -204,7 +204,32 @@ def test_the_command(measured: Store, tmp_path: Path, run: Run) -> None:
     lines = result.stdout.splitlines()
     assert any(line.split()[:2] == ["q4_0", "refused"] for line in lines if line.strip())
     assert any(line.startswith("serve: tiny/q8_0@") for line in lines)
+    assert "why: It is the smallest of the 2 artifacts that keep every limit." in lines  # f16 was not loaded
     assert lines[-3:] == [str(tmp_path / "out" / name) for name in (HTML, MARKDOWN, DECISION)]
+
+
+def test_quality_without_a_load_ends_with_an_answer(built: Built, tmp_path: Path, run: Run) -> None:
+    """As after `make demo`: nothing was served, and no limit asks for it."""
+    store = built.copy(tmp_path / "own")
+    for variant in NAMES:
+        keep(store, store.find(f"tiny/{variant}"), found=evaluation(kl=0.06 if variant == "q4_0" else 0.004))
+    result = run("report", "--store", store.root, "--output", tmp_path / "out")
+    assert result.exit_code == 0, result.stderr
+    assert "serve: tiny/q8_0@" in result.stdout
+    assert "Latency, error rate and memory were not measured (`quantize bench tiny/q8_0`)" in result.stdout
+    for name in (HTML, MARKDOWN, DECISION):
+        text = (tmp_path / "out" / name).read_text(encoding="utf-8")
+        assert "Serve q8_0." in text
+        assert "quantize bench tiny/q8_0" in text
+    assert "keeps every limit; not measured: latency, error rate, memory" in (tmp_path / "out" / HTML).read_text()
+
+
+def test_nothing_to_serve_is_no_failure_of_the_command(built: Built, tmp_path: Path, run: Run) -> None:
+    result = run("report", "--store", built.store.root, "--output", tmp_path / "out", "--json")
+    assert result.exit_code == 0, result.stderr
+    data = json.loads(result.stdout)
+    assert data["serve"] is None
+    assert "no evidence of: KL divergence" in data["why"]
 
 
 def test_the_command_for_programs_and_one_artifact(
@@ -215,6 +240,10 @@ def test_the_command_for_programs_and_one_artifact(
     data = json.loads(result.stdout)
     assert data["serve"].startswith("tiny/q8_0@")
     assert [item["verdict"] for item in data["artifacts"]] == ["accepted"]
+    assert (data["why"], data["artifacts"][0]["not_measured"]) == (
+        "It is the only artifact that keeps every limit.",
+        [],
+    )
     assert data["artifacts"][0]["figures"]["mean_kl"] == 0.004
     assert data["files"] == [f"reports/tiny/q8_0/{name}" for name in (HTML, MARKDOWN, DECISION)]
     assert all(Path(name).is_file() for name in data["files"])

@@ -128,6 +128,8 @@ def test_the_bill_of_materials_validates_and_names_what_is_in_it(changed: Change
     assert card["modelParameters"]["datasets"] == [{"ref": "calibration"}]
     metrics = {item["type"]: item["value"] for item in card["quantitativeAnalysis"]["performanceMetrics"]}
     assert metrics["perplexity, over that of the base model"] == "1.0396"
+    assert metrics["golden prompts passed"] == "13 of 23"
+    assert metrics["golden prompts that the base model passes"] == "14 of 23"
 
 
 @pytest.mark.parametrize("stated", [None, "llama3.2"])
@@ -155,7 +157,7 @@ def test_the_card_has_the_measured_table(changed: Changed) -> None:
     text = card_of(changed(MEASURED)).text
     for row in ("| perplexity ratio | 1.0396 |", "| KL divergence, mean | 0.03020 nats |", "; 2 lost |"):
         assert row in text
-    assert "golden prompts | 13 of 23, the base model 14" in text
+    assert "| golden prompts passed | 13 of 23; the base model passes 14 of 23; 2 lost |" in text
     assert "- max_gain: perplexity is 7 % better" in text
     assert "Not evaluated" not in text
 

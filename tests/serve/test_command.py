@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from quantize.errors import RefusedError, UsageError
-from quantize.hardware import LocalGpu, Machine
+from quantize.gpus import LocalGpu
+from quantize.hardware import Machine
 from quantize.serve.limits import KEYS_VARIABLE, load_keys
 from quantize.serve.preflight import RunOptions, engine_options, place
 from quantize.serve.targets import LocalTarget, UpstreamTarget, resolve

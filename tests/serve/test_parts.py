@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from quantize.hardware import ram
 from quantize.serve.engines.chat_template import ChatTemplate
 from quantize.serve.engines.llama_cpp import buffers
 from quantize.serve.engines.model import Refused
@@ -191,6 +192,9 @@ sched_reserve:        CPU compute buffer size =    12.00 MiB
 
 
 def test_the_memory_line_with_a_card_and_without() -> None:
-    told = memory_line("After model load", {"gpu": "RTX 4060", "vram_allocated": 2**31, "vram_reserved": 5 * 2**29})
+    """In GB, of 10^9 bytes."""
+    gpu = {"gpu": "RTX 4060", "vram_allocated": 2 * 10**9, "vram_reserved": 2_504_000_000}
+    told = memory_line("After model load", gpu)
+    assert f" GB/{ram()[0] / 1e9:.2f} GB (" in told
     assert told.startswith("[After model load] GPU: RTX 4060 - VRAM: 2.00 GB (allocated) / 2.50 GB (reserved) | RAM: ")
     assert re.fullmatch(r"\[Now\] GPU: none \| RAM: [\d.]+ GB/[\d.]+ GB \(\d+%\)", memory_line("Now", {"gpu": None}))

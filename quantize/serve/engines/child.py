@@ -7,6 +7,7 @@ or logged here.
 
 from __future__ import annotations
 
+import faulthandler
 import importlib
 import os
 import queue
@@ -33,6 +34,7 @@ MODELS = {
     "fake": "quantize.serve.engines.fake:FakeModel",
 }
 PROGRESS_SECONDS = 0.1
+PROBE_TOKENS = 48  # long enough for the kernels of whole batches: one token, or a few, take others
 Inbox = queue.SimpleQueue[dict[str, Any] | None]
 OUT_OF_MEMORY = ("out of memory", "OutOfMemory", "cannot allocate", "can't allocate", "failed to allocate")
 
@@ -226,8 +228,9 @@ def _load(order: Mapping[str, Any], progress: Any) -> Model:
 
 
 def _answer_once(model: Model) -> None:
-    """One token, so that "ready" means that it answers; also touches every page of the weights."""
-    slot = model.begin(model.text_tokens("a"), Sampling(temperature=0))
+    """A token after a prompt as real ones are, so that "ready" means that it answers; also touches all weights."""
+    tokens = model.text_tokens("a") * PROBE_TOKENS
+    slot = model.begin(tokens[: min(PROBE_TOKENS, model.description.context - 1)], Sampling(temperature=0))
     while slot not in model.step():
         pass
     model.end(slot)
@@ -265,6 +268,7 @@ def main() -> None:
     global _on_close
     _on_close = lambda: os._exit(0)  # noqa: E731 - the one place that may end the process
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the gateway decides
+    faulthandler.enable()  # a crash leaves where it was, and deaths.py reads which library that is
     spin_briefly()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")

@@ -8,8 +8,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-import re
-import signal
 import socket
 import sys
 import tempfile
@@ -19,16 +17,15 @@ from typing import Any, BinaryIO, Protocol
 
 import orjson
 
+from quantize.deaths import TAIL_BYTES, explain, last_words, oom_kills
 from quantize.serve.engines.base import Status
 from quantize.serve.failures import Failure, not_ready
 
 LINE_BYTES = 64 << 20
 FIRST_PAUSE, LONGEST_PAUSE = 0.5, 30.0
 DEATHS_WHILE_LOADING = 2
-LOG_TAIL_BYTES = 4000
-# What libraries print when they give up; no prompt is ever in such a line, and no other line is looked at.
-DYING = re.compile(rb"GGML_ASSERT|terminate called|what\(\):|Fatal Python error|CUDA error")
 PING_SECONDS = 5.0
+LOWER_MEMORY = "serve a smaller variant, lower --context or --concurrency, or close other programs"
 HANG_SECONDS = 60.0  # one step of a large model on a slow CPU can take long; more than this is no step
 
 Listener = Callable[[str, dict[str, Any]], None]
@@ -63,6 +60,7 @@ class ProcessChild:
     def __init__(self, process: asyncio.subprocess.Process, connection: socket.socket, log: BinaryIO) -> None:
         self._process = process
         self._log = log
+        self._kills = oom_kills()
         self.connection = connection
         self.pid = process.pid
 
@@ -82,20 +80,20 @@ class ProcessChild:
     async def wait(self) -> str:
         """See Child."""
         code = await self._process.wait()
-        said = self._last_words()
+        wrote = self._last_output()
         if code < 0:
-            name = signal.Signals(-code).name
-            why = "the kernel does this when memory runs out" if name == "SIGKILL" else said
-            return f"the model's process was ended by {name}" + (f"; {why}" if why else "")
+            death = explain(code, wrote, self._kills, lower=LOWER_MEMORY)
+            return f"the model's process was {death.reason}; {death.remedy}"
+        said = last_words(wrote)
         return f"the model's process ended (exit {code})" + (f"; {said}" if said else "")
 
-    def _last_words(self) -> str:
+    def _last_output(self) -> str:
+        """For deaths.py, which takes only what a library says as it dies: prompts may be among the rest."""
         if self._log.closed:
             return ""
         with self._log:
-            self._log.seek(max(0, self._log.seek(0, os.SEEK_END) - LOG_TAIL_BYTES))
-            lines = [line for line in self._log.read().splitlines() if DYING.search(line)]
-        return lines[-1].decode("utf-8", "replace").strip()[:200] if lines else ""
+            self._log.seek(max(0, self._log.seek(0, os.SEEK_END) - TAIL_BYTES))
+            return self._log.read().decode("utf-8", "replace")
 
     def kill(self) -> None:
         """See Child."""
@@ -252,12 +250,3 @@ def _failure(fields: Mapping[str, Any]) -> Failure:
         status, fields["code"], fields["message"],
         param=fields["param"], retry_after=2 if lost else None, elsewhere=lost,
     )  # fmt: skip
-
-
-def resident_bytes(pid: int | None) -> int:
-    """Resident memory of a process; 0 where the system does not tell."""
-    try:
-        with open(f"/proc/{pid or os.getpid()}/statm", "rb") as file:
-            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    except (OSError, ValueError, IndexError):
-        return 0

@@ -11,8 +11,9 @@ from typing import Any
 
 import orjson
 
+from quantize.hardware import resident_bytes
 from quantize.serve.engines.base import Call, Status
-from quantize.serve.engines.link import Link, Listener, ProcessChild, Target, resident_bytes
+from quantize.serve.engines.link import Link, Listener, ProcessChild, Target
 from quantize.serve.failures import Failure, not_ready, unsupported
 from quantize.serve.protocol import ChatRequest, CompletionRequest, Message
 
