@@ -32,6 +32,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from quantize import DISTRIBUTION
+
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 LOWER_MEMORY = "lower --memory-budget or --threads, build fewer variants at once with --only, or close other programs"
 _DISK_WORDS = re.compile(
