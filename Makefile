@@ -7,7 +7,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 # How llama.cpp is compiled is part of it: with other flags, or another compiler, everything is set up again.
-READY := $(VENV)/.ready-$(shell CMAKE_ARGS='$(CMAKE_ARGS)' deploy/install-llama-cpp --key)
+READY := $(VENV)/.ready-$(shell CMAKE_ARGS='$(subst ','\'',$(CMAKE_ARGS))' deploy/install-llama-cpp --key)
 
 .PHONY: demo test check setup clean
 

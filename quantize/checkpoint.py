@@ -113,9 +113,10 @@ def open_checkpoint(folder: Path) -> Checkpoint:
 
 
 def read_chat_template(folder: Path) -> str | None:
-    """The chat template of a folder, from chat_template.jinja or tokenizer_config.json; None if there is none.
+    """The chat template of a folder, as transformers finds it; None if there is none.
 
-    Raises CheckpointError: it can't be read.
+    chat_template.jinja comes before tokenizer_config.json, and chat_template.json, an older place, last. Of several
+    named ones, a list or an object, the one called "default" counts. Raises CheckpointError: it can't be read.
     """
     file = folder / "chat_template.jinja"
     if os.path.isfile(file):
@@ -123,7 +124,18 @@ def read_chat_template(folder: Path) -> str | None:
             return read_limited(file, MAX_TEMPLATE_BYTES).decode("utf-8")
         except (OSError, ValueError) as exc:
             raise CheckpointError(f"{file.name}: can't be read ({first_line(exc)})", hint="download it again") from exc
-    template = read_json(folder / "tokenizer_config.json").get("chat_template")
+    for name in ("tokenizer_config.json", "chat_template.json"):
+        template = _default_template(read_json(folder / name).get("chat_template"))
+        if template is not None:
+            return template
+    return None
+
+
+def _default_template(template: object) -> str | None:
+    if isinstance(template, list):
+        template = {item.get("name"): item.get("template") for item in template if isinstance(item, dict)}
+    if isinstance(template, dict):
+        template = template.get("default")
     return template if isinstance(template, str) else None
 
 

@@ -37,6 +37,7 @@ from quantize.worker import run_step
 
 PROTOCOL_VERSION = 1  # of what is asked and how it is graded; another one measures anew
 RUNS = "loads and runs"
+NOT_RUNNING = "no gate can be loosened for that: build it again with --force, or leave this variant out"
 UNQUANTIZED_SIZE_RATIO = 1.1  # a 16-bit conversion saves nothing: its file holds the same weights and a header
 LOOKED = "paths are looked for beside the recipe, in the folder above it, and in the working folder"
 
@@ -238,7 +239,7 @@ class Gates:
         self._write(artifact, judged.record)
         if not self._takes(artifact, judged.decision):
             aside = set_aside(self._store, artifact.folder, manifest, REFUSED)
-            return Settled(aside, judged, refusal(aside, judged.decision))
+            return Settled(aside, judged, refusal(aside, judged.decision, failure))
         if not judged.decision.accepted and manifest.accepted_risk is None:
             manifest = self._with_risk(artifact, judged.decision)
         for finding in judged.decision.flags:
@@ -284,14 +285,14 @@ class Gates:
             write_text(artifact.folder / RECIPE_NAME, self.judge.recipe.text)  # whose gates were held
 
 
-def refusal(artifact: Artifact, decision: Decision) -> GateError:
-    """The error that names every limit that an artifact breaks, with its numbers."""
+def refusal(artifact: Artifact, decision: Decision, failure: VerifyError | None = None) -> GateError:
+    """The error that names every limit that an artifact breaks, with its numbers. failure: why it was not measured."""
     subject = f"{artifact.manifest.name}/{artifact.manifest.variant}"
     reasons = "; ".join(f"{finding.gate}: {finding.reason}" for finding in decision.refusals)
-    return GateError(
-        f"{subject} is refused: {reasons}",
-        hint=f"use more bits or another method, or loosen `gates` in the recipe and say why; kept in {artifact.folder}",
-    )
+    hint = "use more bits or another method, or loosen `gates` in the recipe and say why"
+    if any(finding.gate == RUNS for finding in decision.refusals):
+        hint = failure.hint if failure is not None and failure.hint else NOT_RUNNING
+    return GateError(f"{subject} is refused: {reasons}", hint=f"{hint}; kept in {artifact.folder}")
 
 
 def _reference(artifact: Artifact) -> ModelRef:

@@ -19,6 +19,7 @@ from typing import Any, Literal
 
 from quantize.cache import Cache
 from quantize.checkpoint import Checkpoint, check_finite, open_checkpoint
+from quantize.engines.dequantize import RULES_VERSION
 from quantize.errors import CheckpointError, MissingExtraError, RecipeError, first_line
 from quantize.lookup import is_path_text
 from quantize.manifest import SourceEntry
@@ -147,7 +148,8 @@ def _check_finite(checkpoint: Checkpoint, reporter: Reporter) -> bool:
 
 def dequantized_key(pinned: PinnedSource) -> str:
     """Cache key of the FP16 checkpoint that a GGUF source becomes: its bytes and the versions that dequantize it."""
-    text = "|".join([pinned.digest, *(f"{name}={metadata.version(name)}" for name in DEQUANTIZER_TOOLS)])
+    tools = (f"{name}={metadata.version(name)}" for name in DEQUANTIZER_TOOLS)
+    text = "|".join([pinned.digest, f"rules={RULES_VERSION}", *tools])
     return hashlib.sha256(text.encode()).hexdigest()[:24]
 
 

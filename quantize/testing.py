@@ -176,7 +176,12 @@ def write_tokenizer(folder: Path, vocabulary: int) -> None:
     learned = json.loads(trained.to_str())["model"]
     pieces = [piece for piece, _ in sorted(learned["vocab"].items(), key=lambda item: item[1])]
     ids = {token: number for number, token in enumerate([*alphabet, *pieces])}
-    merges = [(first, second) for first, second in learned["merges"]]
+    merges = [
+        (piece[:cut], piece[cut:])
+        for piece in pieces
+        for cut in range(1, len(piece))
+        if piece[:cut] in ids and piece[cut:] in ids
+    ]  # SentencePiece joins any two pieces that make a third, the lowest id first
     tokenizer = Tokenizer(models.BPE(ids, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
     tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     tokenizer.decoder = decoders.Sequence(

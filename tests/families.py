@@ -455,6 +455,9 @@ def tiny_model(family: Family) -> Any:
                 parameter.add_(noise * 0.2)
             else:
                 parameter.copy_(noise * (family.gain / math.sqrt(parameter.shape[-1])))
+        for name, parameter in model.named_parameters():
+            if family.config.startswith("Gemma") and name.endswith(("q_norm.weight", "k_norm.weight")):
+                parameter.mul_(family.gain)  # without a scale of its own, attention is else so sharp that errors grow
         # A tied head would else answer with the token that it has just read.
         model.get_input_embeddings().weight.mul_(0.5 / family.gain)
         if model.get_output_embeddings().weight is not model.get_input_embeddings().weight:

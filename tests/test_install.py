@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
+import platform
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -24,16 +27,18 @@ INSTALLERS = [
     *sorted((ROOT / "ci").iterdir()), *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "quantize").rglob("*.py")),
 ]  # fmt: skip
 FLAG = "GGML_NATIVE=OFF"
+HOOK = f"-DCMAKE_PROJECT_llama_cpp_INCLUDE={ROOT / 'deploy' / 'avx512.cmake'}"
+ADDED = [HOOK] if platform.machine() == "x86_64" else []  # AVX-512 as well
 
 BACKEND = """
 import os, zipfile
 def build_wheel(folder, config_settings=None, metadata_directory=None):
     with open(os.environ["BUILDS"], "a") as log:
-        log.write(os.environ.get("CMAKE_ARGS", "") + "\\n")
+        log.write("built\\n")
     name = "llama_cpp_python-0.3.36-py3-none-any.whl"
     info = "llama_cpp_python-0.3.36.dist-info/"
     with zipfile.ZipFile(os.path.join(folder, name), "w") as wheel:
-        wheel.writestr("llama_cpp.py", f"CMAKE_ARGS = {os.environ.get('CMAKE_ARGS', '')!r}")
+        wheel.writestr("llama_cpp.py", os.environ["CMAKE_ARGS"])
         wheel.writestr(info + "METADATA", "Metadata-Version: 2.1\\nName: llama-cpp-python\\nVersion: 0.3.36\\n")
         wheel.writestr(info + "WHEEL", "Wheel-Version: 1.0\\nRoot-Is-Purelib: true\\nTag: py3-none-any\\n")
         wheel.writestr(info + "RECORD", "")
@@ -99,7 +104,7 @@ def test_the_script_says_it(tmp_path: Path) -> None:
     subprocess.run([SCRIPT, fake, "-c", "constraints.txt"], env=environment, check=True, cwd=ROOT)
     *lines, command = notes.read_text().splitlines()
     given = dict(line.split("=", 1) for line in lines if "=" in line)
-    assert given["CMAKE_ARGS"] == "-DGGML_NATIVE=OFF -DGGML_CUDA=on"
+    assert shlex.split(given["CMAKE_ARGS"]) == ["-DGGML_NATIVE=OFF", "-DGGML_CUDA=on", *ADDED]
     assert re.fullmatch(r"/cache/llama\.cpp-\d+", given["PIP_CACHE_DIR"])
     assert "SOURCE_DATE_EPOCH" not in given
     assert command.split()[-3:] == ["-c", "constraints.txt", "llama-cpp-python"]
@@ -142,22 +147,23 @@ def test_a_wheel_in_pips_cache_that_was_compiled_otherwise_is_not_taken(tmp_path
     environment |= {"PIP_CONFIG_FILE": os.devnull, "PIP_CACHE_DIR": str(tmp_path / "cache"), "BUILDS": str(builds)}
     options = ["--quiet", "--no-index", "--find-links", str(index), "--target", str(site)]
 
-    def install(*command: str | Path, flags: str) -> tuple[str, int]:
+    def install(*command: str | Path, flags: str) -> tuple[list[str], int]:
         """What the installed module was compiled with, and how often a wheel was built so far."""
         shutil.rmtree(site, ignore_errors=True)
         subprocess.run([*command, *options], env={**environment, "CMAKE_ARGS": flags}, check=True)
-        return (site / "llama_cpp.py").read_text(), len(builds.read_text().splitlines())
+        return shlex.split((site / "llama_cpp.py").read_text()), len(builds.read_text().splitlines())
 
     plain = (sys.executable, "-m", "pip", "install", "llama-cpp-python")
     ours = (SCRIPT, sys.executable)
-    assert install(*plain, flags="-DGGML_NATIVE=ON") == ("CMAKE_ARGS = '-DGGML_NATIVE=ON'", 1)
-    assert install(*plain, flags="-DGGML_NATIVE=OFF") == ("CMAKE_ARGS = '-DGGML_NATIVE=ON'", 1), "pip alone takes it"
-    assert install(*ours, flags="") == ("CMAKE_ARGS = '-DGGML_NATIVE=OFF '", 2)
-    assert install(*ours, flags="") == ("CMAKE_ARGS = '-DGGML_NATIVE=OFF '", 2), "from its own cache"
-    assert install(*ours, flags="-DGGML_CUDA=on") == ("CMAKE_ARGS = '-DGGML_NATIVE=OFF -DGGML_CUDA=on'", 3)
-    wheel = next((tmp_path / "cache" / "wheels").rglob("*.whl"))
-    shutil.copy(wheel, index)  # a prebuilt wheel among the links is not taken either
-    assert install(*ours, flags="") == ("CMAKE_ARGS = '-DGGML_NATIVE=OFF '", 2 + 1)
+    assert install(*plain, flags="-DGGML_NATIVE=ON") == (["-DGGML_NATIVE=ON"], 1)
+    assert install(*plain, flags="-DGGML_NATIVE=OFF") == (["-DGGML_NATIVE=ON"], 1), "pip alone takes the wrong one"
+    assert install(*ours, flags="") == (["-DGGML_NATIVE=OFF", *ADDED], 2)
+    assert install(*ours, flags="") == (["-DGGML_NATIVE=OFF", *ADDED], 2), "from its own cache"
+    assert install(*ours, flags="-DGGML_CUDA=on") == (["-DGGML_NATIVE=OFF", "-DGGML_CUDA=on", *ADDED], 3)
+    wrong = next((tmp_path / "cache" / "wheels").rglob("*.whl"))
+    shutil.copy(wrong, index)  # prebuilt, among the links
+    assert install(*plain, flags="")[0] == ["-DGGML_NATIVE=ON"]
+    assert install(*ours, flags="") == (["-DGGML_NATIVE=OFF", *ADDED], 3)
 
 
 def test_make_sets_up_again_when_the_flags_change(tmp_path: Path) -> None:
@@ -172,3 +178,47 @@ def test_make_sets_up_again_when_the_flags_change(tmp_path: Path) -> None:
     (tmp_path / f".ready-{key(CMAKE_ARGS='')}").touch()
     assert "install-llama-cpp" not in planned("CMAKE_ARGS=")
     assert "install-llama-cpp" in planned("CMAKE_ARGS=-DGGML_CUDA=on")
+
+
+def test_the_image_has_what_the_script_needs() -> None:
+    stages = (ROOT / "deploy" / "Dockerfile").read_text().split("\nFROM ")
+    calling = [stage for stage in stages if "deploy/install-llama-cpp /opt" in stage]
+    assert len(calling) == 2
+    for stage in calling:
+        assert "\nCOPY deploy/install-llama-cpp deploy/avx512.cmake ./deploy/\n" in stage
+
+
+@pytest.mark.skipif(not ADDED or not shutil.which("cmake"), reason="for x86-64, with CMake")
+def test_the_hook_compiles_ggmls_own_sources_with_avx512_and_without_amx(tmp_path: Path) -> None:
+    """By CMake itself on a project with a target as ggml's; what it would compile is read from its own database."""
+    ggml = tmp_path / "ggml"
+    ggml.mkdir()
+    (ggml / "cpu.c").write_text("int cpu(void) { return 1; }\n")
+    (ggml / "CMakeLists.txt").write_text(
+        "add_compile_definitions(FOR_THE_FOLDER)\nadd_library(ggml-cpu SHARED cpu.c)\n"
+        "target_compile_options(ggml-cpu PRIVATE -mavx2)\ntarget_compile_definitions(ggml-cpu PRIVATE FOR_IT)\n"
+        "set_target_properties(ggml-cpu PROPERTIES SOVERSION 7)\n"
+    )
+    (tmp_path / "CMakeLists.txt").write_text(
+        "cmake_minimum_required(VERSION 3.21)\nproject(llama_cpp C CXX)\nadd_subdirectory(ggml)\n"
+    )
+
+    def configured(name: str, *flags: str) -> dict[str, str]:
+        """The command that compiles cpu.c, by the file that it writes."""
+        build = tmp_path / name
+        database = "-DCMAKE_EXPORT_COMPILE_COMMANDS=ON"
+        command = ["cmake", "-S", tmp_path, "-B", build, HOOK, database, "-DSKBUILD_PLATLIB_DIR=/platlib", *flags]
+        subprocess.run(command, check=True, capture_output=True)
+        found = json.loads((build / "compile_commands.json").read_text())
+        return {item["command"].split("CMakeFiles/")[1].split(".dir")[0]: item["command"] for item in found}
+
+    both = configured("both", "-DGGML_NATIVE=OFF")
+    assert set(both) == {"ggml-cpu", "ggml-cpu-avx512"}
+    assert "avx512" not in both["ggml-cpu"].replace("ggml-cpu-avx512", "")
+    words = set(both["ggml-cpu-avx512"].split())
+    assert words >= {"-DFOR_THE_FOLDER", "-DFOR_IT", "-mavx2", "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"}
+    assert not any("amx" in word or "native" in word for word in words)
+    installs = (tmp_path / "both" / "cmake_install.cmake").read_text()
+    assert "/platlib/llama_cpp/lib/glibc-hwcaps/x86-64-v4" in installs
+    assert "libggml-cpu.so.7" in installs
+    assert set(configured("native", "-DGGML_NATIVE=ON")) == {"ggml-cpu"}

@@ -66,7 +66,11 @@ def test_a_long_log_loses_its_beginning(tmp_path: Path) -> None:
         (["a\n", "b\n", "\n"], "b"),
         (["error: no file\n", "bye\n"], "error: no file"),
         (["failed to allocate: out of memory\n", "error: no context\n"], "failed to allocate: out of memory"),
+        (["error: unknown architecture: 'x'\n", "f: failed to load model\n"], "error: unknown architecture: 'x'"),
+        (["...data: tensor 'a' has invalid data\n", "error: bad\n", "failed to load model\n"],
+         "data: tensor 'a' has invalid data / error: bad"),
+        (["failed to load model\n"], "failed to load model"),
     ],
-)
+)  # fmt: skip
 def test_the_line_that_tells_most(log: list[str], wanted: str) -> None:
     assert telling_line(log) == wanted

@@ -7,7 +7,9 @@ import os
 import re
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import gguf
 import numpy as np
@@ -17,7 +19,8 @@ from quantize.artifact import Artifact, open_artifact
 from quantize.backends.base import Limits
 from quantize.backends.gguf import GgufBackend
 from quantize.checkpoint import open_checkpoint
-from quantize.engines import llama_cpp as engine
+from quantize.engines import try_out as engine
+from quantize.engines.gguf_source import Expected, expected_of
 from quantize.engines.packed_check import ROWS, agree
 from quantize.errors import VerifyError
 from quantize.report import ListReporter, SilentReporter
@@ -105,9 +108,14 @@ def test_papers_may_change(artifact: Artifact) -> None:
 # --- against the source -----------------------------------------------------------------------------------------------
 
 
-def rewrite(path: Path, change: Callable[[dict[str, gguf.ReaderField]], None], drop: str = "") -> None:
-    """Write a GGUF file again by the gguf package, with other fields, or without a tensor."""
+def rewrite(
+    path: Path, change: Callable[[dict[str, gguf.ReaderField]], object], drop: str = "",
+    spoil: Callable[[dict[str, np.ndarray[Any, Any]]], None] = lambda _: None,
+) -> None:  # fmt: skip
+    """Write a GGUF file again by the gguf package, with other fields, without a tensor, or with other bytes in some."""
     reader = gguf.GGUFReader(path)
+    raws = {item.name: np.array(item.data) for item in reader.tensors}
+    spoil(raws)
     fields = dict(reader.fields)
     change(fields)
     writer = gguf.GGUFWriter(path.with_suffix(".new"), "llama")
@@ -117,7 +125,7 @@ def rewrite(path: Path, change: Callable[[dict[str, gguf.ReaderField]], None], d
             writer.add_key_value(name, field.contents(), kind, sub_type=sub)
     for item in reader.tensors:
         if item.name != drop:
-            writer.add_tensor(item.name, item.data, raw_dtype=item.tensor_type)
+            writer.add_tensor(item.name, raws[item.name], raw_dtype=item.tensor_type)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -142,24 +150,126 @@ def set_field(name: str, value: object) -> Callable[[dict[str, gguf.ReaderField]
     return change
 
 
+@pytest.fixture(scope="module")
+def backend() -> GgufBackend:
+    """One that asks the source once for all tests here."""
+    return GgufBackend()
+
+
+Raws = dict[str, np.ndarray[Any, Any]]
+
+
+def swap(first: str, second: str) -> Callable[[Raws], None]:
+    def change(raws: Raws) -> None:
+        raws[first], raws[second] = raws[second], raws[first]
+
+    return change
+
+
+def zero(name: str) -> Callable[[Raws], None]:
+    def change(raws: Raws) -> None:
+        raws[name] = np.zeros_like(raws[name])
+
+    return change
+
+
+def turn(name: str) -> Callable[[Raws], None]:
+    """Rows in another order: what a rotation of the wrong kind would need."""
+
+    def change(raws: Raws) -> None:
+        raws[name] = np.roll(raws[name], 1, axis=0)
+
+    return change
+
+
+def swap_tokens(fields: dict[str, gguf.ReaderField]) -> None:
+    tokens = fields["tokenizer.ggml.tokens"].contents()
+    tokens[300], tokens[301] = tokens[301], tokens[300]
+    fields["tokenizer.ggml.tokens"] = Other(fields["tokenizer.ggml.tokens"], tokens)
+
+
+def nothing(_: object) -> None:
+    """No change."""
+
+
 @pytest.mark.parametrize(
-    ("change", "drop", "message"),
+    ("fields", "tensors", "drop", "message"),
     [
-        (lambda fields: fields.pop("tokenizer.chat_template"), "", "the chat template is lost"),
-        (set_field("tokenizer.chat_template", "{{ x }}"), "", "the chat template differs from the source's"),
-        (set_field("tokenizer.ggml.eos_token_id", 0), "", "eos token is 0, the source's '</s>' is 2"),
-        (set_field("tokenizer.ggml.bos_token_id", 2), "", "bos token is 2, the source's '<s>' is 1"),
-        (lambda fields: fields.pop("tokenizer.ggml.eos_token_id"), "", "no eos token; the source has '</s>' (2)"),
-        (lambda _: None, "blk.1.ffn_up.weight", "tensor blk.1.ffn_up.weight of the source's "),
+        (lambda fields: fields.pop("tokenizer.chat_template"), nothing, "", "the chat template is lost"),
+        (set_field("tokenizer.chat_template", "{{ x }}"), nothing, "", "the chat template differs from the source's"),
+        (set_field("tokenizer.ggml.eos_token_id", 0), nothing, "", "ggml.eos_token_id is 0, the source has 2"),
+        (set_field("tokenizer.ggml.bos_token_id", 2), nothing, "", "ggml.bos_token_id is 2, the source has 1"),
+        (lambda fields: fields.pop("tokenizer.ggml.eos_token_id"), nothing, "", "eos_token_id is missing, the source"),
+        (set_field("llama.rope.freq_base", 5e5), nothing, "", "llama.rope.freq_base is 500000.0, the source has 10000"),
+        (swap_tokens, nothing, "", "lines otherwise than the source, first "),
+        (nothing, nothing, "blk.1.ffn_up.weight", "tensor blk.1.ffn_up.weight is missing: 131,072 of the source's"),
+        (nothing, zero("blk.1.ffn_up.weight"), "", "tensor blk.1.ffn_up.weight (Q8_0) is all zeros"),
+        (nothing, zero("blk.1.ffn_norm.weight"), "", "blk.1.ffn_norm.weight (F32) differs from the source's by 100%"),
+        (nothing, swap("blk.0.attn_q.weight", "blk.1.attn_q.weight"), "", "blk.0.attn_q.weight (Q8_0) is not the"),
+        (nothing, swap("blk.0.attn_norm.weight", "blk.1.attn_norm.weight"), "", "blk.0.attn_norm.weight (F32) differs"),
+        (nothing, turn("blk.0.attn_k.weight"), "", "blk.0.attn_k.weight (Q8_0) is not the source's: a cosine"),
     ],
-    ids=["no-template", "template", "eos", "bos", "no-eos", "tensor"],
-)
-def test_what_the_source_has_and_the_file_has_not(
-    change: Callable[[dict[str, gguf.ReaderField]], None], drop: str, message: str, artifact: Artifact, tiny: Path
+    ids=["no-template", "template", "eos", "bos", "no-eos", "rope", "tokens", "tensor", "zeros", "zero-norm", "layers",
+         "norms", "rows"],
+)  # fmt: skip
+def test_what_is_not_the_sources(
+    fields: Callable[[dict[str, gguf.ReaderField]], None], tensors: Callable[[Raws], None], drop: str, message: str,
+    artifact: Artifact, tiny: Path, backend: GgufBackend,
+) -> None:  # fmt: skip
+    rewrite(weights(artifact), fields, drop, tensors)
+    with pytest.raises(VerifyError, match=re.escape(message)) as caught:
+        backend.verify(artifact.folder, open_checkpoint(tiny), Limits(), SilentReporter())
+    assert caught.value.message.startswith("tiny-Q8_0.gguf: ")
+    assert caught.value.hint
+
+
+def test_a_rewritten_file_without_a_fault_is_good(artifact: Artifact, tiny: Path, backend: GgufBackend) -> None:
+    """So that the faults above are what is refused, not the rewriting."""
+    rewrite(weights(artifact), nothing)
+    facts = backend.verify(artifact.folder, open_checkpoint(tiny), Limits(), SilentReporter())
+    assert facts["lines"] > 2000
+    assert facts["ends"] == [2]
+    assert facts["divergence"] < 0.01 * facts["divergence_elsewhere"]
+
+
+def asked(folder: Path) -> Expected:
+    return expected_of(SilentReporter(), open_checkpoint(folder), None)
+
+
+def test_a_file_that_computes_otherwise_is_refused(artifact: Artifact, own_tiny: Path) -> None:
+    """Everything in the file is as the converter has it, and llama.cpp rotates otherwise than the source."""
+    good = asked(own_tiny)
+    change_json(own_tiny / "config.json", rope_theta=100.0)
+    other = replace(good, log_probs=asked(own_tiny).log_probs)
+    checkpoint = open_checkpoint(own_tiny)
+    facts = engine.try_out(SilentReporter(), weights(artifact), 4, 1, checkpoint, good)
+    assert facts["divergence"] < 0.001
+    with pytest.raises(
+        VerifyError, match=r"it does not compute what the source computes: the predictions are [\d.]+ nats"
+    ):
+        engine.try_out(SilentReporter(), weights(artifact), 4, 1, checkpoint, other)
+
+
+def test_a_source_that_does_not_fit_into_memory_is_said(
+    own_tiny: Path, monkeypatch: pytest.MonkeyPatch, artifact: Artifact
 ) -> None:
-    rewrite(weights(artifact), change, drop)
-    with pytest.raises(VerifyError, match=re.escape(f"tiny-Q8_0.gguf: {message}")):
-        GgufBackend().verify(artifact.folder, open_checkpoint(tiny), Limits(), SilentReporter())
+    monkeypatch.setattr("quantize.engines.gguf_source.ram", lambda: (10**6, 10**6))
+    expected = asked(own_tiny)
+    assert expected.log_probs is None
+    facts = engine.try_out(SilentReporter(), weights(artifact), 4, 1, open_checkpoint(own_tiny), expected)
+    assert facts["unmeasured"] == "the source takes 1 GiB of memory in transformers, 0 GiB are free"
+
+
+def test_batches_and_single_tokens_must_agree(artifact: Artifact, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = engine.predictions
+
+    def spoilt(model: Any, name: str, parts: Any) -> Any:
+        found = real(model, name, parts)
+        return found if len(parts) == 1 else np.roll(found, 1, axis=0)
+
+    monkeypatch.setattr(engine, "predictions", spoilt)
+    with pytest.raises(VerifyError, match=r"llama\.cpp computes 64 tokens at once otherwise than one by one"):
+        engine.try_out(SilentReporter(), weights(artifact), 4, 1, open_checkpoint(tiny), asked(tiny))
 
 
 def test_another_source_of_the_same_shape_is_not_taken_for_it(built: Built, run: Run, tmp_path: Path) -> None:
@@ -203,7 +313,9 @@ def spoil_tensor(artifact: Artifact, name: str, raw: bytes) -> None:
 
 def test_a_nan_in_a_tensor_does_not_load(artifact: Artifact) -> None:
     spoil_tensor(artifact, "blk.0.ffn_up.weight", np.float16("nan").tobytes())
-    with pytest.raises(VerifyError, match=r"tiny-Q8_0\.gguf: llama\.cpp does not load it"):
+    with pytest.raises(
+        VerifyError, match=r"does not load it: load_all_data: tensor 'blk\.0\.ffn_up\.weight' has invalid"
+    ):
         engine.try_out(SilentReporter(), weights(artifact), 4, 1)
 
 
@@ -222,7 +334,7 @@ def test_a_truncated_file_does_not_load(artifact: Artifact) -> None:
 
 def test_two_runs_that_differ_are_refused(artifact: Artifact, monkeypatch: pytest.MonkeyPatch) -> None:
     answers = iter([[1, 2], [1, 3]])
-    monkeypatch.setattr(engine, "_generate", lambda *_: next(answers))
+    monkeypatch.setattr(engine, "generate", lambda *_: next(answers))
     with pytest.raises(VerifyError, match=r"two greedy runs differ \(\[1, 2\] and \[1, 3\]\)"):
         engine.try_out(SilentReporter(), weights(artifact), 2, 1)
 

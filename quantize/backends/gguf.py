@@ -19,15 +19,18 @@ from pydantic import Field, field_validator
 from quantize.backends.base import BuildResult, Collector, Context, KeptTensor, Limits, SizePlan
 from quantize.backends.gguf_types import BITS, ELEMENT_TYPES, FTYPES, UNQUANTIZED_TYPES, base_type
 from quantize.checkpoint import Checkpoint
-from quantize.containers.gguf import GgufTensor, read_gguf
+from quantize.containers.gguf import GgufFile, GgufTensor, read_gguf
 from quantize.engines.gguf_convert import ConvertRequest
+from quantize.engines.gguf_source import Expected
+from quantize.engines.gguf_vocabulary import PRE
+from quantize.engines.gguf_vocabulary import names as pre_tokenizers
 from quantize.engines.llama_cpp import QuantizeSettings, SizedFile
 from quantize.errors import PlanError, QuantizeError, VerifyError, disk_errors
 from quantize.manifest import tool_versions
 from quantize.marked_yaml import suggest
 from quantize.memory import BlockMemory
 from quantize.recipe import BackendOptions
-from quantize.report import Reporter, status
+from quantize.report import Reporter, status, warn
 from quantize.source import PinnedSource, dequantized_key
 from quantize.untrusted import check_pattern
 from quantize.worker import run_step
@@ -47,6 +50,9 @@ class GgufOptions(BackendOptions):
     output_type: str | None = Field(None, description="type of the output head")
     embedding_type: str | None = Field(None, description="type of the token embedding")
     pure: bool = Field(False, description="all tensors in one type, no mixture")
+    pre_tokenizer: str | None = Field(
+        None, description="llama.cpp's name of the rules that split text before BPE, where its converter knows none"
+    )
 
     @field_validator("type")
     @classmethod
@@ -60,6 +66,13 @@ class GgufOptions(BackendOptions):
     def _known_element(cls, value: str | None) -> str | None:
         if value is not None and value not in ELEMENT_TYPES:
             raise ValueError(f"unknown tensor type || {suggest(value, [*ELEMENT_TYPES])}")
+        return value
+
+    @field_validator("pre_tokenizer")
+    @classmethod
+    def _known_pre_tokenizer(cls, value: str | None) -> str | None:
+        if value is not None and value not in pre_tokenizers():
+            raise ValueError(f"unknown pre-tokenizer || {suggest(value, [*pre_tokenizers()])}")
         return value
 
     @field_validator("overrides")
@@ -91,6 +104,9 @@ class GgufBackend:
     extra = "gguf"
     Options = GgufOptions
 
+    def __init__(self) -> None:
+        self._expected: dict[Any, Expected] = {}  # of the source that was asked last
+
     def tools(self, options: GgufOptions) -> Sequence[str]:
         """The converter, its libraries and the quantizer."""
         calibrated = ["torch", "transformers"] if options.imatrix else []
@@ -106,7 +122,24 @@ class GgufBackend:
     def sizes(
         self, context: Context, options: Sequence[GgufOptions], reporter: Reporter
     ) -> Sequence[SizePlan | QuantizeError]:
-        """By llama.cpp's dry run on a header-only conversion."""
+        """By llama.cpp's dry run on a header-only conversion, one for each pre-tokenizer that is chosen."""
+        plans: dict[int, SizePlan | QuantizeError] = {}
+        for chosen in dict.fromkeys(item.pre_tokenizer for item in options):
+            group = [(place, item) for place, item in enumerate(options) if item.pre_tokenizer == chosen]
+            alike = [item for _, item in group]
+            try:
+                sized = self._sized(replace(context, options=alike[0]), alike, reporter)
+            except PlanError as exc:
+                if len(alike) == len(options):
+                    raise
+                sized = [exc] * len(alike)
+            plans |= dict(zip((place for place, _ in group), sized, strict=True))
+        return [plans[place] for place in range(len(options))]
+
+    def _sized(
+        self, context: Context, options: Sequence[GgufOptions], reporter: Reporter
+    ) -> Sequence[SizePlan | QuantizeError]:
+        """The sizes of variants that share a 16-bit file."""
         from quantize.engines.llama_cpp import convert_and_size, dry_run
 
         jobs = [_settings(item, context.limits, None) for item in options]
@@ -115,8 +148,7 @@ class GgufBackend:
             sized = run_step("sizing the GGUF files", reporter, dry_run, ready, jobs)
         else:
             out = context.scratch / "headers.gguf"
-            request = _request(context)
-            sized = run_step("sizing the GGUF files", reporter, convert_and_size, request, out, jobs)
+            sized = run_step("sizing the GGUF files", reporter, convert_and_size, _request(context), out, jobs)
         plans: list[SizePlan | QuantizeError] = []
         for item, result in zip(options, sized, strict=True):
             if isinstance(result, QuantizeError):
@@ -175,20 +207,41 @@ class GgufBackend:
         return BuildResult(tuple(files), weights, BITS[options.type], None, bits, kept, facts)
 
     def verify(self, folder: Path, checkpoint: Checkpoint, limits: Limits, reporter: Reporter) -> Mapping[str, Any]:
-        """Tensor set, template and special tokens against the source; load and generate in llama.cpp."""
-        from quantize.engines.gguf_check import compare_with_source
-        from quantize.engines.llama_cpp import try_out
+        """Tensors, fields, template, tokens and predictions against the source's; load and generate in llama.cpp."""
+        from quantize.engines.gguf_check import compare_header
+        from quantize.engines.try_out import try_out
 
         path = main_file(folder)
-        compare_with_source(read_gguf(path), checkpoint)
+        file = read_gguf(path)
+        expected = self._asked(checkpoint, file, reporter)
+        compare_header(file, checkpoint, expected)
+        for what in [
+            *(f"llama.cpp's converter leaves out {name}" for name in expected.left_out[:3]),
+            expected.unmeasured,
+        ]:
+            if what:
+                warn(reporter, "", f"{path.name}: {what}")
         facts: dict[str, Any] = run_step(
-            "loading in llama.cpp", reporter, try_out, path, TRY_OUT_TOKENS, limits.threads
+            "loading in llama.cpp", reporter, try_out, path, TRY_OUT_TOKENS, limits.threads, checkpoint, expected
         )
         return {"runtime": "llama.cpp", **facts}
+
+    def _asked(self, checkpoint: Checkpoint, file: GgufFile, reporter: Reporter) -> Expected:
+        """What the source says, asked once for all its variants."""
+        from quantize.engines.gguf_source import expected_of
+
+        pre_tokenizer = file.fields.get(PRE)
+        known = pre_tokenizer if pre_tokenizer in pre_tokenizers() else None
+        files = [(path, path.stat().st_mtime_ns, path.stat().st_size) for path in checkpoint.files()]
+        key = (known, *files)
+        if key not in self._expected:
+            self._expected = {key: run_step("asking the source", reporter, expected_of, checkpoint, known)}
+        return self._expected[key]
 
     def _intermediate(self, context: Context) -> tuple[str, Path | None]:
         """Cache key of the 16-bit file, and the file itself if it is there."""
         parts = [_checkpoint_key(context.source), context.checkpoint.dtype, *_metadata_lines(context)]
+        parts.append(f"pre_tokenizer={context.options.pre_tokenizer}")
         parts += [f"{name}={version}" for name, version in tool_versions(["auto-round", "gguf"]).items()]
         key = hashlib.sha256("\n".join(parts).encode()).hexdigest()[:24]
         found = sorted(context.cache.entry("gguf", key).glob("*.gguf"))
@@ -223,7 +276,8 @@ def _checkpoint_key(source: PinnedSource) -> str:
 
 
 def _request(context: Context) -> ConvertRequest:
-    return ConvertRequest(context.checkpoint.folder, context.checkpoint.dtype, _metadata(context))
+    checkpoint, chosen = context.checkpoint, context.options.pre_tokenizer
+    return ConvertRequest(checkpoint.folder, checkpoint.dtype, _metadata(context), chosen)
 
 
 def _metadata(context: Context) -> dict[str, Any]:

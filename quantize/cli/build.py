@@ -24,7 +24,7 @@ from quantize.cli.common import (
 )
 from quantize.cli.progress import console_reporter
 from quantize.errors import QuantizeError, UsageError, WorkerDied
-from quantize.evaluate.record import COLUMNS
+from quantize.evaluate.record import COLUMNS, source_lines
 from quantize.lock import hold, lock_path, read_lock
 from quantize.recipe import Recipe
 from quantize.sizes import size_text
@@ -132,6 +132,9 @@ def _show(found: list[tuple[Recipe, Outcome]], *, as_json: bool, several: bool) 
         columns = [("RECIPE", "left"), *columns]
         rows = [[recipe.name, *row] for (recipe, _), row in zip(found, rows, strict=True)]
     print_table(columns, rows, empty="nothing to build")
+    measured = [(recipe.name, quality(item.artifact).golden) for recipe, item in found if item.artifact is not None]
+    for note in source_lines(measured):
+        click.echo(note)
 
 
 def summary(found: list[tuple[Recipe, Outcome]], *, several: bool) -> str:

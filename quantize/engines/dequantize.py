@@ -9,11 +9,16 @@ import json
 from pathlib import Path
 from typing import Any
 
+from quantize.containers.gguf import read_gguf
 from quantize.containers.safetensors import header_bytes
 from quantize.errors import CheckpointError, MissingExtraError, first_line
 from quantize.report import Reporter
 
 SHARD_SIZE = "5GB"
+RULES_VERSION = 1  # of what is mended in a tokenizer; enters the key of the checkpoint
+PRE = "tokenizer.ggml.pre"
+# llama.cpp's names of the rules that part every digit from the text before they split it as GPT-2 does.
+DIGITS_APART = ("smollm", "codeshell", "exaone", "minerva-7b", "starcoder", "refact", "command-r", "mellum2")
 
 
 def dequantize_gguf(reporter: Reporter, gguf: Path, out: Path) -> None:
@@ -66,6 +71,19 @@ def _write_rest(transformers: Any, gguf: Path, out: Path) -> None:
     for key in ("is_local", "local_files_only", "name_or_path"):
         settings.pop(key, None)  # where it was loaded from is not part of the model
     path.write_text(json.dumps(settings, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
+    _part_digits(read_gguf(gguf).fields.get(PRE), out / "tokenizer.json")
+
+
+def _part_digits(rules: object, path: Path) -> None:
+    """transformers gives each byte-level vocabulary GPT-2's rules, whatever the file says: "   4" gets other ids."""
+    if rules not in DIGITS_APART or not path.is_file():
+        return
+    tokenizer = json.loads(path.read_text(encoding="utf-8"))
+    found = tokenizer.get("pre_tokenizer")
+    if isinstance(found, dict) and found.get("type") == "ByteLevel":
+        digits = {"type": "Digits", "individual_digits": True}
+        tokenizer["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [digits, found]}
+        path.write_text(json.dumps(tokenizer, indent=2, ensure_ascii=False), encoding="utf-8")
 
 
 def _libraries() -> tuple[Any, Any]:

@@ -1,96 +1,285 @@
-"""A GGUF artifact against its source checkpoint: nothing lost, nothing added, same template and special tokens.
+"""A GGUF file held against what its source says: tensors, values, fields, template, ends, token ids, predictions.
 
-In: the artifact's header and the checkpoint. Out: nothing, or VerifyError that names what differs.
-Whether it runs is tried in engines/llama_cpp.py.
+In: the file's header, what llama.cpp makes of it, an Expected of engines/gguf_source.py. Out: facts, or VerifyError
+that names what differs. A converter may split, merge, turn or drop a tensor, so no name of the source is looked for:
+what the converter makes of the source now must be in the file, and the file must compute what the source computes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Sequence
 from functools import cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from quantize.checkpoint import Checkpoint, read_json
-from quantize.containers.gguf import GgufFile
+from quantize.checkpoint import Checkpoint
+from quantize.containers.gguf import GgufFile, GgufTensor
+from quantize.engines.gguf_source import Expected, ExpectedTensor
+from quantize.engines.gguf_vocabulary import source_ends, turn_ends
 from quantize.errors import VerifyError
 from quantize.shape import ModelShape
 
-SPECIAL_TOKENS = {"bos": "tokenizer.ggml.bos_token_id", "eos": "tokenizer.ggml.eos_token_id"}
-MADE_BY_LLAMA_CPP = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+REBUILD = "the file is damaged, or was made by other versions: build it again with --force"
+FREE_FIELDS = ("general.", "quantize.", "split.", "tokenizer.ggml.pre", "tokenizer.chat_template")
+UNQUANTIZED = ("F32", "F16", "BF16", "F64")
+EXACT = 0.01  # relative error of a tensor that is not quantized: BF16 has 8 bits, and small FP16 values fewer
+# Bits a weight, at least -> the least cosine between a tensor's rows and the source's. Those of another tensor have
+# about 0, and so has a tensor of zeros; Q2_K of normal weights has 0.94, IQ1_S 0.8.
+LEAST_COSINE = ((7.5, 0.99), (4.0, 0.9), (3.0, 0.75), (2.0, 0.5), (0.0, 0.3))
+LARGEST_SCALE = 2.0
+# Bits a weight, at least -> the most that the median divergence from the source may be, as a share of what it is
+# between the source's own predictions at other places.
+MOST_DIVERGENCE = ((7.5, 0.05), (4.0, 0.4), (3.0, 0.7), (2.0, 1.0), (0.0, math.inf))
+SHOWN_IDS = 4
 
 
-def compare_with_source(file: GgufFile, checkpoint: Checkpoint) -> None:
-    """Raise VerifyError unless tensors, sizes, chat template and special tokens are the source's own."""
-    _compare_tensors(file, checkpoint)
-    _compare_elements(file, checkpoint)
+def compare_header(file: GgufFile, checkpoint: Checkpoint, expected: Expected) -> None:
+    """Raise VerifyError unless names, sizes, fields and chat template are what the converter makes of the source."""
+    _compare_tensors(file, expected)
+    _compare_fields(file, expected)
     _compare_template(file, checkpoint)
-    _compare_special_tokens(file, checkpoint)
 
 
-def _compare_tensors(file: GgufFile, checkpoint: Checkpoint) -> None:
-    """Each tensor that llama.cpp's own name table can name must be there: once as itself, or merged per expert."""
-    names = name_map(str(file.fields.get("general.architecture")), checkpoint)
-    have = set(file.tensors)
-    for tensor in checkpoint.tensors:
-        mapped = names.get_name(tensor, try_suffixes=(".weight", ".bias"))
-        if mapped is not None and mapped not in have:
-            raise VerifyError(f"{file.path.name}: tensor {mapped} of the source's {tensor} is missing")
+def _compare_tensors(file: GgufFile, expected: Expected) -> None:
+    found, wanted = set(file.tensors), set(expected.tensors)
+    if missing := sorted(wanted - found):
+        lost = sum(math.prod(expected.tensors[name].shape) for name in missing)
+        raise VerifyError(
+            f"{file.path.name}: {_named(missing)} missing: {lost:,} of the source's weights are lost", hint=REBUILD
+        )
+    if more := sorted(found - wanted):
+        raise VerifyError(f"{file.path.name}: {_named(more)} not the source's", hint=REBUILD)
+    for name, tensor in file.tensors.items():
+        shape = expected.tensors[name].shape
+        if _trimmed(tensor.shape) != _trimmed(shape):
+            raise VerifyError(f"{file.path.name}: tensor {name} has the shape {tensor.shape}, the source's {shape}",
+                              hint=REBUILD)  # fmt: skip
 
 
-def _compare_elements(file: GgufFile, checkpoint: Checkpoint) -> None:
-    total = 0
-    for tensor in file.tensors.values():
-        if tensor.name in MADE_BY_LLAMA_CPP:
+def _trimmed(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """A shape without the dimensions of 1 behind it, which llama.cpp drops."""
+    return _trimmed(shape[:-1]) if len(shape) > 1 and shape[-1] == 1 else shape
+
+
+def _named(names: Sequence[str]) -> str:
+    more = f" and {len(names) - 3:,} more" if len(names) > 3 else ""
+    return f"tensor{'s' * (len(names) > 1)} {', '.join(names[:3])}{more} {'are' if len(names) > 1 else 'is'}"
+
+
+def _compare_fields(file: GgufFile, expected: Expected) -> None:
+    for name, wanted in expected.fields.items():
+        if name.startswith(FREE_FIELDS):
             continue
-        count = 1
-        for number in tensor.shape:
-            count *= number
-        total += count
-    tied = sum(t.elements for n, t in checkpoint.tensors.items() if n.endswith("embed_tokens.weight"))
-    if total not in (checkpoint.parameters, checkpoint.parameters - tied, checkpoint.parameters + tied):
-        raise VerifyError(f"{file.path.name}: {total:,} weights, the source has {checkpoint.parameters:,}")
+        found = file.fields.get(name)
+        near = (
+            isinstance(found, (int, float)) and isinstance(wanted, float) and math.isclose(found, wanted, rel_tol=1e-6)
+        )
+        if not near and found != wanted:
+            what = "is missing" if found is None else f"is {found}"
+            raise VerifyError(f"{file.path.name}: {name} {what}, the source has {wanted}", hint=REBUILD)
 
 
 def _compare_template(file: GgufFile, checkpoint: Checkpoint) -> None:
     template = file.fields.get("tokenizer.chat_template")
     if checkpoint.chat_template is not None and template != checkpoint.chat_template:
         what = "is lost" if template is None else "differs from the source's"
-        raise VerifyError(f"{file.path.name}: the chat template {what}", hint="chat would answer nonsense")
+        hint = f"chat would answer nonsense; {REBUILD}"
+        raise VerifyError(f"{file.path.name}: the chat template {what}", hint=hint)
 
 
-def _compare_special_tokens(file: GgufFile, checkpoint: Checkpoint) -> None:
-    tokenizer = checkpoint.folder / "tokenizer.json"
-    if not tokenizer.is_file():
+def compare_values(file: GgufFile, expected: Expected) -> None:
+    """Hold some rows of every tensor, dequantized by the gguf package, against the source's. Raises VerifyError.
+
+    What is not quantized must be equal but for rounding. What is must point where the source points, and be as long:
+    how near depends on the bits of the tensor's own type, and is meant to tell nonsense, not quality.
+    """
+    for name, tensor in file.tensors.items():
+        if (found := _rows(file, tensor, expected.tensors[name])) is not None:
+            _compare_rows(file, tensor, found, expected.tensors[name].values)
+
+
+def is_finite(expected: Expected) -> bool:
+    """Whether the source has no Inf on purpose; llama.cpp's own check of a file takes none."""
+    import numpy as np
+
+    return all(bool(np.isfinite(tensor.values).all()) for tensor in expected.tensors.values())
+
+
+def _rows(file: GgufFile, tensor: GgufTensor, expected: ExpectedTensor) -> NDArray[np.float32] | None:
+    """The rows [rows, width] that the source was asked for; None where the gguf package has no reader for the type."""
+    import gguf
+    import numpy as np
+
+    count = math.prod(tensor.shape[1:])
+    raw = np.memmap(file.path, np.uint8, "r", tensor.offset, (count, tensor.size_bytes // count))
+    kind = gguf.GGMLQuantizationType[tensor.type]
+    part = np.array(raw[list(expected.rows)])
+    plain = {"F32": np.float32, "F16": np.float16, "F64": np.float64}.get(tensor.type)
+    try:
+        values = part.view(plain) if plain is not None else gguf.quants.dequantize(part, kind)
+    except NotImplementedError:
+        return None
+    return values.astype(np.float32).reshape(len(expected.rows), tensor.shape[0])
+
+
+def _compare_rows(file: GgufFile, tensor: GgufTensor, found: Any, wanted: Any) -> None:
+    import numpy as np
+
+    where, finite = f"{file.path.name}: tensor {tensor.name} ({tensor.type})", np.isfinite(found)
+    if not np.array_equal(finite, np.isfinite(wanted)):
+        raise VerifyError(f"{where} has NaN or Inf", hint=REBUILD)
+    found, wanted = found[finite], wanted[finite]  # a factor of Inf takes a frequency out of a rotation
+    length, size = float(np.linalg.norm(wanted)), float(np.linalg.norm(found))
+    if tensor.type in UNQUANTIZED:
+        error = float(np.linalg.norm(found - wanted)) / length if length else size
+        if error > EXACT:
+            raise VerifyError(f"{where} differs from the source's by {error:.0%} of its length", hint=REBUILD)
         return
-    ids = _ids_by_text(read_json(tokenizer))
-    for kind, field in SPECIAL_TOKENS.items():
-        text = checkpoint.tokenizer_config.get(f"{kind}_token")
-        text = text.get("content") if isinstance(text, dict) else text
-        wanted = ids.get(text) if isinstance(text, str) else None
-        found = file.fields.get(field)
-        if wanted is not None and found is not None and found != wanted:
-            raise VerifyError(f"{file.path.name}: {kind} token is {found}, the source's {text!r} is {wanted}")
-        if wanted is not None and found is None and kind == "eos":
-            raise VerifyError(f"{file.path.name}: no {kind} token; the source has {text!r} ({wanted})")
+    if length == 0:
+        if size > 0:
+            raise VerifyError(f"{where} has values where the source has zeros", hint=REBUILD)
+        return
+    if size == 0:
+        raise VerifyError(f"{where} is all zeros, the source's is not", hint=REBUILD)
+    cosine = float((found * wanted).sum()) / (length * size)
+    least = _by_bits(LEAST_COSINE, _bits(tensor))
+    if cosine < least or not 1 / LARGEST_SCALE <= size / length <= LARGEST_SCALE:
+        raise VerifyError(
+            f"{where} is not the source's: a cosine of {cosine:.2f} (at least {least:g} at its bits), "
+            f"{size / length:.2f} times its length", hint=REBUILD,
+        )  # fmt: skip
 
 
-def _ids_by_text(tokenizer: Mapping[str, Any]) -> dict[str, int]:
-    model, added = tokenizer.get("model"), tokenizer.get("added_tokens")
-    vocabulary = model.get("vocab") if isinstance(model, dict) else None
-    ids = dict(vocabulary) if isinstance(vocabulary, dict) else {}
-    for item in added if isinstance(added, list) else []:
-        if isinstance(item, dict) and isinstance(item.get("content"), str) and isinstance(item.get("id"), int):
-            ids[item["content"]] = item["id"]
-    return ids
+def _bits(*tensors: GgufTensor) -> float:
+    """Bits a weight."""
+    return 8 * sum(item.size_bytes for item in tensors) / sum(math.prod(item.shape) for item in tensors)
+
+
+def _by_bits(table: Sequence[tuple[float, float]], bits: float) -> float:
+    return next(value for least, value in table if bits >= least)
+
+
+def lowest_bits(file: GgufFile) -> float:
+    """Bits a weight of the coarsest type that a hundredth of the weights or more have."""
+    by_type: dict[str, list[GgufTensor]] = {}
+    for tensor in file.tensors.values():
+        by_type.setdefault(tensor.type, []).append(tensor)
+    total = sum(math.prod(item.shape) for item in file.tensors.values())
+    shares = [(_bits(*group), sum(math.prod(item.shape) for item in group)) for group in by_type.values()]
+    return min(bits for bits, count in shares if count * 100 >= total)
+
+
+# --- tokens -----------------------------------------------------------------------------------------------------------
+
+
+def compare_tokens(
+    name: str, pre_tokenizer: object, expected: Expected, found: Sequence[Sequence[int]]
+) -> dict[str, Any]:
+    """Hold the ids of every line in llama.cpp against the source's. Raises VerifyError with the first that differ.
+
+    One reader of the source's tokenizer must agree on all lines. Returns {"lines": count}, and if that was not
+    transformers, who it was under "tokens_as_in" and how many lines have other ids in transformers.
+    """
+    others = {reader: _other_lines(ids, found) for reader, ids in expected.line_ids.items()}
+    reader, first = min(others, key=lambda item: len(others[item])), next(iter(others))
+    facts: dict[str, Any] = {"lines": len(expected.lines)}
+    if not others[reader]:
+        agrees = reader == first or not others[first]
+        return facts if agrees else facts | {"tokens_as_in": reader, "lines_otherwise": len(others[first])}
+    place = others[reader][0]
+    wanted, ids = expected.line_ids[reader][place], found[place]
+    differ = (at for at, (a, b) in enumerate(zip(wanted, ids, strict=False)) if a != b)
+    at = next(differ, min(len(wanted), len(ids)))
+    part = slice(max(0, at - SHOWN_IDS), at + SHOWN_IDS + 1)
+    raise VerifyError(
+        f"{name}: llama.cpp tokenizes {len(others[reader]):,} of {len(found):,} lines otherwise than the source, first "
+        f"{_shortened(expected.lines[place])}: {_ids(ids, part)} instead of {_ids(wanted, part)}",
+        hint=_token_hint(pre_tokenizer),
+    )
+
+
+def _other_lines(wanted: Sequence[Sequence[int]], found: Sequence[Sequence[int]]) -> list[int]:
+    return [place for place, (a, b) in enumerate(zip(wanted, found, strict=True)) if list(a) != list(b)]
+
+
+def _token_hint(pre_tokenizer: object) -> str:
+    if isinstance(pre_tokenizer, str) and pre_tokenizer != "default":
+        return f"it splits text by the rules of {pre_tokenizer!r}: choose others with `pre_tokenizer` in the variant"
+    return "llama.cpp does not have this tokenizer's rules: a model that reads other tokens answers nonsense"
+
+
+def _shortened(line: str) -> str:
+    return repr(line if len(line) <= 80 else f"{line[:80]}…")
+
+
+def _ids(ids: Sequence[int], part: slice) -> str:
+    shown = [str(number) for number in ids[part]]
+    return f"[{'…, ' * (part.start > 0)}{', '.join(shown)}{', …' * (part.stop < len(ids))}]"
+
+
+def compare_ends(file: GgufFile, checkpoint: Checkpoint, ending: frozenset[int]) -> dict[str, Any]:
+    """Hold the tokens that end an answer in llama.cpp against the source's. Raises VerifyError: one would not end.
+
+    ending: those of the source's ends that llama.cpp ends at. Returns {"ends": [ids]}, and under "ends_left_out" those
+    at which only transformers ends; it refuses where the chat template writes one of them, or there is no other.
+    """
+    ends = frozenset(source_ends(checkpoint.folder))
+    lost = ends & turn_ends(checkpoint.folder) - ending
+    if ends and (lost or not ending):
+        shown = " or ".join(map(str, sorted(lost or ends)))
+        raise VerifyError(
+            f"{file.path.name}: the source's answers end with token {shown}, and would not end in llama.cpp",
+            hint=REBUILD,
+        )
+    return {"ends": sorted(ending)} | ({"ends_left_out": sorted(ends - ending)} if ends - ending else {})
+
+
+# --- predictions ------------------------------------------------------------------------------------------------------
+
+
+def compare_predictions(name: str, bits: float, expected: Any, found: Any) -> dict[str, Any]:
+    """Hold log-probabilities [probe, vocabulary] of the file against the source's. Raises VerifyError.
+
+    The measure is the median over the probe of the divergence, in nats, beside that between the source's predictions
+    and its own at another place: a model of nonsense is as far off as that. Returns both.
+    """
+    divergence, elsewhere = median_divergence(expected, found), between_places(expected)
+    most = _by_bits(MOST_DIVERGENCE, bits)
+    if not divergence <= most * elsewhere:
+        raise VerifyError(
+            f"{name}: it does not compute what the source computes: the predictions are {divergence:.3g} nats from the "
+            f"source's in transformers; at most {most * elsewhere:.3g} is rounding at {bits:.1f} bits",
+            hint="llama.cpp, or its converter, treats this model otherwise than transformers: another format may do",
+        )
+    return {"divergence": round(divergence, 6), "divergence_elsewhere": round(elsewhere, 6)}
+
+
+def between_places(log_probs: Any) -> float:
+    """The median divergence between predictions [rows, vocabulary] and those of the same model half of the rows on."""
+    import numpy as np
+
+    return median_divergence(log_probs, np.roll(log_probs, len(log_probs) // 2, axis=0))
+
+
+def median_divergence(reference: Any, other: Any) -> float:
+    """Median over rows of KL(reference || other), both log-probabilities [rows, vocabulary], of the common columns."""
+    import numpy as np
+
+    width = min(reference.shape[1], other.shape[1])
+    a, b = reference[:, :width].astype(np.float64), other[:, :width].astype(np.float64)
+    return float(np.median((np.exp(a) * (np.maximum(a, -1e4) - np.maximum(b, -1e4))).sum(axis=1)))
+
+
+# --- names ------------------------------------------------------------------------------------------------------------
 
 
 def name_map(architecture: str, checkpoint: Checkpoint) -> Any:
     """llama.cpp's own table from the source's tensor names to its own. Raises VerifyError: no such architecture."""
-    return _name_map(architecture, _blocks(checkpoint))
-
-
-def _blocks(checkpoint: Checkpoint) -> int:
-    return ModelShape.from_config(checkpoint.config).layers
+    return _name_map(architecture, ModelShape.from_config(checkpoint.config).layers)
 
 
 @cache

@@ -22,6 +22,7 @@ from unittest import mock
 
 from quantize.engines.gguf_config import SAME_MODEL, converter_config
 from quantize.engines.gguf_tensors import show_as_published
+from quantize.engines.gguf_vocabulary import follow_source
 from quantize.errors import (
     MissingExtraError,
     PlanError,
@@ -87,8 +88,7 @@ def opened_converter(request: ConvertRequest, out: Path) -> Iterator[Any]:
             model = getattr(model, "impl", model)  # what stands for several architectures has the right one inside
             show_as_published(model, architecture)
             where.follow(model)
-            if request.pre_tokenizer is not None:
-                model.get_vocab_base_pre = lambda _tokenizer: request.pre_tokenizer
+            follow_source(model, request.pre_tokenizer)
             yield model
         finally:
             metadata_path.unlink(missing_ok=True)

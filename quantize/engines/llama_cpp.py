@@ -1,4 +1,4 @@
-"""llama.cpp through its Python package: size and quantize a 16-bit GGUF, and try an artifact out.
+"""llama.cpp through its Python package: size and quantize a 16-bit GGUF.
 
 In: paths and settings. Out: GGUF files and plain facts about them. Every public function runs in a worker process.
 The 16-bit file comes from engines/gguf_convert.py; what to ask for is decided in backends/gguf.py.
@@ -23,7 +23,6 @@ from quantize.errors import (
     MissingExtraError,
     PlanError,
     QuantizeError,
-    VerifyError,
     disk_full,
 )
 from quantize.report import Reporter
@@ -31,8 +30,6 @@ from quantize.staging import removed_on_failure
 
 LINE = re.compile(r"^\[\s*\d+/\s*\d+\]\s+(\S+)\s+-\s+\[([\d,\s]+)\], type =\s*(\S+), .*?(?:\((\w+)\))?\s*$")
 FALLBACK = "tensor cols"
-PROMPT_TOKENS = 48  # of a try-out: as real ones, long enough for the kernels of whole batches, which begin at 32
-LARGE_BYTES = 1 << 30  # below it one thread is fast enough, and never waits on a busy machine's other cores
 STREAM_ERROR = "iostream error"  # all that llama.cpp says of a file that can't be written
 FULL_BYTES = 1 << 20  # with less than this free beside what was written so far, that is why
 NEEDS_IMATRIX = ("require an imatrix", "without an importance matrix", "Missing importance matrix")
@@ -107,69 +104,6 @@ def quantize(reporter: Reporter, source: Path, out: Path, job: QuantizeSettings)
     with removed_on_failure(out):
         log = _quantize(source, out, job, dry=False)
     return [line for line in log.splitlines() if "WARNING" in line or FALLBACK in line]
-
-
-def try_out(reporter: Reporter, path: Path, tokens: int, threads: int) -> dict[str, Any]:
-    """Load a GGUF file with every tensor checked, and generate greedily twice.
-
-    Returns {"tokens": [ids], "load_seconds": s}. Raises VerifyError: does not load, logits not finite, two runs differ.
-    """
-    import time
-
-    llama_cpp, log = _library()
-    start = time.perf_counter()
-    parameters = llama_cpp.llama_model_default_params()
-    parameters.check_tensors = True
-    parameters.n_gpu_layers = 0
-    model = llama_cpp.llama_model_load_from_file(os.fsencode(path), parameters)
-    if not model:
-        raise VerifyError(f"{path.name}: llama.cpp does not load it", hint=_last_line("".join(log)))
-    seconds = time.perf_counter() - start
-    try:
-        first, second = (_generate(llama_cpp, model, path, tokens, threads, log) for _ in range(2))
-    finally:
-        llama_cpp.llama_model_free(model)
-    if first != second:
-        raise VerifyError(f"{path.name}: two greedy runs differ ({first[:8]} and {second[:8]})")
-    return {"tokens": first, "load_seconds": round(seconds, 3)}
-
-
-def _generate(llama_cpp: Any, model: Any, path: Path, count: int, threads: int, log: Iterable[str]) -> list[int]:
-    import numpy as np
-
-    parameters = llama_cpp.llama_context_default_params()
-    parameters.n_ctx = 256
-    parameters.flash_attn_type = llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED  # as evaluation has it
-    parameters.n_threads = parameters.n_threads_batch = threads if path.stat().st_size > LARGE_BYTES else 1
-    context = llama_cpp.llama_init_from_model(model, parameters)
-    if not context:
-        raise VerifyError(f"{path.name}: llama.cpp makes no context for it", hint=_last_line("".join(log)))
-    try:
-        vocabulary = llama_cpp.llama_model_get_vocab(model)
-        width = llama_cpp.llama_vocab_n_tokens(vocabulary)
-        pending, chosen = _prompt(llama_cpp, vocabulary, width), []
-        for _ in range(count):
-            array = (llama_cpp.llama_token * len(pending))(*pending)
-            if llama_cpp.llama_decode(context, llama_cpp.llama_batch_get_one(array, len(pending))) != 0:
-                raise VerifyError(f"{path.name}: llama.cpp can't run it", hint=_last_line("".join(log)))
-            logits = np.ctypeslib.as_array(llama_cpp.llama_get_logits_ith(context, -1), (width,))
-            if not bool(np.isfinite(logits).all()):
-                raise VerifyError(f"{path.name}: the logits are not finite", hint="a tensor is damaged")
-            pending = [int(logits.argmax())]
-            chosen += pending
-        return chosen
-    finally:
-        llama_cpp.llama_free(context)
-
-
-def _prompt(llama_cpp: Any, vocabulary: Any, width: int) -> list[int]:
-    """PROMPT_TOKENS tokens of text, or as many zeros where the tokenizer makes none."""
-    text = b"The capital of France is Paris. " * PROMPT_TOKENS
-    room = len(text) + 8
-    buffer = (llama_cpp.llama_token * room)()
-    count = llama_cpp.llama_tokenize(vocabulary, text, len(text), buffer, room, True, False)
-    ids = [int(buffer[index]) for index in range(max(0, min(count, PROMPT_TOKENS)))]
-    return ids if ids and max(ids) < width else [0] * PROMPT_TOKENS
 
 
 def _quantize(source: Path, out: Path, job: QuantizeSettings, *, dry: bool) -> str:

@@ -7,11 +7,17 @@ log, for the whole process: that function is made here once and never freed, and
 from __future__ import annotations
 
 import ctypes
+import re
 from collections import deque
 from collections.abc import Iterable
 from typing import Any
 
 from quantize.errors import says_out_of_memory
+
+LONGEST = 300
+FAILURE = re.compile(r"fail|error|unable|invalid|unknown|unsupported|assert", re.IGNORECASE)
+CONSEQUENCE = re.compile(r"(failed|unable) to (load|create|initialize)( the)? (model|context)", re.IGNORECASE)
+CAUSE = re.compile(r"\b(found|invalid|missing|unknown|expected|corrupt\w*|nan|inf|out of bounds)\b", re.IGNORECASE)
 
 _callback: Any = None
 _lines: deque[str] = deque()
@@ -33,11 +39,20 @@ def log_text() -> str:
 
 
 def telling_line(log: Iterable[str]) -> str:
-    """The last line that speaks of memory that ran out, else of a failure, else the last; "" if there is none."""
-    lines = [line.strip() for line in log if line.strip()]
-    failed = [line for line in lines if "fail" in line.lower() or "error" in line.lower()]
+    """The reason in a log: of memory that ran out, else of the last failure, else the last line; "" if there is none.
+
+    llama.cpp gives a reason and then, a line on, what came of it. A line that only says that nothing was loaded or made
+    is passed over, and a cause that stands right above the failure that it led to goes along.
+    """
+    lines = [line.strip(" .\t\n") for line in log if line.strip(" .\t\n")]
     short = [line for line in lines if says_out_of_memory(line)]  # the reason, not what came of it
-    return (short or failed or lines or [""])[-1][:300]
+    failed = [number for number, line in enumerate(lines) if FAILURE.search(line)]
+    telling = [number for number in failed if not CONSEQUENCE.search(lines[number])] or failed
+    if short or not telling:
+        return (short or lines or [""])[-1][:LONGEST]
+    last = telling[-1]
+    cause = [lines[last - 1]] if last and CAUSE.search(lines[last - 1]) else []
+    return " / ".join([*cause, lines[last]])[:LONGEST]
 
 
 def _keep(_level: int, text: bytes, _data: Any) -> None:

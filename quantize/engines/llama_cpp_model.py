@@ -22,6 +22,8 @@ from quantize.hardware import usable_cores
 
 MICRO_BATCH_TOKENS = 512
 LOG_LINES = 2000
+NOT_LOADED = "the file is damaged, or of a kind that this llama-cpp-python does not know: build or pull it again"
+NOT_RUN = "free memory, or take a shorter context; another llama-cpp-python may run it"
 SPLIT_NONE = 0  # llama.cpp's LLAMA_SPLIT_MODE_NONE: the whole model on main_gpu
 
 
@@ -32,6 +34,7 @@ class ModelSettings:
     context: tokens of each of `sequences`. batch: most tokens of one decode, given the size of the vocabulary.
     threads: 0 leaves one core to others.
     flash_attention: None is llama.cpp's own choice. gpu_layers: -1 is all; None is llama.cpp's own choice.
+    check_tensors: look at every value for NaN and Inf while loading.
     """
 
     context: int
@@ -41,6 +44,7 @@ class ModelSettings:
     flash_attention: bool | None = None
     gpu_layers: int | None = None
     main_gpu: int | None = None
+    check_tensors: bool = False
 
 
 class Entry(NamedTuple):
@@ -74,6 +78,7 @@ class OpenModel:
     def _open_model(self, path: Path, progress: Callable[[float], None] | None) -> None:
         library, settings = self.library, self._settings
         params = library.llama_model_default_params()
+        params.check_tensors = settings.check_tensors
         if settings.gpu_layers is not None:
             params.n_gpu_layers = settings.gpu_layers
         if settings.main_gpu is not None:
@@ -82,7 +87,7 @@ class OpenModel:
             params.progress_callback = library.llama_progress_callback(lambda share, _: (progress(share), True)[1])
         self.model = library.llama_model_load_from_file(os.fsencode(path), params)
         if not self.model:
-            raise VerifyError(f"{self._name}: llama.cpp does not load it", hint=_last_log_line())
+            raise VerifyError(f"{self._name}: llama.cpp does not load it: {_last_log_line()}", hint=NOT_LOADED)
         self.vocab = library.llama_model_get_vocab(self.model)
         self.vocabulary = int(library.llama_vocab_n_tokens(self.vocab))
         self.trained_context = int(library.llama_model_n_ctx_train(self.model))
@@ -107,7 +112,7 @@ class OpenModel:
         self.context = library.llama_init_from_model(self.model, params)
         if not self.context:
             self.close()
-            raise VerifyError(f"{self._name}: llama.cpp makes no context for it", hint=_last_log_line())
+            raise VerifyError(f"{self._name}: llama.cpp makes no context for it: {_last_log_line()}", hint=NOT_RUN)
         self._memory = library.llama_get_memory(self.context)
 
     def decode(self, entries: Iterable[Entry]) -> None:
@@ -123,7 +128,7 @@ class OpenModel:
                 batch.n_seq_id[index], batch.seq_id[index][0] = 1, row.sequence
                 batch.logits[index] = row.logits
             if self.library.llama_decode(self.context, batch) != 0:
-                raise VerifyError(f"{self._name}: llama.cpp can't run it", hint=_last_log_line())
+                raise VerifyError(f"{self._name}: llama.cpp can't run it: {_last_log_line()}", hint=NOT_RUN)
         finally:
             self.library.llama_batch_free(batch)
 

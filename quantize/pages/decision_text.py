@@ -12,6 +12,9 @@ from quantize.evaluate.decision import Limits
 from quantize.pages.collect import Entry, Subject
 from quantize.pages.production import MAX_ERROR_RATE, SERVING, Choice, Verdict
 
+PROMPTED = {"golden prompts", "JSON answers"}
+"""Gates that an evaluation leaves open if the recipe has no prompts for them."""
+
 
 @dataclass(frozen=True)
 class DecisionText:
@@ -84,11 +87,16 @@ def _not_measured(verdict: Verdict) -> str:
 
 
 def _measure(verdict: Verdict) -> str:
-    """The commands that give the evidence that a verdict lacks."""
-    load = [finding.gate in SERVING for finding in verdict.decision.missing]
-    called = verdict.entry.called
-    commands = [f"`quantize eval {called}`"] * (not all(load)) + [f"`quantize bench {called}`"] * any(load)
-    return " and ".join(commands)
+    """What gives the evidence that a verdict lacks."""
+    missing, called = {finding.gate for finding in verdict.decision.missing}, verdict.entry.called
+    steps = []
+    if missing - {*SERVING, *PROMPTED}:
+        steps.append(f"`quantize eval {called}`")
+    elif missing & PROMPTED:
+        steps.append("golden prompts in the recipe (`evaluation.golden`) that its source can answer, and a build")
+    if missing & {*SERVING}:
+        steps.append(f"`quantize bench {called}`")
+    return listed(steps)
 
 
 def listed(names: Sequence[str]) -> str:

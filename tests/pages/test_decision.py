@@ -97,6 +97,15 @@ def test_a_limit_that_the_recipe_sets_asks_for_its_figure(store: Store, gates: d
     assert f"no evidence of: {gate}. To measure it: `quantize bench tiny/q8_0`." in text.why
 
 
+def test_an_evaluation_without_prompts_asks_for_some(store: Store) -> None:
+    keep(store, store.find("tiny/q8_0"), found=replace(evaluation(), golden=None))
+    subject, choice, words = judged(store, "tiny/q8_0")
+    assert words == {"q8_0": "insufficient evidence"}
+    why = decision_text(subject, choice).why
+    assert "To measure it: golden prompts in the recipe (`evaluation.golden`)" in why
+    assert "quantize eval" not in why  # which would find the same again
+
+
 def test_evidence_of_both_kinds_is_asked_for(store: Store) -> None:
     subject = collect(store, "tiny/q8_0")
     choice = judge(Subject(subject.name, subject.entries, {"max_error_rate": 0.05}, ""))
