@@ -19,7 +19,9 @@ from quantize.artifact import Artifact, open_artifact
 from quantize.backends.base import Limits
 from quantize.backends.gguf import GgufBackend
 from quantize.checkpoint import open_checkpoint
+from quantize.containers.gguf import read_gguf
 from quantize.engines import try_out as engine
+from quantize.engines.gguf_check import compare_header
 from quantize.engines.gguf_source import Expected, expected_of
 from quantize.engines.packed_check import ROWS, agree
 from quantize.errors import VerifyError
@@ -28,6 +30,7 @@ from quantize.testing import write_json
 from quantize.verify import check_files
 from tests.bad_checkpoints import change_json
 from tests.conftest import Built, Run
+from tests.families import family_named, make_family
 
 
 @pytest.fixture
@@ -361,3 +364,37 @@ def test_two_readers_of_a_linear_agree_as_allclose_says(place: tuple[int, int], 
     theirs[place] = 1 + damage
     assert not agree(theirs, ours)
     assert not torch.allclose(theirs, ours, rtol=2e-3, atol=1e-6)
+
+
+# --- what a check by names refused ------------------------------------------------------------------------------------
+
+
+def without_prefix(path: Path) -> None:
+    """Gemma's vocabulary puts no space before a text; the tiny one of its family does."""
+    data = json.loads(path.read_text(encoding="utf-8"))
+    data["normalizer"]["normalizers"] = [
+        item for item in data["normalizer"]["normalizers"] if item["type"] != "Prepend"
+    ]
+    write_json(path, data)
+
+
+@pytest.mark.parametrize("name", ["DeepSeek V3", "gpt-oss", "LFM2-MoE", "Hunyuan", "Granite hybrid", "Gemma 3n"])
+def test_good_files_of_models_that_the_converter_rearranges(name: str, tmp_path: Path) -> None:
+    """Split latent matrices, fused experts, biases of routers, extra embeddings: good, and with other weights not."""
+    from quantize.engines.gguf_convert import ConvertRequest, convert
+
+    family, silent = family_named(name), SilentReporter()
+    make_family(family, tmp_path / "model")
+    if name.startswith("Gemma"):
+        without_prefix(tmp_path / "model" / "tokenizer.json")
+    checkpoint = open_checkpoint(tmp_path / "model")
+    request = ConvertRequest(checkpoint.folder, checkpoint.dtype, {"general.name": "x"}, family.pre_tokenizer)
+    convert(silent, request, tmp_path / "x.gguf")
+    expected = expected_of(silent, checkpoint, family.pre_tokenizer)
+    assert expected.left_out == ()
+    compare_header(read_gguf(tmp_path / "x.gguf"), checkpoint, expected)
+    facts = engine.try_out(silent, tmp_path / "x.gguf", 4, 1, checkpoint, expected)
+    assert facts["divergence"] < 1e-3 * facts["divergence_elsewhere"]
+    other = replace(expected, log_probs=np.roll(expected.log_probs, 3, axis=0))
+    with pytest.raises(VerifyError, match="does not compute what the source computes"):
+        engine.try_out(silent, tmp_path / "x.gguf", 4, 1, checkpoint, other)
