@@ -85,7 +85,11 @@ def test_no_line_compiles_llama_cpp_for_the_processor_at_hand() -> None:
 def test_the_search_finds_what_it_looks_for() -> None:
     for bare in ("pip install '.[gguf]'", "x/pip install -c c.txt \\\n  llama-cpp-python", 'pip install -e ".[dev]"'):
         assert len(unguarded(bare)) == 1
-    for right in ("pip install 'quantize-models[bnb]'", "pip install -e .", "CMAKE_ARGS=-DGGML_NATIVE=OFF pip install .[all]"):
+    for right in (
+        "pip install 'quantize-models[bnb]'",
+        "pip install -e .",
+        "CMAKE_ARGS=-DGGML_NATIVE=OFF pip install .[all]",
+    ):
         assert unguarded(right) == []
     stages = ["FROM a AS b", "RUN deploy/install-llama-cpp python && pip install '.[all]'", "FROM a AS c"]
     assert unguarded("\n".join([*stages, "RUN pip install '.[gguf]'"])) == ["RUN pip install '.[gguf]'"]
