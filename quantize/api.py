@@ -17,13 +17,13 @@ from quantize.backends.base import Limits
 from quantize.build import Outcome, RunOptions
 from quantize.build import build as run_build
 from quantize.cache import Cache, default_cache_root
+from quantize.events import Reporter, SilentReporter
 from quantize.lookup import find_recipe
 from quantize.plan import Plan, make_plan
 from quantize.rebuild import Given, Rebuild, rebuild_folders
 from quantize.rebuild import rebuild as run_rebuild
 from quantize.recipe import Recipe
 from quantize.recipe import load_recipe as read_recipe
-from quantize.report import Reporter, SilentReporter
 from quantize.store import Store
 
 PathText = str | os.PathLike[str]

@@ -28,11 +28,11 @@ from quantize.cache import Cache
 from quantize.checkpoint import Checkpoint
 from quantize.disk import disk_free_bytes, most_bytes
 from quantize.errors import DiskFullError, QuantizeError, Stopped, StoreError, UsageError, VerifyError
+from quantize.events import Event, Reporter, SilentReporter, note, status, warn
 from quantize.gates import Gates, Judge
 from quantize.manifest import MEASUREMENTS_NAME
 from quantize.plan import Job, Plan, identify_jobs, pin_calibration, size_plan
 from quantize.recipe import Recipe, Variant
-from quantize.report import Event, Reporter, SilentReporter, note, status, warn
 from quantize.source import PinnedSource, open_source, pin_source
 from quantize.staging import clear_leftovers, clear_pass, pass_workplace, store_errors, variant_lock, workplace
 from quantize.store import Store

@@ -28,10 +28,10 @@ from quantize.errors import (
     is_disk_full,
     is_out_of_memory,
 )
+from quantize.events import Reporter, note, status, warn
 from quantize.manifest import CalibrationEntry, tool_versions
 from quantize.memory import pass_bytes
 from quantize.recipe import CalibrationSpec, Recipe
-from quantize.report import Reporter, note, status, warn
 from quantize.resume import PassJournal
 from quantize.worker import peak_memory_bytes, run_step, stop_asked
 

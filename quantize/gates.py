@@ -26,11 +26,11 @@ from quantize.evaluate.record import NAME, decided, failed_record, figures_of, r
 from quantize.evaluate.runtimes import FORMATS, ModelRef
 from quantize.evaluate.session import CalibratedOn, Job, evaluate, figures, prepare_source
 from quantize.evaluate.structure import Intended
+from quantize.events import Event, Reporter, note, status, warn
 from quantize.hardware import describe_machine
 from quantize.lookup import GOLDEN, Found, builtin_files, find_data
 from quantize.manifest import CARD_NAME, EVALUATION_NAME, RECIPE_NAME, AcceptedRisk, Manifest, canonical_hash
 from quantize.recipe import Recipe
-from quantize.report import Event, Reporter, note, status, warn
 from quantize.source import PinnedSource, dequantized_key
 from quantize.staging import store_errors
 from quantize.worker import run_step

@@ -20,10 +20,10 @@ from quantize.cache import Cache
 from quantize.checkpoint import Checkpoint, open_checkpoint
 from quantize.disk import Needs, Room, needs, refusal, rooms, temporary_root
 from quantize.errors import PlanError, QuantizeError
+from quantize.events import Reporter, status
 from quantize.manifest import CalibrationEntry, canonical_hash, tool_versions
 from quantize.memory import memory_short, pass_bytes
 from quantize.recipe import Recipe, Variant
-from quantize.report import Reporter, status
 from quantize.source import PinnedSource, dequantized_key, open_source, pin_source
 from quantize.store import Store
 from quantize.worker import run_step

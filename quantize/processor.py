@@ -11,7 +11,7 @@ import platform
 import re
 from pathlib import Path
 
-from quantize.report import Reporter
+from quantize.events import Reporter
 
 MKL_MODE = "MKL_CBWR"
 # Read by the libraries when they load: each makes them choose other kernels than the processor alone would.

@@ -28,13 +28,13 @@ from quantize.checkpoint import Checkpoint
 from quantize.containers.compare import TensorDifference, can_compare, compare_metadata, compare_weights
 from quantize.disk import disk_free_bytes, disk_short
 from quantize.errors import PlanError, RecipeError, StoreError, UsageError, VerifyError
+from quantize.events import Reporter, note, status, warn
 from quantize.lookup import CALIBRATION, DATA, find_path
 from quantize.manifest import FILE_NAME, RECIPE_NAME, FileEntry, Manifest
 from quantize.plan import Job, identify_jobs
 from quantize.processor import name_device
 from quantize.recipe import CalibrationSpec, EvaluationSpec, Recipe, Source, Variant
 from quantize.reopen import find_source
-from quantize.report import Reporter, note, status, warn
 from quantize.source import PinnedSource, open_source
 from quantize.store import Store
 from quantize.verify import check_files

@@ -16,11 +16,11 @@ from quantize.backends import formats
 from quantize.backends.base import Limits
 from quantize.cache import Cache
 from quantize.errors import UsageError
+from quantize.events import Reporter
 from quantize.gates import Gates, Judge, Settled, refusal
 from quantize.lookup import SUFFIXES
 from quantize.recipe import Recipe, load_recipe
 from quantize.reopen import own_recipe, repin_source
-from quantize.report import Reporter
 from quantize.source import open_source
 from quantize.staging import variant_lock
 from quantize.store import Store

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from quantize.errors import disk_errors
-from quantize.report import Reporter, warn
+from quantize.events import Reporter, warn
 from quantize.staging import RESUME_NAME, differences, read_json, write_durable
 
 if TYPE_CHECKING:

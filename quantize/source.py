@@ -21,11 +21,11 @@ from quantize.cache import Cache
 from quantize.checkpoint import Checkpoint, check_finite, open_checkpoint
 from quantize.engines.dequantize import RULES_VERSION
 from quantize.errors import CheckpointError, MissingExtraError, RecipeError, first_line
+from quantize.events import Reporter, note, progress, status
 from quantize.lookup import is_path_text
 from quantize.manifest import SourceEntry
 from quantize.marked_yaml import MAX_BYTES, parse_document
 from quantize.recipe import PackageFile, Recipe, Source
-from quantize.report import Reporter, note, progress, status
 from quantize.untrusted import read_limited
 from quantize.worker import run_step
 

@@ -21,9 +21,9 @@ from quantize.backends.base import Backend, BuildResult, Collector, Context, Kep
 from quantize.checkpoint import INDEX_NAME, Checkpoint
 from quantize.containers.safetensors import TensorInfo, header_bytes, read_header
 from quantize.errors import BuildError, PlanError, QuantizeError, VerifyError
+from quantize.events import Reporter, progress
 from quantize.memory import BlockMemory
 from quantize.recipe import BackendOptions
-from quantize.report import Reporter, progress
 
 if TYPE_CHECKING:
     import numpy as np

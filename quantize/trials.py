@@ -19,8 +19,8 @@ from typing import Any
 
 from quantize.deaths import LIBRARIES, reinstall_line
 from quantize.errors import BuildError, QuantizeError, VerifyError, WorkerDied
+from quantize.events import Reporter, SilentReporter
 from quantize.hardware import usable_cores
-from quantize.report import Reporter, SilentReporter
 from quantize.worker import run_step
 
 MOST_SECONDS = 300  # of one engine: what takes longer hangs

@@ -10,8 +10,8 @@ from pathlib import Path
 from quantize.artifact import Artifact
 from quantize.cache import hash_file
 from quantize.errors import VerifyError
+from quantize.events import Reporter, progress
 from quantize.manifest import PAPERS, FileEntry
-from quantize.report import Reporter, progress
 
 
 def check_files(artifact: Artifact, reporter: Reporter) -> None:

@@ -36,8 +36,8 @@ from quantize.errors import (
     is_disk_full,
     is_out_of_memory,
 )
+from quantize.events import Event, Reporter, warn
 from quantize.processor import settle_products
-from quantize.report import Event, Reporter, warn
 
 P = ParamSpec("P")
 Result = TypeVar("Result")

@@ -19,7 +19,7 @@ from quantize.engines.gguf_convert import ConvertRequest, convert
 from quantize.engines.llama_cpp import QuantizeSettings, convert_and_size, quantize
 from quantize.engines.llama_cpp_model import Entry, ModelSettings, OpenModel
 from quantize.errors import PlanError, QuantizeError
-from quantize.report import Reporter, SilentReporter
+from quantize.events import Reporter, SilentReporter
 from quantize.worker import run_step
 from tests.families import FAMILIES, Family, make_family
 

@@ -24,7 +24,7 @@ from pathlib import Path
 
 from quantize.artifact import open_artifact
 from quantize.errors import VerifyError
-from quantize.report import SilentReporter
+from quantize.events import SilentReporter
 from quantize.store import Store
 from quantize.verify import check_files
 

@@ -16,9 +16,9 @@ from quantize.architecture import TABLE, block_layouts
 from quantize.attention import PIECE
 from quantize.block_runner import ROUND_BATCHES
 from quantize.errors import BuildError, CheckpointError
+from quantize.events import ListReporter
 from quantize.hidden_states import SavedStates, make_batches
 from quantize.numerics.gram import Gram
-from quantize.report import ListReporter
 from tests.architectures import CONFIGS, SavedCheckpoint, save, tiny_model, token_ids
 
 

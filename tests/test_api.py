@@ -16,8 +16,8 @@ import pytest
 import quantize
 from quantize.errors import MissingExtraError, QuantizeError, RecipeError, UsageError
 from quantize.evaluate.runtimes import FORMATS, runtime_of
+from quantize.events import ListReporter
 from quantize.provenance.statement import pypi_url
-from quantize.report import ListReporter
 from quantize.testing import write_recipe
 
 ROOT = Path(__file__).parent.parent

@@ -13,8 +13,8 @@ import pytest
 from quantize.backends import formats
 from quantize.build import RunOptions, build
 from quantize.cache import Cache
+from quantize.events import SilentReporter
 from quantize.recipe import load_recipe
-from quantize.report import SilentReporter
 from quantize.store import Store
 from quantize.testing import write_recipe
 

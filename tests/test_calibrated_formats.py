@@ -27,12 +27,12 @@ from quantize.cache import Cache
 from quantize.checkpoint import open_checkpoint
 from quantize.cli import main
 from quantize.errors import VerifyError
+from quantize.events import ListReporter
 from quantize.manifest import read_manifest
 from quantize.memory import pass_bytes
 from quantize.plan import make_plan
 from quantize.processor import MKL_MODE, device_name, strict_mode
 from quantize.recipe import Recipe, load_recipe
-from quantize.report import ListReporter
 from quantize.store import Store
 from quantize.testing import TinyModel, make_checkpoint, write_recipe, write_weights
 from tests.conftest import UNMEASURED

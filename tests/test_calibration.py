@@ -26,9 +26,9 @@ from quantize.calibration import (
     seed_prompts,
 )  # fmt: skip
 from quantize.errors import PlanError, RecipeError
+from quantize.events import SilentReporter
 from quantize.lookup import is_path_text
 from quantize.recipe import CalibrationSpec, load_calibration, load_recipe
-from quantize.report import SilentReporter
 from quantize.testing import write_recipe
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # transformers warns on import

@@ -27,7 +27,7 @@ from quantize.engines.gguf_convert import (
     converter_package,
 )
 from quantize.errors import PlanError
-from quantize.report import Reporter, SilentReporter
+from quantize.events import Reporter, SilentReporter
 from quantize.testing import write_recipe
 from quantize.worker import run_step
 from tests.conftest import Run

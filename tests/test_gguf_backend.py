@@ -21,8 +21,8 @@ from quantize.backends.gguf_types import ELEMENT_TYPES, FTYPES
 from quantize.build import build
 from quantize.cache import Cache
 from quantize.engines.llama_cpp_log import keep_log
+from quantize.events import SilentReporter
 from quantize.recipe import load_recipe
-from quantize.report import SilentReporter
 from quantize.store import Store
 from quantize.testing import CHAT_TEMPLATE, TinyModel, make_checkpoint, write_recipe
 from tests.conftest import BUILT_TYPES, UNMEASURED, Built

@@ -13,9 +13,9 @@ from quantize.cache import Cache
 from quantize.calibrated import _Part, _states_budget
 from quantize.checkpoint import open_checkpoint
 from quantize.errors import PlanError
+from quantize.events import SilentReporter
 from quantize.memory import BASE_BYTES, BlockMemory, largest_block, least_bytes, memory_short, pass_bytes
 from quantize.recipe import load_recipe
-from quantize.report import SilentReporter
 from quantize.source import pin_source
 from quantize.testing import TinyModel, make_checkpoint, write_recipe
 from tests.conftest import Run

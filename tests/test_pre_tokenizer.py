@@ -19,8 +19,8 @@ from quantize.checkpoint import open_checkpoint, read_chat_template
 from quantize.engines.gguf_source import load_tokenizer
 from quantize.engines.gguf_vocabulary import PRE_TOKENIZERS, _tokenized, names, source_ends, turn_ends
 from quantize.engines.token_lines import token_lines
+from quantize.events import SilentReporter
 from quantize.recipe import load_recipe
-from quantize.report import SilentReporter
 from quantize.store import Store
 from quantize.testing import TinyModel, make_checkpoint, write_json, write_recipe
 from tests.bad_checkpoints import change_json

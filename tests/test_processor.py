@@ -20,12 +20,12 @@ from torch import Tensor
 from torch.nn import functional
 
 from quantize.cluster.pool import Actor
+from quantize.events import SilentReporter
 from quantize.numerics.gptq import _round_block
 from quantize.numerics.gram import GramAccumulator
 from quantize.numerics.scales import _symmetric
 from quantize.parallel import without_gil
 from quantize.processor import CHOOSERS, MKL_MODE, device_name, name_device, strict_mode
-from quantize.report import SilentReporter
 from quantize.worker import run_step
 from tests import torch_steps
 

@@ -16,8 +16,8 @@ from safetensors.numpy import load_file
 
 from quantize.artifact import Artifact
 from quantize.backends.base import BuildResult, Context
+from quantize.events import Reporter
 from quantize.manifest import AcceptedRisk
-from quantize.report import Reporter
 from quantize.store import Store
 from quantize.testing import FakeBackend, TinyModel, make_checkpoint, write_recipe
 from tests.conftest import Built, Run

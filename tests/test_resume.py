@@ -25,8 +25,8 @@ from quantize.backends.base import Context, Limits
 from quantize.cache import Cache
 from quantize.containers.shards import ShardWriter
 from quantize.errors import Stopped
+from quantize.events import ListReporter, SilentReporter
 from quantize.recipe import load_recipe
-from quantize.report import ListReporter, SilentReporter
 from quantize.source import open_source, pin_source
 from quantize.staging import RESUME_NAME, read_json
 from quantize.testing import TinyModel, make_checkpoint, write_recipe

@@ -23,9 +23,9 @@ from quantize.build import Outcome, RunOptions, build
 from quantize.cache import Cache
 from quantize.diff import compare
 from quantize.errors import BuildError, DiskFullError, GateError, PlanError, StoreError, UsageError, VerifyError
+from quantize.events import ListReporter, SilentReporter
 from quantize.manifest import Manifest, manifest_schema, read_manifest
 from quantize.recipe import Recipe, load_recipe
-from quantize.report import ListReporter, SilentReporter
 from quantize.staging import RESUME_NAME, variant_lock, workplace
 from quantize.store import Store
 from quantize.testing import FakeBackend, write_recipe

@@ -25,7 +25,7 @@ from quantize.engines.gguf_check import compare_header
 from quantize.engines.gguf_source import Expected, expected_of
 from quantize.engines.packed_check import ROWS, agree
 from quantize.errors import VerifyError
-from quantize.report import ListReporter, SilentReporter
+from quantize.events import ListReporter, SilentReporter
 from quantize.testing import write_json
 from quantize.verify import check_files
 from tests.bad_checkpoints import change_json

@@ -16,7 +16,7 @@ import psutil
 import pytest
 
 from quantize.errors import BuildError, OutOfMemory, PlanError, QuantizeError, WorkerDied
-from quantize.report import ListReporter, SilentReporter
+from quantize.events import ListReporter, SilentReporter
 from quantize.worker import run_step
 from tests import worker_steps
 
@@ -129,7 +129,7 @@ def start_parent(tmp_path: Path) -> tuple[subprocess.Popen[bytes], int]:
             f"""
             import pathlib, sys
             sys.path.insert(0, {str(ROOT)!r})
-            from quantize.report import SilentReporter
+            from quantize.events import SilentReporter
             from quantize.worker import run_step
             from tests import worker_steps
             print("once", flush=True)

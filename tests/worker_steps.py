@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 from quantize.errors import PlanError, VerifyError
-from quantize.report import Reporter, note, progress
+from quantize.events import Reporter, note, progress
 
 
 def add(reporter: Reporter, first: int, second: int, *, times: int = 1) -> int:

@@ -16,11 +16,11 @@ from quantize.architecture import FoldGroup, Linear, RowsSource, block_count, bl
 from quantize.backends import packed
 from quantize.backends.base import Context
 from quantize.checkpoint import Checkpoint
+from quantize.events import Reporter
 from quantize.memory import BlockMemory
 from quantize.numerics.constants import SEARCHED_ROWS
 from quantize.parallel import on_threads
 from quantize.recipe import BackendOptions
-from quantize.report import Reporter
 
 if TYPE_CHECKING:
     import torch

@@ -16,10 +16,10 @@ from quantize.cache import Cache
 from quantize.checkpoint import Checkpoint
 from quantize.cluster.spec import Spread
 from quantize.errors import QuantizeError, UsageError
+from quantize.events import Reporter
 from quantize.manifest import CalibrationEntry
 from quantize.memory import BlockMemory
 from quantize.recipe import BackendOptions
-from quantize.report import Reporter
 from quantize.resume import Resumable
 from quantize.source import PinnedSource
 

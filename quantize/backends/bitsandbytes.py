@@ -17,9 +17,9 @@ from quantize.backends.base import BuildResult, Collector, Context, Limits, Size
 from quantize.checkpoint import Checkpoint
 from quantize.engines.bitsandbytes import NF4_BLOCK, nf4_state
 from quantize.errors import PlanError
+from quantize.events import Reporter, status
 from quantize.memory import BlockMemory
 from quantize.recipe import BackendOptions
-from quantize.report import Reporter, status
 from quantize.worker import run_step
 
 

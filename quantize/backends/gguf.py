@@ -26,11 +26,11 @@ from quantize.engines.gguf_vocabulary import PRE
 from quantize.engines.gguf_vocabulary import names as pre_tokenizers
 from quantize.engines.llama_cpp import QuantizeSettings, SizedFile
 from quantize.errors import PlanError, QuantizeError, VerifyError, disk_errors
+from quantize.events import Reporter, status, warn
 from quantize.manifest import tool_versions
 from quantize.marked_yaml import suggest
 from quantize.memory import BlockMemory
 from quantize.recipe import BackendOptions
-from quantize.report import Reporter, status, warn
 from quantize.source import PinnedSource, dequantized_key
 from quantize.untrusted import check_pattern
 from quantize.worker import run_step

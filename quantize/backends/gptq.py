@@ -14,10 +14,10 @@ from pydantic import Field
 from quantize.backends import packed
 from quantize.backends.base import Context
 from quantize.checkpoint import Checkpoint
+from quantize.events import Reporter, warn
 from quantize.memory import BlockMemory
 from quantize.parallel import in_stages, on_threads
 from quantize.recipe import BackendOptions
-from quantize.report import Reporter, warn
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

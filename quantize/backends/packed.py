@@ -18,9 +18,9 @@ from quantize.backends.base import BuildResult, Collector, Context, KeptTensor, 
 from quantize.checkpoint import CONFIG_FILES, TOKENIZER_FILES, Checkpoint
 from quantize.containers.shards import ShardWriter, files_bytes, table_bytes
 from quantize.errors import BuildError, PlanError
+from quantize.events import Reporter, status
 from quantize.memory import BlockMemory
 from quantize.numerics.constants import SOLVED_ROWS
-from quantize.report import Reporter, status
 from quantize.resident import give_back_freed
 from quantize.worker import run_step
 

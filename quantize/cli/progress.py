@@ -11,7 +11,7 @@ import click
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from quantize.report import Event, Reporter
+from quantize.events import Event, Reporter
 
 PLAIN_EVERY_SECONDS = 10.0
 

@@ -10,7 +10,7 @@ import click
 
 from quantize.cli.common import store_option, trust_options, verbose_option
 from quantize.errors import MissingExtraError, SignatureError, UsageError
-from quantize.report import SilentReporter
+from quantize.events import SilentReporter
 from quantize.sizes import parse_size
 from quantize.store import PINS_NAME, Store
 

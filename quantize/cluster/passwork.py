@@ -29,10 +29,10 @@ from quantize.backends import backends
 from quantize.backends.base import Collector, Context
 from quantize.block_runner import BlockRunner, ShareSums, share_of
 from quantize.errors import BuildError
+from quantize.events import Event, ListReporter
 from quantize.hidden_states import Batch, HiddenStates, SavedStates, make_batches
 from quantize.numerics.constants import BATCH_TOKENS
 from quantize.numerics.gram import Gram, GramAccumulator
-from quantize.report import Event, ListReporter
 
 Matrix = NDArray[np.float32]
 ShareArrays = tuple[dict[str, tuple[Matrix, int]], list[Matrix]]  # ShareSums: (sums, tokens) by key; kept tokens

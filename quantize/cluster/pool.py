@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from quantize.cluster.session import cause_of, nodes
 from quantize.cluster.spec import Spread
 from quantize.errors import BuildError, PlanError, QuantizeError, first_line
-from quantize.report import Event, Reporter, note, warn
+from quantize.events import Event, Reporter, note, warn
 
 if TYPE_CHECKING:
     from quantize.activations import Precision

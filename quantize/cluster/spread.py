@@ -24,8 +24,8 @@ from quantize.cluster.spec import Spread
 from quantize.cluster.trace import Span, write_trace
 from quantize.cluster.watch import PassWatch
 from quantize.errors import BuildError
+from quantize.events import Reporter, progress, status, warn
 from quantize.hidden_states import SavedStates, remove_before
-from quantize.report import Reporter, progress, status, warn
 
 MOST_IN_FLIGHT = 4
 STORE_SHARE = 0.5  # of the nodes' object stores, for blocks under way: nothing is ever spilled

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from quantize.errors import UsageError, first_line
-from quantize.report import Reporter, warn
+from quantize.events import Reporter, warn
 
 
 @dataclass(frozen=True)

@@ -20,9 +20,9 @@ from quantize.cluster.session import Node, able_nodes, cause_of, connected, work
 from quantize.cluster.spec import Spread
 from quantize.cluster.trace import Span, check_trace, read_trace, write_trace
 from quantize.errors import BuildError, QuantizeError, UsageError, first_line
+from quantize.events import Event, Reporter, note, status
 from quantize.plan import pin_calibration
 from quantize.recipe import Recipe
-from quantize.report import Event, Reporter, note, status
 from quantize.source import pin_source
 from quantize.store import Store
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from quantize.cluster.cost import BlockCost
 from quantize.cluster.schedule import FORWARD, SOLVE, Schedule, Task
-from quantize.report import Reporter, status
+from quantize.events import Reporter, status
 
 if TYPE_CHECKING:
     from quantize.cluster.pool import Worker

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from quantize.checkpoint import Checkpoint
 from quantize.containers.shards import ShardWriter, Table
 from quantize.errors import MissingExtraError, disk_errors
-from quantize.report import Reporter, note, progress
+from quantize.events import Reporter, note, progress
 from quantize.staging import RESUME_NAME, read_json, write_durable
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ from typing import Any
 from quantize.containers.gguf import read_gguf
 from quantize.containers.safetensors import header_bytes
 from quantize.errors import CheckpointError, MissingExtraError, first_line
-from quantize.report import Reporter
+from quantize.events import Reporter
 
 SHARD_SIZE = "5GB"
 RULES_VERSION = 1  # of what is mended in a tokenizer; enters the key of the checkpoint

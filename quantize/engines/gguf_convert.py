@@ -33,7 +33,7 @@ from quantize.errors import (
     is_disk_full,
     is_out_of_memory,
 )
-from quantize.report import Reporter, progress
+from quantize.events import Reporter, progress
 
 PACKAGE = "conversion"  # what the converter's own modules call it when they import each other
 PAIR = ("auto-round>=0.14.2,<0.15", "gguf>=0.19,<0.20")  # a converter and the constants that it was written for

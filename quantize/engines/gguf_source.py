@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any
 from quantize.checkpoint import Checkpoint
 from quantize.engines.token_lines import token_lines
 from quantize.errors import CheckpointError, VerifyError, first_line
+from quantize.events import Reporter, status
 from quantize.hardware import ram
-from quantize.report import Reporter, status
 
 if TYPE_CHECKING:
     import numpy as np

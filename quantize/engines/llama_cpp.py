@@ -25,7 +25,7 @@ from quantize.errors import (
     QuantizeError,
     disk_full,
 )
-from quantize.report import Reporter
+from quantize.events import Reporter
 from quantize.staging import removed_on_failure
 
 LINE = re.compile(r"^\[\s*\d+/\s*\d+\]\s+(\S+)\s+-\s+\[([\d,\s]+)\], type =\s*(\S+), .*?(?:\((\w+)\))?\s*$")

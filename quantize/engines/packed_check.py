@@ -11,7 +11,7 @@ from typing import Any
 
 from quantize.engines.transformers_model import import_torch, load_causal_lm
 from quantize.errors import VerifyError
-from quantize.report import Reporter
+from quantize.events import Reporter
 from quantize.resident import give_back_freed, give_back_mapped
 
 TOKENS = 16

@@ -18,7 +18,7 @@ from quantize.engines.gguf_source import PROBE_TOKENS, Expected
 from quantize.engines.gguf_vocabulary import source_ends
 from quantize.engines.llama_cpp_model import Entry, ModelSettings, OpenModel
 from quantize.errors import CheckpointError, VerifyError
-from quantize.report import Reporter
+from quantize.events import Reporter
 
 CONTEXT = 256
 FEATURE = "verifying a GGUF file"

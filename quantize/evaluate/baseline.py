@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from quantize.cache import Cache
 from quantize.evaluate.runtimes import Runtime
 from quantize.evaluate.text import Windows
-from quantize.report import Reporter, progress
+from quantize.events import Reporter, progress
 
 if TYPE_CHECKING:
     import numpy as np

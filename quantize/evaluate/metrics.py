@@ -19,7 +19,7 @@ from quantize.errors import VerifyError
 from quantize.evaluate.baseline import Baseline, Compressed, blocks, compress
 from quantize.evaluate.runtimes import Runtime
 from quantize.evaluate.text import Windows
-from quantize.report import Reporter
+from quantize.events import Reporter
 
 if TYPE_CHECKING:
     import numpy as np

@@ -26,8 +26,8 @@ from quantize.evaluate.prompts import Asked, PromptTokenizer, ask
 from quantize.evaluate.runtimes import ModelRef, Runtime, open_runtime, runtime_of
 from quantize.evaluate.structure import Intended, check_structure
 from quantize.evaluate.text import DEFAULT_WINDOW, Windows, check_disjoint, cut_windows, load_text
+from quantize.events import Reporter, status
 from quantize.recipe import CalibrationSpec
-from quantize.report import Reporter, status
 from quantize.shape import ModelShape
 
 ANSWERS_KIND = "golden-answers"

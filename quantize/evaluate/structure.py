@@ -17,7 +17,7 @@ from quantize.containers.gguf import UNQUANTIZED, read_gguf
 from quantize.engines.dequantized import Pair, matrices, pairs
 from quantize.errors import CheckpointError
 from quantize.evaluate.runtimes import ModelRef
-from quantize.report import Reporter, note, progress
+from quantize.events import Reporter, note, progress
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -19,11 +19,11 @@ from pydantic import BaseModel, ConfigDict, StringConstraints, ValidationError
 from quantize.artifact import Artifact, write_text
 from quantize.cache import default_cache_root
 from quantize.errors import RecipeError, UsageError, first_line
+from quantize.events import Reporter
 from quantize.locks import file_lock
 from quantize.manifest import Manifest
 from quantize.marked_yaml import MAX_BYTES, parse_document
 from quantize.recipe import SlugText
-from quantize.report import Reporter
 from quantize.store import Store
 from quantize.untrusted import read_limited
 from quantize.verify import check_files

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from quantize.artifact import Artifact
 from quantize.errors import RefusedError, UsageError
+from quantize.events import status
 from quantize.provenance.documents import Signing, prepare
 from quantize.publish.base import Place
 from quantize.publish.pack import Blob, Pack, make_pack
@@ -21,7 +22,6 @@ from quantize.publish.places import place_for
 from quantize.publish.policy import required_notice
 from quantize.publish.transfer import Progress, Session, run_all
 from quantize.recipe import PublishPolicy
-from quantize.report import status
 from quantize.staging import store_errors, variant_lock
 from quantize.verify import check_files
 

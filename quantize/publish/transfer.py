@@ -11,8 +11,8 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field, replace
 
+from quantize.events import Reporter, note, progress
 from quantize.publish.retry import Retry
-from quantize.report import Reporter, note, progress
 
 DRAW_SECONDS = 0.1
 

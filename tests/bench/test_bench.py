@@ -24,8 +24,8 @@ from quantize.bench.server import choose, free_port, running
 from quantize.bench.session import Settings, bench_url
 from quantize.bench.workload import Shape
 from quantize.errors import BenchError, UsageError
+from quantize.events import ListReporter
 from quantize.gpus import Gpus
-from quantize.report import ListReporter
 from quantize.store import Store
 from tests.bench.servers import FakeServer, serving
 from tests.conftest import Built, Run

@@ -17,7 +17,7 @@ from quantize.bench.result import BenchResult
 from quantize.bench.session import Settings, bench_url, context_for
 from quantize.bench.workload import SHAPES, Shape, TokenRule, parse_shape, prompt
 from quantize.errors import BenchError, UsageError
-from quantize.report import ListReporter
+from quantize.events import ListReporter
 from tests.bench.servers import FakeServer, serving
 
 QUICK = Shape("quick", 30, 4)

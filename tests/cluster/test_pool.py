@@ -17,7 +17,7 @@ from quantize.cluster.spec import Spread
 from quantize.cluster.spread import MOST_IN_FLIGHT, SpreadPass
 from quantize.cluster.trace import Span, check_trace, overlap_seconds, read_trace, write_trace
 from quantize.errors import BuildError, PlanError, UsageError
-from quantize.report import ListReporter, SilentReporter
+from quantize.events import ListReporter, SilentReporter
 from quantize.testing import TinyModel
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # transformers warns on import

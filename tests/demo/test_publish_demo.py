@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 
 from quantize.artifact import Artifact, open_artifact
+from quantize.events import ListReporter
 from quantize.publish.receive import pull
 from quantize.publish.send import Wanted, publish
 from quantize.publish.transfer import Session
 from quantize.recipe import PublishPolicy
-from quantize.report import ListReporter
 from quantize.store import Store
 from tests.publish.conftest import Registry
 from tests.publish.conftest import registry as registry

@@ -19,7 +19,7 @@ from quantize.evaluate.baseline import KIND, Baseline, baseline_key, find, load,
 from quantize.evaluate.metrics import measure, perplexity
 from quantize.evaluate.runtimes import Request, log_softmax
 from quantize.evaluate.text import Windows
-from quantize.report import SilentReporter
+from quantize.events import SilentReporter
 
 QUIET = SilentReporter()
 

@@ -24,8 +24,8 @@ from quantize.evaluate.prompts import PromptTokenizer
 from quantize.evaluate.runtimes import ModelRef, Request, open_runtime
 from quantize.evaluate.session import Job, evaluate, figures
 from quantize.evaluate.text import Windows, cut_windows, load_text
+from quantize.events import ListReporter, SilentReporter
 from quantize.recipe import load_recipe
-from quantize.report import ListReporter, SilentReporter
 from quantize.store import Store
 from quantize.testing import TinyModel, make_checkpoint, write_recipe, write_weights
 from quantize.worker import run_step

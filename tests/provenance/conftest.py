@@ -15,9 +15,9 @@ from quantize.artifact import Artifact, write_measurements, write_text
 from quantize.backends import formats
 from quantize.build import build
 from quantize.cache import Cache
+from quantize.events import ListReporter
 from quantize.manifest import FILE_NAME, CalibrationEntry
 from quantize.recipe import load_recipe
-from quantize.report import ListReporter
 from quantize.store import Store
 from quantize.testing import FakeBackend, write_recipe
 from tests.conftest import UNMEASURED

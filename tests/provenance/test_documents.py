@@ -21,11 +21,11 @@ from packageurl import PackageURL
 
 from quantize.artifact import Artifact
 from quantize.card import render_card
+from quantize.events import ListReporter
 from quantize.manifest import CARD_NAME, NOTICE_NAME, PROVENANCE_NAME, SBOM_NAME, AcceptedRisk
 from quantize.provenance.documents import write_documents
 from quantize.provenance.sbom import bill_of_materials
 from quantize.provenance.statement import RunDetails, statement
-from quantize.report import ListReporter
 from quantize.verify import check_files
 from tests.provenance.conftest import CALIBRATED, MEASURED, Changed
 

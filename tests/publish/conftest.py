@@ -16,12 +16,12 @@ import pytest
 
 from quantize.artifact import Artifact, commit, describe_files, write_measurements, write_text
 from quantize.card import render_card
+from quantize.events import ListReporter
 from quantize.manifest import Manifest, SourceEntry
 from quantize.publish.retry import Retry
 from quantize.publish.send import Published, Wanted, publish
 from quantize.publish.transfer import Session
 from quantize.recipe import PublishPolicy
-from quantize.report import ListReporter
 from quantize.store import Store
 from tests.publish.proxy import Proxy, proxy_before
 
