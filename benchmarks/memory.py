@@ -93,9 +93,9 @@ def least(tokenizer: Path, work: Path) -> list[dict[str, Any]]:
     from benchmarks import models
     from quantize.backends import backends, formats
     from quantize.checkpoint import open_checkpoint
-    from quantize.hardware import usable_cores
     from quantize.memory import pass_bytes
     from quantize.recipe import load_recipe
+    from quantize.system.machine import usable_cores
 
     found = []
     for shape, variants in LEAST:

@@ -29,7 +29,6 @@ from typing import Any
 from quantize.backends import backends, formats
 from quantize.backends.base import Context, Limits
 from quantize.build import RunOptions
-from quantize.cache import Cache, default_cache_root, hash_file
 from quantize.calibrated import run_pass
 from quantize.cluster.cost import BlockCost, block_costs
 from quantize.cluster.spec import Spread
@@ -40,6 +39,7 @@ from quantize.recipe import Recipe, load_recipe
 from quantize.source import open_source, pin_source
 from quantize.staging import RESUME_NAME
 from quantize.store import Store
+from quantize.system.cache import Cache, default_cache_root, hash_file
 from quantize.testing import TinyModel, make_checkpoint, write_recipe
 
 DEMO = Path(__file__).resolve().parents[1] / "recipes" / "smollm2-135m.yaml"

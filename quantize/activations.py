@@ -33,8 +33,8 @@ from quantize.hidden_states import (
 from quantize.numerics.constants import BATCH_TOKENS, SHARES
 from quantize.numerics.gptq import estimated_loss
 from quantize.numerics.gram import Gram
-from quantize.parallel import in_turn, on_threads, split_threads, threads_on
-from quantize.resident import give_back_freed
+from quantize.system.memory import give_back_freed
+from quantize.system.threads import in_turn, on_threads, split_threads, threads_on
 
 Precision = Literal["float32", "bfloat16"]
 

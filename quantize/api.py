@@ -16,15 +16,15 @@ from quantize.backends import formats
 from quantize.backends.base import Limits
 from quantize.build import Outcome, RunOptions
 from quantize.build import build as run_build
-from quantize.cache import Cache, default_cache_root
 from quantize.events import Reporter, SilentReporter
-from quantize.lookup import find_recipe
 from quantize.plan import Plan, make_plan
 from quantize.rebuild import Given, Rebuild, rebuild_folders
 from quantize.rebuild import rebuild as run_rebuild
 from quantize.recipe import Recipe
 from quantize.recipe import load_recipe as read_recipe
 from quantize.store import Store
+from quantize.system.cache import Cache, default_cache_root
+from quantize.system.lookup import find_recipe
 
 PathText = str | os.PathLike[str]
 

@@ -15,8 +15,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from quantize.cache import hash_file
-from quantize.locks import file_lock
 from quantize.manifest import EVALUATION_NAME, FILE_NAME, MEASUREMENTS_NAME, PAPERS, FileEntry, Manifest, read_manifest
 from quantize.staging import (
     SCRATCH,
@@ -26,12 +24,13 @@ from quantize.staging import (
     lock_path,
     make_folder,
     remove_if_empty,
-    removed_on_failure,
     store_errors,
-    sync,
     variant_lock,
 )
-from quantize.untrusted import parse_json, read_limited
+from quantize.system.cache import hash_file
+from quantize.system.files import sync, write_text
+from quantize.system.flock import file_lock
+from quantize.system.untrusted import parse_json, read_limited
 
 CURRENT = "current"
 REFUSED = "refused"  # folder beside a variant's good builds: those that its gates refused
@@ -117,14 +116,6 @@ def keep_only(folder: Path, manifest: Manifest) -> None:
     wanted = {entry.path for entry in manifest.files} | set(PAPERS)
     for path in [item for item in folder.iterdir() if item.name not in wanted]:
         shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file through a scratch name and one rename."""
-    scratch = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
-    with removed_on_failure(scratch):
-        scratch.write_text(text, encoding="utf-8")
-        scratch.replace(path)
 
 
 def write_measurements(folder: Path, measurements: Mapping[str, Any]) -> None:

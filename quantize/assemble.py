@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
-from quantize.artifact import describe_files, write_measurements, write_text
+from quantize.artifact import describe_files, write_measurements
 from quantize.backends.base import BuildResult, Context
 from quantize.card import render_card
 from quantize.checkpoint import CARRIED_FILES, Checkpoint
@@ -23,6 +23,7 @@ from quantize.plan import Job
 from quantize.recipe import Recipe
 from quantize.shape import ModelShape
 from quantize.source import PinnedSource
+from quantize.system.files import write_text
 
 
 @dataclass(frozen=True)

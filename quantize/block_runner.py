@@ -22,7 +22,7 @@ from quantize.attention import register
 from quantize.errors import CheckpointError
 from quantize.numerics.constants import SHARES
 from quantize.numerics.gram import Gram, GramAccumulator
-from quantize.parallel import on_threads, threads_on
+from quantize.system.threads import on_threads, threads_on
 
 STARVED_TOKENS = 256  # an expert that saw fewer is calibrated on all experts' tokens instead
 _KEPT_TOKENS = 2048  # how many of those are kept for it

@@ -24,7 +24,6 @@ from quantize.artifact import (
 from quantize.assemble import Made, assemble
 from quantize.backends import backends
 from quantize.backends.base import Context, Limits
-from quantize.cache import Cache
 from quantize.checkpoint import Checkpoint
 from quantize.disk import disk_free_bytes, most_bytes
 from quantize.errors import DiskFullError, QuantizeError, Stopped, StoreError, UsageError, VerifyError
@@ -36,6 +35,7 @@ from quantize.recipe import Recipe, Variant
 from quantize.source import PinnedSource, open_source, pin_source
 from quantize.staging import clear_leftovers, clear_pass, pass_workplace, store_errors, variant_lock, workplace
 from quantize.store import Store
+from quantize.system.cache import Cache
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,7 @@ from quantize.manifest import CalibrationEntry, tool_versions
 from quantize.memory import pass_bytes
 from quantize.recipe import CalibrationSpec, Recipe
 from quantize.resume import PassJournal
-from quantize.worker import peak_memory_bytes, run_step, stop_asked
+from quantize.system.process import peak_memory_bytes, run_step, stop_asked
 
 if TYPE_CHECKING:
     from quantize.activations import Block, Precision
@@ -134,7 +134,7 @@ class _Runner:
 @contextlib.contextmanager
 def _runner(limits: Limits, folder: Path, reporter: Reporter) -> Iterator[_Runner]:
     from quantize.activations import fastest_precision
-    from quantize.processor import device_name
+    from quantize.system.processor import device_name
 
     if limits.spread is None:
         yield _Runner(device_name(limits.device), fastest_precision(limits.device), _stream)

@@ -14,14 +14,14 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from quantize.cache import hash_file
 from quantize.errors import CheckpointError, MissingExtraError, PlanError, RecipeError, first_line
 from quantize.events import Reporter, status
-from quantize.lookup import find_path, is_path_text
 from quantize.recipe import CalibrationSpec, Recipe
 from quantize.source import hub_commit
-from quantize.untrusted import open_regular, parse_json, read_limited
-from quantize.worker import run_step
+from quantize.system.cache import hash_file
+from quantize.system.lookup import find_path, is_path_text
+from quantize.system.process import run_step
+from quantize.system.untrusted import open_regular, parse_json, read_limited
 
 PYTHON_DOCS, SELF = "python-docs", "self"
 TOPIC_CHARACTERS = 3000

@@ -10,7 +10,7 @@ import re
 from dataclasses import dataclass
 
 from quantize.errors import UsageError
-from quantize.sizes import GIB, parse_size
+from quantize.system.sizes import GIB, parse_size
 
 # GiB as the makers print it; a "24 GB" card has 24 x 2^30 bytes, less what its driver keeps.
 _CARDS_GIB: dict[str, int] = {

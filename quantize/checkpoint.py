@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from quantize.containers.safetensors import MAX_TENSORS, TensorInfo, read_header
 from quantize.errors import CheckpointError, first_line
-from quantize.untrusted import open_regular, parse_json, read_limited
+from quantize.system.untrusted import open_regular, parse_json, read_limited
 
 if TYPE_CHECKING:
     import torch

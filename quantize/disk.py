@@ -22,9 +22,9 @@ from quantize.evaluate.baseline import LIKELIEST
 from quantize.evaluate.runtimes import FORMATS
 from quantize.evaluate.text import load_text
 from quantize.recipe import Recipe
-from quantize.sizes import size_text
 from quantize.source import PinnedSource
 from quantize.staging import PASS, STAGING, leftovers
+from quantize.system.sizes import size_text
 
 if TYPE_CHECKING:
     from quantize.plan import Job

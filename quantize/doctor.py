@@ -23,8 +23,8 @@ from quantize import DISTRIBUTION, __version__
 from quantize.backends import backends
 from quantize.disk import disk_free_bytes
 from quantize.errors import UsageError, install_line
-from quantize.hardware import Machine, detect, processor_name
 from quantize.serve.preflight import HELPERS
+from quantize.system.machine import Machine, detect, processor_name
 from quantize.trials import Trial, try_engines
 
 ENGINES = (

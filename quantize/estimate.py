@@ -15,7 +15,7 @@ from typing import Any
 
 from quantize.errors import UsageError
 from quantize.shape import KvLayer, ModelShape
-from quantize.sizes import GIB
+from quantize.system.sizes import GIB
 
 __all__ = [
     "CONCURRENCIES", "CONTEXTS", "KV_TYPES", "RUNTIMES", "Estimate", "KvLayer", "ModelShape", "Settings",

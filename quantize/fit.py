@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 from quantize.estimate import CONTEXTS, Estimate, Settings, default_runtime, estimate
 from quantize.shape import ModelShape
-from quantize.sizes import memory_text as _gib
+from quantize.system.sizes import memory_text as _gib
 
 USABLE_PERCENT = 90
 """Share of a card that may be planned with: 7.5 of 8 GB (94 %) counts as not enough. The rest is the display's, the

@@ -13,9 +13,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from quantize.artifact import ASIDE, REFUSED, Artifact, commit, set_aside, write_measurements, write_text
+from quantize.artifact import ASIDE, REFUSED, Artifact, commit, set_aside, write_measurements
 from quantize.backends.base import Limits as RunLimits
-from quantize.cache import Cache
 from quantize.calibration import PYTHON_DOCS, topics_file
 from quantize.card import render_card
 from quantize.checkpoint import Checkpoint
@@ -27,13 +26,15 @@ from quantize.evaluate.runtimes import FORMATS, ModelRef
 from quantize.evaluate.session import CalibratedOn, Job, evaluate, figures, prepare_source
 from quantize.evaluate.structure import Intended
 from quantize.events import Event, Reporter, note, status, warn
-from quantize.hardware import describe_machine
-from quantize.lookup import GOLDEN, Found, builtin_files, find_data
 from quantize.manifest import CARD_NAME, EVALUATION_NAME, RECIPE_NAME, AcceptedRisk, Manifest, canonical_hash
 from quantize.recipe import Recipe
 from quantize.source import PinnedSource, dequantized_key
 from quantize.staging import store_errors
-from quantize.worker import run_step
+from quantize.system.cache import Cache
+from quantize.system.files import write_text
+from quantize.system.lookup import GOLDEN, Found, builtin_files, find_data
+from quantize.system.machine import describe_machine
+from quantize.system.process import run_step
 
 PROTOCOL_VERSION = 1  # of what is asked and how it is graded; another one measures anew
 RUNS = "loads and runs"

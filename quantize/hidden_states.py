@@ -18,9 +18,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from quantize.cache import hash_file
 from quantize.errors import BuildError, disk_errors
-from quantize.staging import write_all
+from quantize.system.cache import hash_file
+from quantize.system.files import write_all
 
 PIECE_BYTES = 8 << 20
 

@@ -16,19 +16,19 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict
 
 from quantize.backends import backends
-from quantize.cache import Cache
 from quantize.calibration import TokenSummary, identify, summarize_tokens
 from quantize.errors import LockError, StoreError, UsageError
 from quantize.events import Reporter, warn
-from quantize.lookup import is_builtin
 from quantize.manifest import FileEntry, canonical_hash, tool_versions
 from quantize.marked_yaml import read_document, validate
 from quantize.plan import Job, identify_jobs, pin_calibration
-from quantize.processor import name_device
 from quantize.recipe import CalibrationSpec, Recipe
 from quantize.source import COMMIT, PinnedSource, dequantized_key, open_source, pin_source
 from quantize.store import Store
-from quantize.worker import run_step
+from quantize.system.cache import Cache
+from quantize.system.lookup import is_builtin
+from quantize.system.process import run_step
+from quantize.system.processor import name_device
 
 SCHEMA_VERSION = 1
 SUFFIX = ".lock"

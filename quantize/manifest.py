@@ -17,7 +17,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
 
 from quantize import __version__
 from quantize.errors import VerifyError, first_line
-from quantize.untrusted import parse_json, read_limited
+from quantize.system.untrusted import parse_json, read_limited
 
 SCHEMA_VERSION = 1
 FILE_NAME = "manifest.json"

@@ -18,7 +18,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from quantize.errors import RecipeError, first_line
-from quantize.untrusted import read_limited, time_limit
+from quantize.system.untrusted import read_limited, time_limit
 
 MAX_BYTES = 1 << 20
 MAX_VALUES = 50_000  # a file that grows past this through aliases is an attack or an accident

@@ -16,7 +16,6 @@ from typing import Any
 from quantize.artifact import Artifact
 from quantize.backends import backends
 from quantize.backends.base import Backend, Context, Limits, SizePlan
-from quantize.cache import Cache
 from quantize.checkpoint import Checkpoint, open_checkpoint
 from quantize.disk import Needs, Room, needs, refusal, rooms, temporary_root
 from quantize.errors import PlanError, QuantizeError
@@ -26,7 +25,8 @@ from quantize.memory import memory_short, pass_bytes
 from quantize.recipe import Recipe, Variant
 from quantize.source import PinnedSource, dequantized_key, open_source, pin_source
 from quantize.store import Store
-from quantize.worker import run_step
+from quantize.system.cache import Cache
+from quantize.system.process import run_step
 
 BUILD_KEY_VERSION = 1
 

@@ -17,11 +17,10 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from quantize.artifact import Artifact, write_text
+from quantize.artifact import Artifact
 from quantize.assemble import Made, assemble
 from quantize.backends import backends
 from quantize.backends.base import Context, Limits
-from quantize.cache import Cache
 from quantize.calibrated import run_pass
 from quantize.calibration import LOCAL_SUFFIXES, summarize_tokens
 from quantize.checkpoint import Checkpoint
@@ -29,16 +28,18 @@ from quantize.containers.compare import TensorDifference, can_compare, compare_m
 from quantize.disk import disk_free_bytes, disk_short
 from quantize.errors import PlanError, RecipeError, StoreError, UsageError, VerifyError
 from quantize.events import Reporter, note, status, warn
-from quantize.lookup import CALIBRATION, DATA, find_path
 from quantize.manifest import FILE_NAME, RECIPE_NAME, FileEntry, Manifest
 from quantize.plan import Job, identify_jobs
-from quantize.processor import name_device
 from quantize.recipe import CalibrationSpec, EvaluationSpec, Recipe, Source, Variant
 from quantize.reopen import find_source
 from quantize.source import PinnedSource, open_source
 from quantize.store import Store
+from quantize.system.cache import Cache
+from quantize.system.files import write_text
+from quantize.system.lookup import CALIBRATION, DATA, find_path
+from quantize.system.process import run_step
+from quantize.system.processor import name_device
 from quantize.verify import check_files
-from quantize.worker import run_step
 
 DECIDED_LATER = ("digest", "files", "accepted_risk")  # fields of a manifest that are not compared by themselves
 OF_VERSIONS = ("tools", "build_key")  # those that differ wherever versions do

@@ -25,8 +25,8 @@ from pydantic import (
 )
 
 from quantize.errors import RecipeError
-from quantize.lookup import CALIBRATION, builtin_files, find_data, find_path, is_path_text
 from quantize.marked_yaml import Document, Location, in_time, read_document, suggest, validate
+from quantize.system.lookup import CALIBRATION, builtin_files, find_data, find_path, is_path_text
 
 SLUG = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 SLUG_HINT = "letters, digits, `.`, `_` and `-`, the first a letter or digit, at most 100"

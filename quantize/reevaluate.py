@@ -14,16 +14,16 @@ from typing import Any
 from quantize.artifact import Artifact
 from quantize.backends import formats
 from quantize.backends.base import Limits
-from quantize.cache import Cache
 from quantize.errors import UsageError
 from quantize.events import Reporter
 from quantize.gates import Gates, Judge, Settled, refusal
-from quantize.lookup import SUFFIXES
 from quantize.recipe import Recipe, load_recipe
 from quantize.reopen import own_recipe, repin_source
 from quantize.source import open_source
 from quantize.staging import variant_lock
 from quantize.store import Store
+from quantize.system.cache import Cache
+from quantize.system.lookup import SUFFIXES
 from quantize.verify import check_files
 
 

@@ -12,13 +12,13 @@ from pathlib import Path
 
 from quantize.artifact import Artifact
 from quantize.backends import formats
-from quantize.cache import Cache
 from quantize.checkpoint import Checkpoint
 from quantize.errors import CheckpointError, RecipeError, StoreError, VerifyError
 from quantize.events import Reporter, note
 from quantize.manifest import RECIPE_NAME, SourceEntry
 from quantize.recipe import Recipe, load_recipe
 from quantize.source import PinnedSource, as_stated, open_source, pin_address, pin_path, pin_source
+from quantize.system.cache import Cache
 
 
 def own_recipe(artifact: Artifact) -> Recipe:

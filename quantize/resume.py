@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from quantize.errors import disk_errors
 from quantize.events import Reporter, warn
-from quantize.staging import RESUME_NAME, differences, read_json, write_durable
+from quantize.staging import RESUME_NAME, differences, read_json
+from quantize.system.files import write_durable
 
 if TYPE_CHECKING:
     from quantize.hidden_states import HiddenStates, SavedStates

@@ -17,17 +17,17 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
 
-from quantize.cache import Cache
 from quantize.checkpoint import Checkpoint, check_finite, open_checkpoint
 from quantize.engines.dequantize import RULES_VERSION
 from quantize.errors import CheckpointError, MissingExtraError, RecipeError, first_line
 from quantize.events import Reporter, note, progress, status
-from quantize.lookup import is_path_text
 from quantize.manifest import SourceEntry
 from quantize.marked_yaml import MAX_BYTES, parse_document
 from quantize.recipe import PackageFile, Recipe, Source
-from quantize.untrusted import read_limited
-from quantize.worker import run_step
+from quantize.system.cache import Cache
+from quantize.system.lookup import is_path_text
+from quantize.system.process import run_step
+from quantize.system.untrusted import read_limited
 
 HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*/[\w.-]+$")
 COMMIT = re.compile(r"^[0-9a-f]{40}$")

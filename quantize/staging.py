@@ -9,16 +9,15 @@ from __future__ import annotations
 import contextlib
 import errno
 import json
-import os
 import shutil
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
-from io import RawIOBase
 from pathlib import Path
 from typing import Any
 
 from quantize.errors import QuantizeError, StoreError, disk_full, is_disk_full
-from quantize.locks import NO_LOCKS, NO_LOCKS_HINT, file_lock
+from quantize.system.files import write_durable
+from quantize.system.flock import NO_LOCKS, NO_LOCKS_HINT, file_lock
 
 STAGING = ".staging"
 LOCKS = ".locks"
@@ -188,44 +187,6 @@ def read_json(path: Path) -> dict[str, Any]:
         if isinstance(data, dict):
             return data
     return {}
-
-
-def write_durable(path: Path, text: str) -> None:
-    """Write a file whole or not at all, and have it on disk."""
-    scratch = path.with_name(f".{path.name}.tmp")
-    with removed_on_failure(scratch):
-        with scratch.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        scratch.replace(path)
-    sync(path.parent)
-
-
-@contextlib.contextmanager
-def removed_on_failure(path: Path) -> Iterator[None]:
-    """Remove a file that could not be written to its end: it would only take up the space that lacks."""
-    try:
-        yield
-    except BaseException:
-        path.unlink(missing_ok=True)
-        raise
-
-
-def write_all(file: RawIOBase, data: bytes | memoryview) -> None:
-    """Write to an unbuffered file: what could not be written is not written later, when the file is closed."""
-    left = memoryview(data).cast("B")
-    while left:
-        left = left[file.write(left) or 0 :]
-
-
-def sync(path: Path) -> None:
-    """Have a file or folder on disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def clear_leftovers(store: Path, name: str, variant: str, keep: Collection[Path] = ()) -> None:

@@ -22,10 +22,10 @@ from quantize.artifact import (
     open_artifact,
 )
 from quantize.errors import RecipeError, UsageError, VerifyError
-from quantize.locks import file_lock
 from quantize.manifest import FILE_NAME
 from quantize.marked_yaml import read_document
 from quantize.staging import LOCKS, STAGING, staged_variant, store_errors, variant_lock
+from quantize.system.flock import file_lock
 
 DIGEST_FOLDER = re.compile(r"^[0-9a-f]{12}$")
 PIN = re.compile(r"sha256:[0-9a-f]{12,64}")

@@ -17,11 +17,11 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from quantize.deaths import LIBRARIES, reinstall_line
 from quantize.errors import BuildError, QuantizeError, VerifyError, WorkerDied
 from quantize.events import Reporter, SilentReporter
-from quantize.hardware import usable_cores
-from quantize.worker import run_step
+from quantize.system.deaths import LIBRARIES, reinstall_line
+from quantize.system.machine import usable_cores
+from quantize.system.process import run_step
 
 MOST_SECONDS = 300  # of one engine: what takes longer hangs
 PROMPT_TOKENS = 48  # the kernels of whole batches begin at 32

@@ -8,10 +8,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from quantize.artifact import Artifact
-from quantize.cache import hash_file
 from quantize.errors import VerifyError
 from quantize.events import Reporter, progress
 from quantize.manifest import PAPERS, FileEntry
+from quantize.system.cache import hash_file
 
 
 def check_files(artifact: Artifact, reporter: Reporter) -> None:

@@ -12,17 +12,17 @@ from pathlib import Path
 from quantize.artifact import Artifact
 from quantize.backends import formats
 from quantize.backends.base import Limits
-from quantize.cache import Cache
 from quantize.checkpoint import open_checkpoint, read_json, tensor_table
 from quantize.containers.gguf import GgufFile, read_gguf
 from quantize.errors import UsageError
 from quantize.events import Reporter
-from quantize.lookup import SUFFIXES
 from quantize.manifest import FILE_NAME
 from quantize.plan import make_plan
 from quantize.recipe import load_recipe
 from quantize.shape import ModelShape
 from quantize.store import Store
+from quantize.system.cache import Cache
+from quantize.system.lookup import SUFFIXES
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from quantize.engines.llama_cpp import QuantizeSettings, convert_and_size, quant
 from quantize.engines.llama_cpp_model import Entry, ModelSettings, OpenModel
 from quantize.errors import PlanError, QuantizeError
 from quantize.events import Reporter, SilentReporter
-from quantize.worker import run_step
+from quantize.system.process import run_step
 from tests.families import FAMILIES, Family, make_family
 
 PAGE = Path(__file__).parent.parent / "docs" / "architectures.md"

@@ -14,12 +14,12 @@ import pytest
 
 from quantize.backends import formats
 from quantize.build import Outcome, RunOptions, build
-from quantize.cache import Cache
 from quantize.cli import main
 from quantize.events import ListReporter
-from quantize.processor import settle_products
 from quantize.recipe import Recipe, load_recipe
 from quantize.store import Store
+from quantize.system.cache import Cache
+from quantize.system.processor import settle_products
 from quantize.testing import FakeBackend, installed_backends, make_checkpoint, write_recipe
 from tests.browser import browser as browser
 

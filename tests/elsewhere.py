@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from quantize.processor import MKL_MODE
+from quantize.system.processor import MKL_MODE
 
 ROOT = Path(__file__).parent.parent
 # The plain C locale without Python's rescue from it (PEP 538, PEP 540): text is ASCII wherever nobody says otherwise.

@@ -23,7 +23,6 @@ from quantize.artifact import Artifact
 from quantize.backends import backends, formats
 from quantize.backends.base import Limits
 from quantize.build import RunOptions, build
-from quantize.cache import Cache
 from quantize.checkpoint import open_checkpoint
 from quantize.cli import main
 from quantize.errors import VerifyError
@@ -31,9 +30,10 @@ from quantize.events import ListReporter
 from quantize.manifest import read_manifest
 from quantize.memory import pass_bytes
 from quantize.plan import make_plan
-from quantize.processor import MKL_MODE, device_name, strict_mode
 from quantize.recipe import Recipe, load_recipe
 from quantize.store import Store
+from quantize.system.cache import Cache
+from quantize.system.processor import MKL_MODE, device_name, strict_mode
 from quantize.testing import TinyModel, make_checkpoint, write_recipe, write_weights
 from tests.conftest import UNMEASURED
 from tests.elsewhere import rebuild_elsewhere

@@ -21,7 +21,7 @@ from quantize.cli import COMMANDS, main
 from quantize.cli.build import summary
 from quantize.errors import GateError, PlanError, QuantizeError, RefusedError, StoreError, UsageError, WorkerDied
 from quantize.recipe import load_recipe
-from quantize.sizes import memory_text
+from quantize.system.sizes import memory_text
 from quantize.testing import write_recipe
 from tests.conftest import Run
 

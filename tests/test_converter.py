@@ -28,8 +28,8 @@ from quantize.engines.gguf_convert import (
 )
 from quantize.errors import PlanError
 from quantize.events import Reporter, SilentReporter
+from quantize.system.process import run_step
 from quantize.testing import write_recipe
-from quantize.worker import run_step
 from tests.conftest import Run
 from tests.families import family_named, make_family
 

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from quantize import deaths
-from quantize.deaths import (
+from quantize.system import deaths
+from quantize.system.deaths import (
     LIBRARIES,
     LLAMA_CPP,
     SIGNALS,

@@ -17,7 +17,7 @@ from tests.conftest import Built, Run
 
 @pytest.fixture(autouse=True)
 def _no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("quantize.hardware.nvidia_gpus", lambda: ())
+    monkeypatch.setattr("quantize.system.machine.nvidia_gpus", lambda: ())
 
 
 @pytest.fixture
@@ -94,9 +94,9 @@ def test_advice_is_to_be_had_from_other_variants(built_store: Built, run: Run) -
 def test_this_machine_s_gpu_is_taken_if_none_is_named(
     built_store: Built, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from quantize.gpus import LocalGpu
+    from quantize.system.gpus import LocalGpu
 
-    monkeypatch.setattr("quantize.hardware.nvidia_gpus", lambda: (LocalGpu("A card", 2**33, 0),))
+    monkeypatch.setattr("quantize.system.machine.nvidia_gpus", lambda: (LocalGpu("A card", 2**33, 0),))
     (found,) = answers(run, "tiny/q8_0")
     assert found["card"] == {"name": "A card", "vram_bytes": 2**33}
 

@@ -15,9 +15,9 @@ from typing import Any
 
 import pytest
 
-from quantize.cache import Cache
 from quantize.disk import Needs, Room, disk_short, rooms, temporary_root
 from quantize.errors import DiskFullError, StoreError, disk_errors
+from quantize.system.cache import Cache
 from quantize.testing import FakeBackend, TinyModel, make_checkpoint, write_recipe
 from tests.conftest import Run
 from tests.small_disk import SmallDisk, small_disk, why_not

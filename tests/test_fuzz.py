@@ -22,7 +22,7 @@ from safetensors import deserialize
 from quantize.containers.safetensors import read_header
 from quantize.errors import QuantizeError
 from quantize.marked_yaml import parse_document
-from quantize.untrusted import parse_json
+from quantize.system.untrusted import parse_json
 from tests.fuzz import run, seeds
 from tests.fuzz.mutate import MAX_BYTES, Mutator
 from tests.fuzz.run import Report, fuzz_apart, shrunk

@@ -8,14 +8,14 @@ from types import SimpleNamespace
 
 import pytest
 
-from quantize import hardware
 from quantize.cards import _CARDS_GIB, Card, card_of, find_card
 from quantize.errors import UsageError
 from quantize.estimate import ModelShape, Settings, estimate
 from quantize.fit import Workload, advise, judge, usable_bytes
-from quantize.gpus import Gpus, nvidia_gpus
-from quantize.hardware import detect
-from quantize.sizes import GIB, memory_text, parse_size, size_text
+from quantize.system import machine as hardware
+from quantize.system.gpus import Gpus, nvidia_gpus
+from quantize.system.machine import detect
+from quantize.system.sizes import GIB, memory_text, parse_size, size_text
 
 LLAMA_8B = ModelShape.from_config(
     {

@@ -19,7 +19,7 @@ import pytest
 import quantize.checkpoint
 import quantize.containers.gguf
 import quantize.containers.safetensors
-import quantize.untrusted
+import quantize.system.untrusted
 from quantize.architecture import block_layout, tensor_role
 from quantize.artifact import read_measurements
 from quantize.backends import formats
@@ -41,7 +41,7 @@ from quantize.recipe import CalibrationSpec, load_recipe
 from quantize.shape import ModelShape
 from quantize.source import card_metadata
 from quantize.store import Store
-from quantize.untrusted import open_regular, parse_json, read_limited, time_limit
+from quantize.system.untrusted import open_regular, parse_json, read_limited, time_limit
 from tests.bad_checkpoints import WEIGHTS, change_header, change_json, empty_header, point_first_to, shard
 from tests.fuzz import seeds
 
@@ -102,7 +102,7 @@ def test_a_file_without_permission(reader: str, tmp_path: Path, monkeypatch: pyt
         raise PermissionError(13, "Permission denied", str(path))
 
     (tmp_path / "file").write_bytes(b"{}")
-    monkeypatch.setattr("quantize.untrusted.os.open", refuse)
+    monkeypatch.setattr("quantize.system.untrusted.os.open", refuse)
     with pytest.raises(QuantizeError, match="Permission denied"):
         READERS[reader](tmp_path / "file")
 
@@ -293,7 +293,7 @@ def test_json_that_is_read() -> None:
 
 
 def test_json_of_too_many_values(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(quantize.untrusted, "MAX_VALUES", 10)
+    monkeypatch.setattr(quantize.system.untrusted, "MAX_VALUES", 10)
     with pytest.raises(ValueError, match="more than 10 values"):
         parse_json(b"[1,1,1,1,1,1,1,1,1,1,1]")
 

@@ -15,12 +15,12 @@ import pytest
 import yaml
 
 from quantize.backends import formats
-from quantize.cache import Cache
 from quantize.calibration import load_calibration_set
 from quantize.events import ListReporter, SilentReporter
 from quantize.lock import Lock, hold, lock_path, make_lock, read_lock
-from quantize.processor import device_name
 from quantize.recipe import load_recipe
+from quantize.system.cache import Cache
+from quantize.system.processor import device_name
 from quantize.testing import FakeBackend, make_checkpoint, write_recipe
 from tests.bad_checkpoints import change_json
 from tests.conftest import Run

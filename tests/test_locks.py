@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from quantize.cache import Cache
 from quantize.errors import StoreError
+from quantize.system.cache import Cache
 from quantize.testing import FakeBackend, write_recipe
 from tests.conftest import Run
 

@@ -9,15 +9,24 @@ from pathlib import Path
 import pytest
 
 from quantize.backends import formats
-from quantize.cache import Cache
 from quantize.calibration import identify
 from quantize.errors import RecipeError, UsageError
 from quantize.events import ListReporter
 from quantize.gates import Judge
 from quantize.lock import lock_path
-from quantize.lookup import CALIBRATION, DATA, GOLDEN, RECIPES, builtin_files, find_data, find_recipe, find_target
 from quantize.recipe import load_calibration, load_recipe
 from quantize.source import pin_source
+from quantize.system.cache import Cache
+from quantize.system.lookup import (
+    CALIBRATION,
+    DATA,
+    GOLDEN,
+    RECIPES,
+    builtin_files,
+    find_data,
+    find_recipe,
+    find_target,
+)
 from quantize.testing import write_recipe
 from tests.conftest import Run
 

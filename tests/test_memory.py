@@ -9,7 +9,6 @@ import pytest
 
 from quantize.backends import backends, formats
 from quantize.backends.base import Context, Limits
-from quantize.cache import Cache
 from quantize.calibrated import _Part, _states_budget
 from quantize.checkpoint import open_checkpoint
 from quantize.errors import PlanError
@@ -17,6 +16,7 @@ from quantize.events import SilentReporter
 from quantize.memory import BASE_BYTES, BlockMemory, largest_block, least_bytes, memory_short, pass_bytes
 from quantize.recipe import load_recipe
 from quantize.source import pin_source
+from quantize.system.cache import Cache
 from quantize.testing import TinyModel, make_checkpoint, write_recipe
 from tests.conftest import Run
 

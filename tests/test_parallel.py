@@ -10,7 +10,7 @@ import torch
 
 from quantize.numerics.gptq import collect, factorize, row_tasks
 from quantize.numerics.scales import _asymmetric, _symmetric
-from quantize.parallel import on_threads, without_gil
+from quantize.system.threads import on_threads, without_gil
 
 
 def test_results_come_in_the_order_of_the_tasks() -> None:

@@ -11,13 +11,13 @@ from unittest import mock
 import pytest
 
 from quantize.backends import backends, formats
-from quantize.cache import Cache
 from quantize.disk import PAPERS_BYTES, disk_free_bytes
 from quantize.errors import PlanError, UsageError
 from quantize.events import SilentReporter
 from quantize.plan import Plan, make_plan
 from quantize.recipe import load_recipe
 from quantize.store import Store
+from quantize.system.cache import Cache
 from quantize.testing import FakeBackend, TinyModel, installed_backends, make_checkpoint, write_recipe
 from tests.conftest import BUILT_TYPES, Built, Run
 

@@ -14,7 +14,6 @@ from quantize.backends import formats
 from quantize.backends.base import Limits
 from quantize.backends.gguf import GgufBackend
 from quantize.build import build
-from quantize.cache import Cache
 from quantize.checkpoint import open_checkpoint, read_chat_template
 from quantize.engines.gguf_source import load_tokenizer
 from quantize.engines.gguf_vocabulary import PRE_TOKENIZERS, _tokenized, names, source_ends, turn_ends
@@ -22,6 +21,7 @@ from quantize.engines.token_lines import token_lines
 from quantize.events import SilentReporter
 from quantize.recipe import load_recipe
 from quantize.store import Store
+from quantize.system.cache import Cache
 from quantize.testing import TinyModel, make_checkpoint, write_json, write_recipe
 from tests.bad_checkpoints import change_json
 from tests.conftest import UNMEASURED, Run

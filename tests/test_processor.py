@@ -24,9 +24,9 @@ from quantize.events import SilentReporter
 from quantize.numerics.gptq import _round_block
 from quantize.numerics.gram import GramAccumulator
 from quantize.numerics.scales import _symmetric
-from quantize.parallel import without_gil
-from quantize.processor import CHOOSERS, MKL_MODE, device_name, name_device, strict_mode
-from quantize.worker import run_step
+from quantize.system.process import run_step
+from quantize.system.processor import CHOOSERS, MKL_MODE, device_name, name_device, strict_mode
+from quantize.system.threads import without_gil
 from tests import torch_steps
 
 pytestmark = pytest.mark.skipif(platform.machine() != "x86_64", reason="MKL is x86-64's")
@@ -115,7 +115,7 @@ def test_atens_own_kernels_are_in_the_kind(monkeypatch: pytest.MonkeyPatch) -> N
 def test_the_same_bits_on_any_number_of_threads_on_an_emulated_intel_processor() -> None:
     """Without the mode this fails on a Haswell, real or emulated. A worker would leave the emulator: none here."""
     program = (
-        "from quantize.worker import settle_libraries; settle_libraries(); from tests.torch_steps import products; "
+        "from quantize.system.process import settle_libraries; settle_libraries(); from tests.torch_steps import products; "
         "print(len({products(None, threads) for threads in (1, 2, 4)}))"
     )
     inherited = {name: value for name, value in os.environ.items() if name != MKL_MODE}

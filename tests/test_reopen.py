@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 
 from quantize.artifact import Artifact, open_artifact
-from quantize.cache import Cache
 from quantize.errors import CheckpointError, VerifyError
 from quantize.events import SilentReporter
 from quantize.manifest import RECIPE_NAME
 from quantize.reopen import find_source
 from quantize.source import pin_address
+from quantize.system.cache import Cache
 from quantize.testing import TinyModel, make_checkpoint, write_recipe
 from tests.conftest import Run
 

@@ -22,13 +22,13 @@ from hypothesis import strategies as st
 from quantize import calibrated
 from quantize.backends import formats
 from quantize.backends.base import Context, Limits
-from quantize.cache import Cache
 from quantize.containers.shards import ShardWriter
 from quantize.errors import Stopped
 from quantize.events import ListReporter, SilentReporter
 from quantize.recipe import load_recipe
 from quantize.source import open_source, pin_source
 from quantize.staging import RESUME_NAME, read_json
+from quantize.system.cache import Cache
 from quantize.testing import TinyModel, make_checkpoint, write_recipe
 from tests.kill_build import leftovers_of
 from tests.kill_pass import Builds, at_blocks, stopped_again_and_again

@@ -14,12 +14,12 @@ from typing import Any
 import pytest
 
 from quantize.backends import formats
-from quantize.cache import Cache, hash_file
 from quantize.checkpoint import open_checkpoint
 from quantize.errors import CheckpointError, MissingExtraError, StoreError
 from quantize.events import ListReporter, SilentReporter
 from quantize.recipe import Recipe, load_recipe
 from quantize.source import PinnedSource, card_metadata, open_source, pin_source
+from quantize.system.cache import Cache, hash_file
 from quantize.testing import TinyModel, make_checkpoint, write_recipe
 from tests.conftest import Built
 from tests.elsewhere import run_elsewhere
@@ -46,7 +46,7 @@ class Reads:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.names: list[str] = []
-        monkeypatch.setattr("quantize.cache.hash_file", self._read)
+        monkeypatch.setattr("quantize.system.cache.hash_file", self._read)
 
     def _read(self, path: Path, progress: Callable[[int], None] | None = None) -> str:
         self.names.append(path.name)

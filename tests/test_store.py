@@ -20,7 +20,6 @@ import yaml
 from quantize.artifact import commit, point_current
 from quantize.backends import formats
 from quantize.build import Outcome, RunOptions, build
-from quantize.cache import Cache
 from quantize.diff import compare
 from quantize.errors import BuildError, DiskFullError, GateError, PlanError, StoreError, UsageError, VerifyError
 from quantize.events import ListReporter, SilentReporter
@@ -28,6 +27,7 @@ from quantize.manifest import Manifest, manifest_schema, read_manifest
 from quantize.recipe import Recipe, load_recipe
 from quantize.staging import RESUME_NAME, variant_lock, workplace
 from quantize.store import Store
+from quantize.system.cache import Cache
 from quantize.testing import FakeBackend, write_recipe
 from tests.conftest import UNMEASURED, Built, Run
 

@@ -17,7 +17,7 @@ import pytest
 
 from quantize.errors import BuildError, OutOfMemory, PlanError, QuantizeError, WorkerDied
 from quantize.events import ListReporter, SilentReporter
-from quantize.worker import run_step
+from quantize.system.process import run_step
 from tests import worker_steps
 
 QUIET = SilentReporter()
@@ -130,7 +130,7 @@ def start_parent(tmp_path: Path) -> tuple[subprocess.Popen[bytes], int]:
             import pathlib, sys
             sys.path.insert(0, {str(ROOT)!r})
             from quantize.events import SilentReporter
-            from quantize.worker import run_step
+            from quantize.system.process import run_step
             from tests import worker_steps
             print("once", flush=True)
             run_step("waiting", SilentReporter(), worker_steps.wait, pathlib.Path({str(pid_file)!r}))

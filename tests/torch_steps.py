@@ -12,7 +12,7 @@ import torch  # noqa: E402 - after a look at what it finds
 
 from quantize.events import Reporter  # noqa: E402
 from quantize.numerics.gram import GramAccumulator  # noqa: E402
-from quantize.processor import device_name  # noqa: E402
+from quantize.system.processor import device_name  # noqa: E402
 
 STRICT = 0x10000  # MKL_CBWR_STRICT of mkl_types.h; below it the branch: 1 none asked for, 2 the processor's own
 BRANCHES = {1: None, 2: "AUTO", 3: "COMPATIBLE", 10: "AVX2", 12: "AVX512", 14: "AVX512_E1"}

@@ -19,8 +19,8 @@ from quantize.checkpoint import Checkpoint
 from quantize.events import Reporter
 from quantize.memory import BlockMemory
 from quantize.numerics.constants import SEARCHED_ROWS
-from quantize.parallel import on_threads
 from quantize.recipe import BackendOptions
+from quantize.system.threads import on_threads
 
 if TYPE_CHECKING:
     import torch

@@ -12,7 +12,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from quantize.cache import Cache
 from quantize.checkpoint import Checkpoint
 from quantize.cluster.spec import Spread
 from quantize.errors import QuantizeError, UsageError
@@ -22,6 +21,7 @@ from quantize.memory import BlockMemory
 from quantize.recipe import BackendOptions
 from quantize.resume import Resumable
 from quantize.source import PinnedSource
+from quantize.system.cache import Cache
 
 if TYPE_CHECKING:
     from quantize.activations import Block
@@ -73,8 +73,8 @@ class Limits:
 
         here: they are for this machine. Raises UsageError: a size that can't be read, a device that is not there.
         """
-        from quantize.hardware import usable_cores
-        from quantize.sizes import parse_size
+        from quantize.system.machine import usable_cores
+        from quantize.system.sizes import parse_size
 
         if device != "cpu" and here:
             _check_device(device)

@@ -20,7 +20,7 @@ from quantize.errors import PlanError
 from quantize.events import Reporter, status
 from quantize.memory import BlockMemory
 from quantize.recipe import BackendOptions
-from quantize.worker import run_step
+from quantize.system.process import run_step
 
 
 class BitsandbytesOptions(BackendOptions):

@@ -32,8 +32,8 @@ from quantize.marked_yaml import suggest
 from quantize.memory import BlockMemory
 from quantize.recipe import BackendOptions
 from quantize.source import PinnedSource, dequantized_key
-from quantize.untrusted import check_pattern
-from quantize.worker import run_step
+from quantize.system.process import run_step
+from quantize.system.untrusted import check_pattern
 
 HUB_URL = "https://huggingface.co/"
 TRY_OUT_TOKENS = 16

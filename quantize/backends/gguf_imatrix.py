@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from quantize.architecture import BlockLayout, block_count, block_layout
-from quantize.cache import hash_file
 from quantize.checkpoint import Checkpoint
 from quantize.containers.imatrix import write_imatrix
 from quantize.errors import BuildError, disk_errors
 from quantize.manifest import CalibrationEntry
-from quantize.staging import sync
+from quantize.system.cache import hash_file
+from quantize.system.files import sync
 
 if TYPE_CHECKING:
     import torch

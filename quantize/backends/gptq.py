@@ -16,8 +16,8 @@ from quantize.backends.base import Context
 from quantize.checkpoint import Checkpoint
 from quantize.events import Reporter, warn
 from quantize.memory import BlockMemory
-from quantize.parallel import in_stages, on_threads
 from quantize.recipe import BackendOptions
+from quantize.system.threads import in_stages, on_threads
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

@@ -21,8 +21,8 @@ from quantize.errors import BuildError, PlanError
 from quantize.events import Reporter, status
 from quantize.memory import BlockMemory
 from quantize.numerics.constants import SOLVED_ROWS
-from quantize.resident import give_back_freed
-from quantize.worker import run_step
+from quantize.system.memory import give_back_freed
+from quantize.system.process import run_step
 
 if TYPE_CHECKING:
     import torch

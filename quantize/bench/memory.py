@@ -16,8 +16,8 @@ from typing import Literal, Self
 import psutil
 
 from quantize.bench.result import MemoryUse
-from quantize.gpus import Gpus
-from quantize.hardware import resident_bytes
+from quantize.system.gpus import Gpus
+from quantize.system.machine import resident_bytes
 
 EVERY_SECONDS = 0.1
 

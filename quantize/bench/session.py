@@ -24,8 +24,8 @@ from quantize.bench.server import Kind, Server, running
 from quantize.bench.workload import SHAPES, Shape, TokenRule, prompt, prompts_hash, words_text
 from quantize.errors import BenchError, UsageError
 from quantize.events import Reporter, note, progress, status
-from quantize.hardware import describe_machine
 from quantize.manifest import tool_versions
+from quantize.system.machine import describe_machine
 
 CONCURRENCIES = (1, 4, 8)
 OPEN_LOOP_CONCURRENCY = 8

@@ -25,8 +25,8 @@ from quantize.cli.common import (
 )
 from quantize.cli.progress import console_reporter
 from quantize.errors import BenchError, UsageError
-from quantize.hardware import usable_cores
 from quantize.store import Store
+from quantize.system.machine import usable_cores
 
 COLUMNS = [
     ("SHAPE", "left"), ("IN", "right"), ("OUT", "right"), ("LOAD", "right"), ("REQUESTS", "right"),

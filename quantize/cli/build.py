@@ -27,8 +27,8 @@ from quantize.errors import QuantizeError, UsageError, WorkerDied
 from quantize.evaluate.record import COLUMNS, source_lines
 from quantize.lock import hold, lock_path, read_lock
 from quantize.recipe import Recipe
-from quantize.sizes import size_text
 from quantize.store import Store
+from quantize.system.sizes import size_text
 
 if TYPE_CHECKING:
     from quantize.cluster.units import ClusterOptions

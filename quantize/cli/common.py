@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from quantize.cache import Cache, default_cache_root
 from quantize.cli import set_verbose
-from quantize.lookup import find_recipe, find_target
 from quantize.store import Store, default_store_root
+from quantize.system.cache import Cache, default_cache_root
+from quantize.system.lookup import find_recipe, find_target
 
 if TYPE_CHECKING:
     from quantize.artifact import Artifact

@@ -8,11 +8,11 @@ from typing import Any
 
 import click
 
-from quantize.cache import default_cache_root
 from quantize.cli.common import json_option, print_json, print_table, store_option, verbose_option
 from quantize.doctor import Ability, Report, examine
-from quantize.sizes import memory_text, size_text
 from quantize.store import Store
+from quantize.system.cache import default_cache_root
+from quantize.system.sizes import memory_text, size_text
 from quantize.trials import Trial
 
 

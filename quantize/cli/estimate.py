@@ -32,9 +32,9 @@ from quantize.estimate import (
     vram_table,
 )
 from quantize.fit import Verdict, Workload, advise, judge
-from quantize.hardware import detect
-from quantize.sizes import memory_text
 from quantize.store import Store
+from quantize.system.machine import detect
+from quantize.system.sizes import memory_text
 from quantize.workloads import Subject, siblings, subjects
 
 KV_TYPES = {"16": "f16", "8": "q8_0", "4": "q4_0"}

@@ -19,9 +19,9 @@ from quantize.cli.common import (
 )
 from quantize.errors import RecipeError
 from quantize.evaluate.record import COLUMNS, source_lines
-from quantize.lookup import PREFIX, RECIPES, builtin_files, local_recipes
-from quantize.sizes import memory_text, size_text
 from quantize.store import Store
+from quantize.system.lookup import PREFIX, RECIPES, builtin_files, local_recipes
+from quantize.system.sizes import memory_text, size_text
 
 
 @click.group("list")

@@ -22,8 +22,8 @@ from quantize.cli.common import (
 )
 from quantize.cli.progress import console_reporter
 from quantize.plan import Job, Plan, make_plan
-from quantize.sizes import size_text
 from quantize.store import Store
+from quantize.system.sizes import size_text
 
 
 @click.command("plan")

@@ -17,7 +17,6 @@ from quantize.cli.common import (
     verbose_option,
 )
 from quantize.cli.progress import console_reporter
-from quantize.lookup import SUFFIXES
 from quantize.provenance.documents import Signing
 from quantize.provenance.signature import PASSWORD_VARIABLE
 from quantize.provenance.statement import known_run
@@ -26,8 +25,9 @@ from quantize.publish.policy import own_policy, read_policy
 from quantize.publish.send import Published, Wanted, publish
 from quantize.publish.transfer import Session
 from quantize.reevaluate import find_targets
-from quantize.sizes import size_text
 from quantize.store import PINS_NAME, Store
+from quantize.system.lookup import SUFFIXES
+from quantize.system.sizes import size_text
 
 
 @click.command("publish")

@@ -12,8 +12,8 @@ from quantize.errors import UsageError
 from quantize.publish.pins import chosen, read_pins
 from quantize.publish.receive import pull, pull_pinned
 from quantize.publish.transfer import Session
-from quantize.sizes import size_text
 from quantize.store import PINS_NAME, Store
+from quantize.system.sizes import size_text
 
 
 @click.command("pull")

@@ -11,8 +11,8 @@ import click
 from quantize.cli.common import store_option, trust_options, verbose_option
 from quantize.errors import MissingExtraError, SignatureError, UsageError
 from quantize.events import SilentReporter
-from quantize.sizes import parse_size
 from quantize.store import PINS_NAME, Store
+from quantize.system.sizes import parse_size
 
 if TYPE_CHECKING:
     from quantize.provenance.signature import Trust
@@ -101,10 +101,10 @@ def _print_hand_over(runtime: str, artifacts: tuple[str, ...], store: Store, opt
 
 
 def _serve(artifacts: tuple[str, ...], store: Store, options: dict[str, Any]) -> None:
-    from quantize.hardware import detect
     from quantize.serve.limits import load_keys
     from quantize.serve.preflight import RunOptions, engine_options, place, runtime_name
     from quantize.serve.targets import UpstreamTarget, resolve
+    from quantize.system.machine import detect
 
     try:
         from quantize.serve.engines.link import Target

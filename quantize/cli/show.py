@@ -15,8 +15,8 @@ from quantize.cli.common import (
     verbose_option,
 )
 from quantize.evaluate.record import GoldenCount, read_record
-from quantize.sizes import memory_text, size_text
 from quantize.store import Store
+from quantize.system.sizes import memory_text, size_text
 
 
 @click.command("show")

@@ -205,7 +205,7 @@ class Actor:
     """A PassWorker in a process that Ray started; says when it did what."""
 
     def __init__(self) -> None:
-        from quantize.worker import settle_libraries
+        from quantize.system.process import settle_libraries
 
         settle_libraries()
         self._work: Any = None
@@ -217,7 +217,7 @@ class Actor:
         from quantize import __version__
         from quantize.activations import fastest_precision
         from quantize.manifest import tool_versions
-        from quantize.processor import device_name
+        from quantize.system.processor import device_name
 
         here = ray.get_runtime_context().get_node_id()
         address = next(node.address for node in nodes(ray) if node.name == here)

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from quantize.architecture import BlockLayout, block_layout
-from quantize.cache import hash_file
 from quantize.cluster.cost import pass_costs
 from quantize.cluster.passwork import PassPlan, deal, share_folder
 from quantize.cluster.pool import Lost, Machine, Pool, Report, Worker
@@ -26,6 +25,7 @@ from quantize.cluster.watch import PassWatch
 from quantize.errors import BuildError
 from quantize.events import Reporter, progress, status, warn
 from quantize.hidden_states import SavedStates, remove_before
+from quantize.system.cache import hash_file
 
 MOST_IN_FLIGHT = 4
 STORE_SHARE = 0.5  # of the nodes' object stores, for blocks under way: nothing is ever spilled

@@ -15,7 +15,6 @@ from typing import Any
 
 from quantize.backends import backends
 from quantize.build import Outcome, RunOptions, build, drop_intermediates
-from quantize.cache import Cache
 from quantize.cluster.session import Node, able_nodes, cause_of, connected, working_nodes
 from quantize.cluster.spec import Spread
 from quantize.cluster.trace import Span, check_trace, read_trace, write_trace
@@ -25,6 +24,7 @@ from quantize.plan import pin_calibration
 from quantize.recipe import Recipe
 from quantize.source import pin_source
 from quantize.store import Store
+from quantize.system.cache import Cache
 
 WORKERS_A_NODE = 4  # of a spread pass, on nodes without GPUs: each holds a block
 RETRIES = 5  # of a task whose node or process died

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from quantize.errors import CheckpointError, first_line
-from quantize.untrusted import open_regular
+from quantize.system.untrusted import open_regular
 
 UNQUANTIZED = ("F32", "F16", "BF16", "F64")
 STRING, ARRAY = 8, 9

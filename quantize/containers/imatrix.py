@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from quantize.containers.gguf import GgufTensor, read_gguf
 from quantize.errors import CheckpointError
-from quantize.untrusted import open_regular
+from quantize.system.untrusted import open_regular
 
 if TYPE_CHECKING:
     import numpy as np

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from quantize.errors import CheckpointError, first_line
-from quantize.untrusted import open_regular, parse_json
+from quantize.system.untrusted import open_regular, parse_json
 
 MAX_HEADER_BYTES = 100_000_000  # the limit of the reference implementation
 MAX_TENSORS = 1_000_000

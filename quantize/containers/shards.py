@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 from quantize.checkpoint import INDEX_NAME
 from quantize.containers.safetensors import DTYPE_BITS, header_bytes
 from quantize.errors import BuildError, disk_errors
-from quantize.staging import write_all
+from quantize.system.files import write_all
 
 if TYPE_CHECKING:
     import torch

@@ -14,7 +14,8 @@ from quantize.checkpoint import Checkpoint
 from quantize.containers.shards import ShardWriter, Table
 from quantize.errors import MissingExtraError, disk_errors
 from quantize.events import Reporter, note, progress
-from quantize.staging import RESUME_NAME, read_json, write_durable
+from quantize.staging import RESUME_NAME, read_json
+from quantize.system.files import write_durable
 
 if TYPE_CHECKING:
     import torch

@@ -18,7 +18,7 @@ from quantize.checkpoint import Checkpoint
 from quantize.engines.token_lines import token_lines
 from quantize.errors import CheckpointError, VerifyError, first_line
 from quantize.events import Reporter, status
-from quantize.hardware import ram
+from quantize.system.machine import ram
 
 if TYPE_CHECKING:
     import numpy as np

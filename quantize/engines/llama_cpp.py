@@ -26,7 +26,7 @@ from quantize.errors import (
     disk_full,
 )
 from quantize.events import Reporter
-from quantize.staging import removed_on_failure
+from quantize.system.files import removed_on_failure
 
 LINE = re.compile(r"^\[\s*\d+/\s*\d+\]\s+(\S+)\s+-\s+\[([\d,\s]+)\], type =\s*(\S+), .*?(?:\((\w+)\))?\s*$")
 FALLBACK = "tensor cols"

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 from quantize.engines.llama_cpp_log import keep_log, log_text, telling_line
 from quantize.errors import MissingExtraError, UsageError, VerifyError
-from quantize.hardware import usable_cores
+from quantize.system.machine import usable_cores
 
 MICRO_BATCH_TOKENS = 512
 LOG_LINES = 2000

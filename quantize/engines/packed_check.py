@@ -12,7 +12,7 @@ from typing import Any
 from quantize.engines.transformers_model import import_torch, load_causal_lm
 from quantize.errors import VerifyError
 from quantize.events import Reporter
-from quantize.resident import give_back_freed, give_back_mapped
+from quantize.system.memory import give_back_freed, give_back_mapped
 
 TOKENS = 16
 ROWS = 256  # of a linear that are compared at once

@@ -14,10 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from quantize.cache import Cache
 from quantize.evaluate.runtimes import Runtime
 from quantize.evaluate.text import Windows
 from quantize.events import Reporter, progress
+from quantize.system.cache import Cache
 
 if TYPE_CHECKING:
     import numpy as np

@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from quantize.errors import MissingExtraError, RecipeError
 from quantize.marked_yaml import in_time, read_document, validate
-from quantize.untrusted import check_pattern
+from quantize.system.untrusted import check_pattern
 
 Strict = ConfigDict(extra="forbid", frozen=True, strict=True)
 Text = Annotated[str, Field(min_length=1)]

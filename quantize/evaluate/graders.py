@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from quantize.evaluate.golden import Grade, import_jsonschema
-from quantize.untrusted import time_limit
+from quantize.system.untrusted import time_limit
 
 DEFAULT_SIMILARITY = 0.8
 MAX_SECONDS = 10  # of processor time, for one pattern on one answer

@@ -13,7 +13,6 @@ from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
-from quantize.cache import Cache
 from quantize.calibration import SELF, load_calibration_set
 from quantize.checkpoint import read_json
 from quantize.errors import CheckpointError, VerifyError
@@ -29,6 +28,7 @@ from quantize.evaluate.text import DEFAULT_WINDOW, Windows, check_disjoint, cut_
 from quantize.events import Reporter, status
 from quantize.recipe import CalibrationSpec
 from quantize.shape import ModelShape
+from quantize.system.cache import Cache
 
 ANSWERS_KIND = "golden-answers"
 DEFAULT_CONTEXT = 2048

@@ -20,7 +20,7 @@ from quantize.errors import BuildError
 from quantize.numerics.constants import SOLVED_ROWS
 from quantize.numerics.rtn import Quantized, check_shape, round_to_nearest
 from quantize.numerics.scales import ScaleSearch
-from quantize.parallel import without_gil
+from quantize.system.threads import without_gil
 
 DAMPING = 0.01
 SMALLEST_ZERO = 1  # GPTQ v1 stores zero points less one

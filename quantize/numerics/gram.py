@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from quantize.parallel import without_gil
+from quantize.system.threads import without_gil
 
 # The upper triangle in tiles: one product right of each diagonal tile, and inside of it one for each panel of columns.
 # Narrow panels skip more of the lower half, wide products are faster. Measured with MKL; it changes no bit.

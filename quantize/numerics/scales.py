@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from quantize.numerics.rtn import stored_scale
-from quantize.parallel import without_gil
+from quantize.system.threads import without_gil
 
 SYMMETRIC_GRID = tuple(step / 100 for step in range(110, 60, -7))  # of max |w| / 2**(bits - 1)
 ASYMMETRIC_GRID = tuple(step / 20 for step in range(20, 9, -1))  # of (max - min) / (2**bits - 1)

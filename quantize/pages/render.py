@@ -13,13 +13,13 @@ from typing import Any
 import jinja2
 from markupsafe import Markup, escape
 
-from quantize.artifact import write_text
 from quantize.pages.collect import Subject, collect
 from quantize.pages.decision_text import decision_text, headline
 from quantize.pages.production import Choice, judge
 from quantize.pages.views import page_of
 from quantize.staging import store_errors
 from quantize.store import Store
+from quantize.system.files import write_text
 
 HTML, MARKDOWN, DECISION = "report.html", "report.md", "production_decision.md"
 

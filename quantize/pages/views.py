@@ -18,7 +18,7 @@ from quantize.pages.golden import GoldenView, golden_view
 from quantize.pages.production import Choice, Verdict
 from quantize.pages.provenance import made, provenance, source_facts
 from quantize.pages.table import Table
-from quantize.sizes import size_text
+from quantize.system.sizes import size_text
 
 MISSING = "not measured"
 TONES = {"accepted": "good", "accepted with flags": "flag", "refused": "bad", "insufficient evidence": "open"}

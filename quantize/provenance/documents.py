@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from quantize.artifact import Artifact, write_text
+from quantize.artifact import Artifact
 from quantize.card import render_card
 from quantize.errors import SignatureError
 from quantize.manifest import CARD_NAME, NOTICE_NAME, PROVENANCE_NAME, SBOM_NAME, SIGNATURE_NAME, Manifest
@@ -20,6 +20,7 @@ from quantize.provenance.licence import Licence, artifact_licence, check_licence
 from quantize.provenance.sbom import bill_of_materials
 from quantize.provenance.signature import sign
 from quantize.provenance.statement import RunDetails, statement
+from quantize.system.files import write_text
 
 
 @dataclass(frozen=True)

@@ -18,9 +18,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from quantize.cache import hash_file
 from quantize.errors import MissingExtraError, QuantizeError, SignatureError, UsageError, first_line
 from quantize.manifest import EVALUATION_NAME, MEASUREMENTS_NAME, SIGNATURE_NAME
+from quantize.system.cache import hash_file
 
 UNSIGNED = (MEASUREMENTS_NAME, EVALUATION_NAME)  # grow with every evaluation and load test, wherever the artifact is
 GIT_PATHS = (".git", ".gitattributes", ".github", ".gitignore")  # model_signing leaves them out, too

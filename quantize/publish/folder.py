@@ -14,10 +14,10 @@ import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
-from quantize.cache import hash_file
 from quantize.errors import TransferError, VerifyError
 from quantize.publish.base import Count, size_of, write_stream
 from quantize.publish.pack import DIGEST, MANIFEST_NAME, Blob, Pack
+from quantize.system.cache import hash_file
 
 CURRENT = "current"
 READ_BYTES = 4 << 20

@@ -15,11 +15,11 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from quantize.artifact import Artifact
-from quantize.cache import hash_file
 from quantize.errors import VerifyError
 from quantize.manifest import FILE_NAME, PAPERS, Manifest
 from quantize.recipe import SLUG
-from quantize.untrusted import parse_json
+from quantize.system.cache import hash_file
+from quantize.system.untrusted import parse_json
 
 MANIFEST_TYPE = "application/vnd.oci.image.manifest.v1+json"
 ARTIFACT_TYPE = "application/vnd.cncf.model.manifest.v1+json"

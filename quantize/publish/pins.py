@@ -16,16 +16,17 @@ from typing import Annotated
 import yaml
 from pydantic import BaseModel, ConfigDict, StringConstraints, ValidationError
 
-from quantize.artifact import Artifact, write_text
-from quantize.cache import default_cache_root
+from quantize.artifact import Artifact
 from quantize.errors import RecipeError, UsageError, first_line
 from quantize.events import Reporter
-from quantize.locks import file_lock
 from quantize.manifest import Manifest
 from quantize.marked_yaml import MAX_BYTES, parse_document
 from quantize.recipe import SlugText
 from quantize.store import Store
-from quantize.untrusted import read_limited
+from quantize.system.cache import default_cache_root
+from quantize.system.files import write_text
+from quantize.system.flock import file_lock
+from quantize.system.untrusted import read_limited
 from quantize.verify import check_files
 
 HEADER = "# What a deployment runs, by digest: `quantize publish` writes it, `quantize pull --locked` and\n"

@@ -15,7 +15,6 @@ from functools import partial
 from pathlib import Path
 
 from quantize.artifact import Artifact, commit, read_measurements
-from quantize.cache import hash_file
 from quantize.errors import StoreError, TransferError, UsageError, VerifyError
 from quantize.evaluate.record import NAME, NOT_EVALUATED, Summary, read_record
 from quantize.events import Reporter, note, status, warn
@@ -27,6 +26,7 @@ from quantize.publish.places import Found, find_place
 from quantize.publish.transfer import Progress, Session, run_all
 from quantize.staging import STAGING, store_errors, variant_lock
 from quantize.store import Store
+from quantize.system.cache import hash_file
 from quantize.verify import check_files
 
 

@@ -12,10 +12,10 @@ from typing import Any
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import GaugeMetricFamily, InfoMetricFamily, Metric
 
-from quantize.hardware import ram, resident_bytes
 from quantize.serve.engines.base import Engine
 from quantize.serve.limits import Slots
 from quantize.serve.logs import Log
+from quantize.system.machine import ram, resident_bytes
 
 GB = 1e9
 SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)

@@ -13,10 +13,10 @@ from pathlib import Path
 from quantize.errors import MissingExtraError, RefusedError, UsageError
 from quantize.estimate import Settings
 from quantize.fit import Verdict, Workload, advise
-from quantize.hardware import Machine
 from quantize.serve.targets import LocalTarget
-from quantize.sizes import GIB
 from quantize.store import Store
+from quantize.system.machine import Machine
+from quantize.system.sizes import GIB
 
 DEFAULT_CONTEXT = 4096
 # Format -> (what it needs beside its runtime, the extra that brings it).

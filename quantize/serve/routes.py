@@ -14,7 +14,6 @@ import orjson
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
-from quantize.hardware import resident_bytes
 from quantize.serve import protocol
 from quantize.serve.edge import STATE, Receive, RequestState, Scope, Send
 from quantize.serve.engines.base import Call, Engine
@@ -22,6 +21,7 @@ from quantize.serve.failures import ClientGone, Failure
 from quantize.serve.monitoring import memory_line
 from quantize.serve.protocol import ChatRequest, CompletionRequest, GenerateRequest, SimpleAnswer, SimpleChatRequest
 from quantize.serve.service import Live, Service, relay
+from quantize.system.machine import resident_bytes
 
 STREAM_HEADERS = [
     (b"content-type", b"text/event-stream; charset=utf-8"),

@@ -25,8 +25,8 @@ from quantize.bench.session import Settings, bench_url
 from quantize.bench.workload import Shape
 from quantize.errors import BenchError, UsageError
 from quantize.events import ListReporter
-from quantize.gpus import Gpus
 from quantize.store import Store
+from quantize.system.gpus import Gpus
 from tests.bench.servers import FakeServer, serving
 from tests.conftest import Built, Run
 

@@ -14,7 +14,6 @@ import pytest
 from quantize import calibrated
 from quantize.backends import formats
 from quantize.backends.base import Context, Limits
-from quantize.cache import Cache
 from quantize.cluster.schedule import FORWARD, SOLVE
 from quantize.cluster.spec import Spread
 from quantize.cluster.trace import overlap_seconds, read_trace
@@ -23,6 +22,7 @@ from quantize.events import Event, ListReporter, SilentReporter
 from quantize.recipe import load_recipe
 from quantize.source import open_source, pin_source
 from quantize.staging import RESUME_NAME
+from quantize.system.cache import Cache
 from quantize.testing import TinyModel, make_checkpoint, write_recipe
 from tests.cluster.conftest import Nodes
 

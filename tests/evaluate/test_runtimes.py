@@ -15,7 +15,6 @@ import pytest
 
 from quantize.backends import formats
 from quantize.build import build
-from quantize.cache import Cache
 from quantize.errors import UsageError, VerifyError
 from quantize.evaluate.baseline import record
 from quantize.evaluate.decision import Limits, decide
@@ -27,8 +26,9 @@ from quantize.evaluate.text import Windows, cut_windows, load_text
 from quantize.events import ListReporter, SilentReporter
 from quantize.recipe import load_recipe
 from quantize.store import Store
+from quantize.system.cache import Cache
+from quantize.system.process import run_step
 from quantize.testing import TinyModel, make_checkpoint, write_recipe, write_weights
-from quantize.worker import run_step
 from tests.conftest import Built
 
 pytest.importorskip("torch")

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from quantize.artifact import Artifact, commit, describe_files, write_measurements, write_text
+from quantize.artifact import Artifact, commit, describe_files, write_measurements
 from quantize.card import render_card
 from quantize.events import ListReporter
 from quantize.manifest import Manifest, SourceEntry
@@ -23,6 +23,7 @@ from quantize.publish.send import Published, Wanted, publish
 from quantize.publish.transfer import Session
 from quantize.recipe import PublishPolicy
 from quantize.store import Store
+from quantize.system.files import write_text
 from tests.publish.proxy import Proxy, proxy_before
 
 POLICY = PublishPolicy(unevaluated="a test of the way there")

@@ -13,7 +13,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from quantize.hardware import ram
 from quantize.serve.engines.chat_template import ChatTemplate
 from quantize.serve.engines.llama_cpp import buffers
 from quantize.serve.engines.model import Refused
@@ -23,6 +22,7 @@ from quantize.serve.limits import Rates, Slots
 from quantize.serve.logs import LogWriter, where
 from quantize.serve.monitoring import memory_line
 from quantize.serve.protocol import ChatRequest, parse
+from quantize.system.machine import ram
 
 TEXTS = st.text("abc é漢", max_size=20)
 

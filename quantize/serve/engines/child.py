@@ -26,7 +26,7 @@ import orjson
 from quantize.errors import QuantizeError, first_line
 from quantize.serve.engines.model import Chosen, Model, Refused, Sampling
 from quantize.serve.engines.text import StopFilter
-from quantize.worker import spin_briefly
+from quantize.system.process import spin_briefly
 
 MODELS = {
     "llama.cpp": "quantize.serve.engines.llama_cpp:LlamaCppModel",

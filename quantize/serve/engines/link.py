@@ -17,9 +17,9 @@ from typing import Any, BinaryIO, Protocol
 
 import orjson
 
-from quantize.deaths import TAIL_BYTES, explain, last_words, oom_kills
 from quantize.serve.engines.base import Status
 from quantize.serve.failures import Failure, not_ready
+from quantize.system.deaths import TAIL_BYTES, explain, last_words, oom_kills
 
 LINE_BYTES = 64 << 20
 FIRST_PAUSE, LONGEST_PAUSE = 0.5, 30.0

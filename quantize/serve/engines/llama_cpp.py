@@ -164,7 +164,7 @@ class LlamaCppModel:
         return self._memory
 
     def _gpu_memory(self, number: int) -> dict[str, Any]:
-        from quantize.hardware import detect
+        from quantize.system.machine import detect
 
         gpus = detect().gpus
         size = sum(size for name, size in buffers(log_text()).items() if not name.startswith("CPU"))

@@ -11,11 +11,11 @@ from typing import Any
 
 import orjson
 
-from quantize.hardware import resident_bytes
 from quantize.serve.engines.base import Call, Status
 from quantize.serve.engines.link import Link, Listener, ProcessChild, Target
 from quantize.serve.failures import Failure, not_ready, unsupported
 from quantize.serve.protocol import ChatRequest, CompletionRequest, Message
+from quantize.system.machine import resident_bytes
 
 DONE = b"data: [DONE]\n\n"
 LEAST_TEMPERATURE = 1e-3  # below it sampling is greedy: dividing by it overflows

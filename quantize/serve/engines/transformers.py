@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from quantize.engines.transformers_model import import_torch, load_causal_lm, serving_dtype
-from quantize.hardware import usable_cores
 from quantize.serve.engines.model import Chosen, Description, Progress, Refused, Sampling
+from quantize.system.machine import usable_cores
 
 PREFILL_TOKENS = 512
 SUPPORTS = ("top_k", "min_p", "penalties", "repetition_penalty", "logprobs")

@@ -13,7 +13,7 @@ from typing import Any
 
 import psutil
 
-from quantize.gpus import LocalGpu, nvidia_gpus
+from quantize.system.gpus import LocalGpu, nvidia_gpus
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from quantize.errors import StoreError, disk_full, first_line, is_disk_full
-from quantize.locks import NO_LOCKS, NO_LOCKS_HINT, file_lock
+from quantize.system.flock import NO_LOCKS, NO_LOCKS_HINT, file_lock
 
 CHUNK_BYTES = 4 << 20
 

@@ -23,7 +23,6 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, BinaryIO, ParamSpec, TypeVar
 
-from quantize.deaths import TAIL_BYTES, evidence, explain, oom_kills
 from quantize.errors import (
     LOWER_MEMORY,
     BuildError,
@@ -37,7 +36,8 @@ from quantize.errors import (
     is_out_of_memory,
 )
 from quantize.events import Event, Reporter, warn
-from quantize.processor import settle_products
+from quantize.system.deaths import TAIL_BYTES, evidence, explain, oom_kills
+from quantize.system.processor import settle_products
 
 P = ParamSpec("P")
 Result = TypeVar("Result")

@@ -1,0 +1,1 @@
+"""The machine underneath: processes, threads, memory, locks, files, and the cache on its disk."""
