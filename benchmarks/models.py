@@ -59,7 +59,7 @@ def random_llama(
     import torch
 
     from quantize.checkpoint import TOKENIZER_FILES
-    from quantize.containers.shards import ShardWriter
+    from quantize.files.shards import ShardWriter
 
     out.mkdir(parents=True)
     for name in TOKENIZER_FILES:

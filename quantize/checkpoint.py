@@ -13,14 +13,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from quantize.containers.safetensors import MAX_TENSORS, TensorInfo, read_header
 from quantize.errors import CheckpointError, first_line
+from quantize.files.safetensors import INDEX_NAME, MAX_TENSORS, TensorInfo, read_header
 from quantize.system.untrusted import open_regular, parse_json, read_limited
 
 if TYPE_CHECKING:
     import torch
 
-INDEX_NAME = "model.safetensors.index.json"
 MAX_JSON_BYTES = 256 << 20
 MAX_TEMPLATE_BYTES = 4 << 20
 MAX_SHARDS = 10_000

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from quantize.artifact import Artifact
-from quantize.containers.gguf import read_gguf
-from quantize.containers.safetensors import read_header
+from quantize.files.gguf import read_gguf
+from quantize.files.safetensors import read_header
 
 SUMMARIZED = ("files", "digest", "build_key", "kept_in_high_precision", "estimate", "schema_version")
 

@@ -24,10 +24,10 @@ from quantize.backends.base import Context, Limits
 from quantize.calibrated import run_pass
 from quantize.calibration import LOCAL_SUFFIXES, summarize_tokens
 from quantize.checkpoint import Checkpoint
-from quantize.containers.compare import TensorDifference, can_compare, compare_metadata, compare_weights
 from quantize.disk import disk_free_bytes, disk_short
 from quantize.errors import PlanError, RecipeError, StoreError, UsageError, VerifyError
 from quantize.events import Reporter, note, status, warn
+from quantize.files.compare import TensorDifference, can_compare, compare_metadata, compare_weights
 from quantize.manifest import FILE_NAME, RECIPE_NAME, FileEntry, Manifest
 from quantize.plan import Job, identify_jobs
 from quantize.recipe import CalibrationSpec, EvaluationSpec, Recipe, Source, Variant

@@ -199,7 +199,7 @@ def _pin_local(source: Source, path: Path, cache: Cache, reporter: Reporter) -> 
 
 
 def _pin_gguf(source: Source, path: Path, uri: str, cache: Cache, reporter: Reporter) -> PinnedSource:
-    from quantize.containers.gguf import GgufSummary, read_summary
+    from quantize.files.gguf import GgufSummary, read_summary
 
     status(reporter, "", f"hashing {path.name}")
     file = SourceFile(path.name, path.stat().st_size, cache.sha256(path))

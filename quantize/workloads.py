@@ -13,9 +13,9 @@ from quantize.artifact import Artifact
 from quantize.backends import formats
 from quantize.backends.base import Limits
 from quantize.checkpoint import open_checkpoint, read_json, tensor_table
-from quantize.containers.gguf import GgufFile, read_gguf
 from quantize.errors import UsageError
 from quantize.events import Reporter
+from quantize.files.gguf import GgufFile, read_gguf
 from quantize.manifest import FILE_NAME
 from quantize.plan import make_plan
 from quantize.recipe import load_recipe

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from quantize.checkpoint import INDEX_NAME
+from quantize.files.safetensors import INDEX_NAME
 from quantize.testing import TinyModel, write_json, write_weights
 
 WEIGHTS = "model.safetensors"

@@ -11,9 +11,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from quantize.containers import compare
-from quantize.containers.compare import compare_metadata, compare_weights
-from quantize.containers.gguf import read_gguf
+from quantize.files import compare
+from quantize.files.compare import compare_metadata, compare_weights
+from quantize.files.gguf import read_gguf
 from tests.conftest import Built
 
 TYPES = {

@@ -17,9 +17,9 @@ from safetensors import safe_open
 
 from quantize.backends.gguf_types import BITS, ELEMENT_TYPES, FTYPES
 from quantize.checkpoint import open_checkpoint
-from quantize.containers.gguf import TENSOR_TYPES, read_gguf, read_summary
-from quantize.containers.safetensors import header_bytes, read_header
 from quantize.errors import CheckpointError
+from quantize.files.gguf import TENSOR_TYPES, read_gguf, read_summary
+from quantize.files.safetensors import header_bytes, read_header
 from quantize.testing import TinyModel, make_checkpoint, read_array
 from tests.conftest import Built
 

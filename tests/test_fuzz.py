@@ -19,8 +19,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import deserialize
 
-from quantize.containers.safetensors import read_header
 from quantize.errors import QuantizeError
+from quantize.files.safetensors import read_header
 from quantize.marked_yaml import parse_document
 from quantize.system.untrusted import parse_json
 from tests.fuzz import run, seeds

@@ -17,22 +17,22 @@ import numpy as np
 import pytest
 
 import quantize.checkpoint
-import quantize.containers.gguf
-import quantize.containers.safetensors
+import quantize.files.gguf
+import quantize.files.safetensors
 import quantize.system.untrusted
 from quantize.architecture import block_layout, tensor_role
 from quantize.artifact import read_measurements
 from quantize.backends import formats
 from quantize.calibration import read_rows
-from quantize.checkpoint import INDEX_NAME, check_finite, open_checkpoint, read_chat_template, tensor_table
-from quantize.containers.gguf import read_gguf
-from quantize.containers.imatrix import read_imatrix
-from quantize.containers.safetensors import read_header
+from quantize.checkpoint import check_finite, open_checkpoint, read_chat_template, tensor_table
 from quantize.errors import CheckpointError, QuantizeError, RecipeError, UsageError, VerifyError
 from quantize.evaluate.decision import sign_test
 from quantize.evaluate.golden import Grade, load_golden
 from quantize.evaluate.graders import grade
 from quantize.evaluate.record import Summary
+from quantize.files.gguf import read_gguf
+from quantize.files.imatrix import read_imatrix
+from quantize.files.safetensors import INDEX_NAME, read_header
 from quantize.manifest import Manifest, read_manifest
 from quantize.marked_yaml import parse_document, read_document
 from quantize.publish.pack import read_pack
@@ -165,7 +165,7 @@ def test_a_header_that_becomes_shorter(tiny: Path, tmp_path: Path, monkeypatch: 
     raw = (tiny / WEIGHTS).read_bytes()
     (tmp_path / WEIGHTS).write_bytes(raw[:200])
     (tmp_path / "a.gguf").write_bytes(seeds.gguf(tmp_path)[:100])
-    longer(monkeypatch, "quantize.containers.safetensors", len(raw))
+    longer(monkeypatch, "quantize.files.safetensors", len(raw))
     with pytest.raises(CheckpointError, match="became shorter while it was read"):
         read_header(tmp_path / WEIGHTS)
     with pytest.raises(CheckpointError, match="truncated at byte 100"):
@@ -326,7 +326,7 @@ def test_metadata_is_an_object_of_texts(metadata: Any, tmp_path: Path) -> None:
 
 
 def test_a_header_of_too_many_tensors(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(quantize.containers.safetensors, "MAX_TENSORS", 3)
+    monkeypatch.setattr(quantize.files.safetensors, "MAX_TENSORS", 3)
     with pytest.raises(CheckpointError, match="tensors are too many"):
         read_header(tiny / WEIGHTS)
 
@@ -368,9 +368,9 @@ def test_hostile_gguf(raw: bytes, message: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("limit", ["MAX_FIELDS", "MAX_VALUES", "MAX_TENSORS", "MAX_HEADER_BYTES", "MAX_STRINGS"])
 def test_limits_of_gguf(limit: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(quantize.containers.gguf, limit, 1)
+    monkeypatch.setattr(quantize.files.gguf, limit, 1)
     if limit == "MAX_STRINGS":
-        monkeypatch.setattr(quantize.containers.gguf, "MAX_ARRAY", 1)
+        monkeypatch.setattr(quantize.files.gguf, "MAX_ARRAY", 1)
     (tmp_path / "a.gguf").write_bytes(seeds.gguf(tmp_path))
     with pytest.raises(CheckpointError, match=r"too many|more than 1"):
         read_gguf(tmp_path / "a.gguf")

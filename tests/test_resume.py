@@ -22,9 +22,9 @@ from hypothesis import strategies as st
 from quantize import calibrated
 from quantize.backends import formats
 from quantize.backends.base import Context, Limits
-from quantize.containers.shards import ShardWriter
 from quantize.errors import Stopped
 from quantize.events import ListReporter, SilentReporter
+from quantize.files.shards import ShardWriter
 from quantize.recipe import load_recipe
 from quantize.source import open_source, pin_source
 from quantize.staging import RESUME_NAME, read_json

@@ -19,13 +19,13 @@ from quantize.artifact import Artifact, open_artifact
 from quantize.backends.base import Limits
 from quantize.backends.gguf import GgufBackend
 from quantize.checkpoint import open_checkpoint
-from quantize.containers.gguf import read_gguf
 from quantize.engines import try_out as engine
 from quantize.engines.gguf_check import compare_header
 from quantize.engines.gguf_source import Expected, expected_of
 from quantize.engines.packed_check import ROWS, agree
 from quantize.errors import VerifyError
 from quantize.events import ListReporter, SilentReporter
+from quantize.files.gguf import read_gguf
 from quantize.testing import write_json
 from quantize.verify import check_files
 from tests.bad_checkpoints import change_json

@@ -19,7 +19,6 @@ from pydantic import Field, field_validator
 from quantize.backends.base import BuildResult, Collector, Context, KeptTensor, Limits, SizePlan
 from quantize.backends.gguf_types import BITS, ELEMENT_TYPES, FTYPES, UNQUANTIZED_TYPES, base_type
 from quantize.checkpoint import Checkpoint
-from quantize.containers.gguf import GgufFile, GgufTensor, read_gguf
 from quantize.engines.gguf_convert import ConvertRequest
 from quantize.engines.gguf_source import Expected
 from quantize.engines.gguf_vocabulary import PRE
@@ -27,6 +26,7 @@ from quantize.engines.gguf_vocabulary import names as pre_tokenizers
 from quantize.engines.llama_cpp import QuantizeSettings, SizedFile
 from quantize.errors import PlanError, QuantizeError, VerifyError, disk_errors
 from quantize.events import Reporter, status, warn
+from quantize.files.gguf import GgufFile, GgufTensor, read_gguf
 from quantize.manifest import tool_versions
 from quantize.marked_yaml import suggest
 from quantize.memory import BlockMemory

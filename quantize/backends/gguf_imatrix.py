@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 from quantize.architecture import BlockLayout, block_count, block_layout
 from quantize.checkpoint import Checkpoint
-from quantize.containers.imatrix import write_imatrix
 from quantize.errors import BuildError, disk_errors
+from quantize.files.imatrix import write_imatrix
 from quantize.manifest import CalibrationEntry
 from quantize.system.cache import hash_file
 from quantize.system.files import sync

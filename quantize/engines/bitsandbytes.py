@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from quantize.checkpoint import Checkpoint
-from quantize.containers.shards import ShardWriter, Table
 from quantize.errors import MissingExtraError, disk_errors
 from quantize.events import Reporter, note, progress
+from quantize.files.shards import ShardWriter, Table
 from quantize.staging import RESUME_NAME, read_json
 from quantize.system.files import write_durable
 

@@ -9,10 +9,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-from quantize.containers.gguf import read_gguf
-from quantize.containers.safetensors import header_bytes
 from quantize.errors import CheckpointError, MissingExtraError, first_line
 from quantize.events import Reporter
+from quantize.files.gguf import read_gguf
+from quantize.files.safetensors import header_bytes
 
 SHARD_SIZE = "5GB"
 RULES_VERSION = 1  # of what is mended in a tokenizer; enters the key of the checkpoint

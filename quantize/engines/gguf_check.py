@@ -13,10 +13,10 @@ from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from quantize.checkpoint import Checkpoint
-from quantize.containers.gguf import GgufFile, GgufTensor
 from quantize.engines.gguf_source import Expected, ExpectedTensor
 from quantize.engines.gguf_vocabulary import source_ends, turn_ends
 from quantize.errors import VerifyError
+from quantize.files.gguf import GgufFile, GgufTensor
 from quantize.shape import ModelShape
 
 if TYPE_CHECKING:

@@ -67,7 +67,7 @@ def dry_run(reporter: Reporter, source: Path, jobs: Sequence[QuantizeSettings]) 
 
     A job that llama.cpp refuses, or that needs an importance matrix, gets its error in its place.
     """
-    from quantize.containers.gguf import read_gguf
+    from quantize.files.gguf import read_gguf
 
     header = read_gguf(source)
     data_bytes = sum(padded(tensor.size_bytes) for tensor in header.tensors.values())
@@ -138,7 +138,7 @@ def _quantize(source: Path, out: Path, job: QuantizeSettings, *, dry: bool) -> s
 
 def _imatrix(llama_cpp: Any, path: Path, keep: list[Any]) -> Any:
     """The rows of an importance matrix file as llama.cpp wants them; `keep` holds the memory that they point to."""
-    from quantize.containers.imatrix import read_imatrix
+    from quantize.files.imatrix import read_imatrix
 
     rows: list[tuple[Any, Any, int]] = []
     for name, values in read_imatrix(path).items():

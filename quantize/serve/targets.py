@@ -15,9 +15,9 @@ from urllib.parse import urlsplit
 
 from quantize.artifact import Artifact, open_artifact
 from quantize.checkpoint import read_json
-from quantize.containers.gguf import read_gguf
 from quantize.errors import RefusedError, UsageError
 from quantize.estimate import repacked_bytes
+from quantize.files.gguf import read_gguf
 from quantize.manifest import FILE_NAME
 from quantize.shape import ModelShape
 from quantize.store import Store

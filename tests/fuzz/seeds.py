@@ -104,7 +104,7 @@ def imatrix(folder: Path) -> bytes:
     """An importance matrix as we write it."""
     import numpy as np
 
-    from quantize.containers.imatrix import write_imatrix
+    from quantize.files.imatrix import write_imatrix
 
     one = (np.ones((2, 4), dtype=np.float32), np.array([3, 0], dtype=np.float32))
     write_imatrix(folder / "seed.gguf", {"blk.0.ffn_up": one}, dataset="text", chunks=1, chunk_tokens=8)

@@ -16,14 +16,14 @@ from quantize.architecture import TABLE, block_count, block_layout, tensor_role
 from quantize.artifact import read_measurements
 from quantize.backends import formats
 from quantize.calibration import read_rows
-from quantize.checkpoint import INDEX_NAME, open_checkpoint, tensor_table
-from quantize.containers.gguf import read_gguf, read_summary
-from quantize.containers.imatrix import read_imatrix
-from quantize.containers.safetensors import read_header
+from quantize.checkpoint import open_checkpoint, tensor_table
 from quantize.evaluate.decision import Limits, decide
 from quantize.evaluate.golden import load_golden
 from quantize.evaluate.page import render_page
 from quantize.evaluate.record import Summary, figures_of, read_record
+from quantize.files.gguf import read_gguf, read_summary
+from quantize.files.imatrix import read_imatrix
+from quantize.files.safetensors import INDEX_NAME, read_header
 from quantize.lock import read_lock
 from quantize.manifest import MEASUREMENTS_NAME, canonical_hash, read_manifest
 from quantize.publish.pack import read_pack

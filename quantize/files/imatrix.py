@@ -11,8 +11,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from quantize.containers.gguf import GgufTensor, read_gguf
 from quantize.errors import CheckpointError
+from quantize.files.gguf import GgufTensor, read_gguf
 from quantize.system.untrusted import open_regular
 
 if TYPE_CHECKING:

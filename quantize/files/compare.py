@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from quantize.containers.gguf import TENSOR_TYPES, read_gguf
-from quantize.containers.safetensors import DTYPE_BITS, read_header
+from quantize.files.gguf import TENSOR_TYPES, read_gguf
+from quantize.files.safetensors import DTYPE_BITS, read_header
 
 if TYPE_CHECKING:
     import numpy as np

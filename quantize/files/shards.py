@@ -17,9 +17,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-from quantize.checkpoint import INDEX_NAME
-from quantize.containers.safetensors import DTYPE_BITS, header_bytes
 from quantize.errors import BuildError, disk_errors
+from quantize.files.safetensors import DTYPE_BITS, INDEX_NAME, header_bytes
 from quantize.system.files import write_all
 
 if TYPE_CHECKING:
