@@ -27,7 +27,7 @@ from quantize.evaluate.golden import load_golden  # noqa: E402
 from quantize.files.gguf import read_gguf  # noqa: E402
 from quantize.files.safetensors import INDEX_NAME, read_header  # noqa: E402 - from the folder above
 from quantize.manifest import read_manifest  # noqa: E402
-from quantize.marked_yaml import read_document  # noqa: E402
+from quantize.recipe.yaml import read_document  # noqa: E402
 from tests.fuzz import seeds  # noqa: E402
 
 MIB = 1 << 20

@@ -94,7 +94,7 @@ def least(tokenizer: Path, work: Path) -> list[dict[str, Any]]:
     from quantize.backends import backends, formats
     from quantize.checkpoint import open_checkpoint
     from quantize.memory import pass_bytes
-    from quantize.recipe import load_recipe
+    from quantize.recipe.model import load_recipe
     from quantize.system.machine import usable_cores
 
     found = []

@@ -35,7 +35,7 @@ from quantize.cluster.spec import Spread
 from quantize.cluster.trace import Span, overlap_seconds, read_trace
 from quantize.cluster.units import ClusterOptions, build_on_cluster
 from quantize.events import SilentReporter
-from quantize.recipe import Recipe, load_recipe
+from quantize.recipe.model import Recipe, load_recipe
 from quantize.source import open_source, pin_source
 from quantize.staging import RESUME_NAME
 from quantize.store import Store

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from quantize.events import Event, Reporter
     from quantize.plan import Plan
     from quantize.rebuild import Rebuild
-    from quantize.recipe import Recipe
+    from quantize.recipe.model import Recipe
     from quantize.store import Store
 
 __version__ = "0.1.0"
@@ -47,7 +47,7 @@ _HOMES = {
     "Outcome": "quantize.build",
     "Plan": "quantize.plan",
     "Rebuild": "quantize.rebuild",
-    "Recipe": "quantize.recipe",
+    "Recipe": "quantize.recipe.model",
     "Reporter": "quantize.events",
     "Store": "quantize.store",
     "build": "quantize.api",

@@ -20,8 +20,8 @@ from quantize.events import Reporter, SilentReporter
 from quantize.plan import Plan, make_plan
 from quantize.rebuild import Given, Rebuild, rebuild_folders
 from quantize.rebuild import rebuild as run_rebuild
-from quantize.recipe import Recipe
-from quantize.recipe import load_recipe as read_recipe
+from quantize.recipe.model import Recipe
+from quantize.recipe.model import load_recipe as read_recipe
 from quantize.store import Store
 from quantize.system.cache import Cache, default_cache_root
 from quantize.system.lookup import find_recipe

@@ -20,7 +20,7 @@ from quantize.checkpoint import CARRIED_FILES, Checkpoint
 from quantize.estimate import manifest_estimate
 from quantize.manifest import CARD_NAME, RECIPE_NAME, SCHEMA_VERSION, FileEntry, KeptEntry, Manifest, SourceEntry
 from quantize.plan import Job
-from quantize.recipe import Recipe
+from quantize.recipe.model import Recipe
 from quantize.shape import ModelShape
 from quantize.source import PinnedSource
 from quantize.system.files import write_text

@@ -31,7 +31,7 @@ from quantize.events import Event, Reporter, SilentReporter, note, status, warn
 from quantize.gates import Gates, Judge
 from quantize.manifest import MEASUREMENTS_NAME
 from quantize.plan import Job, Plan, identify_jobs, pin_calibration, size_plan
-from quantize.recipe import Recipe, Variant
+from quantize.recipe.model import Recipe, Variant
 from quantize.source import PinnedSource, open_source, pin_source
 from quantize.staging import clear_leftovers, clear_pass, pass_workplace, store_errors, variant_lock, workplace
 from quantize.store import Store

@@ -31,7 +31,7 @@ from quantize.errors import (
 from quantize.events import Reporter, note, status, warn
 from quantize.manifest import CalibrationEntry, tool_versions
 from quantize.memory import pass_bytes
-from quantize.recipe import CalibrationSpec, Recipe
+from quantize.recipe.model import CalibrationSpec, Recipe
 from quantize.resume import PassJournal
 from quantize.system.process import peak_memory_bytes, run_step, stop_asked
 

@@ -16,7 +16,7 @@ from typing import Any
 
 from quantize.errors import CheckpointError, MissingExtraError, PlanError, RecipeError, first_line
 from quantize.events import Reporter, status
-from quantize.recipe import CalibrationSpec, Recipe
+from quantize.recipe.model import CalibrationSpec, Recipe
 from quantize.source import hub_commit
 from quantize.system.cache import hash_file
 from quantize.system.lookup import find_path, is_path_text

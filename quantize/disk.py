@@ -21,7 +21,7 @@ from quantize.errors import DiskFullError, PlanError, StoreError
 from quantize.evaluate.baseline import LIKELIEST
 from quantize.evaluate.runtimes import FORMATS
 from quantize.evaluate.text import load_text
-from quantize.recipe import Recipe
+from quantize.recipe.model import Recipe
 from quantize.source import PinnedSource
 from quantize.staging import PASS, STAGING, leftovers
 from quantize.system.sizes import size_text

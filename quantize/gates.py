@@ -27,7 +27,7 @@ from quantize.evaluate.session import CalibratedOn, Job, evaluate, figures, prep
 from quantize.evaluate.structure import Intended
 from quantize.events import Event, Reporter, note, status, warn
 from quantize.manifest import CARD_NAME, EVALUATION_NAME, RECIPE_NAME, AcceptedRisk, Manifest, canonical_hash
-from quantize.recipe import Recipe
+from quantize.recipe.model import Recipe
 from quantize.source import PinnedSource, dequantized_key
 from quantize.staging import store_errors
 from quantize.system.cache import Cache

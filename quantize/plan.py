@@ -22,7 +22,7 @@ from quantize.errors import PlanError, QuantizeError
 from quantize.events import Reporter, status
 from quantize.manifest import CalibrationEntry, canonical_hash, tool_versions
 from quantize.memory import memory_short, pass_bytes
-from quantize.recipe import Recipe, Variant
+from quantize.recipe.model import Recipe, Variant
 from quantize.source import PinnedSource, dequantized_key, open_source, pin_source
 from quantize.store import Store
 from quantize.system.cache import Cache

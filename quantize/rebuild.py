@@ -30,7 +30,7 @@ from quantize.events import Reporter, note, status, warn
 from quantize.files.compare import TensorDifference, can_compare, compare_metadata, compare_weights
 from quantize.manifest import FILE_NAME, RECIPE_NAME, FileEntry, Manifest
 from quantize.plan import Job, identify_jobs
-from quantize.recipe import CalibrationSpec, EvaluationSpec, Recipe, Source, Variant
+from quantize.recipe.model import CalibrationSpec, EvaluationSpec, Recipe, Source, Variant
 from quantize.reopen import find_source
 from quantize.source import PinnedSource, open_source
 from quantize.store import Store

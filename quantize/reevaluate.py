@@ -17,7 +17,7 @@ from quantize.backends.base import Limits
 from quantize.errors import UsageError
 from quantize.events import Reporter
 from quantize.gates import Gates, Judge, Settled, refusal
-from quantize.recipe import Recipe, load_recipe
+from quantize.recipe.model import Recipe, load_recipe
 from quantize.reopen import own_recipe, repin_source
 from quantize.source import open_source
 from quantize.staging import variant_lock

@@ -16,7 +16,7 @@ from quantize.checkpoint import Checkpoint
 from quantize.errors import CheckpointError, RecipeError, StoreError, VerifyError
 from quantize.events import Reporter, note
 from quantize.manifest import RECIPE_NAME, SourceEntry
-from quantize.recipe import Recipe, load_recipe
+from quantize.recipe.model import Recipe, load_recipe
 from quantize.source import PinnedSource, as_stated, open_source, pin_address, pin_path, pin_source
 from quantize.system.cache import Cache
 

@@ -22,8 +22,8 @@ from quantize.engines.dequantize import RULES_VERSION
 from quantize.errors import CheckpointError, MissingExtraError, RecipeError, first_line
 from quantize.events import Reporter, note, progress, status
 from quantize.manifest import SourceEntry
-from quantize.marked_yaml import MAX_BYTES, parse_document
-from quantize.recipe import PackageFile, Recipe, Source
+from quantize.recipe.model import PackageFile, Recipe, Source
+from quantize.recipe.yaml import MAX_BYTES, parse_document
 from quantize.system.cache import Cache
 from quantize.system.lookup import is_path_text
 from quantize.system.process import run_step

@@ -23,7 +23,7 @@ from quantize.artifact import (
 )
 from quantize.errors import RecipeError, UsageError, VerifyError
 from quantize.manifest import FILE_NAME
-from quantize.marked_yaml import read_document
+from quantize.recipe.yaml import read_document
 from quantize.staging import LOCKS, STAGING, staged_variant, store_errors, variant_lock
 from quantize.system.flock import file_lock
 

@@ -23,7 +23,7 @@ from quantize.errors import BuildError, PlanError, QuantizeError, VerifyError
 from quantize.events import Reporter, progress
 from quantize.files.safetensors import INDEX_NAME, TensorInfo, header_bytes, read_header
 from quantize.memory import BlockMemory
-from quantize.recipe import BackendOptions
+from quantize.recipe.model import BackendOptions
 
 if TYPE_CHECKING:
     import numpy as np

@@ -18,7 +18,7 @@ from quantize.events import Reporter
 from quantize.files.gguf import GgufFile, read_gguf
 from quantize.manifest import FILE_NAME
 from quantize.plan import make_plan
-from quantize.recipe import load_recipe
+from quantize.recipe.model import load_recipe
 from quantize.shape import ModelShape
 from quantize.store import Store
 from quantize.system.cache import Cache

@@ -16,7 +16,7 @@ from quantize.backends import formats
 from quantize.build import Outcome, RunOptions, build
 from quantize.cli import main
 from quantize.events import ListReporter
-from quantize.recipe import Recipe, load_recipe
+from quantize.recipe.model import Recipe, load_recipe
 from quantize.store import Store
 from quantize.system.cache import Cache
 from quantize.system.processor import settle_products

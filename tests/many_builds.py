@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from quantize.backends import formats
-from quantize.recipe import load_recipe
+from quantize.recipe.model import load_recipe
 from quantize.store import Store
 from tests.kill_build import broken_in, environment_of, leftovers_of
 

@@ -13,7 +13,7 @@ import pytest
 from quantize.backends import formats
 from quantize.build import RunOptions, build
 from quantize.events import SilentReporter
-from quantize.recipe import load_recipe
+from quantize.recipe.model import load_recipe
 from quantize.store import Store
 from quantize.system.cache import Cache
 from quantize.testing import write_recipe

@@ -30,7 +30,7 @@ from quantize.events import ListReporter
 from quantize.manifest import read_manifest
 from quantize.memory import pass_bytes
 from quantize.plan import make_plan
-from quantize.recipe import Recipe, load_recipe
+from quantize.recipe.model import Recipe, load_recipe
 from quantize.store import Store
 from quantize.system.cache import Cache
 from quantize.system.processor import MKL_MODE, device_name, strict_mode

@@ -27,7 +27,7 @@ from quantize.calibration import (
 )  # fmt: skip
 from quantize.errors import PlanError, RecipeError
 from quantize.events import SilentReporter
-from quantize.recipe import CalibrationSpec, load_calibration, load_recipe
+from quantize.recipe.model import CalibrationSpec, load_calibration, load_recipe
 from quantize.system.lookup import is_path_text
 from quantize.testing import write_recipe
 

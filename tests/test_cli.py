@@ -20,7 +20,7 @@ from quantize.build import Outcome
 from quantize.cli import COMMANDS, main
 from quantize.cli.build import summary
 from quantize.errors import GateError, PlanError, QuantizeError, RefusedError, StoreError, UsageError, WorkerDied
-from quantize.recipe import load_recipe
+from quantize.recipe.model import load_recipe
 from quantize.system.sizes import memory_text
 from quantize.testing import write_recipe
 from tests.conftest import Run

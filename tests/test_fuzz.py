@@ -21,7 +21,7 @@ from safetensors import deserialize
 
 from quantize.errors import QuantizeError
 from quantize.files.safetensors import read_header
-from quantize.marked_yaml import parse_document
+from quantize.recipe.yaml import parse_document
 from quantize.system.untrusted import parse_json
 from tests.fuzz import run, seeds
 from tests.fuzz.mutate import MAX_BYTES, Mutator

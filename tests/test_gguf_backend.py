@@ -21,7 +21,7 @@ from quantize.backends.gguf_types import ELEMENT_TYPES, FTYPES
 from quantize.build import build
 from quantize.engines.llama_cpp_log import keep_log
 from quantize.events import SilentReporter
-from quantize.recipe import load_recipe
+from quantize.recipe.model import load_recipe
 from quantize.store import Store
 from quantize.system.cache import Cache
 from quantize.testing import CHAT_TEMPLATE, TinyModel, make_checkpoint, write_recipe

@@ -34,10 +34,10 @@ from quantize.files.gguf import read_gguf
 from quantize.files.imatrix import read_imatrix
 from quantize.files.safetensors import INDEX_NAME, read_header
 from quantize.manifest import Manifest, read_manifest
-from quantize.marked_yaml import parse_document, read_document
 from quantize.publish.pack import read_pack
 from quantize.publish.pins import read_pins
-from quantize.recipe import CalibrationSpec, load_recipe
+from quantize.recipe.model import CalibrationSpec, load_recipe
+from quantize.recipe.yaml import parse_document, read_document
 from quantize.shape import ModelShape
 from quantize.source import card_metadata
 from quantize.store import Store
@@ -527,7 +527,7 @@ def test_yaml_that_is_refused(text: str, message: str) -> None:
 )
 def test_recipes_that_are_refused(change: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if "0.3 s" in message:
-        monkeypatch.setattr("quantize.marked_yaml.MAX_SECONDS", 0.3)
+        monkeypatch.setattr("quantize.recipe.yaml.MAX_SECONDS", 0.3)
     (tmp_path / "a.yaml").write_text(f"{seeds.SHORT_RECIPE}{change}\n")
     with pytest.raises(RecipeError, match=message):
         load_recipe(tmp_path / "a.yaml", formats())
@@ -564,7 +564,7 @@ def test_golden_prompts_that_are_refused(
     rule: dict[str, Any], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if "0.3 s" in message:
-        monkeypatch.setattr("quantize.marked_yaml.MAX_SECONDS", 0.3)
+        monkeypatch.setattr("quantize.recipe.yaml.MAX_SECONDS", 0.3)
     data = {"name": "a", "prompts": [{"id": "a", "prompt": "b", "grade": rule}]}
     (tmp_path / "a.yaml").write_text(json.dumps(data, ensure_ascii=False).replace("NaN", ".nan"))
     with pytest.raises(RecipeError, match=message):

@@ -18,7 +18,7 @@ from quantize.backends import formats
 from quantize.calibration import load_calibration_set
 from quantize.events import ListReporter, SilentReporter
 from quantize.lock import Lock, hold, lock_path, make_lock, read_lock
-from quantize.recipe import load_recipe
+from quantize.recipe.model import load_recipe
 from quantize.system.cache import Cache
 from quantize.system.processor import device_name
 from quantize.testing import FakeBackend, make_checkpoint, write_recipe

@@ -14,7 +14,7 @@ from quantize.checkpoint import open_checkpoint
 from quantize.errors import PlanError
 from quantize.events import SilentReporter
 from quantize.memory import BASE_BYTES, BlockMemory, largest_block, least_bytes, memory_short, pass_bytes
-from quantize.recipe import load_recipe
+from quantize.recipe.model import load_recipe
 from quantize.source import pin_source
 from quantize.system.cache import Cache
 from quantize.testing import TinyModel, make_checkpoint, write_recipe

@@ -15,7 +15,7 @@ from quantize.disk import PAPERS_BYTES, disk_free_bytes
 from quantize.errors import PlanError, UsageError
 from quantize.events import SilentReporter
 from quantize.plan import Plan, make_plan
-from quantize.recipe import load_recipe
+from quantize.recipe.model import load_recipe
 from quantize.store import Store
 from quantize.system.cache import Cache
 from quantize.testing import FakeBackend, TinyModel, installed_backends, make_checkpoint, write_recipe

@@ -19,7 +19,7 @@ from quantize.engines.gguf_source import load_tokenizer
 from quantize.engines.gguf_vocabulary import PRE_TOKENIZERS, _tokenized, names, source_ends, turn_ends
 from quantize.engines.token_lines import token_lines
 from quantize.events import SilentReporter
-from quantize.recipe import load_recipe
+from quantize.recipe.model import load_recipe
 from quantize.store import Store
 from quantize.system.cache import Cache
 from quantize.testing import TinyModel, make_checkpoint, write_json, write_recipe

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 
 from quantize.backends import formats
 from quantize.errors import RecipeError
-from quantize.marked_yaml import parse_document, read_document, suggest
-from quantize.recipe import PackageFile, Recipe, load_recipe, recipe_schema
+from quantize.recipe.model import PackageFile, Recipe, load_recipe, recipe_schema
+from quantize.recipe.yaml import parse_document, read_document, suggest
 from quantize.system.lookup import is_path_text
 from tests.conftest import Run
 

@@ -25,7 +25,7 @@ from quantize.backends.base import Context, Limits
 from quantize.errors import Stopped
 from quantize.events import ListReporter, SilentReporter
 from quantize.files.shards import ShardWriter
-from quantize.recipe import load_recipe
+from quantize.recipe.model import load_recipe
 from quantize.source import open_source, pin_source
 from quantize.staging import RESUME_NAME, read_json
 from quantize.system.cache import Cache

@@ -17,7 +17,7 @@ from quantize.backends import formats
 from quantize.checkpoint import open_checkpoint
 from quantize.errors import CheckpointError, MissingExtraError, StoreError
 from quantize.events import ListReporter, SilentReporter
-from quantize.recipe import Recipe, load_recipe
+from quantize.recipe.model import Recipe, load_recipe
 from quantize.source import PinnedSource, card_metadata, open_source, pin_source
 from quantize.system.cache import Cache, hash_file
 from quantize.testing import TinyModel, make_checkpoint, write_recipe

@@ -24,7 +24,7 @@ from quantize.diff import compare
 from quantize.errors import BuildError, DiskFullError, GateError, PlanError, StoreError, UsageError, VerifyError
 from quantize.events import ListReporter, SilentReporter
 from quantize.manifest import Manifest, manifest_schema, read_manifest
-from quantize.recipe import Recipe, load_recipe
+from quantize.recipe.model import Recipe, load_recipe
 from quantize.staging import RESUME_NAME, variant_lock, workplace
 from quantize.store import Store
 from quantize.system.cache import Cache

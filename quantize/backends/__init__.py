@@ -7,7 +7,7 @@ from importlib.metadata import entry_points
 
 from quantize.backends.base import Backend
 from quantize.errors import UsageError
-from quantize.recipe import BackendOptions
+from quantize.recipe.model import BackendOptions
 
 GROUP = "quantize.backends"
 

@@ -19,7 +19,7 @@ from quantize.checkpoint import Checkpoint
 from quantize.events import Reporter
 from quantize.memory import BlockMemory
 from quantize.numerics.constants import SEARCHED_ROWS
-from quantize.recipe import BackendOptions
+from quantize.recipe.model import BackendOptions
 from quantize.system.threads import on_threads
 
 if TYPE_CHECKING:

@@ -18,7 +18,7 @@ from quantize.errors import QuantizeError, UsageError
 from quantize.events import Reporter
 from quantize.manifest import CalibrationEntry
 from quantize.memory import BlockMemory
-from quantize.recipe import BackendOptions
+from quantize.recipe.model import BackendOptions
 from quantize.resume import Resumable
 from quantize.source import PinnedSource
 from quantize.system.cache import Cache

@@ -19,7 +19,7 @@ from quantize.engines.bitsandbytes import NF4_BLOCK, nf4_state
 from quantize.errors import PlanError
 from quantize.events import Reporter, status
 from quantize.memory import BlockMemory
-from quantize.recipe import BackendOptions
+from quantize.recipe.model import BackendOptions
 from quantize.system.process import run_step
 
 

@@ -28,9 +28,9 @@ from quantize.errors import PlanError, QuantizeError, VerifyError, disk_errors
 from quantize.events import Reporter, status, warn
 from quantize.files.gguf import GgufFile, GgufTensor, read_gguf
 from quantize.manifest import tool_versions
-from quantize.marked_yaml import suggest
 from quantize.memory import BlockMemory
-from quantize.recipe import BackendOptions
+from quantize.recipe.model import BackendOptions
+from quantize.recipe.yaml import suggest
 from quantize.source import PinnedSource, dequantized_key
 from quantize.system.process import run_step
 from quantize.system.untrusted import check_pattern

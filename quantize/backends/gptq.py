@@ -16,7 +16,7 @@ from quantize.backends.base import Context
 from quantize.checkpoint import Checkpoint
 from quantize.events import Reporter, warn
 from quantize.memory import BlockMemory
-from quantize.recipe import BackendOptions
+from quantize.recipe.model import BackendOptions
 from quantize.system.threads import in_stages, on_threads
 
 if TYPE_CHECKING:

@@ -26,7 +26,7 @@ from quantize.cli.progress import console_reporter
 from quantize.errors import QuantizeError, UsageError, WorkerDied
 from quantize.evaluate.record import COLUMNS, source_lines
 from quantize.lock import hold, lock_path, read_lock
-from quantize.recipe import Recipe
+from quantize.recipe.model import Recipe
 from quantize.store import Store
 from quantize.system.sizes import size_text
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from quantize.artifact import Artifact
     from quantize.backends.base import Limits
     from quantize.evaluate.record import Summary
-    from quantize.recipe import Recipe
+    from quantize.recipe.model import Recipe
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 UNLIMITED_COLUMNS = 10_000  # in a pipe or a file nothing is cut
@@ -107,7 +107,7 @@ def quality(artifact: Artifact) -> Summary:
 def open_recipe(given: Path) -> Recipe:
     """The recipe that a path or a name means; what there is to say of where it was found is said. Raises UsageError."""
     from quantize.backends import formats
-    from quantize.recipe import load_recipe
+    from quantize.recipe.model import load_recipe
 
     found = find_recipe(str(given))
     recipe = load_recipe(found.path, formats())

@@ -87,7 +87,7 @@ def recipes(folder: Path | None, as_json: bool) -> None:
 
 def _recipe_row(path: Path, shown: str) -> dict[str, Any]:
     from quantize.backends import formats
-    from quantize.recipe import load_recipe
+    from quantize.recipe.model import load_recipe
 
     try:
         recipe = load_recipe(path, formats())

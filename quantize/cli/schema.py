@@ -18,6 +18,6 @@ def command(kind: str) -> None:
         print_json(manifest_schema())
         return
     from quantize.backends import formats
-    from quantize.recipe import recipe_schema
+    from quantize.recipe.model import recipe_schema
 
     print_json(recipe_schema(formats()))

@@ -17,7 +17,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from quantize.errors import MissingExtraError, RecipeError
-from quantize.marked_yaml import in_time, read_document, validate
+from quantize.recipe.yaml import in_time, read_document, validate
 from quantize.system.untrusted import check_pattern
 
 Strict = ConfigDict(extra="forbid", frozen=True, strict=True)

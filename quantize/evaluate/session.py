@@ -26,7 +26,7 @@ from quantize.evaluate.runtimes import ModelRef, Runtime, open_runtime, runtime_
 from quantize.evaluate.structure import Intended, check_structure
 from quantize.evaluate.text import DEFAULT_WINDOW, Windows, check_disjoint, cut_windows, load_text
 from quantize.events import Reporter, status
-from quantize.recipe import CalibrationSpec
+from quantize.recipe.model import CalibrationSpec
 from quantize.shape import ModelShape
 from quantize.system.cache import Cache
 

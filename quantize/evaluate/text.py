@@ -14,7 +14,7 @@ from pathlib import Path
 
 from quantize.calibration import PYTHON_DOCS, python_docs, read_rows
 from quantize.errors import RefusedError, UsageError
-from quantize.recipe import CalibrationSpec
+from quantize.recipe.model import CalibrationSpec
 
 DEFAULT_WINDOW = 512
 SHINGLE_TOKENS = 32  # a run of as many equal tokens is no coincidence in prose

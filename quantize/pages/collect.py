@@ -17,8 +17,8 @@ from quantize.bench.result import BenchResult
 from quantize.errors import RecipeError, UsageError
 from quantize.evaluate.record import read_record
 from quantize.manifest import RECIPE_NAME, SourceEntry
-from quantize.marked_yaml import read_document
-from quantize.recipe import Gates
+from quantize.recipe.model import Gates
+from quantize.recipe.yaml import read_document
 from quantize.store import Store
 
 NOT_FINITE = ("inf", "-inf", "nan")  # JSON has no words for them, so that records spell them

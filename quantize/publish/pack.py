@@ -17,7 +17,7 @@ from typing import Any
 from quantize.artifact import Artifact
 from quantize.errors import VerifyError
 from quantize.manifest import FILE_NAME, PAPERS, Manifest
-from quantize.recipe import SLUG
+from quantize.recipe.model import SLUG
 from quantize.system.cache import hash_file
 from quantize.system.untrusted import parse_json
 

@@ -20,8 +20,8 @@ from quantize.artifact import Artifact
 from quantize.errors import RecipeError, UsageError, first_line
 from quantize.events import Reporter
 from quantize.manifest import Manifest
-from quantize.marked_yaml import MAX_BYTES, parse_document
-from quantize.recipe import SlugText
+from quantize.recipe.model import SlugText
+from quantize.recipe.yaml import MAX_BYTES, parse_document
 from quantize.store import Store
 from quantize.system.cache import default_cache_root
 from quantize.system.files import write_text

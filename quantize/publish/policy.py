@@ -11,8 +11,8 @@ from quantize.artifact import REFUSED, Artifact
 from quantize.errors import GateError
 from quantize.evaluate.record import NOT_EVALUATED, Summary
 from quantize.manifest import RECIPE_NAME
-from quantize.marked_yaml import read_document, validate
-from quantize.recipe import PublishPolicy
+from quantize.recipe.model import PublishPolicy
+from quantize.recipe.yaml import read_document, validate
 
 
 def read_policy(path: Path) -> PublishPolicy:

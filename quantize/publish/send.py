@@ -21,7 +21,7 @@ from quantize.publish.pack import Blob, Pack, make_pack
 from quantize.publish.places import place_for
 from quantize.publish.policy import required_notice
 from quantize.publish.transfer import Progress, Session, run_all
-from quantize.recipe import PublishPolicy
+from quantize.recipe.model import PublishPolicy
 from quantize.staging import store_errors, variant_lock
 from quantize.verify import check_files
 

@@ -19,7 +19,7 @@ from quantize.cluster.spec import Spread
 from quantize.cluster.trace import overlap_seconds, read_trace
 from quantize.errors import Stopped
 from quantize.events import Event, ListReporter, SilentReporter
-from quantize.recipe import load_recipe
+from quantize.recipe.model import load_recipe
 from quantize.source import open_source, pin_source
 from quantize.staging import RESUME_NAME
 from quantize.system.cache import Cache

@@ -15,7 +15,7 @@ from quantize.events import ListReporter
 from quantize.publish.receive import pull
 from quantize.publish.send import Wanted, publish
 from quantize.publish.transfer import Session
-from quantize.recipe import PublishPolicy
+from quantize.recipe.model import PublishPolicy
 from quantize.store import Store
 from tests.publish.conftest import Registry
 from tests.publish.conftest import registry as registry

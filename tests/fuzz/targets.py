@@ -28,7 +28,7 @@ from quantize.lock import read_lock
 from quantize.manifest import MEASUREMENTS_NAME, canonical_hash, read_manifest
 from quantize.publish.pack import read_pack
 from quantize.publish.pins import read_pins
-from quantize.recipe import CalibrationSpec, load_calibration, load_recipe
+from quantize.recipe.model import CalibrationSpec, load_calibration, load_recipe
 from quantize.shape import ModelShape
 from quantize.source import card_metadata
 from quantize.store import Store

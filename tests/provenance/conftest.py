@@ -16,7 +16,7 @@ from quantize.backends import formats
 from quantize.build import build
 from quantize.events import ListReporter
 from quantize.manifest import FILE_NAME, CalibrationEntry
-from quantize.recipe import load_recipe
+from quantize.recipe.model import load_recipe
 from quantize.store import Store
 from quantize.system.cache import Cache
 from quantize.system.files import write_text

@@ -21,7 +21,7 @@ from quantize.manifest import Manifest, SourceEntry
 from quantize.publish.retry import Retry
 from quantize.publish.send import Published, Wanted, publish
 from quantize.publish.transfer import Session
-from quantize.recipe import PublishPolicy
+from quantize.recipe.model import PublishPolicy
 from quantize.store import Store
 from quantize.system.files import write_text
 from tests.publish.proxy import Proxy, proxy_before

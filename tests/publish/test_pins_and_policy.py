@@ -16,7 +16,7 @@ from quantize.publish.pins import Pin, locked_words, pin, read_pins
 from quantize.publish.policy import read_policy, required_notice
 from quantize.publish.receive import pull, pull_pinned
 from quantize.publish.transfer import Session
-from quantize.recipe import PublishPolicy
+from quantize.recipe.model import PublishPolicy
 from quantize.store import Store
 from tests.conftest import Run
 from tests.publish.conftest import publish_one

@@ -25,7 +25,7 @@ from pydantic import (
 )
 
 from quantize.errors import RecipeError
-from quantize.marked_yaml import Document, Location, in_time, read_document, suggest, validate
+from quantize.recipe.yaml import Document, Location, in_time, read_document, suggest, validate
 from quantize.system.lookup import CALIBRATION, builtin_files, find_data, find_path, is_path_text
 
 SLUG = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
