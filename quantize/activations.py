@@ -17,7 +17,6 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor
 
-from quantize.architecture import BlockLayout, Linear, block_layout
 from quantize.block_runner import ROUND_BATCHES, BlockRunner, share_of
 from quantize.errors import BuildError, CheckpointError
 from quantize.events import Reporter, SilentReporter, progress, warn
@@ -30,6 +29,7 @@ from quantize.hidden_states import (
     make_batches,
     remove_before,
 )
+from quantize.model.architecture import BlockLayout, Linear, block_layout
 from quantize.numerics.constants import BATCH_TOKENS, SHARES
 from quantize.numerics.gptq import estimated_loss
 from quantize.numerics.gram import Gram

@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from quantize.architecture import BlockLayout, Experts, architecture_of
 from quantize.attention import register
 from quantize.errors import CheckpointError
+from quantize.model.architecture import BlockLayout, Experts, architecture_of
 from quantize.numerics.constants import SHARES
 from quantize.numerics.gram import Gram, GramAccumulator
 from quantize.system.threads import on_threads, threads_on

@@ -15,7 +15,6 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from quantize.architecture import block_count, block_layout
 from quantize.backends.base import Backend, Collector, Context, Limits
 from quantize.cluster.spec import Spread
 from quantize.errors import (
@@ -31,6 +30,7 @@ from quantize.errors import (
 from quantize.events import Reporter, note, status, warn
 from quantize.manifest import CalibrationEntry, tool_versions
 from quantize.memory import pass_bytes
+from quantize.model.architecture import block_count, block_layout
 from quantize.recipe.model import CalibrationSpec, Recipe
 from quantize.resume import PassJournal
 from quantize.system.process import peak_memory_bytes, run_step, stop_asked

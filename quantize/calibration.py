@@ -16,8 +16,8 @@ from typing import Any
 
 from quantize.errors import CheckpointError, MissingExtraError, PlanError, RecipeError, first_line
 from quantize.events import Reporter, status
+from quantize.model.source import hub_commit
 from quantize.recipe.model import CalibrationSpec, Recipe
-from quantize.source import hub_commit
 from quantize.system.cache import hash_file
 from quantize.system.lookup import find_path, is_path_text
 from quantize.system.process import run_step

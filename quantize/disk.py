@@ -15,14 +15,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from quantize.architecture import block_count
-from quantize.checkpoint import CARRIED_FILES, Checkpoint
 from quantize.errors import DiskFullError, PlanError, StoreError
 from quantize.evaluate.baseline import LIKELIEST
 from quantize.evaluate.runtimes import FORMATS
 from quantize.evaluate.text import load_text
+from quantize.model.architecture import block_count
+from quantize.model.checkpoint import CARRIED_FILES, Checkpoint
+from quantize.model.source import PinnedSource
 from quantize.recipe.model import Recipe
-from quantize.source import PinnedSource
 from quantize.staging import PASS, STAGING, leftovers
 from quantize.system.sizes import size_text
 

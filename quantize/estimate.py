@@ -14,7 +14,7 @@ from fractions import Fraction
 from typing import Any
 
 from quantize.errors import UsageError
-from quantize.shape import KvLayer, ModelShape
+from quantize.model.shape import KvLayer, ModelShape
 from quantize.system.sizes import GIB
 
 __all__ = [

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 from quantize.estimate import CONTEXTS, Estimate, Settings, default_runtime, estimate
-from quantize.shape import ModelShape
+from quantize.model.shape import ModelShape
 from quantize.system.sizes import memory_text as _gib
 
 USABLE_PERCENT = 90

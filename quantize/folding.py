@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from quantize.architecture import BlockLayout, FoldGroup, NormSource, RowsSource
 from quantize.errors import BuildError
+from quantize.model.architecture import BlockLayout, FoldGroup, NormSource, RowsSource
 
 
 @dataclass(frozen=True)

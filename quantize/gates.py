@@ -17,7 +17,6 @@ from quantize.artifact import ASIDE, REFUSED, Artifact, commit, set_aside, write
 from quantize.backends.base import Limits as RunLimits
 from quantize.calibration import PYTHON_DOCS, topics_file
 from quantize.card import render_card
-from quantize.checkpoint import Checkpoint
 from quantize.errors import BuildError, DiskFullError, GateError, QuantizeError, RefusedError, UsageError, VerifyError
 from quantize.evaluate.decision import SERVING_LIMITS, Decision, Figures, Limits, decide
 from quantize.evaluate.page import render_page
@@ -27,8 +26,9 @@ from quantize.evaluate.session import CalibratedOn, Job, evaluate, figures, prep
 from quantize.evaluate.structure import Intended
 from quantize.events import Event, Reporter, note, status, warn
 from quantize.manifest import CARD_NAME, EVALUATION_NAME, RECIPE_NAME, AcceptedRisk, Manifest, canonical_hash
+from quantize.model.checkpoint import Checkpoint
+from quantize.model.source import PinnedSource, dequantized_key
 from quantize.recipe.model import Recipe
-from quantize.source import PinnedSource, dequantized_key
 from quantize.staging import store_errors
 from quantize.system.cache import Cache
 from quantize.system.files import write_text

@@ -11,9 +11,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from quantize.architecture import block_count, block_index, block_layout
-from quantize.checkpoint import Checkpoint
 from quantize.errors import PlanError
+from quantize.model.architecture import block_count, block_index, block_layout
+from quantize.model.checkpoint import Checkpoint
 from quantize.numerics.constants import BATCH_TOKENS, SHARES
 
 BASE_BYTES = 420 << 20  # Python, torch and transformers, loaded and warm

@@ -16,14 +16,14 @@ from typing import Any
 from quantize.artifact import Artifact
 from quantize.backends import backends
 from quantize.backends.base import Backend, Context, Limits, SizePlan
-from quantize.checkpoint import Checkpoint, open_checkpoint
 from quantize.disk import Needs, Room, needs, refusal, rooms, temporary_root
 from quantize.errors import PlanError, QuantizeError
 from quantize.events import Reporter, status
 from quantize.manifest import CalibrationEntry, canonical_hash, tool_versions
 from quantize.memory import memory_short, pass_bytes
+from quantize.model.checkpoint import Checkpoint, open_checkpoint
+from quantize.model.source import PinnedSource, dequantized_key, open_source, pin_source
 from quantize.recipe.model import Recipe, Variant
-from quantize.source import PinnedSource, dequantized_key, open_source, pin_source
 from quantize.store import Store
 from quantize.system.cache import Cache
 from quantize.system.process import run_step
@@ -188,7 +188,7 @@ def _checkpoint_headers(source: PinnedSource, cache: Cache, scratch: Path, repor
     """The checkpoint, or for a GGUF source that was not dequantized yet a stand-in with the same headers."""
     if not source.is_gguf or cache.entry("checkpoints", dequantized_key(source)).is_dir():
         return open_source(source, cache, reporter)
-    from quantize.engines.dequantize import skeleton_of_gguf
+    from quantize.model.from_gguf import skeleton_of_gguf
 
     status(reporter, "", f"reading the headers of {source.location.name}")
     scratch.mkdir()

@@ -23,16 +23,16 @@ from quantize.backends import backends
 from quantize.backends.base import Context, Limits
 from quantize.calibrated import run_pass
 from quantize.calibration import LOCAL_SUFFIXES, summarize_tokens
-from quantize.checkpoint import Checkpoint
 from quantize.disk import disk_free_bytes, disk_short
 from quantize.errors import PlanError, RecipeError, StoreError, UsageError, VerifyError
 from quantize.events import Reporter, note, status, warn
 from quantize.files.compare import TensorDifference, can_compare, compare_metadata, compare_weights
 from quantize.manifest import FILE_NAME, RECIPE_NAME, FileEntry, Manifest
+from quantize.model.checkpoint import Checkpoint
+from quantize.model.source import PinnedSource, open_source
 from quantize.plan import Job, identify_jobs
 from quantize.recipe.model import CalibrationSpec, EvaluationSpec, Recipe, Source, Variant
 from quantize.reopen import find_source
-from quantize.source import PinnedSource, open_source
 from quantize.store import Store
 from quantize.system.cache import Cache
 from quantize.system.files import write_text

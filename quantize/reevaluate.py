@@ -17,9 +17,9 @@ from quantize.backends.base import Limits
 from quantize.errors import UsageError
 from quantize.events import Reporter
 from quantize.gates import Gates, Judge, Settled, refusal
+from quantize.model.source import open_source
 from quantize.recipe.model import Recipe, load_recipe
 from quantize.reopen import own_recipe, repin_source
-from quantize.source import open_source
 from quantize.staging import variant_lock
 from quantize.store import Store
 from quantize.system.cache import Cache

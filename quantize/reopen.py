@@ -8,16 +8,17 @@ among the files that were hashed on this machine, and by its name. What is found
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 from quantize.artifact import Artifact
 from quantize.backends import formats
-from quantize.checkpoint import Checkpoint
 from quantize.errors import CheckpointError, RecipeError, StoreError, VerifyError
 from quantize.events import Reporter, note
 from quantize.manifest import RECIPE_NAME, SourceEntry
+from quantize.model.checkpoint import Checkpoint
+from quantize.model.source import PinnedSource, SourceFile, files_digest, open_source, pin_address, pin_path, pin_source
 from quantize.recipe.model import Recipe, load_recipe
-from quantize.source import PinnedSource, as_stated, open_source, pin_address, pin_path, pin_source
 from quantize.system.cache import Cache
 
 
@@ -127,3 +128,12 @@ def _checked(artifact: Artifact, source: PinnedSource) -> PinnedSource:
 def _named(files: list[str]) -> str:
     more = f" and {len(files) - 3} more" if len(files) > 3 else ""
     return f"{', '.join(files[:3])}{more} differ{'s' * (len(files) == 1)}"
+
+
+def as_stated(pinned: PinnedSource, entry: SourceEntry) -> PinnedSource:
+    """A source that has the files of a manifest, with the words that the manifest has for it."""
+    files = tuple(SourceFile(item.path, item.size_bytes, item.sha256) for item in entry.files)
+    return replace(
+        pinned, uri=entry.uri, revision=entry.revision, name=entry.name, base_model=entry.base_model,
+        license=entry.license, files=files, digest=files_digest(files),
+    )  # fmt: skip

@@ -12,14 +12,14 @@ from pathlib import Path
 from quantize.artifact import Artifact
 from quantize.backends import formats
 from quantize.backends.base import Limits
-from quantize.checkpoint import open_checkpoint, read_json, tensor_table
 from quantize.errors import UsageError
 from quantize.events import Reporter
-from quantize.files.gguf import GgufFile, read_gguf
+from quantize.files.gguf import read_gguf
 from quantize.manifest import FILE_NAME
+from quantize.model.checkpoint import open_checkpoint, read_json, tensor_table
+from quantize.model.shape import ModelShape, gguf_shape
 from quantize.plan import make_plan
 from quantize.recipe.model import load_recipe
-from quantize.shape import ModelShape
 from quantize.store import Store
 from quantize.system.cache import Cache
 from quantize.system.lookup import SUFFIXES
@@ -61,16 +61,6 @@ def siblings(subject: Subject, store: Store) -> list[Subject]:
     """The other current artifacts of the same recipe."""
     found = [item for item in store.artifacts() if store.is_current(item) and item.manifest.name == subject.family]
     return [_of_artifact(item) for item in found if f"{item.manifest.name}/{item.manifest.variant}" != subject.name]
-
-
-def gguf_shape(file: GgufFile) -> ModelShape:
-    """The shape in a GGUF header. Raises CheckpointError."""
-    fields = dict(file.fields)
-    embedding = file.tensors.get("token_embd.weight")
-    if embedding is not None:  # as wide as the vocabulary, whose long list of tokens is not read
-        fields[f"{fields.get('general.architecture')}.vocab_size"] = embedding.shape[-1]
-        fields.pop("tokenizer.ggml.tokens", None)
-    return ModelShape.from_gguf(fields)
 
 
 def _of_recipe(path: Path, store: Store, cache: Cache, reporter: Reporter) -> list[Subject]:

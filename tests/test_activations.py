@@ -12,12 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from quantize.activations import Precision, Spill, fastest_precision, stream_blocks
-from quantize.architecture import TABLE, block_layouts
 from quantize.attention import PIECE
 from quantize.block_runner import ROUND_BATCHES
 from quantize.errors import BuildError, CheckpointError
 from quantize.events import ListReporter
 from quantize.hidden_states import SavedStates, make_batches
+from quantize.model.architecture import TABLE, block_layouts
 from quantize.numerics.gram import Gram
 from tests.architectures import CONFIGS, SavedCheckpoint, save, tiny_model, token_ids
 

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from quantize.architecture import (
+from quantize.errors import CheckpointError
+from quantize.model.architecture import (
     TABLE,
     Role,
     RowsSource,
@@ -19,7 +20,6 @@ from quantize.architecture import (
     block_layouts,
     tensor_role,
 )
-from quantize.errors import CheckpointError
 from tests.architectures import save, tiny_model
 
 
@@ -85,5 +85,5 @@ def test_block_index_of_a_tensor() -> None:
 
 
 def test_reading_the_table_imports_no_torch() -> None:
-    code = "import sys, quantize.architecture; sys.exit('torch' in sys.modules)"
+    code = "import sys, quantize.model.architecture; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

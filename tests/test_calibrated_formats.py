@@ -23,12 +23,12 @@ from quantize.artifact import Artifact
 from quantize.backends import backends, formats
 from quantize.backends.base import Limits
 from quantize.build import RunOptions, build
-from quantize.checkpoint import open_checkpoint
 from quantize.cli import main
 from quantize.errors import VerifyError
 from quantize.events import ListReporter
 from quantize.manifest import read_manifest
 from quantize.memory import pass_bytes
+from quantize.model.checkpoint import open_checkpoint
 from quantize.plan import make_plan
 from quantize.recipe.model import Recipe, load_recipe
 from quantize.store import Store

@@ -10,7 +10,7 @@ import gguf
 import pytest
 
 from quantize.estimate import Settings, estimate
-from quantize.shape import ModelShape
+from quantize.model.shape import ModelShape
 from quantize.testing import FakeBackend, TinyModel, write_recipe
 from tests.conftest import Built, Run
 

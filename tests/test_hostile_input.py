@@ -16,15 +16,13 @@ import gguf
 import numpy as np
 import pytest
 
-import quantize.checkpoint
 import quantize.files.gguf
 import quantize.files.safetensors
+import quantize.model.checkpoint
 import quantize.system.untrusted
-from quantize.architecture import block_layout, tensor_role
 from quantize.artifact import read_measurements
 from quantize.backends import formats
 from quantize.calibration import read_rows
-from quantize.checkpoint import check_finite, open_checkpoint, read_chat_template, tensor_table
 from quantize.errors import CheckpointError, QuantizeError, RecipeError, UsageError, VerifyError
 from quantize.evaluate.decision import sign_test
 from quantize.evaluate.golden import Grade, load_golden
@@ -34,12 +32,14 @@ from quantize.files.gguf import read_gguf
 from quantize.files.imatrix import read_imatrix
 from quantize.files.safetensors import INDEX_NAME, read_header
 from quantize.manifest import Manifest, read_manifest
+from quantize.model.architecture import block_layout, tensor_role
+from quantize.model.checkpoint import check_finite, open_checkpoint, read_chat_template, tensor_table
+from quantize.model.shape import ModelShape
+from quantize.model.source import card_metadata
 from quantize.publish.pack import read_pack
 from quantize.publish.pins import read_pins
 from quantize.recipe.model import CalibrationSpec, load_recipe
 from quantize.recipe.yaml import parse_document, read_document
-from quantize.shape import ModelShape
-from quantize.source import card_metadata
 from quantize.store import Store
 from quantize.system.untrusted import open_regular, parse_json, read_limited, time_limit
 from tests.bad_checkpoints import WEIGHTS, change_header, change_json, empty_header, point_first_to, shard
@@ -250,7 +250,7 @@ def test_links_to_one_shard_are_not_read_again_and_again(own_tiny: Path, monkeyp
     change_json(own_tiny / INDEX_NAME, weight_map={**weight_map, **more})
     read: list[Path] = []
     real = read_header
-    monkeypatch.setattr(quantize.checkpoint, "read_header", lambda path: (read.append(path), real(path))[1])
+    monkeypatch.setattr(quantize.model.checkpoint, "read_header", lambda path: (read.append(path), real(path))[1])
     with pytest.raises(CheckpointError, match="is not where the index says"):
         tensor_table(own_tiny)
     assert len(read) == 1
@@ -260,7 +260,7 @@ def test_an_index_of_too_many_tensors_or_shards(own_tiny: Path, monkeypatch: pyt
     shard(own_tiny)
     for limit in ("MAX_TENSORS", "MAX_SHARDS"):
         with monkeypatch.context() as patch:
-            patch.setattr(quantize.checkpoint, limit, 1)
+            patch.setattr(quantize.model.checkpoint, limit, 1)
             with pytest.raises(CheckpointError, match="too many tensors or shards"):
                 tensor_table(own_tiny)
 

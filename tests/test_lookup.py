@@ -14,8 +14,8 @@ from quantize.errors import RecipeError, UsageError
 from quantize.events import ListReporter
 from quantize.gates import Judge
 from quantize.lock import lock_path
+from quantize.model.source import pin_source
 from quantize.recipe.model import load_calibration, load_recipe
-from quantize.source import pin_source
 from quantize.system.cache import Cache
 from quantize.system.lookup import (
     CALIBRATION,

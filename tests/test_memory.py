@@ -10,12 +10,12 @@ import pytest
 from quantize.backends import backends, formats
 from quantize.backends.base import Context, Limits
 from quantize.calibrated import _Part, _states_budget
-from quantize.checkpoint import open_checkpoint
 from quantize.errors import PlanError
 from quantize.events import SilentReporter
 from quantize.memory import BASE_BYTES, BlockMemory, largest_block, least_bytes, memory_short, pass_bytes
+from quantize.model.checkpoint import open_checkpoint
+from quantize.model.source import pin_source
 from quantize.recipe.model import load_recipe
-from quantize.source import pin_source
 from quantize.system.cache import Cache
 from quantize.testing import TinyModel, make_checkpoint, write_recipe
 from tests.conftest import Run

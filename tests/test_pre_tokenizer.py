@@ -14,11 +14,11 @@ from quantize.backends import formats
 from quantize.backends.base import Limits
 from quantize.backends.gguf import GgufBackend
 from quantize.build import build
-from quantize.checkpoint import open_checkpoint, read_chat_template
 from quantize.engines.gguf_source import load_tokenizer
 from quantize.engines.gguf_vocabulary import PRE_TOKENIZERS, _tokenized, names, source_ends, turn_ends
 from quantize.engines.token_lines import token_lines
 from quantize.events import SilentReporter
+from quantize.model.checkpoint import open_checkpoint, read_chat_template
 from quantize.recipe.model import load_recipe
 from quantize.store import Store
 from quantize.system.cache import Cache

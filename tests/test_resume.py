@@ -25,8 +25,8 @@ from quantize.backends.base import Context, Limits
 from quantize.errors import Stopped
 from quantize.events import ListReporter, SilentReporter
 from quantize.files.shards import ShardWriter
+from quantize.model.source import open_source, pin_source
 from quantize.recipe.model import load_recipe
-from quantize.source import open_source, pin_source
 from quantize.staging import RESUME_NAME, read_json
 from quantize.system.cache import Cache
 from quantize.testing import TinyModel, make_checkpoint, write_recipe

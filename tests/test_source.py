@@ -14,11 +14,11 @@ from typing import Any
 import pytest
 
 from quantize.backends import formats
-from quantize.checkpoint import open_checkpoint
 from quantize.errors import CheckpointError, MissingExtraError, StoreError
 from quantize.events import ListReporter, SilentReporter
+from quantize.model.checkpoint import open_checkpoint
+from quantize.model.source import PinnedSource, card_metadata, open_source, pin_source
 from quantize.recipe.model import Recipe, load_recipe
-from quantize.source import PinnedSource, card_metadata, open_source, pin_source
 from quantize.system.cache import Cache, hash_file
 from quantize.testing import TinyModel, make_checkpoint, write_recipe
 from tests.conftest import Built

@@ -18,7 +18,6 @@ import pytest
 from quantize.artifact import Artifact, open_artifact
 from quantize.backends.base import Limits
 from quantize.backends.gguf import GgufBackend
-from quantize.checkpoint import open_checkpoint
 from quantize.engines import try_out as engine
 from quantize.engines.gguf_check import compare_header
 from quantize.engines.gguf_source import Expected, expected_of
@@ -26,6 +25,7 @@ from quantize.engines.packed_check import ROWS, agree
 from quantize.errors import VerifyError
 from quantize.events import ListReporter, SilentReporter
 from quantize.files.gguf import read_gguf
+from quantize.model.checkpoint import open_checkpoint
 from quantize.testing import write_json
 from quantize.verify import check_files
 from tests.bad_checkpoints import change_json

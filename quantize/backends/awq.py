@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
-from quantize.architecture import FoldGroup, Linear, RowsSource, block_count, block_layout
 from quantize.backends import packed
 from quantize.backends.base import Context
-from quantize.checkpoint import Checkpoint
 from quantize.events import Reporter
 from quantize.memory import BlockMemory
+from quantize.model.architecture import FoldGroup, Linear, RowsSource, block_count, block_layout
+from quantize.model.checkpoint import Checkpoint
 from quantize.numerics.constants import SEARCHED_ROWS
 from quantize.recipe.model import BackendOptions
 from quantize.system.threads import on_threads

@@ -12,20 +12,20 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from quantize.checkpoint import Checkpoint
 from quantize.cluster.spec import Spread
 from quantize.errors import QuantizeError, UsageError
 from quantize.events import Reporter
 from quantize.manifest import CalibrationEntry
 from quantize.memory import BlockMemory
+from quantize.model.checkpoint import Checkpoint
+from quantize.model.source import PinnedSource
 from quantize.recipe.model import BackendOptions
 from quantize.resume import Resumable
-from quantize.source import PinnedSource
 from quantize.system.cache import Cache
 
 if TYPE_CHECKING:
     from quantize.activations import Block
-    from quantize.architecture import BlockLayout
+    from quantize.model.architecture import BlockLayout
 
 
 @dataclass(frozen=True)

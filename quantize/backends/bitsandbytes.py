@@ -14,11 +14,11 @@ from pydantic import Field
 
 from quantize.backends import packed
 from quantize.backends.base import BuildResult, Collector, Context, Limits, SizePlan
-from quantize.checkpoint import Checkpoint
 from quantize.engines.bitsandbytes import NF4_BLOCK, nf4_state
 from quantize.errors import PlanError
 from quantize.events import Reporter, status
 from quantize.memory import BlockMemory
+from quantize.model.checkpoint import Checkpoint
 from quantize.recipe.model import BackendOptions
 from quantize.system.process import run_step
 
@@ -51,7 +51,7 @@ class BitsandbytesBackend:
 
     def check(self, checkpoint: Checkpoint, options: BitsandbytesOptions) -> None:
         """Experts are no linears of their own in transformers, so bitsandbytes leaves them alone: refuse."""
-        from quantize.architecture import block_count, block_layout
+        from quantize.model.architecture import block_count, block_layout
 
         if any(block_layout(checkpoint.config, index).experts for index in range(block_count(checkpoint.config))):
             raise PlanError(

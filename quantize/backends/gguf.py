@@ -18,7 +18,6 @@ from pydantic import Field, field_validator
 
 from quantize.backends.base import BuildResult, Collector, Context, KeptTensor, Limits, SizePlan
 from quantize.backends.gguf_types import BITS, ELEMENT_TYPES, FTYPES, UNQUANTIZED_TYPES, base_type
-from quantize.checkpoint import Checkpoint
 from quantize.engines.gguf_convert import ConvertRequest
 from quantize.engines.gguf_source import Expected
 from quantize.engines.gguf_vocabulary import PRE
@@ -29,9 +28,10 @@ from quantize.events import Reporter, status, warn
 from quantize.files.gguf import GgufFile, GgufTensor, read_gguf
 from quantize.manifest import tool_versions
 from quantize.memory import BlockMemory
+from quantize.model.checkpoint import Checkpoint
+from quantize.model.source import PinnedSource, dequantized_key
 from quantize.recipe.model import BackendOptions
 from quantize.recipe.yaml import suggest
-from quantize.source import PinnedSource, dequantized_key
 from quantize.system.process import run_step
 from quantize.system.untrusted import check_pattern
 

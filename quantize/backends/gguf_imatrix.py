@@ -12,11 +12,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from quantize.architecture import BlockLayout, block_count, block_layout
-from quantize.checkpoint import Checkpoint
 from quantize.errors import BuildError, disk_errors
 from quantize.files.imatrix import write_imatrix
 from quantize.manifest import CalibrationEntry
+from quantize.model.architecture import BlockLayout, block_count, block_layout
+from quantize.model.checkpoint import Checkpoint
 from quantize.system.cache import hash_file
 from quantize.system.files import sync
 

@@ -13,9 +13,9 @@ from pydantic import Field
 
 from quantize.backends import packed
 from quantize.backends.base import Context
-from quantize.checkpoint import Checkpoint
 from quantize.events import Reporter, warn
 from quantize.memory import BlockMemory
+from quantize.model.checkpoint import Checkpoint
 from quantize.recipe.model import BackendOptions
 from quantize.system.threads import in_stages, on_threads
 

@@ -13,13 +13,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from quantize.architecture import BlockLayout, block_count, block_index, block_layout
 from quantize.backends.base import BuildResult, Collector, Context, KeptTensor, Limits, SizePlan
-from quantize.checkpoint import CONFIG_FILES, TOKENIZER_FILES, Checkpoint
 from quantize.errors import BuildError, PlanError
 from quantize.events import Reporter, status
 from quantize.files.shards import ShardWriter, files_bytes, table_bytes
 from quantize.memory import BlockMemory
+from quantize.model.architecture import BlockLayout, block_count, block_index, block_layout
+from quantize.model.checkpoint import CONFIG_FILES, TOKENIZER_FILES, Checkpoint
 from quantize.numerics.constants import SOLVED_ROWS
 from quantize.system.memory import give_back_freed
 from quantize.system.process import run_step

@@ -11,8 +11,8 @@ from quantize.calibration import CalibrationSet, load_calibration_set, load_toke
 from quantize.cli.common import json_option, open_cache, open_recipe, print_json, quiet_option, verbose_option
 from quantize.cli.progress import console_reporter
 from quantize.errors import UsageError
+from quantize.model.source import open_source, pin_source
 from quantize.recipe.model import Recipe, load_calibration
-from quantize.source import open_source, pin_source
 from quantize.system.lookup import CALIBRATION, find_data
 
 

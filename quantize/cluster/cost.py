@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from quantize.architecture import BlockLayout, block_count, block_layout
+from quantize.model.architecture import BlockLayout, block_count, block_layout
 from quantize.numerics.constants import RATIOS, REFINEMENT, SEARCHED_ROWS, WEIGHT_RATIOS
 
 if TYPE_CHECKING:

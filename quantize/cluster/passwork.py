@@ -24,13 +24,13 @@ from quantize.activations import (
     open_states,
     read_block,
 )
-from quantize.architecture import BlockLayout, block_layout
 from quantize.backends import backends
 from quantize.backends.base import Collector, Context
 from quantize.block_runner import BlockRunner, ShareSums, share_of
 from quantize.errors import BuildError
 from quantize.events import Event, ListReporter
 from quantize.hidden_states import Batch, HiddenStates, SavedStates, make_batches
+from quantize.model.architecture import BlockLayout, block_layout
 from quantize.numerics.constants import BATCH_TOKENS
 from quantize.numerics.gram import Gram, GramAccumulator
 

@@ -13,7 +13,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from quantize.architecture import BlockLayout, block_layout
 from quantize.cluster.cost import pass_costs
 from quantize.cluster.passwork import PassPlan, deal, share_folder
 from quantize.cluster.pool import Lost, Machine, Pool, Report, Worker
@@ -25,6 +24,7 @@ from quantize.cluster.watch import PassWatch
 from quantize.errors import BuildError
 from quantize.events import Reporter, progress, status, warn
 from quantize.hidden_states import SavedStates, remove_before
+from quantize.model.architecture import BlockLayout, block_layout
 from quantize.system.cache import hash_file
 
 MOST_IN_FLIGHT = 4

@@ -20,9 +20,9 @@ from quantize.cluster.spec import Spread
 from quantize.cluster.trace import Span, check_trace, read_trace, write_trace
 from quantize.errors import BuildError, QuantizeError, UsageError, first_line
 from quantize.events import Event, Reporter, note, status
+from quantize.model.source import pin_source
 from quantize.plan import pin_calibration
 from quantize.recipe.model import Recipe
-from quantize.source import pin_source
 from quantize.store import Store
 from quantize.system.cache import Cache
 

@@ -10,10 +10,10 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from quantize.checkpoint import Checkpoint
 from quantize.errors import MissingExtraError, disk_errors
 from quantize.events import Reporter, note, progress
 from quantize.files.shards import ShardWriter, Table
+from quantize.model.checkpoint import Checkpoint
 from quantize.staging import RESUME_NAME, read_json
 from quantize.system.files import write_durable
 

@@ -12,11 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from quantize.architecture import block_layouts
-from quantize.checkpoint import Checkpoint, tensor_table
 from quantize.engines.gguf_check import name_map
 from quantize.engines.unpack import open_packed
-from quantize.shape import ModelShape
+from quantize.model.architecture import block_layouts
+from quantize.model.checkpoint import Checkpoint, tensor_table
+from quantize.model.shape import ModelShape
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -14,10 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from quantize.checkpoint import Checkpoint
 from quantize.engines.token_lines import token_lines
 from quantize.errors import CheckpointError, VerifyError, first_line
 from quantize.events import Reporter, status
+from quantize.model.checkpoint import Checkpoint
 from quantize.system.machine import ram
 
 if TYPE_CHECKING:

@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from quantize.checkpoint import Checkpoint
 from quantize.engines import gguf_check
 from quantize.engines.gguf_source import PROBE_TOKENS, Expected
 from quantize.engines.gguf_vocabulary import source_ends
@@ -19,6 +18,7 @@ from quantize.engines.llama_cpp_model import Entry, ModelSettings, OpenModel
 from quantize.errors import CheckpointError, VerifyError
 from quantize.events import Reporter
 from quantize.files.gguf import GgufFile, read_gguf
+from quantize.model.checkpoint import Checkpoint
 
 CONTEXT = 256
 FEATURE = "verifying a GGUF file"

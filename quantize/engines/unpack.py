@@ -8,8 +8,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from quantize.checkpoint import read_json, tensor_table
 from quantize.errors import VerifyError
+from quantize.model.checkpoint import read_json, tensor_table
 
 if TYPE_CHECKING:
     import torch

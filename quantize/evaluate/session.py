@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from quantize.calibration import SELF, load_calibration_set
-from quantize.checkpoint import read_json
 from quantize.errors import CheckpointError, VerifyError
 from quantize.evaluate.answers import GoldenResult, compare_answers
 from quantize.evaluate.baseline import KIND, LIKELIEST, Baseline, baseline_key, find, record, save
@@ -26,8 +25,9 @@ from quantize.evaluate.runtimes import ModelRef, Runtime, open_runtime, runtime_
 from quantize.evaluate.structure import Intended, check_structure
 from quantize.evaluate.text import DEFAULT_WINDOW, Windows, check_disjoint, cut_windows, load_text
 from quantize.events import Reporter, status
+from quantize.model.checkpoint import read_json
+from quantize.model.shape import ModelShape
 from quantize.recipe.model import CalibrationSpec
-from quantize.shape import ModelShape
 from quantize.system.cache import Cache
 
 ANSWERS_KIND = "golden-answers"

@@ -9,7 +9,6 @@ from unittest.mock import MagicMock
 import pytest
 
 from quantize.block_runner import ROUND_BATCHES
-from quantize.checkpoint import open_checkpoint
 from quantize.cluster.cost import block_costs
 from quantize.cluster.passwork import deal
 from quantize.cluster.pool import Machine, Pool, Worker
@@ -18,6 +17,7 @@ from quantize.cluster.spread import MOST_IN_FLIGHT, SpreadPass
 from quantize.cluster.trace import Span, check_trace, overlap_seconds, read_trace, write_trace
 from quantize.errors import BuildError, PlanError, UsageError
 from quantize.events import ListReporter, SilentReporter
+from quantize.model.checkpoint import open_checkpoint
 from quantize.testing import TinyModel
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # transformers warns on import

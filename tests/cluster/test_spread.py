@@ -19,8 +19,8 @@ from quantize.cluster.spec import Spread
 from quantize.cluster.trace import overlap_seconds, read_trace
 from quantize.errors import Stopped
 from quantize.events import Event, ListReporter, SilentReporter
+from quantize.model.source import open_source, pin_source
 from quantize.recipe.model import load_recipe
-from quantize.source import open_source, pin_source
 from quantize.staging import RESUME_NAME
 from quantize.system.cache import Cache
 from quantize.testing import TinyModel, make_checkpoint, write_recipe

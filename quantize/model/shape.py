@@ -1,7 +1,7 @@
 """The numbers of an architecture that memory depends on.
 
 In: a Hugging Face config (a dict, as in config.json) or the metadata of a GGUF file. Out: a frozen ModelShape: layers,
-widths, vocabulary, and for every layer what a token leaves in the KV cache. Weights and bytes are estimate.py's matter.
+widths, vocabulary, and for every layer what a token leaves in the KV cache. Weights and bytes are estimate/'s matter.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from quantize.errors import CheckpointError
+from quantize.files.gguf import GgufFile
 
 MAX_LAYERS = 10_000
 MAX_NUMBER = 1 << 40
@@ -234,3 +235,13 @@ def _gguf_window_pattern(architecture: str, pattern: Any) -> dict[str, Any]:
     if architecture in every:
         return {"sliding_window_pattern": every[architecture]}
     return {"use_sliding_window": False}  # llama.cpp reads no window for the others: every layer keeps all
+
+
+def gguf_shape(file: GgufFile) -> ModelShape:
+    """The shape in a GGUF header. Raises CheckpointError."""
+    fields = dict(file.fields)
+    embedding = file.tensors.get("token_embd.weight")
+    if embedding is not None:  # as wide as the vocabulary, whose long list of tokens is not read
+        fields[f"{fields.get('general.architecture')}.vocab_size"] = embedding.shape[-1]
+        fields.pop("tokenizer.ggml.tokens", None)
+    return ModelShape.from_gguf(fields)

@@ -12,16 +12,15 @@ import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
 
-from quantize.checkpoint import Checkpoint, check_finite, open_checkpoint
-from quantize.engines.dequantize import RULES_VERSION
 from quantize.errors import CheckpointError, MissingExtraError, RecipeError, first_line
 from quantize.events import Reporter, note, progress, status
-from quantize.manifest import SourceEntry
+from quantize.model.checkpoint import Checkpoint, check_finite, open_checkpoint
+from quantize.model.from_gguf import RULES_VERSION
 from quantize.recipe.model import PackageFile, Recipe, Source
 from quantize.recipe.yaml import MAX_BYTES, parse_document
 from quantize.system.cache import Cache
@@ -116,15 +115,6 @@ def pin_path(path: Path, cache: Cache, reporter: Reporter) -> PinnedSource:
     return _pin_local(_bare(str(path)), path, cache, reporter)
 
 
-def as_stated(pinned: PinnedSource, entry: SourceEntry) -> PinnedSource:
-    """A source that has the files of a manifest, with the words that the manifest has for it."""
-    files = tuple(SourceFile(item.path, item.size_bytes, item.sha256) for item in entry.files)
-    return replace(
-        pinned, uri=entry.uri, revision=entry.revision, name=entry.name, base_model=entry.base_model,
-        license=entry.license, files=files, digest=_digest(files),
-    )  # fmt: skip
-
-
 def open_source(pinned: PinnedSource, cache: Cache, reporter: Reporter) -> Checkpoint:
     """The checkpoint behind a pinned source, all checks done; a GGUF file is dequantized into the cache once.
 
@@ -207,7 +197,7 @@ def _pin_gguf(source: Source, path: Path, uri: str, cache: Cache, reporter: Repo
     name = source.name or _slug(summary.name or path.stem)
     return PinnedSource(
         uri, None, name, source.base_model, source.license or summary.license, path.resolve(), (file,),
-        _digest((file,)), summary.quantized_type,
+        files_digest((file,)), summary.quantized_type,
     )  # fmt: skip
 
 
@@ -232,7 +222,7 @@ def _pin_folder(
     name = source.name or _slug(hub_id.split("/")[1] if hub_id else folder.resolve().name)
     license_id = source.license or _text(card.get("license_name")) or _text(card.get("license"))
     return PinnedSource(
-        uri, revision, name, source.base_model or hub_id, license_id, folder.resolve(), files, _digest(files), None
+        uri, revision, name, source.base_model or hub_id, license_id, folder.resolve(), files, files_digest(files), None
     )
 
 
@@ -293,7 +283,7 @@ def _is_network_error(exc: BaseException) -> bool:
 
 
 def _dequantize(pinned: PinnedSource, scratch: Path, reporter: Reporter) -> None:
-    from quantize.engines.dequantize import dequantize_gguf
+    from quantize.model.from_gguf import dequantize_gguf
 
     status(reporter, "", f"dequantizing {pinned.location.name} to FP16")
     run_step("dequantizing the GGUF source", reporter, dequantize_gguf, pinned.location, scratch)
@@ -316,7 +306,7 @@ def card_metadata(path: Path) -> dict[str, Any]:
     return data if isinstance(data, dict) else {}
 
 
-def _digest(files: tuple[SourceFile, ...]) -> str:
+def files_digest(files: tuple[SourceFile, ...]) -> str:
     lines = "".join(f"{file.sha256}  {file.path}\n" for file in sorted(files, key=lambda item: item.path))
     return hashlib.sha256(lines.encode()).hexdigest()
 

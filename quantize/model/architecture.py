@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from quantize.errors import CheckpointError
-from quantize.shape import MAX_NUMBER
+from quantize.model.shape import MAX_NUMBER
 
 Config = Mapping[str, Any]
 
@@ -213,7 +213,7 @@ def architecture_of(config: Config) -> Architecture:
     said = ", ".join(names) if names else "none (config.json has no 'architectures')"
     raise CheckpointError(
         f"architecture not in the table: {said}",
-        hint=f"known: {', '.join(TABLE)}. To add one, add a row to TABLE in quantize/architecture.py and a tiny "
+        hint=f"known: {', '.join(TABLE)}. To add one, add a row to TABLE in quantize/model/architecture.py and a tiny "
         "config of it to tests/architectures.py: the tests then compare it with transformers",
     )
 
