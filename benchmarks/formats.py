@@ -69,7 +69,7 @@ def main() -> None:
         store = build((arguments.work or Path(scratch)).resolve(), arguments.checkpoint)
 
         from benchmarks.results import formats_table, read
-        from quantize.store import Store
+        from quantize.store.store import Store
 
         print(formats_table(read(Store(store), NAME)))
 

@@ -25,9 +25,9 @@ from quantize.errors import QuantizeError  # noqa: E402
 from quantize.evaluate.golden import load_golden  # noqa: E402
 from quantize.files.gguf import read_gguf  # noqa: E402
 from quantize.files.safetensors import INDEX_NAME, read_header  # noqa: E402 - from the folder above
-from quantize.manifest import read_manifest  # noqa: E402
 from quantize.model.checkpoint import read_json, tensor_table  # noqa: E402 - from the folder above
 from quantize.recipe.yaml import read_document  # noqa: E402
+from quantize.store.manifest import read_manifest  # noqa: E402
 from tests.fuzz import seeds  # noqa: E402
 
 MIB = 1 << 20

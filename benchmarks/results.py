@@ -10,14 +10,14 @@ import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from quantize.artifact import Artifact
 from quantize.evaluate.decision import Limits, decide
 from quantize.evaluate.record import GoldenCount, figures_of, read_record, source_lines
 from quantize.pages.collect import collect
 from quantize.pages.decision_text import headline, listed
 from quantize.pages.production import judge
 from quantize.pages.views import megabytes
-from quantize.store import Store
+from quantize.store.artifact import Artifact
+from quantize.store.store import Store
 
 Data = Mapping[str, Any]
 

@@ -37,8 +37,8 @@ from quantize.cluster.units import ClusterOptions, build_on_cluster
 from quantize.events import SilentReporter
 from quantize.model.source import open_source, pin_source
 from quantize.recipe.model import Recipe, load_recipe
-from quantize.staging import RESUME_NAME
-from quantize.store import Store
+from quantize.store.staging import RESUME_NAME
+from quantize.store.store import Store
 from quantize.system.cache import Cache, default_cache_root, hash_file
 from quantize.testing import TinyModel, make_checkpoint, write_recipe
 

@@ -89,7 +89,7 @@ def _good(url: str) -> bool:
 def weights(artifact: str) -> Path:
     """The artifact's GGUF file."""
     from quantize.serve.targets import LocalTarget, resolve
-    from quantize.store import Store, default_store_root
+    from quantize.store.store import Store, default_store_root
 
     target = resolve(artifact, Store(default_store_root()))
     assert isinstance(target, LocalTarget)

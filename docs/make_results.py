@@ -30,7 +30,7 @@ ROOT = DOCS.parent
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.results import demo_block, formats_table, read, report_block  # noqa: E402
-from quantize.store import Store  # noqa: E402
+from quantize.store.store import Store  # noqa: E402
 
 RESULTS = DOCS / "results.json"
 NAMES = {"demo": "smollm2-135m", "dithered": "dithered"}

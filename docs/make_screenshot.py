@@ -12,7 +12,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 from quantize.pages.render import HTML, write_report  # noqa: E402
-from quantize.store import Store, default_store_root  # noqa: E402
+from quantize.store.store import Store, default_store_root  # noqa: E402
 from tests.browser import Browser, start  # noqa: E402
 
 WIDTH = 1240

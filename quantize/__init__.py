@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from quantize import errors
     from quantize.api import build, load_recipe, plan, rebuild
-    from quantize.artifact import Artifact
     from quantize.build import Outcome
     from quantize.events import Event, Reporter
     from quantize.plan import Plan
     from quantize.rebuild import Rebuild
     from quantize.recipe.model import Recipe
-    from quantize.store import Store
+    from quantize.store.artifact import Artifact
+    from quantize.store.store import Store
 
 __version__ = "0.1.0"
 DISTRIBUTION = "quantize-models"  # what pip installs: `quantize` is another project on PyPI
@@ -42,14 +42,14 @@ __all__ = [
 
 # Public name -> the module that has it.
 _HOMES = {
-    "Artifact": "quantize.artifact",
+    "Artifact": "quantize.store.artifact",
     "Event": "quantize.events",
     "Outcome": "quantize.build",
     "Plan": "quantize.plan",
     "Rebuild": "quantize.rebuild",
     "Recipe": "quantize.recipe.model",
     "Reporter": "quantize.events",
-    "Store": "quantize.store",
+    "Store": "quantize.store.store",
     "build": "quantize.api",
     "load_recipe": "quantize.api",
     "plan": "quantize.api",

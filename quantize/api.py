@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from quantize.artifact import Artifact
 from quantize.backends import formats
 from quantize.backends.base import Limits
 from quantize.build import Outcome, RunOptions
@@ -22,7 +21,8 @@ from quantize.rebuild import Given, Rebuild, rebuild_folders
 from quantize.rebuild import rebuild as run_rebuild
 from quantize.recipe.model import Recipe
 from quantize.recipe.model import load_recipe as read_recipe
-from quantize.store import Store
+from quantize.store.artifact import Artifact
+from quantize.store.store import Store
 from quantize.system.cache import Cache, default_cache_root
 from quantize.system.lookup import find_recipe
 

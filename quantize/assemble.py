@@ -13,16 +13,16 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
-from quantize.artifact import describe_files, write_measurements
 from quantize.backends.base import BuildResult, Context
 from quantize.card import render_card
 from quantize.estimate import manifest_estimate
-from quantize.manifest import CARD_NAME, RECIPE_NAME, SCHEMA_VERSION, FileEntry, KeptEntry, Manifest, SourceEntry
 from quantize.model.checkpoint import CARRIED_FILES, Checkpoint
 from quantize.model.shape import ModelShape
 from quantize.model.source import PinnedSource
 from quantize.plan import Job
 from quantize.recipe.model import Recipe
+from quantize.store.artifact import describe_files, write_measurements
+from quantize.store.manifest import CARD_NAME, RECIPE_NAME, SCHEMA_VERSION, FileEntry, KeptEntry, Manifest, SourceEntry
 from quantize.system.files import write_text
 
 

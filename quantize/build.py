@@ -14,13 +14,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from quantize.artifact import (
-    UNJUDGED,
-    Artifact,
-    keep_only,
-    set_aside,
-    settle,
-)
 from quantize.assemble import Made, assemble
 from quantize.backends import backends
 from quantize.backends.base import Context, Limits
@@ -28,13 +21,20 @@ from quantize.disk import disk_free_bytes, most_bytes
 from quantize.errors import DiskFullError, QuantizeError, Stopped, StoreError, UsageError, VerifyError
 from quantize.events import Event, Reporter, SilentReporter, note, status, warn
 from quantize.gates import Gates, Judge
-from quantize.manifest import MEASUREMENTS_NAME
 from quantize.model.checkpoint import Checkpoint
 from quantize.model.source import PinnedSource, open_source, pin_source
 from quantize.plan import Job, Plan, identify_jobs, pin_calibration, size_plan
 from quantize.recipe.model import Recipe, Variant
-from quantize.staging import clear_leftovers, clear_pass, pass_workplace, store_errors, variant_lock, workplace
-from quantize.store import Store
+from quantize.store.artifact import (
+    UNJUDGED,
+    Artifact,
+    keep_only,
+    set_aside,
+    settle,
+)
+from quantize.store.manifest import MEASUREMENTS_NAME
+from quantize.store.staging import clear_leftovers, clear_pass, pass_workplace, store_errors, variant_lock, workplace
+from quantize.store.store import Store
 from quantize.system.cache import Cache
 
 

@@ -28,11 +28,11 @@ from quantize.errors import (
     is_out_of_memory,
 )
 from quantize.events import Reporter, note, status, warn
-from quantize.manifest import CalibrationEntry, tool_versions
 from quantize.memory import pass_bytes
 from quantize.model.architecture import block_count, block_layout
 from quantize.recipe.model import CalibrationSpec, Recipe
 from quantize.resume import PassJournal
+from quantize.store.manifest import CalibrationEntry, tool_versions
 from quantize.system.process import peak_memory_bytes, run_step, stop_asked
 
 if TYPE_CHECKING:

@@ -12,8 +12,8 @@ from typing import Any
 import yaml
 
 from quantize.evaluate.record import NAME, NOT_EVALUATED, GoldenCount, Summary
-from quantize.manifest import Manifest
 from quantize.provenance.licence import Licence, licence_of
+from quantize.store.manifest import Manifest
 
 PYTHON_TRANSFORMERS = """\
 from transformers import AutoModelForCausalLM, AutoTokenizer

@@ -23,7 +23,7 @@ from quantize.model.architecture import block_count
 from quantize.model.checkpoint import CARRIED_FILES, Checkpoint
 from quantize.model.source import PinnedSource
 from quantize.recipe.model import Recipe
-from quantize.staging import PASS, STAGING, leftovers
+from quantize.store.staging import PASS, STAGING, leftovers
 from quantize.system.sizes import size_text
 
 if TYPE_CHECKING:

@@ -13,7 +13,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from quantize.artifact import ASIDE, REFUSED, Artifact, commit, set_aside, write_measurements
 from quantize.backends.base import Limits as RunLimits
 from quantize.calibration import PYTHON_DOCS, topics_file
 from quantize.card import render_card
@@ -25,11 +24,12 @@ from quantize.evaluate.runtimes import FORMATS, ModelRef
 from quantize.evaluate.session import CalibratedOn, Job, evaluate, figures, prepare_source
 from quantize.evaluate.structure import Intended
 from quantize.events import Event, Reporter, note, status, warn
-from quantize.manifest import CARD_NAME, EVALUATION_NAME, RECIPE_NAME, AcceptedRisk, Manifest, canonical_hash
 from quantize.model.checkpoint import Checkpoint
 from quantize.model.source import PinnedSource, dequantized_key
 from quantize.recipe.model import Recipe
-from quantize.staging import store_errors
+from quantize.store.artifact import ASIDE, REFUSED, Artifact, commit, set_aside, write_measurements
+from quantize.store.manifest import CARD_NAME, EVALUATION_NAME, RECIPE_NAME, AcceptedRisk, Manifest, canonical_hash
+from quantize.store.staging import store_errors
 from quantize.system.cache import Cache
 from quantize.system.files import write_text
 from quantize.system.lookup import GOLDEN, Found, builtin_files, find_data

@@ -19,12 +19,12 @@ from quantize.backends import backends
 from quantize.calibration import TokenSummary, identify, summarize_tokens
 from quantize.errors import LockError, StoreError, UsageError
 from quantize.events import Reporter, warn
-from quantize.manifest import FileEntry, canonical_hash, tool_versions
 from quantize.model.source import COMMIT, PinnedSource, dequantized_key, open_source, pin_source
 from quantize.plan import Job, identify_jobs, pin_calibration
 from quantize.recipe.model import CalibrationSpec, Recipe
 from quantize.recipe.yaml import read_document, validate
-from quantize.store import Store
+from quantize.store.manifest import FileEntry, canonical_hash, tool_versions
+from quantize.store.store import Store
 from quantize.system.cache import Cache
 from quantize.system.lookup import is_builtin
 from quantize.system.process import run_step

@@ -13,18 +13,18 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from quantize.artifact import Artifact
 from quantize.backends import backends
 from quantize.backends.base import Backend, Context, Limits, SizePlan
 from quantize.disk import Needs, Room, needs, refusal, rooms, temporary_root
 from quantize.errors import PlanError, QuantizeError
 from quantize.events import Reporter, status
-from quantize.manifest import CalibrationEntry, canonical_hash, tool_versions
 from quantize.memory import memory_short, pass_bytes
 from quantize.model.checkpoint import Checkpoint, open_checkpoint
 from quantize.model.source import PinnedSource, dequantized_key, open_source, pin_source
 from quantize.recipe.model import Recipe, Variant
-from quantize.store import Store
+from quantize.store.artifact import Artifact
+from quantize.store.manifest import CalibrationEntry, canonical_hash, tool_versions
+from quantize.store.store import Store
 from quantize.system.cache import Cache
 from quantize.system.process import run_step
 

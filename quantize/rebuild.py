@@ -17,7 +17,6 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from quantize.artifact import Artifact
 from quantize.assemble import Made, assemble
 from quantize.backends import backends
 from quantize.backends.base import Context, Limits
@@ -27,19 +26,20 @@ from quantize.disk import disk_free_bytes, disk_short
 from quantize.errors import PlanError, RecipeError, StoreError, UsageError, VerifyError
 from quantize.events import Reporter, note, status, warn
 from quantize.files.compare import TensorDifference, can_compare, compare_metadata, compare_weights
-from quantize.manifest import FILE_NAME, RECIPE_NAME, FileEntry, Manifest
 from quantize.model.checkpoint import Checkpoint
 from quantize.model.source import PinnedSource, open_source
 from quantize.plan import Job, identify_jobs
 from quantize.recipe.model import CalibrationSpec, EvaluationSpec, Recipe, Source, Variant
 from quantize.reopen import find_source
-from quantize.store import Store
+from quantize.store.artifact import Artifact
+from quantize.store.manifest import FILE_NAME, RECIPE_NAME, FileEntry, Manifest
+from quantize.store.store import Store
+from quantize.store.verify import check_files
 from quantize.system.cache import Cache
 from quantize.system.files import write_text
 from quantize.system.lookup import CALIBRATION, DATA, find_path
 from quantize.system.process import run_step
 from quantize.system.processor import name_device
-from quantize.verify import check_files
 
 DECIDED_LATER = ("digest", "files", "accepted_risk")  # fields of a manifest that are not compared by themselves
 OF_VERSIONS = ("tools", "build_key")  # those that differ wherever versions do

@@ -11,7 +11,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from quantize.artifact import Artifact
 from quantize.backends import formats
 from quantize.backends.base import Limits
 from quantize.errors import UsageError
@@ -20,11 +19,12 @@ from quantize.gates import Gates, Judge, Settled, refusal
 from quantize.model.source import open_source
 from quantize.recipe.model import Recipe, load_recipe
 from quantize.reopen import own_recipe, repin_source
-from quantize.staging import variant_lock
-from quantize.store import Store
+from quantize.store.artifact import Artifact
+from quantize.store.staging import variant_lock
+from quantize.store.store import Store
+from quantize.store.verify import check_files
 from quantize.system.cache import Cache
 from quantize.system.lookup import SUFFIXES
-from quantize.verify import check_files
 
 
 @dataclass(frozen=True)

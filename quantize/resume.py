@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from quantize.errors import disk_errors
 from quantize.events import Reporter, warn
-from quantize.staging import RESUME_NAME, differences, read_json
+from quantize.store.staging import RESUME_NAME, differences, read_json
 from quantize.system.files import write_durable
 
 if TYPE_CHECKING:

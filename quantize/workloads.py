@@ -9,18 +9,18 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from quantize.artifact import Artifact
 from quantize.backends import formats
 from quantize.backends.base import Limits
 from quantize.errors import UsageError
 from quantize.events import Reporter
 from quantize.files.gguf import read_gguf
-from quantize.manifest import FILE_NAME
 from quantize.model.checkpoint import open_checkpoint, read_json, tensor_table
 from quantize.model.shape import ModelShape, gguf_shape
 from quantize.plan import make_plan
 from quantize.recipe.model import load_recipe
-from quantize.store import Store
+from quantize.store.artifact import Artifact
+from quantize.store.manifest import FILE_NAME
+from quantize.store.store import Store
 from quantize.system.cache import Cache
 from quantize.system.lookup import SUFFIXES
 

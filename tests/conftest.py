@@ -17,7 +17,7 @@ from quantize.build import Outcome, RunOptions, build
 from quantize.cli import main
 from quantize.events import ListReporter
 from quantize.recipe.model import Recipe, load_recipe
-from quantize.store import Store
+from quantize.store.store import Store
 from quantize.system.cache import Cache
 from quantize.system.processor import settle_products
 from quantize.testing import FakeBackend, installed_backends, make_checkpoint, write_recipe

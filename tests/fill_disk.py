@@ -30,7 +30,7 @@ from typing import Any
 from unittest import mock
 
 from quantize.events import Reporter
-from quantize.store import Store
+from quantize.store.store import Store
 from quantize.system import process as worker
 from tests.kill_build import broken_in, environment_of, leftovers_of
 from tests.small_disk import SmallDisk, loop_disk, small_disk

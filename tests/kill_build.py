@@ -22,11 +22,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from quantize.artifact import open_artifact
 from quantize.errors import VerifyError
 from quantize.events import SilentReporter
-from quantize.store import Store
-from quantize.verify import check_files
+from quantize.store.artifact import open_artifact
+from quantize.store.store import Store
+from quantize.store.verify import check_files
 
 
 @dataclass(frozen=True)

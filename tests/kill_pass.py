@@ -23,8 +23,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from quantize.staging import RESUME_NAME, STAGING, read_json
-from quantize.store import Store
+from quantize.store.staging import RESUME_NAME, STAGING, read_json
+from quantize.store.store import Store
 from tests.kill_build import environment_of, leftovers_of
 
 ENDS = (0, 3)  # a build that ends: with all variants, or with some that the gates refuse

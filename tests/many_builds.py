@@ -20,7 +20,7 @@ from pathlib import Path
 
 from quantize.backends import formats
 from quantize.recipe.model import load_recipe
-from quantize.store import Store
+from quantize.store.store import Store
 from tests.kill_build import broken_in, environment_of, leftovers_of
 
 STATE = re.compile(r"^(\S+): (built|up to date|refused|failed|evaluated|skipped)\b", re.MULTILINE)

@@ -14,7 +14,7 @@ from quantize.backends import formats
 from quantize.build import RunOptions, build
 from quantize.events import SilentReporter
 from quantize.recipe.model import load_recipe
-from quantize.store import Store
+from quantize.store.store import Store
 from quantize.system.cache import Cache
 from quantize.testing import write_recipe
 

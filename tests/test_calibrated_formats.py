@@ -19,19 +19,19 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from quantize.artifact import Artifact
 from quantize.backends import backends, formats
 from quantize.backends.base import Limits
 from quantize.build import RunOptions, build
 from quantize.cli import main
 from quantize.errors import VerifyError
 from quantize.events import ListReporter
-from quantize.manifest import read_manifest
 from quantize.memory import pass_bytes
 from quantize.model.checkpoint import open_checkpoint
 from quantize.plan import make_plan
 from quantize.recipe.model import Recipe, load_recipe
-from quantize.store import Store
+from quantize.store.artifact import Artifact
+from quantize.store.manifest import read_manifest
+from quantize.store.store import Store
 from quantize.system.cache import Cache
 from quantize.system.processor import MKL_MODE, device_name, strict_mode
 from quantize.testing import TinyModel, make_checkpoint, write_recipe, write_weights

@@ -64,7 +64,7 @@ def test_start_imports_nothing_heavy(start: str) -> None:
 def test_no_command_needs_torch_to_say_up_to_date(tmp_path: Path) -> None:
     """Planning modules, the store and the GGUF backend: all that a second build goes through."""
     code = (
-        "import sys, quantize.build, quantize.store, quantize.backends as b; b.backends()\n"
+        "import sys, quantize.build, quantize.store.store, quantize.backends as b; b.backends()\n"
         "heavy = {'torch', 'transformers', 'numpy', 'gguf', 'llama_cpp'}\n"
         "print(*sorted({name.partition('.')[0] for name in sys.modules} & heavy))"
     )
@@ -152,7 +152,7 @@ def raising(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
     def find(*_: object) -> None:
         raise error
 
-    monkeypatch.setattr("quantize.store.Store.find", find)
+    monkeypatch.setattr("quantize.store.store.Store.find", find)
 
 
 @pytest.mark.parametrize(
@@ -203,7 +203,7 @@ def test_an_interrupt_ends_a_real_process_with_130(tmp_path: Path) -> None:
     code = (
         "import os, signal, sys\n"
         "from quantize.cli import main\n"
-        "from quantize.store import Store\n"
+        "from quantize.store.store import Store\n"
         "Store.find = lambda *_: os.kill(os.getpid(), signal.SIGINT)\n"
         "main(['show', 'x'], prog_name='quantize')\n"
     )

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from quantize.artifact import REFUSED
-from quantize.store import Store
+from quantize.store.artifact import REFUSED
+from quantize.store.store import Store
 from quantize.testing import TinyModel, make_checkpoint
 from tests.conftest import Run
 from tests.test_gates import (  # noqa: F401 - fixtures

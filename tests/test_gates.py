@@ -16,18 +16,18 @@ import pytest
 
 import quantize.backends.gguf as gguf_backend
 import quantize.gates as gates_module
-from quantize.artifact import REFUSED, UNJUDGED, Artifact
 from quantize.backends.gguf import GgufBackend
 from quantize.engines.llama_cpp import QuantizeSettings
 from quantize.evaluate.runtimes import ModelRef
 from quantize.evaluate.structure import NEAR, QUANTIZED, TEMPLATE, Intended, check_structure
 from quantize.events import SilentReporter
 from quantize.gates import RUNS
-from quantize.manifest import read_manifest
 from quantize.model.checkpoint import open_checkpoint
-from quantize.store import Store
+from quantize.store.artifact import REFUSED, UNJUDGED, Artifact
+from quantize.store.manifest import read_manifest
+from quantize.store.store import Store
+from quantize.store.verify import check_files
 from quantize.testing import TinyModel, installed_backends, make_checkpoint, write_recipe
-from quantize.verify import check_files
 from tests.conftest import Built, Run
 from tests.test_verify import rewrite, spoil_tensor
 

@@ -15,14 +15,14 @@ import llama_cpp
 import numpy as np
 import pytest
 
-from quantize.artifact import Artifact
 from quantize.backends import formats
 from quantize.backends.gguf_types import ELEMENT_TYPES, FTYPES
 from quantize.build import build
 from quantize.engines.llama_cpp_log import keep_log
 from quantize.events import SilentReporter
 from quantize.recipe.model import load_recipe
-from quantize.store import Store
+from quantize.store.artifact import Artifact
+from quantize.store.store import Store
 from quantize.system.cache import Cache
 from quantize.testing import CHAT_TEMPLATE, TinyModel, make_checkpoint, write_recipe
 from tests.conftest import BUILT_TYPES, UNMEASURED, Built

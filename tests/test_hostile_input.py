@@ -20,7 +20,6 @@ import quantize.files.gguf
 import quantize.files.safetensors
 import quantize.model.checkpoint
 import quantize.system.untrusted
-from quantize.artifact import read_measurements
 from quantize.backends import formats
 from quantize.calibration import read_rows
 from quantize.errors import CheckpointError, QuantizeError, RecipeError, UsageError, VerifyError
@@ -31,7 +30,6 @@ from quantize.evaluate.record import Summary
 from quantize.files.gguf import read_gguf
 from quantize.files.imatrix import read_imatrix
 from quantize.files.safetensors import INDEX_NAME, read_header
-from quantize.manifest import Manifest, read_manifest
 from quantize.model.architecture import block_layout, tensor_role
 from quantize.model.checkpoint import check_finite, open_checkpoint, read_chat_template, tensor_table
 from quantize.model.shape import ModelShape
@@ -40,7 +38,9 @@ from quantize.publish.pack import read_pack
 from quantize.publish.pins import read_pins
 from quantize.recipe.model import CalibrationSpec, load_recipe
 from quantize.recipe.yaml import parse_document, read_document
-from quantize.store import Store
+from quantize.store.artifact import read_measurements
+from quantize.store.manifest import Manifest, read_manifest
+from quantize.store.store import Store
 from quantize.system.untrusted import open_regular, parse_json, read_limited, time_limit
 from tests.bad_checkpoints import WEIGHTS, change_header, change_json, empty_header, point_first_to, shard
 from tests.fuzz import seeds

@@ -134,7 +134,7 @@ def test_every_difference_is_named(locked: Path, own_tiny: Path, run: Run, monke
 
 
 def test_a_tool_in_another_version(locked: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("quantize.manifest.metadata.version", lambda _: "9.9")
+    monkeypatch.setattr("quantize.store.manifest.metadata.version", lambda _: "9.9")
     message = refusal(run, locked)
     assert re.search(r"variants\.int8\.tools\.numpy: [\d.]+ in the lock, 9\.9 now", message)
 

@@ -16,7 +16,7 @@ from quantize.errors import PlanError, UsageError
 from quantize.events import SilentReporter
 from quantize.plan import Plan, make_plan
 from quantize.recipe.model import load_recipe
-from quantize.store import Store
+from quantize.store.store import Store
 from quantize.system.cache import Cache
 from quantize.testing import FakeBackend, TinyModel, installed_backends, make_checkpoint, write_recipe
 from tests.conftest import BUILT_TYPES, Built, Run

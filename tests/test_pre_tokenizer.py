@@ -20,7 +20,7 @@ from quantize.engines.token_lines import token_lines
 from quantize.events import SilentReporter
 from quantize.model.checkpoint import open_checkpoint, read_chat_template
 from quantize.recipe.model import load_recipe
-from quantize.store import Store
+from quantize.store.store import Store
 from quantize.system.cache import Cache
 from quantize.testing import TinyModel, make_checkpoint, write_json, write_recipe
 from tests.bad_checkpoints import change_json

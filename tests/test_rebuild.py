@@ -14,11 +14,11 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from quantize.artifact import Artifact
 from quantize.backends.base import BuildResult, Context
 from quantize.events import Reporter
-from quantize.manifest import AcceptedRisk
-from quantize.store import Store
+from quantize.store.artifact import Artifact
+from quantize.store.manifest import AcceptedRisk
+from quantize.store.store import Store
 from quantize.testing import FakeBackend, TinyModel, make_checkpoint, write_recipe
 from tests.conftest import Built, Run
 from tests.elsewhere import rebuild_elsewhere

@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from quantize.artifact import Artifact, open_artifact
 from quantize.errors import CheckpointError, VerifyError
 from quantize.events import SilentReporter
-from quantize.manifest import RECIPE_NAME
 from quantize.model.source import pin_address
 from quantize.reopen import find_source
+from quantize.store.artifact import Artifact, open_artifact
+from quantize.store.manifest import RECIPE_NAME
 from quantize.system.cache import Cache
 from quantize.testing import TinyModel, make_checkpoint, write_recipe
 from tests.conftest import Run

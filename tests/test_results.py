@@ -12,7 +12,7 @@ import pytest
 
 from benchmarks.results import demo_block, formats_table, read, report_block
 from quantize.errors import UsageError
-from quantize.store import Store
+from quantize.store.store import Store
 from tests.conftest import Built
 from tests.pages.measured import evaluation, keep, prompt
 

@@ -27,7 +27,7 @@ from quantize.events import ListReporter, SilentReporter
 from quantize.files.shards import ShardWriter
 from quantize.model.source import open_source, pin_source
 from quantize.recipe.model import load_recipe
-from quantize.staging import RESUME_NAME, read_json
+from quantize.store.staging import RESUME_NAME, read_json
 from quantize.system.cache import Cache
 from quantize.testing import TinyModel, make_checkpoint, write_recipe
 from tests.kill_build import leftovers_of

@@ -17,16 +17,16 @@ from typing import Any
 import pytest
 import yaml
 
-from quantize.artifact import commit, point_current
 from quantize.backends import formats
 from quantize.build import Outcome, RunOptions, build
-from quantize.diff import compare
 from quantize.errors import BuildError, DiskFullError, GateError, PlanError, StoreError, UsageError, VerifyError
 from quantize.events import ListReporter, SilentReporter
-from quantize.manifest import Manifest, manifest_schema, read_manifest
 from quantize.recipe.model import Recipe, load_recipe
-from quantize.staging import RESUME_NAME, variant_lock, workplace
-from quantize.store import Store
+from quantize.store.artifact import commit, point_current
+from quantize.store.diff import compare
+from quantize.store.manifest import Manifest, manifest_schema, read_manifest
+from quantize.store.staging import RESUME_NAME, variant_lock, workplace
+from quantize.store.store import Store
 from quantize.system.cache import Cache
 from quantize.testing import FakeBackend, write_recipe
 from tests.conftest import UNMEASURED, Built, Run
@@ -178,7 +178,7 @@ def test_a_commit_that_fails_leaves_what_was_there(
     def full(_: Path) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("quantize.artifact.sync", full)
+    monkeypatch.setattr("quantize.store.artifact.sync", full)
     (outcome,) = build_all(recipe([{"format": "fake", "bits": 4}]), store, cache)
     assert isinstance(outcome.error, DiskFullError)
     assert "No space left on device" in outcome.error.message

@@ -15,7 +15,6 @@ import gguf
 import numpy as np
 import pytest
 
-from quantize.artifact import Artifact, open_artifact
 from quantize.backends.base import Limits
 from quantize.backends.gguf import GgufBackend
 from quantize.engines import try_out as engine
@@ -26,8 +25,9 @@ from quantize.errors import VerifyError
 from quantize.events import ListReporter, SilentReporter
 from quantize.files.gguf import read_gguf
 from quantize.model.checkpoint import open_checkpoint
+from quantize.store.artifact import Artifact, open_artifact
+from quantize.store.verify import check_files
 from quantize.testing import write_json
-from quantize.verify import check_files
 from tests.bad_checkpoints import change_json
 from tests.conftest import Built, Run
 from tests.families import family_named, make_family

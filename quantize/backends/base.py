@@ -15,12 +15,12 @@ from typing import TYPE_CHECKING, Any, Protocol
 from quantize.cluster.spec import Spread
 from quantize.errors import QuantizeError, UsageError
 from quantize.events import Reporter
-from quantize.manifest import CalibrationEntry
 from quantize.memory import BlockMemory
 from quantize.model.checkpoint import Checkpoint
 from quantize.model.source import PinnedSource
 from quantize.recipe.model import BackendOptions
 from quantize.resume import Resumable
+from quantize.store.manifest import CalibrationEntry
 from quantize.system.cache import Cache
 
 if TYPE_CHECKING:

@@ -26,12 +26,12 @@ from quantize.engines.llama_cpp import QuantizeSettings, SizedFile
 from quantize.errors import PlanError, QuantizeError, VerifyError, disk_errors
 from quantize.events import Reporter, status, warn
 from quantize.files.gguf import GgufFile, GgufTensor, read_gguf
-from quantize.manifest import tool_versions
 from quantize.memory import BlockMemory
 from quantize.model.checkpoint import Checkpoint
 from quantize.model.source import PinnedSource, dequantized_key
 from quantize.recipe.model import BackendOptions
 from quantize.recipe.yaml import suggest
+from quantize.store.manifest import tool_versions
 from quantize.system.process import run_step
 from quantize.system.untrusted import check_pattern
 

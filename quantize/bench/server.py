@@ -23,11 +23,11 @@ from typing import IO, Literal
 
 import httpx2
 
-from quantize.artifact import Artifact
 from quantize.bench.client import Endpoint
 from quantize.errors import BenchError, MissingExtraError, UsageError
 from quantize.evaluate.runtimes import runtime_of
-from quantize.manifest import tool_versions
+from quantize.store.artifact import Artifact
+from quantize.store.manifest import tool_versions
 
 Kind = Literal["auto", "quantize", "llama-cpp-python"]
 KINDS: tuple[Kind, ...] = ("auto", "quantize", "llama-cpp-python")

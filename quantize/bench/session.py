@@ -15,7 +15,6 @@ from typing import Any
 
 import httpx2
 
-from quantize.artifact import Artifact
 from quantize.bench.client import Endpoint, Sample, ask, body_of, new_client
 from quantize.bench.load import closed_loop, open_loop, summarize
 from quantize.bench.memory import MemoryWatch, is_local, listener
@@ -24,7 +23,8 @@ from quantize.bench.server import Kind, Server, running
 from quantize.bench.workload import SHAPES, Shape, TokenRule, prompt, prompts_hash, words_text
 from quantize.errors import BenchError, UsageError
 from quantize.events import Reporter, note, progress, status
-from quantize.manifest import tool_versions
+from quantize.store.artifact import Artifact
+from quantize.store.manifest import tool_versions
 from quantize.system.machine import describe_machine
 
 CONCURRENCIES = (1, 4, 8)

@@ -9,7 +9,6 @@ from typing import Any
 
 import click
 
-from quantize.artifact import Artifact, update_measurements
 from quantize.bench.client import parse_endpoint
 from quantize.bench.result import BenchResult, Cell, MemoryUse, Spread
 from quantize.bench.server import KINDS, Kind
@@ -25,7 +24,8 @@ from quantize.cli.common import (
 )
 from quantize.cli.progress import console_reporter
 from quantize.errors import BenchError, UsageError
-from quantize.store import Store
+from quantize.store.artifact import Artifact, update_measurements
+from quantize.store.store import Store
 from quantize.system.machine import usable_cores
 
 COLUMNS = [

@@ -27,7 +27,7 @@ from quantize.errors import QuantizeError, UsageError, WorkerDied
 from quantize.evaluate.record import COLUMNS, source_lines
 from quantize.lock import hold, lock_path, read_lock
 from quantize.recipe.model import Recipe
-from quantize.store import Store
+from quantize.store.store import Store
 from quantize.system.sizes import size_text
 
 if TYPE_CHECKING:

@@ -12,15 +12,15 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from quantize.cli import set_verbose
-from quantize.store import Store, default_store_root
+from quantize.store.store import Store, default_store_root
 from quantize.system.cache import Cache, default_cache_root
 from quantize.system.lookup import find_recipe, find_target
 
 if TYPE_CHECKING:
-    from quantize.artifact import Artifact
     from quantize.backends.base import Limits
     from quantize.evaluate.record import Summary
     from quantize.recipe.model import Recipe
+    from quantize.store.artifact import Artifact
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 UNLIMITED_COLUMNS = 10_000  # in a pipe or a file nothing is cut

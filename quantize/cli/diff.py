@@ -5,8 +5,8 @@ from __future__ import annotations
 import click
 
 from quantize.cli.common import json_option, print_json, print_table, store_option, verbose_option
-from quantize.diff import Difference, compare
-from quantize.store import Store
+from quantize.store.diff import Difference, compare
+from quantize.store.store import Store
 
 
 @click.command("diff")

@@ -32,7 +32,7 @@ from quantize.estimate import (
     vram_table,
 )
 from quantize.fit import Verdict, Workload, advise, judge
-from quantize.store import Store
+from quantize.store.store import Store
 from quantize.system.machine import detect
 from quantize.system.sizes import memory_text
 from quantize.workloads import Subject, siblings, subjects

@@ -23,7 +23,7 @@ from quantize.cli.progress import console_reporter
 from quantize.evaluate.record import GoldenCount, source_lines
 from quantize.gates import Settled
 from quantize.reevaluate import find_targets, reevaluate
-from quantize.store import Store
+from quantize.store.store import Store
 
 COLUMNS = [
     ("ARTIFACT", "left"), ("PERPLEXITY", "right"), ("RATIO", "right"), ("MEAN KL", "right"), ("P99 KL", "right"),

@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 
 from quantize.cli.common import json_option, print_json, print_table, store_option, verbose_option
-from quantize.store import Store
+from quantize.store.store import Store
 from quantize.system.sizes import size_text
 
 

@@ -7,7 +7,6 @@ from typing import Any
 
 import click
 
-from quantize.artifact import Artifact
 from quantize.cli.common import (
     json_option,
     print_json,
@@ -19,7 +18,8 @@ from quantize.cli.common import (
 )
 from quantize.errors import RecipeError
 from quantize.evaluate.record import COLUMNS, source_lines
-from quantize.store import Store
+from quantize.store.artifact import Artifact
+from quantize.store.store import Store
 from quantize.system.lookup import PREFIX, RECIPES, builtin_files, local_recipes
 from quantize.system.sizes import memory_text, size_text
 

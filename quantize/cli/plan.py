@@ -22,7 +22,7 @@ from quantize.cli.common import (
 )
 from quantize.cli.progress import console_reporter
 from quantize.plan import Job, Plan, make_plan
-from quantize.store import Store
+from quantize.store.store import Store
 from quantize.system.sizes import size_text
 
 

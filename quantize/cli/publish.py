@@ -25,7 +25,7 @@ from quantize.publish.policy import own_policy, read_policy
 from quantize.publish.send import Published, Wanted, publish
 from quantize.publish.transfer import Session
 from quantize.reevaluate import find_targets
-from quantize.store import PINS_NAME, Store
+from quantize.store.store import PINS_NAME, Store
 from quantize.system.lookup import SUFFIXES
 from quantize.system.sizes import size_text
 

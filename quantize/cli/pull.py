@@ -12,7 +12,7 @@ from quantize.errors import UsageError
 from quantize.publish.pins import chosen, read_pins
 from quantize.publish.receive import pull, pull_pinned
 from quantize.publish.transfer import Session
-from quantize.store import PINS_NAME, Store
+from quantize.store.store import PINS_NAME, Store
 from quantize.system.sizes import size_text
 
 

@@ -22,7 +22,7 @@ from quantize.cli.common import (
 from quantize.cli.progress import console_reporter
 from quantize.errors import RefusedError
 from quantize.rebuild import Given, Rebuild, rebuild, rebuild_folders
-from quantize.store import Store
+from quantize.store.store import Store
 
 SHOWN_TENSORS = 20
 

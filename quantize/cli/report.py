@@ -10,7 +10,7 @@ from quantize.cli.common import json_option, print_json, print_table, store_opti
 from quantize.evaluate.decision import Decision
 from quantize.pages.decision_text import headline
 from quantize.pages.render import choice_data, write_report
-from quantize.store import Store
+from quantize.store.store import Store
 
 
 @click.command("report")

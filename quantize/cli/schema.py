@@ -13,7 +13,7 @@ from quantize.cli.common import print_json, verbose_option
 def command(kind: str) -> None:
     """Print the JSON Schema of recipes (editors complete with it) or of manifest.json."""
     if kind == "manifest":
-        from quantize.manifest import manifest_schema
+        from quantize.store.manifest import manifest_schema
 
         print_json(manifest_schema())
         return

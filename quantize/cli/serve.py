@@ -11,7 +11,7 @@ import click
 from quantize.cli.common import store_option, trust_options, verbose_option
 from quantize.errors import MissingExtraError, SignatureError, UsageError
 from quantize.events import SilentReporter
-from quantize.store import PINS_NAME, Store
+from quantize.store.store import PINS_NAME, Store
 from quantize.system.sizes import parse_size
 
 if TYPE_CHECKING:

@@ -6,7 +6,6 @@ import json
 
 import click
 
-from quantize.artifact import Artifact
 from quantize.cli.common import (
     json_option,
     print_json,
@@ -15,7 +14,8 @@ from quantize.cli.common import (
     verbose_option,
 )
 from quantize.evaluate.record import GoldenCount, read_record
-from quantize.store import Store
+from quantize.store.artifact import Artifact
+from quantize.store.store import Store
 from quantize.system.sizes import memory_text, size_text
 
 

@@ -21,8 +21,8 @@ from quantize.cli.progress import console_reporter
 from quantize.errors import UsageError
 from quantize.provenance.signature import Trust
 from quantize.reopen import reopen_source
-from quantize.store import Store
-from quantize.verify import check_files
+from quantize.store.store import Store
+from quantize.store.verify import check_files
 
 
 @click.command("verify")

@@ -216,7 +216,7 @@ class Actor:
 
         from quantize import __version__
         from quantize.activations import fastest_precision
-        from quantize.manifest import tool_versions
+        from quantize.store.manifest import tool_versions
         from quantize.system.processor import device_name
 
         here = ray.get_runtime_context().get_node_id()

@@ -23,7 +23,7 @@ from quantize.events import Event, Reporter, note, status
 from quantize.model.source import pin_source
 from quantize.plan import pin_calibration
 from quantize.recipe.model import Recipe
-from quantize.store import Store
+from quantize.store.store import Store
 from quantize.system.cache import Cache
 
 WORKERS_A_NODE = 4  # of a spread pass, on nodes without GPUs: each holds a block

@@ -14,7 +14,7 @@ from quantize.errors import MissingExtraError, disk_errors
 from quantize.events import Reporter, note, progress
 from quantize.files.shards import ShardWriter, Table
 from quantize.model.checkpoint import Checkpoint
-from quantize.staging import RESUME_NAME, read_json
+from quantize.store.staging import RESUME_NAME, read_json
 from quantize.system.files import write_durable
 
 if TYPE_CHECKING:

@@ -12,14 +12,14 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from quantize.artifact import Artifact
 from quantize.bench.result import BenchResult
 from quantize.errors import RecipeError, UsageError
 from quantize.evaluate.record import read_record
-from quantize.manifest import RECIPE_NAME, SourceEntry
 from quantize.recipe.model import Gates
 from quantize.recipe.yaml import read_document
-from quantize.store import Store
+from quantize.store.artifact import Artifact
+from quantize.store.manifest import RECIPE_NAME, SourceEntry
+from quantize.store.store import Store
 
 NOT_FINITE = ("inf", "-inf", "nan")  # JSON has no words for them, so that records spell them
 BLOCK_TENSOR = re.compile(r"(?:^|\.)(\d{1,5})\.(.+)$")

@@ -17,8 +17,8 @@ from quantize.pages.collect import Subject, collect
 from quantize.pages.decision_text import decision_text, headline
 from quantize.pages.production import Choice, judge
 from quantize.pages.views import page_of
-from quantize.staging import store_errors
-from quantize.store import Store
+from quantize.store.staging import store_errors
+from quantize.store.store import Store
 from quantize.system.files import write_text
 
 HTML, MARKDOWN, DECISION = "report.html", "report.md", "production_decision.md"

@@ -12,14 +12,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from quantize.artifact import Artifact
 from quantize.card import render_card
 from quantize.errors import SignatureError
-from quantize.manifest import CARD_NAME, NOTICE_NAME, PROVENANCE_NAME, SBOM_NAME, SIGNATURE_NAME, Manifest
 from quantize.provenance.licence import Licence, artifact_licence, check_licence
 from quantize.provenance.sbom import bill_of_materials
 from quantize.provenance.signature import sign
 from quantize.provenance.statement import RunDetails, statement
+from quantize.store.artifact import Artifact
+from quantize.store.manifest import CARD_NAME, NOTICE_NAME, PROVENANCE_NAME, SBOM_NAME, SIGNATURE_NAME, Manifest
 from quantize.system.files import write_text
 
 

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
 
-from quantize.artifact import Artifact
 from quantize.errors import LicenceError
-from quantize.manifest import Manifest
+from quantize.store.artifact import Artifact
+from quantize.store.manifest import Manifest
 
 UNKNOWN = {"", "other", "unknown", "none"}
 TEXT_FILES = "LICENSE*"

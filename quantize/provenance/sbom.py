@@ -11,11 +11,11 @@ import uuid
 from collections.abc import Mapping
 from typing import Any
 
-from quantize.artifact import Artifact
 from quantize.evaluate.record import Summary
-from quantize.manifest import CalibrationEntry, FileEntry, Manifest, SourceEntry, canonical_hash
 from quantize.provenance.licence import Licence, artifact_licence
 from quantize.provenance.statement import pypi_url
+from quantize.store.artifact import Artifact
+from quantize.store.manifest import CalibrationEntry, FileEntry, Manifest, SourceEntry, canonical_hash
 
 SPEC_VERSION = "1.6"
 BASE_REF, CALIBRATION_REF = "base-model", "calibration"

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from quantize.errors import MissingExtraError, QuantizeError, SignatureError, UsageError, first_line
-from quantize.manifest import EVALUATION_NAME, MEASUREMENTS_NAME, SIGNATURE_NAME
+from quantize.store.manifest import EVALUATION_NAME, MEASUREMENTS_NAME, SIGNATURE_NAME
 from quantize.system.cache import hash_file
 
 UNSIGNED = (MEASUREMENTS_NAME, EVALUATION_NAME)  # grow with every evaluation and load test, wherever the artifact is

@@ -15,9 +15,9 @@ from typing import Any
 from urllib.parse import quote
 
 from quantize import DISTRIBUTION
-from quantize.artifact import Artifact
 from quantize.errors import UsageError
-from quantize.manifest import FILE_NAME, RECIPE_NAME, CalibrationEntry, FileEntry, Manifest, SourceEntry
+from quantize.store.artifact import Artifact
+from quantize.store.manifest import FILE_NAME, RECIPE_NAME, CalibrationEntry, FileEntry, Manifest, SourceEntry
 
 STATEMENT_TYPE = "https://in-toto.io/Statement/v1"
 PREDICATE_TYPE = "https://slsa.dev/provenance/v1"

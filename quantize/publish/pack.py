@@ -14,10 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from quantize.artifact import Artifact
 from quantize.errors import VerifyError
-from quantize.manifest import FILE_NAME, PAPERS, Manifest
 from quantize.recipe.model import SLUG
+from quantize.store.artifact import Artifact
+from quantize.store.manifest import FILE_NAME, PAPERS, Manifest
 from quantize.system.cache import hash_file
 from quantize.system.untrusted import parse_json
 

@@ -16,18 +16,18 @@ from typing import Annotated
 import yaml
 from pydantic import BaseModel, ConfigDict, StringConstraints, ValidationError
 
-from quantize.artifact import Artifact
 from quantize.errors import RecipeError, UsageError, first_line
 from quantize.events import Reporter
-from quantize.manifest import Manifest
 from quantize.recipe.model import SlugText
 from quantize.recipe.yaml import MAX_BYTES, parse_document
-from quantize.store import Store
+from quantize.store.artifact import Artifact
+from quantize.store.manifest import Manifest
+from quantize.store.store import Store
+from quantize.store.verify import check_files
 from quantize.system.cache import default_cache_root
 from quantize.system.files import write_text
 from quantize.system.flock import file_lock
 from quantize.system.untrusted import read_limited
-from quantize.verify import check_files
 
 HEADER = "# What a deployment runs, by digest: `quantize publish` writes it, `quantize pull --locked` and\n"
 HEADER += "# `quantize serve --locked` read it. Commit it.\n"

@@ -9,10 +9,10 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from quantize.artifact import Artifact
 from quantize.errors import UsageError
 from quantize.publish.base import Place
 from quantize.publish.retry import Retry
+from quantize.store.artifact import Artifact
 
 SCHEME = re.compile(r"[a-z][a-z0-9+.-]*(?=://)")
 DIGEST_END = re.compile(r"@(sha256:[0-9a-f]{64})$")

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from quantize.artifact import REFUSED, Artifact
 from quantize.errors import GateError
 from quantize.evaluate.record import NOT_EVALUATED, Summary
-from quantize.manifest import RECIPE_NAME
 from quantize.recipe.model import PublishPolicy
 from quantize.recipe.yaml import read_document, validate
+from quantize.store.artifact import REFUSED, Artifact
+from quantize.store.manifest import RECIPE_NAME
 
 
 def read_policy(path: Path) -> PublishPolicy:

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from quantize.artifact import Artifact
 from quantize.errors import RefusedError, UsageError
 from quantize.events import status
 from quantize.provenance.documents import Signing, prepare
@@ -22,8 +21,9 @@ from quantize.publish.places import place_for
 from quantize.publish.policy import required_notice
 from quantize.publish.transfer import Progress, Session, run_all
 from quantize.recipe.model import PublishPolicy
-from quantize.staging import store_errors, variant_lock
-from quantize.verify import check_files
+from quantize.store.artifact import Artifact
+from quantize.store.staging import store_errors, variant_lock
+from quantize.store.verify import check_files
 
 
 @dataclass(frozen=True)

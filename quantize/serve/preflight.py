@@ -14,7 +14,7 @@ from quantize.errors import MissingExtraError, RefusedError, UsageError
 from quantize.estimate import Settings
 from quantize.fit import Verdict, Workload, advise
 from quantize.serve.targets import LocalTarget
-from quantize.store import Store
+from quantize.store.store import Store
 from quantize.system.machine import Machine
 from quantize.system.sizes import GIB
 

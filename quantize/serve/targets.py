@@ -13,14 +13,14 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from quantize.artifact import Artifact, open_artifact
 from quantize.errors import RefusedError, UsageError
 from quantize.estimate import repacked_bytes
 from quantize.files.gguf import read_gguf
-from quantize.manifest import FILE_NAME
 from quantize.model.checkpoint import read_json
 from quantize.model.shape import ModelShape, gguf_shape
-from quantize.store import Store
+from quantize.store.artifact import Artifact, open_artifact
+from quantize.store.manifest import FILE_NAME
+from quantize.store.store import Store
 
 NAMED = re.compile(r"([A-Za-z0-9][\w./:@-]{0,99})=(.+)", re.DOTALL)
 KEY_VARIABLE = "QUANTIZE_UPSTREAM_KEY"

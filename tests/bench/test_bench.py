@@ -15,7 +15,6 @@ from types import SimpleNamespace
 import psutil
 import pytest
 
-from quantize.artifact import Artifact, commit, update_measurements
 from quantize.bench import memory, server
 from quantize.bench.client import parse_endpoint
 from quantize.bench.memory import MemoryWatch
@@ -25,7 +24,8 @@ from quantize.bench.session import Settings, bench_url
 from quantize.bench.workload import Shape
 from quantize.errors import BenchError, UsageError
 from quantize.events import ListReporter
-from quantize.store import Store
+from quantize.store.artifact import Artifact, commit, update_measurements
+from quantize.store.store import Store
 from quantize.system.gpus import Gpus
 from tests.bench.servers import FakeServer, serving
 from tests.conftest import Built, Run

@@ -21,7 +21,7 @@ from quantize.errors import Stopped
 from quantize.events import Event, ListReporter, SilentReporter
 from quantize.model.source import open_source, pin_source
 from quantize.recipe.model import load_recipe
-from quantize.staging import RESUME_NAME
+from quantize.store.staging import RESUME_NAME
 from quantize.system.cache import Cache
 from quantize.testing import TinyModel, make_checkpoint, write_recipe
 from tests.cluster.conftest import Nodes

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from quantize.provenance.documents import write_documents
-from quantize.store import Store
+from quantize.store.store import Store
 
 STORE = Path(__file__).parent.parent.parent / "artifacts"
 pytestmark = [pytest.mark.demo, pytest.mark.skipif(not STORE.is_dir(), reason="make demo builds the artifacts")]

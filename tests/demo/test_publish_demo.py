@@ -10,13 +10,13 @@ from pathlib import Path
 
 import pytest
 
-from quantize.artifact import Artifact, open_artifact
 from quantize.events import ListReporter
 from quantize.publish.receive import pull
 from quantize.publish.send import Wanted, publish
 from quantize.publish.transfer import Session
 from quantize.recipe.model import PublishPolicy
-from quantize.store import Store
+from quantize.store.artifact import Artifact, open_artifact
+from quantize.store.store import Store
 from tests.publish.conftest import Registry
 from tests.publish.conftest import registry as registry
 from tests.publish.proxy import Answer, Asked, Forward, proxy_before

@@ -25,7 +25,7 @@ from quantize.evaluate.session import Job, evaluate, figures
 from quantize.evaluate.text import Windows, cut_windows, load_text
 from quantize.events import ListReporter, SilentReporter
 from quantize.recipe.model import load_recipe
-from quantize.store import Store
+from quantize.store.store import Store
 from quantize.system.cache import Cache
 from quantize.system.process import run_step
 from quantize.testing import TinyModel, make_checkpoint, write_recipe, write_weights

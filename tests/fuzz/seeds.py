@@ -113,7 +113,7 @@ def imatrix(folder: Path) -> bytes:
 
 def manifest() -> bytes:
     """A sealed manifest."""
-    from quantize.manifest import Manifest
+    from quantize.store.manifest import Manifest
 
     entry = {"path": "model.gguf", "size_bytes": 3, "sha256": "ab"}
     source = {

@@ -12,7 +12,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from quantize.artifact import read_measurements
 from quantize.backends import formats
 from quantize.calibration import read_rows
 from quantize.evaluate.decision import Limits, decide
@@ -23,7 +22,6 @@ from quantize.files.gguf import read_gguf, read_summary
 from quantize.files.imatrix import read_imatrix
 from quantize.files.safetensors import INDEX_NAME, read_header
 from quantize.lock import read_lock
-from quantize.manifest import MEASUREMENTS_NAME, canonical_hash, read_manifest
 from quantize.model.architecture import TABLE, block_count, block_layout, tensor_role
 from quantize.model.checkpoint import open_checkpoint, tensor_table
 from quantize.model.shape import ModelShape, gguf_shape
@@ -31,7 +29,9 @@ from quantize.model.source import card_metadata
 from quantize.publish.pack import read_pack
 from quantize.publish.pins import read_pins
 from quantize.recipe.model import CalibrationSpec, load_calibration, load_recipe
-from quantize.store import Store
+from quantize.store.artifact import read_measurements
+from quantize.store.manifest import MEASUREMENTS_NAME, canonical_hash, read_manifest
+from quantize.store.store import Store
 from tests.fuzz import seeds
 from tests.fuzz.mutate import Form
 

@@ -6,7 +6,6 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from quantize.artifact import Artifact, update_measurements
 from quantize.bench.client import Sample
 from quantize.bench.load import summarize
 from quantize.bench.result import BenchResult, MemoryUse, With
@@ -16,7 +15,8 @@ from quantize.evaluate.decision import Limits, decide
 from quantize.evaluate.metrics import Quality
 from quantize.evaluate.record import decided, to_record
 from quantize.evaluate.session import Evaluation, figures
-from quantize.store import Store
+from quantize.store.artifact import Artifact, update_measurements
+from quantize.store.store import Store
 
 HOSTILE = '</p><script>document.title = "taken"</script><img src="http://192.0.2.1/x.png"> | `a` **b** {{ 7 * 7 }} &amp'
 

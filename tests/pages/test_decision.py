@@ -11,7 +11,7 @@ from quantize.evaluate.decision import Limits
 from quantize.pages.collect import Subject, collect
 from quantize.pages.decision_text import decision_text
 from quantize.pages.production import Choice, judge
-from quantize.store import Store
+from quantize.store.store import Store
 from tests.conftest import Built
 from tests.pages.measured import bench, evaluation, keep, prompt
 
@@ -232,8 +232,8 @@ def test_a_lost_json_answer_refuses(store: Store) -> None:
 
 
 def test_a_risk_that_was_accepted_is_a_flag_with_its_reason(store: Store) -> None:
-    from quantize.artifact import commit
-    from quantize.manifest import AcceptedRisk
+    from quantize.store.artifact import commit
+    from quantize.store.manifest import AcceptedRisk
 
     artifact = store.find("tiny/q8_0")
     keep(store, artifact, found=evaluation(kl=0.2), load=bench())
@@ -245,7 +245,7 @@ def test_a_risk_that_was_accepted_is_a_flag_with_its_reason(store: Store) -> Non
 
 
 def test_a_refused_build_is_on_the_page(store: Store) -> None:
-    from quantize.artifact import REFUSED, set_aside
+    from quantize.store.artifact import REFUSED, set_aside
 
     artifact = store.find("tiny/q4_0")
     keep(store, artifact, found=evaluation(kl=0.2), load=bench())

@@ -17,7 +17,7 @@ from quantize.pages.charts import Point, Range, heatmap, ranges, scatter
 from quantize.pages.collect import collect
 from quantize.pages.golden import pieces
 from quantize.pages.render import DECISION, HTML, MARKDOWN, render
-from quantize.store import Store
+from quantize.store.store import Store
 from tests.browser import Browser
 from tests.conftest import Built, Run
 from tests.pages.measured import HOSTILE, bench, evaluation, keep, layers, prompt

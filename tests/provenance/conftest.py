@@ -11,13 +11,13 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat
 
-from quantize.artifact import Artifact, write_measurements
 from quantize.backends import formats
 from quantize.build import build
 from quantize.events import ListReporter
-from quantize.manifest import FILE_NAME, CalibrationEntry
 from quantize.recipe.model import load_recipe
-from quantize.store import Store
+from quantize.store.artifact import Artifact, write_measurements
+from quantize.store.manifest import FILE_NAME, CalibrationEntry
+from quantize.store.store import Store
 from quantize.system.cache import Cache
 from quantize.system.files import write_text
 from quantize.testing import FakeBackend, write_recipe

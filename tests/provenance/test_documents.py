@@ -19,14 +19,14 @@ from in_toto_attestation.v1 import statement_pb2
 from in_toto_attestation.v1.statement import Statement
 from packageurl import PackageURL
 
-from quantize.artifact import Artifact
 from quantize.card import render_card
 from quantize.events import ListReporter
-from quantize.manifest import CARD_NAME, NOTICE_NAME, PROVENANCE_NAME, SBOM_NAME, AcceptedRisk
 from quantize.provenance.documents import write_documents
 from quantize.provenance.sbom import bill_of_materials
 from quantize.provenance.statement import RunDetails, statement
-from quantize.verify import check_files
+from quantize.store.artifact import Artifact
+from quantize.store.manifest import CARD_NAME, NOTICE_NAME, PROVENANCE_NAME, SBOM_NAME, AcceptedRisk
+from quantize.store.verify import check_files
 from tests.provenance.conftest import CALIBRATED, MEASURED, Changed
 
 HUB = "hub:org/Base-1B@" + "1" * 40

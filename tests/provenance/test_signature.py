@@ -13,12 +13,12 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519
 from cryptography.hazmat.primitives.serialization import BestAvailableEncryption, Encoding, PrivateFormat, PublicFormat
 
-from quantize.artifact import Artifact, write_measurements
 from quantize.errors import LicenceError, QuantizeError, SignatureError, UsageError
-from quantize.manifest import MEASUREMENTS_NAME, SIGNATURE_NAME
 from quantize.provenance.documents import Signing, prepare, write_documents
 from quantize.provenance.signature import Identity, Trust, check_signature, sign
 from quantize.provenance.statement import RunDetails
+from quantize.store.artifact import Artifact, write_measurements
+from quantize.store.manifest import MEASUREMENTS_NAME, SIGNATURE_NAME
 from tests.conftest import Built, Run
 from tests.provenance.conftest import MEASURED, Changed, Keys, make_keys
 

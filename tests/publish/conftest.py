@@ -14,15 +14,15 @@ from pathlib import Path
 
 import pytest
 
-from quantize.artifact import Artifact, commit, describe_files, write_measurements
 from quantize.card import render_card
 from quantize.events import ListReporter
-from quantize.manifest import Manifest, SourceEntry
 from quantize.publish.retry import Retry
 from quantize.publish.send import Published, Wanted, publish
 from quantize.publish.transfer import Session
 from quantize.recipe.model import PublishPolicy
-from quantize.store import Store
+from quantize.store.artifact import Artifact, commit, describe_files, write_measurements
+from quantize.store.manifest import Manifest, SourceEntry
+from quantize.store.store import Store
 from quantize.system.files import write_text
 from tests.publish.proxy import Proxy, proxy_before
 

@@ -9,7 +9,6 @@ from typing import Any
 import jsonschema
 import pytest
 
-from quantize.artifact import Artifact
 from quantize.errors import VerifyError
 from quantize.publish.pack import (
     CONFIG_NAME,
@@ -22,6 +21,7 @@ from quantize.publish.pack import (
     publishable_files,
     read_pack,
 )
+from quantize.store.artifact import Artifact
 
 
 def test_the_same_artifact_gives_the_same_bytes(artifact: Artifact) -> None:

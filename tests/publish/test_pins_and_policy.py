@@ -8,16 +8,16 @@ from pathlib import Path
 import pytest
 import yaml
 
-from quantize.artifact import Artifact, commit, set_aside, write_measurements
 from quantize.errors import GateError, RecipeError, UsageError, VerifyError
 from quantize.events import ListReporter
-from quantize.manifest import AcceptedRisk
 from quantize.publish.pins import Pin, locked_words, pin, read_pins
 from quantize.publish.policy import read_policy, required_notice
 from quantize.publish.receive import pull, pull_pinned
 from quantize.publish.transfer import Session
 from quantize.recipe.model import PublishPolicy
-from quantize.store import Store
+from quantize.store.artifact import Artifact, commit, set_aside, write_measurements
+from quantize.store.manifest import AcceptedRisk
+from quantize.store.store import Store
 from tests.conftest import Run
 from tests.publish.conftest import publish_one
 from tests.records import evaluation_record

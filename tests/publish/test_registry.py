@@ -14,14 +14,14 @@ from pathlib import Path
 import pytest
 
 import quantize.publish.registry as module
-from quantize.artifact import Artifact
 from quantize.errors import RefusedError, TransferError, VerifyError
 from quantize.events import ListReporter
 from quantize.publish.pack import publishable_files
 from quantize.publish.receive import pull
 from quantize.publish.retry import Retry
 from quantize.publish.transfer import Session
-from quantize.store import Store
+from quantize.store.artifact import Artifact
+from quantize.store.store import Store
 from tests.publish.conftest import QUICK, Registry, publish_one
 from tests.publish.proxy import Answer, Asked, Forward, Proxy, proxy_before
 

@@ -12,14 +12,14 @@ from pathlib import Path
 import fsspec
 import pytest
 
-from quantize.artifact import Artifact
 from quantize.errors import RefusedError, TransferError, UsageError, VerifyError
 from quantize.events import ListReporter
 from quantize.publish.pack import MANIFEST_NAME
 from quantize.publish.receive import pull
 from quantize.publish.send import Published, Wanted, publish
 from quantize.publish.transfer import Session
-from quantize.store import Store
+from quantize.store.artifact import Artifact
+from quantize.store.store import Store
 from tests.publish.conftest import POLICY, Registry, publish_one
 from tests.publish.hub_server import TOKEN, Hub
 

@@ -12,7 +12,7 @@ from quantize.errors import RefusedError, UsageError
 from quantize.serve.limits import KEYS_VARIABLE, load_keys
 from quantize.serve.preflight import RunOptions, engine_options, place
 from quantize.serve.targets import LocalTarget, UpstreamTarget, resolve
-from quantize.store import Store
+from quantize.store.store import Store
 from quantize.system.gpus import LocalGpu
 from quantize.system.machine import Machine
 from tests.conftest import Built, Run

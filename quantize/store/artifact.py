@@ -15,8 +15,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from quantize.manifest import EVALUATION_NAME, FILE_NAME, MEASUREMENTS_NAME, PAPERS, FileEntry, Manifest, read_manifest
-from quantize.staging import (
+from quantize.store.manifest import (
+    EVALUATION_NAME,
+    FILE_NAME,
+    MEASUREMENTS_NAME,
+    PAPERS,
+    FileEntry,
+    Manifest,
+    read_manifest,
+)
+from quantize.store.staging import (
     SCRATCH,
     STAGING,
     clear_leftovers,

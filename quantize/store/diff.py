@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from quantize.artifact import Artifact
 from quantize.files.gguf import read_gguf
 from quantize.files.safetensors import read_header
+from quantize.store.artifact import Artifact
 
 SUMMARIZED = ("files", "digest", "build_key", "kept_in_high_precision", "estimate", "schema_version")
 

@@ -13,7 +13,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from quantize.artifact import (
+from quantize.errors import RecipeError, UsageError, VerifyError
+from quantize.recipe.yaml import read_document
+from quantize.store.artifact import (
     ASIDE,
     CURRENT,
     REFUSED,
@@ -21,10 +23,8 @@ from quantize.artifact import (
     Artifact,
     open_artifact,
 )
-from quantize.errors import RecipeError, UsageError, VerifyError
-from quantize.manifest import FILE_NAME
-from quantize.recipe.yaml import read_document
-from quantize.staging import LOCKS, STAGING, staged_variant, store_errors, variant_lock
+from quantize.store.manifest import FILE_NAME
+from quantize.store.staging import LOCKS, STAGING, staged_variant, store_errors, variant_lock
 from quantize.system.flock import file_lock
 
 DIGEST_FOLDER = re.compile(r"^[0-9a-f]{12}$")

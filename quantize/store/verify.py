@@ -7,10 +7,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from quantize.artifact import Artifact
 from quantize.errors import VerifyError
 from quantize.events import Reporter, progress
-from quantize.manifest import PAPERS, FileEntry
+from quantize.store.artifact import Artifact
+from quantize.store.manifest import PAPERS, FileEntry
 from quantize.system.cache import hash_file
 
 

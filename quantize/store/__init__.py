@@ -1,0 +1,1 @@
+"""Artifacts on disk: the manifest, the way from staging to their place, finding and checking them."""
