@@ -16,8 +16,8 @@ from pathlib import Path
 
 from random_gguf import SHAPES, metadata_of, tensor_table, write_gguf
 
-from quantize.engines.llama_cpp_log import keep_log
 from quantize.estimate import MIB, Estimate, ModelShape, Settings, estimate, repacked_bytes
+from quantize.runtimes.llama_cpp.log import keep_log
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "estimates.md"
 _GGML_TYPES = {"f16": 1, "q4_0": 2, "q8_0": 8}

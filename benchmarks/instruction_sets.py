@@ -45,7 +45,7 @@ def measure(model: Path, kept: Path) -> None:
     """In a process of its own: print the processor seconds of prompt and answer, and keep the answer's logits."""
     import numpy as np
 
-    from quantize.engines.llama_cpp_model import Entry, ModelSettings, OpenModel
+    from quantize.runtimes.llama_cpp.model import Entry, ModelSettings, OpenModel
 
     load_backends(Path(os.environ["LLAMA_CPP_LIB_PATH"]))
     opened = OpenModel(model, ModelSettings(context=PROMPT + ANSWER, threads=1))

@@ -100,7 +100,7 @@ STAGES = """
 import sys
 from pathlib import Path
 import quantize.serve.engines.llama_cpp as engine, quantize.serve.engines.child
-from quantize.engines.llama_cpp_model import ModelSettings, OpenModel
+from quantize.runtimes.llama_cpp.model import ModelSettings, OpenModel
 
 def peak():
     print(open("/proc/self/status").read(), flush=True)

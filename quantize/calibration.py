@@ -117,7 +117,7 @@ def load_calibration_set(spec: CalibrationSpec, base: Path, folder: Path) -> Cal
     """
     tokenizer = load_tokenizer(folder)
     if spec.dataset == SELF:
-        from quantize.engines.sampling import sample_from_model
+        from quantize.runtimes.sampling import sample_from_model
 
         rows = sample_from_model(folder, seed_prompts(), spec.samples, spec.sequence_length, spec.seed)
         return _checked(CalibrationSet(tuple(tuple(ids) for ids in rows)), spec)

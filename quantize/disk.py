@@ -17,12 +17,12 @@ from typing import TYPE_CHECKING
 
 from quantize.errors import DiskFullError, PlanError, StoreError
 from quantize.evaluate.baseline import LIKELIEST
-from quantize.evaluate.runtimes import FORMATS
 from quantize.evaluate.text import load_text
 from quantize.model.architecture import block_count
 from quantize.model.checkpoint import CARRIED_FILES, Checkpoint
 from quantize.model.source import PinnedSource
 from quantize.recipe.model import Recipe
+from quantize.runtimes.base import FORMATS
 from quantize.store.staging import PASS, STAGING, leftovers
 from quantize.system.sizes import size_text
 

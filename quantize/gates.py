@@ -20,13 +20,13 @@ from quantize.errors import BuildError, DiskFullError, GateError, QuantizeError,
 from quantize.evaluate.decision import SERVING_LIMITS, Decision, Figures, Limits, decide
 from quantize.evaluate.page import render_page
 from quantize.evaluate.record import NAME, decided, failed_record, figures_of, read_record, to_record
-from quantize.evaluate.runtimes import FORMATS, ModelRef
 from quantize.evaluate.session import CalibratedOn, Job, evaluate, figures, prepare_source
 from quantize.evaluate.structure import Intended
 from quantize.events import Event, Reporter, note, status, warn
 from quantize.model.checkpoint import Checkpoint
 from quantize.model.source import PinnedSource, dequantized_key
 from quantize.recipe.model import Recipe
+from quantize.runtimes.base import FORMATS, ModelRef
 from quantize.store.artifact import ASIDE, REFUSED, Artifact, commit, set_aside, write_measurements
 from quantize.store.manifest import CARD_NAME, EVALUATION_NAME, RECIPE_NAME, AcceptedRisk, Manifest, canonical_hash
 from quantize.store.staging import store_errors

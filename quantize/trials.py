@@ -110,7 +110,7 @@ def try_llama_cpp() -> str:
 
     With flash attention once: nothing here uses it, but it is what llama.cpp does by itself.
     """
-    from quantize.engines.llama_cpp import QuantizeSettings, quantize
+    from quantize.runtimes.llama_cpp.quantize import QuantizeSettings, quantize
 
     folder = Path(tempfile.mkdtemp())
     source = folder / "F16.gguf"
@@ -129,7 +129,7 @@ def try_llama_cpp() -> str:
 
 
 def _prompt_llama_cpp(path: Path, gpu_layers: int, what: str, *, flash_attention: bool = False) -> None:
-    from quantize.engines.llama_cpp_model import Entry, ModelSettings, OpenModel
+    from quantize.runtimes.llama_cpp.model import Entry, ModelSettings, OpenModel
 
     settings = ModelSettings(2 * PROMPT_TOKENS, threads=1, flash_attention=flash_attention, gpu_layers=gpu_layers)
     model = OpenModel(path, settings)
@@ -244,7 +244,7 @@ def try_bitsandbytes() -> str:
 
 def try_gptqmodel() -> str:
     """Its import, as loading an artifact does it."""
-    from quantize.engines.transformers_model import import_torch
+    from quantize.runtimes.transformers.load import import_torch
 
     import_torch("gptq", "the GPTQ format")
     import gptqmodel

@@ -15,11 +15,11 @@ from typing import Any
 
 import numpy as np
 
-from quantize.engines.gguf_convert import ConvertRequest, convert
-from quantize.engines.llama_cpp import QuantizeSettings, convert_and_size, quantize
-from quantize.engines.llama_cpp_model import Entry, ModelSettings, OpenModel
 from quantize.errors import PlanError, QuantizeError
 from quantize.events import Reporter, SilentReporter
+from quantize.runtimes.llama_cpp.convert import ConvertRequest, convert
+from quantize.runtimes.llama_cpp.model import Entry, ModelSettings, OpenModel
+from quantize.runtimes.llama_cpp.quantize import QuantizeSettings, convert_and_size, quantize
 from quantize.system.process import run_step
 from tests.families import FAMILIES, Family, make_family
 

@@ -15,9 +15,9 @@ import pytest
 
 import quantize
 from quantize.errors import MissingExtraError, QuantizeError, RecipeError, UsageError
-from quantize.evaluate.runtimes import FORMATS, runtime_of
 from quantize.events import ListReporter
 from quantize.provenance.statement import pypi_url
+from quantize.runtimes.base import FORMATS, runtime_of
 from quantize.testing import write_recipe
 
 ROOT = Path(__file__).parent.parent
@@ -58,7 +58,7 @@ def test_the_extra_in_a_hint_is_one_that_there_is(format: str, monkeypatch: pyte
     def missing(name: str) -> str:
         raise PackageNotFoundError(name)
 
-    monkeypatch.setattr("quantize.evaluate.runtimes.version", missing)
+    monkeypatch.setattr("quantize.runtimes.base.version", missing)
     with pytest.raises(MissingExtraError) as caught:
         runtime_of(format)
     extra = re.fullmatch(r"install it with: .*pip install .*'quantize-models\[(\w+)\]'", str(caught.value.hint))

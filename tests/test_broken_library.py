@@ -125,7 +125,7 @@ def test_the_stub_in_front_of_the_real_library_is_the_real_one_but_for_batches(
     assert try_engine(*LLAMA_CPP).state == "works"
     monkeypatch.setenv("LLAMA_CPP_LIB_PATH", str(stubs.library(tmp_path / "batches", stubs.DIES_IN_BATCHES)))
     code = (
-        "import sys\nfrom pathlib import Path\nfrom quantize.engines.llama_cpp_model import *\n"
+        "import sys\nfrom pathlib import Path\nfrom quantize.runtimes.llama_cpp.model import *\n"
         "model = OpenModel(Path(sys.argv[1]), ModelSettings(64))\n"
         "tokens = int(sys.argv[2])\nmodel.decode(Entry(1, index, 0, index == tokens - 1) for index in range(tokens))\n"
     )

@@ -17,8 +17,10 @@ import pytest
 from packaging.requirements import Requirement
 from safetensors.torch import save_file
 
-from quantize.engines.gguf_config import converter_config
-from quantize.engines.gguf_convert import (
+from quantize.errors import PlanError
+from quantize.events import Reporter, SilentReporter
+from quantize.runtimes.llama_cpp.config import converter_config
+from quantize.runtimes.llama_cpp.convert import (
     PAIR,
     ConvertRequest,
     convert,
@@ -26,8 +28,6 @@ from quantize.engines.gguf_convert import (
     converter_modules,
     converter_package,
 )
-from quantize.errors import PlanError
-from quantize.events import Reporter, SilentReporter
 from quantize.system.process import run_step
 from quantize.testing import write_recipe
 from tests.conftest import Run

@@ -100,7 +100,7 @@ def test_torch_in_our_own_code_is_torch() -> None:
 
 def test_our_calls_into_llama_cpp_are_its() -> None:
     source = "def decode():\n    os.kill(os.getpid(), signal.SIGSEGV)\n"
-    code = f"exec(compile({source!r}, '/x/quantize/engines/llama_cpp_model.py', 'exec'))\nimport torch\ndecode()"
+    code = f"exec(compile({source!r}, '/x/quantize/runtimes/llama_cpp/model.py', 'exec'))\nimport torch\ndecode()"
     assert culprit(die(code)[1]) == LLAMA_CPP
 
 

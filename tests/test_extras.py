@@ -12,7 +12,7 @@ import pytest
 
 from quantize.backends import backends
 from quantize.errors import MissingExtraError
-from quantize.evaluate.runtimes import FORMATS, runtime_of
+from quantize.runtimes.base import FORMATS, runtime_of
 from quantize.serve.preflight import HELPERS
 
 ROOT = Path(__file__).parent.parent
@@ -58,7 +58,7 @@ def test_extras_of_runtimes_that_are_not_installed(format: str, monkeypatch: pyt
     def missing(_name: str) -> str:
         raise metadata.PackageNotFoundError
 
-    monkeypatch.setattr("quantize.evaluate.runtimes.version", missing)
+    monkeypatch.setattr("quantize.runtimes.base.version", missing)
     with pytest.raises(MissingExtraError) as caught:
         runtime_of(format)
     (extra,) = NAMED.findall(str(caught.value.hint))

@@ -17,12 +17,12 @@ import pytest
 import quantize.backends.gguf as gguf_backend
 import quantize.gates as gates_module
 from quantize.backends.gguf import GgufBackend
-from quantize.engines.llama_cpp import QuantizeSettings
-from quantize.evaluate.runtimes import ModelRef
 from quantize.evaluate.structure import NEAR, QUANTIZED, TEMPLATE, Intended, check_structure
 from quantize.events import SilentReporter
 from quantize.gates import RUNS
 from quantize.model.checkpoint import open_checkpoint
+from quantize.runtimes.base import ModelRef
+from quantize.runtimes.llama_cpp.quantize import QuantizeSettings
 from quantize.store.artifact import REFUSED, UNJUDGED, Artifact
 from quantize.store.manifest import read_manifest
 from quantize.store.store import Store

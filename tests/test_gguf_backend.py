@@ -18,9 +18,9 @@ import pytest
 from quantize.backends import formats
 from quantize.backends.gguf_types import ELEMENT_TYPES, FTYPES
 from quantize.build import build
-from quantize.engines.llama_cpp_log import keep_log
 from quantize.events import SilentReporter
 from quantize.recipe.model import load_recipe
+from quantize.runtimes.llama_cpp.log import keep_log
 from quantize.store.artifact import Artifact
 from quantize.store.store import Store
 from quantize.system.cache import Cache

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from quantize.engines.llama_cpp_log import keep_log, log_text, telling_line
+from quantize.runtimes.llama_cpp.log import keep_log, log_text, telling_line
 
 llama_cpp = pytest.importorskip("llama_cpp")
 ROOT = Path(__file__).resolve().parents[1]
@@ -37,7 +37,7 @@ def test_the_function_that_takes_the_log_outlives_whoever_asked_for_it() -> None
 def test_nobody_else_gives_llama_cpp_a_function_that_may_be_freed() -> None:
     code = [path for folder in ("quantize", "benchmarks") for path in (ROOT / folder).rglob("*.py")]
     users = [str(path.relative_to(ROOT)) for path in code if "llama_log_set" in path.read_text()]
-    assert users == ["quantize/engines/llama_cpp_log.py"]
+    assert users == ["quantize/runtimes/llama_cpp/log.py"]
 
 
 def test_each_reader_has_the_log_from_its_own_start(tmp_path: Path) -> None:

@@ -15,11 +15,11 @@ from quantize.backends.base import Limits
 from quantize.backends.gguf import GgufBackend
 from quantize.build import build
 from quantize.engines.gguf_source import load_tokenizer
-from quantize.engines.gguf_vocabulary import PRE_TOKENIZERS, _tokenized, names, source_ends, turn_ends
-from quantize.engines.token_lines import token_lines
 from quantize.events import SilentReporter
 from quantize.model.checkpoint import open_checkpoint, read_chat_template
 from quantize.recipe.model import load_recipe
+from quantize.runtimes.llama_cpp.vocabulary import PRE_TOKENIZERS, _tokenized, names, source_ends, turn_ends
+from quantize.runtimes.token_lines import token_lines
 from quantize.store.store import Store
 from quantize.system.cache import Cache
 from quantize.testing import TinyModel, make_checkpoint, write_json, write_recipe
@@ -134,7 +134,7 @@ def test_every_name_that_the_converter_writes_can_be_chosen() -> None:
     """What it recognizes has a name here, so that a stored file can be verified without its hash."""
     import inspect
 
-    from quantize.engines.gguf_convert import converter_package
+    from quantize.runtimes.llama_cpp.convert import converter_package
 
     converter_package()
     from conversion.base import TextModel  # type: ignore[import-not-found]

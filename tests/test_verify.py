@@ -381,7 +381,7 @@ def without_prefix(path: Path) -> None:
 @pytest.mark.parametrize("name", ["DeepSeek V3", "gpt-oss", "LFM2-MoE", "Hunyuan", "Granite hybrid", "Gemma 3n"])
 def test_good_files_of_models_that_the_converter_rearranges(name: str, tmp_path: Path) -> None:
     """Split latent matrices, fused experts, biases of routers, extra embeddings: good, and with other weights not."""
-    from quantize.engines.gguf_convert import ConvertRequest, convert
+    from quantize.runtimes.llama_cpp.convert import ConvertRequest, convert
 
     family, silent = family_named(name), SilentReporter()
     make_family(family, tmp_path / "model")

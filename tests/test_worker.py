@@ -171,7 +171,7 @@ def test_an_interrupt_of_the_parent_ends_the_step(tmp_path: Path) -> None:
 
 
 def test_the_reason_in_a_log_is_named_not_what_came_of_it() -> None:
-    from quantize.engines.llama_cpp import _last_line
+    from quantize.runtimes.llama_cpp.quantize import _last_line
 
     log = "error loading model: mmap failed: Cannot allocate memory\nload_from_file: failed to load model\n"
     assert _last_line(log).endswith("Cannot allocate memory")

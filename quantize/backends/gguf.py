@@ -1,7 +1,7 @@
 """The GGUF format: every type that llama.cpp quantizes to, from one 16-bit file that all variants share.
 
 In: a checkpoint and options. Out: one .gguf file named by the GGUF convention. The numbers are llama.cpp's own;
-the calls into it are in engines/gguf_convert.py and llama_cpp.py, the comparison with the source in gguf_check.py.
+the calls into it are in runtimes/llama_cpp/convert.py and llama_cpp.py, the comparison with the source in gguf_check.py.
 """
 
 from __future__ import annotations
@@ -18,11 +18,7 @@ from pydantic import Field, field_validator
 
 from quantize.backends.base import BuildResult, Collector, Context, KeptTensor, Limits, SizePlan
 from quantize.backends.gguf_types import BITS, ELEMENT_TYPES, FTYPES, UNQUANTIZED_TYPES, base_type
-from quantize.engines.gguf_convert import ConvertRequest
 from quantize.engines.gguf_source import Expected
-from quantize.engines.gguf_vocabulary import PRE
-from quantize.engines.gguf_vocabulary import names as pre_tokenizers
-from quantize.engines.llama_cpp import QuantizeSettings, SizedFile
 from quantize.errors import PlanError, QuantizeError, VerifyError, disk_errors
 from quantize.events import Reporter, status, warn
 from quantize.files.gguf import GgufFile, GgufTensor, read_gguf
@@ -31,6 +27,10 @@ from quantize.model.checkpoint import Checkpoint
 from quantize.model.source import PinnedSource, dequantized_key
 from quantize.recipe.model import BackendOptions
 from quantize.recipe.yaml import suggest
+from quantize.runtimes.llama_cpp.convert import ConvertRequest
+from quantize.runtimes.llama_cpp.quantize import QuantizeSettings, SizedFile
+from quantize.runtimes.llama_cpp.vocabulary import PRE
+from quantize.runtimes.llama_cpp.vocabulary import names as pre_tokenizers
 from quantize.store.manifest import tool_versions
 from quantize.system.process import run_step
 from quantize.system.untrusted import check_pattern
@@ -140,7 +140,7 @@ class GgufBackend:
         self, context: Context, options: Sequence[GgufOptions], reporter: Reporter
     ) -> Sequence[SizePlan | QuantizeError]:
         """The sizes of variants that share a 16-bit file."""
-        from quantize.engines.llama_cpp import convert_and_size, dry_run
+        from quantize.runtimes.llama_cpp.quantize import convert_and_size, dry_run
 
         jobs = [_settings(item, context.limits, None) for item in options]
         key, ready = self._intermediate(context)
@@ -184,7 +184,7 @@ class GgufBackend:
         return [("gguf", self._intermediate(context)[0])]
 
     def _quantize(self, context: Context, intermediate: Path, reporter: Reporter) -> BuildResult:
-        from quantize.engines.llama_cpp import quantize
+        from quantize.runtimes.llama_cpp.quantize import quantize
 
         options: GgufOptions = context.options
         imatrix = None
@@ -250,7 +250,7 @@ class GgufBackend:
     @contextmanager
     def _converted(self, context: Context, reporter: Reporter) -> Iterator[Path]:
         """The 16-bit file, which stays as long as the context is open."""
-        from quantize.engines.gguf_convert import convert
+        from quantize.runtimes.llama_cpp.convert import convert
 
         request = _request(context)
 

@@ -25,7 +25,7 @@ import httpx2
 
 from quantize.bench.client import Endpoint
 from quantize.errors import BenchError, MissingExtraError, UsageError
-from quantize.evaluate.runtimes import runtime_of
+from quantize.runtimes.base import runtime_of
 from quantize.store.artifact import Artifact
 from quantize.store.manifest import tool_versions
 

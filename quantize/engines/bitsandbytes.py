@@ -55,7 +55,7 @@ def check_loaded(reporter: Reporter, folder: Path, threads: int) -> dict[str, An
     import torch
 
     from quantize.engines.packed_check import generate_twice, read_prompt
-    from quantize.engines.transformers_model import load_causal_lm
+    from quantize.runtimes.transformers.load import load_causal_lm
 
     torch.set_num_threads(threads)
     started = time.perf_counter()

@@ -13,11 +13,11 @@ from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from quantize.engines.gguf_source import Expected, ExpectedTensor
-from quantize.engines.gguf_vocabulary import source_ends, turn_ends
 from quantize.errors import VerifyError
 from quantize.files.gguf import GgufFile, GgufTensor
 from quantize.model.checkpoint import Checkpoint
 from quantize.model.shape import ModelShape
+from quantize.runtimes.llama_cpp.vocabulary import source_ends, turn_ends
 
 if TYPE_CHECKING:
     import numpy as np

@@ -14,10 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from quantize.engines.token_lines import token_lines
 from quantize.errors import CheckpointError, VerifyError, first_line
 from quantize.events import Reporter, status
 from quantize.model.checkpoint import Checkpoint
+from quantize.runtimes.token_lines import token_lines
 from quantize.system.machine import ram
 
 if TYPE_CHECKING:
@@ -120,7 +120,7 @@ def _chats(tokenizer: Any) -> list[str]:
 def _converted(
     checkpoint: Checkpoint, pre_tokenizer: str | None
 ) -> tuple[dict[str, ExpectedTensor], dict[str, Any], tuple[str, ...]]:
-    from quantize.engines.gguf_convert import ConvertRequest, opened_converter
+    from quantize.runtimes.llama_cpp.convert import ConvertRequest, opened_converter
 
     request = ConvertRequest(checkpoint.folder, checkpoint.dtype, {"general.name": "source"}, pre_tokenizer)
     with tempfile.TemporaryDirectory() as scratch, opened_converter(request, Path(scratch) / "source.gguf") as model:
@@ -202,7 +202,7 @@ def _predicted(
     """The source's predictions in transformers, or why there are none."""
     import numpy as np
 
-    from quantize.engines.transformers_model import import_torch, load_causal_lm
+    from quantize.runtimes.transformers.load import import_torch, load_causal_lm
 
     torch = import_torch("safetensors", "verifying a GGUF file")
 

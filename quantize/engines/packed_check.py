@@ -9,9 +9,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-from quantize.engines.transformers_model import import_torch, load_causal_lm
 from quantize.errors import VerifyError
 from quantize.events import Reporter
+from quantize.runtimes.transformers.load import import_torch, load_causal_lm
 from quantize.system.memory import give_back_freed, give_back_mapped
 
 TOKENS = 16

@@ -13,12 +13,12 @@ from typing import Any
 
 from quantize.engines import gguf_check
 from quantize.engines.gguf_source import PROBE_TOKENS, Expected
-from quantize.engines.gguf_vocabulary import source_ends
-from quantize.engines.llama_cpp_model import Entry, ModelSettings, OpenModel
 from quantize.errors import CheckpointError, VerifyError
 from quantize.events import Reporter
 from quantize.files.gguf import GgufFile, read_gguf
 from quantize.model.checkpoint import Checkpoint
+from quantize.runtimes.llama_cpp.model import Entry, ModelSettings, OpenModel
+from quantize.runtimes.llama_cpp.vocabulary import source_ends
 
 CONTEXT = 256
 FEATURE = "verifying a GGUF file"

@@ -14,16 +14,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from quantize.evaluate.runtimes import Runtime
 from quantize.evaluate.text import Windows
 from quantize.events import Reporter, progress
+from quantize.runtimes.base import Runtime
 from quantize.system.cache import Cache
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from quantize.evaluate.runtimes import LogProbs
+    from quantize.runtimes.base import LogProbs
 
 KIND = "baselines"
 FORMAT = 1

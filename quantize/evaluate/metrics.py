@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING
 
 from quantize.errors import VerifyError
 from quantize.evaluate.baseline import Baseline, Compressed, blocks, compress
-from quantize.evaluate.runtimes import Runtime
 from quantize.evaluate.text import Windows
 from quantize.events import Reporter
+from quantize.runtimes.base import Runtime
 
 if TYPE_CHECKING:
     import numpy as np

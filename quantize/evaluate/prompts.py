@@ -14,8 +14,8 @@ from typing import Any
 from quantize.calibration import load_tokenizer
 from quantize.errors import UsageError
 from quantize.evaluate.golden import PLACE, GoldenSet, Haystack, Prompt
-from quantize.evaluate.runtimes import Request
 from quantize.model.checkpoint import read_json
+from quantize.runtimes.base import Request
 
 _END_TOKENS = ("<|im_end|>", "<|eot_id|>", "<|end|>", "<end_of_turn>", "<|endoftext|>", "</s>", "<|end_of_text|>")
 _REMARK = "Entry {number}: {sentence}"

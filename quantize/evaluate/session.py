@@ -21,13 +21,14 @@ from quantize.evaluate.decision import Figures
 from quantize.evaluate.golden import GoldenSet, load_golden
 from quantize.evaluate.metrics import Quality, check_same_vocabulary, measure
 from quantize.evaluate.prompts import Asked, PromptTokenizer, ask
-from quantize.evaluate.runtimes import ModelRef, Runtime, open_runtime, runtime_of
 from quantize.evaluate.structure import Intended, check_structure
 from quantize.evaluate.text import DEFAULT_WINDOW, Windows, check_disjoint, cut_windows, load_text
 from quantize.events import Reporter, status
 from quantize.model.checkpoint import read_json
 from quantize.model.shape import ModelShape
 from quantize.recipe.model import CalibrationSpec
+from quantize.runtimes.base import ModelRef, Runtime, runtime_of
+from quantize.runtimes.open import open_runtime
 from quantize.system.cache import Cache
 
 ANSWERS_KIND = "golden-answers"

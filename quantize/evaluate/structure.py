@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any
 
 from quantize.engines.dequantized import Pair, matrices, pairs
 from quantize.errors import CheckpointError
-from quantize.evaluate.runtimes import ModelRef
 from quantize.events import Reporter, note, progress
 from quantize.files.gguf import UNQUANTIZED, read_gguf
 from quantize.model.checkpoint import Checkpoint, open_checkpoint, read_chat_template, tensor_table
+from quantize.runtimes.base import ModelRef
 
 if TYPE_CHECKING:
     from torch import Tensor

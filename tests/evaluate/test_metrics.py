@@ -16,9 +16,9 @@ from hypothesis import strategies as st
 from quantize.errors import VerifyError
 from quantize.evaluate.baseline import KIND, Baseline, baseline_key, find, load, record, save
 from quantize.evaluate.metrics import measure, perplexity
-from quantize.evaluate.runtimes import Request, log_softmax
 from quantize.evaluate.text import Windows
 from quantize.events import SilentReporter
+from quantize.runtimes.base import Request, log_softmax
 from quantize.system.cache import Cache
 
 QUIET = SilentReporter()

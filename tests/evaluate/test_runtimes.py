@@ -20,11 +20,12 @@ from quantize.evaluate.baseline import record
 from quantize.evaluate.decision import Limits, decide
 from quantize.evaluate.metrics import Quality, measure
 from quantize.evaluate.prompts import PromptTokenizer
-from quantize.evaluate.runtimes import ModelRef, Request, open_runtime
 from quantize.evaluate.session import Job, evaluate, figures
 from quantize.evaluate.text import Windows, cut_windows, load_text
 from quantize.events import ListReporter, SilentReporter
 from quantize.recipe.model import load_recipe
+from quantize.runtimes.base import ModelRef, Request
+from quantize.runtimes.open import open_runtime
 from quantize.store.store import Store
 from quantize.system.cache import Cache
 from quantize.system.process import run_step
@@ -132,7 +133,7 @@ def test_small_blocks_give_the_same(
     ids = windows.token_ids[0]
     with closing(open_runtime(model, context=WINDOW)) as runtime:
         whole = np.concatenate([block.copy() for block in runtime.log_probs(ids)])
-    monkeypatch.setattr("quantize.evaluate.runtimes.BLOCK_BYTES", 4 * 384 * 20)
+    monkeypatch.setattr("quantize.runtimes.base.BLOCK_BYTES", 4 * 384 * 20)
     with closing(open_runtime(model, context=WINDOW)) as runtime:
         blocks = [block.copy() for block in runtime.log_probs(ids)]
     assert len(blocks) > 1

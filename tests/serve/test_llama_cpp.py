@@ -13,8 +13,8 @@ from typing import Any
 import openai
 import pytest
 
-from quantize.engines.llama_cpp_log import log_text
-from quantize.engines.llama_cpp_model import ModelSettings, OpenModel
+from quantize.runtimes.llama_cpp.log import log_text
+from quantize.runtimes.llama_cpp.model import ModelSettings, OpenModel
 from quantize.serve.engines.link import Target
 from quantize.serve.engines.llama_cpp import buffers
 from quantize.serve.engines.local import LocalEngine

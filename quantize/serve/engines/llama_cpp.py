@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from quantize.engines.llama_cpp_log import log_text
-from quantize.engines.llama_cpp_model import Entry, ModelSettings, OpenModel, import_bindings_only
 from quantize.errors import VerifyError
+from quantize.runtimes.llama_cpp.log import log_text
+from quantize.runtimes.llama_cpp.model import Entry, ModelSettings, OpenModel, import_bindings_only
 from quantize.serve.engines.chat_template import ChatTemplate
 from quantize.serve.engines.model import Chosen, Description, Progress, Refused, Sampling
 from quantize.serve.engines.text import BytePieces

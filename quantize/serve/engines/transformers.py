@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from quantize.engines.transformers_model import import_torch, load_causal_lm, serving_dtype
+from quantize.runtimes.transformers.load import import_torch, load_causal_lm, serving_dtype
 from quantize.serve.engines.model import Chosen, Description, Progress, Refused, Sampling
 from quantize.system.machine import usable_cores
 

@@ -16,8 +16,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from quantize.engines.llama_cpp_log import keep_log, log_text, telling_line
 from quantize.errors import MissingExtraError, UsageError, VerifyError
+from quantize.runtimes.llama_cpp.log import keep_log, log_text, telling_line
 from quantize.system.machine import usable_cores
 
 MICRO_BATCH_TOKENS = 512

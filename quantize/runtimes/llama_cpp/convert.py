@@ -1,7 +1,7 @@
 """From a checkpoint to one 16- or 32-bit GGUF file, by llama.cpp's own converter as auto-round bundles it.
 
 In: a checkpoint folder. Out: a GGUF file, or an error that names the architecture, the file and a remedy. Runs in a
-worker process. What the file is quantized to afterwards is in engines/llama_cpp.py.
+worker process. What the file is quantized to afterwards is in runtimes/llama_cpp/quantize.py.
 """
 
 from __future__ import annotations
@@ -20,9 +20,6 @@ from types import ModuleType
 from typing import Any
 from unittest import mock
 
-from quantize.engines.gguf_config import SAME_MODEL, converter_config
-from quantize.engines.gguf_tensors import show_as_published
-from quantize.engines.gguf_vocabulary import follow_source
 from quantize.errors import (
     MissingExtraError,
     PlanError,
@@ -34,6 +31,9 @@ from quantize.errors import (
     is_out_of_memory,
 )
 from quantize.events import Reporter, progress
+from quantize.runtimes.llama_cpp.config import SAME_MODEL, converter_config
+from quantize.runtimes.llama_cpp.tensors import show_as_published
+from quantize.runtimes.llama_cpp.vocabulary import follow_source
 
 PACKAGE = "conversion"  # what the converter's own modules call it when they import each other
 PAIR = ("auto-round>=0.14.2,<0.15", "gguf>=0.19,<0.20")  # a converter and the constants that it was written for

@@ -15,10 +15,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from quantize.engines.llama_cpp_log import keep_log
-from quantize.engines.token_lines import token_lines
 from quantize.errors import PlanError, QuantizeError, first_line
 from quantize.model.checkpoint import read_chat_template, read_json
+from quantize.runtimes.llama_cpp.log import keep_log
+from quantize.runtimes.token_lines import token_lines
 
 PRE, TEMPLATE = "tokenizer.ggml.pre", "tokenizer.chat_template"
 SCORES = "tokenizer.ggml.scores"

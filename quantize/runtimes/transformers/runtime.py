@@ -9,11 +9,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from quantize.engines.transformers_model import import_torch, load_causal_lm, serving_dtype
-from quantize.evaluate.runtimes import ModelRef, Request, block_rows, log_softmax, runtime_of
+from quantize.runtimes.base import ModelRef, Request, block_rows, log_softmax, runtime_of
+from quantize.runtimes.transformers.load import import_torch, load_causal_lm, serving_dtype
 
 if TYPE_CHECKING:
-    from quantize.evaluate.runtimes import LogProbs
+    from quantize.runtimes.base import LogProbs
 
 BATCH_REQUESTS = 16
 BATCH_TOKENS = 4096  # prompts of one batch, padding included: keeps prefill memory flat

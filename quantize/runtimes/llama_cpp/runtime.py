@@ -11,12 +11,12 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from quantize.engines.llama_cpp_model import Entry, ModelSettings, OpenModel
 from quantize.errors import UsageError
-from quantize.evaluate.runtimes import Request, block_rows, log_softmax, runtime_of
+from quantize.runtimes.base import Request, block_rows, log_softmax, runtime_of
+from quantize.runtimes.llama_cpp.model import Entry, ModelSettings, OpenModel
 
 if TYPE_CHECKING:
-    from quantize.evaluate.runtimes import LogProbs
+    from quantize.runtimes.base import LogProbs
 
 
 class LlamaCppRuntime:

@@ -1,7 +1,7 @@
 """llama.cpp through its Python package: size and quantize a 16-bit GGUF.
 
 In: paths and settings. Out: GGUF files and plain facts about them. Every public function runs in a worker process.
-The 16-bit file comes from engines/gguf_convert.py; what to ask for is decided in backends/gguf.py.
+The 16-bit file comes from runtimes/llama_cpp/convert.py; what to ask for is decided in backends/gguf.py.
 """
 
 from __future__ import annotations
@@ -16,8 +16,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from quantize.engines.gguf_convert import ConvertRequest, convert, padded
-from quantize.engines.llama_cpp_log import keep_log, telling_line
 from quantize.errors import (
     BuildError,
     MissingExtraError,
@@ -26,6 +24,8 @@ from quantize.errors import (
     disk_full,
 )
 from quantize.events import Reporter
+from quantize.runtimes.llama_cpp.convert import ConvertRequest, convert, padded
+from quantize.runtimes.llama_cpp.log import keep_log, telling_line
 from quantize.system.files import removed_on_failure
 
 LINE = re.compile(r"^\[\s*\d+/\s*\d+\]\s+(\S+)\s+-\s+\[([\d,\s]+)\], type =\s*(\S+), .*?(?:\((\w+)\))?\s*$")

@@ -74,22 +74,6 @@ class Runtime(Protocol):
         """Give the memory back."""
 
 
-def open_runtime(model: ModelRef, *, context: int, threads: int = 0) -> Runtime:
-    """Load a model. context: the longest window or prompt and answer, in tokens. threads: 0 leaves it to the runtime.
-
-    Raises VerifyError: it does not load. MissingExtraError: its runtime is not installed. UsageError: no such file.
-    """
-    if not model.path.exists():
-        raise UsageError(f"{model.path}: no such {'file' if model.main_file else 'folder'}")
-    if model.format == "gguf":
-        from quantize.evaluate.runtime_llama_cpp import LlamaCppRuntime
-
-        return LlamaCppRuntime(model.path, context=context, threads=threads)
-    from quantize.evaluate.runtime_transformers import TransformersRuntime
-
-    return TransformersRuntime(model, threads=threads)
-
-
 # Format -> the package that transformers needs for it, and the extra that brings it.
 _HELPERS = {
     "awq": ("gptqmodel", "gptqmodel"),

@@ -1,0 +1,1 @@
+"""llama.cpp by llama-cpp-python: convert, quantize, load, run."""

@@ -1,0 +1,1 @@
+"""transformers with the libraries that its quantized formats need: load, run."""
