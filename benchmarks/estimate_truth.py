@@ -16,7 +16,7 @@ from pathlib import Path
 
 from random_gguf import SHAPES, metadata_of, tensor_table, write_gguf
 
-from quantize.estimate import MIB, Estimate, ModelShape, Settings, estimate, repacked_bytes
+from quantize.estimate.vram import MIB, Estimate, ModelShape, Settings, estimate, repacked_bytes
 from quantize.runtimes.llama_cpp.log import keep_log
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "estimates.md"
@@ -234,7 +234,7 @@ _NOTES = """## What the figures are made of
 No GPU was at hand. The context that a driver takes on a card (400 to 700 MiB for llama.cpp, 500 to 900 MiB for
 transformers, 800 to 1600 MiB for vLLM with its CUDA graphs) and the activations of transformers and vLLM are taken from
 their documentation and the shapes of their tensors, not from measurements of ours. They are marked as such in
-`quantize/estimate.py`.
+`quantize/estimate/vram.py`.
 
 ## Does it fit?
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from quantize.backends.base import BuildResult, Context
 from quantize.card import render_card
-from quantize.estimate import manifest_estimate
+from quantize.estimate.vram import manifest_estimate
 from quantize.model.checkpoint import CARRIED_FILES, Checkpoint
 from quantize.model.shape import ModelShape
 from quantize.model.source import PinnedSource

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from quantize.errors import CheckpointError, UsageError
-from quantize.estimate import (
+from quantize.estimate.vram import (
     MIB,
     ModelShape,
     Settings,
@@ -216,9 +216,7 @@ def test_only_matrices_that_are_rearranged_count_twice() -> None:
 
 def test_nothing_heavy_is_imported() -> None:
     heavy = "('torch', 'numpy', 'transformers')"
-    code = (
-        f"import sys, quantize.fit, quantize.system.machine; print([name for name in {heavy} if name in sys.modules])"
-    )
+    code = f"import sys, quantize.estimate.fit, quantize.system.machine; print([name for name in {heavy} if name in sys.modules])"
     answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert answer.stdout.strip() == "[]"
 

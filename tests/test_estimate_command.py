@@ -9,7 +9,7 @@ from typing import Any
 import gguf
 import pytest
 
-from quantize.estimate import Settings, estimate
+from quantize.estimate.vram import Settings, estimate
 from quantize.model.shape import ModelShape
 from quantize.testing import FakeBackend, TinyModel, write_recipe
 from tests.conftest import Built, Run

@@ -8,10 +8,10 @@ from types import SimpleNamespace
 
 import pytest
 
-from quantize.cards import _CARDS_GIB, Card, card_of, find_card
 from quantize.errors import UsageError
-from quantize.estimate import ModelShape, Settings, estimate
-from quantize.fit import Workload, advise, judge, usable_bytes
+from quantize.estimate.cards import _CARDS_GIB, Card, card_of, find_card
+from quantize.estimate.fit import Workload, advise, judge, usable_bytes
+from quantize.estimate.vram import ModelShape, Settings, estimate
 from quantize.system import machine as hardware
 from quantize.system.gpus import Gpus, nvidia_gpus
 from quantize.system.machine import detect

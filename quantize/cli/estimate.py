@@ -8,7 +8,6 @@ from typing import Any
 
 import click
 
-from quantize.cards import Card, card_of
 from quantize.cli.common import (
     json_option,
     open_cache,
@@ -21,7 +20,9 @@ from quantize.cli.common import (
 )
 from quantize.cli.progress import console_reporter
 from quantize.errors import UsageError
-from quantize.estimate import (
+from quantize.estimate.cards import Card, card_of
+from quantize.estimate.fit import Verdict, Workload, advise, judge
+from quantize.estimate.vram import (
     CONCURRENCIES,
     CONTEXTS,
     RUNTIMES,
@@ -31,7 +32,6 @@ from quantize.estimate import (
     kv_bytes_per_token,
     vram_table,
 )
-from quantize.fit import Verdict, Workload, advise, judge
 from quantize.store.store import Store
 from quantize.system.machine import detect
 from quantize.system.sizes import memory_text

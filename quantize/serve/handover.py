@@ -14,7 +14,7 @@ from typing import Any
 import yaml
 
 from quantize.errors import RefusedError
-from quantize.fit import USABLE_PERCENT
+from quantize.estimate.fit import USABLE_PERCENT
 from quantize.serve.preflight import DEFAULT_CONTEXT
 from quantize.serve.targets import LocalTarget
 

@@ -11,8 +11,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from quantize.errors import MissingExtraError, RefusedError, UsageError
-from quantize.estimate import Settings
-from quantize.fit import Verdict, Workload, advise
+from quantize.estimate.fit import Verdict, Workload, advise
+from quantize.estimate.vram import Settings
 from quantize.serve.targets import LocalTarget
 from quantize.store.store import Store
 from quantize.system.machine import Machine

@@ -14,7 +14,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from quantize.errors import RefusedError, UsageError
-from quantize.estimate import repacked_bytes
+from quantize.estimate.vram import repacked_bytes
 from quantize.files.gguf import read_gguf
 from quantize.model.checkpoint import read_json
 from quantize.model.shape import ModelShape, gguf_shape

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
-from quantize.estimate import CONTEXTS, Estimate, Settings, default_runtime, estimate
+from quantize.estimate.vram import CONTEXTS, Estimate, Settings, default_runtime, estimate
 from quantize.model.shape import ModelShape
 from quantize.system.sizes import memory_text as _gib
 
