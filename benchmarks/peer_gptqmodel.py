@@ -23,7 +23,7 @@ def run(checkpoint: Path, method: str, out: Path, samples: int, length: int, gro
     from gptqmodel.quantization import FORMAT, METHOD
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoTokenizer
 
-    from quantize.calibration import python_docs
+    from quantize.calibration.text import python_docs
 
     tokenizer = AutoTokenizer.from_pretrained(checkpoint)
     rows = [tokenizer(text, truncation=True, max_length=length)["input_ids"] for text in python_docs()[:samples]]

@@ -23,7 +23,7 @@ def perplexity(folder: Path, topics: int = 40, length: int = 512) -> tuple[float
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from quantize.calibration import python_docs
+    from quantize.calibration.text import python_docs
 
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     quantized = "quantization_config" in json.loads((folder / "config.json").read_text())

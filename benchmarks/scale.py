@@ -30,8 +30,8 @@ from quantize.backends import backends, formats
 from quantize.backends.base import Context, Limits
 from quantize.build import RunOptions
 from quantize.calibrated import run_pass
+from quantize.calibration.spread import Spread
 from quantize.cluster.cost import BlockCost, block_costs
-from quantize.cluster.spec import Spread
 from quantize.cluster.trace import Span, overlap_seconds, read_trace
 from quantize.cluster.units import ClusterOptions, build_on_cluster
 from quantize.events import SilentReporter

@@ -16,7 +16,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from quantize.backends.base import Backend, Collector, Context, Limits
-from quantize.cluster.spec import Spread
+from quantize.calibration.budget import pass_bytes
+from quantize.calibration.journal import PassJournal
+from quantize.calibration.spread import Spread
 from quantize.errors import (
     BuildError,
     DiskFullError,
@@ -28,17 +30,15 @@ from quantize.errors import (
     is_out_of_memory,
 )
 from quantize.events import Reporter, note, status, warn
-from quantize.memory import pass_bytes
 from quantize.model.architecture import block_count, block_layout
 from quantize.recipe.model import CalibrationSpec, Recipe
-from quantize.resume import PassJournal
 from quantize.store.manifest import CalibrationEntry, tool_versions
 from quantize.system.process import peak_memory_bytes, run_step, stop_asked
 
 if TYPE_CHECKING:
-    from quantize.activations import Block, Precision
+    from quantize.calibration.hidden_states import SavedStates
+    from quantize.calibration.stream import Block, Precision
     from quantize.cluster.spread import SpreadPass
-    from quantize.hidden_states import SavedStates
 
 ENOUGH_TOKENS_PER_CHANNEL = 4
 
@@ -83,7 +83,7 @@ def _pass(
     import torch
 
     from quantize.backends import backends
-    from quantize.calibration import load_calibration_set, pinned_spec
+    from quantize.calibration.text import load_calibration_set, pinned_spec
 
     context = variants[0][1]
     torch.set_num_threads(context.limits.threads)
@@ -133,7 +133,7 @@ class _Runner:
 
 @contextlib.contextmanager
 def _runner(limits: Limits, folder: Path, reporter: Reporter) -> Iterator[_Runner]:
-    from quantize.activations import fastest_precision
+    from quantize.calibration.stream import fastest_precision
     from quantize.system.processor import device_name
 
     if limits.spread is None:
@@ -160,7 +160,7 @@ def _stream(
     journal: PassJournal, parts: list[_Part], token_ids: Any, precision: Precision, folder: Path, reporter: Reporter
 ) -> None:
     """Stream the blocks that a part still lacks through this process."""
-    from quantize.activations import Spill, stream_blocks
+    from quantize.calibration.stream import Spill, stream_blocks
 
     context = parts[0].context
     stream = stream_blocks(

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from quantize.backends.base import Limits as RunLimits
-from quantize.calibration import PYTHON_DOCS, topics_file
+from quantize.calibration.text import PYTHON_DOCS, topics_file
 from quantize.card import render_card
 from quantize.errors import BuildError, DiskFullError, GateError, QuantizeError, RefusedError, UsageError, VerifyError
 from quantize.evaluate.decision import SERVING_LIMITS, Decision, Figures, Limits, decide

@@ -16,7 +16,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict
 
 from quantize.backends import backends
-from quantize.calibration import TokenSummary, identify, summarize_tokens
+from quantize.calibration.text import TokenSummary, identify, summarize_tokens
 from quantize.errors import LockError, StoreError, UsageError
 from quantize.events import Reporter, warn
 from quantize.model.source import COMMIT, PinnedSource, dequantized_key, open_source, pin_source

@@ -15,10 +15,10 @@ from typing import Any
 
 from quantize.backends import backends
 from quantize.backends.base import Backend, Context, Limits, SizePlan
+from quantize.calibration.budget import memory_short, pass_bytes
 from quantize.disk import Needs, Room, needs, refusal, rooms, temporary_root
 from quantize.errors import PlanError, QuantizeError
 from quantize.events import Reporter, status
-from quantize.memory import memory_short, pass_bytes
 from quantize.model.checkpoint import Checkpoint, open_checkpoint
 from quantize.model.source import PinnedSource, dequantized_key, open_source, pin_source
 from quantize.recipe.model import Recipe, Variant
@@ -134,7 +134,7 @@ def pin_calibration(recipe: Recipe, reporter: Reporter) -> Recipe:
         backends()[item.format].needs_calibration(item.options) for item in recipe.variants
     ):
         return recipe
-    from quantize.calibration import pinned
+    from quantize.calibration.text import pinned
 
     return replace(recipe, calibration=pinned(recipe.calibration, recipe.path.parent, reporter))
 
@@ -163,7 +163,7 @@ def _inputs(
 ) -> dict[str, Any]:
     calibration: Any = None
     if backend.needs_calibration(variant.options):
-        from quantize.calibration import identify
+        from quantize.calibration.text import identify
 
         if recipe.calibration is None:
             raise PlanError(
@@ -201,7 +201,7 @@ def _expected(recipe: Recipe) -> CalibrationEntry | None:
     spec = recipe.calibration
     if spec is None:
         return None
-    from quantize.calibration import pinned_spec
+    from quantize.calibration.text import pinned_spec
 
     return CalibrationEntry(spec=pinned_spec(spec), hash="", sequences=spec.samples, tokens=0, seed=spec.seed)
 

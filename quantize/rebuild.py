@@ -21,7 +21,7 @@ from quantize.assemble import Made, assemble
 from quantize.backends import backends
 from quantize.backends.base import Context, Limits
 from quantize.calibrated import run_pass
-from quantize.calibration import LOCAL_SUFFIXES, summarize_tokens
+from quantize.calibration.text import LOCAL_SUFFIXES, summarize_tokens
 from quantize.disk import disk_free_bytes, disk_short
 from quantize.errors import PlanError, RecipeError, StoreError, UsageError, VerifyError
 from quantize.events import Reporter, note, status, warn

@@ -18,10 +18,10 @@ from pydantic import Field
 
 import quantize.backends
 from quantize.backends.base import Backend, BuildResult, Collector, Context, KeptTensor, Limits, SizePlan
+from quantize.calibration.budget import BlockMemory
 from quantize.errors import BuildError, PlanError, QuantizeError, VerifyError
 from quantize.events import Reporter, progress
 from quantize.files.safetensors import INDEX_NAME, TensorInfo, header_bytes, read_header
-from quantize.memory import BlockMemory
 from quantize.model.checkpoint import Checkpoint
 from quantize.recipe.model import BackendOptions
 

@@ -11,12 +11,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from quantize.activations import Precision, Spill, fastest_precision, stream_blocks
-from quantize.attention import PIECE
-from quantize.block_runner import ROUND_BATCHES
+from quantize.calibration.attention import PIECE
+from quantize.calibration.block_runner import ROUND_BATCHES
+from quantize.calibration.hidden_states import SavedStates, make_batches
+from quantize.calibration.stream import Precision, Spill, fastest_precision, stream_blocks
 from quantize.errors import BuildError, CheckpointError
 from quantize.events import ListReporter
-from quantize.hidden_states import SavedStates, make_batches
 from quantize.model.architecture import TABLE, block_layouts
 from quantize.numerics.gram import Gram
 from tests.architectures import CONFIGS, SavedCheckpoint, save, tiny_model, token_ids
@@ -24,7 +24,7 @@ from tests.architectures import CONFIGS, SavedCheckpoint, save, tiny_model, toke
 
 @pytest.fixture(autouse=True)
 def no_starved_experts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("quantize.block_runner.STARVED_TOKENS", 1)
+    monkeypatch.setattr("quantize.calibration.block_runner.STARVED_TOKENS", 1)
 
 
 def oracle(model: Any, checkpoint: SavedCheckpoint, ids: list[list[int]]) -> dict[tuple[int, str], Tensor]:
@@ -195,7 +195,7 @@ def test_bfloat16_is_close(llama: SavedCheckpoint) -> None:
 
 
 def test_starved_experts_use_all_experts_tokens_and_say_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("quantize.block_runner.STARVED_TOKENS", 10_000)
+    monkeypatch.setattr("quantize.calibration.block_runner.STARVED_TOKENS", 10_000)
     checkpoint = save(tiny_model("MixtralForCausalLM"), tmp_path)
     reporter = ListReporter()
     block = next(stream_blocks(checkpoint, token_ids(), reporter=reporter))

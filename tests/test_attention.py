@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from quantize.attention import LONGEST, PIECE, attend
+from quantize.calibration.attention import LONGEST, PIECE, attend
 
 
 def made(length: int, *, heads: int = 4, shared: int = 2, dtype: torch.dtype = torch.float32) -> list[Tensor]:

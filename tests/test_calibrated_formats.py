@@ -22,10 +22,10 @@ from safetensors.torch import load_file, save_file
 from quantize.backends import backends, formats
 from quantize.backends.base import Limits
 from quantize.build import RunOptions, build
+from quantize.calibration.budget import pass_bytes
 from quantize.cli import main
 from quantize.errors import VerifyError
 from quantize.events import ListReporter
-from quantize.memory import pass_bytes
 from quantize.model.checkpoint import open_checkpoint
 from quantize.plan import make_plan
 from quantize.recipe.model import Recipe, load_recipe
@@ -288,7 +288,7 @@ def test_bitsandbytes_tensors_are_what_transformers_saves(
 def test_the_importance_matrix_is_the_mean_square_of_what_each_linear_reads(run: Run, checkpoint: Path) -> None:
     from transformers import AutoModelForCausalLM
 
-    from quantize.calibration import load_calibration_set
+    from quantize.calibration.text import load_calibration_set
 
     assert run.recipe.calibration is not None
     ids = load_calibration_set(run.recipe.calibration, run.recipe.path.parent, checkpoint).token_ids

@@ -14,7 +14,7 @@ import pyarrow.parquet
 import pytest
 
 from quantize.backends import formats
-from quantize.calibration import (
+from quantize.calibration.text import (
     CalibrationSet,
     identify,
     load_calibration_set,

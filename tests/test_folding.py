@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from quantize.calibration.folding import fold_block
 from quantize.errors import BuildError
-from quantize.folding import fold_block
 from quantize.model.architecture import TABLE, BlockLayout, FoldGroup, RowsSource, block_layouts
 from tests.architectures import SavedCheckpoint, save, tiny_model, token_ids
 

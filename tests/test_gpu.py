@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from quantize.activations import stream_blocks
+from quantize.calibration.stream import stream_blocks
 from quantize.numerics.gptq import factorize, solve
 from quantize.testing import write_recipe
 from tests.architectures import save, tiny_model, token_ids

@@ -21,7 +21,7 @@ import quantize.files.safetensors
 import quantize.model.checkpoint
 import quantize.system.untrusted
 from quantize.backends import formats
-from quantize.calibration import read_rows
+from quantize.calibration.text import read_rows
 from quantize.errors import CheckpointError, QuantizeError, RecipeError, UsageError, VerifyError
 from quantize.evaluate.decision import sign_test
 from quantize.evaluate.golden import Grade, load_golden
@@ -737,7 +737,7 @@ def test_a_publication_with_half_a_surrogate_pair_in_a_path() -> None:
 def test_calibration_text_that_is_refused(
     name: str, raw: bytes, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("quantize.calibration.MAX_LINE_BYTES", 50)
+    monkeypatch.setattr("quantize.calibration.text.MAX_LINE_BYTES", 50)
     (tmp_path / name).write_bytes(raw)
     with pytest.raises(RecipeError, match=message):
         list(read_rows(CalibrationSpec(dataset=name), tmp_path))

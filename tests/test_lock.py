@@ -15,7 +15,7 @@ import pytest
 import yaml
 
 from quantize.backends import formats
-from quantize.calibration import load_calibration_set
+from quantize.calibration.text import load_calibration_set
 from quantize.events import ListReporter, SilentReporter
 from quantize.lock import Lock, hold, lock_path, make_lock, read_lock
 from quantize.recipe.model import load_recipe

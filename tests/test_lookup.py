@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from quantize.backends import formats
-from quantize.calibration import identify
+from quantize.calibration.text import identify
 from quantize.errors import RecipeError, UsageError
 from quantize.events import ListReporter
 from quantize.gates import Judge

@@ -10,9 +10,9 @@ import pytest
 from quantize.backends import backends, formats
 from quantize.backends.base import Context, Limits
 from quantize.calibrated import _Part, _states_budget
+from quantize.calibration.budget import BASE_BYTES, BlockMemory, largest_block, least_bytes, memory_short, pass_bytes
 from quantize.errors import PlanError
 from quantize.events import SilentReporter
-from quantize.memory import BASE_BYTES, BlockMemory, largest_block, least_bytes, memory_short, pass_bytes
 from quantize.model.checkpoint import open_checkpoint
 from quantize.model.source import pin_source
 from quantize.recipe.model import load_recipe

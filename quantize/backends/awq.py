@@ -14,8 +14,8 @@ from pydantic import Field
 
 from quantize.backends import packed
 from quantize.backends.base import Context
+from quantize.calibration.budget import BlockMemory
 from quantize.events import Reporter
-from quantize.memory import BlockMemory
 from quantize.model.architecture import FoldGroup, Linear, RowsSource, block_count, block_layout
 from quantize.model.checkpoint import Checkpoint
 from quantize.numerics.constants import SEARCHED_ROWS
@@ -25,7 +25,7 @@ from quantize.system.threads import on_threads
 if TYPE_CHECKING:
     import torch
 
-    from quantize.activations import Block
+    from quantize.calibration.stream import Block
     from quantize.numerics.awq import ScaleChoice
 
 SAMPLE_COPIES = 6  # of the rows that the ratio search looks at
@@ -105,7 +105,7 @@ def solve_block(block: Block, options: AwqOptions, threads: int) -> packed.Solve
     """
     import torch
 
-    from quantize.folding import fold_block
+    from quantize.calibration.folding import fold_block
 
     groups = [group for group in block.layout.groups if group.source is not None]
     found = on_threads([partial(_search, group, block, options) for group in groups], threads)

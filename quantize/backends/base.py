@@ -12,19 +12,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from quantize.cluster.spec import Spread
+from quantize.calibration.budget import BlockMemory
+from quantize.calibration.journal import Resumable
+from quantize.calibration.spread import Spread
 from quantize.errors import QuantizeError, UsageError
 from quantize.events import Reporter
-from quantize.memory import BlockMemory
 from quantize.model.checkpoint import Checkpoint
 from quantize.model.source import PinnedSource
 from quantize.recipe.model import BackendOptions
-from quantize.resume import Resumable
 from quantize.store.manifest import CalibrationEntry
 from quantize.system.cache import Cache
 
 if TYPE_CHECKING:
-    from quantize.activations import Block
+    from quantize.calibration.stream import Block
     from quantize.model.architecture import BlockLayout
 
 

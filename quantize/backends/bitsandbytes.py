@@ -14,10 +14,10 @@ from pydantic import Field
 
 from quantize.backends import packed
 from quantize.backends.base import BuildResult, Collector, Context, Limits, SizePlan
+from quantize.calibration.budget import BlockMemory
 from quantize.engines.bitsandbytes import NF4_BLOCK, nf4_state
 from quantize.errors import PlanError
 from quantize.events import Reporter, status
-from quantize.memory import BlockMemory
 from quantize.model.checkpoint import Checkpoint
 from quantize.recipe.model import BackendOptions
 from quantize.system.process import run_step

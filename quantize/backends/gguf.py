@@ -18,11 +18,11 @@ from pydantic import Field, field_validator
 
 from quantize.backends.base import BuildResult, Collector, Context, KeptTensor, Limits, SizePlan
 from quantize.backends.gguf_types import BITS, ELEMENT_TYPES, FTYPES, UNQUANTIZED_TYPES, base_type
+from quantize.calibration.budget import BlockMemory
 from quantize.engines.gguf_source import Expected
 from quantize.errors import PlanError, QuantizeError, VerifyError, disk_errors
 from quantize.events import Reporter, status, warn
 from quantize.files.gguf import GgufFile, GgufTensor, read_gguf
-from quantize.memory import BlockMemory
 from quantize.model.checkpoint import Checkpoint
 from quantize.model.source import PinnedSource, dequantized_key
 from quantize.recipe.model import BackendOptions

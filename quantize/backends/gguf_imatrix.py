@@ -23,7 +23,7 @@ from quantize.system.files import sync
 if TYPE_CHECKING:
     import torch
 
-    from quantize.activations import Block
+    from quantize.calibration.stream import Block
 
 EXPERT = re.compile(r"\.experts\.(\d+)\.")
 

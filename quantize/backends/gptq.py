@@ -13,8 +13,8 @@ from pydantic import Field
 
 from quantize.backends import packed
 from quantize.backends.base import Context
+from quantize.calibration.budget import BlockMemory
 from quantize.events import Reporter, warn
-from quantize.memory import BlockMemory
 from quantize.model.checkpoint import Checkpoint
 from quantize.recipe.model import BackendOptions
 from quantize.system.threads import in_stages, on_threads
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     import torch
 
-    from quantize.activations import Block
+    from quantize.calibration.stream import Block
     from quantize.numerics.gptq import Factor, SolvedRows
 
 Bits = Literal[2, 3, 4, 8]

@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from quantize.backends.base import BuildResult, Collector, Context, KeptTensor, Limits, SizePlan
+from quantize.calibration.budget import BlockMemory
 from quantize.errors import BuildError, PlanError
 from quantize.events import Reporter, status
 from quantize.files.shards import ShardWriter, files_bytes, table_bytes
-from quantize.memory import BlockMemory
 from quantize.model.architecture import BlockLayout, block_count, block_index, block_layout
 from quantize.model.checkpoint import CONFIG_FILES, TOKENIZER_FILES, Checkpoint
 from quantize.numerics.constants import SOLVED_ROWS
@@ -27,7 +27,7 @@ from quantize.system.process import run_step
 if TYPE_CHECKING:
     import torch
 
-    from quantize.activations import Block
+    from quantize.calibration.stream import Block
 
 Shape = tuple[int, ...]
 PackedTable = Callable[[int, int], dict[str, tuple[str, Shape]]]  # (out, in) -> suffix -> (dtype, shape)

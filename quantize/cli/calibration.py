@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from quantize.calibration import CalibrationSet, load_calibration_set, load_tokenizer
+from quantize.calibration.text import CalibrationSet, load_calibration_set, load_tokenizer
 from quantize.cli.common import json_option, open_cache, open_recipe, print_json, quiet_option, verbose_option
 from quantize.cli.progress import console_reporter
 from quantize.errors import UsageError

@@ -15,7 +15,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from quantize.activations import (
+from quantize.backends import backends
+from quantize.backends.base import Collector, Context
+from quantize.calibration.block_runner import BlockRunner, ShareSums, share_of
+from quantize.calibration.hidden_states import Batch, HiddenStates, SavedStates, make_batches
+from quantize.calibration.stream import (
     Block,
     Precision,
     Spill,
@@ -24,12 +28,8 @@ from quantize.activations import (
     open_states,
     read_block,
 )
-from quantize.backends import backends
-from quantize.backends.base import Collector, Context
-from quantize.block_runner import BlockRunner, ShareSums, share_of
 from quantize.errors import BuildError
 from quantize.events import Event, ListReporter
-from quantize.hidden_states import Batch, HiddenStates, SavedStates, make_batches
 from quantize.model.architecture import BlockLayout, block_layout
 from quantize.numerics.constants import BATCH_TOKENS
 from quantize.numerics.gram import Gram, GramAccumulator

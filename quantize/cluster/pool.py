@@ -13,13 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from quantize.calibration.spread import Spread
 from quantize.cluster.session import cause_of, nodes
-from quantize.cluster.spec import Spread
 from quantize.errors import BuildError, PlanError, QuantizeError, first_line
 from quantize.events import Event, Reporter, note, warn
 
 if TYPE_CHECKING:
-    from quantize.activations import Precision
+    from quantize.calibration.stream import Precision
     from quantize.cluster.passwork import PassPlan
 
 PROBE_NAME = ".seen-by-all"
@@ -215,7 +215,7 @@ class Actor:
         import ray
 
         from quantize import __version__
-        from quantize.activations import fastest_precision
+        from quantize.calibration.stream import fastest_precision
         from quantize.store.manifest import tool_versions
         from quantize.system.processor import device_name
 

@@ -13,17 +13,17 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+from quantize.calibration.hidden_states import SavedStates, remove_before
+from quantize.calibration.spread import Spread
 from quantize.cluster.cost import pass_costs
 from quantize.cluster.passwork import PassPlan, deal, share_folder
 from quantize.cluster.pool import Lost, Machine, Pool, Report, Worker
 from quantize.cluster.schedule import COMPLETE, FORWARD, Schedule, Task
 from quantize.cluster.session import connected, nodes
-from quantize.cluster.spec import Spread
 from quantize.cluster.trace import Span, write_trace
 from quantize.cluster.watch import PassWatch
 from quantize.errors import BuildError
 from quantize.events import Reporter, progress, status, warn
-from quantize.hidden_states import SavedStates, remove_before
 from quantize.model.architecture import BlockLayout, block_layout
 from quantize.system.cache import hash_file
 

@@ -15,8 +15,8 @@ from typing import Any
 
 from quantize.backends import backends
 from quantize.build import Outcome, RunOptions, build, drop_intermediates
+from quantize.calibration.spread import Spread
 from quantize.cluster.session import Node, able_nodes, cause_of, connected, working_nodes
-from quantize.cluster.spec import Spread
 from quantize.cluster.trace import Span, check_trace, read_trace, write_trace
 from quantize.errors import BuildError, QuantizeError, UsageError, first_line
 from quantize.events import Event, Reporter, note, status

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from quantize.calibration import load_tokenizer
+from quantize.calibration.text import load_tokenizer
 from quantize.errors import UsageError
 from quantize.evaluate.golden import PLACE, GoldenSet, Haystack, Prompt
 from quantize.model.checkpoint import read_json

@@ -13,7 +13,7 @@ from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
-from quantize.calibration import SELF, load_calibration_set
+from quantize.calibration.text import SELF, load_calibration_set
 from quantize.errors import CheckpointError, VerifyError
 from quantize.evaluate.answers import GoldenResult, compare_answers
 from quantize.evaluate.baseline import KIND, LIKELIEST, Baseline, baseline_key, find, record, save

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from quantize.calibration import PYTHON_DOCS, python_docs, read_rows
+from quantize.calibration.text import PYTHON_DOCS, python_docs, read_rows
 from quantize.errors import RefusedError, UsageError
 from quantize.recipe.model import CalibrationSpec
 

@@ -8,11 +8,11 @@ from unittest.mock import MagicMock
 
 import pytest
 
-from quantize.block_runner import ROUND_BATCHES
+from quantize.calibration.block_runner import ROUND_BATCHES
+from quantize.calibration.spread import Spread
 from quantize.cluster.cost import block_costs
 from quantize.cluster.passwork import deal
 from quantize.cluster.pool import Machine, Pool, Worker
-from quantize.cluster.spec import Spread
 from quantize.cluster.spread import MOST_IN_FLIGHT, SpreadPass
 from quantize.cluster.trace import Span, check_trace, overlap_seconds, read_trace, write_trace
 from quantize.errors import BuildError, PlanError, UsageError

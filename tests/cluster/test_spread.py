@@ -14,8 +14,8 @@ import pytest
 from quantize import calibrated
 from quantize.backends import formats
 from quantize.backends.base import Context, Limits
+from quantize.calibration.spread import Spread
 from quantize.cluster.schedule import FORWARD, SOLVE
-from quantize.cluster.spec import Spread
 from quantize.cluster.trace import overlap_seconds, read_trace
 from quantize.errors import Stopped
 from quantize.events import Event, ListReporter, SilentReporter

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from quantize.calibration import python_docs
+from quantize.calibration.text import python_docs
 from quantize.errors import RecipeError, RefusedError, UsageError
 from quantize.evaluate.text import HeldOutText, check_disjoint, cut_windows, load_text
 

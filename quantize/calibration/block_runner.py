@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from quantize.attention import register
+from quantize.calibration.attention import register
 from quantize.errors import CheckpointError
 from quantize.model.architecture import BlockLayout, Experts, architecture_of
 from quantize.numerics.constants import SHARES

@@ -22,7 +22,7 @@ from quantize.store.staging import RESUME_NAME, differences, read_json
 from quantize.system.files import write_durable
 
 if TYPE_CHECKING:
-    from quantize.hidden_states import HiddenStates, SavedStates
+    from quantize.calibration.hidden_states import HiddenStates, SavedStates
 
 
 class Resumable(Protocol):
@@ -41,7 +41,7 @@ class PassJournal:
     """
 
     def __init__(self, folder: Path, identity: Mapping[str, Any], reporter: Reporter) -> None:
-        from quantize.hidden_states import SavedStates
+        from quantize.calibration.hidden_states import SavedStates
 
         self.saved: SavedStates | None = None
         self.saved_shares: tuple[SavedStates, ...] = ()
@@ -75,7 +75,7 @@ class PassJournal:
 
         States that are of no more use are removed beside what the pass does next. Raises BuildError, DiskFullError.
         """
-        from quantize.hidden_states import remove_before
+        from quantize.calibration.hidden_states import remove_before
 
         self._removed()
         for scratch, part in parts.items():
@@ -91,7 +91,7 @@ class PassJournal:
 
     def finish(self) -> None:
         """The last block is done: the hidden states are of no more use."""
-        from quantize.hidden_states import remove_before
+        from quantize.calibration.hidden_states import remove_before
 
         self._saver.shutdown()
         self._removed()

@@ -17,10 +17,8 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor
 
-from quantize.block_runner import ROUND_BATCHES, BlockRunner, share_of
-from quantize.errors import BuildError, CheckpointError
-from quantize.events import Reporter, SilentReporter, progress, warn
-from quantize.hidden_states import (
+from quantize.calibration.block_runner import ROUND_BATCHES, BlockRunner, share_of
+from quantize.calibration.hidden_states import (
     Batch,
     FileStates,
     HiddenStates,
@@ -29,6 +27,8 @@ from quantize.hidden_states import (
     make_batches,
     remove_before,
 )
+from quantize.errors import BuildError, CheckpointError
+from quantize.events import Reporter, SilentReporter, progress, warn
 from quantize.model.architecture import BlockLayout, Linear, block_layout
 from quantize.numerics.constants import BATCH_TOKENS, SHARES
 from quantize.numerics.gptq import estimated_loss
