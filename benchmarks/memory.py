@@ -91,8 +91,8 @@ def depth(tokenizer: Path, work: Path) -> dict[str, Any]:
 def least(tokenizer: Path, work: Path) -> list[dict[str, Any]]:
     """Builds with as little memory as their plans allow: planned and measured bytes of the pass."""
     from benchmarks import models
-    from quantize.backends import backends, formats
     from quantize.calibration.budget import pass_bytes
+    from quantize.formats import backends, formats
     from quantize.model.checkpoint import open_checkpoint
     from quantize.recipe.model import load_recipe
     from quantize.system.machine import usable_cores

@@ -26,8 +26,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from quantize.backends import backends, formats
-from quantize.backends.base import Context, Limits
 from quantize.build import RunOptions
 from quantize.calibrated import run_pass
 from quantize.calibration.spread import Spread
@@ -35,6 +33,8 @@ from quantize.cluster.cost import BlockCost, block_costs
 from quantize.cluster.trace import Span, overlap_seconds, read_trace
 from quantize.cluster.units import ClusterOptions, build_on_cluster
 from quantize.events import SilentReporter
+from quantize.formats import backends, formats
+from quantize.formats.base import Context, Limits
 from quantize.model.source import open_source, pin_source
 from quantize.recipe.model import Recipe, load_recipe
 from quantize.store.staging import RESUME_NAME

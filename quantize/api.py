@@ -11,11 +11,11 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from quantize.backends import formats
-from quantize.backends.base import Limits
 from quantize.build import Outcome, RunOptions
 from quantize.build import build as run_build
 from quantize.events import Reporter, SilentReporter
+from quantize.formats import formats
+from quantize.formats.base import Limits
 from quantize.plan import Plan, make_plan
 from quantize.rebuild import Given, Rebuild, rebuild_folders
 from quantize.rebuild import rebuild as run_rebuild

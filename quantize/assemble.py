@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
-from quantize.backends.base import BuildResult, Context
 from quantize.card import render_card
 from quantize.estimate.vram import manifest_estimate
+from quantize.formats.base import BuildResult, Context
 from quantize.model.checkpoint import CARRIED_FILES, Checkpoint
 from quantize.model.shape import ModelShape
 from quantize.model.source import PinnedSource

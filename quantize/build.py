@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from quantize.assemble import Made, assemble
-from quantize.backends import backends
-from quantize.backends.base import Context, Limits
 from quantize.disk import disk_free_bytes, most_bytes
 from quantize.errors import DiskFullError, QuantizeError, Stopped, StoreError, UsageError, VerifyError
 from quantize.events import Event, Reporter, SilentReporter, note, status, warn
+from quantize.formats import backends
+from quantize.formats.base import Context, Limits
 from quantize.gates import Gates, Judge
 from quantize.model.checkpoint import Checkpoint
 from quantize.model.source import PinnedSource, open_source, pin_source

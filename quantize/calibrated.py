@@ -15,7 +15,6 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from quantize.backends.base import Backend, Collector, Context, Limits
 from quantize.calibration.budget import pass_bytes
 from quantize.calibration.journal import PassJournal
 from quantize.calibration.spread import Spread
@@ -30,6 +29,7 @@ from quantize.errors import (
     is_out_of_memory,
 )
 from quantize.events import Reporter, note, status, warn
+from quantize.formats.base import Backend, Collector, Context, Limits
 from quantize.model.architecture import block_count, block_layout
 from quantize.recipe.model import CalibrationSpec, Recipe
 from quantize.store.manifest import CalibrationEntry, tool_versions
@@ -82,8 +82,8 @@ def _pass(
     began = time.perf_counter()
     import torch
 
-    from quantize.backends import backends
     from quantize.calibration.text import load_calibration_set, pinned_spec
+    from quantize.formats import backends
 
     context = variants[0][1]
     torch.set_num_threads(context.limits.threads)

@@ -20,9 +20,9 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 from quantize import DISTRIBUTION, __version__
-from quantize.backends import backends
 from quantize.disk import disk_free_bytes
 from quantize.errors import UsageError, install_line
+from quantize.formats import backends
 from quantize.serve.preflight import HELPERS
 from quantize.system.machine import Machine, detect, processor_name
 from quantize.trials import Trial, try_engines

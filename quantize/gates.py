@@ -13,7 +13,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from quantize.backends.base import Limits as RunLimits
 from quantize.calibration.text import PYTHON_DOCS, topics_file
 from quantize.card import render_card
 from quantize.errors import BuildError, DiskFullError, GateError, QuantizeError, RefusedError, UsageError, VerifyError
@@ -23,6 +22,7 @@ from quantize.evaluate.record import NAME, decided, failed_record, figures_of, r
 from quantize.evaluate.session import CalibratedOn, Job, evaluate, figures, prepare_source
 from quantize.evaluate.structure import Intended
 from quantize.events import Event, Reporter, note, status, warn
+from quantize.formats.base import Limits as RunLimits
 from quantize.model.checkpoint import Checkpoint
 from quantize.model.source import PinnedSource, dequantized_key
 from quantize.recipe.model import Recipe
@@ -299,7 +299,7 @@ def refusal(artifact: Artifact, decision: Decision, failure: VerifyError | None 
 def _reference(artifact: Artifact) -> ModelRef:
     main = None
     if artifact.manifest.format == "gguf":
-        from quantize.backends.gguf import main_file
+        from quantize.formats.gguf.build import main_file
 
         main = main_file(artifact.folder).name
     return ModelRef(artifact.folder, artifact.manifest.format, main)

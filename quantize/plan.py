@@ -13,12 +13,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from quantize.backends import backends
-from quantize.backends.base import Backend, Context, Limits, SizePlan
 from quantize.calibration.budget import memory_short, pass_bytes
 from quantize.disk import Needs, Room, needs, refusal, rooms, temporary_root
 from quantize.errors import PlanError, QuantizeError
 from quantize.events import Reporter, status
+from quantize.formats import backends
+from quantize.formats.base import Backend, Context, Limits, SizePlan
 from quantize.model.checkpoint import Checkpoint, open_checkpoint
 from quantize.model.source import PinnedSource, dequantized_key, open_source, pin_source
 from quantize.recipe.model import Recipe, Variant

@@ -18,14 +18,14 @@ from typing import Any
 from pydantic import ValidationError
 
 from quantize.assemble import Made, assemble
-from quantize.backends import backends
-from quantize.backends.base import Context, Limits
 from quantize.calibrated import run_pass
 from quantize.calibration.text import LOCAL_SUFFIXES, summarize_tokens
 from quantize.disk import disk_free_bytes, disk_short
 from quantize.errors import PlanError, RecipeError, StoreError, UsageError, VerifyError
 from quantize.events import Reporter, note, status, warn
 from quantize.files.compare import TensorDifference, can_compare, compare_metadata, compare_weights
+from quantize.formats import backends
+from quantize.formats.base import Context, Limits
 from quantize.model.checkpoint import Checkpoint
 from quantize.model.source import PinnedSource, open_source
 from quantize.plan import Job, identify_jobs

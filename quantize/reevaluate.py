@@ -11,10 +11,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from quantize.backends import formats
-from quantize.backends.base import Limits
 from quantize.errors import UsageError
 from quantize.events import Reporter
+from quantize.formats import formats
+from quantize.formats.base import Limits
 from quantize.gates import Gates, Judge, Settled, refusal
 from quantize.model.source import open_source
 from quantize.recipe.model import Recipe, load_recipe

@@ -11,9 +11,9 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
-from quantize.backends import formats
 from quantize.errors import CheckpointError, RecipeError, StoreError, VerifyError
 from quantize.events import Reporter, note
+from quantize.formats import formats
 from quantize.model.checkpoint import Checkpoint
 from quantize.model.source import PinnedSource, SourceFile, files_digest, open_source, pin_address, pin_path, pin_source
 from quantize.recipe.model import Recipe, load_recipe

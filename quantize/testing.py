@@ -16,12 +16,12 @@ from unittest import mock
 
 from pydantic import Field
 
-import quantize.backends
-from quantize.backends.base import Backend, BuildResult, Collector, Context, KeptTensor, Limits, SizePlan
+import quantize.formats
 from quantize.calibration.budget import BlockMemory
 from quantize.errors import BuildError, PlanError, QuantizeError, VerifyError
 from quantize.events import Reporter, progress
 from quantize.files.safetensors import INDEX_NAME, TensorInfo, header_bytes, read_header
+from quantize.formats.base import Backend, BuildResult, Collector, Context, KeptTensor, Limits, SizePlan
 from quantize.model.checkpoint import Checkpoint
 from quantize.recipe.model import BackendOptions
 
@@ -307,12 +307,12 @@ def installed_backends(*found: Backend) -> Iterator[None]:
     points = [mock.Mock(load=mock.Mock(return_value=lambda item=item: item)) for item in found]
     for point, item in zip(points, found, strict=True):
         point.name = item.name
-    with mock.patch("quantize.backends.entry_points", return_value=points):
-        quantize.backends.backends.cache_clear()
+    with mock.patch("quantize.formats.entry_points", return_value=points):
+        quantize.formats.backends.cache_clear()
         try:
             yield
         finally:
-            quantize.backends.backends.cache_clear()
+            quantize.formats.backends.cache_clear()
 
 
 def _encoded(array: Array, dtype: str) -> bytes:

@@ -9,11 +9,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from quantize.backends import formats
-from quantize.backends.base import Limits
 from quantize.errors import UsageError
 from quantize.events import Reporter
 from quantize.files.gguf import read_gguf
+from quantize.formats import formats
+from quantize.formats.base import Limits
 from quantize.model.checkpoint import open_checkpoint, read_json, tensor_table
 from quantize.model.shape import ModelShape, gguf_shape
 from quantize.plan import make_plan
@@ -84,7 +84,7 @@ def _of_artifact(artifact: Artifact) -> Subject:
     manifest, folder = artifact.manifest, artifact.folder
     name = f"{manifest.name}/{manifest.variant}"
     if manifest.format == "gguf":
-        from quantize.backends.gguf import main_file
+        from quantize.formats.gguf.build import main_file
 
         return _of_gguf(name, main_file(folder), manifest.name)
     config = read_json(folder / "config.json")

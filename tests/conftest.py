@@ -12,10 +12,10 @@ from pathlib import Path
 import click.testing
 import pytest
 
-from quantize.backends import formats
 from quantize.build import Outcome, RunOptions, build
 from quantize.cli import main
 from quantize.events import ListReporter
+from quantize.formats import formats
 from quantize.recipe.model import Recipe, load_recipe
 from quantize.store.store import Store
 from quantize.system.cache import Cache

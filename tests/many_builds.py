@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from quantize.backends import formats
+from quantize.formats import formats
 from quantize.recipe.model import load_recipe
 from quantize.store.store import Store
 from tests.kill_build import broken_in, environment_of, leftovers_of

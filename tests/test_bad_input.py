@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from quantize.backends import formats
+from quantize.formats import formats
 from quantize.testing import write_recipe
 from tests.bad_checkpoints import BAD_CHECKPOINTS, BadCheckpoint
 from tests.conftest import Run

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from quantize.backends import formats
 from quantize.build import RunOptions, build
 from quantize.events import SilentReporter
+from quantize.formats import formats
 from quantize.recipe.model import load_recipe
 from quantize.store.store import Store
 from quantize.system.cache import Cache

@@ -19,13 +19,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from quantize.backends import backends, formats
-from quantize.backends.base import Limits
 from quantize.build import RunOptions, build
 from quantize.calibration.budget import pass_bytes
 from quantize.cli import main
 from quantize.errors import VerifyError
 from quantize.events import ListReporter
+from quantize.formats import backends, formats
+from quantize.formats.base import Limits
 from quantize.model.checkpoint import open_checkpoint
 from quantize.plan import make_plan
 from quantize.recipe.model import Recipe, load_recipe

@@ -13,7 +13,6 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from quantize.backends import formats
 from quantize.calibration.text import (
     CalibrationSet,
     identify,
@@ -27,6 +26,7 @@ from quantize.calibration.text import (
 )  # fmt: skip
 from quantize.errors import PlanError, RecipeError
 from quantize.events import SilentReporter
+from quantize.formats import formats
 from quantize.recipe.model import CalibrationSpec, load_calibration, load_recipe
 from quantize.system.lookup import is_path_text
 from quantize.testing import write_recipe

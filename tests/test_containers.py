@@ -15,10 +15,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 
-from quantize.backends.gguf_types import BITS, ELEMENT_TYPES, FTYPES
 from quantize.errors import CheckpointError
 from quantize.files.gguf import TENSOR_TYPES, read_gguf, read_summary
 from quantize.files.safetensors import header_bytes, read_header
+from quantize.formats.gguf.types import BITS, ELEMENT_TYPES, FTYPES
 from quantize.model.checkpoint import open_checkpoint
 from quantize.testing import TinyModel, make_checkpoint, read_array
 from tests.conftest import Built

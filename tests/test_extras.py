@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from quantize.backends import backends
 from quantize.errors import MissingExtraError
+from quantize.formats import backends
 from quantize.runtimes.base import FORMATS, runtime_of
 from quantize.serve.preflight import HELPERS
 

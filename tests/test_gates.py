@@ -14,11 +14,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-import quantize.backends.gguf as gguf_backend
+import quantize.formats.gguf.build as gguf_backend
 import quantize.gates as gates_module
-from quantize.backends.gguf import GgufBackend
 from quantize.evaluate.structure import NEAR, QUANTIZED, TEMPLATE, Intended, check_structure
 from quantize.events import SilentReporter
+from quantize.formats.gguf.build import GgufBackend
 from quantize.gates import RUNS
 from quantize.model.checkpoint import open_checkpoint
 from quantize.runtimes.base import ModelRef

@@ -15,10 +15,10 @@ import llama_cpp
 import numpy as np
 import pytest
 
-from quantize.backends import formats
-from quantize.backends.gguf_types import ELEMENT_TYPES, FTYPES
 from quantize.build import build
 from quantize.events import SilentReporter
+from quantize.formats import formats
+from quantize.formats.gguf.types import ELEMENT_TYPES, FTYPES
 from quantize.recipe.model import load_recipe
 from quantize.runtimes.llama_cpp.log import keep_log
 from quantize.store.artifact import Artifact
@@ -107,8 +107,8 @@ def test_bytes_are_those_of_llama_cpp_called_directly(kind: str, threads: int, b
 
 def test_the_same_inputs_elsewhere_give_the_same_digests(built: Built, tmp_path: Path) -> None:
     """Another folder, store, cache, recipe file and number of threads: nothing of them may be in the bytes."""
-    from quantize.backends.base import Limits
     from quantize.build import RunOptions
+    from quantize.formats.base import Limits
 
     model = Path(shutil.copytree(str(built.recipe.source.model), tmp_path / "elsewhere" / "tiny"))
     path = write_recipe(tmp_path / "tiny.yaml", model, [{"format": "gguf", "types": ["Q4_K_M", "Q8_0"]}])

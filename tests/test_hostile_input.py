@@ -20,7 +20,6 @@ import quantize.files.gguf
 import quantize.files.safetensors
 import quantize.model.checkpoint
 import quantize.system.untrusted
-from quantize.backends import formats
 from quantize.calibration.text import read_rows
 from quantize.errors import CheckpointError, QuantizeError, RecipeError, UsageError, VerifyError
 from quantize.evaluate.decision import sign_test
@@ -30,6 +29,7 @@ from quantize.evaluate.record import Summary
 from quantize.files.gguf import read_gguf
 from quantize.files.imatrix import read_imatrix
 from quantize.files.safetensors import INDEX_NAME, read_header
+from quantize.formats import formats
 from quantize.model.architecture import block_layout, tensor_role
 from quantize.model.checkpoint import check_finite, open_checkpoint, read_chat_template, tensor_table
 from quantize.model.shape import ModelShape

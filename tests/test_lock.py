@@ -14,9 +14,9 @@ from typing import Any
 import pytest
 import yaml
 
-from quantize.backends import formats
 from quantize.calibration.text import load_calibration_set
 from quantize.events import ListReporter, SilentReporter
+from quantize.formats import formats
 from quantize.lock import Lock, hold, lock_path, make_lock, read_lock
 from quantize.recipe.model import load_recipe
 from quantize.system.cache import Cache

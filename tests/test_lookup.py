@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from quantize.backends import formats
 from quantize.calibration.text import identify
 from quantize.errors import RecipeError, UsageError
 from quantize.events import ListReporter
+from quantize.formats import formats
 from quantize.gates import Judge
 from quantize.lock import lock_path
 from quantize.model.source import pin_source
@@ -162,7 +162,7 @@ def test_identity_has_no_path_of_the_installation(tiny: Path, here: Path) -> Non
 def test_golden_prompts_of_the_package(tiny: Path, here: Path, cache: Cache) -> None:
     def asked(**evaluation: object) -> list[Path]:
         recipe = load_recipe(write_recipe(here / "mine.yaml", tiny, Q8, evaluation=evaluation), formats())
-        from quantize.backends.base import Limits
+        from quantize.formats.base import Limits
 
         return list(Judge(recipe, pin_source(recipe, cache, ListReporter()), cache, Limits()).golden)
 

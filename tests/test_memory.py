@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from quantize.backends import backends, formats
-from quantize.backends.base import Context, Limits
 from quantize.calibrated import _Part, _states_budget
 from quantize.calibration.budget import BASE_BYTES, BlockMemory, largest_block, least_bytes, memory_short, pass_bytes
 from quantize.errors import PlanError
 from quantize.events import SilentReporter
+from quantize.formats import backends, formats
+from quantize.formats.base import Context, Limits
 from quantize.model.checkpoint import open_checkpoint
 from quantize.model.source import pin_source
 from quantize.recipe.model import load_recipe

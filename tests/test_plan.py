@@ -10,10 +10,10 @@ from unittest import mock
 
 import pytest
 
-from quantize.backends import backends, formats
 from quantize.disk import PAPERS_BYTES, disk_free_bytes
 from quantize.errors import PlanError, UsageError
 from quantize.events import SilentReporter
+from quantize.formats import backends, formats
 from quantize.plan import Plan, make_plan
 from quantize.recipe.model import load_recipe
 from quantize.store.store import Store
@@ -171,7 +171,7 @@ def test_a_plugin_that_does_not_load() -> None:
         point = mock.Mock(load=mock.Mock(side_effect=ImportError("no such library")))
         point.name, point.dist.name = "broken", "quantize-broken"
         with (
-            mock.patch("quantize.backends.entry_points", return_value=[point]),
+            mock.patch("quantize.formats.entry_points", return_value=[point]),
             pytest.raises(UsageError, match="the format plugin 'broken' can't be loaded: no such library") as caught,
         ):
             backends()

@@ -10,12 +10,12 @@ from typing import Any
 import gguf
 import pytest
 
-from quantize.backends import formats
-from quantize.backends.base import Limits
-from quantize.backends.gguf import GgufBackend
 from quantize.build import build
-from quantize.engines.gguf_source import load_tokenizer
 from quantize.events import SilentReporter
+from quantize.formats import formats
+from quantize.formats.base import Limits
+from quantize.formats.gguf.build import GgufBackend
+from quantize.formats.gguf.source import load_tokenizer
 from quantize.model.checkpoint import open_checkpoint, read_chat_template
 from quantize.recipe.model import load_recipe
 from quantize.runtimes.llama_cpp.vocabulary import PRE_TOKENIZERS, _tokenized, names, source_ends, turn_ends

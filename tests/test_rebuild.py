@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from quantize.backends.base import BuildResult, Context
 from quantize.events import Reporter
+from quantize.formats.base import BuildResult, Context
 from quantize.store.artifact import Artifact
 from quantize.store.manifest import AcceptedRisk
 from quantize.store.store import Store

@@ -13,8 +13,8 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from quantize.backends import formats
 from quantize.errors import RecipeError
+from quantize.formats import formats
 from quantize.recipe.model import PackageFile, Recipe, load_recipe, recipe_schema
 from quantize.recipe.yaml import parse_document, read_document, suggest
 from quantize.system.lookup import is_path_text

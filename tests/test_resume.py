@@ -20,11 +20,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from quantize import calibrated
-from quantize.backends import formats
-from quantize.backends.base import Context, Limits
 from quantize.errors import Stopped
 from quantize.events import ListReporter, SilentReporter
 from quantize.files.shards import ShardWriter
+from quantize.formats import formats
+from quantize.formats.base import Context, Limits
 from quantize.model.source import open_source, pin_source
 from quantize.recipe.model import load_recipe
 from quantize.store.staging import RESUME_NAME, read_json

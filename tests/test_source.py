@@ -13,9 +13,9 @@ from typing import Any
 
 import pytest
 
-from quantize.backends import formats
 from quantize.errors import CheckpointError, MissingExtraError, StoreError
 from quantize.events import ListReporter, SilentReporter
+from quantize.formats import formats
 from quantize.model.checkpoint import open_checkpoint
 from quantize.model.source import PinnedSource, card_metadata, open_source, pin_source
 from quantize.recipe.model import Recipe, load_recipe

@@ -17,10 +17,10 @@ from typing import Any
 import pytest
 import yaml
 
-from quantize.backends import formats
 from quantize.build import Outcome, RunOptions, build
 from quantize.errors import BuildError, DiskFullError, GateError, PlanError, StoreError, UsageError, VerifyError
 from quantize.events import ListReporter, SilentReporter
+from quantize.formats import formats
 from quantize.recipe.model import Recipe, load_recipe
 from quantize.store.artifact import commit, point_current
 from quantize.store.diff import compare

@@ -15,15 +15,15 @@ import gguf
 import numpy as np
 import pytest
 
-from quantize.backends.base import Limits
-from quantize.backends.gguf import GgufBackend
-from quantize.engines import try_out as engine
-from quantize.engines.gguf_check import compare_header
-from quantize.engines.gguf_source import Expected, expected_of
-from quantize.engines.packed_check import ROWS, agree
 from quantize.errors import VerifyError
 from quantize.events import ListReporter, SilentReporter
 from quantize.files.gguf import read_gguf
+from quantize.formats.base import Limits
+from quantize.formats.gguf import try_out as engine
+from quantize.formats.gguf.build import GgufBackend
+from quantize.formats.gguf.check import compare_header
+from quantize.formats.gguf.source import Expected, expected_of
+from quantize.formats.packed_check import ROWS, agree
 from quantize.model.checkpoint import open_checkpoint
 from quantize.store.artifact import Artifact, open_artifact
 from quantize.store.verify import check_files
@@ -256,7 +256,7 @@ def test_a_file_that_computes_otherwise_is_refused(artifact: Artifact, own_tiny:
 def test_a_source_that_does_not_fit_into_memory_is_said(
     own_tiny: Path, monkeypatch: pytest.MonkeyPatch, artifact: Artifact
 ) -> None:
-    monkeypatch.setattr("quantize.engines.gguf_source.ram", lambda: (10**6, 10**6))
+    monkeypatch.setattr("quantize.formats.gguf.source.ram", lambda: (10**6, 10**6))
     expected = asked(own_tiny)
     assert expected.log_probs is None
     facts = engine.try_out(SilentReporter(), weights(artifact), 4, 1, open_checkpoint(own_tiny), expected)

@@ -17,8 +17,8 @@ from quantize.system.cache import Cache, default_cache_root
 from quantize.system.lookup import find_recipe, find_target
 
 if TYPE_CHECKING:
-    from quantize.backends.base import Limits
     from quantize.evaluate.record import Summary
+    from quantize.formats.base import Limits
     from quantize.recipe.model import Recipe
     from quantize.store.artifact import Artifact
 
@@ -89,7 +89,7 @@ def trust_options(function: Function) -> Function:
 
 def make_limits(threads: int | None, device: str, memory_budget: str | None, *, here: bool = True) -> Limits:
     """Limits from the options. Raises as Limits.of does."""
-    from quantize.backends.base import Limits
+    from quantize.formats.base import Limits
 
     return Limits.of(threads, device, memory_budget, here=here)
 
@@ -106,7 +106,7 @@ def quality(artifact: Artifact) -> Summary:
 
 def open_recipe(given: Path) -> Recipe:
     """The recipe that a path or a name means; what there is to say of where it was found is said. Raises UsageError."""
-    from quantize.backends import formats
+    from quantize.formats import formats
     from quantize.recipe.model import load_recipe
 
     found = find_recipe(str(given))

@@ -86,7 +86,7 @@ def recipes(folder: Path | None, as_json: bool) -> None:
 
 
 def _recipe_row(path: Path, shown: str) -> dict[str, Any]:
-    from quantize.backends import formats
+    from quantize.formats import formats
     from quantize.recipe.model import load_recipe
 
     try:
@@ -105,7 +105,7 @@ def _recipe_row(path: Path, shown: str) -> dict[str, Any]:
 @verbose_option
 def list_formats(as_json: bool) -> None:
     """List the formats that can be built, with the options that a recipe may give."""
-    from quantize.backends import backends
+    from quantize.formats import backends
 
     rows = [
         {"format": name, "extra": item.extra, "options": list(item.Options.model_fields)}

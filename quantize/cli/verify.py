@@ -6,7 +6,6 @@ from pathlib import Path
 
 import click
 
-from quantize.backends import backends
 from quantize.cli.common import (
     json_option,
     make_limits,
@@ -19,6 +18,7 @@ from quantize.cli.common import (
 )
 from quantize.cli.progress import console_reporter
 from quantize.errors import UsageError
+from quantize.formats import backends
 from quantize.provenance.signature import Trust
 from quantize.reopen import reopen_source
 from quantize.store.store import Store

@@ -15,8 +15,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from quantize.backends import backends
-from quantize.backends.base import Collector, Context
 from quantize.calibration.block_runner import BlockRunner, ShareSums, share_of
 from quantize.calibration.hidden_states import Batch, HiddenStates, SavedStates, make_batches
 from quantize.calibration.stream import (
@@ -30,6 +28,8 @@ from quantize.calibration.stream import (
 )
 from quantize.errors import BuildError
 from quantize.events import Event, ListReporter
+from quantize.formats import backends
+from quantize.formats.base import Collector, Context
 from quantize.model.architecture import BlockLayout, block_layout
 from quantize.numerics.constants import BATCH_TOKENS
 from quantize.numerics.gram import Gram, GramAccumulator

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from quantize.engines.gguf_check import name_map
-from quantize.engines.unpack import open_packed
+from quantize.formats.gguf.check import name_map
+from quantize.formats.unpack import open_packed
 from quantize.model.architecture import block_layouts
 from quantize.model.checkpoint import Checkpoint, tensor_table
 from quantize.model.shape import ModelShape

@@ -12,13 +12,13 @@ from typing import Any
 import pytest
 
 from quantize import calibrated
-from quantize.backends import formats
-from quantize.backends.base import Context, Limits
 from quantize.calibration.spread import Spread
 from quantize.cluster.schedule import FORWARD, SOLVE
 from quantize.cluster.trace import overlap_seconds, read_trace
 from quantize.errors import Stopped
 from quantize.events import Event, ListReporter, SilentReporter
+from quantize.formats import formats
+from quantize.formats.base import Context, Limits
 from quantize.model.source import open_source, pin_source
 from quantize.recipe.model import load_recipe
 from quantize.store.staging import RESUME_NAME

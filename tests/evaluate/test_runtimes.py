@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-from quantize.backends import formats
 from quantize.build import build
 from quantize.errors import UsageError, VerifyError
 from quantize.evaluate.baseline import record
@@ -23,6 +22,7 @@ from quantize.evaluate.prompts import PromptTokenizer
 from quantize.evaluate.session import Job, evaluate, figures
 from quantize.evaluate.text import Windows, cut_windows, load_text
 from quantize.events import ListReporter, SilentReporter
+from quantize.formats import formats
 from quantize.recipe.model import load_recipe
 from quantize.runtimes.base import ModelRef, Request
 from quantize.runtimes.open import open_runtime

@@ -11,9 +11,9 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat
 
-from quantize.backends import formats
 from quantize.build import build
 from quantize.events import ListReporter
+from quantize.formats import formats
 from quantize.recipe.model import load_recipe
 from quantize.store.artifact import Artifact, write_measurements
 from quantize.store.manifest import FILE_NAME, CalibrationEntry

@@ -109,7 +109,7 @@ def test_a_licence_that_the_hub_does_not_list_gets_a_name_and_a_link() -> None:
 
 
 def test_every_recipe_of_this_project_could_be_published_as_it_is_named() -> None:
-    from quantize.backends import formats
+    from quantize.formats import formats
     from quantize.recipe.model import load_recipe
 
     for path in sorted(Path("recipes").glob("*.yaml")):

@@ -1,7 +1,7 @@
 """llama.cpp through its Python package: size and quantize a 16-bit GGUF.
 
 In: paths and settings. Out: GGUF files and plain facts about them. Every public function runs in a worker process.
-The 16-bit file comes from runtimes/llama_cpp/convert.py; what to ask for is decided in backends/gguf.py.
+The 16-bit file comes from runtimes/llama_cpp/convert.py; what to ask for is decided in formats/gguf/build.py.
 """
 
 from __future__ import annotations

@@ -12,12 +12,12 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from quantize.backends import packed
-from quantize.backends.base import BuildResult, Collector, Context, Limits, SizePlan
 from quantize.calibration.budget import BlockMemory
-from quantize.engines.bitsandbytes import NF4_BLOCK, nf4_state
 from quantize.errors import PlanError
 from quantize.events import Reporter, status
+from quantize.formats import packed
+from quantize.formats.base import BuildResult, Collector, Context, Limits, SizePlan
+from quantize.formats.bitsandbytes.steps import NF4_BLOCK, nf4_state
 from quantize.model.checkpoint import Checkpoint
 from quantize.recipe.model import BackendOptions
 from quantize.system.process import run_step
@@ -73,7 +73,7 @@ class BitsandbytesBackend:
 
     def build(self, context: Context, reporter: Reporter) -> BuildResult:
         """Quantize and write one tensor after another, in a worker."""
-        from quantize.engines.bitsandbytes import write_quantized
+        from quantize.formats.bitsandbytes.steps import write_quantized
 
         options: BitsandbytesOptions = context.options
         layout = _layout(context.checkpoint, options)
@@ -93,7 +93,7 @@ class BitsandbytesBackend:
 
     def verify(self, folder: Path, checkpoint: Checkpoint, limits: Limits, reporter: Reporter) -> Mapping[str, Any]:
         """Load with transformers + bitsandbytes and generate."""
-        from quantize.engines.bitsandbytes import check_loaded
+        from quantize.formats.bitsandbytes.steps import check_loaded
 
         status(reporter, "", "loading in transformers with bitsandbytes")
         facts: dict[str, Any] = run_step("loading in transformers", reporter, check_loaded, folder, limits.threads)

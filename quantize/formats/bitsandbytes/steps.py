@@ -54,7 +54,7 @@ def check_loaded(reporter: Reporter, folder: Path, threads: int) -> dict[str, An
     _check_installed()
     import torch
 
-    from quantize.engines.packed_check import generate_twice, read_prompt
+    from quantize.formats.packed_check import generate_twice, read_prompt
     from quantize.runtimes.transformers.load import load_causal_lm
 
     torch.set_num_threads(threads)

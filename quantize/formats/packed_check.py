@@ -91,7 +91,7 @@ def generate_twice(model: Any, folder: Path, prompt: Any) -> list[int]:
 
 def _compare_weights(model: Any, folder: Path, method: str) -> int:
     """Each packed linear, dequantized by gptqmodel, against our own unpacking of the file's tensors."""
-    from quantize.engines.unpack import open_packed
+    from quantize.formats.unpack import open_packed
 
     compared = since = 0
     unpacked = open_packed(folder, method)

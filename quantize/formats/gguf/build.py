@@ -16,13 +16,13 @@ from typing import Any
 
 from pydantic import Field, field_validator
 
-from quantize.backends.base import BuildResult, Collector, Context, KeptTensor, Limits, SizePlan
-from quantize.backends.gguf_types import BITS, ELEMENT_TYPES, FTYPES, UNQUANTIZED_TYPES, base_type
 from quantize.calibration.budget import BlockMemory
-from quantize.engines.gguf_source import Expected
 from quantize.errors import PlanError, QuantizeError, VerifyError, disk_errors
 from quantize.events import Reporter, status, warn
 from quantize.files.gguf import GgufFile, GgufTensor, read_gguf
+from quantize.formats.base import BuildResult, Collector, Context, KeptTensor, Limits, SizePlan
+from quantize.formats.gguf.source import Expected
+from quantize.formats.gguf.types import BITS, ELEMENT_TYPES, FTYPES, UNQUANTIZED_TYPES, base_type
 from quantize.model.checkpoint import Checkpoint
 from quantize.model.source import PinnedSource, dequantized_key
 from quantize.recipe.model import BackendOptions
@@ -166,7 +166,7 @@ class GgufBackend:
 
     def collector(self, context: Context, reporter: Reporter) -> Collector:
         """Keeps the diagonal of every Gram matrix."""
-        from quantize.backends.gguf_imatrix import ImatrixCollector
+        from quantize.formats.gguf.imatrix import ImatrixCollector
 
         return ImatrixCollector(context.scratch / "imatrix.safetensors")
 
@@ -208,8 +208,8 @@ class GgufBackend:
 
     def verify(self, folder: Path, checkpoint: Checkpoint, limits: Limits, reporter: Reporter) -> Mapping[str, Any]:
         """Tensors, fields, template, tokens and predictions against the source's; load and generate in llama.cpp."""
-        from quantize.engines.gguf_check import compare_header
-        from quantize.engines.try_out import try_out
+        from quantize.formats.gguf.check import compare_header
+        from quantize.formats.gguf.try_out import try_out
 
         path = main_file(folder)
         file = read_gguf(path)
@@ -228,7 +228,7 @@ class GgufBackend:
 
     def _asked(self, checkpoint: Checkpoint, file: GgufFile, reporter: Reporter) -> Expected:
         """What the source says, asked once for all its variants."""
-        from quantize.engines.gguf_source import expected_of
+        from quantize.formats.gguf.source import expected_of
 
         pre_tokenizer = file.fields.get(PRE)
         known = pre_tokenizer if pre_tokenizer in pre_tokenizers() else None
@@ -325,7 +325,7 @@ def _file_name(intermediate: Path, options: GgufOptions) -> str:
 
 
 def _write_imatrix(context: Context, intermediate: Path, out: Path) -> None:
-    from quantize.backends.gguf_imatrix import write_from_scratch
+    from quantize.formats.gguf.imatrix import write_from_scratch
 
     assert context.calibration is not None  # the build runs the pass before it calls us
     architecture = str(read_gguf(intermediate).fields["general.architecture"])
@@ -335,7 +335,7 @@ def _write_imatrix(context: Context, intermediate: Path, out: Path) -> None:
 
 def _imatrix_bytes(context: Context, architecture: str) -> int:
     """Size of the importance matrix file, found by writing one of zeros."""
-    from quantize.backends.gguf_imatrix import write_from_scratch, write_zeros
+    from quantize.formats.gguf.imatrix import write_from_scratch, write_zeros
 
     assert context.calibration is not None  # a recipe without calibration was refused before
     scratch, out = context.scratch / "zeros.safetensors", context.scratch / "zeros.gguf"

@@ -2,7 +2,7 @@
 
 In: blocks of the calibration pass. Out: packed linears whose input channels were scaled to protect what matters, the
 inverse scales folded into the norm or linear before them. The numbers are numerics/awq.py's and folding.py's; the
-folder is backends/packed.py's.
+folder is formats/packed.py's.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
-from quantize.backends import packed
-from quantize.backends.base import Context
 from quantize.calibration.budget import BlockMemory
 from quantize.events import Reporter
+from quantize.formats import packed
+from quantize.formats.base import Context
 from quantize.model.architecture import FoldGroup, Linear, RowsSource, block_count, block_layout
 from quantize.model.checkpoint import Checkpoint
 from quantize.numerics.constants import SEARCHED_ROWS

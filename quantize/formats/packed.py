@@ -13,11 +13,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from quantize.backends.base import BuildResult, Collector, Context, KeptTensor, Limits, SizePlan
 from quantize.calibration.budget import BlockMemory
 from quantize.errors import BuildError, PlanError
 from quantize.events import Reporter, status
 from quantize.files.shards import ShardWriter, files_bytes, table_bytes
+from quantize.formats.base import BuildResult, Collector, Context, KeptTensor, Limits, SizePlan
 from quantize.model.architecture import BlockLayout, block_count, block_index, block_layout
 from quantize.model.checkpoint import CONFIG_FILES, TOKENIZER_FILES, Checkpoint
 from quantize.numerics.constants import SOLVED_ROWS
@@ -271,7 +271,7 @@ class PackedBackend:
 
     def verify(self, folder: Path, checkpoint: Checkpoint, limits: Limits, reporter: Reporter) -> Mapping[str, Any]:
         """Independent unpacking by gptqmodel, and greedy generation through transformers."""
-        from quantize.engines.packed_check import check_packed
+        from quantize.formats.packed_check import check_packed
 
         status(reporter, "", "loading in transformers with gptqmodel")
         facts: dict[str, Any] = run_step(

@@ -1,7 +1,7 @@
 """Runs a GGUF file in llama.cpp and says whether it is what its source is: every check that a build must pass.
 
 In: a file, an Expected. Out: plain facts for measurements.json, or VerifyError. Runs in a worker process. What is
-compared with what is in engines/gguf_check.py; here are the calls into llama.cpp.
+compared with what is in formats/gguf/check.py; here are the calls into llama.cpp.
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from quantize.engines import gguf_check
-from quantize.engines.gguf_source import PROBE_TOKENS, Expected
 from quantize.errors import CheckpointError, VerifyError
 from quantize.events import Reporter
 from quantize.files.gguf import GgufFile, read_gguf
+from quantize.formats.gguf import check as gguf_check
+from quantize.formats.gguf.source import PROBE_TOKENS, Expected
 from quantize.model.checkpoint import Checkpoint
 from quantize.runtimes.llama_cpp.model import Entry, ModelSettings, OpenModel
 from quantize.runtimes.llama_cpp.vocabulary import source_ends

@@ -2,7 +2,7 @@
 
 In: a checkpoint and how it was converted. Out: an Expected: the tensors and fields that llama.cpp's converter makes
 now, with some rows of each tensor, the token ids of the check's lines, and what the model itself, in transformers,
-predicts for a probe. Runs in a worker process. The side of the file is engines/gguf_check.py and try_out.py.
+predicts for a probe. Runs in a worker process. The side of the file is formats/gguf/check.py and try_out.py.
 """
 
 from __future__ import annotations

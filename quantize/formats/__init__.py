@@ -1,15 +1,15 @@
-"""The output formats: one file each, found through the entry-point group `quantize.backends`, built-in or not."""
+"""The output formats: one folder each, found through the entry-point group `quantize.formats`, built-in or not."""
 
 from __future__ import annotations
 
 from functools import cache
 from importlib.metadata import entry_points
 
-from quantize.backends.base import Backend
 from quantize.errors import UsageError
+from quantize.formats.base import Backend
 from quantize.recipe.model import BackendOptions
 
-GROUP = "quantize.backends"
+GROUP = "quantize.formats"
 
 
 @cache

@@ -1,6 +1,6 @@
 """A GGUF file held against what its source says: tensors, values, fields, template, ends, token ids, predictions.
 
-In: the file's header, what llama.cpp makes of it, an Expected of engines/gguf_source.py. Out: facts, or VerifyError
+In: the file's header, what llama.cpp makes of it, an Expected of formats/gguf/source.py. Out: facts, or VerifyError
 that names what differs. A converter may split, merge, turn or drop a tensor, so no name of the source is looked for:
 what the converter makes of the source now must be in the file, and the file must compute what the source computes.
 """
@@ -12,9 +12,9 @@ from collections.abc import Sequence
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
-from quantize.engines.gguf_source import Expected, ExpectedTensor
 from quantize.errors import VerifyError
 from quantize.files.gguf import GgufFile, GgufTensor
+from quantize.formats.gguf.source import Expected, ExpectedTensor
 from quantize.model.checkpoint import Checkpoint
 from quantize.model.shape import ModelShape
 from quantize.runtimes.llama_cpp.vocabulary import source_ends, turn_ends

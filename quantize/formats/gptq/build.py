@@ -1,7 +1,7 @@
 """The GPTQ format (v1 layout, quant_method gptq): what vLLM, SGLang and transformers with gptqmodel load.
 
 In: blocks of the calibration pass. Out: packed linears solved with their Gram matrices, group-aware order, clip
-search. The numbers are numerics/gptq.py's; the folder is backends/packed.py's.
+search. The numbers are numerics/gptq.py's; the folder is formats/packed.py's.
 """
 
 from __future__ import annotations
@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
-from quantize.backends import packed
-from quantize.backends.base import Context
 from quantize.calibration.budget import BlockMemory
 from quantize.events import Reporter, warn
+from quantize.formats import packed
+from quantize.formats.base import Context
 from quantize.model.checkpoint import Checkpoint
 from quantize.recipe.model import BackendOptions
 from quantize.system.threads import in_stages, on_threads

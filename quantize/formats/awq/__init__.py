@@ -1,0 +1,1 @@
+"""AWQ: 4-bit linears with scales folded into their neighbours."""

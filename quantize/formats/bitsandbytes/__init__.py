@@ -1,0 +1,1 @@
+"""bitsandbytes: INT8 rows and NF4 blocks."""

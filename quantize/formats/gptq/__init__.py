@@ -1,0 +1,1 @@
+"""GPTQ: linears solved against the Gram matrices of their inputs."""
