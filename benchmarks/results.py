@@ -10,7 +10,7 @@ import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from quantize.evaluate.decision import Limits, decide
+from quantize.evaluate.gates import Limits, decide
 from quantize.evaluate.record import GoldenCount, figures_of, read_record, source_lines
 from quantize.pages.collect import collect
 from quantize.pages.decision_text import headline, listed

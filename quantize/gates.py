@@ -16,7 +16,7 @@ from typing import Any
 from quantize.calibration.text import PYTHON_DOCS, topics_file
 from quantize.card import render_card
 from quantize.errors import BuildError, DiskFullError, GateError, QuantizeError, RefusedError, UsageError, VerifyError
-from quantize.evaluate.decision import SERVING_LIMITS, Decision, Figures, Limits, decide
+from quantize.evaluate.gates import SERVING_LIMITS, Decision, Figures, Limits, decide
 from quantize.evaluate.page import render_page
 from quantize.evaluate.record import NAME, decided, failed_record, figures_of, read_record, to_record
 from quantize.evaluate.session import CalibratedOn, Job, evaluate, figures, prepare_source

@@ -22,7 +22,7 @@ import quantize.model.checkpoint
 import quantize.system.untrusted
 from quantize.calibration.text import read_rows
 from quantize.errors import CheckpointError, QuantizeError, RecipeError, UsageError, VerifyError
-from quantize.evaluate.decision import sign_test
+from quantize.evaluate.gates import sign_test
 from quantize.evaluate.golden import Grade, load_golden
 from quantize.evaluate.graders import grade
 from quantize.evaluate.record import Summary

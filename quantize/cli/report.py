@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from quantize.cli.common import json_option, print_json, print_table, store_option, verbose_option
-from quantize.evaluate.decision import Decision
+from quantize.evaluate.gates import Decision
 from quantize.pages.decision_text import headline
 from quantize.pages.render import choice_data, write_report
 from quantize.store.store import Store

@@ -1,6 +1,6 @@
 """Perplexity, KL divergence and agreement of an artifact with its source.
 
-In: a Runtime with the artifact, Windows, the source's Baseline. Out: Quality, plain numbers. Limits are decision.py's.
+In: a Runtime with the artifact, Windows, the source's Baseline. Out: Quality, plain numbers. Limits are gates.py's.
 
 Kullback-Leibler divergence of source P and artifact Q, in nats, for each predicted token: sum P log(P / Q). Where only
 the source's likeliest 1,024 tokens are kept, all others count as one: that is a lower bound (the log-sum inequality;

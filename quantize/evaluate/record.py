@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from quantize.evaluate.decision import Decision, Figures, Limits
+from quantize.evaluate.gates import Decision, Figures, Limits
 
 if TYPE_CHECKING:
     from quantize.evaluate.answers import GoldenResult

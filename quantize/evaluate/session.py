@@ -17,7 +17,7 @@ from quantize.calibration.text import SELF, load_calibration_set
 from quantize.errors import CheckpointError, VerifyError
 from quantize.evaluate.answers import GoldenResult, compare_answers
 from quantize.evaluate.baseline import KIND, LIKELIEST, Baseline, baseline_key, find, record, save
-from quantize.evaluate.decision import Figures
+from quantize.evaluate.gates import Figures
 from quantize.evaluate.golden import GoldenSet, load_golden
 from quantize.evaluate.metrics import Quality, check_same_vocabulary, measure
 from quantize.evaluate.prompts import Asked, PromptTokenizer, ask

@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from quantize.engines.dequantized import Pair, matrices, pairs
 from quantize.errors import CheckpointError
+from quantize.evaluate.pairs import Pair, matrices, pairs
 from quantize.events import Reporter, note, progress
 from quantize.files.gguf import UNQUANTIZED, read_gguf
 from quantize.model.checkpoint import Checkpoint, open_checkpoint, read_chat_template, tensor_table

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from quantize.evaluate.decision import Limits
+from quantize.evaluate.gates import Limits
 from quantize.pages.collect import Entry, Subject
 from quantize.pages.production import MAX_ERROR_RATE, SERVING, Choice, Verdict
 

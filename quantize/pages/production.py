@@ -1,6 +1,6 @@
 """The production decision: figures against limits, what is missing, which artifact to serve, where to go back.
 
-In: a Subject. Out: a Verdict for each entry, and a Choice. evaluate/decision.py holds the limits; here the figures of a
+In: a Subject. Out: a Verdict for each entry, and a Choice. evaluate/gates.py holds the limits; here the figures of a
 load test are added. They are required only where the recipe sets a limit on them: otherwise what was measured is shown,
 and what was not is stated beside the decision.
 
@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
-from quantize.evaluate.decision import SERVING_LIMITS, Decision, Figures, Finding, Limits, decide
+from quantize.evaluate.gates import SERVING_LIMITS, Decision, Figures, Finding, Limits, decide
 from quantize.evaluate.record import figures_of
 from quantize.gates import UNQUANTIZED_SIZE_RATIO
 from quantize.pages.collect import Entry, Subject

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from quantize.bench.result import BenchResult, Cell
-from quantize.evaluate.decision import Finding
+from quantize.evaluate.gates import Finding
 from quantize.evaluate.record import GoldenCount, source_lines
 from quantize.pages.charts import Point, Range, heatmap, ranges, scatter
 from quantize.pages.collect import Entry, Layer, Subject

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from quantize.errors import GateError
-from quantize.evaluate.decision import Decision, Figures, Limits, decide, sign_test
+from quantize.evaluate.gates import Decision, Figures, Limits, decide, sign_test
 
 GOOD = Figures(
     mean_kl=0.004,

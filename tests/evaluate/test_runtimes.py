@@ -16,7 +16,7 @@ import pytest
 from quantize.build import build
 from quantize.errors import UsageError, VerifyError
 from quantize.evaluate.baseline import record
-from quantize.evaluate.decision import Limits, decide
+from quantize.evaluate.gates import Limits, decide
 from quantize.evaluate.metrics import Quality, measure
 from quantize.evaluate.prompts import PromptTokenizer
 from quantize.evaluate.session import Job, evaluate, figures

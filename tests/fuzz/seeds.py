@@ -164,7 +164,7 @@ def pack() -> bytes:
 
 def record() -> bytes:
     """Measurements with an evaluation's record, as the gates write it."""
-    from quantize.evaluate.decision import Limits, decide
+    from quantize.evaluate.gates import Limits, decide
     from quantize.evaluate.record import decided, to_record
     from quantize.evaluate.session import figures
     from tests.pages.measured import evaluation, prompt

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from quantize.calibration.text import read_rows
-from quantize.evaluate.decision import Limits, decide
+from quantize.evaluate.gates import Limits, decide
 from quantize.evaluate.golden import load_golden
 from quantize.evaluate.page import render_page
 from quantize.evaluate.record import Summary, figures_of, read_record

@@ -11,7 +11,7 @@ from quantize.bench.load import summarize
 from quantize.bench.result import BenchResult, MemoryUse, With
 from quantize.bench.workload import Shape
 from quantize.evaluate.answers import Answer, GoldenResult, PromptResult
-from quantize.evaluate.decision import Limits, decide
+from quantize.evaluate.gates import Limits, decide
 from quantize.evaluate.metrics import Quality
 from quantize.evaluate.record import decided, to_record
 from quantize.evaluate.session import Evaluation, figures

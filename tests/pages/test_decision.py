@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from quantize.evaluate.decision import Limits
+from quantize.evaluate.gates import Limits
 from quantize.pages.collect import Subject, collect
 from quantize.pages.decision_text import decision_text
 from quantize.pages.production import Choice, judge

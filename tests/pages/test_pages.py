@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 
-from quantize.evaluate.decision import Limits
+from quantize.evaluate.gates import Limits
 from quantize.pages.charts import Point, Range, heatmap, ranges, scatter
 from quantize.pages.collect import collect
 from quantize.pages.golden import pieces
