@@ -14,8 +14,8 @@ import time
 from collections.abc import Awaitable, Callable, Sequence
 
 from quantize.bench.client import Sample
+from quantize.bench.prompts import Shape
 from quantize.bench.result import Cell, Spread
-from quantize.bench.workload import Shape
 
 Ask = Callable[[int, float], Awaitable[Sample]]
 """Ask prompt `number`, which was due at a time of time.perf_counter()."""

@@ -114,7 +114,7 @@ def choose(format: str, kind: Kind) -> Literal["quantize", "llama-cpp-python"]:
         raise UsageError(f"llama-cpp-python's server can't serve {format}", hint="use --server quantize")
     if kind != "auto":
         return kind
-    gateway = importlib.util.find_spec("quantize.serve") is not None and _installed(("fastapi", "uvicorn"))
+    gateway = _installed(("fastapi", "uvicorn"))
     if gateway or format != "gguf":
         return "quantize"
     return "llama-cpp-python"

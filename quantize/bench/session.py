@@ -17,10 +17,10 @@ import httpx2
 
 from quantize.bench.client import Endpoint, Sample, ask, body_of, new_client
 from quantize.bench.load import closed_loop, open_loop, summarize
-from quantize.bench.memory import MemoryWatch, is_local, listener
+from quantize.bench.prompts import SHAPES, Shape, TokenRule, prompt, prompts_hash, words_text
 from quantize.bench.result import BenchResult, Cell, With
+from quantize.bench.rss import MemoryWatch, is_local, listener
 from quantize.bench.server import Kind, Server, running
-from quantize.bench.workload import SHAPES, Shape, TokenRule, prompt, prompts_hash, words_text
 from quantize.errors import BenchError, UsageError
 from quantize.events import Reporter, note, progress, status
 from quantize.store.artifact import Artifact

@@ -10,10 +10,10 @@ from typing import Any
 import click
 
 from quantize.bench.client import parse_endpoint
+from quantize.bench.prompts import SHAPES, parse_shape
 from quantize.bench.result import BenchResult, Cell, MemoryUse, Spread
 from quantize.bench.server import KINDS, Kind
 from quantize.bench.session import Settings, bench_artifact, bench_url, check_settings
-from quantize.bench.workload import SHAPES, parse_shape
 from quantize.cli.common import (
     json_option,
     print_json,

@@ -15,13 +15,14 @@ from types import SimpleNamespace
 import psutil
 import pytest
 
-from quantize.bench import memory, server
+from quantize.bench import rss as memory
+from quantize.bench import server
 from quantize.bench.client import parse_endpoint
-from quantize.bench.memory import MemoryWatch
+from quantize.bench.prompts import Shape
 from quantize.bench.result import BenchResult
+from quantize.bench.rss import MemoryWatch
 from quantize.bench.server import choose, free_port, running
 from quantize.bench.session import Settings, bench_url
-from quantize.bench.workload import Shape
 from quantize.errors import BenchError, UsageError
 from quantize.events import ListReporter
 from quantize.store.artifact import Artifact, commit, update_measurements

@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 
 from quantize.bench.client import Sample, parse_endpoint
 from quantize.bench.load import arrivals, percentile, summarize
+from quantize.bench.prompts import SHAPES, Shape, TokenRule, parse_shape, prompt
 from quantize.bench.result import BenchResult
 from quantize.bench.session import Settings, bench_url, context_for
-from quantize.bench.workload import SHAPES, Shape, TokenRule, parse_shape, prompt
 from quantize.errors import BenchError, UsageError
 from quantize.events import ListReporter
 from tests.bench.servers import FakeServer, serving

@@ -8,8 +8,8 @@ from typing import Any
 
 from quantize.bench.client import Sample
 from quantize.bench.load import summarize
+from quantize.bench.prompts import Shape
 from quantize.bench.result import BenchResult, MemoryUse, With
-from quantize.bench.workload import Shape
 from quantize.evaluate.answers import Answer, GoldenResult, PromptResult
 from quantize.evaluate.gates import Limits, decide
 from quantize.evaluate.metrics import Quality
