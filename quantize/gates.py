@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 from quantize.calibration.text import PYTHON_DOCS, topics_file
-from quantize.card import render_card
 from quantize.errors import BuildError, DiskFullError, GateError, QuantizeError, RefusedError, UsageError, VerifyError
 from quantize.evaluate.gates import SERVING_LIMITS, Decision, Figures, Limits, decide
 from quantize.evaluate.page import render_page
@@ -25,6 +24,7 @@ from quantize.events import Event, Reporter, note, status, warn
 from quantize.formats.base import Limits as RunLimits
 from quantize.model.checkpoint import Checkpoint
 from quantize.model.source import PinnedSource, dequantized_key
+from quantize.provenance.card import render_card
 from quantize.recipe.model import Recipe
 from quantize.runtimes.base import FORMATS, ModelRef
 from quantize.store.artifact import ASIDE, REFUSED, Artifact, commit, set_aside, write_measurements

@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from quantize.card import render_card
 from quantize.errors import SignatureError
+from quantize.provenance.card import render_card
 from quantize.provenance.licence import Licence, artifact_licence, check_licence
 from quantize.provenance.sbom import bill_of_materials
 from quantize.provenance.signature import sign

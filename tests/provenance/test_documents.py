@@ -19,8 +19,8 @@ from in_toto_attestation.v1 import statement_pb2
 from in_toto_attestation.v1.statement import Statement
 from packageurl import PackageURL
 
-from quantize.card import render_card
 from quantize.events import ListReporter
+from quantize.provenance.card import render_card
 from quantize.provenance.documents import write_documents
 from quantize.provenance.sbom import bill_of_materials
 from quantize.provenance.statement import RunDetails, statement

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from quantize.card import render_card
 from quantize.events import ListReporter
+from quantize.provenance.card import render_card
 from quantize.publish.retry import Retry
 from quantize.publish.send import Published, Wanted, publish
 from quantize.publish.transfer import Session
