@@ -26,11 +26,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from quantize.build import RunOptions
-from quantize.calibrated import run_pass
+from quantize.build.calibrate import run_pass
+from quantize.build.execute import RunOptions
+from quantize.build.spread.cost import BlockCost, block_costs
+from quantize.build.spread.trace import Span, overlap_seconds, read_trace
 from quantize.calibration.spread import Spread
-from quantize.cluster.cost import BlockCost, block_costs
-from quantize.cluster.trace import Span, overlap_seconds, read_trace
 from quantize.cluster.units import ClusterOptions, build_on_cluster
 from quantize.events import SilentReporter
 from quantize.formats import backends, formats

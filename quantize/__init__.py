@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from quantize import errors
     from quantize.api import build, load_recipe, plan, rebuild
-    from quantize.build import Outcome
+    from quantize.build.execute import Outcome
+    from quantize.build.plan import Plan
+    from quantize.build.rebuild import Rebuild
     from quantize.events import Event, Reporter
-    from quantize.plan import Plan
-    from quantize.rebuild import Rebuild
     from quantize.recipe.model import Recipe
     from quantize.store.artifact import Artifact
     from quantize.store.store import Store
@@ -44,9 +44,9 @@ __all__ = [
 _HOMES = {
     "Artifact": "quantize.store.artifact",
     "Event": "quantize.events",
-    "Outcome": "quantize.build",
-    "Plan": "quantize.plan",
-    "Rebuild": "quantize.rebuild",
+    "Outcome": "quantize.build.execute",
+    "Plan": "quantize.build.plan",
+    "Rebuild": "quantize.build.rebuild",
     "Recipe": "quantize.recipe.model",
     "Reporter": "quantize.events",
     "Store": "quantize.store.store",
@@ -71,7 +71,7 @@ def __dir__() -> list[str]:
 
 
 class _Package(ModuleType):
-    """This module, where `quantize.build` is the function.
+    """This module, where `quantize.build.execute` is the function.
 
     The import system would set the attribute to the submodule of that name whenever that is imported, by whomever.
     """

@@ -11,14 +11,14 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from quantize.build import Outcome, RunOptions
-from quantize.build import build as run_build
+from quantize.build.execute import Outcome, RunOptions
+from quantize.build.execute import build as run_build
+from quantize.build.plan import Plan, make_plan
+from quantize.build.rebuild import Given, Rebuild, rebuild_folders
+from quantize.build.rebuild import rebuild as run_rebuild
 from quantize.events import Reporter, SilentReporter
 from quantize.formats import formats
 from quantize.formats.base import Limits
-from quantize.plan import Plan, make_plan
-from quantize.rebuild import Given, Rebuild, rebuild_folders
-from quantize.rebuild import rebuild as run_rebuild
 from quantize.recipe.model import Recipe
 from quantize.recipe.model import load_recipe as read_recipe
 from quantize.store.artifact import Artifact

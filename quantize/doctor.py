@@ -20,7 +20,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 from quantize import DISTRIBUTION, __version__
-from quantize.disk import disk_free_bytes
+from quantize.build.disk import disk_free_bytes
 from quantize.errors import UsageError, install_line
 from quantize.formats import backends
 from quantize.serve.preflight import HELPERS

@@ -12,7 +12,7 @@ from pathlib import Path
 import click.testing
 import pytest
 
-from quantize.build import Outcome, RunOptions, build
+from quantize.build.execute import Outcome, RunOptions, build
 from quantize.cli import main
 from quantize.events import ListReporter
 from quantize.formats import formats

@@ -103,7 +103,7 @@ class Inline(Command):
 
         self.disk.resize(full_at or ROOM)
         with _steps_inline(), self._watched(), mock.patch.dict(os.environ, self._environment):
-            builder = import_module("quantize.build")._Build
+            builder = import_module("quantize.build.execute")._Build
             unchecked = mock.patch.object(builder, "_check_room") if full_at else contextlib.nullcontext()
             with unchecked, contextlib.redirect_stderr(io.StringIO()):
                 result = click.testing.CliRunner().invoke(main, self._command[3:], prog_name="quantize")

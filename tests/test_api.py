@@ -79,15 +79,15 @@ def test_every_public_name_is_there_and_says_what_it_is(name: str) -> None:
 def test_a_function_is_never_its_module() -> None:
     """Whoever imports the submodules, in whatever order."""
     code = (
-        "import quantize.rebuild, quantize.plan, quantize.build\n"
+        "import quantize.build.rebuild, quantize.build.plan, quantize.build.execute\n"
         "from quantize import build, plan, rebuild\n"
-        "from quantize.build import Outcome\n"
+        "from quantize.build.execute import Outcome\n"
         "assert Outcome is quantize.Outcome\n"
-        "print(build.__module__, plan.__module__, rebuild.__module__, quantize.build is build)"
+        "print(build.__module__, plan.__module__, rebuild.__module__, quantize.build.execute is build)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert (done.stdout, done.stderr) == ("quantize.api quantize.api quantize.api True\n", "")
-    assert import_module("quantize.build").build is not quantize.build
+    assert import_module("quantize.build.execute").build is not quantize.build.execute
 
 
 def test_an_unknown_name_is_no_attribute() -> None:
@@ -119,10 +119,10 @@ def test_a_recipe_by_path_text_and_name(tiny: Path, tmp_path: Path) -> None:
 def test_plan_and_build_take_the_places_that_they_are_given(tiny: Path, tmp_path: Path) -> None:
     path, reporter = write_recipe(tmp_path / "mine.yaml", tiny, Q8), ListReporter()
     places = {"store": tmp_path / "mine", "cache": tmp_path / "scratch"}
-    plan = quantize.plan(path, **places, reporter=reporter)  # type: ignore[arg-type]
+    plan = quantize.build.plan(path, **places, reporter=reporter)  # type: ignore[arg-type]
     (job,) = plan.jobs
     assert job.size is not None
-    (outcome,) = quantize.build(path, evaluate=False, reporter=reporter, **places)  # type: ignore[arg-type]
+    (outcome,) = quantize.build.execute(path, evaluate=False, reporter=reporter, **places)  # type: ignore[arg-type]
     assert (outcome.state, outcome.error) == ("built", None)
     assert outcome.artifact is not None
     assert outcome.artifact.folder.is_relative_to(tmp_path / "mine")
@@ -136,21 +136,21 @@ def test_plan_and_build_take_the_places_that_they_are_given(tiny: Path, tmp_path
 def test_wrong_limits_are_usage_errors(tiny: Path, tmp_path: Path) -> None:
     path = write_recipe(tmp_path / "mine.yaml", tiny, Q8)
     with pytest.raises(UsageError, match="'lots' is no size"):
-        quantize.plan(path, memory_budget="lots")
+        quantize.build.plan(path, memory_budget="lots")
     with pytest.raises(UsageError, match="device 'tpu' is none"):
-        quantize.plan(path, device="tpu")
+        quantize.build.plan(path, device="tpu")
     with pytest.raises(UsageError, match="the recipe has no variant 'q9'"):
-        quantize.build(path, only=["q9"])
+        quantize.build.execute(path, only=["q9"])
 
 
 def test_rebuild_keeps_what_it_is_told_to(tiny: Path, tmp_path: Path) -> None:
     path = write_recipe(tmp_path / "mine.yaml", tiny, Q8)
-    quantize.build(path, evaluate=False)
-    kept = quantize.rebuild("mine/q8_0", keep=tmp_path / "kept")
+    quantize.build.execute(path, evaluate=False)
+    kept = quantize.build.rebuild("mine/q8_0", keep=tmp_path / "kept")
     assert (kept.identical, kept.rebuilt.folder) == (True, tmp_path / "kept")
     with pytest.raises(UsageError, match="kept: is there already"):
-        quantize.rebuild("mine/q8_0", keep=tmp_path / "kept")
-    assert not quantize.rebuild(kept.artifact).rebuilt.folder.exists()
+        quantize.build.rebuild("mine/q8_0", keep=tmp_path / "kept")
+    assert not quantize.build.rebuild(kept.artifact).rebuilt.folder.exists()
 
 
 # --- README -----------------------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from quantize.build import RunOptions, build
+from quantize.build.execute import RunOptions, build
 from quantize.events import SilentReporter
 from quantize.formats import formats
 from quantize.recipe.model import load_recipe

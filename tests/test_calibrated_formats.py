@@ -19,7 +19,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from quantize.build import RunOptions, build
+from quantize.build.execute import RunOptions, build
+from quantize.build.plan import make_plan
 from quantize.calibration.budget import pass_bytes
 from quantize.cli import main
 from quantize.errors import VerifyError
@@ -27,7 +28,6 @@ from quantize.events import ListReporter
 from quantize.formats import backends, formats
 from quantize.formats.base import Limits
 from quantize.model.checkpoint import open_checkpoint
-from quantize.plan import make_plan
 from quantize.recipe.model import Recipe, load_recipe
 from quantize.store.artifact import Artifact
 from quantize.store.manifest import read_manifest

@@ -15,7 +15,7 @@ import click.testing
 import pytest
 
 from quantize import __version__
-from quantize.build import Outcome
+from quantize.build.execute import Outcome
 from quantize.cli import COMMANDS, main
 from quantize.cli.build import summary
 from quantize.errors import GateError, PlanError, QuantizeError, RefusedError, StoreError, UsageError, WorkerDied
@@ -64,7 +64,7 @@ def test_start_imports_nothing_heavy(start: str) -> None:
 def test_no_command_needs_torch_to_say_up_to_date(tmp_path: Path) -> None:
     """Planning modules, the store and the GGUF backend: all that a second build goes through."""
     code = (
-        "import sys, quantize.build, quantize.store.store, quantize.formats as b; b.backends()\n"
+        "import sys, quantize.build.execute, quantize.store.store, quantize.formats as b; b.backends()\n"
         "heavy = {'torch', 'transformers', 'numpy', 'gguf', 'llama_cpp'}\n"
         "print(*sorted({name.partition('.')[0] for name in sys.modules} & heavy))"
     )

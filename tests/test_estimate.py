@@ -216,7 +216,8 @@ def test_only_matrices_that_are_rearranged_count_twice() -> None:
 
 def test_nothing_heavy_is_imported() -> None:
     heavy = "('torch', 'numpy', 'transformers')"
-    code = f"import sys, quantize.estimate.fit, quantize.system.machine; print([name for name in {heavy} if name in sys.modules])"
+    modules = "quantize.estimate.fit, quantize.system.machine"
+    code = f"import sys, {modules}; print([name for name in {heavy} if name in sys.modules])"
     answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert answer.stdout.strip() == "[]"
 

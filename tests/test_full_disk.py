@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from quantize.disk import Needs, Room, disk_short, rooms, temporary_root
+from quantize.build.disk import Needs, Room, disk_short, rooms, temporary_root
 from quantize.errors import DiskFullError, StoreError, disk_errors
 from quantize.system.cache import Cache
 from quantize.testing import FakeBackend, TinyModel, make_checkpoint, write_recipe
@@ -234,7 +234,7 @@ def test_a_name_that_is_too_long_for_the_file_system(tiny: Path, tmp_path: Path,
 def test_temporary_files_go_where_there_is_room(disk: SmallDisk, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tempfile.tempdir", str(disk.folder))
     assert temporary_root() == Path("/dev/shm")
-    monkeypatch.setattr("quantize.disk.MEMORY_FOLDER", disk.folder)
+    monkeypatch.setattr("quantize.build.disk.MEMORY_FOLDER", disk.folder)
     with pytest.raises(DiskFullError, match="no room for temporary files") as caught:
         temporary_root()
     assert "TMPDIR" in str(caught.value.hint)

@@ -14,12 +14,12 @@ from typing import Any
 import numpy as np
 import pytest
 
+import quantize.build.judge as gates_module
 import quantize.formats.gguf.build as gguf_backend
-import quantize.gates as gates_module
+from quantize.build.judge import RUNS
 from quantize.evaluate.structure import NEAR, QUANTIZED, TEMPLATE, Intended, check_structure
 from quantize.events import SilentReporter
 from quantize.formats.gguf.build import GgufBackend
-from quantize.gates import RUNS
 from quantize.model.checkpoint import open_checkpoint
 from quantize.runtimes.base import ModelRef
 from quantize.runtimes.llama_cpp.quantize import QuantizeSettings
@@ -195,7 +195,7 @@ def test_the_good_build_before_it_stays_current(
     write: Write, run: Run, store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     good, _ = outcome(run, write())
-    monkeypatch.setattr(import_module("quantize.plan"), "tool_versions", lambda _: {"llama-cpp-python": "99.0"})
+    monkeypatch.setattr(import_module("quantize.build.plan"), "tool_versions", lambda _: {"llama-cpp-python": "99.0"})
     refused, code = outcome(run, write(gates=IMPOSSIBLE))
     assert (refused["state"], code) == ("refused", 3)
     (artifact,) = store.artifacts()

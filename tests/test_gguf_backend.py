@@ -15,7 +15,7 @@ import llama_cpp
 import numpy as np
 import pytest
 
-from quantize.build import build
+from quantize.build.execute import build
 from quantize.events import SilentReporter
 from quantize.formats import formats
 from quantize.formats.gguf.types import ELEMENT_TYPES, FTYPES
@@ -107,7 +107,7 @@ def test_bytes_are_those_of_llama_cpp_called_directly(kind: str, threads: int, b
 
 def test_the_same_inputs_elsewhere_give_the_same_digests(built: Built, tmp_path: Path) -> None:
     """Another folder, store, cache, recipe file and number of threads: nothing of them may be in the bytes."""
-    from quantize.build import RunOptions
+    from quantize.build.execute import RunOptions
     from quantize.formats.base import Limits
 
     model = Path(shutil.copytree(str(built.recipe.source.model), tmp_path / "elsewhere" / "tiny"))

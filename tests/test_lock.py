@@ -14,10 +14,10 @@ from typing import Any
 import pytest
 import yaml
 
+from quantize.build.lockfile import Lock, hold, lock_path, make_lock, read_lock
 from quantize.calibration.text import load_calibration_set
 from quantize.events import ListReporter, SilentReporter
 from quantize.formats import formats
-from quantize.lock import Lock, hold, lock_path, make_lock, read_lock
 from quantize.recipe.model import load_recipe
 from quantize.system.cache import Cache
 from quantize.system.processor import device_name
@@ -141,7 +141,7 @@ def test_a_tool_in_another_version(locked: Path, run: Run, monkeypatch: pytest.M
 
 def test_a_build_key_by_itself_is_named_too(locked: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     """Another way to make keys: nothing else tells it."""
-    monkeypatch.setattr(import_module("quantize.plan"), "BUILD_KEY_VERSION", 99)
+    monkeypatch.setattr(import_module("quantize.build.plan"), "BUILD_KEY_VERSION", 99)
     assert "variants.int4.build_key: " in refusal(run, locked)
 
 

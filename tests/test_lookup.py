@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 
+from quantize.build.judge import Judge
+from quantize.build.lockfile import lock_path
 from quantize.calibration.text import identify
 from quantize.errors import RecipeError, UsageError
 from quantize.events import ListReporter
 from quantize.formats import formats
-from quantize.gates import Judge
-from quantize.lock import lock_path
 from quantize.model.source import pin_source
 from quantize.recipe.model import load_calibration, load_recipe
 from quantize.system.cache import Cache

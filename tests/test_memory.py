@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from quantize.calibrated import _Part, _states_budget
+from quantize.build.calibrate import _Part, _states_budget
 from quantize.calibration.budget import BASE_BYTES, BlockMemory, largest_block, least_bytes, memory_short, pass_bytes
 from quantize.errors import PlanError
 from quantize.events import SilentReporter

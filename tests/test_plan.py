@@ -10,11 +10,11 @@ from unittest import mock
 
 import pytest
 
-from quantize.disk import PAPERS_BYTES, disk_free_bytes
+from quantize.build.disk import PAPERS_BYTES, disk_free_bytes
+from quantize.build.plan import Plan, make_plan
 from quantize.errors import PlanError, UsageError
 from quantize.events import SilentReporter
 from quantize.formats import backends, formats
-from quantize.plan import Plan, make_plan
 from quantize.recipe.model import load_recipe
 from quantize.store.store import Store
 from quantize.system.cache import Cache
@@ -92,8 +92,8 @@ def test_the_table_and_the_json(tiny: Path, tmp_path: Path, run: Run) -> None:
 def test_a_disk_that_is_too_small_refuses(
     tiny: Path, tmp_path: Path, run: Run, store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("quantize.disk.disk_free_bytes", lambda _: 1_000_000)
-    monkeypatch.setattr(import_module("quantize.build"), "disk_free_bytes", lambda _: 1_000_000)
+    monkeypatch.setattr("quantize.build.disk.disk_free_bytes", lambda _: 1_000_000)
+    monkeypatch.setattr(import_module("quantize.build.execute"), "disk_free_bytes", lambda _: 1_000_000)
     path = write_recipe(tmp_path / "demo.yaml", tiny, FAKE)
     result = run("plan", path, "--json")
     assert result.exit_code == 3

@@ -10,7 +10,7 @@ from typing import Any
 import gguf
 import pytest
 
-from quantize.build import build
+from quantize.build.execute import build
 from quantize.events import SilentReporter
 from quantize.formats import formats
 from quantize.formats.base import Limits

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from quantize.cluster.pool import Actor
+from quantize.build.spread.pool import Actor
 from quantize.events import SilentReporter
 from quantize.numerics.gptq import _round_block
 from quantize.numerics.gram import GramAccumulator

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from quantize.build.find_source import find_source
 from quantize.errors import CheckpointError, VerifyError
 from quantize.events import SilentReporter
 from quantize.model.source import pin_address
-from quantize.reopen import find_source
 from quantize.store.artifact import Artifact, open_artifact
 from quantize.store.manifest import RECIPE_NAME
 from quantize.system.cache import Cache

@@ -19,7 +19,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from quantize import calibrated
+from quantize.build import calibrate as calibrated
 from quantize.errors import Stopped
 from quantize.events import ListReporter, SilentReporter
 from quantize.files.shards import ShardWriter

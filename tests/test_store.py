@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import yaml
 
-from quantize.build import Outcome, RunOptions, build
+from quantize.build.execute import Outcome, RunOptions, build
 from quantize.errors import BuildError, DiskFullError, GateError, PlanError, StoreError, UsageError, VerifyError
 from quantize.events import ListReporter, SilentReporter
 from quantize.formats import formats
@@ -144,7 +144,7 @@ def test_another_version_of_a_tool_is_another_build(
 ) -> None:
     build_all(recipe(INT8), store, cache)
     versions = {"numpy": "99.0", "quantize": "99.0"}
-    monkeypatch.setattr(import_module("quantize.plan"), "tool_versions", lambda _: versions)
+    monkeypatch.setattr(import_module("quantize.build.plan"), "tool_versions", lambda _: versions)
     (outcome,) = build_all(recipe(INT8), store, cache)
     assert (outcome.state, fake.built) == ("built", ["int8", "int8"])
 
@@ -286,7 +286,7 @@ def two_builds(
     build_all(recipe(INT8), store, cache)
     (old,) = store.artifacts()
     with monkeypatch.context() as patch:
-        patch.setattr(import_module("quantize.plan"), "tool_versions", lambda _: {"numpy": "99.0"})
+        patch.setattr(import_module("quantize.build.plan"), "tool_versions", lambda _: {"numpy": "99.0"})
         build_all(recipe(INT8), store, cache)
     (new,) = [item for item in store.artifacts() if store.is_current(item)]
     return old.manifest, new.manifest

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from quantize.build import Outcome, RunOptions, build
+from quantize.build.execute import Outcome, RunOptions, build
+from quantize.build.lockfile import hold, lock_path, read_lock
 from quantize.cli.common import (
     json_option,
     limits_options,
@@ -25,7 +26,6 @@ from quantize.cli.common import (
 from quantize.cli.progress import console_reporter
 from quantize.errors import QuantizeError, UsageError, WorkerDied
 from quantize.evaluate.record import COLUMNS, source_lines
-from quantize.lock import hold, lock_path, read_lock
 from quantize.recipe.model import Recipe
 from quantize.store.store import Store
 from quantize.system.sizes import size_text
@@ -105,7 +105,7 @@ def _cluster_options(
                 f"{'--watch' if watch else '--trace'} is for builds on a cluster", hint="add --cluster local"
             )
         return None
-    from quantize.cluster.session import check_address, ray_module
+    from quantize.build.spread.session import check_address, ray_module
     from quantize.cluster.units import ClusterOptions
 
     check_address(address)

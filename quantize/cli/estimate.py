@@ -8,6 +8,7 @@ from typing import Any
 
 import click
 
+from quantize.build.subjects import Subject, siblings, subjects
 from quantize.cli.common import (
     json_option,
     open_cache,
@@ -35,7 +36,6 @@ from quantize.estimate.vram import (
 from quantize.store.store import Store
 from quantize.system.machine import detect
 from quantize.system.sizes import memory_text
-from quantize.workloads import Subject, siblings, subjects
 
 KV_TYPES = {"16": "f16", "8": "q8_0", "4": "q4_0"}
 DEFAULT_CONTEXT = 4096

@@ -7,6 +7,8 @@ from typing import Any
 
 import click
 
+from quantize.build.evaluate_again import find_targets, reevaluate
+from quantize.build.settle import Settled
 from quantize.cli.common import (
     json_option,
     make_limits,
@@ -21,8 +23,6 @@ from quantize.cli.common import (
 )
 from quantize.cli.progress import console_reporter
 from quantize.evaluate.record import GoldenCount, source_lines
-from quantize.gates import Settled
-from quantize.reevaluate import find_targets, reevaluate
 from quantize.store.store import Store
 
 COLUMNS = [

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import click
 
+from quantize.build.lockfile import Lock, LockDifference, differences, lock_path, make_lock, read_lock, write_lock
 from quantize.cli.common import json_option, open_cache, open_recipe, print_json, quiet_option, verbose_option
 from quantize.cli.progress import console_reporter
 from quantize.errors import UsageError
-from quantize.lock import Lock, LockDifference, differences, lock_path, make_lock, read_lock, write_lock
 
 
 @click.command("lock")

@@ -8,6 +8,8 @@ from typing import Any
 
 import click
 
+from quantize.build.job import Job
+from quantize.build.plan import Plan, make_plan
 from quantize.cli.common import (
     json_option,
     limits_options,
@@ -21,7 +23,6 @@ from quantize.cli.common import (
     verbose_option,
 )
 from quantize.cli.progress import console_reporter
-from quantize.plan import Job, Plan, make_plan
 from quantize.store.store import Store
 from quantize.system.sizes import size_text
 

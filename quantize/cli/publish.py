@@ -8,6 +8,7 @@ from typing import Any
 
 import click
 
+from quantize.build.evaluate_again import find_targets
 from quantize.cli.common import (
     json_option,
     print_json,
@@ -24,7 +25,6 @@ from quantize.publish.pins import pin
 from quantize.publish.policy import own_policy, read_policy
 from quantize.publish.send import Published, Wanted, publish
 from quantize.publish.transfer import Session
-from quantize.reevaluate import find_targets
 from quantize.store.store import PINS_NAME, Store
 from quantize.system.lookup import SUFFIXES
 from quantize.system.sizes import size_text

@@ -8,6 +8,7 @@ from typing import Any
 
 import click
 
+from quantize.build.rebuild import Given, Rebuild, rebuild, rebuild_folders
 from quantize.cli.common import (
     json_option,
     limits_options,
@@ -21,7 +22,6 @@ from quantize.cli.common import (
 )
 from quantize.cli.progress import console_reporter
 from quantize.errors import RefusedError
-from quantize.rebuild import Given, Rebuild, rebuild, rebuild_folders
 from quantize.store.store import Store
 
 SHOWN_TENSORS = 20

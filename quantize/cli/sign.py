@@ -8,12 +8,12 @@ from pathlib import Path
 
 import click
 
+from quantize.build.evaluate_again import find_artifacts
 from quantize.cli.common import json_option, print_json, store_option, verbose_option
 from quantize.errors import UsageError
 from quantize.provenance.documents import write_documents
 from quantize.provenance.signature import PASSWORD_VARIABLE, sign, sign_with_sigstore
 from quantize.provenance.statement import RunDetails, known_run
-from quantize.reevaluate import find_artifacts
 from quantize.store.artifact import Artifact
 from quantize.store.staging import store_errors, variant_lock
 from quantize.store.store import Store

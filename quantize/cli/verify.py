@@ -6,6 +6,7 @@ from pathlib import Path
 
 import click
 
+from quantize.build.find_source import reopen_source
 from quantize.cli.common import (
     json_option,
     make_limits,
@@ -20,7 +21,6 @@ from quantize.cli.progress import console_reporter
 from quantize.errors import UsageError
 from quantize.formats import backends
 from quantize.provenance.signature import Trust
-from quantize.reopen import reopen_source
 from quantize.store.store import Store
 from quantize.store.verify import check_files
 

@@ -13,15 +13,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from quantize.build import Outcome, RunOptions, build, drop_intermediates
+from quantize.build.execute import Outcome, RunOptions, build, drop_intermediates
+from quantize.build.plan import pin_calibration
+from quantize.build.spread.session import Node, able_nodes, cause_of, connected, working_nodes
+from quantize.build.spread.trace import Span, check_trace, read_trace, write_trace
 from quantize.calibration.spread import Spread
-from quantize.cluster.session import Node, able_nodes, cause_of, connected, working_nodes
-from quantize.cluster.trace import Span, check_trace, read_trace, write_trace
 from quantize.errors import BuildError, QuantizeError, UsageError, first_line
 from quantize.events import Event, Reporter, note, status
 from quantize.formats import backends
 from quantize.model.source import pin_source
-from quantize.plan import pin_calibration
 from quantize.recipe.model import Recipe
 from quantize.store.store import Store
 from quantize.system.cache import Cache

@@ -15,9 +15,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
+from quantize.build.judge import UNQUANTIZED_SIZE_RATIO
 from quantize.evaluate.gates import SERVING_LIMITS, Decision, Figures, Finding, Limits, decide
 from quantize.evaluate.record import figures_of
-from quantize.gates import UNQUANTIZED_SIZE_RATIO
 from quantize.pages.collect import Entry, Subject
 
 MAX_ERROR_RATE = 0.01

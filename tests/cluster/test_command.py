@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from quantize.cluster.session import Node
-from quantize.cluster.trace import read_trace
+from quantize.build.spread.session import Node
+from quantize.build.spread.trace import read_trace
 from quantize.cluster.units import Sizes
 from quantize.errors import UsageError
 from quantize.testing import TinyModel, make_checkpoint, write_recipe
@@ -41,9 +41,8 @@ def test_without_ray_it_says_how_to_install_it(
 
 
 def test_a_build_without_a_cluster_imports_no_ray() -> None:
-    code = (
-        "import sys, quantize.cli.build, quantize.calibrated, quantize.cluster.units; assert 'ray' not in sys.modules"
-    )
+    modules = "quantize.cli.build, quantize.build.calibrate, quantize.cluster.units"
+    code = f"import sys, {modules}; assert 'ray' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
 
 

@@ -8,13 +8,13 @@ from unittest.mock import MagicMock
 
 import pytest
 
+from quantize.build.spread.cost import block_costs
+from quantize.build.spread.passwork import deal
+from quantize.build.spread.pool import Machine, Pool, Worker
+from quantize.build.spread.run import MOST_IN_FLIGHT, SpreadPass
+from quantize.build.spread.trace import Span, check_trace, overlap_seconds, read_trace, write_trace
 from quantize.calibration.block_runner import ROUND_BATCHES
 from quantize.calibration.spread import Spread
-from quantize.cluster.cost import block_costs
-from quantize.cluster.passwork import deal
-from quantize.cluster.pool import Machine, Pool, Worker
-from quantize.cluster.spread import MOST_IN_FLIGHT, SpreadPass
-from quantize.cluster.trace import Span, check_trace, overlap_seconds, read_trace, write_trace
 from quantize.errors import BuildError, PlanError, UsageError
 from quantize.events import ListReporter, SilentReporter
 from quantize.model.checkpoint import open_checkpoint

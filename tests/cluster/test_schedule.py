@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from quantize.cluster.schedule import COMPLETE, FORWARD, SOLVE, Schedule, Task
+from quantize.build.spread.schedule import COMPLETE, FORWARD, SOLVE, Schedule, Task
 
 
 @dataclass(frozen=True)

@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 
-from quantize import calibrated
+from quantize.build import calibrate as calibrated
+from quantize.build.spread.schedule import FORWARD, SOLVE
+from quantize.build.spread.trace import overlap_seconds, read_trace
 from quantize.calibration.spread import Spread
-from quantize.cluster.schedule import FORWARD, SOLVE
-from quantize.cluster.trace import overlap_seconds, read_trace
 from quantize.errors import Stopped
 from quantize.events import Event, ListReporter, SilentReporter
 from quantize.formats import formats

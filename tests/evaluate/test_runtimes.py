@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from quantize.build import build
+from quantize.build.execute import build
 from quantize.errors import UsageError, VerifyError
 from quantize.evaluate.baseline import record
 from quantize.evaluate.gates import Limits, decide

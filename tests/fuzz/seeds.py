@@ -132,7 +132,7 @@ def manifest() -> bytes:
 
 def recipe_lock() -> bytes:
     """A recipe's lock, sealed."""
-    from quantize.lock import Lock
+    from quantize.build.lockfile import Lock
 
     source = {
         "uri": "u",

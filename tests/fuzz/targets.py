@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from quantize.build.lockfile import read_lock
 from quantize.calibration.text import read_rows
 from quantize.evaluate.gates import Limits, decide
 from quantize.evaluate.golden import load_golden
@@ -21,7 +22,6 @@ from quantize.files.gguf import read_gguf, read_summary
 from quantize.files.imatrix import read_imatrix
 from quantize.files.safetensors import INDEX_NAME, read_header
 from quantize.formats import formats
-from quantize.lock import read_lock
 from quantize.model.architecture import TABLE, block_count, block_layout, tensor_role
 from quantize.model.checkpoint import open_checkpoint, tensor_table
 from quantize.model.shape import ModelShape, gguf_shape

@@ -78,7 +78,7 @@ def test_outlier_channels_are_protected_and_clipping_helps() -> None:
 
 def test_the_search_takes_what_the_cost_model_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     """At most so many points, and of a tall weight so many rows."""
-    from quantize.cluster.cost import AWQ_POINTS
+    from quantize.build.spread.cost import AWQ_POINTS
     from quantize.numerics import awq
     from quantize.numerics.constants import SEARCHED_ROWS
 

@@ -11,7 +11,7 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat
 
-from quantize.build import build
+from quantize.build.execute import build
 from quantize.events import ListReporter
 from quantize.formats import formats
 from quantize.recipe.model import load_recipe

@@ -1,7 +1,7 @@
 """What `estimate` can be asked about -> the models behind it, from headers alone.
 
 In: a recipe, a checkpoint folder, a GGUF file, or an artifact. Out: Subjects: name, format, shape, bytes of weights.
-Arithmetic is left to estimate.py and fit.py.
+Arithmetic is left to estimate/.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from quantize.build.plan import make_plan
 from quantize.errors import UsageError
 from quantize.events import Reporter
 from quantize.files.gguf import read_gguf
@@ -16,7 +17,6 @@ from quantize.formats import formats
 from quantize.formats.base import Limits
 from quantize.model.checkpoint import open_checkpoint, read_json, tensor_table
 from quantize.model.shape import ModelShape, gguf_shape
-from quantize.plan import make_plan
 from quantize.recipe.model import load_recipe
 from quantize.store.artifact import Artifact
 from quantize.store.manifest import FILE_NAME

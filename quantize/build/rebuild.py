@@ -17,10 +17,13 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from quantize.assemble import Made, assemble
-from quantize.calibrated import run_pass
+from quantize.build.assemble import Made, assemble
+from quantize.build.calibrate import run_pass
+from quantize.build.disk import disk_free_bytes, disk_short
+from quantize.build.find_source import find_source
+from quantize.build.job import Job
+from quantize.build.plan import identify_jobs
 from quantize.calibration.text import LOCAL_SUFFIXES, summarize_tokens
-from quantize.disk import disk_free_bytes, disk_short
 from quantize.errors import PlanError, RecipeError, StoreError, UsageError, VerifyError
 from quantize.events import Reporter, note, status, warn
 from quantize.files.compare import TensorDifference, can_compare, compare_metadata, compare_weights
@@ -28,9 +31,7 @@ from quantize.formats import backends
 from quantize.formats.base import Context, Limits
 from quantize.model.checkpoint import Checkpoint
 from quantize.model.source import PinnedSource, open_source
-from quantize.plan import Job, identify_jobs
 from quantize.recipe.model import CalibrationSpec, EvaluationSpec, Recipe, Source, Variant
-from quantize.reopen import find_source
 from quantize.store.artifact import Artifact
 from quantize.store.manifest import FILE_NAME, RECIPE_NAME, FileEntry, Manifest
 from quantize.store.store import Store

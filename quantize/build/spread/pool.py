@@ -13,14 +13,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from quantize.build.spread.session import cause_of, nodes
 from quantize.calibration.spread import Spread
-from quantize.cluster.session import cause_of, nodes
 from quantize.errors import BuildError, PlanError, QuantizeError, first_line
 from quantize.events import Event, Reporter, note, warn
 
 if TYPE_CHECKING:
+    from quantize.build.spread.passwork import PassPlan
     from quantize.calibration.stream import Precision
-    from quantize.cluster.passwork import PassPlan
 
 PROBE_NAME = ".seen-by-all"
 POLL_SECONDS = 1.0
@@ -230,7 +230,7 @@ class Actor:
         """Get ready for the pass."""
         import torch
 
-        from quantize.cluster.passwork import PassWorker
+        from quantize.build.spread.passwork import PassWorker
 
         torch.set_num_threads(plan.parts[0][1].limits.threads)
         self._work = PassWorker(plan)

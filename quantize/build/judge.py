@@ -1,7 +1,7 @@
-"""Measures a finished build against its source, holds it against the gates of its recipe, and puts it where it belongs.
+"""Measures a finished build against its source, and holds it against the gates of its recipe.
 
-In: a recipe, its pinned source, a complete artifact. Out: a Decision, what was measured beside the manifest, and the
-artifact among the good builds or aside. Figures that are there already are decided on again in no time.
+In: a recipe, its pinned source, a complete artifact. Out: a decision, and the record of what was
+measured. Where the artifact goes is left to settle.py. Figures that are there already are decided on again in no time.
 """
 
 from __future__ import annotations
@@ -14,24 +14,20 @@ from pathlib import Path
 from typing import Any
 
 from quantize.calibration.text import PYTHON_DOCS, topics_file
-from quantize.errors import BuildError, DiskFullError, GateError, QuantizeError, RefusedError, UsageError, VerifyError
+from quantize.errors import BuildError, DiskFullError, QuantizeError, RefusedError, UsageError, VerifyError
 from quantize.evaluate.gates import SERVING_LIMITS, Decision, Figures, Limits, decide
-from quantize.evaluate.page import render_page
-from quantize.evaluate.record import NAME, decided, failed_record, figures_of, read_record, to_record
+from quantize.evaluate.record import decided, failed_record, figures_of, read_record, to_record
 from quantize.evaluate.session import CalibratedOn, Job, evaluate, figures, prepare_source
 from quantize.evaluate.structure import Intended
-from quantize.events import Event, Reporter, note, status, warn
+from quantize.events import Event, Reporter, note
 from quantize.formats.base import Limits as RunLimits
 from quantize.model.checkpoint import Checkpoint
 from quantize.model.source import PinnedSource, dequantized_key
-from quantize.provenance.card import render_card
 from quantize.recipe.model import Recipe
 from quantize.runtimes.base import FORMATS, ModelRef
-from quantize.store.artifact import ASIDE, REFUSED, Artifact, commit, set_aside, write_measurements
-from quantize.store.manifest import CARD_NAME, EVALUATION_NAME, RECIPE_NAME, AcceptedRisk, Manifest, canonical_hash
-from quantize.store.staging import store_errors
+from quantize.store.artifact import Artifact
+from quantize.store.manifest import Manifest, canonical_hash
 from quantize.system.cache import Cache
-from quantize.system.files import write_text
 from quantize.system.lookup import GOLDEN, Found, builtin_files, find_data
 from quantize.system.machine import describe_machine
 from quantize.system.process import run_step
@@ -183,117 +179,6 @@ class Judge:
             "source": {"name": source.name, "uri": source.uri, "revision": source.revision, "digest": source.digest},
             "machine": describe_machine(),
         }
-
-
-@dataclass(frozen=True)
-class Settled:
-    """Where an artifact is now, and the error if its gates refuse it; judgement is None if it was not evaluated."""
-
-    artifact: Artifact
-    judgement: Judgement | None
-    error: GateError | None = None
-
-
-class Gates:
-    """Holds the gates over artifacts of one store. evaluate: measure what is not known; else it passes unmeasured.
-
-    accept_risk: why an artifact that is refused is taken all the same, unless it does not even run.
-    """
-
-    def __init__(
-        self, judge: Judge, store: Path, reporter: Reporter, *, evaluate: bool, accept_risk: str | None = None
-    ) -> None:
-        self.judge, self._store, self._reporter = judge, store, reporter
-        self._evaluate, self._accept_risk = evaluate, accept_risk
-
-    def measures(self, format: str) -> bool:
-        """Whether artifacts of a format are measured where their figures are not known."""
-        return self._evaluate and self.judge.can_measure(format)
-
-    def settled(self, artifact: Artifact) -> Settled | None:
-        """An artifact that is where its known figures put it, so that nothing is left to do; None if something is."""
-        is_aside, known = artifact.folder.parent.name in ASIDE, self.judge.known(artifact)
-        if known is None:
-            return None if is_aside or self.measures(artifact.manifest.format) else Settled(artifact, None)
-        if self._takes(artifact, known.decision) == is_aside or artifact.measurements()[NAME] != known.record:
-            return None
-        return Settled(artifact, known, refusal(artifact, known.decision) if is_aside else None)
-
-    def settle(
-        self, artifact: Artifact, checkpoint: Checkpoint, *, failure: VerifyError | None = None, anew: bool = False
-    ) -> Settled:
-        """Judge a complete artifact and put it where it belongs. Only call under its variant's lock.
-
-        failure: verification refuses it, so that there is nothing to measure. anew: measure what is known, too.
-        Raises UsageError, RecipeError, BuildError, WorkerDied: it could not be measured, and stays where it is.
-        """
-        manifest, variant = artifact.manifest, artifact.manifest.variant
-        judged = None if anew else self.judge.known(artifact)
-        if failure is not None:
-            judged = self.judge.failed(manifest, failure)
-        elif judged is None and self.measures(manifest.format):
-            status(self._reporter, variant, "evaluating")
-            judged = self._measured(artifact, checkpoint)
-        if judged is None:
-            note(self._reporter, variant, "not evaluated: no gate is held")
-            return Settled(commit(self._store, artifact.folder, manifest), None)
-        self._write(artifact, judged.record)
-        if not self._takes(artifact, judged.decision):
-            aside = set_aside(self._store, artifact.folder, manifest, REFUSED)
-            return Settled(aside, judged, refusal(aside, judged.decision, failure))
-        if not judged.decision.accepted and manifest.accepted_risk is None:
-            manifest = self._with_risk(artifact, judged.decision)
-        for finding in judged.decision.flags:
-            warn(self._reporter, variant, f"{finding.gate}: {finding.reason}")
-        return Settled(commit(self._store, artifact.folder, manifest), judged)
-
-    def _measured(self, artifact: Artifact, checkpoint: Checkpoint) -> Judgement:
-        try:
-            return self.judge.measure(artifact, checkpoint, self._reporter)
-        except BuildError as exc:  # the process ran out of memory, or crashed
-            exc.hint = f"the build is kept, and the same command only measures it; --no-eval leaves it so ({exc.hint})"
-            raise
-
-    def record(self, artifact: Artifact, checkpoint: Checkpoint) -> Settled:
-        """Measure an artifact that is in no store: written beside its manifest, and left where it is."""
-        judged = self.judge.measure(artifact, checkpoint, self._reporter)
-        self._write(artifact, judged.record)
-        return Settled(artifact, judged, None if judged.decision.accepted else refusal(artifact, judged.decision))
-
-    def _takes(self, artifact: Artifact, decision: Decision) -> bool:
-        """Whether an artifact is good enough: by its gates, or because its risk was accepted, which needs it to run."""
-        if decision.accepted:
-            return True
-        runs = all(finding.gate != RUNS for finding in decision.refusals)
-        return runs and (artifact.manifest.accepted_risk is not None or self._accept_risk is not None)
-
-    def _with_risk(self, artifact: Artifact, decision: Decision) -> Manifest:
-        """The manifest that says so, and a card of it. Another digest: whoever pulls it can't miss it."""
-        gates = tuple(finding.gate for finding in decision.refusals)
-        risk = AcceptedRisk(reason=str(self._accept_risk), gates=gates)
-        manifest = artifact.manifest.model_copy(update={"accepted_risk": risk}).sealed()
-        warn(self._reporter, manifest.variant, f"refused by {', '.join(gates)}, and taken all the same: {risk.reason}")
-        with store_errors(self._store):
-            write_text(artifact.folder / CARD_NAME, render_card(manifest))
-        return manifest
-
-    def _write(self, artifact: Artifact, record: Mapping[str, Any]) -> None:
-        """Put a record beside the manifest: in measurements.json, and for people in evaluation.md."""
-        page = render_page(record, f"{artifact.manifest.source.name} {artifact.manifest.variant}")
-        with store_errors(self._store):
-            write_measurements(artifact.folder, {**artifact.measurements(), NAME: dict(record)})
-            write_text(artifact.folder / EVALUATION_NAME, page)
-            write_text(artifact.folder / RECIPE_NAME, self.judge.recipe.text)  # whose gates were held
-
-
-def refusal(artifact: Artifact, decision: Decision, failure: VerifyError | None = None) -> GateError:
-    """The error that names every limit that an artifact breaks, with its numbers. failure: why it was not measured."""
-    subject = f"{artifact.manifest.name}/{artifact.manifest.variant}"
-    reasons = "; ".join(f"{finding.gate}: {finding.reason}" for finding in decision.refusals)
-    hint = "use more bits or another method, or loosen `gates` in the recipe and say why"
-    if any(finding.gate == RUNS for finding in decision.refusals):
-        hint = failure.hint if failure is not None and failure.hint else NOT_RUNNING
-    return GateError(f"{subject} is refused: {reasons}", hint=f"{hint}; kept in {artifact.folder}")
 
 
 def _reference(artifact: Artifact) -> ModelRef:

@@ -11,14 +11,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from quantize.build.find_source import own_recipe, repin_source
+from quantize.build.judge import Judge
+from quantize.build.settle import Gates, Settled, refusal
 from quantize.errors import UsageError
 from quantize.events import Reporter
 from quantize.formats import formats
 from quantize.formats.base import Limits
-from quantize.gates import Gates, Judge, Settled, refusal
 from quantize.model.source import open_source
 from quantize.recipe.model import Recipe, load_recipe
-from quantize.reopen import own_recipe, repin_source
 from quantize.store.artifact import Artifact
 from quantize.store.staging import variant_lock
 from quantize.store.store import Store

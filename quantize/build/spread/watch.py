@@ -9,12 +9,12 @@ import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from quantize.cluster.cost import BlockCost
-from quantize.cluster.schedule import FORWARD, SOLVE, Schedule, Task
+from quantize.build.spread.cost import BlockCost
+from quantize.build.spread.schedule import FORWARD, SOLVE, Schedule, Task
 from quantize.events import Reporter, status
 
 if TYPE_CHECKING:
-    from quantize.cluster.pool import Worker
+    from quantize.build.spread.pool import Worker
 
 EVERY_SECONDS = 1.0
 

@@ -9,12 +9,12 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from quantize.build.disk import Needs, Room, needs, refusal, rooms, temporary_root
+from quantize.build.job import Job
 from quantize.calibration.budget import memory_short, pass_bytes
-from quantize.disk import Needs, Room, needs, refusal, rooms, temporary_root
 from quantize.errors import PlanError, QuantizeError
 from quantize.events import Reporter, status
 from quantize.formats import backends
@@ -22,39 +22,12 @@ from quantize.formats.base import Backend, Context, Limits, SizePlan
 from quantize.model.checkpoint import Checkpoint, open_checkpoint
 from quantize.model.source import PinnedSource, dequantized_key, open_source, pin_source
 from quantize.recipe.model import Recipe, Variant
-from quantize.store.artifact import Artifact
 from quantize.store.manifest import CalibrationEntry, canonical_hash, tool_versions
 from quantize.store.store import Store
 from quantize.system.cache import Cache
 from quantize.system.process import run_step
 
 BUILD_KEY_VERSION = 1
-
-
-@dataclass(frozen=True)
-class Job:
-    """One variant of the recipe: its identity, and what is known before any work.
-
-    inputs: all that goes into the build key, {} where there is none.
-    """
-
-    variant: Variant
-    backend: Backend
-    inputs: dict[str, Any]
-    tools: dict[str, str]
-    existing: Artifact | None = None
-    size: SizePlan | None = None
-    refusal: QuantizeError | None = None
-
-    @property
-    def is_open(self) -> bool:
-        """Neither built nor refused."""
-        return self.existing is None and self.refusal is None
-
-    @cached_property
-    def build_key(self) -> str:
-        """Hex sha256 of the inputs; "" where there are none."""
-        return canonical_hash(self.inputs) if self.inputs else ""
 
 
 @dataclass(frozen=True)
@@ -129,7 +102,7 @@ def _pass_memory(jobs: Sequence[Job], checkpoint: Checkpoint, limits: Limits) ->
 
 
 def pin_calibration(recipe: Recipe, reporter: Reporter) -> Recipe:
-    """The recipe with its calibration dataset at a commit, if a variant needs it. Raises as calibration.pinned does."""
+    """The recipe with its calibration dataset at a commit, if a variant needs it. Raises as text.pinned does."""
     if recipe.calibration is None or not any(
         backends()[item.format].needs_calibration(item.options) for item in recipe.variants
     ):

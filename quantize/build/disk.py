@@ -27,7 +27,7 @@ from quantize.store.staging import PASS, STAGING, leftovers
 from quantize.system.sizes import size_text
 
 if TYPE_CHECKING:
-    from quantize.plan import Job
+    from quantize.build.job import Job
 
 PAPERS_BYTES = 100_000  # manifest, recipe, card, measurements, evaluation page of one artifact, about
 CHARACTERS_PER_TOKEN = 3.5  # of held-out text, which is not tokenized for a plan

@@ -14,16 +14,18 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from quantize.assemble import Made, assemble
-from quantize.disk import disk_free_bytes, most_bytes
+from quantize.build.assemble import Made, assemble
+from quantize.build.disk import disk_free_bytes, most_bytes
+from quantize.build.job import Job
+from quantize.build.judge import Judge
+from quantize.build.plan import Plan, identify_jobs, pin_calibration, size_plan
+from quantize.build.settle import Gates
 from quantize.errors import DiskFullError, QuantizeError, Stopped, StoreError, UsageError, VerifyError
 from quantize.events import Event, Reporter, SilentReporter, note, status, warn
 from quantize.formats import backends
 from quantize.formats.base import Context, Limits
-from quantize.gates import Gates, Judge
 from quantize.model.checkpoint import Checkpoint
 from quantize.model.source import PinnedSource, open_source, pin_source
-from quantize.plan import Job, Plan, identify_jobs, pin_calibration, size_plan
 from quantize.recipe.model import Recipe, Variant
 from quantize.store.artifact import (
     UNJUDGED,
@@ -253,7 +255,7 @@ class _Build:
                     self._run_pass(works, folder)
 
     def _run_pass(self, works: list[_Work], folder: Path) -> None:
-        from quantize.calibrated import run_pass
+        from quantize.build.calibrate import run_pass
 
         variants = [(item.job.backend.name, item.context) for item in works]
         try:

@@ -14,7 +14,7 @@ from quantize.model.architecture import BlockLayout, block_count, block_layout
 from quantize.numerics.constants import RATIOS, REFINEMENT, SEARCHED_ROWS, WEIGHT_RATIOS
 
 if TYPE_CHECKING:
-    from quantize.cluster.passwork import PassPlan
+    from quantize.build.spread.passwork import PassPlan
 
 GRAM_SHARE = 5 / 8  # of the full product: only panels of the upper triangle are multiplied
 CLIP_OPERATIONS = 100  # elementwise ones for each weight: the grid of the clip search

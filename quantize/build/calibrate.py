@@ -36,9 +36,9 @@ from quantize.store.manifest import CalibrationEntry, tool_versions
 from quantize.system.process import peak_memory_bytes, run_step, stop_asked
 
 if TYPE_CHECKING:
+    from quantize.build.spread.run import SpreadPass
     from quantize.calibration.hidden_states import SavedStates
     from quantize.calibration.stream import Block, Precision
-    from quantize.cluster.spread import SpreadPass
 
 ENOUGH_TOKENS_PER_CHANNEL = 4
 
@@ -139,7 +139,7 @@ def _runner(limits: Limits, folder: Path, reporter: Reporter) -> Iterator[_Runne
     if limits.spread is None:
         yield _Runner(device_name(limits.device), fastest_precision(limits.device), _stream)
         return
-    from quantize.cluster.spread import spread_over
+    from quantize.build.spread.run import spread_over
 
     with spread_over(limits.spread, limits.device, folder, reporter) as cluster:
         yield _Runner(cluster.machine.device, cluster.machine.precision, partial(_spread, cluster, limits.spread))
@@ -184,8 +184,8 @@ def _spread(
     folder: Path, reporter: Reporter,
 ) -> None:  # fmt: skip
     """Have the workers of a cluster run the blocks that a part still lacks."""
-    from quantize.cluster.passwork import PassPlan
-    from quantize.cluster.spread import Lacking
+    from quantize.build.spread.passwork import PassPlan
+    from quantize.build.spread.run import Lacking
 
     limits = replace(parts[0].context.limits, spread=None, threads=spread.cores)
     contexts = tuple((part.backend.name, replace(part.context, limits=limits)) for part in parts)

@@ -13,15 +13,15 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+from quantize.build.spread.cost import pass_costs
+from quantize.build.spread.passwork import PassPlan, deal, share_folder
+from quantize.build.spread.pool import Lost, Machine, Pool, Report, Worker
+from quantize.build.spread.schedule import COMPLETE, FORWARD, Schedule, Task
+from quantize.build.spread.session import connected, nodes
+from quantize.build.spread.trace import Span, write_trace
+from quantize.build.spread.watch import PassWatch
 from quantize.calibration.hidden_states import SavedStates, remove_before
 from quantize.calibration.spread import Spread
-from quantize.cluster.cost import pass_costs
-from quantize.cluster.passwork import PassPlan, deal, share_folder
-from quantize.cluster.pool import Lost, Machine, Pool, Report, Worker
-from quantize.cluster.schedule import COMPLETE, FORWARD, Schedule, Task
-from quantize.cluster.session import connected, nodes
-from quantize.cluster.trace import Span, write_trace
-from quantize.cluster.watch import PassWatch
 from quantize.errors import BuildError
 from quantize.events import Reporter, progress, status, warn
 from quantize.model.architecture import BlockLayout, block_layout

@@ -13,12 +13,12 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
+from quantize.build.job import Job
 from quantize.estimate.vram import manifest_estimate
 from quantize.formats.base import BuildResult, Context
 from quantize.model.checkpoint import CARRIED_FILES, Checkpoint
 from quantize.model.shape import ModelShape
 from quantize.model.source import PinnedSource
-from quantize.plan import Job
 from quantize.provenance.card import render_card
 from quantize.recipe.model import Recipe
 from quantize.store.artifact import describe_files, write_measurements

@@ -15,12 +15,13 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
+from quantize.build.job import Job
+from quantize.build.plan import identify_jobs, pin_calibration
 from quantize.calibration.text import TokenSummary, identify, summarize_tokens
 from quantize.errors import LockError, StoreError, UsageError
 from quantize.events import Reporter, warn
 from quantize.formats import backends
 from quantize.model.source import COMMIT, PinnedSource, dequantized_key, open_source, pin_source
-from quantize.plan import Job, identify_jobs, pin_calibration
 from quantize.recipe.model import CalibrationSpec, Recipe
 from quantize.recipe.yaml import read_document, validate
 from quantize.store.manifest import FileEntry, canonical_hash, tool_versions

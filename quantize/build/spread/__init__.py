@@ -1,0 +1,1 @@
+"""One calibration pass over the machines of a Ray cluster."""
