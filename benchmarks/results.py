@@ -12,10 +12,10 @@ from typing import Any
 
 from quantize.evaluate.gates import Limits, decide
 from quantize.evaluate.record import GoldenCount, figures_of, read_record, source_lines
-from quantize.pages.collect import collect
-from quantize.pages.decision_text import headline, listed
-from quantize.pages.production import judge
-from quantize.pages.views import megabytes
+from quantize.report.collect import collect
+from quantize.report.decision_text import headline, listed
+from quantize.report.production import judge
+from quantize.report.views import megabytes
 from quantize.store.artifact import Artifact
 from quantize.store.store import Store
 

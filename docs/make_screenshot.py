@@ -11,7 +11,7 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-from quantize.pages.render import HTML, write_report  # noqa: E402
+from quantize.report.render import HTML, write_report  # noqa: E402
 from quantize.store.store import Store, default_store_root  # noqa: E402
 from tests.browser import Browser, start  # noqa: E402
 

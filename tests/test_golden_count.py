@@ -9,9 +9,9 @@ import pytest
 
 from quantize.evaluate.page import render_page
 from quantize.evaluate.record import GoldenCount, source_lines
-from quantize.pages.collect import collect
-from quantize.pages.render import HTML, MARKDOWN, render
 from quantize.provenance.card import render_card
+from quantize.report.collect import collect
+from quantize.report.render import HTML, MARKDOWN, render
 from quantize.store.store import Store
 from tests.conftest import Built, Run
 from tests.pages.measured import evaluation, keep, prompt

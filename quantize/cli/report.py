@@ -8,8 +8,8 @@ import click
 
 from quantize.cli.common import json_option, print_json, print_table, store_option, verbose_option
 from quantize.evaluate.gates import Decision
-from quantize.pages.decision_text import headline
-from quantize.pages.render import choice_data, write_report
+from quantize.report.decision_text import headline
+from quantize.report.render import choice_data, write_report
 from quantize.store.store import Store
 
 

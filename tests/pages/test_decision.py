@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from quantize.evaluate.gates import Limits
-from quantize.pages.collect import Subject, collect
-from quantize.pages.decision_text import decision_text
-from quantize.pages.production import Choice, judge
+from quantize.report.collect import Subject, collect
+from quantize.report.decision_text import decision_text
+from quantize.report.production import Choice, judge
 from quantize.store.store import Store
 from tests.conftest import Built
 from tests.pages.measured import bench, evaluation, keep, prompt

@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 
 from quantize.evaluate.gates import Limits
-from quantize.pages.charts import Point, Range, heatmap, ranges, scatter
-from quantize.pages.collect import collect
-from quantize.pages.golden import pieces
-from quantize.pages.render import DECISION, HTML, MARKDOWN, render
+from quantize.report.charts import Point, Range, heatmap, ranges, scatter
+from quantize.report.collect import collect
+from quantize.report.golden import pieces
+from quantize.report.render import DECISION, HTML, MARKDOWN, render
 from quantize.store.store import Store
 from tests.browser import Browser
 from tests.conftest import Built, Run

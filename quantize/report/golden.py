@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from quantize.pages.collect import Entry
+from quantize.report.collect import Entry
 
 MARKS = {"kept": "pass", "gained": "gained", "lost": "LOST", "failed": "fail"}
 MAX_DIFFED = 4000

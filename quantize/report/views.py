@@ -12,12 +12,12 @@ from dataclasses import dataclass
 from quantize.bench.result import BenchResult, Cell
 from quantize.evaluate.gates import Finding
 from quantize.evaluate.record import GoldenCount, source_lines
-from quantize.pages.charts import Point, Range, heatmap, ranges, scatter
-from quantize.pages.collect import Entry, Layer, Subject
-from quantize.pages.golden import GoldenView, golden_view
-from quantize.pages.production import Choice, Verdict
-from quantize.pages.provenance import made, provenance, source_facts
-from quantize.pages.table import Table
+from quantize.report.charts import Point, Range, heatmap, ranges, scatter
+from quantize.report.collect import Entry, Layer, Subject
+from quantize.report.golden import GoldenView, golden_view
+from quantize.report.production import Choice, Verdict
+from quantize.report.provenance import made, provenance, source_facts
+from quantize.report.table import Table
 from quantize.system.sizes import size_text
 
 MISSING = "not measured"

@@ -13,10 +13,10 @@ from typing import Any
 import jinja2
 from markupsafe import Markup, escape
 
-from quantize.pages.collect import Subject, collect
-from quantize.pages.decision_text import decision_text, headline
-from quantize.pages.production import Choice, judge
-from quantize.pages.views import page_of
+from quantize.report.collect import Subject, collect
+from quantize.report.decision_text import decision_text, headline
+from quantize.report.production import Choice, judge
+from quantize.report.views import page_of
 from quantize.store.staging import store_errors
 from quantize.store.store import Store
 from quantize.system.files import write_text
@@ -68,7 +68,7 @@ def choice_data(choice: Choice) -> dict[str, Any]:
 @functools.cache
 def _environment() -> jinja2.Environment:
     environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("quantize.pages"),
+        loader=jinja2.PackageLoader("quantize.report"),
         autoescape=lambda name: bool(name and ".html" in name),
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,

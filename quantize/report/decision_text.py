@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from quantize.evaluate.gates import Limits
-from quantize.pages.collect import Entry, Subject
-from quantize.pages.production import MAX_ERROR_RATE, SERVING, Choice, Verdict
+from quantize.report.collect import Entry, Subject
+from quantize.report.production import MAX_ERROR_RATE, SERVING, Choice, Verdict
 
 PROMPTED = {"golden prompts", "JSON answers"}
 """Gates that an evaluation leaves open if the recipe has no prompts for them."""

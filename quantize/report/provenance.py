@@ -10,8 +10,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from quantize import __version__
-from quantize.pages.collect import Entry, Subject
-from quantize.pages.table import Table
+from quantize.report.collect import Entry, Subject
+from quantize.report.table import Table
 
 SHORT = 12
 

@@ -18,7 +18,7 @@ from typing import Any
 from quantize.build.judge import UNQUANTIZED_SIZE_RATIO
 from quantize.evaluate.gates import SERVING_LIMITS, Decision, Figures, Finding, Limits, decide
 from quantize.evaluate.record import figures_of
-from quantize.pages.collect import Entry, Subject
+from quantize.report.collect import Entry, Subject
 
 MAX_ERROR_RATE = 0.01
 """Failed requests that production stands where the recipe does not say: one in a hundred of those measured."""
