@@ -16,8 +16,8 @@ from pathlib import Path
 
 import pytest
 
-from quantize.doctor import examine
-from quantize.trials import ENGINES, try_engine
+from quantize.cli.diagnosis import examine
+from quantize.cli.trials import ENGINES, try_engine
 from tests import stubs
 from tests.conftest import Built, Run
 
@@ -70,7 +70,7 @@ def test_doctor_says_it_and_that_gguf_can_not_be_built(tmp_path: Path, monkeypat
     assert trial.state == "died"
     holds(f"{trial.problem}\n{trial.repair}")
     assert "\n" not in str(trial.repair)
-    monkeypatch.setattr("quantize.doctor.try_engines", lambda: (trial,))
+    monkeypatch.setattr("quantize.cli.diagnosis.try_engines", lambda: (trial,))
     abilities = {item.format: item for item in examine(tmp_path, tmp_path).abilities}
     assert abilities["gguf"].build_broken == abilities["gguf"].serve_broken == ("llama.cpp",)
     assert abilities["gptq"].build_broken == abilities["gptq"].serve_broken == ()
@@ -129,7 +129,7 @@ def test_the_stub_in_front_of_the_real_library_is_the_real_one_but_for_batches(
         "model = OpenModel(Path(sys.argv[1]), ModelSettings(64))\n"
         "tokens = int(sys.argv[2])\nmodel.decode(Entry(1, index, 0, index == tokens - 1) for index in range(tokens))\n"
     )
-    from quantize.trials import write_tiny_llama
+    from quantize.cli.trials import write_tiny_llama
 
     write_tiny_llama(tmp_path / "tiny.gguf")
     codes = [

@@ -19,10 +19,10 @@ from pathlib import Path
 
 import pytest
 
-import quantize.doctor
-from quantize import trials
-from quantize.doctor import lacking
-from quantize.trials import Trial
+import quantize.cli.diagnosis
+from quantize.cli import trials
+from quantize.cli.diagnosis import lacking
+from quantize.cli.trials import Trial
 from tests.conftest import Run
 
 ROOT = Path(__file__).parent.parent
@@ -66,7 +66,7 @@ def without(monkeypatch: pytest.MonkeyPatch, *missing: str, **old: str) -> None:
             raise metadata.PackageNotFoundError(name)
         return old.get(name) or real(name)
 
-    monkeypatch.setattr(quantize.doctor.metadata, "version", version)
+    monkeypatch.setattr(quantize.cli.diagnosis.metadata, "version", version)
 
 
 def abilities(run: Run) -> dict[str, dict[str, object]]:
@@ -108,7 +108,7 @@ def test_every_engine_that_is_installed_runs(run: Run) -> None:
 
 
 def test_quick_starts_no_engine(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(quantize.doctor, "try_engines", lambda: pytest.fail("an engine was started"))
+    monkeypatch.setattr(quantize.cli.diagnosis, "try_engines", lambda: pytest.fail("an engine was started"))
     result = run("doctor", "--quick")
     assert result.exit_code == 0
     assert "engines were not started" in result.stdout

@@ -9,11 +9,11 @@ from typing import Any
 import click
 
 from quantize.cli.common import json_option, print_json, print_table, store_option, verbose_option
-from quantize.doctor import Ability, Report, examine
+from quantize.cli.diagnosis import Ability, Report, examine
+from quantize.cli.trials import Trial
 from quantize.store.store import Store
 from quantize.system.cache import default_cache_root
 from quantize.system.sizes import memory_text, size_text
-from quantize.trials import Trial
 
 
 @click.command("doctor")

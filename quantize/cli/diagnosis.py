@@ -21,11 +21,11 @@ from packaging.utils import canonicalize_name
 
 from quantize import DISTRIBUTION, __version__
 from quantize.build.disk import disk_free_bytes
+from quantize.cli.trials import Trial, try_engines
 from quantize.errors import UsageError, install_line
 from quantize.formats import backends
 from quantize.serve.preflight import HELPERS
 from quantize.system.machine import Machine, detect, processor_name
-from quantize.trials import Trial, try_engines
 
 ENGINES = (
     "torch", "transformers", "tokenizers", "safetensors", "numpy", "llama-cpp-python", "gguf", "auto-round",
