@@ -23,7 +23,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[0] = str(ROOT)
 
-from tests.small_disk import small_disk  # noqa: E402
+from tools.small_disk import small_disk  # noqa: E402
 
 TOLERANCE = 0.02
 DEMO = ROOT / "recipes" / "smollm2-135m.yaml"

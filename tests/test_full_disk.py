@@ -20,7 +20,7 @@ from quantize.errors import DiskFullError, StoreError, disk_errors
 from quantize.system.cache import Cache
 from quantize.testing import FakeBackend, TinyModel, make_checkpoint, write_recipe
 from tests.conftest import Run
-from tests.small_disk import SmallDisk, small_disk, why_not
+from tools.small_disk import SmallDisk, small_disk, why_not
 
 ROOT = Path(__file__).parent.parent
 INT8, BOTH = [{"format": "fake"}], [{"format": "fake"}, {"format": "fake", "bits": 4}]
@@ -61,7 +61,7 @@ def test_a_disk_that_fills_up_at_twelve_points_and_the_planned_peak(tmp_path: Pa
     (tmp_path / "text.txt").write_text("\n\n".join(text))
     calibration = {"dataset": "text.txt", "samples": 8, "sequence_length": 64, "minimum_tokens": 16}
     recipe = write_recipe(tmp_path / "tiny.yaml", checkpoint, VARIANTS, calibration=calibration)
-    command = [sys.executable, "-W", "ignore", "-m", "tests.fill_disk", str(recipe), "--inline", "--points", "12"]
+    command = [sys.executable, "-W", "ignore", "-m", "tools.fill_disk", str(recipe), "--inline", "--points", "12"]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run(
         [*command, "--", "--no-eval", "--threads", "1"], cwd=ROOT, env=environment, capture_output=True, text=True,

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from quantize.testing import write_recipe
 from tests.conftest import Built
-from tests.kill_build import Round, run
+from tools.kill_build import Round, run
 
 
 def test_a_killed_build_leaves_nothing_broken(built: Built, tiny: Path, tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from quantize.testing import write_recipe
-from tests.many_builds import at_once, halves, problems
+from tools.many_builds import at_once, halves, problems
 
 TYPES = ["Q8_0", "Q4_0", "F16"]
 

@@ -30,8 +30,8 @@ from quantize.recipe.model import load_recipe
 from quantize.store.staging import RESUME_NAME, read_json
 from quantize.system.cache import Cache
 from quantize.testing import TinyModel, make_checkpoint, write_recipe
-from tests.kill_build import leftovers_of
-from tests.kill_pass import Builds, at_blocks, stopped_again_and_again
+from tools.kill_build import leftovers_of
+from tools.kill_pass import Builds, at_blocks, stopped_again_and_again
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # transformers and its plugins warn on import
 

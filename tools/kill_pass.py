@@ -1,6 +1,6 @@
 """Stop a calibrated build over and over, at every block and at random moments: it goes on, and ends with the same bits.
 
-python -m tests.kill_pass RECIPE [--blocks] [--random 30] [--signal KILL] [--seed 0] [-- OPTIONS OF BUILD]: works in a
+python -m tools.kill_pass RECIPE [--blocks] [--random 30] [--signal KILL] [--seed 0] [-- OPTIONS OF BUILD]: works in a
 folder of its own, prints a line for each stop and a summary, and exits 1 if a digest differs, more than one block's
 work was lost, or anything was left behind. One build is stopped again and again until it ends; the next begins in a
 folder of its own, until there were N random stops.
@@ -25,7 +25,7 @@ from pathlib import Path
 
 from quantize.store.staging import RESUME_NAME, STAGING, read_json
 from quantize.store.store import Store
-from tests.kill_build import environment_of, leftovers_of
+from tools.kill_build import environment_of, leftovers_of
 
 ENDS = (0, 3)  # a build that ends: with all variants, or with some that the gates refuse
 PART_OF_BUILD = 0.25  # of the seconds of an undisturbed build: the latest moment of a stop

@@ -1,6 +1,6 @@
 """Fill the disk under a build at many points: the store stays whole, the message says what is missing, it goes on.
 
-python -m tests.fill_disk RECIPE [--points 10] [--inline] [--ext4] [-- OPTIONS OF BUILD]: works on a file system of its
+python -m tools.fill_disk RECIPE [--points 10] [--inline] [--ext4] [-- OPTIONS OF BUILD]: works on a file system of its
 own (a tmpfs, or an ext4 in a file; it needs to be allowed to mount one), prints a line for each point and a summary,
 and exits 1 if anything was broken, unsaid or left behind, or a digest differs from that of a build with room enough. It
 is one build, whose disk becomes as small as what it holds as soon as a share of the peak is written; then there is room
@@ -32,8 +32,8 @@ from unittest import mock
 from quantize.events import Reporter
 from quantize.store.store import Store
 from quantize.system import process as worker
-from tests.kill_build import broken_in, environment_of, leftovers_of
-from tests.small_disk import SmallDisk, loop_disk, small_disk
+from tools.kill_build import broken_in, environment_of, leftovers_of
+from tools.small_disk import SmallDisk, loop_disk, small_disk
 
 MISSING = re.compile(r"([\d,]+) bytes are missing")
 ROOM = 64 << 30

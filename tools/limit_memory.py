@@ -1,6 +1,6 @@
 """Give a build too little memory, and a little more each time: it says so, loses nothing, and ends with the same bits.
 
-python -m tests.limit_memory RECIPE [--from 1000] [--step 200] [--points 10] [-- OPTIONS OF BUILD]: every process of a
+python -m tools.limit_memory RECIPE [--from 1000] [--step 200] [--points 10] [-- OPTIONS OF BUILD]: every process of a
 build may have so many MiB of address space (RLIMIT_AS, as `ulimit -v` sets it), so that its steps are refused memory,
 crash or are killed by their libraries. Prints a line for each limit and a summary, and exits 1 if one of them ended
 without saying that memory ran out and what to lower, an artifact was refused or broken for it, anything was left
@@ -17,8 +17,8 @@ import sys
 import tempfile
 from pathlib import Path
 
-from tests.kill_build import broken_in, leftovers_of
-from tests.kill_pass import Builds
+from tools.kill_build import broken_in, leftovers_of
+from tools.kill_pass import Builds
 
 SAID = ("out of memory", "--memory-budget")
 

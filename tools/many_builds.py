@@ -1,6 +1,6 @@
 """Many builds at once on one store: all end well, and each variant is built once, whoever wants it.
 
-python -m tests.many_builds RECIPE [--builds 8] [--variants N] [-- OPTIONS OF BUILD]: starts them together, each with an
+python -m tools.many_builds RECIPE [--builds 8] [--variants N] [-- OPTIONS OF BUILD]: starts them together, each with an
 overlapping half of the recipe's variants (the first N), in a store and cache of its own; prints what each of them did
 with every variant and a summary, and exits 1 if one failed, a variant was built twice, or anything was left behind.
 """
@@ -21,7 +21,7 @@ from pathlib import Path
 from quantize.formats import formats
 from quantize.recipe.model import load_recipe
 from quantize.store.store import Store
-from tests.kill_build import broken_in, environment_of, leftovers_of
+from tools.kill_build import broken_in, environment_of, leftovers_of
 
 STATE = re.compile(r"^(\S+): (built|up to date|refused|failed|evaluated|skipped)\b", re.MULTILINE)
 

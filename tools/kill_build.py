@@ -1,6 +1,6 @@
 """Kill a build with SIGKILL at random moments, again and again: the store must never hold a broken artifact.
 
-python -m tests.kill_build RECIPE [--rounds 20] [--seed 0] [--only VARIANT] [--no-eval]: works in a folder of its own,
+python -m tools.kill_build RECIPE [--rounds 20] [--seed 0] [--only VARIANT] [--no-eval]: works in a folder of its own,
 prints a line for each round and a summary, and exits 1 if anything was broken. Every round starts from an empty store,
 every fourth from an empty cache too: so kills fall into converting there, and in the others into quantizing, verifying,
 measuring and committing.
