@@ -1,70 +1,48 @@
-"""The shape of the code: who may import whom, and how long a module may be."""
+"""The shape of the code: a folder is a layer, imports go down, nothing goes in a circle, no module is long."""
 
 from __future__ import annotations
 
 import ast
+import re
+from functools import cache
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
 
-PACKAGE = Path(__file__).parent.parent / "quantize"
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "quantize"
 MAX_LINES = 400
-
-# Lowest first; a module imports from its own layer and from those below. A name stands for a module or a whole folder;
-# the longest that fits decides. What belongs together is one layer.
-LAYERS: list[set[str]] = [
-    {"", "errors"},
-    {"report", "untrusted", "resident", "locks", "deaths", "sizes"},
-    {
-        "numerics",
-        "shape",
-        "manifest",
-        "cache",
-        "worker",
-        "parallel",
-        "processor",
-        "marked_yaml",
-        "lookup",
-        "containers",
-        "folding",
-        "architecture",
-    },
-    {
-        "estimate",
-        "hardware",
-        "gpus",
-        "cards",
-        "recipe",
-        "checkpoint",
-        "staging",
-        "cluster.spec",
-        "cluster.schedule",
-        "cluster.trace",
-    },
-    {"engines", "containers.shards"},
-    {"fit", "source", "artifact", "memory"},
-    {"attention", "block_runner", "hidden_states", "activations", "calibration", "resume"},
-    {"store", "verify", "diff"},
-    {"backends", "evaluate"},
-    {"card", "provenance.licence"},
-    {"cluster.session", "cluster.cost", "cluster.passwork", "cluster.pool", "cluster.watch", "cluster.spread"},
-    {"disk", "plan", "reopen", "calibrated", "testing", "assemble", "gates"},
-    {"workloads", "reevaluate", "lock", "rebuild"},
-    {"build"},
-    {"cluster"},
-    {"provenance"},
-    {"publish"},
-    {"bench", "serve", "pages", "doctor", "trials", "api"},
-    {"cli", "__main__"},
-]
-
-
-# Modules that import one another, by what is imported late or for types only. Nothing is added here.
-CIRCLES = {
-    ("disk", "plan"),  # disk's arithmetic is over plan's Job, as a type: Job wants a module below both
-    # The door to the two runtimes is in the module that both take their protocol from.
-    ("evaluate.runtime_llama_cpp", "evaluate.runtime_transformers", "evaluate.runtimes"),
-}
+MAX_TOP_MODULES = 8
+# From the ground up: folders, and the modules at the top. Each imports from itself and from those before it, whether
+# at the top of a module, in a function, for types, or by a name in a string. CONTRIBUTING shows the same list.
+ORDER = (
+    "errors",
+    "events",
+    "system",
+    "files",
+    "numerics",
+    "recipe",
+    "model",
+    "store",
+    "runtimes",
+    "estimate",
+    "calibration",
+    "formats",
+    "evaluate",
+    "bench",
+    "provenance",
+    "build",
+    "publish",
+    "cluster",
+    "report",
+    "serve",
+    "api",
+    "testing",
+    "cli",
+    "__main__",
+)
+NAMED = re.compile(r"quantize((?:\.\w+)+)(?::\w+)?\.?")
 
 
 def module_name(path: Path) -> str:
@@ -73,125 +51,135 @@ def module_name(path: Path) -> str:
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
-MODULES = {module_name(path): path for path in sorted(PACKAGE.rglob("*.py"))}
+TEXTS = {module_name(path): path.read_text(encoding="utf-8") for path in sorted(PACKAGE.rglob("*.py"))}
 
 
-def layer(module: str) -> int:
-    """Index of the layer that a module is in."""
-    names = {name: index for index, layer_names in enumerate(LAYERS) for name in layer_names}
-    fitting = [name for name in names if module == name or (name and module.startswith(name + "."))]
-    assert fitting, f"{module} is in no layer: give it a place in tests/test_structure.py"
-    return names[max(fitting, key=len)]
+def owner(dotted: str, modules: frozenset[str]) -> str:
+    """The module that a dotted name is, or is in; "" for the package itself."""
+    parts = dotted.split(".")
+    ends = range(len(parts), 0, -1)
+    return next((".".join(parts[:end]) for end in ends if ".".join(parts[:end]) in modules), "")
 
 
-def imported(path: Path) -> set[str]:
-    """Modules of the package that a file imports when it is imported; not what it imports for types, or later."""
+@cache
+def imported(text: str, modules: frozenset[str], *, named: bool) -> frozenset[str]:
+    """Modules of the package that a text imports anywhere. named: or has in a string, as importlib reads it."""
     found: set[str] = set()
-
-    def visit(nodes: list[ast.stmt]) -> None:
-        for node in nodes:
-            if isinstance(node, ast.If):
-                visit([] if "TYPE_CHECKING" in ast.unparse(node.test) else node.body)
-                visit(node.orelse)
-            elif isinstance(node, ast.Try):
-                visit(node.body)
-            elif isinstance(node, ast.Import):
-                found.update(alias.name for alias in node.names)
-            elif isinstance(node, ast.ImportFrom):
-                base = node.module or ""
-                found.update(
-                    f"{base}.{alias.name}" if f"{base}.{alias.name}".removeprefix("quantize.") in MODULES else base
-                    for alias in node.names
-                )
-
-    visit(ast.parse(path.read_text(encoding="utf-8")).body)
-    return {name.removeprefix("quantize").removeprefix(".") for name in found if name.partition(".")[0] == "quantize"}
-
-
-def later_imports(path: Path) -> set[str]:
-    """Modules of the package that a file imports anywhere, in functions and for types too."""
-    found: set[str] = set()
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.Import):
             found.update(alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom) and node.module:
-            for alias in node.names:
-                inner = f"{node.module}.{alias.name}"
-                found.add(inner if inner.removeprefix("quantize.") in MODULES else node.module)
-    return {name.removeprefix("quantize").removeprefix(".") for name in found if name.partition(".")[0] == "quantize"}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"line {node.lineno}: imports are absolute, so that they can be searched for"
+            found.update(f"{node.module}.{alias.name}" for alias in node.names)
+        elif named and isinstance(node, ast.Constant) and isinstance(node.value, str) and NAMED.fullmatch(node.value):
+            found.add(node.value.partition(":")[0].removesuffix("."))
+    ours = {name.removeprefix("quantize.") for name in found if name.startswith("quantize.")}
+    return frozenset(owner(name, modules) for name in ours) - {""}
 
 
-def circles(graph: dict[str, set[str]]) -> list[tuple[str, ...]]:
-    """The groups of modules that import one another, each sorted: Tarjan's strongly connected components."""
-    number: dict[str, int] = {}
-    low: dict[str, int] = {}
-    open_: list[str] = []
-    found: list[tuple[str, ...]] = []
-
-    def visit(name: str) -> None:
-        number[name] = low[name] = len(number)
-        open_.append(name)
-        for other in sorted(graph.get(name, ())):
-            if other not in number:
-                visit(other)
-                low[name] = min(low[name], low[other])
-            elif other in open_:
-                low[name] = min(low[name], number[other])
-        if low[name] == number[name]:
-            group = open_[open_.index(name) :]
-            del open_[open_.index(name) :]
-            if len(group) > 1:
-                found.append(tuple(sorted(group)))
-
-    for name in sorted(graph):
-        if name not in number:
-            visit(name)
-    return sorted(found)
+def graph(texts: dict[str, str], *, named: bool) -> dict[str, set[str]]:
+    """Module -> the other modules that it imports."""
+    modules = frozenset(texts)
+    return {name: set(imported(text, modules, named=named)) - {name} for name, text in texts.items()}
 
 
-@pytest.mark.parametrize("module", [name for name in MODULES if name])
-def test_imports_go_down(module: str) -> None:
-    own = layer(module)
-    up = {name for name in imported(MODULES[module]) if layer(name) > own}
-    assert up == set(), f"{module} may not import what is above it"
+def layer(module: str) -> str:
+    """The folder at the top, or the module at the top."""
+    return module.partition(".")[0]
 
 
-@pytest.mark.parametrize("module", [name for name in MODULES if name])
-def test_late_imports_go_down_too(module: str) -> None:
-    """An import inside a function saves time; it is no way round the order."""
-    own = layer(module)
-    up = {name for name in later_imports(MODULES[module]) if layer(name) > own}
-    assert up == set(), f"{module} may not import what is above it"
+def going_up(texts: dict[str, str]) -> list[str]:
+    """Imports of what does not come before, and layers without a place."""
+    place = {name: index for index, name in enumerate(ORDER)}
+    homeless = {layer(name) for name in texts if name} - set(place)
+    if homeless:
+        return [f"{name} has no place in ORDER" for name in sorted(homeless)]
+    return [
+        f"{name} imports {other}"
+        for name, others in sorted(graph(texts, named=True).items())
+        for other in sorted(others)
+        if name and place[layer(other)] > place[layer(name)]
+    ]
+
+
+def circles(texts: dict[str, str]) -> list[str]:
+    """The first circle of modules that import one another. A circle of layers would be an import that goes up.
+
+    A class that is named in a string is chosen at run time, among several: that is held to the order, and closes none.
+    """
+    try:
+        TopologicalSorter(graph(texts, named=False)).prepare()
+    except CycleError as exc:
+        return [" <- ".join(exc.args[1])]
+    return []
+
+
+def top_modules(texts: dict[str, str]) -> list[str]:
+    """Modules at the top of the package, the package itself among them."""
+    folders = {name.rpartition(".")[0] for name in texts if "." in name}
+    return [name for name in texts if "." not in name and name not in folders - {""}]
+
+
+def test_imports_go_down() -> None:
+    assert going_up(TEXTS) == []
 
 
 def test_nothing_imports_in_a_circle() -> None:
-    """Not even inside a layer."""
-    assert circles({name: imported(path) - {name} for name, path in MODULES.items()}) == []
+    assert circles(TEXTS) == []
 
 
-def test_late_and_type_imports_close_no_circle_but_those_that_are_known() -> None:
-    """CIRCLES may only get shorter."""
-    assert circles({name: later_imports(path) - {name} for name, path in MODULES.items()}) == sorted(CIRCLES)
+def test_few_modules_are_at_the_top() -> None:
+    assert len(top_modules(TEXTS)) <= MAX_TOP_MODULES, "a folder is a layer: give the new one a place in a folder"
 
 
-def test_circles_are_found() -> None:
-    graph = {"a": {"b"}, "b": {"c", "d"}, "c": {"a"}, "d": {"e"}, "e": {"d"}, "f": {"a", "g"}, "g": set()}
-    assert circles(graph) == [("a", "b", "c"), ("d", "e")]
-    assert circles({"a": {"b", "c"}, "b": {"c"}, "c": set()}) == []
+def test_the_order_names_nothing_that_is_not_there() -> None:
+    assert set(ORDER) == {layer(name) for name in TEXTS if name}
+    assert len(set(ORDER)) == len(ORDER)
 
 
-@pytest.mark.parametrize("module", list(MODULES))
+def test_contributing_shows_the_order() -> None:
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    block = text.partition("from the ground up")[2].partition("```")[2].partition("```")[0]
+    shown = [line.split()[0] for line in block.splitlines()[1:] if line.strip()]
+    assert shown == list(ORDER)
+
+
+@pytest.mark.parametrize(
+    ("module", "line"),
+    [
+        ("files.gguf", "from quantize.formats.base import Backend"),
+        ("files.gguf", "import quantize.store.store"),
+        ("files.gguf", "from quantize import serve"),
+        ("numerics.gram", "def late():\n    from quantize.model.shape import ModelShape"),
+        ("numerics.gram", "if TYPE_CHECKING:\n    from quantize.model.shape import ModelShape"),
+        ("system.cache", "importlib.import_module('quantize.recipe.model')"),
+        ("system.cache", "ENGINE = 'quantize.serve.engines.fake:FakeModel'"),
+    ],
+)
+def test_an_import_that_goes_up_is_seen(module: str, line: str) -> None:
+    planted = going_up({**TEXTS, module: f"{TEXTS[module]}\n{line}\n"})
+    assert len(planted) == 1
+    assert planted[0].startswith(f"{module} imports ")
+
+
+def test_a_circle_inside_a_folder_is_seen() -> None:
+    texts = {**TEXTS, "store.manifest": f"{TEXTS['store.manifest']}\ndef late():\n    import quantize.store.store\n"}
+    assert going_up(texts) == []
+    assert "store.manifest" in circles(texts)[0]
+
+
+def test_a_module_without_a_place_is_seen() -> None:
+    assert going_up({**TEXTS, "helpers": ""}) == ["helpers has no place in ORDER"]
+    more = {**TEXTS, **{f"helpers{number}": "" for number in range(MAX_TOP_MODULES)}}
+    assert len(top_modules(more)) == len(top_modules(TEXTS)) + MAX_TOP_MODULES
+
+
+@pytest.mark.parametrize("module", list(TEXTS))
 def test_no_module_is_too_long(module: str) -> None:
-    assert len(MODULES[module].read_text(encoding="utf-8").splitlines()) <= MAX_LINES
+    assert len(TEXTS[module].splitlines()) <= MAX_LINES
 
 
-@pytest.mark.parametrize("module", list(MODULES))
+@pytest.mark.parametrize("module", list(TEXTS))
 def test_every_module_says_what_it_is_for(module: str) -> None:
-    text = MODULES[module].read_text(encoding="utf-8")
+    text = TEXTS[module]
     assert not text.strip() or ast.get_docstring(ast.parse(text)), "open with what comes in and what goes out"
-
-
-def test_the_layers_name_nothing_that_is_not_there() -> None:
-    names = {name for names in LAYERS for name in names if name}
-    folders = {name.rpartition(".")[0] for name in MODULES}
-    assert {name for name in names if name not in MODULES and name not in folders} == set()
