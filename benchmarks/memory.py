@@ -92,7 +92,7 @@ def least(tokenizer: Path, work: Path) -> list[dict[str, Any]]:
     """Builds with as little memory as their plans allow: planned and measured bytes of the pass."""
     from benchmarks import models
     from quantize.calibration.budget import pass_bytes
-    from quantize.formats import backends, formats
+    from quantize.formats import builders, option_models
     from quantize.model.checkpoint import open_checkpoint
     from quantize.recipe.model import load_recipe
     from quantize.system.machine import usable_cores
@@ -105,7 +105,7 @@ def least(tokenizer: Path, work: Path) -> list[dict[str, Any]]:
             models.random_llama(checkpoint, tokenizer, **shape)
         recipe = work / "least.yaml"
         recipe.write_text(RECIPE.format(checkpoint=checkpoint, variants=variants, samples=32, length=512))
-        parts = [(backends()[item.format], item.options) for item in load_recipe(recipe, formats()).variants]
+        parts = [(builders()[item.format], item.options) for item in load_recipe(recipe, option_models()).variants]
         planned = pass_bytes(open_checkpoint(checkpoint), parts, usable_cores())
         measured = build(checkpoint, variants, work / "build-least", samples=32, length=512, budget=planned)
         names = sorted(path.name for path in (work / "build-least" / "store" / "memory").iterdir() if path.is_dir())

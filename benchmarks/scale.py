@@ -33,7 +33,7 @@ from quantize.build.spread.trace import Span, overlap_seconds, read_trace
 from quantize.calibration.spread import Spread
 from quantize.cluster.units import ClusterOptions, build_on_cluster
 from quantize.events import SilentReporter
-from quantize.formats import backends, formats
+from quantize.formats import builders, option_models
 from quantize.formats.base import Context, Limits
 from quantize.model.source import open_source, pin_source
 from quantize.recipe.model import Recipe, load_recipe
@@ -95,7 +95,7 @@ def one_pass(recipe: Recipe, work: Path, workers: int | None, trace: Path) -> tu
             spread = Spread(held.enter_context(cluster_of(workers)), workers, 1, trace=trace)
         variants = []
         for item in recipe.variants:
-            if backends()[item.format].needs_calibration(item.options):
+            if builders()[item.format].needs_calibration(item.options):
                 folders = [root / item.name, root / f"{item.name}.scratch"]
                 for folder in (*folders, root / "pass"):
                     folder.mkdir(exist_ok=True)
@@ -131,7 +131,7 @@ def timeline(spans: list[Span]) -> dict[str, Any]:
 
 def measure_pass(asked: argparse.Namespace, work: Path) -> dict[str, Any]:
     """Every number of workers, the best of some repeats each."""
-    recipe = load_recipe(asked.recipe, formats())
+    recipe = load_recipe(asked.recipe, option_models())
     alone, expected = one_pass(recipe, work, None, work)
     runs: list[dict[str, Any]] = []
     for workers in asked.workers:
@@ -160,7 +160,7 @@ def measure_recipes(asked: argparse.Namespace, work: Path) -> dict[str, Any]:
         model = TinyModel(hidden=512, intermediate=1024, blocks=1 + number % 4, seed=number)
         checkpoint = make_checkpoint(work / f"model-{number}", model)
         path = write_recipe(work / f"model-{number}.yaml", checkpoint, variants, calibration=calibration)
-        recipes.append(load_recipe(path, formats()))
+        recipes.append(load_recipe(path, option_models()))
     trace = work / "recipes.json"
     with cluster_of(asked.nodes) as address:
         started = time.time()

@@ -17,7 +17,7 @@ from quantize.build.plan import Plan, make_plan
 from quantize.build.rebuild import Given, Rebuild, rebuild_folders
 from quantize.build.rebuild import rebuild as run_rebuild
 from quantize.events import Reporter, SilentReporter
-from quantize.formats import formats
+from quantize.formats import option_models
 from quantize.formats.base import Limits
 from quantize.recipe.model import Recipe
 from quantize.recipe.model import load_recipe as read_recipe
@@ -37,7 +37,7 @@ def load_recipe(recipe: PathText) -> Recipe:
     Raises errors.RecipeError: something in the file is wrong (file:line:column). errors.UsageError: no such recipe.
     """
     found = find_recipe(os.fspath(recipe))
-    parsed = read_recipe(found.path, formats())
+    parsed = read_recipe(found.path, option_models())
     return replace(parsed, notes=(found.note, *parsed.notes)) if found.note else parsed
 
 

@@ -1,6 +1,6 @@
 """Events that long work sends while it runs. Whoever listens decides how they look.
 
-In: calls from plan, build, backends and measuring. Out: nothing here; the CLI draws, tests collect, workers forward.
+In: calls from plan, build, builders and measuring. Out: nothing here; the CLI draws, tests collect, workers forward.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What tests of quantize and of its plugins need: a tiny checkpoint, a tiny recipe, a backend that needs no engine.
+"""What tests of quantize and of its plugins need: a tiny checkpoint, a tiny recipe, a builder that needs no engine.
 
 In: a folder. Out: a Llama-style model of about a million random, seeded weights with a tokenizer that really works,
 in the Hugging Face layout. The same arguments give the same bytes. Needs numpy, and `tokenizers` for the vocabulary.
@@ -21,9 +21,9 @@ from quantize.calibration.budget import BlockMemory
 from quantize.errors import BuildError, PlanError, QuantizeError, VerifyError
 from quantize.events import Reporter, progress
 from quantize.files.safetensors import INDEX_NAME, TensorInfo, header_bytes, read_header
-from quantize.formats.base import Backend, BuildResult, Collector, Context, KeptTensor, Limits, SizePlan
+from quantize.formats.base import Builder, BuildResult, Collector, Context, KeptTensor, Limits, SizePlan
 from quantize.model.checkpoint import Checkpoint
-from quantize.recipe.model import BackendOptions
+from quantize.recipe.model import FormatOptions
 
 if TYPE_CHECKING:
     import numpy as np
@@ -213,7 +213,7 @@ def write_recipe(path: Path, model: Path, variants: Sequence[Mapping[str, Any]],
     return path
 
 
-class FakeOptions(BackendOptions):
+class FakeOptions(FormatOptions):
     """Options of the fake format; `fail` names the step that refuses."""
 
     bits: Annotated[int, Field(ge=2, le=8)] = 8
@@ -224,8 +224,8 @@ class FakeOptions(BackendOptions):
         return f"int{self.bits}" + (f"-{self.fail}" if self.fail else "")
 
 
-class FakeBackend:
-    """Rounds every matrix to signed integers with one scale a tensor: a whole backend in a page, and no engine.
+class FakeBuilder:
+    """Rounds every matrix to signed integers with one scale a tensor: a whole builder in a page, and no engine.
 
     `built` lists the variants that it really built, in order.
     """
@@ -302,17 +302,17 @@ class FakeBackend:
 
 
 @contextlib.contextmanager
-def installed_backends(*found: Backend) -> Iterator[None]:
-    """Have the given backends, and no others, installed as plugins for a while."""
+def installed_builders(*found: Builder) -> Iterator[None]:
+    """Have the given builders, and no others, installed as plugins for a while."""
     points = [mock.Mock(load=mock.Mock(return_value=lambda item=item: item)) for item in found]
     for point, item in zip(points, found, strict=True):
         point.name = item.name
     with mock.patch("quantize.formats.entry_points", return_value=points):
-        quantize.formats.backends.cache_clear()
+        quantize.formats.formats.cache_clear()
         try:
             yield
         finally:
-            quantize.formats.backends.cache_clear()
+            quantize.formats.formats.cache_clear()
 
 
 def _encoded(array: Array, dtype: str) -> bytes:

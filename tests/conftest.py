@@ -15,12 +15,12 @@ import pytest
 from quantize.build.execute import Outcome, RunOptions, build
 from quantize.cli import main
 from quantize.events import ListReporter
-from quantize.formats import formats
+from quantize.formats import option_models
 from quantize.recipe.model import Recipe, load_recipe
 from quantize.store.store import Store
 from quantize.system.cache import Cache
 from quantize.system.processor import settle_products
-from quantize.testing import FakeBackend, installed_backends, make_checkpoint, write_recipe
+from quantize.testing import FakeBuilder, installed_builders, make_checkpoint, write_recipe
 from tests.browser import browser as browser
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # threads of several workers that wait for each other by spinning slow all down
@@ -67,11 +67,11 @@ def cache(tmp_path: Path) -> Cache:
 
 
 @pytest.fixture
-def fake() -> Iterator[FakeBackend]:
+def fake() -> Iterator[FakeBuilder]:
     """The fake format, installed as the only one."""
-    backend = FakeBackend()
-    with installed_backends(backend):
-        yield backend
+    builder = FakeBuilder()
+    with installed_builders(builder):
+        yield builder
 
 
 class Built:
@@ -91,7 +91,7 @@ def built(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Buil
     """The tiny checkpoint in several GGUF types, built by the Python interface; its 16-bit file stays in the cache."""
     root = tmp_path_factory.mktemp("built")
     path = write_recipe(root / "tiny.yaml", tiny, [{"format": "gguf", "types": list(BUILT_TYPES)}])
-    recipe = load_recipe(path, formats())
+    recipe = load_recipe(path, option_models())
     run = replace(UNMEASURED, keep_intermediates=True)
     outcomes = build(recipe, Store(root / "artifacts"), Cache(root / "cache"), ListReporter(), run)
     assert [item.error for item in outcomes if item.error] == []

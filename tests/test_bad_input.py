@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from quantize.formats import formats
+from quantize.formats import option_models
 from quantize.testing import write_recipe
 from tests.bad_checkpoints import BAD_CHECKPOINTS, BadCheckpoint
 from tests.conftest import Run
@@ -29,7 +29,7 @@ def test_bad_recipe(name: str, run: Run, tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.chdir(FOLDER)
     code, _, expected = (FOLDER / f"{name}.txt").read_text(encoding="utf-8").partition("\n")
     result = run("build", f"{name}.yaml")
-    assert result.stderr == expected.replace("{formats}", ", ".join(sorted(formats())))
+    assert result.stderr == expected.replace("{formats}", ", ".join(sorted(option_models())))
     assert f"exit {result.exit_code}" == code
     assert result.stdout == ""
     assert not (tmp_path / "artifacts").exists()

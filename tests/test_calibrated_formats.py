@@ -25,7 +25,7 @@ from quantize.calibration.budget import pass_bytes
 from quantize.cli import main
 from quantize.errors import VerifyError
 from quantize.events import ListReporter
-from quantize.formats import backends, formats
+from quantize.formats import builders, option_models
 from quantize.formats.base import Limits
 from quantize.model.checkpoint import open_checkpoint
 from quantize.recipe.model import Recipe, load_recipe
@@ -72,7 +72,9 @@ def run_all(checkpoint: Path, root: Path, threads: int, only: tuple[str, ...] = 
     root.mkdir()
     paragraphs = [f"Paragraph {index}: the quick brown fox jumps over the lazy dog. " * 3 for index in range(12)]
     (root / "text.txt").write_text("\n\n".join(paragraphs))
-    recipe = load_recipe(write_recipe(root / "tiny.yaml", checkpoint, VARIANTS, calibration=CALIBRATION), formats())
+    recipe = load_recipe(
+        write_recipe(root / "tiny.yaml", checkpoint, VARIANTS, calibration=CALIBRATION), option_models()
+    )
     run = Run(recipe, Store(root / "artifacts"), Cache(root / "cache"), ListReporter())
     options = RunOptions(Limits(threads=threads), evaluate=False, only=only)
     outcomes = build(recipe, run.store, run.cache, run.reporter, options)
@@ -118,8 +120,8 @@ def test_one_pass_served_all_calibrated_variants(run: Run) -> None:
 
 
 def test_the_pass_took_no_more_memory_than_the_plan_says_it_needs(run: Run, checkpoint: Path) -> None:
-    variants = [item for item in run.recipe.variants if backends()[item.format].needs_calibration(item.options)]
-    parts = [(backends()[item.format], item.options) for item in variants]
+    variants = [item for item in run.recipe.variants if builders()[item.format].needs_calibration(item.options)]
+    parts = [(builders()[item.format], item.options) for item in variants]
     taken = run.artifact("gptq-int4-g64").measurements()["calibration_pass"]["peak_memory_bytes"]
     assert 0.5 < taken / pass_bytes(open_checkpoint(checkpoint), parts, 2) <= 1
 
@@ -209,7 +211,7 @@ def test_weights_beyond_fp16_are_an_error_that_names_them(tmp_path: Path) -> Non
     (tmp_path / "text.txt").write_text("The quick brown fox jumps over the lazy dog. " * 40)
     path = write_recipe(tmp_path / "wide.yaml", checkpoint, VARIANTS[:1], calibration=CALIBRATION)
     store = Store(tmp_path / "artifacts")
-    (outcome,) = build(load_recipe(path, formats()), store, Cache(tmp_path / "cache"), ListReporter(), UNMEASURED)
+    (outcome,) = build(load_recipe(path, option_models()), store, Cache(tmp_path / "cache"), ListReporter(), UNMEASURED)
     assert outcome.error is not None
     assert f"tensor {tensor} does not fit FP16" in outcome.error.message
     assert "beyond its range of 65,504" in str(outcome.error.hint)
@@ -321,7 +323,9 @@ def test_the_importance_matrix_is_the_mean_square_of_what_each_linear_reads(run:
 
 def test_llama_cpp_used_the_importance_matrix(run: Run, checkpoint: Path, tmp_path: Path) -> None:
     path = write_recipe(tmp_path / "plain.yaml", checkpoint, [{"format": "gguf", "type": "Q4_K_M"}])
-    (plain,) = build(load_recipe(path, formats()), Store(tmp_path / "plain"), run.cache, ListReporter(), UNMEASURED)
+    (plain,) = build(
+        load_recipe(path, option_models()), Store(tmp_path / "plain"), run.cache, ListReporter(), UNMEASURED
+    )
     assert plain.artifact is not None
     weighted = run.artifact("q4_k_m-imatrix").folder
     (first,) = plain.artifact.folder.glob("*.gguf")
@@ -347,6 +351,6 @@ def test_a_damaged_tensor_is_refused(
     tensors = load_file(folder / "model.safetensors")
     tensors[tensor] = torch.full_like(tensors[tensor], spoil)
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    backend = backends()[artifact.manifest.format]
+    builder = builders()[artifact.manifest.format]
     with pytest.raises(VerifyError, match=message):
-        backend.verify(folder, open_checkpoint(checkpoint), Limits(), ListReporter())
+        builder.verify(folder, open_checkpoint(checkpoint), Limits(), ListReporter())

@@ -26,7 +26,7 @@ from quantize.calibration.text import (
 )  # fmt: skip
 from quantize.errors import PlanError, RecipeError
 from quantize.events import SilentReporter
-from quantize.formats import formats
+from quantize.formats import option_models
 from quantize.recipe.model import CalibrationSpec, load_calibration, load_recipe
 from quantize.system.lookup import is_path_text
 from quantize.testing import write_recipe
@@ -158,7 +158,7 @@ def test_identity_follows_the_content_not_the_place(tiny: Path, tmp_path: Path) 
         folder.mkdir()
         write_rows(folder, [text])
         path = write_recipe(folder / "r.yaml", tiny, [{"format": "gguf", "type": "Q8_0"}])
-        identities.append(identify(spec(dataset="./rows.jsonl"), load_recipe(path, formats())))
+        identities.append(identify(spec(dataset="./rows.jsonl"), load_recipe(path, option_models())))
     assert identities[0] == identities[1] != identities[2]
     assert pinned_spec(spec(dataset="/somewhere/rows.jsonl"))["dataset"] == "rows.jsonl"
 

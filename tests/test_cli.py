@@ -19,7 +19,7 @@ from quantize.build.execute import Outcome
 from quantize.cli import COMMANDS, main
 from quantize.cli.build import summary
 from quantize.errors import GateError, PlanError, QuantizeError, RefusedError, StoreError, UsageError, WorkerDied
-from quantize.formats import formats
+from quantize.formats import option_models
 from quantize.recipe.model import load_recipe
 from quantize.system.sizes import memory_text
 from quantize.testing import write_recipe
@@ -62,9 +62,9 @@ def test_start_imports_nothing_heavy(start: str) -> None:
 
 
 def test_no_command_needs_torch_to_say_up_to_date(tmp_path: Path) -> None:
-    """Planning modules, the store and the GGUF backend: all that a second build goes through."""
+    """Planning modules, the store and the GGUF builder: all that a second build goes through."""
     code = (
-        "import sys, quantize.build.execute, quantize.store.store, quantize.formats as b; b.backends()\n"
+        "import sys, quantize.build.execute, quantize.store.store, quantize.formats as b; b.builders()\n"
         "heavy = {'torch', 'transformers', 'numpy', 'gguf', 'llama_cpp'}\n"
         "print(*sorted({name.partition('.')[0] for name in sys.modules} & heavy))"
     )
@@ -262,7 +262,7 @@ def died(step: str, reason: str = "the process was ended by SIGILL: so it is", h
 
 @pytest.mark.usefixtures("fake")
 def test_the_summary_names_each_reason_once_with_what_it_hit_and_what_was_built(recipe: Path) -> None:
-    parsed = load_recipe(recipe, formats())
+    parsed = load_recipe(recipe, option_models())
     found = [
         *((name, "failed", died("loading in llama.cpp")) for name in ("q4_k_m", "q5_k_m", "q8_0")),
         ("gptq", "refused", GateError("gptq: perplexity is 1.4 times the source's", hint="accept the risk")),
@@ -288,7 +288,7 @@ def test_the_summary_names_each_reason_once_with_what_it_hit_and_what_was_built(
 @pytest.mark.usefixtures("fake")
 def test_one_reason_in_several_steps_is_one_reason(recipe: Path) -> None:
     """Whatever memory each had; only a step that all share is named."""
-    parsed = load_recipe(recipe, formats())
+    parsed = load_recipe(recipe, option_models())
     errors = [died("quantizing to Q4_0", had="; it had 1 MiB"), died("quantizing to Q8_0", had="; it had 2 MiB")]
     outcomes = [(parsed, Outcome(f"v{number}", "failed", error=error)) for number, error in enumerate(errors)]
     first, _ = summary(outcomes, several=False).splitlines()
@@ -336,9 +336,9 @@ def test_output_of_a_real_process_is_clean(recipe: Path, tmp_path: Path) -> None
     """Machine-readable where asked for: what libraries print must not get in between."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     code = (
-        "from quantize.testing import FakeBackend, installed_backends\n"
+        "from quantize.testing import FakeBuilder, installed_builders\n"
         "from quantize.cli import main\n"
-        f"with installed_backends(FakeBackend()):\n  main(['build', {str(recipe)!r}, '--json'], prog_name='quantize')\n"
+        f"with installed_builders(FakeBuilder()):\n  main(['build', {str(recipe)!r}, '--json'], prog_name='quantize')\n"
     )
     result = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, env=environment, timeout=60, check=False

@@ -11,7 +11,7 @@ import pytest
 
 from quantize.estimate.vram import Settings, estimate
 from quantize.model.shape import ModelShape
-from quantize.testing import FakeBackend, TinyModel, write_recipe
+from quantize.testing import FakeBuilder, TinyModel, write_recipe
 from tests.conftest import Built, Run
 
 
@@ -57,7 +57,7 @@ def test_a_checkpoint_by_its_headers(tiny: Path, run: Run) -> None:
     assert found["weights_bytes"] == sum(array.size for array in TinyModel().weights().values()) * 2
 
 
-def test_a_recipe_stands_for_its_variants(fake: FakeBackend, tiny: Path, tmp_path: Path, run: Run) -> None:
+def test_a_recipe_stands_for_its_variants(fake: FakeBuilder, tiny: Path, tmp_path: Path, run: Run) -> None:
     path = write_recipe(tmp_path / "demo.yaml", tiny, [{"format": "fake"}, {"format": "fake", "bits": 4}])
     found = answers(run, path)
     assert [item["name"] for item in found] == ["demo/int8", "demo/int4"]

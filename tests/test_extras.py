@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from quantize.errors import MissingExtraError
-from quantize.formats import backends
+from quantize.formats import builders
 from quantize.runtimes.base import FORMATS, runtime_of
 from quantize.serve.preflight import HELPERS
 
@@ -68,4 +68,4 @@ def test_extras_of_runtimes_that_are_not_installed(format: str, monkeypatch: pyt
 
 
 def test_extras_of_formats() -> None:
-    assert {backend.extra for backend in backends().values()} | {extra for _, extra in HELPERS.values()} <= EXTRAS
+    assert {builder.extra for builder in builders().values()} | {extra for _, extra in HELPERS.values()} <= EXTRAS

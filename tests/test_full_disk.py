@@ -18,7 +18,7 @@ import pytest
 from quantize.build.disk import Needs, Room, disk_short, rooms, temporary_root
 from quantize.errors import DiskFullError, StoreError, disk_errors
 from quantize.system.cache import Cache
-from quantize.testing import FakeBackend, TinyModel, make_checkpoint, write_recipe
+from quantize.testing import FakeBuilder, TinyModel, make_checkpoint, write_recipe
 from tests.conftest import Run
 from tools.small_disk import SmallDisk, small_disk, why_not
 
@@ -172,7 +172,7 @@ def test_what_is_remembered_of_a_file_is_not_worth_an_error(disk: SmallDisk) -> 
 
 @needs_mount
 def test_a_read_only_store_is_read_and_not_written(
-    tiny: Path, tmp_path: Path, run: Run, on_disk: SmallDisk, fake: FakeBackend
+    tiny: Path, tmp_path: Path, run: Run, on_disk: SmallDisk, fake: FakeBuilder
 ) -> None:
     path = write_recipe(tmp_path / "demo.yaml", tiny, INT8)
     assert run("build", path, "--no-eval").exit_code == 0

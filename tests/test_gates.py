@@ -19,7 +19,7 @@ import quantize.formats.gguf.build as gguf_backend
 from quantize.build.judge import RUNS
 from quantize.evaluate.structure import NEAR, QUANTIZED, TEMPLATE, Intended, check_structure
 from quantize.events import SilentReporter
-from quantize.formats.gguf.build import GgufBackend
+from quantize.formats.gguf.build import GgufBuilder
 from quantize.model.checkpoint import open_checkpoint
 from quantize.runtimes.base import ModelRef
 from quantize.runtimes.llama_cpp.quantize import QuantizeSettings
@@ -27,7 +27,7 @@ from quantize.store.artifact import REFUSED, UNJUDGED, Artifact
 from quantize.store.manifest import read_manifest
 from quantize.store.store import Store
 from quantize.store.verify import check_files
-from quantize.testing import TinyModel, installed_backends, make_checkpoint, write_recipe
+from quantize.testing import TinyModel, installed_builders, make_checkpoint, write_recipe
 from tests.conftest import Built, Run
 from tests.test_verify import rewrite, spoil_tensor
 
@@ -76,7 +76,7 @@ def no_measuring(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
             raise AssertionError("nothing is left to measure or to build")
 
         monkeypatch.setattr(gates_module, "run_step", fail)
-        monkeypatch.setattr(GgufBackend, "build", fail)
+        monkeypatch.setattr(GgufBuilder, "build", fail)
 
     return forbid
 
@@ -154,7 +154,7 @@ def test_what_was_not_evaluated_says_so_until_it_is(write: Write, run: Run, monk
     assert "not evaluated" in run("list", "artifacts").stdout
     assert "not evaluated" in run("show", "tiny/q8_0").stdout
     assert outcome(run, path, "--no-eval")[0]["state"] == "up to date"
-    monkeypatch.setattr(GgufBackend, "build", None)
+    monkeypatch.setattr(GgufBuilder, "build", None)
     item, _ = outcome(run, path)
     assert item["state"] == "evaluated"
     assert item["evaluation"]["mean_kl"] is not None
@@ -270,7 +270,7 @@ def test_a_build_that_ends_while_measuring_is_only_measured_later(
     assert [entry.name for entry in (store.root / "tiny" / "q8_0").iterdir()] == [UNJUDGED]
     (store.root / ".staging" / "tiny--q8_0.0a1b2c3d.scratch").mkdir(parents=True)  # kill -9 leaves it
     assert listed(run, "--all") == []
-    monkeypatch.setattr(GgufBackend, "build", None)
+    monkeypatch.setattr(GgufBuilder, "build", None)
     item, _ = outcome(run, path)
     assert item["state"] == "evaluated"
     assert {entry.name for entry in (store.root / "tiny" / "q8_0").iterdir()} == {"current", Path(item["folder"]).name}
@@ -311,7 +311,7 @@ def test_text_that_is_calibrated_on_ends_a_build_before_it_starts(write: Write, 
 # --- seeded defects ---------------------------------------------------------------------------------------------------
 
 
-class Spoilt(GgufBackend):
+class Spoilt(GgufBuilder):
     """llama.cpp's builds, with a defect put into each before anything looks at it."""
 
     def __init__(self, spoil: Callable[[Path], object]) -> None:
@@ -375,7 +375,7 @@ def spoilt_by(write: Write, run: Run, store: Store) -> Callable[..., dict[str, A
     """Build Q8_0 with a defect; the record of the refused artifact."""
 
     def build(spoil: Callable[[Path], object]) -> dict[str, Any]:
-        with installed_backends(Spoilt(spoil)):
+        with installed_builders(Spoilt(spoil)):
             item, code = outcome(run, write())
         assert (item["state"], code) == ("refused", 3)
         assert store.artifacts() == []

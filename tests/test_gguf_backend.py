@@ -17,7 +17,7 @@ import pytest
 
 from quantize.build.execute import build
 from quantize.events import SilentReporter
-from quantize.formats import formats
+from quantize.formats import option_models
 from quantize.formats.gguf.types import ELEMENT_TYPES, FTYPES
 from quantize.recipe.model import load_recipe
 from quantize.runtimes.llama_cpp.log import keep_log
@@ -45,7 +45,9 @@ def artifact_of(store: Store, variant: str) -> Artifact:
 def built_with(built: Built, tmp_path: Path, *variants: dict[str, Any]) -> list[Artifact]:
     """More variants of the tiny checkpoint, in a store of their own, from the 16-bit file that is there."""
     path = write_recipe(tmp_path / "more.yaml", Path(str(built.recipe.source.model)), variants)
-    outcomes = build(load_recipe(path, formats()), Store(tmp_path / "more"), built.cache, SilentReporter(), UNMEASURED)
+    outcomes = build(
+        load_recipe(path, option_models()), Store(tmp_path / "more"), built.cache, SilentReporter(), UNMEASURED
+    )
     assert [item.error for item in outcomes if item.error] == []
     return [item.artifact for item in outcomes if item.artifact]
 
@@ -113,7 +115,9 @@ def test_the_same_inputs_elsewhere_give_the_same_digests(built: Built, tmp_path:
     model = Path(shutil.copytree(str(built.recipe.source.model), tmp_path / "elsewhere" / "tiny"))
     path = write_recipe(tmp_path / "tiny.yaml", model, [{"format": "gguf", "types": ["Q4_K_M", "Q8_0"]}])
     run = RunOptions(Limits(threads=3), evaluate=False)
-    outcomes = build(load_recipe(path, formats()), Store(tmp_path / "s"), Cache(tmp_path / "c"), SilentReporter(), run)
+    outcomes = build(
+        load_recipe(path, option_models()), Store(tmp_path / "s"), Cache(tmp_path / "c"), SilentReporter(), run
+    )
     for outcome in outcomes:
         assert outcome.artifact is not None, outcome.error
         first, second = artifact_of(built.store, outcome.variant), outcome.artifact
@@ -180,7 +184,7 @@ def test_rows_that_are_no_multiple_of_256_fall_back_and_say_so(tmp_path: Path, s
         "source: {model: ./narrow, name: Narrow-1B-v2, base_model: org/Narrow-1B, license: mit}\n"
         "variants: [{format: gguf, types: [Q4_K_M, BF16]}]\n"
     )
-    outcomes = build(load_recipe(path, formats()), store, cache, SilentReporter(), UNMEASURED)
+    outcomes = build(load_recipe(path, option_models()), store, cache, SilentReporter(), UNMEASURED)
     assert [item.error for item in outcomes if item.error] == []
     mixed, plain = artifact_of(store, "q4_k_m"), artifact_of(store, "bf16")
     assert [entry.path for entry in mixed.manifest.files if entry.path.endswith(".gguf")] == [

@@ -29,7 +29,7 @@ from quantize.evaluate.record import Summary
 from quantize.files.gguf import read_gguf
 from quantize.files.imatrix import read_imatrix
 from quantize.files.safetensors import INDEX_NAME, read_header
-from quantize.formats import formats
+from quantize.formats import option_models
 from quantize.model.architecture import block_layout, tensor_role
 from quantize.model.checkpoint import check_finite, open_checkpoint, read_chat_template, tensor_table
 from quantize.model.shape import ModelShape
@@ -530,7 +530,7 @@ def test_recipes_that_are_refused(change: str, message: str, tmp_path: Path, mon
         monkeypatch.setattr("quantize.recipe.yaml.MAX_SECONDS", 0.3)
     (tmp_path / "a.yaml").write_text(f"{seeds.SHORT_RECIPE}{change}\n")
     with pytest.raises(RecipeError, match=message):
-        load_recipe(tmp_path / "a.yaml", formats())
+        load_recipe(tmp_path / "a.yaml", option_models())
 
 
 @pytest.mark.timeout(60)
@@ -538,7 +538,7 @@ def test_a_recipe_of_ten_thousand_variants(tmp_path: Path) -> None:
     types = ", ".join(["Q8_0"] * 10_000)
     (tmp_path / "a.yaml").write_text(seeds.SHORT_RECIPE.replace("type: Q8_0", f"types: [{types}]"))
     with pytest.raises(RecipeError, match="more than 500 variants"):
-        load_recipe(tmp_path / "a.yaml", formats())
+        load_recipe(tmp_path / "a.yaml", option_models())
 
 
 # --- golden prompts ---------------------------------------------------------------------------------------------------

@@ -17,11 +17,11 @@ import yaml
 from quantize.build.lockfile import Lock, hold, lock_path, make_lock, read_lock
 from quantize.calibration.text import load_calibration_set
 from quantize.events import ListReporter, SilentReporter
-from quantize.formats import formats
+from quantize.formats import option_models
 from quantize.recipe.model import load_recipe
 from quantize.system.cache import Cache
 from quantize.system.processor import device_name
-from quantize.testing import FakeBackend, make_checkpoint, write_recipe
+from quantize.testing import FakeBuilder, make_checkpoint, write_recipe
 from tests.bad_checkpoints import change_json
 from tests.conftest import Run
 from tests.test_source import COMMIT, FakeHub
@@ -35,7 +35,7 @@ def recipe(own_tiny: Path, tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def locked(recipe: Path, fake: FakeBackend, run: Run) -> Path:
+def locked(recipe: Path, fake: FakeBuilder, run: Run) -> Path:
     """The recipe, locked."""
     assert run("lock", recipe).exit_code == 0
     return recipe
@@ -117,7 +117,7 @@ def test_every_difference_is_named(locked: Path, own_tiny: Path, run: Run, monke
     (own_tiny / "NOTICE").write_text("x")
     variants = [{"format": "fake", "name": "int8", "bits": 6}, {"format": "fake", "bits": 5}]
     edit(locked, variants=variants, source={"model": str(own_tiny), "license": "mit"})
-    monkeypatch.setattr(FakeBackend, "tools", lambda *_: ["numpy", "pyyaml"])
+    monkeypatch.setattr(FakeBuilder, "tools", lambda *_: ["numpy", "pyyaml"])
     message = refusal(run, locked)
     assert "7 things are not as it says" in message
     for line in (
@@ -223,20 +223,20 @@ def test_numbers_that_json_has_not_are_an_edit(locked: Path, run: Run) -> None:
 
 
 def test_a_branch_that_moved_on_is_built_at_its_locked_commit(
-    tiny: Path, tmp_path: Path, cache: Cache, fake: FakeBackend, monkeypatch: pytest.MonkeyPatch
+    tiny: Path, tmp_path: Path, cache: Cache, fake: FakeBuilder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The lock says which commit `main` was; the hub is not even asked again. Another branch is another thing."""
     hub = FakeHub(monkeypatch, tiny)
     path = tmp_path / "hub.yaml"
     path.write_text("name: hub\nsource: {model: org/tiny}\nvariants: [{format: fake}]\n")
-    recipe = load_recipe(path, formats())
+    recipe = load_recipe(path, option_models())
     lock = make_lock(recipe, cache, SilentReporter())
     assert (lock.source.asked, lock.source.revision, hub.asked) == (None, COMMIT, ["org/tiny@main"])
     assert hold(lock, recipe, cache, SilentReporter()).source.revision == COMMIT
     assert len(hub.asked) == 1
     path.write_text(path.read_text().replace("org/tiny", "org/tiny, revision: v2"))
     with pytest.raises(Exception, match=r"source\.asked: nothing in the lock, v2 now"):
-        hold(lock, load_recipe(path, formats()), cache, SilentReporter())
+        hold(lock, load_recipe(path, option_models()), cache, SilentReporter())
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -248,7 +248,7 @@ def test_the_text_is_pinned_by_its_token_ids(tmp_path: Path, run: Run) -> None:
     path = write_recipe(tmp_path / "demo.yaml", model, [{"format": "gptq", "group_size": 64}], calibration=calibration)
     assert run("lock", path).exit_code == 0
     lock = read_lock(lock_path(path))
-    recipe = load_recipe(path, formats())
+    recipe = load_recipe(path, option_models())
     assert recipe.calibration is not None
     assert lock.calibration is not None
     found = load_calibration_set(recipe.calibration, tmp_path, model)
@@ -280,7 +280,7 @@ def test_another_kind_of_processor_is_told_and_refuses_nothing(tmp_path: Path, r
     calibration = {"dataset": "text.txt", "samples": 8, "sequence_length": 64}
     path = write_recipe(tmp_path / "demo.yaml", model, [{"format": "gptq", "group_size": 64}], calibration=calibration)
     assert run("lock", path).exit_code == 0
-    lock, recipe = read_lock(lock_path(path)), load_recipe(path, formats())
+    lock, recipe = read_lock(lock_path(path)), load_recipe(path, option_models())
     assert lock.calibration is not None
     here = device_name("cpu")
     assert lock.calibration.device == here

@@ -11,7 +11,7 @@ import pytest
 
 from quantize.errors import StoreError
 from quantize.system.cache import Cache
-from quantize.testing import FakeBackend, write_recipe
+from quantize.testing import FakeBuilder, write_recipe
 from tests.conftest import Run
 
 NONE = [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP]
@@ -27,7 +27,7 @@ def without_locks(monkeypatch: pytest.MonkeyPatch, code: int) -> None:
 
 @pytest.mark.parametrize("code", NONE)
 def test_a_build_is_refused_and_leaves_nothing(
-    code: int, tiny: Path, tmp_path: Path, run: Run, fake: FakeBackend, monkeypatch: pytest.MonkeyPatch
+    code: int, tiny: Path, tmp_path: Path, run: Run, fake: FakeBuilder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = write_recipe(tmp_path / "demo.yaml", tiny, [{"format": "fake"}])
     without_locks(monkeypatch, code)
@@ -39,7 +39,7 @@ def test_a_build_is_refused_and_leaves_nothing(
 
 
 def test_what_is_there_can_be_listed(
-    tiny: Path, tmp_path: Path, run: Run, fake: FakeBackend, monkeypatch: pytest.MonkeyPatch
+    tiny: Path, tmp_path: Path, run: Run, fake: FakeBuilder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = write_recipe(tmp_path / "demo.yaml", tiny, [{"format": "fake"}])
     assert run("build", path, "--no-eval").exit_code == 0

@@ -13,7 +13,7 @@ from quantize.build.lockfile import lock_path
 from quantize.calibration.text import identify
 from quantize.errors import RecipeError, UsageError
 from quantize.events import ListReporter
-from quantize.formats import formats
+from quantize.formats import option_models
 from quantize.model.source import pin_source
 from quantize.recipe.model import load_calibration, load_recipe
 from quantize.system.cache import Cache
@@ -59,7 +59,7 @@ def test_the_package_has_what_the_clone_has(kind: str) -> None:
 
 def test_every_recipe_of_the_package_loads_and_has_the_name_of_its_file() -> None:
     for name, path in builtin_files(RECIPES).items():
-        assert load_recipe(path, formats()).name == name
+        assert load_recipe(path, option_models()).name == name
 
 
 def test_a_recipe_by_name(here: Path) -> None:
@@ -103,7 +103,7 @@ def test_what_is_no_name_is_left_to_the_reader(text: str) -> None:
     except UsageError:
         return
     with pytest.raises(RecipeError):
-        load_recipe(path, formats())
+        load_recipe(path, option_models())
 
 
 def test_a_folder_of_that_name_hides_no_recipe(here: Path) -> None:
@@ -126,32 +126,32 @@ def test_where_an_artifact_may_be_meant_it_is(here: Path) -> None:
 def test_a_calibration_by_name_and_by_the_package_s_path(tiny: Path, here: Path) -> None:
     wanted = load_calibration(DATA / "calibration" / "ultrachat.yaml")
     for number, text in enumerate(("ultrachat", "calibration/ultrachat.yaml", "builtin:ultrachat")):
-        recipe = load_recipe(write_recipe(here / f"r{number}.yaml", tiny, Q8, calibration=text), formats())
+        recipe = load_recipe(write_recipe(here / f"r{number}.yaml", tiny, Q8, calibration=text), option_models())
         assert (recipe.calibration, recipe.notes) == (wanted, ())
 
 
 def test_a_calibration_of_the_users_wins(tiny: Path, here: Path, run: Run) -> None:
     written(here / "calibration", "ultrachat.yaml", "{dataset: python-docs, samples: 3}\n")
     path = write_recipe(here / "mine.yaml", tiny, Q8, calibration="ultrachat")
-    recipe = load_recipe(path, formats())
+    recipe = load_recipe(path, option_models())
     assert recipe.calibration is not None
     assert recipe.calibration.samples == 3
     (note,) = recipe.notes
     assert f"`ultrachat` is taken to mean {here}/calibration/ultrachat.yaml" in note
     assert f"note: {note}" in run("plan", path).stderr
-    other = load_recipe(write_recipe(here / "other.yaml", tiny, Q8, calibration="builtin:ultrachat"), formats())
+    other = load_recipe(write_recipe(here / "other.yaml", tiny, Q8, calibration="builtin:ultrachat"), option_models())
     assert (other.calibration, other.notes) == (load_calibration(DATA / "calibration" / "ultrachat.yaml"), ())
 
 
 def test_an_unknown_calibration_is_named_with_those_that_there_are(tiny: Path, here: Path) -> None:
     with pytest.raises(RecipeError, match="no such file or name: ultrachta") as caught:
-        load_recipe(write_recipe(here / "mine.yaml", tiny, Q8, calibration="ultrachta"), formats())
+        load_recipe(write_recipe(here / "mine.yaml", tiny, Q8, calibration="ultrachta"), option_models())
     assert caught.value.hint == "did you mean `ultrachat`?"
 
 
 def test_identity_has_no_path_of_the_installation(tiny: Path, here: Path) -> None:
     """The text that comes with the package is a file of a name and a content, wherever Python put it."""
-    recipe = load_recipe(write_recipe(here / "mine.yaml", tiny, Q8, calibration="vietnamese"), formats())
+    recipe = load_recipe(write_recipe(here / "mine.yaml", tiny, Q8, calibration="vietnamese"), option_models())
     assert recipe.calibration is not None
     assert os.path.isabs(recipe.calibration.dataset)
     identity = identify(recipe.calibration, recipe)
@@ -161,7 +161,7 @@ def test_identity_has_no_path_of_the_installation(tiny: Path, here: Path) -> Non
 
 def test_golden_prompts_of_the_package(tiny: Path, here: Path, cache: Cache) -> None:
     def asked(**evaluation: object) -> list[Path]:
-        recipe = load_recipe(write_recipe(here / "mine.yaml", tiny, Q8, evaluation=evaluation), formats())
+        recipe = load_recipe(write_recipe(here / "mine.yaml", tiny, Q8, evaluation=evaluation), option_models())
         from quantize.formats.base import Limits
 
         return list(Judge(recipe, pin_source(recipe, cache, ListReporter()), cache, Limits()).golden)

@@ -11,7 +11,7 @@ from quantize.build.calibrate import _Part, _states_budget
 from quantize.calibration.budget import BASE_BYTES, BlockMemory, largest_block, least_bytes, memory_short, pass_bytes
 from quantize.errors import PlanError
 from quantize.events import SilentReporter
-from quantize.formats import backends, formats
+from quantize.formats import builders, option_models
 from quantize.formats.base import Context, Limits
 from quantize.model.checkpoint import open_checkpoint
 from quantize.model.source import pin_source
@@ -44,7 +44,7 @@ def test_the_largest_block(tiny: Path) -> None:
 def test_depth_costs_nothing_and_width_does(tmp_path: Path) -> None:
     def least(name: str, model: TinyModel, threads: int = 1) -> int:
         checkpoint = open_checkpoint(make_checkpoint(tmp_path / name, model))
-        parts = [(backends()[item], formats()[item](group_size=64)) for item in ("gptq", "awq")]
+        parts = [(builders()[item], option_models()[item](group_size=64)) for item in ("gptq", "awq")]
         return pass_bytes(checkpoint, parts, threads)
 
     shallow = least("shallow", TinyModel(blocks=1))
@@ -83,18 +83,18 @@ def test_a_budget_says_nothing_to_what_needs_no_pass(tiny: Path, tmp_path: Path,
 
 
 def test_hidden_states_get_what_the_budget_leaves(recipe_path: Path, tmp_path: Path) -> None:
-    recipe, cache = load_recipe(recipe_path, formats()), Cache(tmp_path / "cache")
+    recipe, cache = load_recipe(recipe_path, option_models()), Cache(tmp_path / "cache")
     source = pin_source(recipe, cache, SilentReporter())
     checkpoint = open_checkpoint(source.location)
-    solvers = [(backends()[item.format], item.options) for item in recipe.variants]
+    solvers = [(builders()[item.format], item.options) for item in recipe.variants]
     least = pass_bytes(checkpoint, solvers, 1)
 
     def left(budget: int | None) -> int | None:
         parts = []
         for item in recipe.variants:
             options = (item.name, item.options, source, checkpoint, cache, tmp_path, tmp_path)
-            context, backend = Context(*options, Limits(1, "cpu", budget)), backends()[item.format]
-            parts.append(_Part(context, backend, backend.collector(context, SilentReporter())))
+            context, builder = Context(*options, Limits(1, "cpu", budget)), builders()[item.format]
+            parts.append(_Part(context, builder, builder.collector(context, SilentReporter())))
         return _states_budget(parts)
 
     assert [left(None), left(least - 1), left(least), left(least + 99)] == [None, 0, 0, 99]

@@ -14,18 +14,18 @@ from quantize.build.disk import PAPERS_BYTES, disk_free_bytes
 from quantize.build.plan import Plan, make_plan
 from quantize.errors import PlanError, UsageError
 from quantize.events import SilentReporter
-from quantize.formats import backends, formats
+from quantize.formats import builders, option_models
 from quantize.recipe.model import load_recipe
 from quantize.store.store import Store
 from quantize.system.cache import Cache
-from quantize.testing import FakeBackend, TinyModel, installed_backends, make_checkpoint, write_recipe
+from quantize.testing import FakeBuilder, TinyModel, installed_builders, make_checkpoint, write_recipe
 from tests.conftest import BUILT_TYPES, Built, Run
 
 FAKE = [{"format": "fake"}, {"format": "fake", "bits": 4}]
 
 
 def plan_for(path: Path, store: Store, cache: Cache) -> Plan:
-    return make_plan(load_recipe(path, formats()), store, cache, SilentReporter())
+    return make_plan(load_recipe(path, option_models()), store, cache, SilentReporter())
 
 
 def test_planned_sizes_are_the_built_sizes(built: Built, tiny: Path, store: Store, cache: Cache) -> None:
@@ -108,7 +108,7 @@ def test_a_disk_that_is_too_small_refuses(
 
 @pytest.mark.parametrize("step", ["check", "sizes"])
 def test_one_refusal_leaves_the_others_planned(
-    step: str, tiny: Path, tmp_path: Path, run: Run, fake: FakeBackend
+    step: str, tiny: Path, tmp_path: Path, run: Run, fake: FakeBuilder
 ) -> None:
     path = write_recipe(tmp_path / "demo.yaml", tiny, [{"format": "fake", "fail": step}, *FAKE])
     result = run("plan", path, "--json")
@@ -160,26 +160,26 @@ def test_only_what_can_change_bytes_is_in_the_build_key(tiny: Path, tmp_path: Pa
 
 def test_two_plugins_of_one_name() -> None:
     with (
-        installed_backends(FakeBackend(), FakeBackend()),
+        installed_builders(FakeBuilder(), FakeBuilder()),
         pytest.raises(UsageError, match="two plugins bring the format"),
     ):
-        formats()
+        option_models()
 
 
 def test_a_plugin_that_does_not_load() -> None:
-    with installed_backends():
+    with installed_builders():
         point = mock.Mock(load=mock.Mock(side_effect=ImportError("no such library")))
         point.name, point.dist.name = "broken", "quantize-broken"
         with (
             mock.patch("quantize.formats.entry_points", return_value=[point]),
             pytest.raises(UsageError, match="the format plugin 'broken' can't be loaded: no such library") as caught,
         ):
-            backends()
+            builders()
     assert caught.value.hint == "update or uninstall quantize-broken"
 
 
 def test_a_format_that_is_not_installed_is_refused(tiny: Path, tmp_path: Path, run: Run) -> None:
-    with installed_backends(FakeBackend()):
+    with installed_builders(FakeBuilder()):
         result = run("plan", write_recipe(tmp_path / "demo.yaml", tiny, [{"format": "gguf", "type": "Q8_0"}]))
     assert result.exit_code == 2
     assert "unknown format 'gguf'" in result.stderr

@@ -12,9 +12,9 @@ import pytest
 
 from quantize.build.execute import build
 from quantize.events import SilentReporter
-from quantize.formats import formats
+from quantize.formats import option_models
 from quantize.formats.base import Limits
-from quantize.formats.gguf.build import GgufBackend
+from quantize.formats.gguf.build import GgufBuilder
 from quantize.formats.gguf.source import load_tokenizer
 from quantize.model.checkpoint import open_checkpoint, read_chat_template
 from quantize.recipe.model import load_recipe
@@ -66,13 +66,13 @@ def test_plan_names_the_hash_and_the_nearest(byte_level: Path, tmp_path: Path, r
 
 def test_the_chosen_one_is_built_and_written(byte_level: Path, tmp_path: Path, store: Store, cache: Cache) -> None:
     path = recipe(tmp_path, byte_level, pre_tokenizer="gpt-2")
-    (outcome,) = build(load_recipe(path, formats()), store, cache, SilentReporter(), UNMEASURED)
+    (outcome,) = build(load_recipe(path, option_models()), store, cache, SilentReporter(), UNMEASURED)
     assert outcome.artifact is not None, outcome.error
     assert outcome.variant == "q8_0"
     (file,) = outcome.artifact.folder.glob("*.gguf")
     assert gguf.GGUFReader(file).fields["tokenizer.ggml.pre"].contents() == "gpt-2"
     assert outcome.artifact.measurements()["verify"]["lines"] > 2000
-    again = GgufBackend().verify(outcome.artifact.folder, open_checkpoint(byte_level), Limits(), SilentReporter())
+    again = GgufBuilder().verify(outcome.artifact.folder, open_checkpoint(byte_level), Limits(), SilentReporter())
     assert again["divergence"] < 0.01 * again["divergence_elsewhere"]
 
 
@@ -92,7 +92,9 @@ def test_two_choices_share_no_16_bit_file(byte_level: Path, tmp_path: Path, cach
     """A wrong one that was tried before must not be what the right one is made of."""
     for choice in ("qwen2", "gpt-2"):
         path = recipe(tmp_path, byte_level, pre_tokenizer=choice)
-        (outcome,) = build(load_recipe(path, formats()), Store(tmp_path / choice), cache, SilentReporter(), UNMEASURED)
+        (outcome,) = build(
+            load_recipe(path, option_models()), Store(tmp_path / choice), cache, SilentReporter(), UNMEASURED
+        )
         assert (outcome.error is None) == (choice == "gpt-2"), outcome.error
 
 
@@ -194,7 +196,7 @@ def test_the_template_is_what_transformers_finds(
 
 def fields_of(own_tiny: Path, tmp_path: Path, store: Store, cache: Cache) -> tuple[dict[str, Any], dict[str, Any]]:
     path = write_recipe(tmp_path / "t.yaml", own_tiny, [{"format": "gguf", "type": "F16"}])
-    (outcome,) = build(load_recipe(path, formats()), store, cache, SilentReporter(), UNMEASURED)
+    (outcome,) = build(load_recipe(path, option_models()), store, cache, SilentReporter(), UNMEASURED)
     assert outcome.artifact is not None, outcome.error
     (file,) = outcome.artifact.folder.glob("*.gguf")
     fields = {name: field.contents() for name, field in gguf.GGUFReader(file).fields.items()}

@@ -19,7 +19,7 @@ from quantize.formats.base import BuildResult, Context
 from quantize.store.artifact import Artifact
 from quantize.store.manifest import AcceptedRisk
 from quantize.store.store import Store
-from quantize.testing import FakeBackend, TinyModel, make_checkpoint, write_recipe
+from quantize.testing import FakeBuilder, TinyModel, make_checkpoint, write_recipe
 from tests.conftest import Built, Run
 from tests.elsewhere import rebuild_elsewhere
 
@@ -33,7 +33,7 @@ def scratch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture
-def artifact(own_tiny: Path, tmp_path: Path, run: Run, store: Store, fake: FakeBackend) -> Artifact:
+def artifact(own_tiny: Path, tmp_path: Path, run: Run, store: Store, fake: FakeBuilder) -> Artifact:
     assert run("build", write_recipe(tmp_path / "demo.yaml", own_tiny, [{"format": "fake"}])).exit_code == 0
     return store.find("demo/int8")
 
@@ -53,21 +53,21 @@ def resealed(artifact: Artifact, to: Path, **changes: Any) -> Path:
 
 def spoil(monkeypatch: pytest.MonkeyPatch, change: Callable[[Path], object]) -> None:
     """Have the fake format write something else."""
-    real = FakeBackend.build
+    real = FakeBuilder.build
 
-    def build(self: FakeBackend, context: Context, reporter: Reporter) -> BuildResult:
+    def build(self: FakeBuilder, context: Context, reporter: Reporter) -> BuildResult:
         result = real(self, context, reporter)
         change(context.staging / "model.safetensors")
         return result
 
-    monkeypatch.setattr(FakeBackend, "build", build)
+    monkeypatch.setattr(FakeBuilder, "build", build)
 
 
 # --- what it says -----------------------------------------------------------------------------------------------------
 
 
 def test_identical_and_nothing_is_left_or_touched(
-    artifact: Artifact, scratch: Path, tmp_path: Path, run: Run, fake: FakeBackend
+    artifact: Artifact, scratch: Path, tmp_path: Path, run: Run, fake: FakeBuilder
 ) -> None:
     before = state(tmp_path / "artifacts")
     result = run("rebuild", "demo/int8")
@@ -232,7 +232,7 @@ def test_a_manifest_that_asks_for_what_is_not_here(
 def test_a_build_that_fails_leaves_no_scratch(
     artifact: Artifact, scratch: Path, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(FakeBackend, "build", lambda *_: 1 / 0)
+    monkeypatch.setattr(FakeBuilder, "build", lambda *_: 1 / 0)
     assert run("rebuild", "demo/int8").exit_code == 1
     assert list(scratch.iterdir()) == []
 

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from quantize.errors import RecipeError
-from quantize.formats import formats
+from quantize.formats import option_models
 from quantize.recipe.model import PackageFile, Recipe, load_recipe, recipe_schema
 from quantize.recipe.yaml import parse_document, read_document, suggest
 from quantize.system.lookup import is_path_text
@@ -28,7 +28,7 @@ HEAD = "name: demo\nsource: {model: ./model}\n"
 def parse(tmp_path: Path, text: str) -> Recipe:
     path = tmp_path / "recipe.yaml"
     path.write_text(text, encoding="utf-8")
-    return load_recipe(path, formats())
+    return load_recipe(path, option_models())
 
 
 def test_types_make_one_variant_each(tmp_path: Path) -> None:
@@ -61,7 +61,7 @@ def test_a_recipe_keeps_its_text_to_the_byte(tmp_path: Path) -> None:
     text = HEAD.replace("\n", "\r\n") + "variants:\r\n  - {format: gguf, type: Q8_0}  # é, and no newline at the end"
     path = tmp_path / "recipe.yaml"
     path.write_bytes(text.encode())
-    assert load_recipe(path, formats()).text.encode() == path.read_bytes()
+    assert load_recipe(path, option_models()).text.encode() == path.read_bytes()
 
 
 def test_calibration_may_be_a_file_beside_or_above(tmp_path: Path) -> None:
@@ -160,7 +160,7 @@ def test_suggestions() -> None:
 
 @pytest.fixture(scope="module")
 def validator() -> jsonschema.Draft202012Validator:
-    schema = recipe_schema(formats())
+    schema = recipe_schema(option_models())
     jsonschema.Draft202012Validator.check_schema(schema)
     return jsonschema.Draft202012Validator(schema)
 
@@ -173,7 +173,7 @@ def test_our_recipes_load_and_fit_the_schema(path: Path, validator: jsonschema.D
     text = path.read_text(encoding="utf-8")
     assert text.startswith("# yaml-language-server: $schema="), "editors complete recipes by this line"
     assert [error.message for error in validator.iter_errors(yaml.safe_load(text))] == []
-    assert load_recipe(path, formats()).variants
+    assert load_recipe(path, option_models()).variants
 
 
 ONLY_THE_PARSER_KNOWS = {  # what JSON Schema can't say: files, places, other values, the YAML itself
@@ -199,13 +199,13 @@ def test_bad_recipes_do_not_fit_the_schema(name: str, validator: jsonschema.Draf
 def test_the_command_prints_the_schema(run: Run) -> None:
     result = run("schema")
     assert result.exit_code == 0
-    assert json.loads(result.stdout) == recipe_schema(formats())
+    assert json.loads(result.stdout) == recipe_schema(option_models())
 
 
 def test_the_schema_in_docs_is_the_current_one() -> None:
     path = ROOT / "docs" / "recipe.schema.json"
     if not path.is_file():
         pytest.skip("not written yet")
-    assert json.loads(path.read_text(encoding="utf-8")) == recipe_schema(formats()), "run `quantize schema > " + str(
-        path
+    assert json.loads(path.read_text(encoding="utf-8")) == recipe_schema(option_models()), (
+        "run `quantize schema > " + str(path)
     )

@@ -23,7 +23,7 @@ from quantize.build import calibrate as calibrated
 from quantize.errors import Stopped
 from quantize.events import ListReporter, SilentReporter
 from quantize.files.shards import ShardWriter
-from quantize.formats import formats
+from quantize.formats import option_models
 from quantize.formats.base import Context, Limits
 from quantize.model.source import open_source, pin_source
 from quantize.recipe.model import load_recipe
@@ -126,7 +126,11 @@ class Pass:
     """The calibration pass of the recipe in a folder of its own, run in this process."""
 
     def __init__(self, recipe_path: Path, root: Path) -> None:
-        self.recipe, self.root, self.cache = load_recipe(recipe_path, formats()), root, Cache(root.parent / "cache")
+        self.recipe, self.root, self.cache = (
+            load_recipe(recipe_path, option_models()),
+            root,
+            Cache(root.parent / "cache"),
+        )
         self.said = ListReporter()
 
     def run(self, memory_budget: int | None = None) -> dict[str, Any]:

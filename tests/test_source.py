@@ -15,7 +15,7 @@ import pytest
 
 from quantize.errors import CheckpointError, MissingExtraError, StoreError
 from quantize.events import ListReporter, SilentReporter
-from quantize.formats import formats
+from quantize.formats import option_models
 from quantize.model.checkpoint import open_checkpoint
 from quantize.model.source import PinnedSource, card_metadata, open_source, pin_source
 from quantize.recipe.model import Recipe, load_recipe
@@ -31,7 +31,7 @@ VARIANTS = "variants: [{format: gguf, type: Q8_0}]\n"
 def recipe_for(tmp_path: Path, source: str) -> Recipe:
     path = tmp_path / "recipe.yaml"
     path.write_text(f"name: demo\nsource: {source}\n{VARIANTS}", encoding="utf-8")
-    return load_recipe(path, formats())
+    return load_recipe(path, option_models())
 
 
 def pin(tmp_path: Path, source: str, cache: Cache) -> PinnedSource:

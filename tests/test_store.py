@@ -20,7 +20,7 @@ import yaml
 from quantize.build.execute import Outcome, RunOptions, build
 from quantize.errors import BuildError, DiskFullError, GateError, PlanError, StoreError, UsageError, VerifyError
 from quantize.events import ListReporter, SilentReporter
-from quantize.formats import formats
+from quantize.formats import option_models
 from quantize.recipe.model import Recipe, load_recipe
 from quantize.store.artifact import commit, point_current
 from quantize.store.diff import compare
@@ -28,7 +28,7 @@ from quantize.store.manifest import Manifest, manifest_schema, read_manifest
 from quantize.store.staging import RESUME_NAME, variant_lock, workplace
 from quantize.store.store import Store
 from quantize.system.cache import Cache
-from quantize.testing import FakeBackend, write_recipe
+from quantize.testing import FakeBuilder, write_recipe
 from tests.conftest import UNMEASURED, Built, Run
 
 Variants = list[dict[str, object]]
@@ -36,11 +36,11 @@ INT8: Variants = [{"format": "fake"}]
 
 
 @pytest.fixture
-def recipe(tiny: Path, tmp_path: Path, fake: FakeBackend) -> Callable[[Variants], Recipe]:
+def recipe(tiny: Path, tmp_path: Path, fake: FakeBuilder) -> Callable[[Variants], Recipe]:
     """Recipes for the fake format."""
 
     def make(variants: Variants) -> Recipe:
-        return load_recipe(write_recipe(tmp_path / "demo.yaml", tiny, variants), formats())
+        return load_recipe(write_recipe(tmp_path / "demo.yaml", tiny, variants), option_models())
 
     return make
 
@@ -78,7 +78,7 @@ def test_what_a_build_leaves(recipe: Callable[[Variants], Recipe], store: Store,
 
 
 def test_a_second_build_does_nothing(
-    recipe: Callable[[Variants], Recipe], store: Store, cache: Cache, fake: FakeBackend
+    recipe: Callable[[Variants], Recipe], store: Store, cache: Cache, fake: FakeBuilder
 ) -> None:
     build_all(recipe(INT8), store, cache)
     before = snapshot(store.root)
@@ -87,7 +87,7 @@ def test_a_second_build_does_nothing(
 
 
 def test_force_builds_again_and_ends_at_the_same_digest(
-    recipe: Callable[[Variants], Recipe], store: Store, cache: Cache, fake: FakeBackend
+    recipe: Callable[[Variants], Recipe], store: Store, cache: Cache, fake: FakeBuilder
 ) -> None:
     (first,) = build_all(recipe(INT8), store, cache)
     (second,) = build_all(recipe(INT8), store, cache, force=True)
@@ -140,7 +140,7 @@ def test_a_digest_stands_for_content_alone(
 
 
 def test_another_version_of_a_tool_is_another_build(
-    recipe: Callable[[Variants], Recipe], store: Store, cache: Cache, monkeypatch: pytest.MonkeyPatch, fake: FakeBackend
+    recipe: Callable[[Variants], Recipe], store: Store, cache: Cache, monkeypatch: pytest.MonkeyPatch, fake: FakeBuilder
 ) -> None:
     build_all(recipe(INT8), store, cache)
     versions = {"numpy": "99.0", "quantize": "99.0"}
@@ -198,7 +198,7 @@ def test_a_store_that_can_not_be_written_says_so(
 
 
 def test_two_builds_of_one_variant_make_it_once(
-    recipe: Callable[[Variants], Recipe], store: Store, cache: Cache, fake: FakeBackend
+    recipe: Callable[[Variants], Recipe], store: Store, cache: Cache, fake: FakeBuilder
 ) -> None:
     parsed = recipe([{"format": "fake", "bits": bits} for bits in (4, 6, 8)])
     with ThreadPoolExecutor(4) as pool:

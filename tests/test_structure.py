@@ -147,7 +147,7 @@ def test_contributing_shows_the_order() -> None:
 @pytest.mark.parametrize(
     ("module", "line"),
     [
-        ("files.gguf", "from quantize.formats.base import Backend"),
+        ("files.gguf", "from quantize.formats.base import Builder"),
         ("files.gguf", "import quantize.store.store"),
         ("files.gguf", "from quantize import serve"),
         ("numerics.gram", "def late():\n    from quantize.model.shape import ModelShape"),

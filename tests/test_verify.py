@@ -20,7 +20,7 @@ from quantize.events import ListReporter, SilentReporter
 from quantize.files.gguf import read_gguf
 from quantize.formats.base import Limits
 from quantize.formats.gguf import try_out as engine
-from quantize.formats.gguf.build import GgufBackend
+from quantize.formats.gguf.build import GgufBuilder
 from quantize.formats.gguf.check import compare_header
 from quantize.formats.gguf.source import Expected, expected_of
 from quantize.formats.packed_check import ROWS, agree
@@ -154,9 +154,9 @@ def set_field(name: str, value: object) -> Callable[[dict[str, gguf.ReaderField]
 
 
 @pytest.fixture(scope="module")
-def backend() -> GgufBackend:
+def builder() -> GgufBuilder:
     """One that asks the source once for all tests here."""
-    return GgufBackend()
+    return GgufBuilder()
 
 
 Raws = dict[str, np.ndarray[Any, Any]]
@@ -217,19 +217,19 @@ def nothing(_: object) -> None:
 )  # fmt: skip
 def test_what_is_not_the_sources(
     fields: Callable[[dict[str, gguf.ReaderField]], None], tensors: Callable[[Raws], None], drop: str, message: str,
-    artifact: Artifact, tiny: Path, backend: GgufBackend,
+    artifact: Artifact, tiny: Path, builder: GgufBuilder,
 ) -> None:  # fmt: skip
     rewrite(weights(artifact), fields, drop, tensors)
     with pytest.raises(VerifyError, match=re.escape(message)) as caught:
-        backend.verify(artifact.folder, open_checkpoint(tiny), Limits(), SilentReporter())
+        builder.verify(artifact.folder, open_checkpoint(tiny), Limits(), SilentReporter())
     assert caught.value.message.startswith("tiny-Q8_0.gguf: ")
     assert caught.value.hint
 
 
-def test_a_rewritten_file_without_a_fault_is_good(artifact: Artifact, tiny: Path, backend: GgufBackend) -> None:
+def test_a_rewritten_file_without_a_fault_is_good(artifact: Artifact, tiny: Path, builder: GgufBuilder) -> None:
     """So that the faults above are what is refused, not the rewriting."""
     rewrite(weights(artifact), nothing)
-    facts = backend.verify(artifact.folder, open_checkpoint(tiny), Limits(), SilentReporter())
+    facts = builder.verify(artifact.folder, open_checkpoint(tiny), Limits(), SilentReporter())
     assert facts["lines"] > 2000
     assert facts["ends"] == [2]
     assert facts["divergence"] < 0.01 * facts["divergence_elsewhere"]
@@ -350,7 +350,7 @@ def test_a_good_file_runs_the_same_each_time(artifact: Artifact) -> None:
 def test_a_folder_without_weights(tmp_path: Path, tiny: Path) -> None:
     write_json(tmp_path / "manifest.json", {})
     with pytest.raises(VerifyError, match=r"no \.gguf file"):
-        GgufBackend().verify(tmp_path, open_checkpoint(tiny), Limits(), SilentReporter())
+        GgufBuilder().verify(tmp_path, open_checkpoint(tiny), Limits(), SilentReporter())
 
 
 @pytest.mark.parametrize("place", [(0, 0), (ROWS, 7), (2 * ROWS, 31)])

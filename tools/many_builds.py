@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from quantize.formats import formats
+from quantize.formats import option_models
 from quantize.recipe.model import load_recipe
 from quantize.store.store import Store
 from tools.kill_build import broken_in, environment_of, leftovers_of
@@ -82,7 +82,7 @@ def main() -> int:
     parser.add_argument("--variants", type=int, default=None)
     parser.add_argument("options", nargs="*")
     asked = parser.parse_intermixed_args()
-    names = [variant.name for variant in load_recipe(asked.recipe, formats()).variants][: asked.variants]
+    names = [variant.name for variant in load_recipe(asked.recipe, option_models()).variants][: asked.variants]
     parts = halves(names, asked.builds)
     with tempfile.TemporaryDirectory(prefix="quantize-many-") as work:
         commands = [

@@ -1,6 +1,6 @@
 """Everything that an artifact has beside its weights: manifest, recipe, model card, licences, measurements.
 
-In: a recipe, a Job, a staging folder that a backend has filled. Out: the papers, in the folder, and the Manifest, which
+In: a recipe, a Job, a staging folder that a builder has filled. Out: the papers, in the folder, and the Manifest, which
 is written by whoever puts the folder in its place.
 """
 
@@ -28,7 +28,7 @@ from quantize.system.files import write_text
 
 @dataclass(frozen=True)
 class Made:
-    """What a backend wrote, what was measured on the way, and the seconds that it took."""
+    """What a builder wrote, what was measured on the way, and the seconds that it took."""
 
     result: BuildResult
     measured: Mapping[str, Any]

@@ -1,7 +1,7 @@
 """One calibration pass that serves every calibrated variant of a recipe, whatever their formats.
 
 In: the recipe's calibration spec and the variants' contexts. Out: what the manifest says of the text, each variant's
-error if it failed, measurements. The pass runs in a worker process; backends see its blocks through their collectors.
+error if it failed, measurements. The pass runs in a worker process; builders see its blocks through their collectors.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from quantize.errors import (
     is_out_of_memory,
 )
 from quantize.events import Reporter, note, status, warn
-from quantize.formats.base import Backend, Collector, Context, Limits
+from quantize.formats.base import Builder, Collector, Context, Limits
 from quantize.model.architecture import block_count, block_layout
 from quantize.recipe.model import CalibrationSpec, Recipe
 from quantize.store.manifest import CalibrationEntry, tool_versions
@@ -57,7 +57,7 @@ class _Part:
     """One variant's part in the pass, until it fails. blocks: how many it has done, in this build or a stopped one."""
 
     context: Context
-    backend: Backend
+    builder: Builder
     collector: Collector
     blocks: int = 0
     seconds: float = 0.0
@@ -65,7 +65,7 @@ class _Part:
 
 
 def run_pass(recipe: Recipe, variants: Sequence[tuple[str, Context]], folder: Path, reporter: Reporter) -> PassResult:
-    """Run the pass for (backend name, context) pairs; `folder` is where it leaves what a stopped one goes on from.
+    """Run the pass for (builder name, context) pairs; `folder` is where it leaves what a stopped one goes on from.
 
     Raises PlanError, BuildError, WorkerDied if it ends early; Stopped if the user asked it to end.
     """
@@ -83,7 +83,7 @@ def _pass(
     import torch
 
     from quantize.calibration.text import load_calibration_set, pinned_spec
-    from quantize.formats import backends
+    from quantize.formats import builders
 
     context = variants[0][1]
     torch.set_num_threads(context.limits.threads)
@@ -92,7 +92,7 @@ def _pass(
     started = time.perf_counter()
     found = load_calibration_set(spec, base, context.checkpoint.folder)
     text_seconds = time.perf_counter() - started
-    parts = [_Part(item, backends()[name], backends()[name].collector(item, reporter)) for name, item in variants]
+    parts = [_Part(item, builders()[name], builders()[name].collector(item, reporter)) for name, item in variants]
     with _runner(context.limits, folder, reporter) as runner:
         precision = runner.fastest_precision if spec.precision == "auto" else spec.precision
         entry = CalibrationEntry(
@@ -188,7 +188,7 @@ def _spread(
     from quantize.build.spread.run import Lacking
 
     limits = replace(parts[0].context.limits, spread=None, threads=spread.cores)
-    contexts = tuple((part.backend.name, replace(part.context, limits=limits)) for part in parts)
+    contexts = tuple((part.builder.name, replace(part.context, limits=limits)) for part in parts)
     plan = PassPlan(contexts, tuple(tuple(map(int, ids)) for ids in token_ids), precision, folder)
 
     def take(index: int, solved: Mapping[int, Any], after: Sequence[SavedStates]) -> list[int]:
@@ -243,7 +243,7 @@ def _states_budget(parts: list[_Part]) -> int | None:
     budget = context.limits.memory_budget_bytes
     if budget is None or context.limits.device != "cpu":
         return budget
-    solvers = [(part.backend, part.context.options) for part in parts]
+    solvers = [(part.builder, part.context.options) for part in parts]
     return max(0, budget - pass_bytes(context.checkpoint, solvers, context.limits.threads))
 
 

@@ -101,7 +101,7 @@ def needs(jobs: Sequence[Job], recipe: Recipe, checkpoint: Checkpoint, *, source
     sizes = [job.size for job in todo if job.size is not None]
     shared = {size.intermediate_key: size.intermediate_bytes for size in sizes}
     measured = measured and any(job.variant.format in FORMATS for job in todo)
-    calibrated = any(job.backend.needs_calibration(job.variant.options) for job in todo)
+    calibrated = any(job.builder.needs_calibration(job.variant.options) for job in todo)
     passed, blocks = sum(size.pass_bytes for size in sizes), block_count(checkpoint.config) if calibrated else 1
     return Needs(
         source=source_bytes,

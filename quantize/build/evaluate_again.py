@@ -16,7 +16,7 @@ from quantize.build.judge import Judge
 from quantize.build.settle import Gates, Settled, refusal
 from quantize.errors import UsageError
 from quantize.events import Reporter
-from quantize.formats import formats
+from quantize.formats import option_models
 from quantize.formats.base import Limits
 from quantize.model.source import open_source
 from quantize.recipe.model import Recipe, load_recipe
@@ -51,7 +51,7 @@ def find_artifacts(names: tuple[str, ...], store: Store) -> list[Artifact]:
 
 
 def _recipe(name: str) -> Recipe | None:
-    return load_recipe(Path(name), formats()) if Path(name).suffix in SUFFIXES else None
+    return load_recipe(Path(name), option_models()) if Path(name).suffix in SUFFIXES else None
 
 
 def _artifacts(name: str, recipe: Recipe | None, store: Store) -> list[Artifact]:

@@ -22,7 +22,7 @@ from quantize.build.plan import Plan, identify_jobs, pin_calibration, size_plan
 from quantize.build.settle import Gates
 from quantize.errors import DiskFullError, QuantizeError, Stopped, StoreError, UsageError, VerifyError
 from quantize.events import Event, Reporter, SilentReporter, note, status, warn
-from quantize.formats import backends
+from quantize.formats import builders
 from quantize.formats.base import Context, Limits
 from quantize.model.checkpoint import Checkpoint
 from quantize.model.source import PinnedSource, open_source, pin_source
@@ -110,9 +110,9 @@ class _Build:
             self._prepare(todo, waiting)
             for job in waiting:
                 self._settle_waiting(job)
-            self._build_calibrated([job for job in todo if job.backend.needs_calibration(job.variant.options)])
+            self._build_calibrated([job for job in todo if job.builder.needs_calibration(job.variant.options)])
             for job in todo:
-                if not job.backend.needs_calibration(job.variant.options) and self._goes_on(job):
+                if not job.builder.needs_calibration(job.variant.options) and self._goes_on(job):
                     with ExitStack() as held:
                         if (work := self._open_work(job, held)) is not None:
                             self._build_one(work)
@@ -181,7 +181,7 @@ class _Build:
         unknown = [job for job, artifact in found if artifact and self.gates.judge.known(artifact) is None]
         measured = [job for job in (*todo, *unknown) if self.gates.measures(job.variant.format)]
         if measured:
-            calibrated = any(job.backend.needs_calibration(job.variant.options) for job in measured)
+            calibrated = any(job.builder.needs_calibration(job.variant.options) for job in measured)
             self.gates.judge.prepare(self.checkpoint, self.reporter, calibrated=calibrated)
 
     def _settle_waiting(self, job: Job) -> None:
@@ -216,7 +216,7 @@ class _Build:
         try:
             if job.refusal is not None:
                 raise job.refusal
-            job.backend.check(self.checkpoint, job.variant.options)
+            job.builder.check(self.checkpoint, job.variant.options)
         except QuantizeError as exc:
             self._finished(Outcome(job.variant.name, "failed", error=exc))
             return False
@@ -257,7 +257,7 @@ class _Build:
     def _run_pass(self, works: list[_Work], folder: Path) -> None:
         from quantize.build.calibrate import run_pass
 
-        variants = [(item.job.backend.name, item.context) for item in works]
+        variants = [(item.job.builder.name, item.context) for item in works]
         try:
             passed = run_pass(self.recipe, variants, folder, self.reporter)
         except Stopped:
@@ -277,7 +277,7 @@ class _Build:
         job, context = work.job, work.context
         try:
             with store_errors(self.store.root):
-                result = job.backend.build(context, self.reporter)
+                result = job.builder.build(context, self.reporter)
             facts, failure = self._verified(work)
             status(self.reporter, context.variant, "hashing and writing the manifest")
             seconds = time.perf_counter() - work.started
@@ -300,7 +300,7 @@ class _Build:
         """What verification found out, or why it refuses."""
         context = work.context
         try:
-            return dict(work.job.backend.verify(context.staging, self.checkpoint, context.limits, self.reporter)), None
+            return dict(work.job.builder.verify(context.staging, self.checkpoint, context.limits, self.reporter)), None
         except VerifyError as exc:
             return {}, exc
 
@@ -342,7 +342,7 @@ def _remove_intermediates(
     """Drop what the variants made for one another; what is left to build of this source makes it again."""
     for variant in variants:
         context = Context("", variant.options, source, checkpoint, cache, cache.root, cache.root)
-        for kind, key in backends()[variant.format].intermediates(context):
+        for kind, key in builders()[variant.format].intermediates(context):
             cache.remove_unused(kind, key)
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from quantize.errors import CheckpointError, RecipeError, StoreError, VerifyError
 from quantize.events import Reporter, note
-from quantize.formats import formats
+from quantize.formats import option_models
 from quantize.model.checkpoint import Checkpoint
 from quantize.model.source import PinnedSource, SourceFile, files_digest, open_source, pin_address, pin_path, pin_source
 from quantize.recipe.model import Recipe, load_recipe
@@ -24,7 +24,7 @@ from quantize.system.cache import Cache
 
 def own_recipe(artifact: Artifact) -> Recipe:
     """The recipe that an artifact carries. Raises RecipeError."""
-    return load_recipe(artifact.folder / RECIPE_NAME, formats())
+    return load_recipe(artifact.folder / RECIPE_NAME, option_models())
 
 
 def reopen_source(artifact: Artifact, cache: Cache, reporter: Reporter, given: Path | None = None) -> Checkpoint:

@@ -10,7 +10,7 @@ from functools import cached_property
 from typing import Any
 
 from quantize.errors import QuantizeError
-from quantize.formats.base import Backend, SizePlan
+from quantize.formats.base import Builder, SizePlan
 from quantize.recipe.model import Variant
 from quantize.store.artifact import Artifact
 from quantize.store.manifest import canonical_hash
@@ -24,7 +24,7 @@ class Job:
     """
 
     variant: Variant
-    backend: Backend
+    builder: Builder
     inputs: dict[str, Any]
     tools: dict[str, str]
     existing: Artifact | None = None

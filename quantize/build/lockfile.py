@@ -20,7 +20,7 @@ from quantize.build.plan import identify_jobs, pin_calibration
 from quantize.calibration.text import TokenSummary, identify, summarize_tokens
 from quantize.errors import LockError, StoreError, UsageError
 from quantize.events import Reporter, warn
-from quantize.formats import backends
+from quantize.formats import builders
 from quantize.model.source import COMMIT, PinnedSource, dequantized_key, open_source, pin_source
 from quantize.recipe.model import CalibrationSpec, Recipe
 from quantize.recipe.yaml import read_document, validate
@@ -267,7 +267,7 @@ def _pinned(asked: Recipe, recipe: Recipe, cache: Cache, reporter: Reporter) -> 
     for job in jobs:
         if job.refusal is not None:
             raise job.refusal
-    calibrated = any(backends()[item.format].needs_calibration(item.options) for item in recipe.variants)
+    calibrated = any(builders()[item.format].needs_calibration(item.options) for item in recipe.variants)
     return _Pinned(asked, recipe, source, tuple(jobs), recipe.calibration if calibrated else None)
 
 

@@ -17,8 +17,8 @@ from quantize.build.job import Job
 from quantize.calibration.budget import memory_short, pass_bytes
 from quantize.errors import PlanError, QuantizeError
 from quantize.events import Reporter, status
-from quantize.formats import backends
-from quantize.formats.base import Backend, Context, Limits, SizePlan
+from quantize.formats import builders
+from quantize.formats.base import Builder, Context, Limits, SizePlan
 from quantize.model.checkpoint import Checkpoint, open_checkpoint
 from quantize.model.source import PinnedSource, dequantized_key, open_source, pin_source
 from quantize.recipe.model import Recipe, Variant
@@ -95,7 +95,7 @@ def size_plan(
 
 def _pass_memory(jobs: Sequence[Job], checkpoint: Checkpoint, limits: Limits) -> int:
     todo = [job for job in jobs if job.is_open]
-    parts = [(job.backend, job.variant.options) for job in todo if job.backend.needs_calibration(job.variant.options)]
+    parts = [(job.builder, job.variant.options) for job in todo if job.builder.needs_calibration(job.variant.options)]
     if not parts or limits.device != "cpu":
         return 0
     return pass_bytes(checkpoint, parts, limits.threads)
@@ -104,7 +104,7 @@ def _pass_memory(jobs: Sequence[Job], checkpoint: Checkpoint, limits: Limits) ->
 def pin_calibration(recipe: Recipe, reporter: Reporter) -> Recipe:
     """The recipe with its calibration dataset at a commit, if a variant needs it. Raises as text.pinned does."""
     if recipe.calibration is None or not any(
-        backends()[item.format].needs_calibration(item.options) for item in recipe.variants
+        builders()[item.format].needs_calibration(item.options) for item in recipe.variants
     ):
         return recipe
     from quantize.calibration.text import pinned
@@ -119,23 +119,23 @@ def identify_jobs(recipe: Recipe, source: PinnedSource, store: Store) -> list[Jo
     """
     jobs = []
     for variant in recipe.variants:
-        backend = backends()[variant.format]
-        tools = tool_versions(backend.tools(variant.options))
+        builder = builders()[variant.format]
+        tools = tool_versions(builder.tools(variant.options))
         try:
-            inputs = _inputs(recipe, source, variant, backend, tools)
+            inputs = _inputs(recipe, source, variant, builder, tools)
         except PlanError as exc:
-            jobs.append(Job(variant, backend, {}, tools, refusal=exc))
+            jobs.append(Job(variant, builder, {}, tools, refusal=exc))
             continue
         existing = store.find_build(recipe.name, variant.name, canonical_hash(inputs))
-        jobs.append(Job(variant, backend, inputs, tools, existing))
+        jobs.append(Job(variant, builder, inputs, tools, existing))
     return jobs
 
 
 def _inputs(
-    recipe: Recipe, source: PinnedSource, variant: Variant, backend: Backend, tools: dict[str, str]
+    recipe: Recipe, source: PinnedSource, variant: Variant, builder: Builder, tools: dict[str, str]
 ) -> dict[str, Any]:
     calibration: Any = None
-    if backend.needs_calibration(variant.options):
+    if builder.needs_calibration(variant.options):
         from quantize.calibration.text import identify
 
         if recipe.calibration is None:
@@ -198,12 +198,12 @@ def size_jobs(
 def _size_group(
     group: Sequence[Job], context: Context, reporter: Reporter
 ) -> list[tuple[Job, SizePlan | QuantizeError]]:
-    backend = group[0].backend
+    builder = group[0].builder
     checked = [(job, job.refusal or _refusal(job, context.checkpoint)) for job in group]
     refused = [(job, error) for job, error in checked if error is not None]
     good = [job for job, error in checked if error is None]
     try:
-        sizes = backend.sizes(context, [job.variant.options for job in good], reporter) if good else []
+        sizes = builder.sizes(context, [job.variant.options for job in good], reporter) if good else []
     except QuantizeError as exc:
         sizes = [exc] * len(good)
     return [*refused, *zip(good, sizes, strict=True)]
@@ -211,7 +211,7 @@ def _size_group(
 
 def _refusal(job: Job, checkpoint: Checkpoint) -> QuantizeError | None:
     try:
-        job.backend.check(checkpoint, job.variant.options)
+        job.builder.check(checkpoint, job.variant.options)
     except QuantizeError as exc:
         return exc
     return None

@@ -27,7 +27,7 @@ from quantize.calibration.text import LOCAL_SUFFIXES, summarize_tokens
 from quantize.errors import PlanError, RecipeError, StoreError, UsageError, VerifyError
 from quantize.events import Reporter, note, status, warn
 from quantize.files.compare import TensorDifference, can_compare, compare_metadata, compare_weights
-from quantize.formats import backends
+from quantize.formats import builders
 from quantize.formats.base import Context, Limits
 from quantize.model.checkpoint import Checkpoint
 from quantize.model.source import PinnedSource, open_source
@@ -168,12 +168,12 @@ def rebuild_folders(keep: Path | None) -> Iterator[tuple[Path, Path]]:
 
 
 def _variant(manifest: Manifest) -> Variant:
-    if manifest.format not in backends():
-        hint = f"install the plugin that brings it; installed are: {', '.join(backends())}"
+    if manifest.format not in builders():
+        hint = f"install the plugin that brings it; installed are: {', '.join(builders())}"
         raise PlanError(f"the format {manifest.format!r} is not installed here", hint=hint)
     options = {key: value for key, value in manifest.options.items() if key != "format"}
     try:
-        parsed = backends()[manifest.format].Options.model_validate(options)
+        parsed = builders()[manifest.format].Options.model_validate(options)
     except ValidationError as exc:
         first = exc.errors()[0]
         where = ".".join(map(str, first["loc"]))
@@ -277,16 +277,16 @@ def _device_difference(manifest: Manifest, limits: Limits, reporter: Reporter) -
 def _build(recipe: Recipe, job: Job, context: Context, wanted: Manifest, reporter: Reporter) -> Manifest:
     """Fill the folder as a build does; the accepted risk is a person's word, and is taken over."""
     started = time.perf_counter()
-    job.backend.check(context.checkpoint, context.options)
+    job.builder.check(context.checkpoint, context.options)
     measured: dict[str, Any] = {}
-    if job.backend.needs_calibration(context.options):
+    if job.builder.needs_calibration(context.options):
         folder = context.scratch / "pass"
         folder.mkdir()
-        passed = run_pass(recipe, [(job.backend.name, context)], folder, reporter)
+        passed = run_pass(recipe, [(job.builder.name, context)], folder, reporter)
         if context.variant in passed.errors:
             raise passed.errors[context.variant]
         context, measured = replace(context, calibration=passed.entry), {"calibration_pass": passed.measurements}
-    result = job.backend.build(context, reporter)
+    result = job.builder.build(context, reporter)
     status(reporter, context.variant, "hashing")
     manifest = assemble(recipe, job, context, Made(result, measured, time.perf_counter() - started))
     manifest = manifest.model_copy(update={"accepted_risk": wanted.accepted_risk}).sealed()

@@ -13,7 +13,7 @@ from quantize.build.plan import make_plan
 from quantize.errors import UsageError
 from quantize.events import Reporter
 from quantize.files.gguf import read_gguf
-from quantize.formats import formats
+from quantize.formats import option_models
 from quantize.formats.base import Limits
 from quantize.model.checkpoint import open_checkpoint, read_json, tensor_table
 from quantize.model.shape import ModelShape, gguf_shape
@@ -64,7 +64,7 @@ def siblings(subject: Subject, store: Store) -> list[Subject]:
 
 
 def _of_recipe(path: Path, store: Store, cache: Cache, reporter: Reporter) -> list[Subject]:
-    recipe = load_recipe(path, formats())
+    recipe = load_recipe(path, option_models())
     plan = make_plan(recipe, store, cache, reporter, Limits())
     found = [
         Subject(

@@ -40,7 +40,7 @@ class BlockMemory:
 
 
 class Solver(Protocol):
-    """The part of a backend that matters here."""
+    """The part of a builder that matters here."""
 
     def solver_bytes(self, block: BlockMemory, options: Any, threads: int) -> int:
         """Memory beside a block's weights and statistics."""
@@ -68,9 +68,9 @@ def least_bytes(checkpoint: Checkpoint, solvers: Sequence[int]) -> int:
 
 
 def pass_bytes(checkpoint: Checkpoint, parts: Sequence[tuple[Solver, Any]], threads: int) -> int:
-    """As least_bytes, for backends and their options. Raises CheckpointError."""
+    """As least_bytes, for builders and their options. Raises CheckpointError."""
     block = largest_block(checkpoint)
-    return least_bytes(checkpoint, [backend.solver_bytes(block, options, threads) for backend, options in parts])
+    return least_bytes(checkpoint, [builder.solver_bytes(block, options, threads) for builder, options in parts])
 
 
 def memory_short(least: int, budget: int) -> PlanError:

@@ -1,7 +1,7 @@
 """One pass over a calibration set, a decoder block at a time: the statistics that every calibrated format needs.
 
 In: a checkpoint (config, lazy tensors) and token ids. Out: an iterator of blocks, each with its weights and a Gram
-matrix for every distinct input of its linears. Left to others: solving, folding, writing (numerics, backends).
+matrix for every distinct input of its linears. Left to others: solving, folding, writing (numerics, builders).
 Blocks see full-precision inputs, so each can be solved on its own; memory holds one block, its Gram matrices and the
 hidden states, whatever the depth.
 """

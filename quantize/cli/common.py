@@ -106,11 +106,11 @@ def quality(artifact: Artifact) -> Summary:
 
 def open_recipe(given: Path) -> Recipe:
     """The recipe that a path or a name means; what there is to say of where it was found is said. Raises UsageError."""
-    from quantize.formats import formats
+    from quantize.formats import option_models
     from quantize.recipe.model import load_recipe
 
     found = find_recipe(str(given))
-    recipe = load_recipe(found.path, formats())
+    recipe = load_recipe(found.path, option_models())
     _say(found.note, *recipe.notes)
     return recipe
 

@@ -23,7 +23,7 @@ from quantize import DISTRIBUTION, __version__
 from quantize.build.disk import disk_free_bytes
 from quantize.cli.trials import Trial, try_engines
 from quantize.errors import UsageError, install_line
-from quantize.formats import backends
+from quantize.formats import builders
 from quantize.serve.preflight import HELPERS
 from quantize.system.machine import Machine, detect, processor_name
 
@@ -97,7 +97,7 @@ def examine(store: Path, cache: Path, *, quick: bool = False) -> Report:
         folders=tuple(
             Folder(what, path.absolute(), disk_free_bytes(path), _is_writable(path)) for what, path in places
         ),
-        abilities=tuple(_ability(name, backend.extra, broken) for name, backend in sorted(backends().items())),
+        abilities=tuple(_ability(name, builder.extra, broken) for name, builder in sorted(builders().items())),
         trials=trials,
     )
 

@@ -86,11 +86,11 @@ def recipes(folder: Path | None, as_json: bool) -> None:
 
 
 def _recipe_row(path: Path, shown: str) -> dict[str, Any]:
-    from quantize.formats import formats
+    from quantize.formats import option_models
     from quantize.recipe.model import load_recipe
 
     try:
-        recipe = load_recipe(path, formats())
+        recipe = load_recipe(path, option_models())
     except RecipeError as exc:
         return {"path": shown, "name": "", "model": "", "variants": [], "error": exc.message.splitlines()[0]}
     model = recipe.source.model if isinstance(recipe.source.model, str) else recipe.source.model.file
@@ -105,11 +105,11 @@ def _recipe_row(path: Path, shown: str) -> dict[str, Any]:
 @verbose_option
 def list_formats(as_json: bool) -> None:
     """List the formats that can be built, with the options that a recipe may give."""
-    from quantize.formats import backends
+    from quantize.formats import builders
 
     rows = [
         {"format": name, "extra": item.extra, "options": list(item.Options.model_fields)}
-        for name, item in backends().items()
+        for name, item in builders().items()
     ]
     if as_json:
         print_json(rows)

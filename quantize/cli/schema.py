@@ -17,7 +17,7 @@ def command(kind: str) -> None:
 
         print_json(manifest_schema())
         return
-    from quantize.formats import formats
+    from quantize.formats import option_models
     from quantize.recipe.model import recipe_schema
 
-    print_json(recipe_schema(formats()))
+    print_json(recipe_schema(option_models()))

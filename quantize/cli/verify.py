@@ -19,7 +19,7 @@ from quantize.cli.common import (
 )
 from quantize.cli.progress import console_reporter
 from quantize.errors import UsageError
-from quantize.formats import backends
+from quantize.formats import builders
 from quantize.provenance.signature import Trust
 from quantize.store.store import Store
 from quantize.store.verify import check_files
@@ -57,9 +57,9 @@ def command(
                 trust.check(artifact.folder)
             if not hashes_only:
                 checkpoint = reopen_source(artifact, open_cache(), reporter, source)
-                backend = backends()[artifact.manifest.format]
+                builder = builders()[artifact.manifest.format]
                 limits = make_limits(None, "cpu", None)
-                facts |= backend.verify(artifact.folder, checkpoint, limits, reporter)
+                facts |= builder.verify(artifact.folder, checkpoint, limits, reporter)
         results.append({"artifact": artifact.ref, "digest": artifact.manifest.digest, **facts})
         if not as_json:
             click.echo(f"{artifact.ref}: good" + (", signature too" if trust is not None else ""))

@@ -20,7 +20,7 @@ from quantize.build.spread.trace import Span, check_trace, read_trace, write_tra
 from quantize.calibration.spread import Spread
 from quantize.errors import BuildError, QuantizeError, UsageError, first_line
 from quantize.events import Event, Reporter, note, status
-from quantize.formats import backends
+from quantize.formats import builders
 from quantize.model.source import pin_source
 from quantize.recipe.model import Recipe
 from quantize.store.store import Store
@@ -126,7 +126,7 @@ def _units(recipe: Recipe, cache: Cache, reporter: Reporter, only: Sequence[str]
     source_bytes = sum(item.size_bytes for item in pin_source(recipe, cache, reporter).files)
     groups: dict[str, list[str]] = {}
     for variant in recipe.variants:
-        calibrated = backends()[variant.format].needs_calibration(variant.options)
+        calibrated = builders()[variant.format].needs_calibration(variant.options)
         if not only or variant.name in only:
             groups.setdefault("" if calibrated else variant.format, []).append(variant.name)
     spec = recipe.calibration

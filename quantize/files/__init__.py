@@ -1,1 +1,1 @@
-"""Bytes on disk that several backends share: safetensors shards and GGUF files."""
+"""Bytes on disk that several builders share: safetensors shards and GGUF files."""

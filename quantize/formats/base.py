@@ -1,6 +1,6 @@
-"""What a backend is: the protocol between the build and one output format.
+"""What a builder is: the protocol between the build and one output format.
 
-A backend decides what is written and with which numerics. It gets a checkpoint, options and a staging folder, and
+A builder decides what is written and with which numerics. It gets a checkpoint, options and a staging folder, and
 never prints, never touches the store, and never falls back silently: what stays in high precision is reported.
 """
 
@@ -19,7 +19,7 @@ from quantize.errors import QuantizeError, UsageError
 from quantize.events import Reporter
 from quantize.model.checkpoint import Checkpoint
 from quantize.model.source import PinnedSource
-from quantize.recipe.model import BackendOptions
+from quantize.recipe.model import FormatOptions
 from quantize.store.manifest import CalibrationEntry
 from quantize.system.cache import Cache
 
@@ -96,7 +96,7 @@ def _check_device(device: str) -> None:
 
 @dataclass(frozen=True)
 class Context:
-    """All that a backend is given. Picklable: steps run in processes of their own.
+    """All that a builder is given. Picklable: steps run in processes of their own.
 
     staging: the artifact to be; everything in it is published. scratch: a folder of this build, removed afterwards.
     calibration: what the pass saw; None before it, and for variants that need none.
@@ -115,7 +115,7 @@ class Context:
 
 @dataclass(frozen=True)
 class BuildResult:
-    """What a backend wrote into staging. `measurements` goes to measurements.json, the rest to the manifest."""
+    """What a builder wrote into staging. `measurements` goes to measurements.json, the rest to the manifest."""
 
     files: tuple[str, ...]
     weights_bytes: int
@@ -147,12 +147,12 @@ class Collector(Resumable, Protocol):
         """The pass is over: write what the build needs into staging or scratch."""
 
 
-class Backend(Protocol):
+class Builder(Protocol):
     """One output format."""
 
     name: str
     extra: str
-    Options: type[BackendOptions]
+    Options: type[FormatOptions]
 
     def tools(self, options: Any) -> Sequence[str]:
         """Distributions whose versions can change the bytes; they enter the build key and the manifest."""

@@ -1,7 +1,7 @@
 """What the GPTQ and AWQ formats share: a Hugging Face folder whose block linears are packed integers.
 
 In: a checkpoint, the names of a packed linear's tensors, blocks as the pass yields them. Out: safetensors shards in
-a fixed order, config.json with its quantization_config, the tokenizer. Which integers is left to the two backends.
+a fixed order, config.json with its quantization_config, the tokenizer. Which integers is left to the two builders.
 """
 
 from __future__ import annotations
@@ -209,7 +209,7 @@ class PackedCollector:
         self._pending = next(self._names, None)
 
 
-class PackedBackend:
+class PackedBuilder:
     """What a format of packed integers does whatever its integers are; `layout`, `config` and `solve` differ."""
 
     name: str

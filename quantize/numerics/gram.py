@@ -1,7 +1,7 @@
 """Gram matrices of a linear's inputs: all that GPTQ, AWQ and the importance matrix need to know of the data.
 
 In: activations, a few thousand rows at a time. Out: Gram (XᵀX, token count) and the importance vector.
-Left to others: where the activations come from (activations), what is done with the statistics (gptq, awq, backends).
+Left to others: where the activations come from (activations), what is done with the statistics (gptq, awq, builders).
 """
 
 from __future__ import annotations

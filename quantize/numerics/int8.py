@@ -1,6 +1,6 @@
 """LLM.int8 rows (Dettmers et al. 2022): int8 codes and one absolute maximum per output row.
 
-In: a weight [out, in]. Out: what bitsandbytes keeps of it on disk. Left to others: names and files (backends).
+In: a weight [out, in]. Out: what bitsandbytes keeps of it on disk. Left to others: names and files (builders).
 The arithmetic is bitsandbytes' own, on the float16 values that it converts every weight to.
 """
 

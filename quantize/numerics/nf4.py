@@ -1,7 +1,7 @@
 """NF4 blocks (Dettmers et al. 2023, QLoRA): 4-bit codes of normal quantiles, one absolute maximum per block.
 
 In: a weight [out, in]. Out: what bitsandbytes keeps of it on disk. Left to others: names, the JSON of the quantization
-state, files (backends). The arithmetic is bitsandbytes' own; absolute maxima are not quantized again.
+state, files (builders). The arithmetic is bitsandbytes' own; absolute maxima are not quantized again.
 """
 
 from __future__ import annotations

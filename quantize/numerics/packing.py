@@ -1,7 +1,7 @@
 """Codes to int32 words and back, in the two layouts that runtimes read.
 
 In: Quantized. Out: the tensors of an AWQ "gemm" or a GPTQ v1 linear; and the inverse of both.
-Left to others: names, configs and files (backends). AWQ packs 8 nibbles a word along the output axis in the order
+Left to others: names, configs and files (builders). AWQ packs 8 nibbles a word along the output axis in the order
 0 2 4 6 1 3 5 7; GPTQ v1 packs codes along the input axis and zero points along the output axis, lowest bits first, and
 stores each zero point minus one.
 """

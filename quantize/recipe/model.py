@@ -43,8 +43,8 @@ def _slug(value: str) -> str:
 SlugText = Annotated[str, AfterValidator(_slug), Field(json_schema_extra={"pattern": f"^{SLUG.pattern}$"})]
 
 
-class BackendOptions(BaseModel):
-    """Base of the recipe section of every format; a backend adds its own fields."""
+class FormatOptions(BaseModel):
+    """Base of the recipe section of every format; a builder adds its own fields."""
 
     model_config = Strict
 
@@ -198,7 +198,7 @@ class Variant:
 
     name: str
     format: str
-    options: BackendOptions
+    options: FormatOptions
 
     def normalized(self) -> dict[str, Any]:
         """All options, defaults filled in, as plain JSON data: what the build key is made of."""
@@ -228,7 +228,7 @@ class Recipe:
         return find_path(relative, self.path.parent)
 
 
-def load_recipe(path: Path, formats: Mapping[str, type[BackendOptions]]) -> Recipe:
+def load_recipe(path: Path, formats: Mapping[str, type[FormatOptions]]) -> Recipe:
     """Read and validate a recipe file; lookup.find_recipe has the path of a name.
 
     Raises RecipeError: the file can't be read, or anything in it is not what a recipe may say.
@@ -261,7 +261,7 @@ def load_calibration(path: Path) -> CalibrationSpec:
     return spec
 
 
-def recipe_schema(formats: Mapping[str, type[BackendOptions]]) -> dict[str, Any]:
+def recipe_schema(formats: Mapping[str, type[FormatOptions]]) -> dict[str, Any]:
     """The JSON Schema (draft 2020-12) of a recipe file, with the options of every installed format."""
     schema = _RecipeFile.model_json_schema()
     definitions = schema.setdefault("$defs", {})
@@ -286,9 +286,7 @@ def recipe_schema(formats: Mapping[str, type[BackendOptions]]) -> dict[str, Any]
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}
 
 
-def _variants(
-    document: Document, file: _RecipeFile, formats: Mapping[str, type[BackendOptions]]
-) -> tuple[Variant, ...]:
+def _variants(document: Document, file: _RecipeFile, formats: Mapping[str, type[FormatOptions]]) -> tuple[Variant, ...]:
     _check_defaults(document, file, formats)
     variants: list[Variant] = []
     for index, section in enumerate(file.variants):
@@ -307,7 +305,7 @@ def _variants(
     return tuple(variants)
 
 
-def _check_defaults(document: Document, file: _RecipeFile, formats: Mapping[str, type[BackendOptions]]) -> None:
+def _check_defaults(document: Document, file: _RecipeFile, formats: Mapping[str, type[FormatOptions]]) -> None:
     known = {"format", *(field for options in formats.values() for field in options.model_fields)}
     for key in file.defaults:
         if key not in known:
@@ -316,7 +314,7 @@ def _check_defaults(document: Document, file: _RecipeFile, formats: Mapping[str,
 
 
 def _expand(
-    document: Document, at: Location, section: dict[str, Any], defaults: dict[str, Any], options: type[BackendOptions]
+    document: Document, at: Location, section: dict[str, Any], defaults: dict[str, Any], options: type[FormatOptions]
 ) -> list[tuple[dict[str, Any], dict[str, Location]]]:
     """Put the defaults under a section, and `types: [A, B]` apart into one section each.
 
@@ -343,7 +341,7 @@ def _variant(
     merged: dict[str, Any],
     origins: dict[str, Location],
     format_name: str,
-    options: type[BackendOptions],
+    options: type[FormatOptions],
 ) -> Variant:
     name = merged.get("name")
     also = ["name", "format"] + (["types"] if "type" in options.model_fields else [])

@@ -1,6 +1,6 @@
 """Reopen an artifact and say whether it is what its manifest says.
 
-In: an artifact. Out: nothing, or VerifyError. Hashes and sizes here; what only the format knows, through its backend.
+In: an artifact. Out: nothing, or VerifyError. Hashes and sizes here; what only the format knows, through its builder.
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ from quantize.build.spread.trace import overlap_seconds, read_trace
 from quantize.calibration.spread import Spread
 from quantize.errors import Stopped
 from quantize.events import Event, ListReporter, SilentReporter
-from quantize.formats import formats
+from quantize.formats import option_models
 from quantize.formats.base import Context, Limits
 from quantize.model.source import open_source, pin_source
 from quantize.recipe.model import load_recipe
@@ -64,7 +64,7 @@ class Passes:
         text = [f"Paragraph {index}: the quick brown fox jumps over the lazy dog. " * 3 for index in range(700)]
         (root / "text.txt").write_text("\n\n".join(text))
         path = write_recipe(root / "deep.yaml", checkpoint, VARIANTS, calibration=CALIBRATION)
-        self.recipe, self.cache = load_recipe(path, formats()), Cache(root / "cache")
+        self.recipe, self.cache = load_recipe(path, option_models()), Cache(root / "cache")
 
     def run(self, root: Path, spread: Spread | None = None, said: ListReporter | None = None) -> dict[str, bytes]:
         """What it leaves for each variant."""

@@ -22,7 +22,7 @@ from quantize.evaluate.prompts import PromptTokenizer
 from quantize.evaluate.session import Job, evaluate, figures
 from quantize.evaluate.text import Windows, cut_windows, load_text
 from quantize.events import ListReporter, SilentReporter
-from quantize.formats import formats
+from quantize.formats import option_models
 from quantize.recipe.model import load_recipe
 from quantize.runtimes.base import ModelRef, Request
 from quantize.runtimes.open import open_runtime
@@ -273,7 +273,9 @@ def test_packed_formats_in_their_real_runtime(tiny: Path, job: Job, tmp_path: Pa
     pytest.importorskip("bitsandbytes")
     variants = [{"format": "awq"}, {"format": "gptq"}, {"format": "bitsandbytes"}]
     calibration = {"dataset": "python-docs", "samples": 4, "sequence_length": 128}
-    recipe = load_recipe(write_recipe(tmp_path / "packed.yaml", tiny, variants, calibration=calibration), formats())
+    recipe = load_recipe(
+        write_recipe(tmp_path / "packed.yaml", tiny, variants, calibration=calibration), option_models()
+    )
     for outcome in build(recipe, Store(tmp_path / "artifacts"), Cache(tmp_path / "cache"), QUIET):
         assert outcome.artifact is not None, outcome.error
         artifact = ModelRef(outcome.artifact.folder, outcome.artifact.manifest.format)

@@ -21,7 +21,7 @@ from quantize.evaluate.record import Summary, figures_of, read_record
 from quantize.files.gguf import read_gguf, read_summary
 from quantize.files.imatrix import read_imatrix
 from quantize.files.safetensors import INDEX_NAME, read_header
-from quantize.formats import formats
+from quantize.formats import option_models
 from quantize.model.architecture import TABLE, block_count, block_layout, tensor_role
 from quantize.model.checkpoint import open_checkpoint, tensor_table
 from quantize.model.shape import ModelShape, gguf_shape
@@ -100,7 +100,7 @@ def _recipe(folder: Path) -> Read:
     _traps(folder)
 
     def read(path: Path) -> None:
-        recipe = load_recipe(path, formats())
+        recipe = load_recipe(path, option_models())
         canonical_hash([variant.normalized() for variant in recipe.variants])
         canonical_hash(recipe.evaluation.model_dump(mode="json"))
 

@@ -13,14 +13,14 @@ from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption,
 
 from quantize.build.execute import build
 from quantize.events import ListReporter
-from quantize.formats import formats
+from quantize.formats import option_models
 from quantize.recipe.model import load_recipe
 from quantize.store.artifact import Artifact, write_measurements
 from quantize.store.manifest import FILE_NAME, CalibrationEntry
 from quantize.store.store import Store
 from quantize.system.cache import Cache
 from quantize.system.files import write_text
-from quantize.testing import FakeBackend, write_recipe
+from quantize.testing import FakeBuilder, write_recipe
 from tests.conftest import UNMEASURED
 from tests.records import evaluation_record
 
@@ -49,10 +49,10 @@ MEASURED = {
 
 
 @pytest.fixture
-def artifact(fake: FakeBackend, tiny: Path, store: Store, cache: Cache, tmp_path: Path) -> Artifact:
+def artifact(fake: FakeBuilder, tiny: Path, store: Store, cache: Cache, tmp_path: Path) -> Artifact:
     """One build of the fake format, in the test's own store."""
     recipe = write_recipe(tmp_path / "tiny.yaml", tiny, [{"format": "fake"}])
-    outcome = build(load_recipe(recipe, formats()), store, cache, ListReporter(), UNMEASURED)[0]
+    outcome = build(load_recipe(recipe, option_models()), store, cache, ListReporter(), UNMEASURED)[0]
     assert outcome.artifact is not None
     return outcome.artifact
 

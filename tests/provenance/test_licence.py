@@ -109,11 +109,11 @@ def test_a_licence_that_the_hub_does_not_list_gets_a_name_and_a_link() -> None:
 
 
 def test_every_recipe_of_this_project_could_be_published_as_it_is_named() -> None:
-    from quantize.formats import formats
+    from quantize.formats import option_models
     from quantize.recipe.model import load_recipe
 
     for path in sorted(Path("recipes").glob("*.yaml")):
-        recipe = load_recipe(path, formats())
+        recipe = load_recipe(path, option_models())
         licence = Licence(str(recipe.source.license), recipe.source.license)
         rule = licence.rule
         assert rule is None or rule.prefix is None or recipe.name.lower().startswith(rule.prefix.lower()), path

@@ -28,7 +28,7 @@ from quantize.calibration.stream import (
 )
 from quantize.errors import BuildError
 from quantize.events import Event, ListReporter
-from quantize.formats import backends
+from quantize.formats import builders
 from quantize.formats.base import Collector, Context
 from quantize.model.architecture import BlockLayout, block_layout
 from quantize.numerics.constants import BATCH_TOKENS
@@ -149,7 +149,7 @@ class PassWorker:
         }
         if part not in self._collectors:
             name, context = self._plan.parts[part]
-            self._collectors[part] = backends()[name].collector(context, self._events)
+            self._collectors[part] = builders()[name].collector(context, self._events)
         layout = self._collectors[part].pieces(layout)[piece]
         inputs = {linear.tensor: linear.input for linear in layout.linears}
         return self._collectors[part].solve(Block(block, layout, weights, matrices, inputs))

@@ -19,7 +19,7 @@ from quantize.formats.base import Context
 from quantize.model.architecture import FoldGroup, Linear, RowsSource, block_count, block_layout
 from quantize.model.checkpoint import Checkpoint
 from quantize.numerics.constants import SEARCHED_ROWS
-from quantize.recipe.model import BackendOptions
+from quantize.recipe.model import FormatOptions
 from quantize.system.threads import on_threads
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ SAMPLE_COPIES = 6  # of the rows that the ratio search looks at
 SAMPLES_BYTES = 60 << 20
 
 
-class AwqOptions(BackendOptions):
+class AwqOptions(FormatOptions):
     """The recipe section of an AWQ variant."""
 
     bits: Literal[4] = 4
@@ -50,7 +50,7 @@ class AwqOptions(BackendOptions):
         return f"awq-int4-g{self.group_size}{'' if self.clip else '-noclip'}{feedback}"
 
 
-class AwqBackend(packed.PackedBackend):
+class AwqBuilder(packed.PackedBuilder):
     """AWQ from the shared Gram matrices."""
 
     name = "awq"

@@ -19,11 +19,11 @@ from quantize.formats import packed
 from quantize.formats.base import BuildResult, Collector, Context, Limits, SizePlan
 from quantize.formats.bitsandbytes.steps import NF4_BLOCK, nf4_state
 from quantize.model.checkpoint import Checkpoint
-from quantize.recipe.model import BackendOptions
+from quantize.recipe.model import FormatOptions
 from quantize.system.process import run_step
 
 
-class BitsandbytesOptions(BackendOptions):
+class BitsandbytesOptions(FormatOptions):
     """The recipe section of a bitsandbytes variant."""
 
     type: Literal["int8", "nf4"] = Field("int8", description="LLM.int8, or 4-bit NormalFloat in blocks of 64")
@@ -34,7 +34,7 @@ class BitsandbytesOptions(BackendOptions):
         return f"bnb-{self.type}"
 
 
-class BitsandbytesBackend:
+class BitsandbytesBuilder:
     """bitsandbytes, streamed."""
 
     name = "bitsandbytes"

@@ -25,7 +25,7 @@ from quantize.formats.gguf.source import Expected
 from quantize.formats.gguf.types import BITS, ELEMENT_TYPES, FTYPES, UNQUANTIZED_TYPES, base_type
 from quantize.model.checkpoint import Checkpoint
 from quantize.model.source import PinnedSource, dequantized_key
-from quantize.recipe.model import BackendOptions
+from quantize.recipe.model import FormatOptions
 from quantize.recipe.yaml import suggest
 from quantize.runtimes.llama_cpp.convert import ConvertRequest
 from quantize.runtimes.llama_cpp.quantize import QuantizeSettings, SizedFile
@@ -39,7 +39,7 @@ HUB_URL = "https://huggingface.co/"
 TRY_OUT_TOKENS = 16
 
 
-class GgufOptions(BackendOptions):
+class GgufOptions(FormatOptions):
     """The recipe section of a GGUF variant."""
 
     type: str = Field(description="llama.cpp file type: Q4_K_M, Q5_K_M, Q8_0, …", json_schema_extra={"enum": [*FTYPES]})
@@ -97,7 +97,7 @@ class GgufOptions(BackendOptions):
         return "-".join(parts)
 
 
-class GgufBackend:
+class GgufBuilder:
     """GGUF through llama.cpp."""
 
     name = "gguf"

@@ -1,4 +1,4 @@
-"""The GGUF backend's part in the calibration pass: the diagonal of every Gram matrix, as an importance matrix.
+"""The GGUF builder's part in the calibration pass: the diagonal of every Gram matrix, as an importance matrix.
 
 In: blocks of the pass. Out: first sums by Hugging Face names in a scratch file, then llama.cpp's imatrix file, once
 the GGUF architecture is known that says what each tensor is called there.

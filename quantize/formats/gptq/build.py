@@ -16,7 +16,7 @@ from quantize.events import Reporter, warn
 from quantize.formats import packed
 from quantize.formats.base import Context
 from quantize.model.checkpoint import Checkpoint
-from quantize.recipe.model import BackendOptions
+from quantize.recipe.model import FormatOptions
 from quantize.system.threads import in_stages, on_threads
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 Bits = Literal[2, 3, 4, 8]
 
 
-class GptqOptions(BackendOptions):
+class GptqOptions(FormatOptions):
     """The recipe section of a GPTQ variant."""
 
     bits: Bits = 4
@@ -45,7 +45,7 @@ class GptqOptions(BackendOptions):
         return f"gptq-int{self.bits}-g{self.group_size}{'' if self.symmetric else '-asym'}"
 
 
-class GptqBackend(packed.PackedBackend):
+class GptqBuilder(packed.PackedBuilder):
     """GPTQ from the shared Gram matrices."""
 
     name = "gptq"
