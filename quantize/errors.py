@@ -34,6 +34,7 @@ from pathlib import Path
 
 from quantize import DISTRIBUTION
 
+COMPILED_EXTRA = "gguf"  # brings llama.cpp, which is compiled where it is installed
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 LOWER_MEMORY = "lower --memory-budget or --threads, build fewer variants at once with --only, or close other programs"
 _DISK_WORDS = re.compile(
@@ -100,7 +101,7 @@ def install_line(*extras: str) -> str:
 
     llama.cpp is compiled for any processor of its kind, and a wheel in pip's cache may be compiled otherwise.
     """
-    compiled = "gguf" in extras
+    compiled = COMPILED_EXTRA in extras
     command = "CMAKE_ARGS=-DGGML_NATIVE=OFF pip install --no-cache-dir" if compiled else "pip install"
     return f"{command} '{DISTRIBUTION}[{','.join(extras)}]'"
 

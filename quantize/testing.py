@@ -21,7 +21,9 @@ from quantize.calibration.budget import BlockMemory
 from quantize.errors import BuildError, PlanError, QuantizeError, VerifyError
 from quantize.events import Reporter, progress
 from quantize.files.safetensors import INDEX_NAME, TensorInfo, header_bytes, read_header
-from quantize.formats.base import Builder, BuildResult, Collector, Context, KeptTensor, Limits, SizePlan
+from quantize.formats.base import Builder, BuildResult, Collector, Context, KeptTensor, Limits, SizePlan, SolveCost
+from quantize.formats.folder import FolderLayout
+from quantize.formats.format import Format
 from quantize.model.checkpoint import Checkpoint
 from quantize.recipe.model import FormatOptions
 
@@ -231,7 +233,7 @@ class FakeBuilder:
     """
 
     name = "fake"
-    extra = "torch"
+    source_copies = 0
     Options = FakeOptions
 
     def __init__(self) -> None:
@@ -264,6 +266,10 @@ class FakeBuilder:
     def solver_bytes(self, block: BlockMemory, options: Any, threads: int) -> int:
         """Nothing: no block is solved."""
         return 0
+
+    def solve_operations(self, cost: SolveCost) -> float:
+        """None: no block is solved."""
+        return 0.0
 
     def build(self, context: Context, reporter: Reporter) -> BuildResult:
         """Write model.safetensors into staging."""
@@ -301,10 +307,15 @@ class FakeBuilder:
         return {"runtime": "none"}
 
 
+def plain_format(builder: Builder[Any], extra: str = "torch") -> Format:
+    """A format that is built and nothing else: no runtime is known for it."""
+    return Format(builder.name, extra, FolderLayout(None), builder)
+
+
 @contextlib.contextmanager
-def installed_builders(*found: Builder) -> Iterator[None]:
-    """Have the given builders, and no others, installed as plugins for a while."""
-    points = [mock.Mock(load=mock.Mock(return_value=lambda item=item: item)) for item in found]
+def installed_formats(*found: Format) -> Iterator[None]:
+    """Have the given formats, and no others, installed as plugins for a while."""
+    points = [mock.Mock(load=mock.Mock(return_value=item)) for item in found]
     for point, item in zip(points, found, strict=True):
         point.name = item.name
     with mock.patch("quantize.formats.entry_points", return_value=points):

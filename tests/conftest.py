@@ -20,7 +20,7 @@ from quantize.recipe.model import Recipe, load_recipe
 from quantize.store.store import Store
 from quantize.system.cache import Cache
 from quantize.system.processor import settle_products
-from quantize.testing import FakeBuilder, installed_builders, make_checkpoint, write_recipe
+from quantize.testing import FakeBuilder, installed_formats, make_checkpoint, plain_format, write_recipe
 from tests.browser import browser as browser
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # threads of several workers that wait for each other by spinning slow all down
@@ -70,7 +70,7 @@ def cache(tmp_path: Path) -> Cache:
 def fake() -> Iterator[FakeBuilder]:
     """The fake format, installed as the only one."""
     builder = FakeBuilder()
-    with installed_builders(builder):
+    with installed_formats(plain_format(builder)):
         yield builder
 
 

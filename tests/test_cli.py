@@ -336,9 +336,10 @@ def test_output_of_a_real_process_is_clean(recipe: Path, tmp_path: Path) -> None
     """Machine-readable where asked for: what libraries print must not get in between."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     code = (
-        "from quantize.testing import FakeBuilder, installed_builders\n"
+        "from quantize.testing import FakeBuilder, installed_formats, plain_format\n"
         "from quantize.cli import main\n"
-        f"with installed_builders(FakeBuilder()):\n  main(['build', {str(recipe)!r}, '--json'], prog_name='quantize')\n"
+        "with installed_formats(plain_format(FakeBuilder())):\n"
+        f"  main(['build', {str(recipe)!r}, '--json'], prog_name='quantize')\n"
     )
     result = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, env=environment, timeout=60, check=False

@@ -26,6 +26,7 @@ from quantize.estimate.vram import (
     repacked_bytes,
     vram_table,
 )
+from quantize.formats import find_format
 
 LLAMA_8B: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
@@ -196,7 +197,9 @@ def test_the_manifest_gets_integers_and_names_only() -> None:
 
 def test_latent_attention_in_the_manifest_follows_the_runtime() -> None:
     deepseek = ModelShape.from_config(DEEPSEEK_V3)
-    as_gguf, as_int8 = (manifest_estimate(deepseek, 1, format=name) for name in ("gguf", "bitsandbytes"))
+    as_gguf, as_int8 = (
+        manifest_estimate(deepseek, 1, profile=find_format(name).vram) for name in ("gguf", "bitsandbytes")
+    )
     assert as_gguf["kv_bytes_per_token"] < as_int8["kv_bytes_per_token"]
 
 

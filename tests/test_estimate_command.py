@@ -9,7 +9,7 @@ from typing import Any
 import gguf
 import pytest
 
-from quantize.estimate.vram import Settings, estimate
+from quantize.estimate.vram import Settings, VramProfile, estimate
 from quantize.model.shape import ModelShape
 from quantize.testing import FakeBuilder, TinyModel, write_recipe
 from tests.conftest import Built, Run
@@ -50,7 +50,7 @@ def test_a_checkpoint_by_its_headers(tiny: Path, run: Run) -> None:
     shape = ModelShape.from_config(TinyModel().config("F16"))
     (cell,) = found["cells"]
     expected = estimate(
-        shape, found["weights_bytes"], format="safetensors", settings=Settings("transformers", "q8_0"), context=512,
+        shape, found["weights_bytes"], profile=VramProfile(), settings=Settings("transformers", "q8_0"), context=512,
         concurrency=2,
     )  # fmt: skip
     assert (cell["expected_bytes"], cell["upper_bytes"]) == (expected.expected_bytes, expected.upper_bytes)

@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,8 @@ from quantize.build.judge import RUNS
 from quantize.evaluate.structure import NEAR, QUANTIZED, TEMPLATE, Intended, check_structure
 from quantize.events import SilentReporter
 from quantize.formats.gguf.build import GgufBuilder
+from quantize.formats.gguf.format import FORMAT as GGUF
+from quantize.formats.safetensors.format import FORMAT as PLAIN
 from quantize.model.checkpoint import open_checkpoint
 from quantize.runtimes.base import ModelRef
 from quantize.runtimes.llama_cpp.quantize import QuantizeSettings
@@ -27,7 +30,7 @@ from quantize.store.artifact import REFUSED, UNJUDGED, Artifact
 from quantize.store.manifest import read_manifest
 from quantize.store.store import Store
 from quantize.store.verify import check_files
-from quantize.testing import TinyModel, installed_builders, make_checkpoint, write_recipe
+from quantize.testing import TinyModel, installed_formats, make_checkpoint, write_recipe
 from tests.conftest import Built, Run
 from tests.test_verify import rewrite, spoil_tensor
 
@@ -375,7 +378,7 @@ def spoilt_by(write: Write, run: Run, store: Store) -> Callable[..., dict[str, A
     """Build Q8_0 with a defect; the record of the refused artifact."""
 
     def build(spoil: Callable[[Path], object]) -> dict[str, Any]:
-        with installed_builders(Spoilt(spoil)):
+        with installed_formats(replace(GGUF, builder=Spoilt(spoil)), PLAIN):
             item, code = outcome(run, write())
         assert (item["state"], code) == ("refused", 3)
         assert store.artifacts() == []

@@ -11,7 +11,7 @@ import pytest
 from quantize.errors import UsageError
 from quantize.estimate.cards import _CARDS_GIB, Card, card_of, find_card
 from quantize.estimate.fit import Workload, advise, judge, usable_bytes
-from quantize.estimate.vram import ModelShape, Settings, estimate
+from quantize.estimate.vram import IN_LLAMA_CPP, ModelShape, Settings, VramProfile, estimate
 from quantize.system import machine as hardware
 from quantize.system.gpus import Gpus, nvidia_gpus
 from quantize.system.machine import detect
@@ -198,27 +198,27 @@ def test_the_three_words() -> None:
 
 
 def test_suggestions_are_true() -> None:
-    work = Workload(LLAMA_8B, 4_920_000_000, "gguf", Settings(), context=16384, concurrency=4)
-    verdict = advise(work, 8 * GIB, {"Q2_K": (3_180_000_000, "gguf"), "Q8_0": (8_500_000_000, "gguf")})
+    work = Workload(LLAMA_8B, 4_920_000_000, IN_LLAMA_CPP, Settings(), context=16384, concurrency=4)
+    verdict = advise(work, 8 * GIB, {"Q2_K": (3_180_000_000, IN_LLAMA_CPP), "Q8_0": (8_500_000_000, IN_LLAMA_CPP)})
     assert verdict.word == "does not fit"
     assert verdict.suggestions[0] == "context 2048"
     assert "KV cache at q8_0, and context 4096" in verdict.suggestions
-    smaller = Workload(LLAMA_8B, 4_920_000_000, "gguf", Settings(kv_type="q8_0"), context=4096, concurrency=4)
+    smaller = Workload(LLAMA_8B, 4_920_000_000, IN_LLAMA_CPP, Settings(kv_type="q8_0"), context=4096, concurrency=4)
     assert judge(smaller.estimate(), 8 * GIB).word == "fits"
 
 
 def test_a_smaller_variant_is_suggested() -> None:
-    work = Workload(LLAMA_8B, 8_500_000_000, "gguf", Settings(), context=4096, concurrency=1)
-    verdict = advise(work, 8 * GIB, {"Q4_K_M": (4_920_000_000, "gguf"), "Q5_K_M": (7_000_000_000, "gguf")})
+    work = Workload(LLAMA_8B, 8_500_000_000, IN_LLAMA_CPP, Settings(), context=4096, concurrency=1)
+    verdict = advise(work, 8 * GIB, {"Q4_K_M": (4_920_000_000, IN_LLAMA_CPP), "Q5_K_M": (7_000_000_000, IN_LLAMA_CPP)})
     assert verdict.suggestions[0] == "variant Q4_K_M (4.58 GiB)"
 
 
 def test_what_cannot_be_helped_says_so() -> None:
-    work = Workload(LLAMA_8B, 16_000_000_000, "safetensors", Settings(runtime="transformers"), 4096, 1)
+    work = Workload(LLAMA_8B, 16_000_000_000, VramProfile(), Settings(runtime="transformers"), 4096, 1)
     (only,) = advise(work, 8 * GIB).suggestions
     assert "no change" in only
     assert "14.90 GiB of it weights" in only
 
 
 def test_what_fits_needs_no_suggestion() -> None:
-    assert advise(Workload(LLAMA_8B, 10**9, "gguf", Settings(), 2048, 1), 24 * GIB).suggestions == ()
+    assert advise(Workload(LLAMA_8B, 10**9, IN_LLAMA_CPP, Settings(), 2048, 1), 24 * GIB).suggestions == ()

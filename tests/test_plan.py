@@ -18,7 +18,7 @@ from quantize.formats import builders, option_models
 from quantize.recipe.model import load_recipe
 from quantize.store.store import Store
 from quantize.system.cache import Cache
-from quantize.testing import FakeBuilder, TinyModel, installed_builders, make_checkpoint, write_recipe
+from quantize.testing import FakeBuilder, TinyModel, installed_formats, make_checkpoint, plain_format, write_recipe
 from tests.conftest import BUILT_TYPES, Built, Run
 
 FAKE = [{"format": "fake"}, {"format": "fake", "bits": 4}]
@@ -160,14 +160,14 @@ def test_only_what_can_change_bytes_is_in_the_build_key(tiny: Path, tmp_path: Pa
 
 def test_two_plugins_of_one_name() -> None:
     with (
-        installed_builders(FakeBuilder(), FakeBuilder()),
+        installed_formats(plain_format(FakeBuilder()), plain_format(FakeBuilder())),
         pytest.raises(UsageError, match="two plugins bring the format"),
     ):
         option_models()
 
 
 def test_a_plugin_that_does_not_load() -> None:
-    with installed_builders():
+    with installed_formats():
         point = mock.Mock(load=mock.Mock(side_effect=ImportError("no such library")))
         point.name, point.dist.name = "broken", "quantize-broken"
         with (
@@ -179,7 +179,7 @@ def test_a_plugin_that_does_not_load() -> None:
 
 
 def test_a_format_that_is_not_installed_is_refused(tiny: Path, tmp_path: Path, run: Run) -> None:
-    with installed_builders(FakeBuilder()):
+    with installed_formats(plain_format(FakeBuilder())):
         result = run("plan", write_recipe(tmp_path / "demo.yaml", tiny, [{"format": "gguf", "type": "Q8_0"}]))
     assert result.exit_code == 2
     assert "unknown format 'gguf'" in result.stderr

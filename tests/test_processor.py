@@ -115,7 +115,8 @@ def test_atens_own_kernels_are_in_the_kind(monkeypatch: pytest.MonkeyPatch) -> N
 def test_the_same_bits_on_any_number_of_threads_on_an_emulated_intel_processor() -> None:
     """Without the mode this fails on a Haswell, real or emulated. A worker would leave the emulator: none here."""
     program = (
-        "from quantize.system.process import settle_libraries; settle_libraries(); from tests.torch_steps import products; "
+        "from quantize.system.process import settle_libraries; settle_libraries(); "
+        "from tests.torch_steps import products; "
         "print(len({products(None, threads) for threads in (1, 2, 4)}))"
     )
     inherited = {name: value for name, value in os.environ.items() if name != MKL_MODE}

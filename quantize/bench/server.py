@@ -18,14 +18,15 @@ import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import IO, Literal
 
 import httpx2
 
 from quantize.bench.client import Endpoint
 from quantize.errors import BenchError, MissingExtraError, UsageError
-from quantize.runtimes.base import runtime_of
+from quantize.formats import find_format, runtime_kind
+from quantize.runtimes.base import runtime_version
+from quantize.runtimes.llama_cpp.kind import LLAMA_CPP
 from quantize.store.artifact import Artifact
 from quantize.store.manifest import tool_versions
 
@@ -110,12 +111,13 @@ def free_port() -> int:
 
 def choose(format: str, kind: Kind) -> Literal["quantize", "llama-cpp-python"]:
     """The server for a format. Raises UsageError or MissingExtraError."""
-    if kind == "llama-cpp-python" and format != "gguf":
+    in_llama_cpp = runtime_kind(format).name == LLAMA_CPP.name
+    if kind == "llama-cpp-python" and not in_llama_cpp:
         raise UsageError(f"llama-cpp-python's server can't serve {format}", hint="use --server quantize")
     if kind != "auto":
         return kind
     gateway = _installed(("fastapi", "uvicorn"))
-    if gateway or format != "gguf":
+    if gateway or not in_llama_cpp:
         return "quantize"
     return "llama-cpp-python"
 
@@ -127,10 +129,17 @@ def _plan(artifact: Artifact, kind: Kind, port: int, context: int, threads: int,
         if not _installed(LLAMA_SERVER_MODULES):
             hint = "CMAKE_ARGS=-DGGML_NATIVE=OFF pip install 'llama-cpp-python[server]', or use --server quantize"
             raise UsageError("llama-cpp-python's server is not installed", hint=hint)
-        model = ["--model", str(_gguf_path(artifact)), "--n_ctx", str(context), "--n_threads", str(threads)]
+        model = [
+            "--model",
+            str(find_format(artifact.manifest.format).layout.main_file(artifact.folder)),
+            "--n_ctx",
+            str(context),
+            "--n_threads",
+            str(threads),
+        ]
         options = ["--logits_all", "false", "--interrupt_requests", "false", "--verbose", "false"]
         command = [sys.executable, "-m", "llama_cpp.server", *address, *model, *options]
-        return _Plan("llama_cpp.server", command, "/v1/models", _runtime("gguf"), 1)
+        return _Plan("llama_cpp.server", command, "/v1/models", _runtime(artifact.manifest.format), 1)
     if not _installed(("fastapi", "uvicorn")):
         raise MissingExtraError(f"a server for {artifact.manifest.format}", "serve")
     command = [sys.executable, "-m", "quantize", "serve", str(artifact.folder), *address]
@@ -141,18 +150,13 @@ def _plan(artifact: Artifact, kind: Kind, port: int, context: int, threads: int,
 
 def _runtime(format: str) -> dict[str, str]:
     """Package -> version of what answers."""
-    _, versions = runtime_of(format)
-    packages = [item.rpartition(" ")[0] for item in versions.split(", ")]
-    return tool_versions((*packages, "uvicorn"))
+    kind = runtime_kind(format)
+    runtime_version(kind, f"serving a {format} model")
+    return tool_versions((*kind.packages, "uvicorn"))
 
 
 def _installed(modules: tuple[str, ...]) -> bool:
     return all(importlib.util.find_spec(name) is not None for name in modules)
-
-
-def _gguf_path(artifact: Artifact) -> Path:
-    names = sorted(item.path for item in artifact.manifest.files if item.path.endswith(".gguf"))
-    return artifact.folder / names[0]
 
 
 def _wait(process: subprocess.Popen[bytes], url: str, name: str, log: IO[str]) -> None:

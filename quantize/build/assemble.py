@@ -15,6 +15,7 @@ from typing import Any
 
 from quantize.build.job import Job
 from quantize.estimate.vram import manifest_estimate
+from quantize.formats import find_format
 from quantize.formats.base import BuildResult, Context
 from quantize.model.checkpoint import CARRIED_FILES, Checkpoint
 from quantize.model.shape import ModelShape
@@ -74,7 +75,7 @@ def _manifest(
 ) -> Manifest:
     checkpoint = context.checkpoint
     estimate = manifest_estimate(
-        ModelShape.from_config(checkpoint.config), result.weights_bytes, format=job.variant.format
+        ModelShape.from_config(checkpoint.config), result.weights_bytes, profile=find_format(job.variant.format).vram
     )
     return Manifest(
         schema_version=SCHEMA_VERSION,

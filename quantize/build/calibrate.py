@@ -57,7 +57,7 @@ class _Part:
     """One variant's part in the pass, until it fails. blocks: how many it has done, in this build or a stopped one."""
 
     context: Context
-    builder: Builder
+    builder: Builder[Any]
     collector: Collector
     blocks: int = 0
     seconds: float = 0.0

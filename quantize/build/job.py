@@ -24,7 +24,7 @@ class Job:
     """
 
     variant: Variant
-    builder: Builder
+    builder: Builder[Any]
     inputs: dict[str, Any]
     tools: dict[str, str]
     existing: Artifact | None = None

@@ -1,7 +1,7 @@
-"""Measures a finished build against its source, and holds it against the gates of its recipe.
+"""Measures a finished build against its source, holds it against the gates of its recipe, and puts it where it belongs.
 
-In: a recipe, its pinned source, a complete artifact. Out: a decision, and the record of what was
-measured. Where the artifact goes is left to settle.py. Figures that are there already are decided on again in no time.
+In: a recipe, its pinned source, a complete artifact. Out: a Decision, what was measured beside the manifest, and the
+artifact among the good builds or aside. Figures that are there already are decided on again in no time.
 """
 
 from __future__ import annotations
@@ -20,11 +20,13 @@ from quantize.evaluate.record import decided, failed_record, figures_of, read_re
 from quantize.evaluate.session import CalibratedOn, Job, evaluate, figures, prepare_source
 from quantize.evaluate.structure import Intended
 from quantize.events import Event, Reporter, note
+from quantize.formats import find_format, formats
 from quantize.formats.base import Limits as RunLimits
+from quantize.formats.safetensors.format import UNQUANTIZED
 from quantize.model.checkpoint import Checkpoint
 from quantize.model.source import PinnedSource, dequantized_key
 from quantize.recipe.model import Recipe
-from quantize.runtimes.base import FORMATS, ModelRef
+from quantize.runtimes.base import ModelRef
 from quantize.store.artifact import Artifact
 from quantize.store.manifest import Manifest, canonical_hash
 from quantize.system.cache import Cache
@@ -73,7 +75,7 @@ class Judge:
     @staticmethod
     def can_measure(format: str) -> bool:
         """Whether a runtime is known for a format; plugins may bring formats of which none is."""
-        return format in FORMATS
+        return format in formats() and find_format(format).runtime is not None
 
     def known(self, artifact: Artifact) -> Judgement | None:
         """Judged by figures that were measured by the present protocol; None if they must be measured."""
@@ -88,7 +90,7 @@ class Judge:
         calibrated: some variant is. Raises UsageError, RecipeError: text or golden prompts. RefusedError: text that is
         calibrated on. BuildError: the source can't be run here.
         """
-        job = self._job(checkpoint, ModelRef(checkpoint.folder, "safetensors"))
+        job = self._job(checkpoint, ModelRef(checkpoint.folder, UNQUANTIZED))
         if calibrated and self.recipe.calibration is not None:
             job = replace(job, calibrated_on=CalibratedOn(self.recipe.calibration, self.recipe.path.parent))
         for text in self._notes:
@@ -159,7 +161,7 @@ class Judge:
     def _job(self, checkpoint: Checkpoint, artifact: ModelRef) -> Job:
         spec = self.recipe.evaluation
         return Job(
-            source=ModelRef(checkpoint.folder, "safetensors"), source_digest=self._source_key(), artifact=artifact,
+            source=ModelRef(checkpoint.folder, UNQUANTIZED), source_digest=self._source_key(), artifact=artifact,
             cache=self._cache.root, text=self._text, column=spec.column, window=spec.window,
             windows_limit=spec.windows, golden=self.golden, context=spec.context, threads=self._run.threads,
         )  # fmt: skip
@@ -182,12 +184,9 @@ class Judge:
 
 
 def _reference(artifact: Artifact) -> ModelRef:
-    main = None
-    if artifact.manifest.format == "gguf":
-        from quantize.formats.gguf.build import main_file
-
-        main = main_file(artifact.folder).name
-    return ModelRef(artifact.folder, artifact.manifest.format, main)
+    name, folder = artifact.manifest.format, artifact.folder
+    main = find_format(name).layout.main_file(folder)
+    return ModelRef(folder, name, main.name if main is not None else None)
 
 
 def _text(recipe: Recipe, cache: Cache) -> tuple[str, str]:

@@ -132,7 +132,7 @@ def identify_jobs(recipe: Recipe, source: PinnedSource, store: Store) -> list[Jo
 
 
 def _inputs(
-    recipe: Recipe, source: PinnedSource, variant: Variant, builder: Builder, tools: dict[str, str]
+    recipe: Recipe, source: PinnedSource, variant: Variant, builder: Builder[Any], tools: dict[str, str]
 ) -> dict[str, Any]:
     calibration: Any = None
     if builder.needs_calibration(variant.options):

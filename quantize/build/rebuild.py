@@ -170,7 +170,7 @@ def rebuild_folders(keep: Path | None) -> Iterator[tuple[Path, Path]]:
 def _variant(manifest: Manifest) -> Variant:
     if manifest.format not in builders():
         hint = f"install the plugin that brings it; installed are: {', '.join(builders())}"
-        raise PlanError(f"the format {manifest.format!r} is not installed here", hint=hint)
+        raise PlanError(f"the format {manifest.format!r} can't be built here", hint=hint)
     options = {key: value for key, value in manifest.options.items() if key != "format"}
     try:
         parsed = builders()[manifest.format].Options.model_validate(options)
@@ -251,8 +251,8 @@ def _check_text(recipe: Recipe, job: Job, artifact: Artifact, checkpoint: Checkp
 
 
 def _check_disk(manifest: Manifest, source: PinnedSource, folder: Path) -> None:
-    """Artifact, dequantized source and 16-bit GGUF all lie there at once. Raises PlanError."""
-    copies = int(source.is_gguf) + int(manifest.format == "gguf")
+    """Artifact, dequantized source and what is made on the way all lie there at once. Raises PlanError."""
+    copies = int(source.is_gguf) + builders()[manifest.format].source_copies
     needed, free = manifest.size_bytes + copies * manifest.source.weights_bytes, disk_free_bytes(folder)
     if needed > free:
         raise PlanError(disk_short(needed, free).message, hint="set TMPDIR, or name another folder with --keep")

@@ -11,12 +11,14 @@ from pathlib import Path
 
 from quantize.build.plan import make_plan
 from quantize.errors import UsageError
+from quantize.estimate.vram import VramProfile
 from quantize.events import Reporter
-from quantize.files.gguf import read_gguf
-from quantize.formats import option_models
+from quantize.formats import find_format, format_of, option_models
 from quantize.formats.base import Limits
-from quantize.model.checkpoint import open_checkpoint, read_json, tensor_table
-from quantize.model.shape import ModelShape, gguf_shape
+from quantize.formats.format import Format
+from quantize.formats.safetensors.format import UNQUANTIZED
+from quantize.model.checkpoint import open_checkpoint
+from quantize.model.shape import ModelShape
 from quantize.recipe.model import load_recipe
 from quantize.store.artifact import Artifact
 from quantize.store.manifest import FILE_NAME
@@ -35,6 +37,11 @@ class Subject:
     weights_bytes: int
     family: str = ""
 
+    @property
+    def profile(self) -> VramProfile:
+        """What its memory depends on beside shape and size."""
+        return find_format(self.format).vram
+
 
 def subjects(target: str, store: Store, cache: Cache, reporter: Reporter) -> list[Subject]:
     """What TARGET means: every variant of a recipe, or the one model that it is.
@@ -44,12 +51,12 @@ def subjects(target: str, store: Store, cache: Cache, reporter: Reporter) -> lis
     path = Path(target)
     if path.suffix in SUFFIXES:
         return _of_recipe(path, store, cache, reporter)
-    if path.suffix == ".gguf" and path.is_file():
-        return [_of_gguf(path.stem, path)]
+    if path.is_file() and (found := format_of(path)) is not None:
+        return [_of_path(path.stem, found, path)]
     if path.is_dir() and not (path / FILE_NAME).is_file():
         checkpoint = open_checkpoint(path)
         shape = ModelShape.from_config(checkpoint.config)
-        return [Subject(path.resolve().name, "safetensors", shape, checkpoint.weights_bytes)]
+        return [Subject(path.resolve().name, UNQUANTIZED, shape, checkpoint.weights_bytes)]
     try:
         return [_of_artifact(store.find(target))]
     except UsageError as exc:
@@ -81,17 +88,11 @@ def _of_recipe(path: Path, store: Store, cache: Cache, reporter: Reporter) -> li
 
 
 def _of_artifact(artifact: Artifact) -> Subject:
-    manifest, folder = artifact.manifest, artifact.folder
-    name = f"{manifest.name}/{manifest.variant}"
-    if manifest.format == "gguf":
-        from quantize.formats.gguf.build import main_file
-
-        return _of_gguf(name, main_file(folder), manifest.name)
-    config = read_json(folder / "config.json")
-    weights = sum(item.size_bytes for item in tensor_table(folder).values())
-    return Subject(name, manifest.format, ModelShape.from_config(config), weights, manifest.name)
+    manifest = artifact.manifest
+    kind = find_format(manifest.format)
+    path = kind.layout.main_file(artifact.folder) or artifact.folder
+    return _of_path(f"{manifest.name}/{manifest.variant}", kind, path, manifest.name)
 
 
-def _of_gguf(name: str, path: Path, family: str = "") -> Subject:
-    file = read_gguf(path)
-    return Subject(name, "gguf", gguf_shape(file), sum(item.size_bytes for item in file.tensors.values()), family)
+def _of_path(name: str, kind: Format, path: Path, family: str = "") -> Subject:
+    return Subject(name, kind.name, kind.layout.shape(path), kind.layout.weights_bytes(path), family)

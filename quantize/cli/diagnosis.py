@@ -23,8 +23,8 @@ from quantize import DISTRIBUTION, __version__
 from quantize.build.disk import disk_free_bytes
 from quantize.cli.trials import Trial, try_engines
 from quantize.errors import UsageError, install_line
-from quantize.formats import builders
-from quantize.serve.preflight import HELPERS
+from quantize.formats import formats
+from quantize.formats.format import Format
 from quantize.system.machine import Machine, detect, processor_name
 
 ENGINES = (
@@ -97,31 +97,32 @@ def examine(store: Path, cache: Path, *, quick: bool = False) -> Report:
         folders=tuple(
             Folder(what, path.absolute(), disk_free_bytes(path), _is_writable(path)) for what, path in places
         ),
-        abilities=tuple(_ability(name, builder.extra, broken) for name, builder in sorted(builders().items())),
+        abilities=tuple(_ability(item, broken) for _, item in sorted(formats().items()) if item.builder is not None),
         trials=trials,
     )
 
 
-def lacking(extras: Sequence[str], only: str | None = None) -> tuple[str, ...]:
-    """Requirements of this program's extras that are not met here; only: just that of one distribution."""
+def lacking(extras: Sequence[str], only: Sequence[str] | None = None) -> tuple[str, ...]:
+    """Requirements of this program's extras that are not met here; only: just those of some distributions."""
     known = _own().metadata.get_all("Provides-Extra") or []
     strange = "which this installation does not know"
     unknown = [f"{DISTRIBUTION}[{extra}], {strange}" for extra in extras if extra not in known]
     found = [Requirement(text) for text in dict.fromkeys(_requirements(extras))]
-    return (*unknown, *(str(item) for item in found if only in (None, item.name) and _is_lacking(item)))
+    return (*unknown, *(str(item) for item in found if (only is None or item.name in only) and _is_lacking(item)))
 
 
-def _ability(format: str, extra: str, broken: Mapping[str, str]) -> Ability:
-    build, needs = lacking([extra]), _packages([extra])
+def _ability(kind: Format, broken: Mapping[str, str]) -> Ability:
+    build, needs = lacking([kind.extra]), _packages([kind.extra])
     builds_with = tuple(engine for package, engine in broken.items() if package in needs)
-    if format not in HELPERS:
-        runtime = (f"a runtime that serves {format}",)
-        return Ability(format, build, runtime, _install([extra] if build else []), builds_with)
-    only = HELPERS[format][0] if format == "gguf" else None
-    engine, server = lacking([extra], only), lacking(["serve"])
-    install = _install([*([extra] if build or engine else []), *(["serve"] * bool(server))])
-    serves_with = builds_with if only is None else tuple(filter(None, [broken.get(only)]))
-    return Ability(format, build, (*engine, *server), install, builds_with, serves_with)
+    if kind.runtime is None:
+        runtime = (f"a runtime that serves {kind.name}",)
+        return Ability(kind.name, build, runtime, _install([kind.extra] if build else []), builds_with)
+    packages = kind.runtime.packages
+    engine, server = lacking([kind.runtime.extra], packages), lacking(["serve"])
+    extras = [*([kind.extra] if build else []), *([kind.runtime.extra] if engine else []), *(["serve"] * bool(server))]
+    serves_with = tuple(name for package, name in broken.items() if package in packages)
+    install = _install(list(dict.fromkeys(extras)))
+    return Ability(kind.name, build, (*engine, *server), install, builds_with, serves_with)
 
 
 def _packages(extras: Sequence[str]) -> set[str]:

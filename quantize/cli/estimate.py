@@ -29,7 +29,6 @@ from quantize.estimate.vram import (
     RUNTIMES,
     Estimate,
     Settings,
-    default_runtime,
     kv_bytes_per_token,
     vram_table,
 )
@@ -104,16 +103,16 @@ def _answer(
             f"{subject.name}: {context:,} tokens are more than the model's own context of {longest:,}",
             hint=f"use --context {longest} or less",
         )
-    settings = Settings(runtime or default_runtime(subject.format), kv_type)
+    settings = Settings(runtime or subject.profile.runtime, kv_type)
     table = vram_table(
-        subject.shape, subject.weights_bytes, format=subject.format, settings=settings,
+        subject.shape, subject.weights_bytes, profile=subject.profile, settings=settings,
         contexts=[context] if context else CONTEXTS, concurrencies=[concurrency] if concurrency else CONCURRENCIES,
     )  # fmt: skip
     asked, at_once = context or min(DEFAULT_CONTEXT, longest), concurrency or 1
     verdict = None
     if card is not None:
-        variants = {item.name: (item.weights_bytes, item.format) for item in others if item.name != subject.name}
-        workload = Workload(subject.shape, subject.weights_bytes, subject.format, settings, asked, at_once)
+        variants = {item.name: (item.weights_bytes, item.profile) for item in others if item.name != subject.name}
+        workload = Workload(subject.shape, subject.weights_bytes, subject.profile, settings, asked, at_once)
         verdict = advise(workload, card.vram_bytes, variants)
     return _Answer(subject, settings, table, card, asked, at_once, verdict)
 

@@ -105,11 +105,11 @@ def _recipe_row(path: Path, shown: str) -> dict[str, Any]:
 @verbose_option
 def list_formats(as_json: bool) -> None:
     """List the formats that can be built, with the options that a recipe may give."""
-    from quantize.formats import builders
+    from quantize.formats import formats, option_models
 
     rows = [
-        {"format": name, "extra": item.extra, "options": list(item.Options.model_fields)}
-        for name, item in builders().items()
+        {"format": name, "extra": formats()[name].extra, "options": list(model.model_fields)}
+        for name, model in option_models().items()
     ]
     if as_json:
         print_json(rows)

@@ -244,9 +244,9 @@ def try_bitsandbytes() -> str:
 
 def try_gptqmodel() -> str:
     """Its import, as loading an artifact does it."""
-    from quantize.runtimes.transformers.load import import_torch
+    from quantize.formats.packed_weights import GPTQMODEL
 
-    import_torch("gptq", "the GPTQ format")
+    GPTQMODEL.import_torch("the GPTQ format")
     import gptqmodel
 
     return f"imported, as version {gptqmodel.__version__}"

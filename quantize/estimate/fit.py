@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
-from quantize.estimate.vram import CONTEXTS, Estimate, Settings, default_runtime, estimate
+from quantize.estimate.vram import CONTEXTS, Estimate, Settings, VramProfile, estimate
 from quantize.model.shape import ModelShape
 from quantize.system.sizes import memory_text as _gib
 
@@ -39,7 +39,7 @@ class Workload:
 
     shape: ModelShape
     weights_bytes: int
-    format: str
+    profile: VramProfile
     settings: Settings
     context: int
     concurrency: int
@@ -48,7 +48,7 @@ class Workload:
         """Its Estimate."""
         return estimate(
             self.shape, self.weights_bytes,
-            format=self.format, settings=self.settings, context=self.context, concurrency=self.concurrency,
+            profile=self.profile, settings=self.settings, context=self.context, concurrency=self.concurrency,
         )  # fmt: skip
 
 
@@ -76,9 +76,11 @@ def judge(cell: Estimate, card_bytes: int) -> Verdict:
     return Verdict(word, card_bytes, usable, cell.expected_bytes, cell.upper_bytes, reason)
 
 
-def advise(workload: Workload, card_bytes: int, variants: Mapping[str, tuple[int, str]] | None = None) -> Verdict:
+def advise(
+    workload: Workload, card_bytes: int, variants: Mapping[str, tuple[int, VramProfile]] | None = None
+) -> Verdict:
     """The verdict for a workload with suggestions that make it fit: single changes first, then two together, and of
-    each kind the gentlest that is enough. variants: other builds of the model, name -> (bytes, format).
+    each kind the gentlest that is enough. variants: other builds of the model, name -> (bytes, profile).
     """
     verdict = judge(workload.estimate(), card_bytes)
     if verdict.word == "fits":
@@ -94,7 +96,7 @@ def advise(workload: Workload, card_bytes: int, variants: Mapping[str, tuple[int
     return replace(verdict, suggestions=tuple(_gentlest(found)) or (_hopeless(workload),))
 
 
-def _changes(workload: Workload, variants: Mapping[str, tuple[int, str]]) -> Iterator[tuple[str, Workload]]:
+def _changes(workload: Workload, variants: Mapping[str, tuple[int, VramProfile]]) -> Iterator[tuple[str, Workload]]:
     """Every single change, the gentlest of each kind first."""
     settings = workload.settings
     kv_types = ("f16", "q8_0", "q4_0")
@@ -106,8 +108,8 @@ def _changes(workload: Workload, variants: Mapping[str, tuple[int, str]]) -> Ite
         yield f"concurrency {concurrency}", replace(workload, concurrency=concurrency)
     smaller = [(size, name, kind) for name, (size, kind) in variants.items() if size < workload.weights_bytes]
     for size, name, kind in sorted(smaller, reverse=True):
-        moved = settings if kind == workload.format else replace(settings, runtime=default_runtime(kind))
-        changed = replace(workload, weights_bytes=size, format=kind, settings=moved)
+        moved = settings if kind == workload.profile else replace(settings, runtime=kind.runtime)
+        changed = replace(workload, weights_bytes=size, profile=kind, settings=moved)
         yield f"variant {name} ({_gib(size)})", changed
 
 

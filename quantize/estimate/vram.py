@@ -18,8 +18,9 @@ from quantize.model.shape import KvLayer, ModelShape
 from quantize.system.sizes import GIB
 
 __all__ = [
-    "CONCURRENCIES", "CONTEXTS", "KV_TYPES", "RUNTIMES", "Estimate", "KvLayer", "ModelShape", "Settings",
-    "compute_buffer_bytes", "default_runtime", "estimate", "kv_bytes", "kv_bytes_per_token", "manifest_estimate",
+    "CONCURRENCIES", "CONTEXTS", "IN_LLAMA_CPP", "KV_TYPES", "RUNTIMES", "Estimate", "KvLayer", "ModelShape",
+    "Settings",
+    "VramProfile", "compute_buffer_bytes", "estimate", "kv_bytes", "kv_bytes_per_token", "manifest_estimate",
     "repacked_bytes", "vram_table",
 ]  # fmt: skip
 
@@ -88,16 +89,28 @@ class Estimate:
     loading_ram_upper_bytes: int
 
 
-def default_runtime(format: str) -> str:
-    """The runtime that an artifact format is estimated for when none is named."""
-    return {"gguf": "llama.cpp", "awq": "vllm", "gptq": "vllm"}.get(format, "transformers")
+@dataclass(frozen=True)
+class VramProfile:
+    """What the memory of a model depends on beside its shape and size: how its format is run.
+
+    runtime: what is estimated for where no runtime is named. unpacked_bytes: transformers' scratch for one linear,
+    bytes a weight. activation_bytes: more of transformers' activations, bytes a value of the intermediate size and
+    token.
+    """
+
+    runtime: str = "transformers"
+    unpacked_bytes: int = 0
+    activation_bytes: int = 0
+
+
+IN_LLAMA_CPP = VramProfile("llama.cpp")
 
 
 def estimate(
     shape: ModelShape,
     weights_bytes: int,
     *,
-    format: str = "gguf",
+    profile: VramProfile = IN_LLAMA_CPP,
     settings: Settings | None = None,
     context: int = 4096,
     concurrency: int = 1,
@@ -108,12 +121,12 @@ def estimate(
     context: tokens of each sequence, prompt and answer. concurrency: sequences in memory at once. repacked: bytes of
     weights that llama.cpp keeps a second time on a CPU (see repacked_bytes). Raises UsageError on a value below 1.
     """
-    settings = settings or Settings(runtime=default_runtime(format))
+    settings = settings or Settings(runtime=profile.runtime)
     if min(context, concurrency) < 1 or weights_bytes < 0:
         raise UsageError("context and concurrency must be at least 1 and the weights at least 0 bytes")
     weights = weights_bytes + (repacked if settings.device == "cpu" and settings.runtime == "llama.cpp" else 0)
     kv = kv_bytes(shape, context, concurrency, settings)
-    overhead, overhead_upper = _overhead(shape, format, settings, context, concurrency, kv)
+    overhead, overhead_upper = _overhead(shape, profile, settings, context, concurrency, kv)
     expected = weights + kv + overhead
     ram, ram_upper = _loading_ram(shape, weights_bytes, settings, expected)
     return Estimate(
@@ -205,7 +218,7 @@ def vram_table(
     shape: ModelShape,
     weights_bytes: int,
     *,
-    format: str = "gguf",
+    profile: VramProfile = IN_LLAMA_CPP,
     settings: Settings | None = None,
     contexts: Iterable[int] = CONTEXTS,
     concurrencies: Iterable[int] = CONCURRENCIES,
@@ -216,7 +229,7 @@ def vram_table(
     return tuple(
         estimate(
             shape, weights_bytes,
-            format=format, settings=settings, context=context, concurrency=concurrency, repacked=repacked,
+            profile=profile, settings=settings, context=context, concurrency=concurrency, repacked=repacked,
         )
         for context in possible
         for concurrency in concurrencies
@@ -224,14 +237,14 @@ def vram_table(
 
 
 def manifest_estimate(
-    shape: ModelShape, weights_bytes: int, *, format: str = "gguf", settings: Settings | None = None
+    shape: ModelShape, weights_bytes: int, *, profile: VramProfile = IN_LLAMA_CPP, settings: Settings | None = None
 ) -> Mapping[str, Any]:
     """What the manifest keeps: integers and names only, the same for the same inputs on every machine.
 
     `overhead_bytes` is the expected one at the smallest context and one sequence.
     """
-    settings = settings or Settings(runtime=default_runtime(format))
-    table = vram_table(shape, weights_bytes, format=format, settings=settings)
+    settings = settings or Settings(runtime=profile.runtime)
+    table = vram_table(shape, weights_bytes, profile=profile, settings=settings)
     return {
         "runtime": settings.runtime,
         "kv_type": settings.kv_type,
@@ -252,7 +265,7 @@ def manifest_estimate(
 
 
 def _overhead(
-    shape: ModelShape, format: str, settings: Settings, context: int, concurrency: int, kv: int
+    shape: ModelShape, profile: VramProfile, settings: Settings, context: int, concurrency: int, kv: int
 ) -> tuple[int, int]:
     """(expected, upper) bytes beside weights and KV cache."""
     base = (_GPU_CONTEXT if settings.device == "gpu" else _CPU_PROCESS)[settings.runtime]
@@ -261,7 +274,7 @@ def _overhead(
     elif settings.runtime == "vllm":
         work = _vllm_work(shape, concurrency)
     else:
-        work = _transformers_work(shape, format, context, concurrency, kv)
+        work = _transformers_work(shape, profile, context, concurrency, kv)
     return base[0] + work[0], base[1] + work[1]
 
 
@@ -273,7 +286,9 @@ def _llama_cpp_work(shape: ModelShape, settings: Settings, context: int, concurr
     return expected + output, upper + _share(upper, 15) + output
 
 
-def _transformers_work(shape: ModelShape, format: str, context: int, concurrency: int, kv: int) -> tuple[int, int]:
+def _transformers_work(
+    shape: ModelShape, profile: VramProfile, context: int, concurrency: int, kv: int
+) -> tuple[int, int]:
     """Prefill of the batch in half precision (prompts of half the context; upper: all of it), logits of the last token
     in float32, one linear's weights unpacked, one layer's KV copied as the cache grows; upper: 15 % for fragmentation.
     """
@@ -281,9 +296,8 @@ def _transformers_work(shape: ModelShape, format: str, context: int, concurrency
     logits = 2 * 4 * concurrency * shape.vocab_size
     layer_kv = kv // max(1, len(shape.kv_layers))
     unpacked = shape.hidden_size * max(shape.intermediate_size, shape.hidden_size)
-    scratch = {"awq": 2 * 4, "gptq": 2 * 4, "bitsandbytes": 2}.get(format, 0) * unpacked
-    if format == "bitsandbytes":  # int8 copy of the activations and int32 products: LLM.int8(), arXiv:2208.07339
-        per_token += 5 * shape.intermediate_size
+    scratch = profile.unpacked_bytes * unpacked
+    per_token += profile.activation_bytes * shape.intermediate_size
     expected = per_token * concurrency * -(-context // 2) + logits + scratch + layer_kv
     mask = concurrency * context * context  # one byte a pair, once prompts of unequal length are padded
     upper = per_token * concurrency * context + logits + 2 * scratch + 2 * layer_kv + mask

@@ -24,11 +24,11 @@ from quantize.evaluate.prompts import Asked, PromptTokenizer, ask
 from quantize.evaluate.structure import Intended, check_structure
 from quantize.evaluate.text import DEFAULT_WINDOW, Windows, check_disjoint, cut_windows, load_text
 from quantize.events import Reporter, status
+from quantize.formats import open_runtime, runtime_kind
 from quantize.model.checkpoint import read_json
 from quantize.model.shape import ModelShape
 from quantize.recipe.model import CalibrationSpec
-from quantize.runtimes.base import ModelRef, Runtime, runtime_of
-from quantize.runtimes.open import open_runtime
+from quantize.runtimes.base import ModelRef, Runtime, runtime_version
 from quantize.system.cache import Cache
 
 ANSWERS_KIND = "golden-answers"
@@ -189,7 +189,8 @@ def _longest(job: Job, material: _Material) -> int:
 def _source_side(reporter: Reporter, job: Job, material: _Material) -> tuple[Baseline, tuple[str, ...]]:
     """The source's baseline and golden answers; the source is only loaded for what is not in the cache."""
     cache = Cache(job.cache)
-    tools = dict(zip(("name", "version"), runtime_of(job.source.format), strict=True))
+    kind = runtime_kind(job.source.format)
+    tools = {"name": kind.name, "version": runtime_version(kind, f"evaluating a {job.source.format} model")}
     key = baseline_key(job.source_digest, material.windows, tools, keep=LIKELIEST)
     answers_key = _answers_key(job, material, tools)
     baseline, answers = find(cache, key), _find_answers(cache, answers_key)

@@ -6,7 +6,6 @@ wrong scale in one group of weights among a million hardly moves a perplexity; h
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 from quantize.errors import CheckpointError
 from quantize.evaluate.pairs import Pair, matrices, pairs
 from quantize.events import Reporter, note, progress
-from quantize.files.gguf import UNQUANTIZED, read_gguf
-from quantize.model.checkpoint import Checkpoint, open_checkpoint, read_chat_template, tensor_table
+from quantize.formats import find_format
+from quantize.model.checkpoint import Checkpoint, open_checkpoint
 from quantize.runtimes.base import ModelRef
 
 if TYPE_CHECKING:
@@ -28,10 +27,7 @@ SMALLEST_SHARE = 0.01  # of the mean group's energy: under that a group is next 
 # What a group of weights may be as a multiple of the source's, in the direction of the source's. Measured on the demo
 # model: 8 bit 0.96 to 1.03; 4 bit 0.45 (GPTQ, whose scales are searched) to 1.44 (AWQ); Q2_K 0.87 to 1.11.
 GAINS_8_BIT, GAINS_FEWER_BITS = (0.8, 1.25), (0.25, 1.8)
-GGUF_GROUP = 32
-_GGUF_MATRIX = re.compile(r"^blk\.\d+\.(attn|ffn)_.*\.weight$")
-_GGUF_ROUTER = re.compile(r"ffn_gate_inp|_norm\.")
-_PACKED = {"gptq": ("qweight",), "awq": ("qweight",), "bitsandbytes": ("SCB", "weight.absmax")}
+GROUP = 32  # of weights, where the format names none
 
 
 @dataclass(frozen=True)
@@ -55,15 +51,17 @@ def check_structure(reporter: Reporter, artifact: ModelRef, source: Path, intend
     """
     checkpoint = open_checkpoint(source)
     checks = {TEMPLATE: _template(artifact, checkpoint)}
+    weights = find_format(artifact.format).weights
+    if weights is None:
+        note(reporter, "", f"weights are not compared with the source's: {artifact.format} does not show them")
+        return checks
     try:
         names = matrices(checkpoint)
     except CheckpointError as exc:
         note(reporter, "", f"weights are not compared with the source's: {exc.message}")
         return checks
     if intended.is_quantized:
-        in_gguf = artifact.format == "gguf"
-        left = _left_in_gguf(artifact, intended) if in_gguf else _left_in_folder(artifact, names)
-        checks[QUANTIZED] = _told("left unquantized:", left)
+        checks[QUANTIZED] = _told("left unquantized:", weights.left(artifact.path, names, intended.options))
     checks[NEAR] = _told("not the source's:", list(_far(reporter, artifact, checkpoint, intended, len(names))))
     return checks
 
@@ -74,32 +72,10 @@ def _told(what: str, found: list[str]) -> str:
 
 
 def _template(artifact: ModelRef, checkpoint: Checkpoint) -> str:
-    if artifact.format == "gguf":
-        found = read_gguf(artifact.path).fields.get("tokenizer.chat_template")
-    else:
-        found = read_chat_template(artifact.folder)
+    found = find_format(artifact.format).layout.chat_template(artifact.path)
     if checkpoint.chat_template is None or found == checkpoint.chat_template:
         return ""
     return "it is lost" if found is None else "it differs from the source's"
-
-
-def _left_in_gguf(artifact: ModelRef, intended: Intended) -> list[str]:
-    overrides = list(intended.options.get("overrides") or {})
-    return [
-        f"{item.name} ({item.type})"
-        for item in read_gguf(artifact.path).tensors.values()
-        if item.type in UNQUANTIZED
-        and _GGUF_MATRIX.match(item.name)
-        and not _GGUF_ROUTER.search(item.name)
-        and len(item.shape) > 1
-        and not any(re.search(pattern, item.name) for pattern in overrides)
-    ]
-
-
-def _left_in_folder(artifact: ModelRef, names: tuple[str, ...]) -> list[str]:
-    have = tensor_table(artifact.folder)
-    suffixes = _PACKED[artifact.format]
-    return [name for name in names if not any(name.removesuffix("weight") + suffix in have for suffix in suffixes)]
 
 
 def _far(
@@ -107,11 +83,13 @@ def _far(
 ) -> Iterator[str]:
     """Matrices with a group of weights that no rounding explains."""
     low, high = GAINS_FEWER_BITS if intended.is_quantized and (intended.bits or 0) < 8 else GAINS_8_BIT
-    group = intended.group_size or GGUF_GROUP
-    found = pairs(artifact.folder, artifact.format, artifact.main_file, checkpoint)
+    group = intended.group_size or GROUP
+    weights = find_format(artifact.format).weights
+    folded = weights is not None and weights.folded
+    found = pairs(artifact, checkpoint)
     for done, pair in enumerate(found, start=1):
         progress(reporter, "", "comparing weights with the source's, matrices", done, total)
-        gains = _gains(pair, group, folded=artifact.format == "awq")
+        gains = _gains(pair, group, folded=folded)
         least, most = float(gains.min()), float(gains.max())
         if not low <= least <= most <= high:
             worst = least if low - least > most - high else most

@@ -14,9 +14,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from quantize.errors import CheckpointError, first_line
+from quantize.errors import COMPILED_EXTRA, CheckpointError, first_line
 from quantize.system.untrusted import open_regular
 
+EXTRA = COMPILED_EXTRA  # of this program: what reads, writes and runs these files
+READER = "gguf"  # the distribution that knows their types
 UNQUANTIZED = ("F32", "F16", "BF16", "F64")
 STRING, ARRAY = 8, 9
 SCALARS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q", 11: "<q", 12: "<d"}

@@ -1,35 +1,87 @@
-"""The output formats: one folder each, found through the entry-point group `quantize.formats`, built-in or not."""
+"""The output formats: one folder each, found through the entry-point group `quantize.formats`, built-in or not.
+
+In: the name of a format, or a path that may hold one. Out: its Format, or its parts.
+"""
 
 from __future__ import annotations
 
 from functools import cache
 from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Any
 
 from quantize.errors import UsageError
 from quantize.formats.base import Builder
+from quantize.formats.folder import FolderLayout
+from quantize.formats.format import Format
 from quantize.recipe.model import FormatOptions
+from quantize.runtimes.base import ModelRef, Runtime, RuntimeKind
 
 GROUP = "quantize.formats"
 
 
 @cache
-def builders() -> dict[str, Builder]:
-    """All installed builders by name. Raises UsageError if a plugin can't be loaded or two share a name."""
-    found: dict[str, Builder] = {}
+def formats() -> dict[str, Format]:
+    """All installed formats by name. Raises UsageError if a plugin can't be loaded or two share a name."""
+    found: dict[str, Format] = {}
     # what two installations name, as after a change of the distribution's name, is one plugin
     points = {(item.name, item.value): item for item in entry_points(group=GROUP)}
     for _, point in sorted(points.items()):
         try:
-            builder = point.load()()
+            loaded = point.load()
+            if not isinstance(loaded, Format):
+                raise TypeError(f"{point.value} is a {type(loaded).__name__}, not a quantize.formats.format.Format")
         except Exception as exc:
             hint = f"update or uninstall {point.dist.name if point.dist else 'the package that brings it'}"
             raise UsageError(f"the format plugin {point.name!r} can't be loaded: {exc}", hint=hint) from exc
-        if builder.name in found:
-            raise UsageError(f"two plugins bring the format {builder.name!r}", hint="uninstall one of them")
-        found[builder.name] = builder
+        if loaded.name in found:
+            raise UsageError(f"two plugins bring the format {loaded.name!r}", hint="uninstall one of them")
+        found[loaded.name] = loaded
     return found
 
 
+def find_format(name: str) -> Format:
+    """The installed format of that name. Raises UsageError: it is not installed."""
+    if name not in formats():
+        hint = f"install the plugin that brings it; installed are: {', '.join(formats())}"
+        raise UsageError(f"the format {name!r} is not installed here", hint=hint)
+    return formats()[name]
+
+
+def known_format(name: str) -> Format:
+    """The format of that name; one that is not installed here has no facets, and stands for a plain folder."""
+    return formats().get(name) or Format(name, extra="", layout=FolderLayout(None, library=None))
+
+
+def builders() -> dict[str, Builder[Any]]:
+    """Formats that can be built: name -> builder."""
+    return {name: item.builder for name, item in formats().items() if item.builder is not None}
+
+
 def option_models() -> dict[str, type[FormatOptions]]:
-    """The options model of every installed format: what a recipe may say about it."""
+    """The options model of every format that can be built: what a recipe may say about it."""
     return {name: builder.Options for name, builder in builders().items()}
+
+
+def format_of(path: Path) -> Format | None:
+    """The format of a file or folder that no manifest describes; None where none is recognized."""
+    return next((item for item in formats().values() if item.layout.recognizes(path)), None)
+
+
+def runtime_kind(name: str) -> RuntimeKind:
+    """What a format's models run in. Raises UsageError: the format is not installed, or nothing here runs it."""
+    found = find_format(name)
+    if found.runtime is None:
+        raise UsageError(f"no runtime is known for models in the format {name}")
+    return found.runtime
+
+
+def open_runtime(model: ModelRef, *, context: int, threads: int = 0) -> Runtime:
+    """Load a model. context: the longest window or prompt and answer, in tokens. threads: 0 leaves it to the runtime.
+
+    Raises VerifyError: it does not load. MissingExtraError: its runtime is not installed. UsageError: no such file, or
+    no runtime for its format.
+    """
+    if not model.path.exists():
+        raise UsageError(f"{model.path}: no such {'file' if model.main_file else 'folder'}")
+    return runtime_kind(model.format).open(model, context=context, threads=threads)

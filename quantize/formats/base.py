@@ -10,7 +10,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from quantize.calibration.budget import BlockMemory
 from quantize.calibration.journal import Resumable
@@ -26,6 +26,8 @@ from quantize.system.cache import Cache
 if TYPE_CHECKING:
     from quantize.calibration.stream import Block
     from quantize.model.architecture import BlockLayout
+
+OptionsT = TypeVar("OptionsT", bound=FormatOptions)
 
 
 @dataclass(frozen=True)
@@ -147,23 +149,42 @@ class Collector(Resumable, Protocol):
         """The pass is over: write what the build needs into staging or scratch."""
 
 
-class Builder(Protocol):
-    """One output format."""
+class SolveCost(Protocol):
+    """What solving a block takes, in operations of matrix products: of either solver, and of the clip search."""
 
-    name: str
-    extra: str
-    Options: type[FormatOptions]
+    @property
+    def gptq_products(self) -> float: ...
+    @property
+    def awq_products(self) -> float: ...
+    @property
+    def clip_products(self) -> float: ...
 
-    def tools(self, options: Any) -> Sequence[str]:
+
+class Builder(Protocol[OptionsT]):
+    """How artifacts of one format are made and checked.
+
+    source_copies: copies of the source's weights, in 16 bits, that a build has on disk beside source and artifact.
+    """
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def Options(self) -> type[OptionsT]: ...  # noqa: N802 - a class, named as one
+    @property
+    def source_copies(self) -> int: ...
+
+    def tools(self, options: OptionsT) -> Sequence[str]:
         """Distributions whose versions can change the bytes; they enter the build key and the manifest."""
 
-    def needs_calibration(self, options: Any) -> bool:
+    def needs_calibration(self, options: OptionsT) -> bool:
         """Whether the variant takes part in the calibration pass."""
 
-    def check(self, checkpoint: Checkpoint, options: Any) -> None:
+    def check(self, checkpoint: Checkpoint, options: OptionsT) -> None:
         """Raise PlanError for what can be known to fail from headers."""
 
-    def sizes(self, context: Context, options: Sequence[Any], reporter: Reporter) -> Sequence[SizePlan | QuantizeError]:
+    def sizes(
+        self, context: Context, options: Sequence[OptionsT], reporter: Reporter
+    ) -> Sequence[SizePlan | QuantizeError]:
         """Exact sizes of several variants of one checkpoint, from headers; writes only into context.scratch.
 
         Gives, not raises, the error of one variant that can't be; raises what stops all of them.
@@ -172,8 +193,11 @@ class Builder(Protocol):
     def collector(self, context: Context, reporter: Reporter) -> Collector:
         """The variant's part in the calibration pass; only called if needs_calibration."""
 
-    def solver_bytes(self, block: BlockMemory, options: Any, threads: int) -> int:
+    def solver_bytes(self, block: BlockMemory, options: OptionsT, threads: int) -> int:
         """Memory that the collector takes at a block beside its weights and statistics; 0 for next to nothing."""
+
+    def solve_operations(self, cost: SolveCost) -> float:
+        """Of one block, for the time that a pass on a cluster has left; 0 for next to nothing."""
 
     def build(self, context: Context, reporter: Reporter) -> BuildResult:
         """Write the artifact's files into context.staging, after the pass if there is one."""

@@ -213,7 +213,7 @@ class PackedBuilder:
     """What a format of packed integers does whatever its integers are; `layout`, `config` and `solve` differ."""
 
     name: str
-    extra = "gptqmodel"
+    source_copies = 0
     folds = False  # whether a group's scales go into the rows of another
 
     def layout(self, checkpoint: Checkpoint, options: Any) -> Layout:

@@ -11,7 +11,8 @@ from typing import Any
 
 from quantize.errors import VerifyError
 from quantize.events import Reporter
-from quantize.runtimes.transformers.load import import_torch, load_causal_lm
+from quantize.formats.packed_weights import GPTQMODEL
+from quantize.runtimes.transformers.load import load_causal_lm
 from quantize.system.memory import give_back_freed, give_back_mapped
 
 TOKENS = 16
@@ -25,7 +26,7 @@ def check_packed(reporter: Reporter, folder: Path, method: str, threads: int) ->
 
     Raises VerifyError: does not load, weights differ, logits not finite, two runs differ. MissingExtraError.
     """
-    torch = import_torch(method, f"loading {method.upper()} artifacts")
+    torch = GPTQMODEL.import_torch(f"loading {method.upper()} artifacts")
     torch.set_num_threads(threads)
     prompt = read_prompt(folder)  # a tokenizer takes memory while it is read: not beside the model
     started = time.perf_counter()

@@ -11,7 +11,7 @@ from typing import Any
 
 from quantize.errors import CheckpointError, MissingExtraError, first_line
 from quantize.events import Reporter
-from quantize.files.gguf import read_gguf
+from quantize.files.gguf import EXTRA, read_gguf
 from quantize.files.safetensors import header_bytes
 
 SHARD_SIZE = "5GB"
@@ -91,7 +91,7 @@ def _libraries() -> tuple[Any, Any]:
         import torch
         import transformers
     except ImportError as exc:
-        raise MissingExtraError("a GGUF file as source", "gguf") from exc
+        raise MissingExtraError("a GGUF file as source", EXTRA) from exc
     return transformers, torch
 
 

@@ -19,6 +19,7 @@ from typing import Any, Literal
 
 from quantize.errors import CheckpointError, MissingExtraError, RecipeError, first_line
 from quantize.events import Reporter, note, progress, status
+from quantize.files.gguf import READER
 from quantize.model.checkpoint import Checkpoint, check_finite, open_checkpoint
 from quantize.model.from_gguf import RULES_VERSION
 from quantize.recipe.model import PackageFile, Recipe, Source
@@ -32,7 +33,7 @@ HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*/[\w.-]+$")
 COMMIT = re.compile(r"^[0-9a-f]{40}$")
 HUB_PATTERNS = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "LICENSE*", "NOTICE*", "USE_POLICY*", "*.md"]
 MAX_CARD_BYTES = 4 << 20
-DEQUANTIZER_TOOLS = ("transformers", "torch", "gguf")
+DEQUANTIZER_TOOLS = ("transformers", "torch", READER)
 
 
 @dataclass(frozen=True)

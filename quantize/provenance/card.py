@@ -12,37 +12,10 @@ from typing import Any
 import yaml
 
 from quantize.evaluate.record import NAME, NOT_EVALUATED, GoldenCount, Summary
+from quantize.formats import known_format
 from quantize.provenance.licence import Licence, licence_of
 from quantize.store.manifest import Manifest
 
-PYTHON_TRANSFORMERS = """\
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-tokenizer = AutoTokenizer.from_pretrained(".")
-model = AutoModelForCausalLM.from_pretrained(".")
-prompt = tokenizer("The capital of France is", return_tensors="pt")
-print(tokenizer.decode(model.generate(**prompt, max_new_tokens=16)[0]))
-"""
-PYTHON_LLAMA = """\
-from llama_cpp import Llama
-
-model = Llama("{file}")
-print(model("The capital of France is", max_tokens=16)["choices"][0]["text"])
-"""
-SERVE = ("quantize", "sh", "quantize serve .")
-VLLM, SGLANG = ("vLLM", "sh", "vllm serve ."), ("SGLang", "sh", "python -m sglang.launch_server --model-path .")
-# Format -> (runtime, language of the block, how), all from the folder of the files.
-USAGE: Mapping[str, tuple[tuple[str, str, str], ...]] = {
-    "gguf": (
-        ("llama.cpp", "sh", "llama-server -m {file}"),
-        ("Ollama", "sh", "echo 'FROM ./{file}' > Modelfile && ollama create {name} -f Modelfile && ollama run {name}"),
-        ("llama-cpp-python", "python", PYTHON_LLAMA),
-        SERVE,
-    ),
-    "awq": (VLLM, SGLANG, ("transformers with gptqmodel", "python", PYTHON_TRANSFORMERS), SERVE),
-    "gptq": (VLLM, SGLANG, ("transformers with gptqmodel", "python", PYTHON_TRANSFORMERS), SERVE),
-    "bitsandbytes": (("transformers with bitsandbytes", "python", PYTHON_TRANSFORMERS), SERVE),
-}
 REASONS_SHOWN = 8
 
 
@@ -71,8 +44,9 @@ def render_card(
 
 def _front_matter(manifest: Manifest, licence: Licence | None) -> str:
     data: dict[str, object] = {"pipeline_tag": "text-generation", "tags": [manifest.format, "quantize"]}
-    if manifest.format != "gguf":
-        data["library_name"] = "transformers"
+    library = known_format(manifest.format).layout.library
+    if library is not None:
+        data["library_name"] = library
     if manifest.source.base_model:
         data |= {"base_model": manifest.source.base_model, "base_model_relation": "quantized"}
     if licence is not None:
@@ -143,14 +117,13 @@ def _measured(record: Mapping[str, Any] | None) -> str:
 
 
 def _usage(manifest: Manifest) -> str:
-    ways = USAGE.get(manifest.format, ())
-    if manifest.options.get("type") == "nf4":
-        ways = (VLLM, *ways)
-    main = next((item.path for item in manifest.files if item.path.endswith(".gguf")), "")
+    kind = known_format(manifest.format)
+    ways = kind.card.ways(manifest.options)
+    main = kind.layout.main_name(entry.path for entry in manifest.files) or ""
     name = f"{manifest.name}-{manifest.variant}".lower()
     blocks = [
-        f"{runtime}:\n\n```{language}\n{how.replace('{file}', main).replace('{name}', name).rstrip()}\n```"
-        for runtime, language, how in ways
+        f"{way.runtime}:\n\n```{way.language}\n{way.how.replace('{file}', main).replace('{name}', name).rstrip()}\n```"
+        for way in ways
     ]
     return "\n\n".join(["## Run it\n\nFrom the folder of these files.", *blocks]) if blocks else ""
 
@@ -160,8 +133,7 @@ def _limits(manifest: Manifest, measurements: Mapping[str, Any] | None) -> str:
     if manifest.source.quantized_before:
         before = f"its weights come from a {manifest.source.quantized_before} file and were dequantized to FP16"
         lines.append(f"The source was quantized before: {before}. They can't be better than that file.")
-    if manifest.format == "bitsandbytes" and manifest.options.get("type") != "nf4":
-        lines.append("vLLM does not take pre-quantized bitsandbytes INT8.")
+    lines += known_format(manifest.format).card.limits(manifest.options)
     if manifest.calibration is not None:
         text = manifest.calibration.spec.get("dataset")
         lines.append(f"Scales and rounding were chosen on {text}; text of another kind or language may lose more.")

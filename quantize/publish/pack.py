@@ -15,6 +15,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from quantize.errors import VerifyError
+from quantize.formats import known_format
 from quantize.recipe.model import SLUG
 from quantize.store.artifact import Artifact
 from quantize.store.manifest import FILE_NAME, PAPERS, Manifest
@@ -144,13 +145,13 @@ def model_config(manifest: Manifest, files: list[Blob]) -> dict[str, Any]:
         "sourceURL": source.uri,
         "licenses": [source.license] if source.license else None,
     }
-    gguf = manifest.format == "gguf"
+    kind = known_format(manifest.format)
     config = {
         "architecture": "transformer",
-        "format": "gguf" if gguf else "safetensors",
+        "format": kind.layout.container,
         "paramSize": parameter_text(source.parameters),
         "precision": f"int{manifest.bits}" if manifest.bits else None,
-        "quantization": str(manifest.options.get("type", manifest.variant)) if gguf else manifest.format,
+        "quantization": kind.quantized_as(manifest.options),
     }
     return {
         "descriptor": {key: value for key, value in descriptor.items() if value},

@@ -1,4 +1,4 @@
-"""One face for the runtimes that artifacts really run in: llama.cpp for GGUF, transformers for everything else.
+"""One face for the runtimes that artifacts really run in.
 
 In: where a model is and its format. Out: a Runtime, that gives next-token log-probabilities and greedy answers for
 token ids. What token ids mean is left to the tokenizer of the source, so that both models are asked the same.
@@ -12,7 +12,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from quantize.errors import MissingExtraError, UsageError, VerifyError
+from quantize.errors import MissingExtraError, VerifyError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -20,28 +20,21 @@ if TYPE_CHECKING:
 
     LogProbs = NDArray[np.float32]
 
-FORMATS = ("gguf", "awq", "gptq", "bitsandbytes", "safetensors")
 BLOCK_BYTES = 256 * 2**20
 """Log-probabilities that are in memory at once; longer windows come in several blocks."""
 
 
 @dataclass(frozen=True)
 class ModelRef:
-    """A model to evaluate: its folder, its format, and for GGUF the name of the (first) file in the folder."""
+    """A model to run: its folder, the name of its format, and where the format is one file, that file in the folder."""
 
     folder: Path
     format: str
     main_file: str | None = None
 
-    def __post_init__(self) -> None:
-        if self.format not in FORMATS:
-            raise UsageError(f"{self.format!r} is no format to evaluate", hint=f"one of: {', '.join(FORMATS)}")
-        if self.format == "gguf" and self.main_file is None:
-            raise UsageError("a GGUF model needs the name of its file")
-
     @property
     def path(self) -> Path:
-        """The GGUF file, or the folder."""
+        """The file, or the folder."""
         return self.folder / self.main_file if self.main_file else self.folder
 
 
@@ -74,26 +67,30 @@ class Runtime(Protocol):
         """Give the memory back."""
 
 
-# Format -> the package that transformers needs for it, and the extra that brings it.
-_HELPERS = {
-    "awq": ("gptqmodel", "gptqmodel"),
-    "gptq": ("gptqmodel", "gptqmodel"),
-    "bitsandbytes": ("bitsandbytes", "bnb"),
-}
+class RuntimeKind(Protocol):
+    """What models of a format run in, before any is loaded.
+
+    name: of the runtime, and of the gateway's engine for it. packages: distributions whose versions say which runtime
+    it is. extra: of this program, that installs them.
+    """
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def packages(self) -> tuple[str, ...]: ...
+    @property
+    def extra(self) -> str: ...
+
+    def open(self, model: ModelRef, *, context: int, threads: int) -> Runtime:
+        """Load a model; see formats.open_runtime."""
 
 
-def runtime_of(format: str) -> tuple[str, str]:
-    """Name and versions of the runtime that a format runs in. Raises MissingExtraError: it is not installed."""
-    packages: tuple[str, ...]
-    if format == "gguf":
-        name, packages, extra = "llama.cpp", ("llama-cpp-python",), "gguf"
-    else:
-        helper, extra = _HELPERS.get(format, (None, "torch"))
-        name, packages = "transformers", ("transformers", "torch", *filter(None, [helper]))
+def runtime_version(kind: RuntimeKind, feature: str) -> str:
+    """Which runtime is installed: "package version, package version". Raises MissingExtraError: it is not."""
     try:
-        return name, ", ".join(f"{package} {version(package)}" for package in packages)
+        return ", ".join(f"{package} {version(package)}" for package in kind.packages)
     except PackageNotFoundError as exc:
-        raise MissingExtraError(f"evaluating a {format} model", extra) from exc
+        raise MissingExtraError(feature, kind.extra) from exc
 
 
 def block_rows(vocabulary: int) -> int:

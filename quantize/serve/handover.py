@@ -15,6 +15,8 @@ import yaml
 
 from quantize.errors import RefusedError
 from quantize.estimate.fit import USABLE_PERCENT
+from quantize.formats import find_format
+from quantize.formats.format import No
 from quantize.serve.preflight import DEFAULT_CONTEXT
 from quantize.serve.targets import LocalTarget
 
@@ -55,10 +57,9 @@ def render(runtime: str, target: LocalTarget, wanted: HandOver) -> str:
 
 
 def _vllm(target: LocalTarget, wanted: HandOver) -> str:
-    _check_vllm(target, wanted)
+    remark = _check_vllm(target, wanted)
     notes = [f"# {target.name} ({target.format}) in vLLM; the key is read from the environment"]
-    if target.format == "bitsandbytes":
-        notes.append("# NF4 runs in vLLM without CUDA graphs, slower than AWQ or GPTQ")
+    notes += [f"# {remark}"] if remark else []
     command = [f"CUDA_VISIBLE_DEVICES={wanted.gpu}", "vllm", "serve", str(target.folder.resolve())]
     return "\n".join([*notes, _lines(command, _vllm_options(target, wanted))])
 
@@ -75,20 +76,19 @@ def _vllm_options(target: LocalTarget, wanted: HandOver) -> list[tuple[str, ...]
     ]
 
 
-def _check_vllm(target: LocalTarget, wanted: HandOver) -> None:
-    if target.format == "gguf":
-        hint = "use --print llama-server or ollama, or build an awq or gptq variant"
-        raise RefusedError(f"{target.name}: vLLM's GGUF support is experimental and slow", hint=hint)
-    if target.format == "bitsandbytes" and not _is_nf4(target):
-        hint = "serve it with `quantize serve`, which runs it in transformers, or build an awq or gptq variant"
-        raise RefusedError(f"{target.name}: vLLM does not take pre-quantized bitsandbytes INT8", hint=hint)
+def _check_vllm(target: LocalTarget, wanted: HandOver) -> str:
+    """What to know of the format in vLLM, "" for nothing. Raises RefusedError: it does not run there."""
+    answer = _in_vllm(target)
+    if isinstance(answer, No):
+        raise RefusedError(f"{target.name}: {answer.reason}", hint=answer.hint)
     if wanted.on_cpu:
         raise RefusedError(f"{target.name}: vLLM's quantized formats need a GPU", hint="use `quantize serve`")
+    return answer
 
 
-def _is_nf4(target: LocalTarget) -> bool:
+def _in_vllm(target: LocalTarget) -> str | No:
     options = target.artifact.manifest.options if target.artifact else {}
-    return options.get("type") == "nf4"
+    return find_format(target.format).handover.vllm(options)
 
 
 def _ollama(target: LocalTarget, wanted: HandOver) -> str:
@@ -127,14 +127,15 @@ def _llama_server(target: LocalTarget, wanted: HandOver) -> str:
 
 
 def _need_gguf(target: LocalTarget, runtime: str) -> None:
-    if target.format != "gguf":
+    if not find_format(target.format).handover.llama_cpp_file:
         hint = "build a gguf variant, or use --print vllm, or `quantize serve`"
         raise RefusedError(f"{target.name}: {runtime} takes GGUF files, this is {target.format}", hint=hint)
 
 
 def _compose(target: LocalTarget, wanted: HandOver) -> str:
     """vLLM where it takes the format and there is a GPU; else this gateway's own image (deploy/Dockerfile)."""
-    in_vllm = not wanted.on_cpu and (target.format in ("awq", "gptq", "safetensors") or _is_nf4(target))
+    answer = _in_vllm(target)
+    in_vllm = not wanted.on_cpu and not isinstance(answer, No)
     service = _vllm_service(target, wanted) if in_vllm else _gateway_service(target, wanted)
     service |= {
         "ports": [f"{wanted.host}:{wanted.port}:8000"],
@@ -145,8 +146,8 @@ def _compose(target: LocalTarget, wanted: HandOver) -> str:
         device = {"driver": "nvidia", "device_ids": [wanted.gpu], "capabilities": ["gpu"]}
         service["deploy"] = {"resources": {"reservations": {"devices": [device]}}}
     note = f"# {target.name} ({target.format}): QUANTIZE_API_KEY=… docker compose up"
-    if target.format == "bitsandbytes" and not in_vllm:
-        note += "\n# vLLM does not take pre-quantized bitsandbytes INT8: this gateway runs it in transformers"
+    if isinstance(answer, No):
+        note += f"\n# {answer.reason}: this gateway runs it"
     return note + "\n" + yaml.safe_dump({"services": {"model": service}}, sort_keys=False, width=120).rstrip()
 
 
@@ -157,7 +158,7 @@ def _vllm_service(target: LocalTarget, wanted: HandOver) -> dict[str, Any]:
 
 
 def _gateway_service(target: LocalTarget, wanted: HandOver) -> dict[str, Any]:
-    mounted = f"{MOUNT}/{target.path.name}" if target.format == "gguf" else MOUNT
+    mounted = MOUNT if target.path == target.folder else f"{MOUNT}/{target.path.name}"
     command = [
         f"{target.name}={mounted}", "--host", "0.0.0.0", "--port", "8000",
         "--context", str(wanted.context_of(target)), "--concurrency", str(wanted.concurrency),

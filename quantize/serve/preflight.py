@@ -7,25 +7,19 @@ and what would fit. The arithmetic is estimate.py's, the verdict fit.py's.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from quantize.errors import MissingExtraError, RefusedError, UsageError
+from quantize.errors import RefusedError, UsageError
 from quantize.estimate.fit import Verdict, Workload, advise
-from quantize.estimate.vram import Settings
+from quantize.estimate.vram import Settings, VramProfile
+from quantize.formats import find_format, known_format, runtime_kind
+from quantize.runtimes.base import runtime_version
 from quantize.serve.targets import LocalTarget
 from quantize.store.store import Store
 from quantize.system.machine import Machine
 from quantize.system.sizes import GIB
 
 DEFAULT_CONTEXT = 4096
-# Format -> (what it needs beside its runtime, the extra that brings it).
-HELPERS = {
-    "gguf": ("llama-cpp-python", "gguf"),
-    "awq": ("gptqmodel", "gptqmodel"),
-    "gptq": ("gptqmodel", "gptqmodel"),
-    "bitsandbytes": ("bitsandbytes", "bnb"),
-}
 
 
 @dataclass(frozen=True)
@@ -59,7 +53,7 @@ def place(target: LocalTarget, options: RunOptions, machine: Machine, store: Sto
     on_gpu = device != "cpu"
     settings = Settings(target.kind, device="gpu" if on_gpu else "cpu", flash_attention=False)
     weights = target.weights_bytes + (0 if on_gpu else target.repacked_bytes)
-    workload = Workload(target.shape, weights, target.format, settings, context, options.concurrency)
+    workload = Workload(target.shape, weights, find_format(target.format).vram, settings, context, options.concurrency)
     free, what = _free(device, machine)
     verdict = advise(workload, free, _siblings(target, store))
     if verdict.word == "does not fit" and not options.force:
@@ -90,13 +84,16 @@ def _free(device: str, machine: Machine) -> tuple[int, str]:
     return gpu.vram_bytes - gpu.used_bytes, f"on the {gpu.name} of {gpu.vram_bytes / GIB:.1f} GiB"
 
 
-def _siblings(target: LocalTarget, store: Store) -> dict[str, tuple[int, str]]:
-    """Other current builds of the same model: name -> (bytes, format)."""
+def _siblings(target: LocalTarget, store: Store) -> dict[str, tuple[int, VramProfile]]:
+    """Other current builds of the same model: name -> (bytes, profile)."""
     if target.artifact is None:
         return {}
     own = target.artifact.manifest
     return {
-        f"{item.manifest.name}/{item.manifest.variant}": (item.manifest.size_bytes, item.manifest.format)
+        f"{item.manifest.name}/{item.manifest.variant}": (
+            item.manifest.size_bytes,
+            known_format(item.manifest.format).vram,
+        )
         for item in store.artifacts()
         if item.manifest.name == own.name and item.manifest.variant != own.variant and store.is_current(item)
     }
@@ -117,9 +114,5 @@ def engine_options(target: LocalTarget, options: RunOptions, placement: Placemen
 
 def runtime_name(target: LocalTarget) -> str:
     """What a target runs in, with the version installed here. Raises MissingExtraError: it is not."""
-    helper = HELPERS.get(target.format, ("torch", "torch"))
-    packages = [helper[0]] if target.format == "gguf" else ["transformers", helper[0]]
-    try:
-        return f"{target.kind} ({', '.join(f'{name} {version(name)}' for name in packages)})"
-    except PackageNotFoundError as exc:
-        raise MissingExtraError(f"serving {target.format}", helper[1]) from exc
+    kind = runtime_kind(target.format)
+    return f"{kind.name} ({runtime_version(kind, f'serving {target.format}')})"

@@ -8,16 +8,15 @@ from __future__ import annotations
 
 import os
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 from urllib.parse import urlsplit
 
 from quantize.errors import RefusedError, UsageError
-from quantize.estimate.vram import repacked_bytes
-from quantize.files.gguf import read_gguf
-from quantize.model.checkpoint import read_json
-from quantize.model.shape import ModelShape, gguf_shape
+from quantize.formats import find_format, format_of, formats, runtime_kind
+from quantize.formats.folder import quantization_method
+from quantize.formats.format import Format
+from quantize.model.shape import ModelShape
 from quantize.store.artifact import Artifact, open_artifact
 from quantize.store.manifest import FILE_NAME
 from quantize.store.store import Store
@@ -62,12 +61,12 @@ class LocalTarget:
     @property
     def kind(self) -> str:
         """The engine that it runs in."""
-        return "llama.cpp" if self.format == "gguf" else "transformers"
+        return runtime_kind(self.format).name
 
     @property
     def folder(self) -> Path:
         """Where its files are."""
-        return self.path.parent if self.format == "gguf" else self.path
+        return self.path.parent if self.path.is_file() else self.path
 
 
 def resolve(text: str, store: Store) -> LocalTarget | UpstreamTarget:
@@ -79,11 +78,13 @@ def resolve(text: str, store: Store) -> LocalTarget | UpstreamTarget:
         return _upstream(name, ref)
     path = Path(ref)
     if path.is_file():
-        if path.suffix != ".gguf":
-            raise UsageError(f"{path}: not a .gguf file", hint="give an artifact, a .gguf file or a model's folder")
-        return _gguf(name or path.stem, path)
+        kind = format_of(path)
+        if kind is None:
+            hint = "give an artifact, a .gguf file or a model's folder"
+            raise UsageError(f"{path}: not a file of any installed format", hint=hint)
+        return _local(name or path.stem, kind, path)
     if path.is_dir() and not (path / FILE_NAME).is_file() and (path / "config.json").is_file():
-        return _folder(name or path.resolve().name, path)
+        return _local(name or path.resolve().name, _format_of_folder(path), path)
     artifact = open_artifact(path) if (path / FILE_NAME).is_file() else store.find(ref)
     return _artifact(name, artifact)
 
@@ -97,42 +98,21 @@ def _upstream(name: str | None, ref: str) -> UpstreamTarget:
 
 def _artifact(name: str | None, artifact: Artifact) -> LocalTarget:
     manifest = artifact.manifest
-    name = name or f"{manifest.name}/{manifest.variant}"
-    if manifest.format == "gguf":
-        files = [entry.path for entry in manifest.files if entry.path.endswith(".gguf")]
-        main = [file for file in files if not file.endswith(".imatrix.gguf")]
-        if not main:
-            raise RefusedError(f"{artifact.ref}: no GGUF file in it", hint="run quantize verify")
-        target = _gguf(name, artifact.folder / main[0])
-    else:
-        target = _folder(name, artifact.folder, manifest.format)
-    return LocalTarget(
-        name, manifest.format, target.path, target.shape, target.weights_bytes, target.repacked_bytes, artifact
-    )
+    kind = find_format(manifest.format)
+    path = kind.layout.main_file(artifact.folder) or artifact.folder
+    return replace(_local(name or f"{manifest.name}/{manifest.variant}", kind, path), artifact=artifact)
 
 
-def _gguf(name: str, path: Path) -> LocalTarget:
-    file = read_gguf(path)
-    tensors = [(item.name, item.type, item.size_bytes) for item in file.tensors.values()]
-    tied = all(item != "output.weight" for item in file.tensors)
-    size = sum(item[2] for item in tensors)
-    return LocalTarget(name, "gguf", path, gguf_shape(file), size, repacked_bytes(tensors, tied=tied))
+def _local(name: str, kind: Format, path: Path) -> LocalTarget:
+    layout = kind.layout
+    weights = layout.weights_bytes(path)
+    return LocalTarget(name, kind.name, path, layout.shape(path), weights, layout.repacked_bytes(path))
 
 
-def _folder(name: str, folder: Path, format: str | None = None) -> LocalTarget:
-    config = read_json(folder / "config.json")
-    weights = sum(path.stat().st_size for path in folder.glob("*.safetensors") if path.is_file())
-    if not weights:
-        hint = "weights must be *.safetensors: pickled ones can run code, and are never loaded"
-        raise RefusedError(f"{folder}: no safetensors files in it", hint=hint)
-    return LocalTarget(name, format or _format(config, folder), folder, ModelShape.from_config(config), weights)
-
-
-def _format(config: dict[str, Any], folder: Path) -> str:
-    settings = config.get("quantization_config")
-    method = settings.get("quant_method") if isinstance(settings, dict) else settings
-    known = {None: "safetensors", "awq": "awq", "gptq": "gptq", "bitsandbytes": "bitsandbytes"}
-    if not (method is None or isinstance(method, str)) or method not in known:
-        hint = f"known are: {', '.join(item for item in known.values())}"
-        raise RefusedError(f"{folder}: quantized by {str(method)[:40]!r}, which is not served here", hint=hint)
-    return known[method]
+def _format_of_folder(folder: Path) -> Format:
+    kind = format_of(folder)
+    if kind is None:
+        hint = f"known are: {', '.join(formats())}"
+        method = quantization_method(folder)
+        raise RefusedError(f"{folder}: quantized by {method!r}, which is not served here", hint=hint)
+    return kind

@@ -22,10 +22,9 @@ from quantize.evaluate.prompts import PromptTokenizer
 from quantize.evaluate.session import Job, evaluate, figures
 from quantize.evaluate.text import Windows, cut_windows, load_text
 from quantize.events import ListReporter, SilentReporter
-from quantize.formats import option_models
+from quantize.formats import open_runtime, option_models
 from quantize.recipe.model import load_recipe
 from quantize.runtimes.base import ModelRef, Request
-from quantize.runtimes.open import open_runtime
 from quantize.store.store import Store
 from quantize.system.cache import Cache
 from quantize.system.process import run_step
@@ -251,10 +250,10 @@ def test_weights_that_are_not_a_model_are_refused(tmp_path: Path, built: Built) 
 
 
 def test_references_are_checked() -> None:
-    with pytest.raises(UsageError, match="'onnx' is no format to evaluate"):
-        ModelRef(Path(), "onnx")
+    with pytest.raises(UsageError, match="the format 'onnx' is not installed here"):
+        open_runtime(ModelRef(Path(), "onnx"), context=64)
     with pytest.raises(UsageError, match="needs the name of its file"):
-        ModelRef(Path(), "gguf")
+        open_runtime(ModelRef(Path(), "gguf"), context=64)
 
 
 def test_a_tensor_that_is_not_finite_is_refused(job: Job, tiny: Path, tmp_path: Path) -> None:

@@ -41,12 +41,10 @@ class BlockCost:
     gram_bytes: int
     state_bytes: int
 
-    def solve(self, format_name: str) -> float:
-        """One variant's solve, in operations of a matrix product; an importance matrix has none to speak of."""
-        products = {"gptq": self.gptq_products, "awq": self.awq_products}
-        if format_name not in products:
-            return 0.0
-        return products[format_name] + CLIP_OPERATIONS * PRODUCT_OPERATIONS * self.clip_weights
+    @property
+    def clip_products(self) -> float:
+        """The search of the scales, in operations of a matrix product that take the same time."""
+        return CLIP_OPERATIONS * PRODUCT_OPERATIONS * self.clip_weights
 
 
 def block_costs(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], tokens: int) -> list[BlockCost]:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from quantize.build.spread.cost import BlockCost
 from quantize.build.spread.schedule import FORWARD, SOLVE, Schedule, Task
 from quantize.events import Reporter, status
+from quantize.formats import builders
 
 if TYPE_CHECKING:
     from quantize.build.spread.pool import Worker
@@ -28,7 +29,10 @@ class PassWatch:
     ) -> None:  # fmt: skip
         self._reporter, self._costs, self._formats, self._shown = reporter, costs, formats, shown
         self._pieces, self._shares = pieces, shares
-        self._total = sum(cost.forward + cost.gram + sum(map(cost.solve, formats)) for cost in costs)
+        self._total = sum(
+            cost.forward + cost.gram + sum(builders()[name].solve_operations(cost) for name in formats)
+            for cost in costs
+        )
         self._done = 0.0
         self._began = time.monotonic()
         self._said = 0.0
@@ -47,7 +51,9 @@ class PassWatch:
         if task.kind == FORWARD:
             self._done += (cost.forward + cost.gram) / self._shares
         elif task.kind == SOLVE:
-            self._done += cost.solve(self._formats[task.number]) / self._pieces[task.number][task.block]
+            self._done += (
+                builders()[self._formats[task.number]].solve_operations(cost) / self._pieces[task.number][task.block]
+            )
 
     def left_seconds(self) -> float | None:
         """What is left at the pace so far; None before anything is done."""

@@ -15,7 +15,7 @@ from pydantic import Field
 from quantize.calibration.budget import BlockMemory
 from quantize.events import Reporter
 from quantize.formats import packed
-from quantize.formats.base import Context
+from quantize.formats.base import Context, SolveCost
 from quantize.model.architecture import FoldGroup, Linear, RowsSource, block_count, block_layout
 from quantize.model.checkpoint import Checkpoint
 from quantize.numerics.constants import SEARCHED_ROWS
@@ -70,6 +70,10 @@ class AwqBuilder(packed.PackedBuilder):
         samples = SAMPLE_COPIES * threads * 4 * SEARCHED_ROWS * block.width + SAMPLES_BYTES
         rounding = packed.feedback_bytes(block, threads) if options.rounding == "gptq" else 0
         return block.weights // 2 + max(4 * threads * block.largest + samples, rounding)
+
+    def solve_operations(self, cost: SolveCost) -> float:
+        """See Builder."""
+        return cost.awq_products + cost.clip_products
 
     def layout(self, checkpoint: Checkpoint, options: AwqOptions) -> packed.Layout:
         """The gemm layout: words along the output axis."""

@@ -16,7 +16,7 @@ from quantize.calibration.budget import BlockMemory
 from quantize.errors import PlanError
 from quantize.events import Reporter, status
 from quantize.formats import packed
-from quantize.formats.base import BuildResult, Collector, Context, Limits, SizePlan
+from quantize.formats.base import BuildResult, Collector, Context, Limits, SizePlan, SolveCost
 from quantize.formats.bitsandbytes.steps import NF4_BLOCK, nf4_state
 from quantize.model.checkpoint import Checkpoint
 from quantize.recipe.model import FormatOptions
@@ -38,7 +38,7 @@ class BitsandbytesBuilder:
     """bitsandbytes, streamed."""
 
     name = "bitsandbytes"
-    extra = "bnb"
+    source_copies = 0
     Options = BitsandbytesOptions
 
     def tools(self, options: BitsandbytesOptions) -> Sequence[str]:
@@ -70,6 +70,10 @@ class BitsandbytesBuilder:
     def solver_bytes(self, block: BlockMemory, options: Any, threads: int) -> int:
         """Nothing: no block is solved."""
         return 0
+
+    def solve_operations(self, cost: SolveCost) -> float:
+        """None: no block is solved."""
+        return 0.0
 
     def build(self, context: Context, reporter: Reporter) -> BuildResult:
         """Quantize and write one tensor after another, in a worker."""

@@ -1,7 +1,7 @@
 """The GGUF format: every type that llama.cpp quantizes to, from one 16-bit file that all variants share.
 
 In: a checkpoint and options. Out: one .gguf file named by the GGUF convention. The numbers are llama.cpp's own;
-the calls into it are in runtimes/llama_cpp/convert.py and llama_cpp.py, the comparison with the source in gguf_check.py.
+the calls into it are in runtimes/llama_cpp, the comparison with the source is in check.py.
 """
 
 from __future__ import annotations
@@ -17,10 +17,11 @@ from typing import Any
 from pydantic import Field, field_validator
 
 from quantize.calibration.budget import BlockMemory
-from quantize.errors import PlanError, QuantizeError, VerifyError, disk_errors
+from quantize.errors import PlanError, QuantizeError, disk_errors
 from quantize.events import Reporter, status, warn
 from quantize.files.gguf import GgufFile, GgufTensor, read_gguf
-from quantize.formats.base import BuildResult, Collector, Context, KeptTensor, Limits, SizePlan
+from quantize.formats.base import BuildResult, Collector, Context, KeptTensor, Limits, SizePlan, SolveCost
+from quantize.formats.gguf.layout import GgufLayout
 from quantize.formats.gguf.source import Expected
 from quantize.formats.gguf.types import BITS, ELEMENT_TYPES, FTYPES, UNQUANTIZED_TYPES, base_type
 from quantize.model.checkpoint import Checkpoint
@@ -101,7 +102,7 @@ class GgufBuilder:
     """GGUF through llama.cpp."""
 
     name = "gguf"
-    extra = "gguf"
+    source_copies = 1  # the 16-bit file
     Options = GgufOptions
 
     def __init__(self) -> None:
@@ -174,6 +175,10 @@ class GgufBuilder:
         """Nothing that counts: a diagonal is copied."""
         return 0
 
+    def solve_operations(self, cost: SolveCost) -> float:
+        """None: no block is solved."""
+        return 0.0
+
     def build(self, context: Context, reporter: Reporter) -> BuildResult:
         """Convert once per source, quantize, name the file by the convention."""
         with self._converted(context, reporter) as intermediate:
@@ -211,7 +216,7 @@ class GgufBuilder:
         from quantize.formats.gguf.check import compare_header
         from quantize.formats.gguf.try_out import try_out
 
-        path = main_file(folder)
+        path = GgufLayout().main_file(folder)
         file = read_gguf(path)
         expected = self._asked(checkpoint, file, reporter)
         compare_header(file, checkpoint, expected)
@@ -261,14 +266,6 @@ class GgufBuilder:
 
         with context.cache.using("gguf", self._intermediate(context)[0], fill) as folder:
             yield sorted(folder.glob("*.gguf"))[0]
-
-
-def main_file(folder: Path) -> Path:
-    """The model file of a GGUF artifact. Raises VerifyError."""
-    found = sorted(path for path in folder.glob("*.gguf") if not path.name.endswith(".imatrix.gguf"))
-    if not found:
-        raise VerifyError(f"{folder}: no .gguf file")
-    return found[0]
 
 
 def _checkpoint_key(source: PinnedSource) -> str:

@@ -202,9 +202,10 @@ def _predicted(
     """The source's predictions in transformers, or why there are none."""
     import numpy as np
 
-    from quantize.runtimes.transformers.load import import_torch, load_causal_lm
+    from quantize.runtimes.transformers.kind import Transformers
+    from quantize.runtimes.transformers.load import load_causal_lm
 
-    torch = import_torch("safetensors", "verifying a GGUF file")
+    torch = Transformers().import_torch("verifying a GGUF file")
 
     _, free = ram()
     single, own = ROOM * 4 * checkpoint.parameters, ROOM * checkpoint.weights_bytes

@@ -14,7 +14,7 @@ from pydantic import Field
 from quantize.calibration.budget import BlockMemory
 from quantize.events import Reporter, warn
 from quantize.formats import packed
-from quantize.formats.base import Context
+from quantize.formats.base import Context, SolveCost
 from quantize.model.checkpoint import Checkpoint
 from quantize.recipe.model import FormatOptions
 from quantize.system.threads import in_stages, on_threads
@@ -63,6 +63,10 @@ class GptqBuilder(packed.PackedBuilder):
     def solver_bytes(self, block: BlockMemory, options: GptqOptions, threads: int) -> int:
         """Factorizations, and rows with their errors."""
         return packed.feedback_bytes(block, threads)
+
+    def solve_operations(self, cost: SolveCost) -> float:
+        """See Builder."""
+        return cost.gptq_products + cost.clip_products
 
     def layout(self, checkpoint: Checkpoint, options: GptqOptions) -> packed.Layout:
         """The v1 layout: words along the input axis."""

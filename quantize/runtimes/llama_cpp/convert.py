@@ -31,6 +31,7 @@ from quantize.errors import (
     is_out_of_memory,
 )
 from quantize.events import Reporter, progress
+from quantize.files.gguf import EXTRA, READER
 from quantize.runtimes.llama_cpp.config import SAME_MODEL, converter_config
 from quantize.runtimes.llama_cpp.tensors import show_as_published
 from quantize.runtimes.llama_cpp.vocabulary import follow_source
@@ -120,8 +121,8 @@ def converter_package() -> ModuleType:
     """
     if PACKAGE in sys.modules:
         return sys.modules[PACKAGE]
-    if importlib.util.find_spec("gguf") is None:
-        raise MissingExtraError("the GGUF format", "gguf")
+    if importlib.util.find_spec(READER) is None:
+        raise MissingExtraError("the GGUF format", EXTRA)
     folder = converter_folder()
     os.environ.setdefault("NO_LOCAL_GGUF", "1")  # the installed gguf, not a folder that may lie beside
     spec = importlib.util.spec_from_file_location(
@@ -144,7 +145,7 @@ def converter_folder() -> Path:
     """Where auto-round keeps the converter's modules. Raises MissingExtraError, UsageError."""
     spec = importlib.util.find_spec("auto_round")
     if spec is None or not spec.submodule_search_locations:
-        raise MissingExtraError("the GGUF format", "gguf")
+        raise MissingExtraError("the GGUF format", EXTRA)
     folder = Path(next(iter(spec.submodule_search_locations))) / "export" / "export_to_gguf" / PACKAGE
     if not (folder / "__init__.py").is_file():
         raise _mismatch("it has no converter of llama.cpp")
@@ -210,7 +211,7 @@ def _raised_in(exc: BaseException) -> str:
 
 
 def _mismatch(what: str) -> UsageError:
-    found = " and ".join(f"{name} {_version(name)}" for name in ("auto-round", "gguf"))
+    found = " and ".join(f"{name} {_version(name)}" for name in ("auto-round", READER))
     wanted = " ".join(f"'{requirement}'" for requirement in PAIR)
     return UsageError(
         f"llama.cpp's converter can't be loaded: {found} do not belong together ({what})",

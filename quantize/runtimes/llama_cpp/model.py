@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from quantize.errors import MissingExtraError, UsageError, VerifyError
+from quantize.files.gguf import EXTRA
 from quantize.runtimes.llama_cpp.log import keep_log, log_text, telling_line
 from quantize.system.machine import usable_cores
 
@@ -212,7 +213,7 @@ def _load_library(feature: str) -> Any:
     try:
         import llama_cpp.llama_cpp as library
     except ImportError as exc:
-        raise MissingExtraError(feature, "gguf") from exc
+        raise MissingExtraError(feature, EXTRA) from exc
     keep_log(library, LOG_LINES)
     library.llama_backend_init()
     return library

@@ -24,6 +24,7 @@ from quantize.errors import (
     disk_full,
 )
 from quantize.events import Reporter
+from quantize.files.gguf import EXTRA
 from quantize.runtimes.llama_cpp.convert import ConvertRequest, convert, padded
 from quantize.runtimes.llama_cpp.log import keep_log, telling_line
 from quantize.system.files import removed_on_failure
@@ -182,7 +183,7 @@ def _library() -> tuple[Any, Iterable[str]]:
     try:
         import llama_cpp
     except ImportError as exc:
-        raise MissingExtraError("the GGUF format", "gguf") from exc
+        raise MissingExtraError("the GGUF format", EXTRA) from exc
     return llama_cpp, keep_log(llama_cpp)
 
 

@@ -12,21 +12,23 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from quantize.errors import UsageError
-from quantize.runtimes.base import Request, block_rows, log_softmax, runtime_of
+from quantize.runtimes.base import Request, block_rows, log_softmax
 from quantize.runtimes.llama_cpp.model import Entry, ModelSettings, OpenModel
 
 if TYPE_CHECKING:
     from quantize.runtimes.base import LogProbs
 
+FEATURE = "evaluating a GGUF file"
+
 
 class LlamaCppRuntime:
     """A GGUF file in llama.cpp; `token_text` is the file's own piece, to hold against the source's tokenizer."""
 
-    def __init__(self, path: Path, *, context: int, threads: int = 0) -> None:
-        self.name, self.version = runtime_of("gguf")
+    def __init__(self, path: Path, known: tuple[str, str], *, context: int, threads: int = 0) -> None:
+        self.name, self.version = known
         self._file = path.name
         settings = ModelSettings(context, batch=block_rows, threads=threads, flash_attention=False)
-        self._model = OpenModel(path, settings, feature="evaluating a GGUF file")
+        self._model = OpenModel(path, settings, feature=FEATURE)
         self.vocabulary = self._model.vocabulary
         self._rows, self._size = self._model.batch_tokens, self._model.size
 

@@ -7,37 +7,15 @@ is run. Call it in a worker: gptqmodel patches other libraries and reads the env
 from __future__ import annotations
 
 import logging
-import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from quantize.errors import MissingExtraError, VerifyError, first_line
+from quantize.errors import VerifyError, first_line
 
 LOAD_ERRORS = (ValueError, OSError, RuntimeError, KeyError, TypeError, AttributeError, NotImplementedError)
-_EXTRAS = {"awq": "gptqmodel", "gptq": "gptqmodel", "bitsandbytes": "bnb"}
-
-
-def import_torch(format: str, feature: str) -> Any:
-    """torch, with what transformers needs for a format. Raises MissingExtraError, which names the feature."""
-    if format in ("awq", "gptq"):
-        os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")  # it refuses to start with fewer, on machines of few cores
-    try:
-        with quiet():
-            import torch
-            import transformers
-
-            if format in ("awq", "gptq"):
-                import gptqmodel  # noqa: F401 - transformers needs it for these formats; say so by name
-            if format == "bitsandbytes":
-                import bitsandbytes  # noqa: F401
-    except ImportError as exc:
-        raise MissingExtraError(feature, _EXTRAS.get(format, "torch")) from exc
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    return torch
 
 
 def load_causal_lm(folder: Path, device: str = "cpu", *, dtype: Any = "auto") -> Any:
@@ -52,13 +30,6 @@ def load_causal_lm(folder: Path, device: str = "cpu", *, dtype: Any = "auto") ->
     except LOAD_ERRORS as exc:
         raise VerifyError(f"{folder.name}: transformers does not load it: {first_line(exc)}") from exc
     return loaded.eval()
-
-
-def serving_dtype(format: str, device: str) -> Any:
-    """The dtype to compute in: a CPU is fastest in float32, where the format leaves the choice."""
-    import torch
-
-    return torch.float32 if device == "cpu" and format in ("safetensors", "bitsandbytes") else "auto"
 
 
 @contextmanager

@@ -6,11 +6,11 @@ own is run. Import it in a worker: gptqmodel patches other libraries and reads t
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
 
-from quantize.runtimes.base import ModelRef, Request, block_rows, log_softmax, runtime_of
-from quantize.runtimes.transformers.load import import_torch, load_causal_lm, serving_dtype
+from quantize.runtimes.base import ModelRef, Request, block_rows, log_softmax
+from quantize.runtimes.transformers.load import load_causal_lm
 
 if TYPE_CHECKING:
     from quantize.runtimes.base import LogProbs
@@ -22,16 +22,16 @@ BATCH_TOKENS = 4096  # prompts of one batch, padding included: keeps prefill mem
 class TransformersRuntime:
     """A folder in transformers, on a GPU if there is one, else on the CPU in float32."""
 
-    def __init__(self, model: ModelRef, *, threads: int = 0) -> None:
+    def __init__(
+        self, model: ModelRef, torch: Any, known: tuple[str, str], *, dtype: Callable[[str], Any], threads: int = 0
+    ) -> None:
         self._label = model.folder.name
-        torch = import_torch(model.format, f"evaluating a {model.format} model")
-        self.name, self.version = runtime_of(model.format)
+        self.name, self.version = known
         if threads:
             torch.set_num_threads(threads)
         self._torch = torch
         self._device = "cuda" if torch.cuda.is_available() else "cpu"
-        dtype = serving_dtype(model.format, self._device)
-        self._model = load_causal_lm(model.folder, self._device, dtype=dtype)
+        self._model = load_causal_lm(model.folder, self._device, dtype=dtype(self._device))
         self.vocabulary = int(self._model.get_output_embeddings().weight.shape[0])
 
     def log_probs(self, window: Sequence[int]) -> Iterator[LogProbs]:

@@ -12,7 +12,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from quantize.runtimes.transformers.load import import_torch, load_causal_lm, serving_dtype
+from quantize.formats import runtime_kind
+from quantize.runtimes.transformers.kind import Transformers
+from quantize.runtimes.transformers.load import load_causal_lm
 from quantize.serve.engines.model import Chosen, Description, Progress, Refused, Sampling
 from quantize.system.machine import usable_cores
 
@@ -37,15 +39,17 @@ class TransformersModel:
     """See Model."""
 
     def __init__(self, options: Mapping[str, Any], progress: Progress) -> None:
-        kind, folder = str(options["format"]), Path(options["path"])
-        self._torch = import_torch(kind, f"serving a {kind} model")
+        name, folder = str(options["format"]), Path(options["path"])
+        kind = runtime_kind(name)
+        assert isinstance(kind, Transformers)  # the gateway chose this engine by the kind's name
+        self._torch = kind.import_torch(f"serving a {name} model")
         self._torch.set_num_threads(int(options.get("threads") or max(1, usable_cores() - 1)))
         self._device = str(options["device"])
         if self._device.startswith("cuda") and not self._torch.cuda.is_available():
             raise Refused(503, "no_gpu", "this torch sees no GPU: install one built for CUDA, or use --device cpu")
         self._tokenizer = _open_tokenizer(folder)
         with Reporting(progress):
-            self._model = load_causal_lm(folder, self._device, dtype=serving_dtype(kind, self._device))
+            self._model = load_causal_lm(folder, self._device, dtype=kind.dtype(self._device))
         self._ends = _end_tokens(self._model, self._tokenizer)
         self._vocabulary = int(self._model.get_output_embeddings().weight.shape[0])
         self._running: dict[int, Running] = {}

@@ -1,0 +1,61 @@
+"""The layout that most formats share: a folder as transformers writes it, with config.json and safetensors files.
+
+In: a folder. Out: what it is, from headers alone. Which quantization its config names is for each format to say.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from quantize.errors import RefusedError
+from quantize.model.checkpoint import read_chat_template, read_json, tensor_table
+from quantize.model.shape import ModelShape
+
+
+@dataclass(frozen=True)
+class FolderLayout:
+    """See Layout. method: `quant_method` in the folder's quantization_config; None for unquantized weights."""
+
+    method: str | None
+    container: str = "safetensors"
+    library: str | None = "transformers"
+
+    def recognizes(self, path: Path) -> bool:
+        """By config.json."""
+        return (path / "config.json").is_file() and quantization_method(path) == self.method
+
+    def main_name(self, names: Iterable[str]) -> str | None:
+        """None: the folder is opened."""
+        return None
+
+    def main_file(self, folder: Path) -> Path | None:
+        """None: the folder is opened."""
+        return None
+
+    def shape(self, path: Path) -> ModelShape:
+        """See Layout."""
+        return ModelShape.from_config(read_json(path / "config.json"))
+
+    def weights_bytes(self, path: Path) -> int:
+        """See Layout."""
+        if not any(file.is_file() for file in path.glob("*.safetensors")):
+            hint = "weights must be *.safetensors: pickled ones can run code, and are never loaded"
+            raise RefusedError(f"{path}: no safetensors files in it", hint=hint)
+        return sum(item.size_bytes for item in tensor_table(path).values())
+
+    def repacked_bytes(self, path: Path) -> int:
+        """None that are known of."""
+        return 0
+
+    def chat_template(self, path: Path) -> str | None:
+        """See Layout."""
+        return read_chat_template(path)
+
+
+def quantization_method(folder: Path) -> str | None:
+    """What config.json says that the weights were quantized by; None: by nothing. Raises CheckpointError."""
+    settings = read_json(folder / "config.json").get("quantization_config")
+    method = settings.get("quant_method") if isinstance(settings, dict) else settings
+    return None if method is None else str(method)[:40]

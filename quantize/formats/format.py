@@ -1,0 +1,144 @@
+"""What a format is: one object that owns all that this program knows of one kind of file.
+
+A facet says how one thing is done with artifacts of the format; None, or an empty one, means that it is not. Who
+builds, measures, serves, cards or publishes asks the facet and never the name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from quantize.estimate.vram import VramProfile
+from quantize.formats.base import Builder
+from quantize.model.checkpoint import Checkpoint
+from quantize.model.shape import ModelShape
+from quantize.runtimes.base import RuntimeKind
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Reader = Callable[[str, "Tensor"], "Tensor | None"]
+Options = Mapping[str, Any]
+
+
+class Layout(Protocol):
+    """How a model of the format lies on disk: one file, or a folder in the Hugging Face layout.
+
+    container: what the weights are in, as ModelPack names it. library: what the Hub loads a folder with, if anything.
+    """
+
+    @property
+    def container(self) -> str: ...
+    @property
+    def library(self) -> str | None: ...
+
+    def recognizes(self, path: Path) -> bool:
+        """Whether a file or folder that no manifest describes is such a model. Raises RefusedError: it is one that
+        must not be loaded.
+        """
+
+    def main_name(self, names: Iterable[str]) -> str | None:
+        """Of the files of an artifact, the one that a runtime opens; None where it opens the folder."""
+
+    def main_file(self, folder: Path) -> Path | None:
+        """The one file that a runtime opens; None where it opens the folder. Raises VerifyError: it is not there."""
+
+    def shape(self, path: Path) -> ModelShape:
+        """From headers, of what `main_file` gives or the folder. Raises CheckpointError."""
+
+    def weights_bytes(self, path: Path) -> int:
+        """Bytes of all tensors, as they lie on disk. Raises CheckpointError, RefusedError: there are none to load."""
+
+    def repacked_bytes(self, path: Path) -> int:
+        """Bytes that the runtime keeps a second time on a CPU."""
+
+    def chat_template(self, path: Path) -> str | None:
+        """The chat template that a runtime finds."""
+
+
+class Weights(Protocol):
+    """The matrices of an artifact as the numbers that they stand for.
+
+    folded: factors of whole rows and columns are in neighbors, and to be taken out before a matrix is compared.
+    """
+
+    @property
+    def folded(self) -> bool: ...
+
+    def reader(self, path: Path, checkpoint: Checkpoint) -> Reader:
+        """Gives the float32 [out, in] matrix for a source tensor's name and values; None where it has none of its own.
+
+        Raises CheckpointError, VerifyError.
+        """
+
+    def left(self, path: Path, names: Sequence[str], options: Options) -> list[str]:
+        """Of the source's linears, those that are still in high precision without being asked to."""
+
+
+@dataclass(frozen=True)
+class Way:
+    """A way to run an artifact from its folder: {file} and {name} in `how` are filled in."""
+
+    runtime: str
+    language: str
+    how: str
+
+
+@dataclass(frozen=True)
+class CardText:
+    """What a model card says of the format. limits: sentences, by the artifact's options."""
+
+    ways: Callable[[Options], tuple[Way, ...]] = lambda _options: ()
+    limits: Callable[[Options], tuple[str, ...]] = lambda _options: ()
+
+
+@dataclass(frozen=True)
+class No:
+    """Why another runtime does not take an artifact, and what does."""
+
+    reason: str
+    hint: str
+
+
+@dataclass(frozen=True)
+class Handover:
+    """Which other runtimes take artifacts of the format: by options, a remark for whoever uses it, or No.
+
+    vllm: runs the folder. llama_cpp_file: llama-server and Ollama run the main file.
+    """
+
+    vllm: Callable[[Options], str | No]
+    llama_cpp_file: bool = False
+
+
+def _nowhere(options: Options) -> str | No:
+    return No("is not known to run in vLLM", "serve it with `quantize serve`")
+
+
+@dataclass(frozen=True)
+class Format:
+    """One format. revision: enters the build key; raise it when the same inputs give other bytes.
+
+    builder: None for what can be opened but is not built here. runtime: what evaluate, verify, serve and bench open it
+    with. weights: for the check of the structure. quantization: what ModelPack calls it, by the options; the
+    format's name where it is None.
+    """
+
+    name: str
+    extra: str
+    layout: Layout
+    builder: Builder[Any] | None = None
+    revision: int = 1
+    runtime: RuntimeKind | None = None
+    weights: Weights | None = None
+    vram: VramProfile = field(default_factory=VramProfile)
+    card: CardText = field(default_factory=CardText)
+    handover: Handover = field(default_factory=lambda: Handover(_nowhere))
+    quantization: Callable[[Options], str] | None = None
+
+    def quantized_as(self, options: Options) -> str:
+        """What ModelPack calls the quantization."""
+        return self.quantization(options) if self.quantization is not None else self.name

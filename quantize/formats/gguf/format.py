@@ -1,0 +1,45 @@
+"""GGUF as a Format: one file, which llama.cpp runs."""
+
+from __future__ import annotations
+
+from quantize.estimate.vram import IN_LLAMA_CPP
+from quantize.files.gguf import EXTRA
+from quantize.formats.format import CardText, Format, Handover, No, Options, Way
+from quantize.formats.gguf.build import GgufBuilder
+from quantize.formats.gguf.layout import GgufLayout
+from quantize.formats.gguf.weights import GgufWeights
+from quantize.formats.ways import SERVE
+from quantize.runtimes.llama_cpp.kind import LLAMA_CPP
+
+PYTHON_LLAMA = """\
+from llama_cpp import Llama
+
+model = Llama("{file}")
+print(model("The capital of France is", max_tokens=16)["choices"][0]["text"])
+"""
+OLLAMA = "echo 'FROM ./{file}' > Modelfile && ollama create {name} -f Modelfile && ollama run {name}"
+WAYS = (
+    Way("llama.cpp", "sh", "llama-server -m {file}"),
+    Way("Ollama", "sh", OLLAMA),
+    Way("llama-cpp-python", "python", PYTHON_LLAMA),
+    SERVE,
+)
+
+
+def _in_vllm(options: Options) -> str | No:
+    hint = "use --print llama-server or ollama, or build an awq or gptq variant"
+    return No("vLLM's GGUF support is experimental and slow", hint)
+
+
+FORMAT = Format(
+    name="gguf",
+    extra=EXTRA,
+    layout=GgufLayout(),
+    builder=GgufBuilder(),
+    runtime=LLAMA_CPP,
+    weights=GgufWeights(),
+    vram=IN_LLAMA_CPP,
+    card=CardText(ways=lambda _options: WAYS),
+    handover=Handover(vllm=_in_vllm, llama_cpp_file=True),
+    quantization=lambda options: str(options["type"]),
+)

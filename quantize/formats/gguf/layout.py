@@ -1,0 +1,59 @@
+"""A GGUF model on disk: one file in a folder, beside the importance matrix that it may have been made with."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from quantize.errors import VerifyError
+from quantize.estimate.vram import repacked_bytes
+from quantize.files.gguf import read_gguf
+from quantize.model.shape import ModelShape, gguf_shape
+
+SUFFIX = ".gguf"
+IMATRIX_SUFFIX = ".imatrix.gguf"
+
+
+@dataclass(frozen=True)
+class GgufLayout:
+    """See Layout."""
+
+    container: str = "gguf"
+    library: str | None = None
+
+    def recognizes(self, path: Path) -> bool:
+        """By the file's suffix."""
+        return path.is_file() and path.suffix == SUFFIX
+
+    def main_name(self, names: Iterable[str]) -> str | None:
+        """See Layout; the first by name."""
+        return min(
+            (name for name in names if name.endswith(SUFFIX) and not name.endswith(IMATRIX_SUFFIX)), default=None
+        )
+
+    def main_file(self, folder: Path) -> Path:
+        """See Layout."""
+        name = self.main_name(path.name for path in folder.iterdir()) if folder.is_dir() else None
+        if name is None:
+            raise VerifyError(f"{folder}: no .gguf file", hint="run quantize verify")
+        return folder / name
+
+    def shape(self, path: Path) -> ModelShape:
+        """See Layout."""
+        return gguf_shape(read_gguf(path))
+
+    def weights_bytes(self, path: Path) -> int:
+        """See Layout."""
+        return sum(item.size_bytes for item in read_gguf(path).tensors.values())
+
+    def repacked_bytes(self, path: Path) -> int:
+        """See Layout."""
+        tensors = read_gguf(path).tensors
+        rows = [(item.name, item.type, item.size_bytes) for item in tensors.values()]
+        return repacked_bytes(rows, tied="output.weight" not in tensors)
+
+    def chat_template(self, path: Path) -> str | None:
+        """See Layout."""
+        found = read_gguf(path).fields.get("tokenizer.chat_template")
+        return found if isinstance(found, str) else None

@@ -1,0 +1,22 @@
+"""How artifacts are run, in the words of model cards: shared by the formats that the same runtimes read."""
+
+from __future__ import annotations
+
+from quantize.formats.format import Way
+
+PYTHON_TRANSFORMERS = """\
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained(".")
+model = AutoModelForCausalLM.from_pretrained(".")
+prompt = tokenizer("The capital of France is", return_tensors="pt")
+print(tokenizer.decode(model.generate(**prompt, max_new_tokens=16)[0]))
+"""
+SERVE = Way("quantize", "sh", "quantize serve .")
+VLLM = Way("vLLM", "sh", "vllm serve .")
+SGLANG = Way("SGLang", "sh", "python -m sglang.launch_server --model-path .")
+
+
+def in_transformers(helper: str) -> Way:
+    """transformers with the library that reads the format."""
+    return Way(f"transformers with {helper}", "python", PYTHON_TRANSFORMERS)

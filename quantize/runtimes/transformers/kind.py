@@ -1,0 +1,69 @@
+"""transformers as a kind of runtime, with the library that a format needs beside it.
+
+In: what a format says of itself. Out: a RuntimeKind; torch, imported with that library. Nothing heavy is
+imported before a model is opened.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from quantize.errors import MissingExtraError
+from quantize.runtimes.base import ModelRef, Runtime, runtime_version
+from quantize.runtimes.transformers.load import quiet
+
+
+@dataclass(frozen=True)
+class Transformers:
+    """See RuntimeKind.
+
+    helper: the library that transformers needs to read the format, as a distribution and a module. environment: what
+    that library wants to find, where the user has not set it. chooses_dtype: whether the folder leaves open in which
+    dtype to compute.
+    """
+
+    extra: str = "torch"
+    helper: str | None = None
+    environment: Mapping[str, str] = field(default_factory=dict)
+    chooses_dtype: bool = False
+    name: str = "transformers"
+
+    @property
+    def packages(self) -> tuple[str, ...]:
+        """transformers, torch and the helper."""
+        return ("transformers", "torch", *([self.helper] if self.helper else []))
+
+    def open(self, model: ModelRef, *, context: int, threads: int) -> Runtime:
+        """See RuntimeKind."""
+        from quantize.runtimes.transformers.runtime import TransformersRuntime
+
+        feature = f"evaluating a {model.format} model"
+        torch, known = self.import_torch(feature), (self.name, runtime_version(self, feature))
+        return TransformersRuntime(model, torch, known, dtype=self.dtype, threads=threads)
+
+    def import_torch(self, feature: str) -> Any:
+        """torch, with what transformers needs for the format. Raises MissingExtraError, which names the feature."""
+        for name, value in self.environment.items():
+            os.environ.setdefault(name, value)
+        try:
+            with quiet():
+                import torch
+                import transformers
+
+                if self.helper is not None:
+                    importlib.import_module(self.helper)  # transformers imports it late; say here what is missing
+        except ImportError as exc:
+            raise MissingExtraError(feature, self.extra) from exc
+        transformers.logging.set_verbosity_error()
+        transformers.logging.disable_progress_bar()
+        return torch
+
+    def dtype(self, device: str) -> Any:
+        """The dtype to compute in: a CPU is fastest in float32, where the format leaves the choice."""
+        import torch
+
+        return torch.float32 if device == "cpu" and self.chooses_dtype else "auto"
