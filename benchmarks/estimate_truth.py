@@ -16,7 +16,7 @@ from pathlib import Path
 
 from random_gguf import SHAPES, metadata_of, tensor_table, write_gguf
 
-from quantize.estimate.vram import MIB, Estimate, ModelShape, Settings, estimate, repacked_bytes
+from quantize.estimate.vram import MIB, Estimate, EstimateSettings, ModelShape, estimate, repacked_bytes
 from quantize.runtimes.llama_cpp.log import keep_log
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "estimates.md"
@@ -135,7 +135,7 @@ def predict(path: Path, point: Point) -> Estimate:
     return estimate(
         ModelShape.from_gguf(metadata_of(path)),
         sum(size for _, _, size in tensors),
-        settings=Settings(
+        settings=EstimateSettings(
             kv_type=point.kv,
             device="cpu",
             ubatch=point.ubatch,

@@ -45,20 +45,20 @@ def measure(model: Path, kept: Path) -> None:
     """In a process of its own: print the processor seconds of prompt and answer, and keep the answer's logits."""
     import numpy as np
 
-    from quantize.runtimes.llama_cpp.model import Entry, ModelSettings, OpenModel
+    from quantize.runtimes.llama_cpp.model import BatchToken, ModelSettings, OpenModel
 
     load_backends(Path(os.environ["LLAMA_CPP_LIB_PATH"]))
     opened = OpenModel(model, ModelSettings(context=PROMPT + ANSWER, threads=1))
     tokens = [index * 7919 % opened.vocabulary for index in range(PROMPT + ANSWER)]
-    opened.decode([Entry(tokens[0], 0, 0, True)])  # what is made on first use is not measured
+    opened.decode([BatchToken(tokens[0], 0, 0, True)])  # what is made on first use is not measured
     opened.forget()
     started = time.process_time()
-    opened.decode([Entry(token, at, 0, at == PROMPT - 1) for at, token in enumerate(tokens[:PROMPT])])
+    opened.decode([BatchToken(token, at, 0, at == PROMPT - 1) for at, token in enumerate(tokens[:PROMPT])])
     prompt = time.process_time() - started
     rows: list[Any] = []
     started = time.process_time()
     for at in range(PROMPT, PROMPT + ANSWER):
-        opened.decode([Entry(tokens[at], at, 0, True)])
+        opened.decode([BatchToken(tokens[at], at, 0, True)])
         rows.append(opened.logits(1)[0].copy())
     answer = time.process_time() - started
     np.save(kept, np.stack(rows))

@@ -10,7 +10,7 @@ import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from quantize.evaluate.gates import Limits, decide
+from quantize.evaluate.gates import GateThresholds, decide
 from quantize.evaluate.record import GoldenCount, figures_of, read_record, source_lines
 from quantize.report.collect import collect
 from quantize.report.decision_text import headline, listed
@@ -65,7 +65,7 @@ def _row(item: Artifact, word: str, record: Data) -> dict[str, Any]:
         "mean_kl": round(float(quality["mean_kl"]), 6),
         "golden_passed": None if golden is None else golden.passed,
         "verdict": word,
-        "passes_default_gates": decide(figures_of(record), Limits()).accepted,
+        "passes_default_gates": decide(figures_of(record), GateThresholds()).accepted,
     }
 
 

@@ -27,14 +27,14 @@ from pathlib import Path
 from typing import Any
 
 from quantize.build.calibrate import run_pass
-from quantize.build.execute import RunOptions
+from quantize.build.execute import BuildOptions
 from quantize.build.spread.cost import BlockCost, block_costs
 from quantize.build.spread.trace import Span, overlap_seconds, read_trace
-from quantize.calibration.spread import Spread
+from quantize.calibration.spread import PassSpread
 from quantize.cluster.units import ClusterOptions, build_on_cluster
 from quantize.events import SilentReporter
 from quantize.formats import builders, option_models
-from quantize.formats.base import Context, Limits
+from quantize.formats.base import Context, RunLimits
 from quantize.model.source import open_source, pin_source
 from quantize.recipe.model import Recipe, load_recipe
 from quantize.store.staging import RESUME_NAME
@@ -92,14 +92,14 @@ def one_pass(recipe: Recipe, work: Path, workers: int | None, trace: Path) -> tu
         root = Path(held.enter_context(tempfile.TemporaryDirectory(dir=work)))
         spread = None
         if workers is not None:
-            spread = Spread(held.enter_context(cluster_of(workers)), workers, 1, trace=trace)
+            spread = PassSpread(held.enter_context(cluster_of(workers)), workers, 1, trace=trace)
         variants = []
         for item in recipe.variants:
             if builders()[item.format].needs_calibration(item.options):
                 folders = [root / item.name, root / f"{item.name}.scratch"]
                 for folder in (*folders, root / "pass"):
                     folder.mkdir(exist_ok=True)
-                limits = Limits(1, spread=spread)
+                limits = RunLimits(1, spread=spread)
                 context = Context(item.name, item.options, source, checkpoint, cache, *folders, limits)
                 variants.append((item.format, context))
         started = time.perf_counter()
@@ -165,7 +165,7 @@ def measure_recipes(asked: argparse.Namespace, work: Path) -> dict[str, Any]:
     with cluster_of(asked.nodes) as address:
         started = time.time()
         options = ClusterOptions(address, trace=trace)
-        run = RunOptions(evaluate=False)
+        run = BuildOptions(evaluate=False)
         pairs = build_on_cluster(recipes, Store(work / "store"), Cache(work / "cache"), SilentReporter(), run, options)
         command = time.time() - started
     failed = [str(outcome.error) for _, outcome in pairs if outcome.error is not None]

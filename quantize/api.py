@@ -11,14 +11,14 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from quantize.build.execute import Outcome, RunOptions
+from quantize.build.execute import BuildOptions, Outcome
 from quantize.build.execute import build as run_build
 from quantize.build.plan import Plan, make_plan
 from quantize.build.rebuild import Given, Rebuild, rebuild_folders
 from quantize.build.rebuild import rebuild as run_rebuild
 from quantize.events import Reporter, SilentReporter
 from quantize.formats import option_models
-from quantize.formats.base import Limits
+from quantize.formats.base import RunLimits
 from quantize.recipe.model import Recipe
 from quantize.recipe.model import load_recipe as read_recipe
 from quantize.store.artifact import Artifact
@@ -57,7 +57,7 @@ def plan(
     Raises errors.CheckpointError: the source is damaged or can't be had. errors.PlanError, errors.MissingExtraError,
     errors.UsageError; and what load_recipe raises.
     """
-    limits = Limits.of(threads, device, memory_budget)
+    limits = RunLimits.of(threads, device, memory_budget)
     return make_plan(
         _recipe(recipe), _store(store), _cache(cache), reporter or SilentReporter(), limits, measured=evaluate
     )
@@ -80,8 +80,8 @@ def build(
 
     Raises what stops all variants: as plan does, and errors.UsageError: `only` names no variant of the recipe.
     """
-    run = RunOptions(
-        Limits.of(threads, device, memory_budget), keep_going, force, tuple(only), evaluate=evaluate,
+    run = BuildOptions(
+        RunLimits.of(threads, device, memory_budget), keep_going, force, tuple(only), evaluate=evaluate,
         accept_risk=accept_risk,
     )  # fmt: skip
     return run_build(_recipe(recipe), _store(store), _cache(cache), reporter or SilentReporter(), run)
@@ -105,7 +105,7 @@ def rebuild(
     """
     found = artifact if isinstance(artifact, Artifact) else _store(store).find(os.fspath(artifact))
     given = Given(_path(source), _path(calibration))
-    limits = Limits.of(threads, device, memory_budget)
+    limits = RunLimits.of(threads, device, memory_budget)
     with rebuild_folders(_path(keep)) as (folder, work):
         return run_rebuild(found, folder, work, _cache(cache), reporter or SilentReporter(), limits, given)
 

@@ -21,7 +21,7 @@ from quantize.calibration.budget import BlockMemory
 from quantize.errors import BuildError, PlanError, QuantizeError, VerifyError
 from quantize.events import Reporter, progress
 from quantize.files.safetensors import INDEX_NAME, TensorInfo, header_bytes, read_header
-from quantize.formats.base import Builder, BuildResult, Collector, Context, KeptTensor, Limits, SizePlan, SolveCost
+from quantize.formats.base import Builder, BuildResult, Collector, Context, KeptTensor, RunLimits, SizePlan, SolveCost
 from quantize.formats.folder import FolderLayout
 from quantize.formats.format import Format
 from quantize.model.checkpoint import Checkpoint
@@ -299,7 +299,7 @@ class FakeBuilder:
         """None."""
         return ()
 
-    def verify(self, folder: Path, checkpoint: Checkpoint, limits: Limits, reporter: Reporter) -> Mapping[str, Any]:
+    def verify(self, folder: Path, checkpoint: Checkpoint, limits: RunLimits, reporter: Reporter) -> Mapping[str, Any]:
         """The same tensors as the source has."""
         written = read_header(folder / "model.safetensors")
         if list(written) != list(checkpoint.tensors):

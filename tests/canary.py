@@ -18,7 +18,7 @@ import numpy as np
 from quantize.errors import PlanError, QuantizeError
 from quantize.events import Reporter, SilentReporter
 from quantize.runtimes.llama_cpp.convert import ConvertRequest, convert
-from quantize.runtimes.llama_cpp.model import Entry, ModelSettings, OpenModel
+from quantize.runtimes.llama_cpp.model import BatchToken, ModelSettings, OpenModel
 from quantize.runtimes.llama_cpp.quantize import QuantizeSettings, convert_and_size, quantize
 from quantize.system.process import run_step
 from tests.families import FAMILIES, Family, make_family
@@ -101,7 +101,7 @@ def logits_of(reporter: Reporter, files: Iterable[Path]) -> list[Any]:
     found = []
     for file in files:
         model = OpenModel(file, ModelSettings(context=64, threads=1, gpu_layers=0))
-        model.decode(Entry(token, place, 0, True) for place, token in enumerate(PROMPT))
+        model.decode(BatchToken(token, place, 0, True) for place, token in enumerate(PROMPT))
         found.append(model.logits(len(PROMPT)).copy())
         model.close()
     return found

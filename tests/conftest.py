@@ -12,7 +12,7 @@ from pathlib import Path
 import click.testing
 import pytest
 
-from quantize.build.execute import Outcome, RunOptions, build
+from quantize.build.execute import BuildOptions, Outcome, build
 from quantize.cli import main
 from quantize.events import ListReporter
 from quantize.formats import option_models
@@ -31,7 +31,7 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as behind a shell's &: 
 settle_products()  # as in a worker: some tests multiply in this process
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when the hub client is first imported: no test may fetch anything
 
-UNMEASURED = RunOptions(evaluate=False)  # for tests that are about the files
+UNMEASURED = BuildOptions(evaluate=False)  # for tests that are about the files
 BUILT_TYPES = ("Q4_K_M", "Q8_0", "F16", "Q5_K_S", "IQ4_XS", "Q4_0")
 
 

@@ -19,14 +19,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from quantize.build.execute import RunOptions, build
+from quantize.build.execute import BuildOptions, build
 from quantize.build.plan import make_plan
 from quantize.calibration.budget import pass_bytes
 from quantize.cli import main
 from quantize.errors import VerifyError
 from quantize.events import ListReporter
 from quantize.formats import builders, option_models
-from quantize.formats.base import Limits
+from quantize.formats.base import RunLimits
 from quantize.model.checkpoint import open_checkpoint
 from quantize.recipe.model import Recipe, load_recipe
 from quantize.store.artifact import Artifact
@@ -76,7 +76,7 @@ def run_all(checkpoint: Path, root: Path, threads: int, only: tuple[str, ...] = 
         write_recipe(root / "tiny.yaml", checkpoint, VARIANTS, calibration=CALIBRATION), option_models()
     )
     run = Run(recipe, Store(root / "artifacts"), Cache(root / "cache"), ListReporter())
-    options = RunOptions(Limits(threads=threads), evaluate=False, only=only)
+    options = BuildOptions(RunLimits(threads=threads), evaluate=False, only=only)
     outcomes = build(recipe, run.store, run.cache, run.reporter, options)
     assert {item.variant: str(item.error) for item in outcomes if item.error} == {}
     return run
@@ -353,4 +353,4 @@ def test_a_damaged_tensor_is_refused(
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     builder = builders()[artifact.manifest.format]
     with pytest.raises(VerifyError, match=message):
-        builder.verify(folder, open_checkpoint(checkpoint), Limits(), ListReporter())
+        builder.verify(folder, open_checkpoint(checkpoint), RunLimits(), ListReporter())

@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 from quantize.errors import CheckpointError, UsageError
 from quantize.estimate.vram import (
     MIB,
+    EstimateSettings,
     ModelShape,
-    Settings,
     compute_buffer_bytes,
     estimate,
     kv_bytes,
@@ -73,8 +73,8 @@ def test_latent_attention_is_small_in_llama_cpp_and_large_in_transformers() -> N
     assert deepseek.latent_attention
     assert kv_bytes_per_token(deepseek) == 61 * (512 + 64) * 2
     assert kv_bytes_per_token(deepseek, expanded=True) == 61 * 128 * (192 + 128) * 2
-    small = kv_bytes(deepseek, 4096, 1, Settings(runtime="vllm"))
-    assert kv_bytes(deepseek, 4096, 1, Settings(runtime="transformers")) == small * 128 * 320 // 576
+    small = kv_bytes(deepseek, 4096, 1, EstimateSettings(runtime="vllm"))
+    assert kv_bytes(deepseek, 4096, 1, EstimateSettings(runtime="transformers")) == small * 128 * 320 // 576
 
 
 @pytest.mark.parametrize(
@@ -94,10 +94,10 @@ def test_sliding_windows(config: dict[str, Any], windows: list[int | None]) -> N
 
 def test_a_window_caps_what_is_kept() -> None:
     sliding = shape(sliding_window=1024)
-    assert kv_bytes(sliding, 32768, 1, Settings(runtime="vllm")) == 1024 * 131072
-    assert kv_bytes(sliding, 32768, 1, Settings()) == (1024 + 512) * 131072
-    assert kv_bytes(sliding, 512, 1, Settings()) == 512 * 131072
-    assert kv_bytes(sliding, 4096, 1, Settings(full_sliding_cache=True)) == 4096 * 131072
+    assert kv_bytes(sliding, 32768, 1, EstimateSettings(runtime="vllm")) == 1024 * 131072
+    assert kv_bytes(sliding, 32768, 1, EstimateSettings()) == (1024 + 512) * 131072
+    assert kv_bytes(sliding, 512, 1, EstimateSettings()) == 512 * 131072
+    assert kv_bytes(sliding, 4096, 1, EstimateSettings(full_sliding_cache=True)) == 4096 * 131072
 
 
 def test_recurrent_and_sharing_layers_keep_nothing() -> None:
@@ -135,7 +135,7 @@ def test_gguf_metadata_without_architecture_is_refused() -> None:
 )
 def test_unknown_settings_name_what_there_is(settings: dict[str, str], named: str) -> None:
     with pytest.raises(UsageError, match=named) as caught:
-        Settings(**settings)  # type: ignore[arg-type]
+        EstimateSettings(**settings)  # type: ignore[arg-type]
     assert "use one of" in str(caught.value)
 
 
@@ -147,7 +147,7 @@ def test_nonsense_is_refused() -> None:
 contexts = st.integers(1, 65536)
 sequences = st.integers(1, 16)
 settings = st.builds(
-    Settings,
+    EstimateSettings,
     runtime=st.sampled_from(["llama.cpp", "transformers", "vllm"]),
     kv_type=st.sampled_from(["f16", "q8_0", "q4_0"]),
     device=st.sampled_from(["gpu", "cpu"]),
@@ -160,7 +160,7 @@ configs = st.sampled_from([LLAMA_8B, DEEPSEEK_V3, {**LLAMA_8B, "sliding_window":
 
 @given(configs, settings, contexts, sequences)
 def test_the_parts_add_up_and_the_upper_figure_is_above(
-    config: dict[str, Any], settings: Settings, context: int, concurrency: int
+    config: dict[str, Any], settings: EstimateSettings, context: int, concurrency: int
 ) -> None:
     cell = estimate(ModelShape.from_config(config), 10**9, settings=settings, context=context, concurrency=concurrency)
     assert cell.expected_bytes == cell.weights_bytes + cell.kv_bytes + cell.overhead_bytes
@@ -170,7 +170,7 @@ def test_the_parts_add_up_and_the_upper_figure_is_above(
 
 @given(configs, settings, contexts, sequences)
 def test_more_context_or_concurrency_never_takes_less(
-    config: dict[str, Any], settings: Settings, context: int, concurrency: int
+    config: dict[str, Any], settings: EstimateSettings, context: int, concurrency: int
 ) -> None:
     model = ModelShape.from_config(config)
     here = estimate(model, 10**9, settings=settings, context=context, concurrency=concurrency)
@@ -205,8 +205,8 @@ def test_latent_attention_in_the_manifest_follows_the_runtime() -> None:
 
 def test_without_flash_attention_every_head_sees_every_pair() -> None:
     pairs = 32 * 512 * 8192 * 4
-    assert compute_buffer_bytes(shape(), 8192, Settings(flash_attention=False)) > pairs
-    assert compute_buffer_bytes(shape(), 8192, Settings()) < pairs
+    assert compute_buffer_bytes(shape(), 8192, EstimateSettings(flash_attention=False)) > pairs
+    assert compute_buffer_bytes(shape(), 8192, EstimateSettings()) < pairs
 
 
 def test_only_matrices_that_are_rearranged_count_twice() -> None:

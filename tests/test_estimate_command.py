@@ -9,7 +9,7 @@ from typing import Any
 import gguf
 import pytest
 
-from quantize.estimate.vram import Settings, VramProfile, estimate
+from quantize.estimate.vram import EstimateSettings, VramProfile, estimate
 from quantize.model.shape import ModelShape
 from quantize.testing import FakeBuilder, TinyModel, write_recipe
 from tests.conftest import Built, Run
@@ -50,8 +50,8 @@ def test_a_checkpoint_by_its_headers(tiny: Path, run: Run) -> None:
     shape = ModelShape.from_config(TinyModel().config("F16"))
     (cell,) = found["cells"]
     expected = estimate(
-        shape, found["weights_bytes"], profile=VramProfile(), settings=Settings("transformers", "q8_0"), context=512,
-        concurrency=2,
+        shape, found["weights_bytes"], profile=VramProfile(), settings=EstimateSettings("transformers", "q8_0"),
+        context=512, concurrency=2,
     )  # fmt: skip
     assert (cell["expected_bytes"], cell["upper_bytes"]) == (expected.expected_bytes, expected.upper_bytes)
     assert found["weights_bytes"] == sum(array.size for array in TinyModel().weights().values()) * 2

@@ -109,12 +109,12 @@ def test_bytes_are_those_of_llama_cpp_called_directly(kind: str, threads: int, b
 
 def test_the_same_inputs_elsewhere_give_the_same_digests(built: Built, tmp_path: Path) -> None:
     """Another folder, store, cache, recipe file and number of threads: nothing of them may be in the bytes."""
-    from quantize.build.execute import RunOptions
-    from quantize.formats.base import Limits
+    from quantize.build.execute import BuildOptions
+    from quantize.formats.base import RunLimits
 
     model = Path(shutil.copytree(str(built.recipe.source.model), tmp_path / "elsewhere" / "tiny"))
     path = write_recipe(tmp_path / "tiny.yaml", model, [{"format": "gguf", "types": ["Q4_K_M", "Q8_0"]}])
-    run = RunOptions(Limits(threads=3), evaluate=False)
+    run = BuildOptions(RunLimits(threads=3), evaluate=False)
     outcomes = build(
         load_recipe(path, option_models()), Store(tmp_path / "s"), Cache(tmp_path / "c"), SilentReporter(), run
     )

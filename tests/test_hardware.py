@@ -9,9 +9,9 @@ from types import SimpleNamespace
 import pytest
 
 from quantize.errors import UsageError
-from quantize.estimate.cards import _CARDS_GIB, Card, card_of, find_card
+from quantize.estimate.cards import _CARDS_GIB, GraphicsCard, card_of, find_card
 from quantize.estimate.fit import Workload, advise, judge, usable_bytes
-from quantize.estimate.vram import IN_LLAMA_CPP, ModelShape, Settings, VramProfile, estimate
+from quantize.estimate.vram import IN_LLAMA_CPP, EstimateSettings, ModelShape, VramProfile, estimate
 from quantize.system import machine as hardware
 from quantize.system.gpus import Gpus, nvidia_gpus
 from quantize.system.machine import detect
@@ -39,7 +39,7 @@ LLAMA_8B = ModelShape.from_config(
     ],
 )
 def test_cards_are_found_as_people_write_them(written: str, name: str, gib: int) -> None:
-    assert find_card(written) == Card(name, gib * GIB)
+    assert find_card(written) == GraphicsCard(name, gib * GIB)
 
 
 @pytest.mark.parametrize("name", [*_CARDS_GIB])
@@ -111,9 +111,9 @@ def test_memory_for_people_is_binary() -> None:
 
 def test_options_become_a_card() -> None:
     assert card_of() is None
-    assert card_of(gpu="L4") == Card("L4", 24 * GIB)
-    assert card_of(vram="8GiB") == Card("8GiB", 8 * GIB, known=False)
-    assert card_of(gpu="L4", vram="12GiB") == Card("L4 (12GiB)", 12 * GIB, known=False)
+    assert card_of(gpu="L4") == GraphicsCard("L4", 24 * GIB)
+    assert card_of(vram="8GiB") == GraphicsCard("8GiB", 8 * GIB, known=False)
+    assert card_of(gpu="L4", vram="12GiB") == GraphicsCard("L4 (12GiB)", 12 * GIB, known=False)
     with pytest.raises(UsageError, match="'0' is no size"):
         card_of(vram="0")
 
@@ -198,27 +198,29 @@ def test_the_three_words() -> None:
 
 
 def test_suggestions_are_true() -> None:
-    work = Workload(LLAMA_8B, 4_920_000_000, IN_LLAMA_CPP, Settings(), context=16384, concurrency=4)
+    work = Workload(LLAMA_8B, 4_920_000_000, IN_LLAMA_CPP, EstimateSettings(), context=16384, concurrency=4)
     verdict = advise(work, 8 * GIB, {"Q2_K": (3_180_000_000, IN_LLAMA_CPP), "Q8_0": (8_500_000_000, IN_LLAMA_CPP)})
     assert verdict.word == "does not fit"
     assert verdict.suggestions[0] == "context 2048"
     assert "KV cache at q8_0, and context 4096" in verdict.suggestions
-    smaller = Workload(LLAMA_8B, 4_920_000_000, IN_LLAMA_CPP, Settings(kv_type="q8_0"), context=4096, concurrency=4)
+    smaller = Workload(
+        LLAMA_8B, 4_920_000_000, IN_LLAMA_CPP, EstimateSettings(kv_type="q8_0"), context=4096, concurrency=4
+    )
     assert judge(smaller.estimate(), 8 * GIB).word == "fits"
 
 
 def test_a_smaller_variant_is_suggested() -> None:
-    work = Workload(LLAMA_8B, 8_500_000_000, IN_LLAMA_CPP, Settings(), context=4096, concurrency=1)
+    work = Workload(LLAMA_8B, 8_500_000_000, IN_LLAMA_CPP, EstimateSettings(), context=4096, concurrency=1)
     verdict = advise(work, 8 * GIB, {"Q4_K_M": (4_920_000_000, IN_LLAMA_CPP), "Q5_K_M": (7_000_000_000, IN_LLAMA_CPP)})
     assert verdict.suggestions[0] == "variant Q4_K_M (4.58 GiB)"
 
 
 def test_what_cannot_be_helped_says_so() -> None:
-    work = Workload(LLAMA_8B, 16_000_000_000, VramProfile(), Settings(runtime="transformers"), 4096, 1)
+    work = Workload(LLAMA_8B, 16_000_000_000, VramProfile(), EstimateSettings(runtime="transformers"), 4096, 1)
     (only,) = advise(work, 8 * GIB).suggestions
     assert "no change" in only
     assert "14.90 GiB of it weights" in only
 
 
 def test_what_fits_needs_no_suggestion() -> None:
-    assert advise(Workload(LLAMA_8B, 10**9, IN_LLAMA_CPP, Settings(), 2048, 1), 24 * GIB).suggestions == ()
+    assert advise(Workload(LLAMA_8B, 10**9, IN_LLAMA_CPP, EstimateSettings(), 2048, 1), 24 * GIB).suggestions == ()

@@ -162,9 +162,9 @@ def test_identity_has_no_path_of_the_installation(tiny: Path, here: Path) -> Non
 def test_golden_prompts_of_the_package(tiny: Path, here: Path, cache: Cache) -> None:
     def asked(**evaluation: object) -> list[Path]:
         recipe = load_recipe(write_recipe(here / "mine.yaml", tiny, Q8, evaluation=evaluation), option_models())
-        from quantize.formats.base import Limits
+        from quantize.formats.base import RunLimits
 
-        return list(Judge(recipe, pin_source(recipe, cache, ListReporter()), cache, Limits()).golden)
+        return list(Judge(recipe, pin_source(recipe, cache, ListReporter()), cache, RunLimits()).golden)
 
     assert asked() == [DATA / "calibration" / "golden"]
     assert asked(golden=["english"]) == [DATA / "calibration" / "golden" / "english.yaml"]

@@ -12,7 +12,7 @@ from quantize.calibration.budget import BASE_BYTES, BlockMemory, largest_block, 
 from quantize.errors import PlanError
 from quantize.events import SilentReporter
 from quantize.formats import builders, option_models
-from quantize.formats.base import Context, Limits
+from quantize.formats.base import Context, RunLimits
 from quantize.model.checkpoint import open_checkpoint
 from quantize.model.source import pin_source
 from quantize.recipe.model import load_recipe
@@ -93,7 +93,7 @@ def test_hidden_states_get_what_the_budget_leaves(recipe_path: Path, tmp_path: P
         parts = []
         for item in recipe.variants:
             options = (item.name, item.options, source, checkpoint, cache, tmp_path, tmp_path)
-            context, builder = Context(*options, Limits(1, "cpu", budget)), builders()[item.format]
+            context, builder = Context(*options, RunLimits(1, "cpu", budget)), builders()[item.format]
             parts.append(_Part(context, builder, builder.collector(context, SilentReporter())))
         return _states_budget(parts)
 

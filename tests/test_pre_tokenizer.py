@@ -13,7 +13,7 @@ import pytest
 from quantize.build.execute import build
 from quantize.events import SilentReporter
 from quantize.formats import option_models
-from quantize.formats.base import Limits
+from quantize.formats.base import RunLimits
 from quantize.formats.gguf.build import GgufBuilder
 from quantize.formats.gguf.source import load_tokenizer
 from quantize.model.checkpoint import open_checkpoint, read_chat_template
@@ -72,7 +72,7 @@ def test_the_chosen_one_is_built_and_written(byte_level: Path, tmp_path: Path, s
     (file,) = outcome.artifact.folder.glob("*.gguf")
     assert gguf.GGUFReader(file).fields["tokenizer.ggml.pre"].contents() == "gpt-2"
     assert outcome.artifact.measurements()["verify"]["lines"] > 2000
-    again = GgufBuilder().verify(outcome.artifact.folder, open_checkpoint(byte_level), Limits(), SilentReporter())
+    again = GgufBuilder().verify(outcome.artifact.folder, open_checkpoint(byte_level), RunLimits(), SilentReporter())
     assert again["divergence"] < 0.01 * again["divergence_elsewhere"]
 
 

@@ -24,7 +24,7 @@ from quantize.errors import Stopped
 from quantize.events import ListReporter, SilentReporter
 from quantize.files.shards import ShardWriter
 from quantize.formats import option_models
-from quantize.formats.base import Context, Limits
+from quantize.formats.base import Context, RunLimits
 from quantize.model.source import open_source, pin_source
 from quantize.recipe.model import load_recipe
 from quantize.store.staging import RESUME_NAME, read_json
@@ -138,7 +138,7 @@ class Pass:
         assert self.recipe.calibration is not None
         self.said.events.clear()
         source = pin_source(self.recipe, self.cache, SilentReporter())
-        checkpoint, limits = open_source(source, self.cache, SilentReporter()), Limits(1, "cpu", memory_budget)
+        checkpoint, limits = open_source(source, self.cache, SilentReporter()), RunLimits(1, "cpu", memory_budget)
         works = []
         for variant in self.recipe.variants:
             folders = [self.root / variant.name, self.root / f"{variant.name}.scratch"]

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import yaml
 
-from quantize.build.execute import Outcome, RunOptions, build
+from quantize.build.execute import BuildOptions, Outcome, build
 from quantize.errors import BuildError, DiskFullError, GateError, PlanError, StoreError, UsageError, VerifyError
 from quantize.events import ListReporter, SilentReporter
 from quantize.formats import option_models
@@ -56,7 +56,7 @@ def snapshot(root: Path) -> dict[str, tuple[int, bytes]]:
 
 
 def build_all(recipe: Recipe, store: Store, cache: Cache, **options: object) -> list[Outcome]:
-    return build(recipe, store, cache, SilentReporter(), RunOptions(**options))  # type: ignore[arg-type]
+    return build(recipe, store, cache, SilentReporter(), BuildOptions(**options))  # type: ignore[arg-type]
 
 
 # --- build and commit -------------------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ import pytest
 from quantize.errors import VerifyError
 from quantize.events import ListReporter, SilentReporter
 from quantize.files.gguf import read_gguf
-from quantize.formats.base import Limits
+from quantize.formats.base import RunLimits
 from quantize.formats.gguf import try_out as engine
 from quantize.formats.gguf.build import GgufBuilder
 from quantize.formats.gguf.check import compare_header
@@ -221,7 +221,7 @@ def test_what_is_not_the_sources(
 ) -> None:  # fmt: skip
     rewrite(weights(artifact), fields, drop, tensors)
     with pytest.raises(VerifyError, match=re.escape(message)) as caught:
-        builder.verify(artifact.folder, open_checkpoint(tiny), Limits(), SilentReporter())
+        builder.verify(artifact.folder, open_checkpoint(tiny), RunLimits(), SilentReporter())
     assert caught.value.message.startswith("tiny-Q8_0.gguf: ")
     assert caught.value.hint
 
@@ -229,7 +229,7 @@ def test_what_is_not_the_sources(
 def test_a_rewritten_file_without_a_fault_is_good(artifact: Artifact, tiny: Path, builder: GgufBuilder) -> None:
     """So that the faults above are what is refused, not the rewriting."""
     rewrite(weights(artifact), nothing)
-    facts = builder.verify(artifact.folder, open_checkpoint(tiny), Limits(), SilentReporter())
+    facts = builder.verify(artifact.folder, open_checkpoint(tiny), RunLimits(), SilentReporter())
     assert facts["lines"] > 2000
     assert facts["ends"] == [2]
     assert facts["divergence"] < 0.01 * facts["divergence_elsewhere"]
@@ -350,7 +350,7 @@ def test_a_good_file_runs_the_same_each_time(artifact: Artifact) -> None:
 def test_a_folder_without_weights(tmp_path: Path, tiny: Path) -> None:
     write_json(tmp_path / "manifest.json", {})
     with pytest.raises(VerifyError, match=r"no \.gguf file"):
-        GgufBuilder().verify(tmp_path, open_checkpoint(tiny), Limits(), SilentReporter())
+        GgufBuilder().verify(tmp_path, open_checkpoint(tiny), RunLimits(), SilentReporter())
 
 
 @pytest.mark.parametrize("place", [(0, 0), (ROWS, 7), (2 * ROWS, 31)])

@@ -15,7 +15,7 @@ from collections.abc import Awaitable, Callable, Sequence
 
 from quantize.bench.client import Sample
 from quantize.bench.prompts import Shape
-from quantize.bench.result import Cell, Spread
+from quantize.bench.result import Cell, Percentiles
 
 Ask = Callable[[int, float], Awaitable[Sample]]
 """Ask prompt `number`, which was due at a time of time.perf_counter()."""
@@ -78,12 +78,12 @@ def percentile(values: Sequence[float], share: float) -> float:
     return sorted(values)[max(0, math.ceil(share * len(values)) - 1)]
 
 
-def spread(values: Sequence[float]) -> Spread | None:
+def spread(values: Sequence[float]) -> Percentiles | None:
     """Percentiles, or None of nothing."""
     if not values:
         return None
     p50, p95, p99 = (round(percentile(values, share), 6) for share in (0.50, 0.95, 0.99))
-    return Spread(p50=p50, p95=p95, p99=p99, mean=round(sum(values) / len(values), 6))
+    return Percentiles(p50=p50, p95=p95, p99=p99, mean=round(sum(values) / len(values), 6))
 
 
 def summarize(shape: Shape, samples: Sequence[Sample], *, concurrency: int | None, rate: float | None) -> Cell:

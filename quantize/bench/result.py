@@ -13,11 +13,11 @@ Api = Literal["openai", "chat"]
 Count = Annotated[int, Field(ge=0, le=1 << 62)]
 
 
-class _Frozen(BaseModel):
+class _ResultModel(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-class Spread(_Frozen):
+class Percentiles(_ResultModel):
     """Nearest-rank percentiles in seconds over the requests that succeeded."""
 
     p50: float
@@ -26,7 +26,7 @@ class Spread(_Frozen):
     mean: float
 
 
-class Cell(_Frozen):
+class Cell(_ResultModel):
     """One shape at one concurrency (closed loop) or one arrival rate (open loop), warm-up left out.
 
     first_token: from sending (open loop: from the intended arrival) to the first token. latency: to the end of the
@@ -41,9 +41,9 @@ class Cell(_Frozen):
     requests: Count
     succeeded: Count
     seconds: float
-    first_token: Spread | None
-    latency: Spread | None
-    token_gap: Spread | None
+    first_token: Percentiles | None
+    latency: Percentiles | None
+    token_gap: Percentiles | None
     requests_per_second: float
     output_tokens_per_second: float | None
     mean_prompt_tokens: float | None
@@ -62,7 +62,7 @@ class Cell(_Frozen):
         return f"x {self.concurrency}" if self.rate is None else f"{self.rate:g}/s"
 
 
-class MemoryUse(_Frozen):
+class MemoryUse(_ResultModel):
     """Bytes: the server ready and no request sent yet; after the warm-up; the most while it was measured.
 
     scope: "process" (the server and its children), or "device" (all that is on the GPUs, where a driver does not tell
@@ -75,7 +75,7 @@ class MemoryUse(_Frozen):
     peak_bytes: int
 
 
-class With(_Frozen):
+class With(_ResultModel):
     """With what it was measured. context, threads, concurrency (answers at once): of a server started for it."""
 
     server: str
@@ -92,7 +92,7 @@ class With(_Frozen):
     client: str
 
 
-class BenchResult(_Frozen):
+class BenchResult(_ResultModel):
     """One run of `quantize bench`.
 
     tokens_counted_by: "usage" (the server says how many), "chunks" (one streamed piece is taken for one token), or None

@@ -59,7 +59,7 @@ def family_bytes(pid: int) -> int:
 
 
 @dataclass(frozen=True)
-class _Seen:
+class _MemorySample:
     """Bytes at one moment."""
 
     ram: int
@@ -72,8 +72,8 @@ class MemoryWatch:
 
     def __init__(self, pid: int | None, gpus: Gpus | None = None) -> None:
         self.pid, self.gpus = pid, gpus if gpus is not None else Gpus()
-        self._marks: dict[str, _Seen] = {}
-        self._peak = _Seen(0, None, 0)
+        self._marks: dict[str, _MemorySample] = {}
+        self._peak = _MemorySample(0, None, 0)
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)
 
@@ -109,16 +109,16 @@ class MemoryWatch:
             return _use("process", before.vram, after.vram, self._peak.vram)
         return _use("device", before.device, after.device, self._peak.device)
 
-    def _ends(self) -> tuple[_Seen | None, _Seen | None]:
+    def _ends(self) -> tuple[_MemorySample | None, _MemorySample | None]:
         before = self._marks.get("before load")
         return before, self._marks.get("after warm-up", before)
 
-    def _look(self) -> _Seen:
+    def _look(self) -> _MemorySample:
         pid, peak = self.pid or 0, self._peak
         vram, device = self.gpus.used({item.pid for item in family(pid)}) if self.gpus else (None, 0)
-        seen = _Seen(family_bytes(pid), vram, device)
+        seen = _MemorySample(family_bytes(pid), vram, device)
         most = max((item for item in (peak.vram, vram) if item is not None), default=None)
-        self._peak = _Seen(max(peak.ram, seen.ram), most, max(peak.device, device))
+        self._peak = _MemorySample(max(peak.ram, seen.ram), most, max(peak.device, device))
         return seen
 
     def _run(self) -> None:

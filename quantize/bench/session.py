@@ -1,6 +1,6 @@
 """One bench run: look at the server, warm up, measure each cell, say with what.
 
-In: Settings and an Endpoint, or an artifact to start a server for. Out: BenchResult. Nothing is written here.
+In: LoadSettings and an Endpoint, or an artifact to start a server for. Out: BenchResult. Nothing is written here.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ CONTEXT_MARGIN = 1.25
 
 
 @dataclass(frozen=True)
-class Settings:
+class LoadSettings:
     """How to load a server.
 
     requests: for each cell; none is begun after max_seconds. rates: requests a second (open loop) in place of
@@ -64,13 +64,13 @@ class Settings:
         return (concurrency or 1) if self.warm_up is None else self.warm_up
 
 
-def bench_url(endpoint: Endpoint, settings: Settings, reporter: Reporter) -> BenchResult:
+def bench_url(endpoint: Endpoint, settings: LoadSettings, reporter: Reporter) -> BenchResult:
     """Measure a server that runs. Raises BenchError: not there, or it does not answer as it should."""
     return asyncio.run(_Run(endpoint, settings, reporter, None).result())
 
 
 def bench_artifact(
-    artifact: Artifact, kind: Kind, settings: Settings, reporter: Reporter, *, context: int | None, threads: int,
+    artifact: Artifact, kind: Kind, settings: LoadSettings, reporter: Reporter, *, context: int | None, threads: int,
     extra: Mapping[str, Any],
 ) -> BenchResult:  # fmt: skip
     """Start a server for an artifact, measure it, stop it.
@@ -95,7 +95,7 @@ def context_for(shapes: tuple[Shape, ...]) -> int:
 class _Run:
     """One run against one endpoint."""
 
-    def __init__(self, endpoint: Endpoint, settings: Settings, reporter: Reporter, server: Server | None) -> None:
+    def __init__(self, endpoint: Endpoint, settings: LoadSettings, reporter: Reporter, server: Server | None) -> None:
         self.endpoint, self.settings, self.reporter, self.server = endpoint, settings, reporter, server
         self.rule = TokenRule()
         self.warm_up_requests = 0
@@ -251,7 +251,7 @@ class _Run:
         )
 
 
-def check_settings(settings: Settings) -> None:
+def check_settings(settings: LoadSettings) -> None:
     """Raise UsageError where nothing would be measured."""
     if settings.requests < 1 or not settings.shapes or not settings.loads:
         raise UsageError("nothing to measure", hint="give at least one shape, one concurrency and one request")

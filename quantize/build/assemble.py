@@ -1,7 +1,7 @@
 """Everything that an artifact has beside its weights: manifest, recipe, model card, licences, measurements.
 
-In: a recipe, a Job, a staging folder that a builder has filled. Out: the papers, in the folder, and the Manifest, which
-is written by whoever puts the folder in its place.
+In: a recipe, a VariantJob, a staging folder that a builder has filled. Out: the papers, in the folder, and the
+Manifest, which is written by whoever puts the folder in its place.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
-from quantize.build.job import Job
+from quantize.build.job import VariantJob
 from quantize.estimate.vram import manifest_estimate
 from quantize.formats import find_format
 from quantize.formats.base import BuildResult, Context
@@ -36,7 +36,7 @@ class Made:
     seconds: float
 
 
-def assemble(recipe: Recipe, job: Job, context: Context, made: Made) -> Manifest:
+def assemble(recipe: Recipe, job: VariantJob, context: Context, made: Made) -> Manifest:
     """Write the papers into the staging folder and return the manifest. Raises OSError."""
     staging = context.staging
     names = (*made.result.files, *_carry_papers(context))
@@ -71,7 +71,7 @@ def _carry_papers(context: Context) -> list[str]:
 
 
 def _manifest(
-    recipe: Recipe, job: Job, context: Context, result: BuildResult, files: tuple[FileEntry, ...]
+    recipe: Recipe, job: VariantJob, context: Context, result: BuildResult, files: tuple[FileEntry, ...]
 ) -> Manifest:
     checkpoint = context.checkpoint
     estimate = manifest_estimate(

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from quantize.calibration.budget import pass_bytes
 from quantize.calibration.journal import PassJournal
-from quantize.calibration.spread import Spread
+from quantize.calibration.spread import PassSpread
 from quantize.errors import (
     BuildError,
     DiskFullError,
@@ -29,7 +29,7 @@ from quantize.errors import (
     is_out_of_memory,
 )
 from quantize.events import Reporter, note, status, warn
-from quantize.formats.base import Builder, Collector, Context, Limits
+from quantize.formats.base import Builder, Collector, Context, RunLimits
 from quantize.model.architecture import block_count, block_layout
 from quantize.recipe.model import CalibrationSpec, Recipe
 from quantize.store.manifest import CalibrationEntry, tool_versions
@@ -132,7 +132,7 @@ class _Runner:
 
 
 @contextlib.contextmanager
-def _runner(limits: Limits, folder: Path, reporter: Reporter) -> Iterator[_Runner]:
+def _runner(limits: RunLimits, folder: Path, reporter: Reporter) -> Iterator[_Runner]:
     from quantize.calibration.stream import fastest_precision
     from quantize.system.processor import device_name
 
@@ -180,8 +180,8 @@ def _stream(
 
 
 def _spread(
-    cluster: SpreadPass, spread: Spread, journal: PassJournal, parts: list[_Part], token_ids: Any, precision: Precision,
-    folder: Path, reporter: Reporter,
+    cluster: SpreadPass, spread: PassSpread, journal: PassJournal, parts: list[_Part], token_ids: Any, precision:
+    Precision, folder: Path, reporter: Reporter,
 ) -> None:  # fmt: skip
     """Have the workers of a cluster run the blocks that a part still lacks."""
     from quantize.build.spread.passwork import PassPlan

@@ -27,7 +27,7 @@ from quantize.store.staging import PASS, STAGING, leftovers
 from quantize.system.sizes import size_text
 
 if TYPE_CHECKING:
-    from quantize.build.job import Job
+    from quantize.build.job import VariantJob
 
 PAPERS_BYTES = 100_000  # manifest, recipe, card, measurements, evaluation page of one artifact, about
 CHARACTERS_PER_TOKEN = 3.5  # of held-out text, which is not tokenized for a plan
@@ -93,7 +93,9 @@ class Room:
         return max(0, self.needed_bytes - self.free_bytes)
 
 
-def needs(jobs: Sequence[Job], recipe: Recipe, checkpoint: Checkpoint, *, source_bytes: int, measured: bool) -> Needs:
+def needs(
+    jobs: Sequence[VariantJob], recipe: Recipe, checkpoint: Checkpoint, *, source_bytes: int, measured: bool
+) -> Needs:
     """What the jobs that are to be built need. source_bytes: of what is dequantized first. measured: as gates do."""
     todo = [job for job in jobs if job.is_open and job.size is not None]
     if not todo:
@@ -114,7 +116,7 @@ def needs(jobs: Sequence[Job], recipe: Recipe, checkpoint: Checkpoint, *, source
     )
 
 
-def most_bytes(jobs: Sequence[Job], recipe: Recipe, source: PinnedSource, *, measured: bool) -> int:
+def most_bytes(jobs: Sequence[VariantJob], recipe: Recipe, source: PinnedSource, *, measured: bool) -> int:
     """More than the jobs can need, from file sizes alone: where so much is free, nothing has to be sized."""
     weights = sum(file.size_bytes for file in source.files) * (LARGEST_RATIO if source.is_gguf else 1)
     artifacts = sum(2 * weights + PAPERS_BYTES for _ in jobs)  # in float32 it is twice a 16-bit source

@@ -13,11 +13,11 @@ from typing import Any
 
 from quantize.build.find_source import own_recipe, repin_source
 from quantize.build.judge import Judge
-from quantize.build.settle import Gates, Settled, refusal
+from quantize.build.settle import GateKeeper, Settled, refusal
 from quantize.errors import UsageError
 from quantize.events import Reporter
 from quantize.formats import option_models
-from quantize.formats.base import Limits
+from quantize.formats.base import RunLimits
 from quantize.model.source import open_source
 from quantize.recipe.model import Recipe, load_recipe
 from quantize.store.artifact import Artifact
@@ -29,19 +29,19 @@ from quantize.system.lookup import SUFFIXES
 
 
 @dataclass(frozen=True)
-class Target:
+class EvaluationTarget:
     """An artifact to measure, and the recipe whose text, prompts and gates count."""
 
     artifact: Artifact
     recipe: Recipe
 
 
-def find_targets(names: tuple[str, ...], store: Store) -> list[Target]:
+def find_targets(names: tuple[str, ...], store: Store) -> list[EvaluationTarget]:
     """Artifacts by name, digest or folder; a recipe stands for its current ones. Raises UsageError: there is none."""
-    found: list[Target] = []
+    found: list[EvaluationTarget] = []
     for name in names:
         recipe = _recipe(name)
-        found += [Target(item, recipe or own_recipe(item)) for item in _artifacts(name, recipe, store)]
+        found += [EvaluationTarget(item, recipe or own_recipe(item)) for item in _artifacts(name, recipe, store)]
     return found
 
 
@@ -66,7 +66,7 @@ def _artifacts(name: str, recipe: Recipe | None, store: Store) -> list[Artifact]
 
 
 def reevaluate(
-    target: Target, store: Store, cache: Cache, reporter: Reporter, run: Limits, changes: Mapping[str, Any]
+    target: EvaluationTarget, store: Store, cache: Cache, reporter: Reporter, run: RunLimits, changes: Mapping[str, Any]
 ) -> Settled:
     """Measure anew. changes: fields of the recipe's `evaluation` that are to be others; with any, nothing is written.
 
@@ -87,7 +87,7 @@ def reevaluate(
         judged = judge.measure(artifact, checkpoint, reporter)
         error = None if judged.decision.accepted else refusal(artifact, judged.decision)
         return Settled(artifact, judged, error)
-    gates = Gates(judge, store.root, reporter, evaluate=True)
+    gates = GateKeeper(judge, store.root, reporter, evaluate=True)
     if not artifact.folder.absolute().is_relative_to(store.root.absolute()):
         return gates.record(artifact, checkpoint)
     with variant_lock(store.root, manifest.name, manifest.variant):

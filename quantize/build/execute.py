@@ -16,14 +16,14 @@ from typing import Any
 
 from quantize.build.assemble import Made, assemble
 from quantize.build.disk import disk_free_bytes, most_bytes
-from quantize.build.job import Job
+from quantize.build.job import VariantJob
 from quantize.build.judge import Judge
 from quantize.build.plan import Plan, identify_jobs, pin_calibration, size_plan
-from quantize.build.settle import Gates
+from quantize.build.settle import GateKeeper
 from quantize.errors import DiskFullError, QuantizeError, Stopped, StoreError, UsageError, VerifyError
 from quantize.events import Event, Reporter, SilentReporter, note, status, warn
 from quantize.formats import builders
-from quantize.formats.base import Context, Limits
+from quantize.formats.base import Context, RunLimits
 from quantize.model.checkpoint import Checkpoint
 from quantize.model.source import PinnedSource, open_source, pin_source
 from quantize.recipe.model import Recipe, Variant
@@ -41,7 +41,7 @@ from quantize.system.cache import Cache
 
 
 @dataclass(frozen=True)
-class RunOptions:
+class BuildOptions:
     """How to run; nothing here changes the weights that are built.
 
     keep_intermediates: leave in the cache what GGUF variants share. evaluate: measure what is built, and hold the
@@ -49,7 +49,7 @@ class RunOptions:
     same; it goes into the manifest.
     """
 
-    limits: Limits = field(default_factory=Limits)
+    limits: RunLimits = field(default_factory=RunLimits)
     keep_going: bool = True
     force: bool = False
     only: tuple[str, ...] = ()
@@ -73,7 +73,7 @@ class Outcome:
 class _Work:
     """One variant on its way: its job and the folders that it holds."""
 
-    job: Job
+    job: VariantJob
     context: Context
     started: float
 
@@ -81,14 +81,14 @@ class _Work:
 class _Build:
     """One run over one recipe; keeps what all its steps share."""
 
-    def __init__(self, recipe: Recipe, store: Store, cache: Cache, reporter: Reporter, run: RunOptions) -> None:
+    def __init__(self, recipe: Recipe, store: Store, cache: Cache, reporter: Reporter, run: BuildOptions) -> None:
         recipe = pin_calibration(recipe, reporter)
         self.recipe, self.store, self.cache, self.reporter, self.run = recipe, store, cache, reporter, run
         self.source: PinnedSource = pin_source(recipe, cache, reporter)
         judge = Judge(recipe, self.source, cache, run.limits)
-        self.gates = Gates(judge, store.root, reporter, evaluate=run.evaluate, accept_risk=run.accept_risk)
+        self.gates = GateKeeper(judge, store.root, reporter, evaluate=run.evaluate, accept_risk=run.accept_risk)
         self.outcomes: dict[str, Outcome] = {}
-        self.jobs: list[Job] = []
+        self.jobs: list[VariantJob] = []
         self.checkpoint: Checkpoint
 
     def all(self) -> list[Outcome]:
@@ -133,11 +133,11 @@ class _Build:
         if refused is not None:
             raise refused
 
-    def _size(self, jobs: Sequence[Job], reporter: Reporter) -> Plan:
+    def _size(self, jobs: Sequence[VariantJob], reporter: Reporter) -> Plan:
         arguments = (self.recipe, self.source, jobs, self.store, self.cache, reporter, self.run.limits)
         return size_plan(*arguments, measured=self._measures(jobs))
 
-    def _measures(self, jobs: Sequence[Job]) -> bool:
+    def _measures(self, jobs: Sequence[VariantJob]) -> bool:
         """Whether any of the jobs is to be measured against the source."""
         return any(self.gates.measures(job.variant.format) for job in jobs)
 
@@ -153,17 +153,17 @@ class _Build:
             missing = " and ".join(f"{room.missing_bytes:,} bytes are missing for the {room.what}" for room in short)
             error.hint = f"{missing}: free them and run the same build again, it goes on where it stopped"
 
-    def _wanted(self, jobs: list[Job]) -> list[Job]:
+    def _wanted(self, jobs: list[VariantJob]) -> list[VariantJob]:
         return [job for job in jobs if not self.run.only or job.variant.name in self.run.only]
 
-    def _found(self, job: Job) -> Artifact | None:
+    def _found(self, job: VariantJob) -> Artifact | None:
         """The build of a job that there is: a good one, or one that was refused or has no figures yet."""
         if job.refusal is not None:
             return None
         wanted = (self.recipe.name, job.variant.name, job.build_key)
         return self.store.find_build(*wanted) or self.store.find_aside(*wanted)
 
-    def _is_settled(self, job: Job) -> bool:
+    def _is_settled(self, job: VariantJob) -> bool:
         """Whether an artifact is where its known figures put it, so that nothing is left to do; then it is reported."""
         artifact = self._found(job)
         settled = self.gates.settled(artifact) if artifact is not None else None
@@ -175,7 +175,7 @@ class _Build:
         self._finished(Outcome(job.variant.name, state, settled.artifact, settled.error))
         return True
 
-    def _prepare(self, todo: Sequence[Job], waiting: Sequence[Job]) -> None:
+    def _prepare(self, todo: Sequence[VariantJob], waiting: Sequence[VariantJob]) -> None:
         """The source's side of the evaluation, before anything is built."""
         found = [(job, self._found(job)) for job in waiting]
         unknown = [job for job, artifact in found if artifact and self.gates.judge.known(artifact) is None]
@@ -184,7 +184,7 @@ class _Build:
             calibrated = any(job.builder.needs_calibration(job.variant.options) for job in measured)
             self.gates.judge.prepare(self.checkpoint, self.reporter, calibrated=calibrated)
 
-    def _settle_waiting(self, job: Job) -> None:
+    def _settle_waiting(self, job: VariantJob) -> None:
         with variant_lock(self.store.root, self.recipe.name, job.variant.name):
             clear_leftovers(self.store.root, self.recipe.name, job.variant.name)
             artifact = self._found(job)
@@ -204,7 +204,7 @@ class _Build:
             state = "up to date"
         self._finished(Outcome(artifact.manifest.variant, state, settled.artifact, settled.error, seconds))
 
-    def _goes_on(self, job: Job) -> bool:
+    def _goes_on(self, job: VariantJob) -> bool:
         """Whether to begin with a job after what has failed: what lacks space would only fail as well."""
         errors = [item.error for item in self.outcomes.values() if item.error is not None]
         if not errors or (self.run.keep_going and not any(isinstance(item, DiskFullError) for item in errors)):
@@ -212,7 +212,7 @@ class _Build:
         self._finished(Outcome(job.variant.name, "skipped"))
         return False
 
-    def _checked(self, job: Job) -> bool:
+    def _checked(self, job: VariantJob) -> bool:
         try:
             if job.refusal is not None:
                 raise job.refusal
@@ -222,7 +222,7 @@ class _Build:
             return False
         return True
 
-    def _open_work(self, job: Job, held: ExitStack) -> _Work | None:
+    def _open_work(self, job: VariantJob, held: ExitStack) -> _Work | None:
         """Take the variant's lock and a staging folder; None if another build made it while we waited."""
         name = job.variant.name
         held.enter_context(variant_lock(self.store.root, self.recipe.name, name))
@@ -241,7 +241,7 @@ class _Build:
         )  # fmt: skip
         return _Work(job, context, time.perf_counter())
 
-    def _build_calibrated(self, jobs: Sequence[Job]) -> None:
+    def _build_calibrated(self, jobs: Sequence[VariantJob]) -> None:
         """All calibrated variants of the recipe, from one pass over the blocks."""
         if not jobs:
             return
@@ -316,13 +316,13 @@ class _Build:
 
 
 def build(
-    recipe: Recipe, store: Store, cache: Cache, reporter: Reporter, run: RunOptions | None = None
+    recipe: Recipe, store: Store, cache: Cache, reporter: Reporter, run: BuildOptions | None = None
 ) -> list[Outcome]:
     """Build every variant of a recipe that is not up to date.
 
     Raises CheckpointError, PlanError, MissingExtraError for what stops all of them; the rest is in the outcomes.
     """
-    run = run or RunOptions()
+    run = run or BuildOptions()
     unknown = sorted(set(run.only) - {variant.name for variant in recipe.variants})
     if unknown:
         names = ", ".join(variant.name for variant in recipe.variants)
@@ -346,4 +346,4 @@ def _remove_intermediates(
             cache.remove_unused(kind, key)
 
 
-__all__ = ["MEASUREMENTS_NAME", "Outcome", "RunOptions", "build", "drop_intermediates"]
+__all__ = ["MEASUREMENTS_NAME", "BuildOptions", "Outcome", "build", "drop_intermediates"]

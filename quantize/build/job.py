@@ -17,7 +17,7 @@ from quantize.store.manifest import canonical_hash
 
 
 @dataclass(frozen=True)
-class Job:
+class VariantJob:
     """One variant of the recipe: its identity, and what is known before any work.
 
     inputs: all that goes into the build key, {} where there is none.

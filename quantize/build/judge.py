@@ -15,13 +15,13 @@ from typing import Any
 
 from quantize.calibration.text import PYTHON_DOCS, topics_file
 from quantize.errors import BuildError, DiskFullError, QuantizeError, RefusedError, UsageError, VerifyError
-from quantize.evaluate.gates import SERVING_LIMITS, Decision, Figures, Limits, decide
+from quantize.evaluate.gates import SERVING_LIMITS, Decision, Figures, GateThresholds, decide
 from quantize.evaluate.record import decided, failed_record, figures_of, read_record, to_record
-from quantize.evaluate.session import CalibratedOn, Job, evaluate, figures, prepare_source
+from quantize.evaluate.session import CalibratedOn, EvaluationJob, evaluate, figures, prepare_source
 from quantize.evaluate.structure import Intended
 from quantize.events import Event, Reporter, note
 from quantize.formats import find_format, formats
-from quantize.formats.base import Limits as RunLimits
+from quantize.formats.base import RunLimits as RunLimits
 from quantize.formats.safetensors.format import UNQUANTIZED
 from quantize.model.checkpoint import Checkpoint
 from quantize.model.source import PinnedSource, dequantized_key
@@ -30,7 +30,7 @@ from quantize.runtimes.base import ModelRef
 from quantize.store.artifact import Artifact
 from quantize.store.manifest import Manifest, canonical_hash
 from quantize.system.cache import Cache
-from quantize.system.lookup import GOLDEN, Found, builtin_files, find_data
+from quantize.system.lookup import GOLDEN, NamedFile, builtin_files, find_data
 from quantize.system.machine import describe_machine
 from quantize.system.process import run_step
 
@@ -134,9 +134,9 @@ class Judge:
         decision = decide(measured, limits)
         return Judgement(decision, decided(record, decision, limits))
 
-    def _limits(self, manifest: Manifest) -> Limits:
+    def _limits(self, manifest: Manifest) -> GateThresholds:
         gates = self.recipe.gates.model_dump(exclude=set(SERVING_LIMITS)) if self.recipe.gates else {}
-        limits = Limits().with_gates(gates)
+        limits = GateThresholds().with_gates(gates)
         if manifest.bits is not None and manifest.bits >= 16 and gates.get("max_size_ratio") is None:
             return replace(limits, max_size_ratio=UNQUANTIZED_SIZE_RATIO)
         return limits
@@ -158,9 +158,9 @@ class Judge:
     def _source_key(self) -> str:
         return dequantized_key(self._source) if self._source.is_gguf else self._source.digest
 
-    def _job(self, checkpoint: Checkpoint, artifact: ModelRef) -> Job:
+    def _job(self, checkpoint: Checkpoint, artifact: ModelRef) -> EvaluationJob:
         spec = self.recipe.evaluation
-        return Job(
+        return EvaluationJob(
             source=ModelRef(checkpoint.folder, UNQUANTIZED), source_digest=self._source_key(), artifact=artifact,
             cache=self._cache.root, text=self._text, column=spec.column, window=spec.window,
             windows_limit=spec.windows, golden=self.golden, context=spec.context, threads=self._run.threads,
@@ -190,7 +190,7 @@ def _reference(artifact: Artifact) -> ModelRef:
 
 
 def _text(recipe: Recipe, cache: Cache) -> tuple[str, str]:
-    """The held-out text as an evaluation Job names it, and its hash."""
+    """The held-out text as an evaluation EvaluationJob names it, and its hash."""
     text = recipe.evaluation.text
     if text == PYTHON_DOCS:
         return text, cache.sha256(topics_file())
@@ -201,7 +201,7 @@ def _text(recipe: Recipe, cache: Cache) -> tuple[str, str]:
     return str(found.absolute()), cache.sha256(found)
 
 
-def _golden(recipe: Recipe) -> list[Found]:
+def _golden(recipe: Recipe) -> list[NamedFile]:
     """The recipe's golden prompts; where it names none, those of a folder of the user's, or of the package."""
     named = recipe.evaluation.golden
     paths = []

@@ -15,7 +15,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
-from quantize.build.job import Job
+from quantize.build.job import VariantJob
 from quantize.build.plan import identify_jobs, pin_calibration
 from quantize.calibration.text import TokenSummary, identify, summarize_tokens
 from quantize.errors import LockError, StoreError, UsageError
@@ -39,11 +39,11 @@ HEADER = "# Written by `quantize lock`; `quantize build --locked` refuses anythi
 MAX_TEXT = 60  # of a value in a message
 
 
-class _Frozen(BaseModel):
+class _LockModel(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-class LockedSource(_Frozen):
+class LockedSource(_LockModel):
     """The source by its content. asked: the revision that the recipe names; revision: the commit that it is."""
 
     uri: str
@@ -55,7 +55,7 @@ class LockedSource(_Frozen):
     files: tuple[FileEntry, ...]
 
 
-class LockedCalibration(_Frozen):
+class LockedCalibration(_LockModel):
     """The text: what identifies it before it is read, and `hash`, the sha256 over the token ids, in order.
 
     device: the kind of processor that the lock was written on, on which the bits of what is calibrated depend. It is
@@ -70,7 +70,7 @@ class LockedCalibration(_Frozen):
     device: str | None = None
 
 
-class LockedVariant(_Frozen):
+class LockedVariant(_LockModel):
     """One variant of the recipe, all options filled in."""
 
     options: dict[str, Any]
@@ -78,7 +78,7 @@ class LockedVariant(_Frozen):
     build_key: str
 
 
-class Lock(_Frozen):
+class Lock(_LockModel):
     """All that a build of a recipe is made of. `digest` is the sha256 of the canonical JSON of the other fields."""
 
     schema_version: int
@@ -210,7 +210,7 @@ class _Pinned:
     asked: Recipe
     recipe: Recipe
     source: PinnedSource
-    jobs: tuple[Job, ...]
+    jobs: tuple[VariantJob, ...]
     spec: CalibrationSpec | None
 
     def lock(self, tokens: TokenSummary | LockedCalibration | None, device: str | None) -> Lock:

@@ -1,6 +1,6 @@
 """Recipe x source -> Plan: what would be built, how large it is, what is there already, what can't work.
 
-In: a recipe, a store, a cache. Out: a Plan with one Job a variant. Reads headers, writes nothing into the store;
+In: a recipe, a store, a cache. Out: a Plan with one VariantJob a variant. Reads headers, writes nothing into the store;
 doing the work is left to build.
 """
 
@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from quantize.build.disk import Needs, Room, needs, refusal, rooms, temporary_root
-from quantize.build.job import Job
+from quantize.build.job import VariantJob
 from quantize.calibration.budget import memory_short, pass_bytes
 from quantize.errors import PlanError, QuantizeError
 from quantize.events import Reporter, status
 from quantize.formats import builders
-from quantize.formats.base import Builder, Context, Limits, SizePlan
+from quantize.formats.base import Builder, Context, RunLimits, SizePlan
 from quantize.model.checkpoint import Checkpoint, open_checkpoint
 from quantize.model.source import PinnedSource, dequantized_key, open_source, pin_source
 from quantize.recipe.model import Recipe, Variant
@@ -40,18 +40,18 @@ class Plan:
 
     recipe: Recipe
     source: PinnedSource
-    jobs: tuple[Job, ...]
+    jobs: tuple[VariantJob, ...]
     disk: Needs
     rooms: tuple[Room, ...]
     memory_bytes: int
     config: Mapping[str, Any]
 
     @property
-    def todo(self) -> tuple[Job, ...]:
+    def todo(self) -> tuple[VariantJob, ...]:
         """Jobs that are neither built nor refused."""
         return tuple(job for job in self.jobs if job.is_open)
 
-    def shortage(self, limits: Limits) -> PlanError | None:
+    def shortage(self, limits: RunLimits) -> PlanError | None:
         """Why there is not enough disk for it, or memory; None if there is."""
         budget = limits.memory_budget_bytes
         if budget is not None and self.memory_bytes > budget:
@@ -60,7 +60,7 @@ class Plan:
 
 
 def make_plan(
-    recipe: Recipe, store: Store, cache: Cache, reporter: Reporter, limits: Limits | None = None, *,
+    recipe: Recipe, store: Store, cache: Cache, reporter: Reporter, limits: RunLimits | None = None, *,
     measured: bool = True,
 ) -> Plan:  # fmt: skip
     """Plan a recipe with exact sizes; measured: what is built is evaluated too.
@@ -70,8 +70,8 @@ def make_plan(
     recipe = pin_calibration(recipe, reporter)
     source = pin_source(recipe, cache, reporter)
     jobs = identify_jobs(recipe, source, store)
-    plan = size_plan(recipe, source, jobs, store, cache, reporter, limits or Limits(), measured=measured)
-    refused = plan.shortage(limits or Limits()) if plan.todo else None
+    plan = size_plan(recipe, source, jobs, store, cache, reporter, limits or RunLimits(), measured=measured)
+    refused = plan.shortage(limits or RunLimits()) if plan.todo else None
     if refused is None:
         return plan
     jobs = [replace(job, refusal=refused) if job in plan.todo else job for job in plan.jobs]
@@ -79,8 +79,8 @@ def make_plan(
 
 
 def size_plan(
-    recipe: Recipe, source: PinnedSource, jobs: Sequence[Job], store: Store, cache: Cache, reporter: Reporter,
-    limits: Limits, *, measured: bool,
+    recipe: Recipe, source: PinnedSource, jobs: Sequence[VariantJob], store: Store, cache: Cache, reporter: Reporter,
+    limits: RunLimits, *, measured: bool,
 ) -> Plan:  # fmt: skip
     """The plan of jobs that are identified, whether there is room for it or not. Raises as make_plan does."""
     with tempfile.TemporaryDirectory(prefix="quantize-plan-", dir=temporary_root()) as scratch:
@@ -93,7 +93,7 @@ def size_plan(
     return Plan(recipe, source, tuple(sized), disk, found, _pass_memory(sized, checkpoint, limits), checkpoint.config)
 
 
-def _pass_memory(jobs: Sequence[Job], checkpoint: Checkpoint, limits: Limits) -> int:
+def _pass_memory(jobs: Sequence[VariantJob], checkpoint: Checkpoint, limits: RunLimits) -> int:
     todo = [job for job in jobs if job.is_open]
     parts = [(job.builder, job.variant.options) for job in todo if job.builder.needs_calibration(job.variant.options)]
     if not parts or limits.device != "cpu":
@@ -112,7 +112,7 @@ def pin_calibration(recipe: Recipe, reporter: Reporter) -> Recipe:
     return replace(recipe, calibration=pinned(recipe.calibration, recipe.path.parent, reporter))
 
 
-def identify_jobs(recipe: Recipe, source: PinnedSource, store: Store) -> list[Job]:
+def identify_jobs(recipe: Recipe, source: PinnedSource, store: Store) -> list[VariantJob]:
     """Build keys, and what the store has already; reads no weights and starts no process.
 
     A job without a key has a refusal: it needs calibration, and the recipe has none.
@@ -124,10 +124,10 @@ def identify_jobs(recipe: Recipe, source: PinnedSource, store: Store) -> list[Jo
         try:
             inputs = _inputs(recipe, source, variant, builder, tools)
         except PlanError as exc:
-            jobs.append(Job(variant, builder, {}, tools, refusal=exc))
+            jobs.append(VariantJob(variant, builder, {}, tools, refusal=exc))
             continue
         existing = store.find_build(recipe.name, variant.name, canonical_hash(inputs))
-        jobs.append(Job(variant, builder, inputs, tools, existing))
+        jobs.append(VariantJob(variant, builder, inputs, tools, existing))
     return jobs
 
 
@@ -180,9 +180,9 @@ def _expected(recipe: Recipe) -> CalibrationEntry | None:
 
 
 def size_jobs(
-    jobs: Sequence[Job], recipe: Recipe, source: PinnedSource, checkpoint: Checkpoint, cache: Cache, scratch: Path,
-    limits: Limits, reporter: Reporter,
-) -> list[Job]:  # fmt: skip
+    jobs: Sequence[VariantJob], recipe: Recipe, source: PinnedSource, checkpoint: Checkpoint, cache: Cache, scratch:
+    Path, limits: RunLimits, reporter: Reporter,
+) -> list[VariantJob]:  # fmt: skip
     """Fill in sizes, one call for each format; a variant that can't be sized gets its refusal instead."""
     result = {job.variant.name: job for job in jobs}
     for format_name in dict.fromkeys(job.variant.format for job in jobs):
@@ -196,8 +196,8 @@ def size_jobs(
 
 
 def _size_group(
-    group: Sequence[Job], context: Context, reporter: Reporter
-) -> list[tuple[Job, SizePlan | QuantizeError]]:
+    group: Sequence[VariantJob], context: Context, reporter: Reporter
+) -> list[tuple[VariantJob, SizePlan | QuantizeError]]:
     builder = group[0].builder
     checked = [(job, job.refusal or _refusal(job, context.checkpoint)) for job in group]
     refused = [(job, error) for job, error in checked if error is not None]
@@ -209,7 +209,7 @@ def _size_group(
     return [*refused, *zip(good, sizes, strict=True)]
 
 
-def _refusal(job: Job, checkpoint: Checkpoint) -> QuantizeError | None:
+def _refusal(job: VariantJob, checkpoint: Checkpoint) -> QuantizeError | None:
     try:
         job.builder.check(checkpoint, job.variant.options)
     except QuantizeError as exc:

@@ -21,14 +21,14 @@ from quantize.build.assemble import Made, assemble
 from quantize.build.calibrate import run_pass
 from quantize.build.disk import disk_free_bytes, disk_short
 from quantize.build.find_source import find_source
-from quantize.build.job import Job
+from quantize.build.job import VariantJob
 from quantize.build.plan import identify_jobs
 from quantize.calibration.text import LOCAL_SUFFIXES, summarize_tokens
 from quantize.errors import PlanError, RecipeError, StoreError, UsageError, VerifyError
 from quantize.events import Reporter, note, status, warn
 from quantize.files.compare import TensorDifference, can_compare, compare_metadata, compare_weights
 from quantize.formats import builders
-from quantize.formats.base import Context, Limits
+from quantize.formats.base import Context, RunLimits
 from quantize.model.checkpoint import Checkpoint
 from quantize.model.source import PinnedSource, open_source
 from quantize.recipe.model import CalibrationSpec, EvaluationSpec, Recipe, Source, Variant
@@ -113,7 +113,7 @@ class Rebuild:
 
 
 def rebuild(
-    artifact: Artifact, folder: Path, work: Path, known: Cache, reporter: Reporter, limits: Limits, given: Given
+    artifact: Artifact, folder: Path, work: Path, known: Cache, reporter: Reporter, limits: RunLimits, given: Given
 ) -> Rebuild:
     """Build an artifact again into the empty `folder`, working in the empty `work`, and compare.
 
@@ -220,7 +220,7 @@ def _calibration(artifact: Artifact, folder: Path, given: Path | None) -> Calibr
     return spec.model_copy(update={"dataset": str(folder / name)})
 
 
-def _job(recipe: Recipe, source: PinnedSource, manifest: Manifest, store: Store) -> tuple[Job, Recipe]:
+def _job(recipe: Recipe, source: PinnedSource, manifest: Manifest, store: Store) -> tuple[VariantJob, Recipe]:
     """The job, and the recipe with the precision that the manifest has.
 
     The manifest says in which precision the pass ran, the build key what the recipe asked for: `auto`, or the same.
@@ -235,7 +235,9 @@ def _job(recipe: Recipe, source: PinnedSource, manifest: Manifest, store: Store)
     return job, recipe
 
 
-def _check_text(recipe: Recipe, job: Job, artifact: Artifact, checkpoint: Checkpoint, reporter: Reporter) -> None:
+def _check_text(
+    recipe: Recipe, job: VariantJob, artifact: Artifact, checkpoint: Checkpoint, reporter: Reporter
+) -> None:
     """Before the long work: is it the same text? The same build key says so already. Raises VerifyError."""
     entry, spec = artifact.manifest.calibration, recipe.calibration
     if entry is None or spec is None or job.build_key == artifact.manifest.build_key:
@@ -266,7 +268,7 @@ def _tool_differences(wanted: dict[str, str], here: dict[str, str]) -> tuple[Too
     )
 
 
-def _device_difference(manifest: Manifest, limits: Limits, reporter: Reporter) -> DeviceDifference | None:
+def _device_difference(manifest: Manifest, limits: RunLimits, reporter: Reporter) -> DeviceDifference | None:
     """None too where the bits depend on no device, or the manifest is older than its record."""
     if manifest.device is None:
         return None
@@ -274,7 +276,7 @@ def _device_difference(manifest: Manifest, limits: Limits, reporter: Reporter) -
     return DeviceDifference(manifest.device, here) if here != manifest.device else None
 
 
-def _build(recipe: Recipe, job: Job, context: Context, wanted: Manifest, reporter: Reporter) -> Manifest:
+def _build(recipe: Recipe, job: VariantJob, context: Context, wanted: Manifest, reporter: Reporter) -> Manifest:
     """Fill the folder as a build does; the accepted risk is a person's word, and is taken over."""
     started = time.perf_counter()
     job.builder.check(context.checkpoint, context.options)

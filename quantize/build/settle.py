@@ -33,7 +33,7 @@ class Settled:
     error: GateError | None = None
 
 
-class Gates:
+class GateKeeper:
     """Holds the gates over artifacts of one store. evaluate: measure what is not known; else it passes unmeasured.
 
     accept_risk: why an artifact that is refused is taken all the same, unless it does not even run.

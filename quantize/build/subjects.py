@@ -14,7 +14,7 @@ from quantize.errors import UsageError
 from quantize.estimate.vram import VramProfile
 from quantize.events import Reporter
 from quantize.formats import find_format, format_of, option_models
-from quantize.formats.base import Limits
+from quantize.formats.base import RunLimits
 from quantize.formats.format import Format
 from quantize.formats.safetensors.format import UNQUANTIZED
 from quantize.model.checkpoint import open_checkpoint
@@ -28,7 +28,7 @@ from quantize.system.lookup import SUFFIXES
 
 
 @dataclass(frozen=True)
-class Subject:
+class EstimateSubject:
     """One model in one format. family: names those that are of the same model, and so could take its place."""
 
     name: str
@@ -43,7 +43,7 @@ class Subject:
         return find_format(self.format).vram
 
 
-def subjects(target: str, store: Store, cache: Cache, reporter: Reporter) -> list[Subject]:
+def subjects(target: str, store: Store, cache: Cache, reporter: Reporter) -> list[EstimateSubject]:
     """What TARGET means: every variant of a recipe, or the one model that it is.
 
     Raises UsageError: nothing of that name. CheckpointError, PlanError: it can't be read, or not be planned.
@@ -56,7 +56,7 @@ def subjects(target: str, store: Store, cache: Cache, reporter: Reporter) -> lis
     if path.is_dir() and not (path / FILE_NAME).is_file():
         checkpoint = open_checkpoint(path)
         shape = ModelShape.from_config(checkpoint.config)
-        return [Subject(path.resolve().name, UNQUANTIZED, shape, checkpoint.weights_bytes)]
+        return [EstimateSubject(path.resolve().name, UNQUANTIZED, shape, checkpoint.weights_bytes)]
     try:
         return [_of_artifact(store.find(target))]
     except UsageError as exc:
@@ -64,17 +64,17 @@ def subjects(target: str, store: Store, cache: Cache, reporter: Reporter) -> lis
         raise UsageError(exc.message, hint=hint) from exc
 
 
-def siblings(subject: Subject, store: Store) -> list[Subject]:
+def siblings(subject: EstimateSubject, store: Store) -> list[EstimateSubject]:
     """The other current artifacts of the same recipe."""
     found = [item for item in store.artifacts() if store.is_current(item) and item.manifest.name == subject.family]
     return [_of_artifact(item) for item in found if f"{item.manifest.name}/{item.manifest.variant}" != subject.name]
 
 
-def _of_recipe(path: Path, store: Store, cache: Cache, reporter: Reporter) -> list[Subject]:
+def _of_recipe(path: Path, store: Store, cache: Cache, reporter: Reporter) -> list[EstimateSubject]:
     recipe = load_recipe(path, option_models())
-    plan = make_plan(recipe, store, cache, reporter, Limits())
+    plan = make_plan(recipe, store, cache, reporter, RunLimits())
     found = [
-        Subject(
+        EstimateSubject(
             f"{recipe.name}/{job.variant.name}", job.variant.format, ModelShape.from_config(plan.config),
             job.size.weights_bytes, recipe.name,
         )
@@ -87,12 +87,12 @@ def _of_recipe(path: Path, store: Store, cache: Cache, reporter: Reporter) -> li
     return found
 
 
-def _of_artifact(artifact: Artifact) -> Subject:
+def _of_artifact(artifact: Artifact) -> EstimateSubject:
     manifest = artifact.manifest
     kind = find_format(manifest.format)
     path = kind.layout.main_file(artifact.folder) or artifact.folder
     return _of_path(f"{manifest.name}/{manifest.variant}", kind, path, manifest.name)
 
 
-def _of_path(name: str, kind: Format, path: Path, family: str = "") -> Subject:
-    return Subject(name, kind.name, kind.layout.shape(path), kind.layout.weights_bytes(path), family)
+def _of_path(name: str, kind: Format, path: Path, family: str = "") -> EstimateSubject:
+    return EstimateSubject(name, kind.name, kind.layout.shape(path), kind.layout.weights_bytes(path), family)

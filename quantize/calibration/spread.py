@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 @dataclass(frozen=True)
-class Spread:
+class PassSpread:
     """Where a pass finds its workers, and what each takes of its node. None of it may change a bit of the results.
 
     address: of the cluster's head, as Ray writes it. workers: as many as there may be. cores, gpus, memory_bytes: Ray

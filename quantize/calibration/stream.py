@@ -39,14 +39,6 @@ from quantize.system.threads import in_turn, on_threads, split_threads, threads_
 Precision = Literal["float32", "bfloat16"]
 
 
-class TensorInfo(Protocol):
-    """What is known of a tensor before it is read."""
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Its dimensions."""
-
-
 class TensorSource(Protocol):
     """The part of a checkpoint that the pass needs."""
 

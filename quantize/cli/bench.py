@@ -11,9 +11,9 @@ import click
 
 from quantize.bench.client import parse_endpoint
 from quantize.bench.prompts import SHAPES, parse_shape
-from quantize.bench.result import BenchResult, Cell, MemoryUse, Spread
+from quantize.bench.result import BenchResult, Cell, MemoryUse, Percentiles
 from quantize.bench.server import KINDS, Kind
-from quantize.bench.session import Settings, bench_artifact, bench_url, check_settings
+from quantize.bench.session import LoadSettings, bench_artifact, bench_url, check_settings
 from quantize.cli.common import (
     json_option,
     print_json,
@@ -104,7 +104,7 @@ def command(
     ARTIFACT: a server is started for it and stopped at the end, and the result is kept in its measurements.json.
     """
     chosen = tuple(parse_shape(text) for text in shapes) or SHAPES
-    settings = Settings(chosen, concurrency, rates, requests, max_seconds, warm_up, timeout, seed)
+    settings = LoadSettings(chosen, concurrency, rates, requests, max_seconds, warm_up, timeout, seed)
     check_settings(settings)
     extra = _fields(body)
     is_url = "://" in target
@@ -199,7 +199,7 @@ def _memory_row(name: str, use: MemoryUse) -> list[str]:
     ]
 
 
-def _seconds(spread: Spread | None, name: str) -> str:
+def _seconds(spread: Percentiles | None, name: str) -> str:
     if spread is None:
         return "-"
     value = float(getattr(spread, name))

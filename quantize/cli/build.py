@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from quantize.build.execute import Outcome, RunOptions, build
+from quantize.build.execute import BuildOptions, Outcome, build
 from quantize.build.lockfile import hold, lock_path, read_lock
 from quantize.cli.common import (
     json_option,
@@ -75,7 +75,9 @@ def command(
     options = _cluster_options(cluster, device, threads, watch, trace)
     parsed = [open_recipe(recipe) for recipe in recipes]
     limits = make_limits(threads, device, memory_budget, here=options is None)
-    run = RunOptions(limits, keep_going, force, only, keep_intermediates, evaluate=not no_eval, accept_risk=accept_risk)
+    run = BuildOptions(
+        limits, keep_going, force, only, keep_intermediates, evaluate=not no_eval, accept_risk=accept_risk
+    )
     with console_reporter(quiet=quiet or as_json) as reporter:
         if locked:
             cache, kind = open_cache(), device if options is None else None

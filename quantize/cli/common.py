@@ -18,7 +18,7 @@ from quantize.system.lookup import find_recipe, find_target
 
 if TYPE_CHECKING:
     from quantize.evaluate.record import Summary
-    from quantize.formats.base import Limits
+    from quantize.formats.base import RunLimits
     from quantize.recipe.model import Recipe
     from quantize.store.artifact import Artifact
 
@@ -87,11 +87,11 @@ def trust_options(function: Function) -> Function:
     return function
 
 
-def make_limits(threads: int | None, device: str, memory_budget: str | None, *, here: bool = True) -> Limits:
-    """Limits from the options. Raises as Limits.of does."""
-    from quantize.formats.base import Limits
+def make_limits(threads: int | None, device: str, memory_budget: str | None, *, here: bool = True) -> RunLimits:
+    """Limits from the options. Raises as RunLimits.of does."""
+    from quantize.formats.base import RunLimits
 
-    return Limits.of(threads, device, memory_budget, here=here)
+    return RunLimits.of(threads, device, memory_budget, here=here)
 
 
 def quality(artifact: Artifact) -> Summary:

@@ -1,6 +1,6 @@
 """What this machine has: versions, devices, memory, disk, and which formats can be built and served here.
 
-In: the store's and the cache's folders. Out: a Report. Nothing heavy is imported: what is installed is read from the
+In: the store's and the cache's folders. Out: a Diagnosis. Nothing heavy is imported: what is installed is read from the
 packages' own metadata. Whether what is there works is tried in processes of its own (trials.py), unless it is to be
 quick: then a broken package that is there looks like a good one.
 """
@@ -60,7 +60,7 @@ class Ability:
 
 
 @dataclass(frozen=True)
-class Report:
+class Diagnosis:
     """All that was found. versions: None for what is not installed. torch, llama_cpp: what each can compute on.
 
     trials: of each engine that is installed; None if none was started.
@@ -77,7 +77,7 @@ class Report:
     trials: tuple[Trial, ...] | None = None
 
 
-def examine(store: Path, cache: Path, *, quick: bool = False) -> Report:
+def examine(store: Path, cache: Path, *, quick: bool = False) -> Diagnosis:
     """Look at this machine, and run something in each engine unless it is to be quick.
 
     Raises StoreError: a disk can't be asked. UsageError: not installed.
@@ -87,7 +87,7 @@ def examine(store: Path, cache: Path, *, quick: bool = False) -> Report:
     versions: dict[str, str | None] = {"python": platform.python_version(), "quantize": __version__}
     versions |= {name: _version(name) for name in ENGINES}
     places = (("store", store), ("cache", cache), ("scratch", Path(tempfile.gettempdir())))
-    return Report(
+    return Diagnosis(
         versions=versions,
         system=f"{platform.system()} {platform.release()} {platform.machine()}",
         processor=processor_name(),

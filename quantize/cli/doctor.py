@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from quantize.cli.common import json_option, print_json, print_table, store_option, verbose_option
-from quantize.cli.diagnosis import Ability, Report, examine
+from quantize.cli.diagnosis import Ability, Diagnosis, examine
 from quantize.cli.trials import Trial
 from quantize.store.store import Store
 from quantize.system.cache import default_cache_root
@@ -82,7 +82,7 @@ def _word(lacks: tuple[str, ...], broken: tuple[str, ...]) -> str:
     return f"NO: {', '.join(broken)}" if broken else "yes"
 
 
-def _as_json(report: Report) -> dict[str, Any]:
+def _as_json(report: Diagnosis) -> dict[str, Any]:
     data = dataclasses.asdict(report)
     data["folders"] = [{**item, "path": str(item["path"])} for item in data["folders"]]
     return data

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from quantize.build.subjects import Subject, siblings, subjects
+from quantize.build.subjects import EstimateSubject, siblings, subjects
 from quantize.cli.common import (
     json_option,
     open_cache,
@@ -21,14 +21,14 @@ from quantize.cli.common import (
 )
 from quantize.cli.progress import console_reporter
 from quantize.errors import UsageError
-from quantize.estimate.cards import Card, card_of
-from quantize.estimate.fit import Verdict, Workload, advise, judge
+from quantize.estimate.cards import GraphicsCard, card_of
+from quantize.estimate.fit import Fit, Workload, advise, judge
 from quantize.estimate.vram import (
     CONCURRENCIES,
     CONTEXTS,
     RUNTIMES,
     Estimate,
-    Settings,
+    EstimateSettings,
     kv_bytes_per_token,
     vram_table,
 )
@@ -42,16 +42,16 @@ SHORT = {"fits": "fits", "tight": "tight", "does not fit": "NO"}
 
 
 @dataclass(frozen=True)
-class _Answer:
+class _EstimateAnswer:
     """Everything about one subject: the table, and for the case that was asked for the verdict with advice."""
 
-    subject: Subject
-    settings: Settings
+    subject: EstimateSubject
+    settings: EstimateSettings
     table: tuple[Estimate, ...]
-    card: Card | None
+    card: GraphicsCard | None
     context: int
     concurrency: int
-    verdict: Verdict | None
+    verdict: Fit | None
 
 
 @click.command("estimate")
@@ -88,22 +88,22 @@ def command(
         _print(item)
 
 
-def _own_card() -> Card | None:
+def _own_card() -> GraphicsCard | None:
     gpus = detect().gpus
-    return Card(gpus[0].name, gpus[0].vram_bytes) if gpus else None
+    return GraphicsCard(gpus[0].name, gpus[0].vram_bytes) if gpus else None
 
 
 def _answer(
-    subject: Subject, others: Sequence[Subject], card: Card | None, context: int | None, concurrency: int | None,
-    kv_type: str, runtime: str | None,
-) -> _Answer:  # fmt: skip
+    subject: EstimateSubject, others: Sequence[EstimateSubject], card: GraphicsCard | None, context: int | None,
+    concurrency: int | None, kv_type: str, runtime: str | None,
+) -> _EstimateAnswer:  # fmt: skip
     longest = subject.shape.max_context
     if context is not None and context > longest:
         raise UsageError(
             f"{subject.name}: {context:,} tokens are more than the model's own context of {longest:,}",
             hint=f"use --context {longest} or less",
         )
-    settings = Settings(runtime or subject.profile.runtime, kv_type)
+    settings = EstimateSettings(runtime or subject.profile.runtime, kv_type)
     table = vram_table(
         subject.shape, subject.weights_bytes, profile=subject.profile, settings=settings,
         contexts=[context] if context else CONTEXTS, concurrencies=[concurrency] if concurrency else CONCURRENCIES,
@@ -114,10 +114,10 @@ def _answer(
         variants = {item.name: (item.weights_bytes, item.profile) for item in others if item.name != subject.name}
         workload = Workload(subject.shape, subject.weights_bytes, subject.profile, settings, asked, at_once)
         verdict = advise(workload, card.vram_bytes, variants)
-    return _Answer(subject, settings, table, card, asked, at_once, verdict)
+    return _EstimateAnswer(subject, settings, table, card, asked, at_once, verdict)
 
 
-def _print(item: _Answer) -> None:
+def _print(item: _EstimateAnswer) -> None:
     subject, settings, first = item.subject, item.settings, item.table[0]
     kv = kv_bytes_per_token(subject.shape, settings.kv_type, expanded=settings.runtime == "transformers")
     click.echo(
@@ -136,12 +136,12 @@ def _print(item: _Answer) -> None:
         _print_verdict(item, item.card, item.verdict)
 
 
-def _cell(cell: Estimate, card: Card | None) -> str:
+def _cell(cell: Estimate, card: GraphicsCard | None) -> str:
     text = f"{cell.expected_bytes / 2**30:.2f} to {memory_text(cell.upper_bytes)}"
     return text if card is None else f"{text} {SHORT[judge(cell, card.vram_bytes).word]}"
 
 
-def _print_verdict(item: _Answer, card: Card, verdict: Verdict) -> None:
+def _print_verdict(item: _EstimateAnswer, card: GraphicsCard, verdict: Fit) -> None:
     sequences = "1 sequence" if item.concurrency == 1 else f"{item.concurrency} sequences"
     name = card.name if memory_text(card.vram_bytes) in card.name else f"{card.name}, {memory_text(card.vram_bytes)}"
     click.echo(f"{item.context:,} tokens, {sequences}, {name}: {verdict.word}: {verdict.reason}")
@@ -150,7 +150,7 @@ def _print_verdict(item: _Answer, card: Card, verdict: Verdict) -> None:
     click.echo()
 
 
-def _as_json(item: _Answer) -> dict[str, Any]:
+def _as_json(item: _EstimateAnswer) -> dict[str, Any]:
     subject, settings = item.subject, item.settings
     return {
         "name": subject.name,

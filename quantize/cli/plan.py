@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from quantize.build.job import Job
+from quantize.build.job import VariantJob
 from quantize.build.plan import Plan, make_plan
 from quantize.cli.common import (
     json_option,
@@ -66,7 +66,7 @@ def _print(plan: Plan) -> None:
         click.echo(f"{what}   {needed} needed at the peak, {free} free{missing}")
 
 
-def _row(job: Job) -> list[str]:
+def _row(job: VariantJob) -> list[str]:
     name, size = job.variant.name, job.size
     state = f"up to date ({job.existing.manifest.short_digest})" if job.existing else "to build"
     state = f"refused: {job.refusal.message.splitlines()[0]}" if job.refusal else state

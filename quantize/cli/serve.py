@@ -102,14 +102,14 @@ def _print_hand_over(runtime: str, artifacts: tuple[str, ...], store: Store, opt
 
 def _serve(artifacts: tuple[str, ...], store: Store, options: dict[str, Any]) -> None:
     from quantize.serve.limits import load_keys
-    from quantize.serve.preflight import RunOptions, engine_options, place, runtime_name
+    from quantize.serve.preflight import ServeOptions, engine_options, place, runtime_name
     from quantize.serve.targets import UpstreamTarget, resolve
     from quantize.system.machine import detect
 
     try:
-        from quantize.serve.engines.link import Target
+        from quantize.serve.engines.link import EngineTarget
         from quantize.serve.server import Address, run
-        from quantize.serve.service import Limits
+        from quantize.serve.service import RequestLimits
     except ImportError as exc:
         raise MissingExtraError("serving", "serve") from exc
 
@@ -117,13 +117,13 @@ def _serve(artifacts: tuple[str, ...], store: Store, options: dict[str, Any]) ->
     if not keys and not options["no_auth"] and options["host"] not in LOOPBACK:
         hint = "make one with --new-key and give it with --keys, or say --no-auth"
         raise UsageError(f"--host {options['host']} would let anyone in: there are no API keys", hint=hint)
-    wanted = RunOptions(
+    wanted = ServeOptions(
         options["device"], options["context"], options["concurrency"], options["threads"], options["gpu_layers"],
         options["force"],
     )  # fmt: skip
     trust = _trust(options)
     machine = detect()
-    targets: list[Target | UpstreamTarget] = []
+    targets: list[EngineTarget | UpstreamTarget] = []
     for text in artifacts:
         found = resolve(text, store)
         if trust is not None:
@@ -133,11 +133,13 @@ def _serve(artifacts: tuple[str, ...], store: Store, options: dict[str, Any]) ->
             continue
         placement = place(found, wanted, machine, store)
         click.echo(f"{found.name}: {placement.verdict.word}: {placement.verdict.reason}", err=True)
-        targets.append(Target(found.name, found.kind, engine_options(found, wanted, placement), runtime_name(found)))
+        targets.append(
+            EngineTarget(found.name, found.kind, engine_options(found, wanted, placement), runtime_name(found))
+        )
     names = [target.name for target in targets]
     if len(set(names)) < len(names):
         raise UsageError("two models have the same name", hint="give them names: NAME=ARTIFACT")
-    limits = Limits(
+    limits = RequestLimits(
         parse_size(options["max_body"]), options["max_input_tokens"], options["max_output_tokens"],
         options["timeout"], requests_per_minute=options["rate"], concurrency=options["concurrency"],
         queue=options["queue"],

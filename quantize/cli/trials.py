@@ -129,17 +129,17 @@ def try_llama_cpp() -> str:
 
 
 def _prompt_llama_cpp(path: Path, gpu_layers: int, what: str, *, flash_attention: bool = False) -> None:
-    from quantize.runtimes.llama_cpp.model import Entry, ModelSettings, OpenModel
+    from quantize.runtimes.llama_cpp.model import BatchToken, ModelSettings, OpenModel
 
     settings = ModelSettings(2 * PROMPT_TOKENS, threads=1, flash_attention=flash_attention, gpu_layers=gpu_layers)
     model = OpenModel(path, settings)
     tokens = [(7 * index) % model.vocabulary for index in range(PROMPT_TOKENS)]
     last = PROMPT_TOKENS - 1
-    model.decode(Entry(token, index, 0, True) for index, token in enumerate(tokens))
+    model.decode(BatchToken(token, index, 0, True) for index, token in enumerate(tokens))
     together = model.logits(PROMPT_TOKENS)[last].copy()
     model.forget()
     for index, token in enumerate(tokens):
-        model.decode([Entry(token, index, 0, index == last)])
+        model.decode([BatchToken(token, index, 0, index == last)])
     check_alike(together, model.logits(1)[0], what)
     model.close()
 

@@ -13,11 +13,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from quantize.build.execute import Outcome, RunOptions, build, drop_intermediates
+from quantize.build.execute import BuildOptions, Outcome, build, drop_intermediates
 from quantize.build.plan import pin_calibration
 from quantize.build.spread.session import Node, able_nodes, cause_of, connected, working_nodes
 from quantize.build.spread.trace import Span, check_trace, read_trace, write_trace
-from quantize.calibration.spread import Spread
+from quantize.calibration.spread import PassSpread
 from quantize.errors import BuildError, QuantizeError, UsageError, first_line
 from quantize.events import Event, Reporter, note, status
 from quantize.formats import builders
@@ -94,7 +94,12 @@ class Sizes:
 
 
 def build_on_cluster(
-    recipes: Sequence[Recipe], store: Store, cache: Cache, reporter: Reporter, run: RunOptions, cluster: ClusterOptions
+    recipes: Sequence[Recipe],
+    store: Store,
+    cache: Cache,
+    reporter: Reporter,
+    run: BuildOptions,
+    cluster: ClusterOptions,
 ) -> list[tuple[Recipe, Outcome]]:
     """Build the variants of all recipes that are not up to date, on the nodes of a cluster; outcomes in recipes' order.
 
@@ -140,7 +145,7 @@ class _Flight:
     """The units on their way through one cluster."""
 
     def __init__(
-        self, ray: Any, units: Sequence[Unit], store: Store, cache: Cache, reporter: Reporter, run: RunOptions,
+        self, ray: Any, units: Sequence[Unit], store: Store, cache: Cache, reporter: Reporter, run: BuildOptions,
         cluster: ClusterOptions,
     ) -> None:  # fmt: skip
         self._ray, self._units, self._reporter, self._run, self._cluster = ray, units, reporter, run, cluster
@@ -190,7 +195,7 @@ class _Flight:
             options = {"num_cpus": sizes.cores, "num_gpus": sizes.gpus if unit.calibrated else 0, **memory}
             return options, replace(limits, threads=sizes.cores, device=device if unit.calibrated else "cpu")
         trace = _part_of(self._cluster.trace.absolute(), number) if self._cluster.trace is not None else None
-        spread = Spread(
+        spread = PassSpread(
             "", self._workers_each, sizes.worker_cores, sizes.gpus, limits.memory_budget_bytes or 0, trace,
             self._cluster.watch,
         )  # fmt: skip
@@ -278,7 +283,7 @@ class MailReporter:
         self._mailbox.put.remote(self._recipe, event)
 
 
-def run_unit_here(recipe: Recipe, store: Path, cache: Path, run: RunOptions, mailbox: Any) -> Done:
+def run_unit_here(recipe: Recipe, store: Path, cache: Path, run: BuildOptions, mailbox: Any) -> Done:
     """A unit, on the node that Ray has chosen: the ordinary build, whose pass may be spread over others."""
     import ray
 

@@ -1,6 +1,6 @@
 """Graphics cards by name: how much memory the one that somebody writes has.
 
-In: a card's name as people write it ("RTX 4060 8GB"), or a size ("8GiB"). Out: a Card. No GPU is asked.
+In: a card's name as people write it ("RTX 4060 8GB"), or a size ("8GiB"). Out: a GraphicsCard. No GPU is asked.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _CARDS_GIB: dict[str, int] = {
 
 
 @dataclass(frozen=True)
-class Card:
+class GraphicsCard:
     """A graphics card, or a plain size. known: found in the table or on this machine, not just a number of bytes."""
 
     name: str
@@ -45,7 +45,7 @@ class Card:
     known: bool = True
 
 
-def find_card(name: str) -> Card:
+def find_card(name: str) -> GraphicsCard:
     """The card that `name` means, whatever the case, spaces, maker's name or "8GB" behind it.
 
     Raises UsageError with the nearest names, and where the size in the name is not one that the card was sold with.
@@ -56,20 +56,20 @@ def find_card(name: str) -> Card:
         raise UsageError(f"unknown card {name!r}", hint=_card_hint(wanted))
     if size is None:
         best = min(matches, key=lambda known: ("GB" in known, _CARDS_GIB[known]))
-        return Card(best, _CARDS_GIB[best] * GIB)
+        return GraphicsCard(best, _CARDS_GIB[best] * GIB)
     for known in matches:
         if _CARDS_GIB[known] == size:
-            return Card(known, size * GIB)
+            return GraphicsCard(known, size * GIB)
     sizes = " or ".join(f"{_CARDS_GIB[known]} GB" for known in matches)
     raise UsageError(f"{matches[0]} has {sizes}, not {size} GB", hint="give the memory itself with --vram")
 
 
-def card_of(gpu: str | None = None, vram: str | None = None) -> Card | None:
+def card_of(gpu: str | None = None, vram: str | None = None) -> GraphicsCard | None:
     """The card of the options --gpu and --vram; --vram alone is an unnamed card, both together a card cut to that."""
     if vram is None:
         return None if gpu is None else find_card(gpu)
     size = parse_size(vram)
-    return Card(vram.strip() if gpu is None else f"{gpu} ({vram.strip()})", size, known=False)
+    return GraphicsCard(vram.strip() if gpu is None else f"{gpu} ({vram.strip()})", size, known=False)
 
 
 def _split_size(name: str) -> tuple[str, int | None]:

@@ -1,6 +1,6 @@
 """Does it fit the card, and what to change so that it does.
 
-In: an Estimate (or what one is made from) and the bytes of a card. Out: a Verdict, "fits", "tight" or "does not fit",
+In: an Estimate (or what one is made from) and the bytes of a card. Out: a Fit, "fits", "tight" or "does not fit",
 with the figures it rests on, and suggestions that were each tried first. The arithmetic is estimate.py's.
 """
 
@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
-from quantize.estimate.vram import CONTEXTS, Estimate, Settings, VramProfile, estimate
+from quantize.estimate.vram import CONTEXTS, Estimate, EstimateSettings, VramProfile, estimate
 from quantize.model.shape import ModelShape
 from quantize.system.sizes import memory_text as _gib
 
@@ -21,7 +21,7 @@ MAX_SUGGESTIONS = 4
 
 
 @dataclass(frozen=True)
-class Verdict:
+class Fit:
     """fits: the safe-upper figure is within the usable bytes. tight: only the expected one is. Else: does not fit."""
 
     word: str
@@ -40,7 +40,7 @@ class Workload:
     shape: ModelShape
     weights_bytes: int
     profile: VramProfile
-    settings: Settings
+    settings: EstimateSettings
     context: int
     concurrency: int
 
@@ -57,7 +57,7 @@ def usable_bytes(card_bytes: int) -> int:
     return card_bytes * USABLE_PERCENT // 100
 
 
-def judge(cell: Estimate, card_bytes: int) -> Verdict:
+def judge(cell: Estimate, card_bytes: int) -> Fit:
     """The verdict for one Estimate, without suggestions."""
     usable = usable_bytes(card_bytes)
     if cell.upper_bytes <= usable:
@@ -73,12 +73,10 @@ def judge(cell: Estimate, card_bytes: int) -> Verdict:
             f"{_gib(cell.expected_bytes)} expected of {_gib(usable)} usable",
         )
     reason = f"{comparison} ({USABLE_PERCENT} % of {_gib(card_bytes)})"
-    return Verdict(word, card_bytes, usable, cell.expected_bytes, cell.upper_bytes, reason)
+    return Fit(word, card_bytes, usable, cell.expected_bytes, cell.upper_bytes, reason)
 
 
-def advise(
-    workload: Workload, card_bytes: int, variants: Mapping[str, tuple[int, VramProfile]] | None = None
-) -> Verdict:
+def advise(workload: Workload, card_bytes: int, variants: Mapping[str, tuple[int, VramProfile]] | None = None) -> Fit:
     """The verdict for a workload with suggestions that make it fit: single changes first, then two together, and of
     each kind the gentlest that is enough. variants: other builds of the model, name -> (bytes, profile).
     """

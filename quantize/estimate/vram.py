@@ -18,10 +18,23 @@ from quantize.model.shape import KvLayer, ModelShape
 from quantize.system.sizes import GIB
 
 __all__ = [
-    "CONCURRENCIES", "CONTEXTS", "IN_LLAMA_CPP", "KV_TYPES", "RUNTIMES", "Estimate", "KvLayer", "ModelShape",
-    "Settings",
-    "VramProfile", "compute_buffer_bytes", "estimate", "kv_bytes", "kv_bytes_per_token", "manifest_estimate",
-    "repacked_bytes", "vram_table",
+    "CONCURRENCIES",
+    "CONTEXTS",
+    "IN_LLAMA_CPP",
+    "KV_TYPES",
+    "RUNTIMES",
+    "Estimate",
+    "EstimateSettings",
+    "KvLayer",
+    "ModelShape",
+    "VramProfile",
+    "compute_buffer_bytes",
+    "estimate",
+    "kv_bytes",
+    "kv_bytes_per_token",
+    "manifest_estimate",
+    "repacked_bytes",
+    "vram_table",
 ]  # fmt: skip
 
 MIB = 2**20
@@ -49,7 +62,7 @@ _SHARD_BYTES = 5 * GIB  # safetensors shards are read through one at a time
 
 
 @dataclass(frozen=True)
-class Settings:
+class EstimateSettings:
     """How the model is run.
 
     ubatch: tokens that llama.cpp computes at once (its n_ubatch). unified_kv: one KV pool for all sequences
@@ -111,7 +124,7 @@ def estimate(
     weights_bytes: int,
     *,
     profile: VramProfile = IN_LLAMA_CPP,
-    settings: Settings | None = None,
+    settings: EstimateSettings | None = None,
     context: int = 4096,
     concurrency: int = 1,
     repacked: int = 0,
@@ -121,7 +134,7 @@ def estimate(
     context: tokens of each sequence, prompt and answer. concurrency: sequences in memory at once. repacked: bytes of
     weights that llama.cpp keeps a second time on a CPU (see repacked_bytes). Raises UsageError on a value below 1.
     """
-    settings = settings or Settings(runtime=profile.runtime)
+    settings = settings or EstimateSettings(runtime=profile.runtime)
     if min(context, concurrency) < 1 or weights_bytes < 0:
         raise UsageError("context and concurrency must be at least 1 and the weights at least 0 bytes")
     weights = weights_bytes + (repacked if settings.device == "cpu" and settings.runtime == "llama.cpp" else 0)
@@ -148,13 +161,13 @@ def kv_bytes_per_token(shape: ModelShape, kv_type: str = "f16", *, expanded: boo
     return _ceil(values * KV_TYPES[kv_type])
 
 
-def kv_bytes(shape: ModelShape, context: int, concurrency: int = 1, settings: Settings | None = None) -> int:
+def kv_bytes(shape: ModelShape, context: int, concurrency: int = 1, settings: EstimateSettings | None = None) -> int:
     """Bytes of the KV cache: for each layer, values a token x kept tokens x sequences x bytes a value.
 
     A sliding-window layer keeps its window. llama.cpp rounds up to 256 tokens and adds a micro-batch to a window
     (llama-kv-cache-iswa.cpp); transformers stores latent attention expanded to all heads.
     """
-    settings = settings or Settings()
+    settings = settings or EstimateSettings()
     if settings.runtime == "llama.cpp":
         values = _llama_cpp_kv_values(shape, context, concurrency, settings)
     else:
@@ -166,7 +179,7 @@ def kv_bytes(shape: ModelShape, context: int, concurrency: int = 1, settings: Se
     return _ceil(values * KV_TYPES[settings.kv_type])
 
 
-def _llama_cpp_kv_values(shape: ModelShape, context: int, concurrency: int, settings: Settings) -> int:
+def _llama_cpp_kv_values(shape: ModelShape, context: int, concurrency: int, settings: EstimateSettings) -> int:
     cells = _pad(context) * concurrency
     total = 0
     for layer in shape.kv_layers:
@@ -179,7 +192,9 @@ def _llama_cpp_kv_values(shape: ModelShape, context: int, concurrency: int, sett
     return total
 
 
-def compute_buffer_bytes(shape: ModelShape, context: int, settings: Settings, *, outputs: int | None = None) -> int:
+def compute_buffer_bytes(
+    shape: ModelShape, context: int, settings: EstimateSettings, *, outputs: int | None = None
+) -> int:
     """llama.cpp's compute buffer: the largest of what lives at once in the head, the feed-forward and the attention.
 
     context: tokens of a sequence, or of all when the KV cache is unified. outputs: tokens with logits in a micro-batch;
@@ -219,7 +234,7 @@ def vram_table(
     weights_bytes: int,
     *,
     profile: VramProfile = IN_LLAMA_CPP,
-    settings: Settings | None = None,
+    settings: EstimateSettings | None = None,
     contexts: Iterable[int] = CONTEXTS,
     concurrencies: Iterable[int] = CONCURRENCIES,
     repacked: int = 0,
@@ -237,13 +252,17 @@ def vram_table(
 
 
 def manifest_estimate(
-    shape: ModelShape, weights_bytes: int, *, profile: VramProfile = IN_LLAMA_CPP, settings: Settings | None = None
+    shape: ModelShape,
+    weights_bytes: int,
+    *,
+    profile: VramProfile = IN_LLAMA_CPP,
+    settings: EstimateSettings | None = None,
 ) -> Mapping[str, Any]:
     """What the manifest keeps: integers and names only, the same for the same inputs on every machine.
 
     `overhead_bytes` is the expected one at the smallest context and one sequence.
     """
-    settings = settings or Settings(runtime=profile.runtime)
+    settings = settings or EstimateSettings(runtime=profile.runtime)
     table = vram_table(shape, weights_bytes, profile=profile, settings=settings)
     return {
         "runtime": settings.runtime,
@@ -265,7 +284,7 @@ def manifest_estimate(
 
 
 def _overhead(
-    shape: ModelShape, profile: VramProfile, settings: Settings, context: int, concurrency: int, kv: int
+    shape: ModelShape, profile: VramProfile, settings: EstimateSettings, context: int, concurrency: int, kv: int
 ) -> tuple[int, int]:
     """(expected, upper) bytes beside weights and KV cache."""
     base = (_GPU_CONTEXT if settings.device == "gpu" else _CPU_PROCESS)[settings.runtime]
@@ -278,7 +297,7 @@ def _overhead(
     return base[0] + work[0], base[1] + work[1]
 
 
-def _llama_cpp_work(shape: ModelShape, settings: Settings, context: int, concurrency: int) -> tuple[int, int]:
+def _llama_cpp_work(shape: ModelShape, settings: EstimateSettings, context: int, concurrency: int) -> tuple[int, int]:
     pool = context * concurrency
     output = concurrency * shape.vocab_size * 4
     expected = compute_buffer_bytes(shape, pool if settings.unified_kv else context, settings)
@@ -311,7 +330,7 @@ def _vllm_work(shape: ModelShape, concurrency: int) -> tuple[int, int]:
     return activations + logits, 2 * (activations + 2 * logits)
 
 
-def _loading_ram(shape: ModelShape, weights_bytes: int, settings: Settings, expected: int) -> tuple[int, int]:
+def _loading_ram(shape: ModelShape, weights_bytes: int, settings: EstimateSettings, expected: int) -> tuple[int, int]:
     """(needed, comfortable) RAM while loading. llama.cpp maps the file: pages that a GPU has taken can be dropped."""
     process = _CPU_PROCESS[settings.runtime]
     if settings.device == "cpu":

@@ -16,7 +16,7 @@ SHOWN_CHARACTERS = 2000
 
 
 @dataclass(frozen=True)
-class Answer:
+class GradedAnswer:
     """One model's answer; reason says why it did not pass."""
 
     text: str
@@ -33,8 +33,8 @@ class PromptResult:
     language: str
     kind: str
     prompt: str
-    source: Answer
-    artifact: Answer
+    source: GradedAnswer
+    artifact: GradedAnswer
 
     @property
     def change(self) -> str:
@@ -122,8 +122,8 @@ def compare_answers(
                 language=item.language,
                 kind=rule.kind,
                 prompt=_shortened(asked),
-                source=Answer(theirs, judged_source.passed, judged_source.reason),
-                artifact=Answer(ours, judged_artifact.passed, judged_artifact.reason),
+                source=GradedAnswer(theirs, judged_source.passed, judged_source.reason),
+                artifact=GradedAnswer(ours, judged_artifact.passed, judged_artifact.reason),
             )
         )
     return GoldenResult(tuple(results), golden.hash, context)

@@ -1,7 +1,7 @@
 """The decision rule: measured figures against limits -> what is refused, what is flagged, what was not measured.
 
-In: Figures (None where something was not measured) and Limits. Out: a Decision with one Finding a gate, each with its
-numbers. Pure functions: nothing is measured, read or written here.
+In: Figures (None where something was not measured) and GateThresholds. Out: a Decision with one Finding a gate, each
+with its numbers. Pure functions: nothing is measured, read or written here.
 
 Default limits and why:
 - mean KL divergence 0.05 nats: Q8_0 of the demo model measured 0.004, Q4_K_M 0.056, and that one answers a question for
@@ -36,7 +36,7 @@ SERVING_LIMITS = ("max_latency_p95_seconds", "max_error_rate", "max_memory_bytes
 
 
 @dataclass(frozen=True)
-class Limits:
+class GateThresholds:
     """What an artifact must keep; latency, error rate and memory are only looked at where a limit is given."""
 
     max_kl: float = 0.05
@@ -50,7 +50,7 @@ class Limits:
     max_memory_bytes: int | None = None
     golden_beyond_chance: bool = True
 
-    def with_gates(self, gates: Mapping[str, Any]) -> Limits:
+    def with_gates(self, gates: Mapping[str, Any]) -> GateThresholds:
         """These limits with those of a recipe's `gates` in their place; None keeps the default."""
         known = {item.name for item in fields(self)}
         given = {name: value for name, value in gates.items() if name in known and value is not None}
@@ -136,12 +136,12 @@ class Decision:
         return tuple(item for item in self.findings if item.outcome == outcome)
 
 
-def decide(figures: Figures, limits: Limits) -> Decision:
+def decide(figures: Figures, limits: GateThresholds) -> Decision:
     """Hold the figures against the limits."""
     return Decision(tuple(_findings(figures, limits)))
 
 
-def _findings(figures: Figures, limits: Limits) -> Iterator[Finding]:
+def _findings(figures: Figures, limits: GateThresholds) -> Iterator[Finding]:
     for name, problem in sorted(figures.checks.items()):
         yield Finding(name, "refused" if problem else "passed", problem or "holds")
     yield _at_most("KL divergence", figures.mean_kl, limits.max_kl, "mean {:.4f} nats", "no KL divergence")
@@ -170,7 +170,7 @@ def _at_most(gate: str, value: float | None, limit: float, shown: str, nothing: 
     return Finding(gate, "refused", f"{number} is over the limit of {bound}")
 
 
-def _perplexity(ratio: float | None, limits: Limits) -> Finding:
+def _perplexity(ratio: float | None, limits: GateThresholds) -> Finding:
     found = _at_most("perplexity", ratio, limits.max_perplexity_ratio, "{:.4f} times the source's", "no perplexity")
     if found.outcome == "passed" and ratio is not None and ratio < 1 - limits.max_gain:
         reason = f"{ratio:.4f} times the source's: a gain of over {limits.max_gain:.0%} is not plausible; "
@@ -178,7 +178,7 @@ def _perplexity(ratio: float | None, limits: Limits) -> Finding:
     return found
 
 
-def _golden(figures: Figures, limits: Limits) -> Finding:
+def _golden(figures: Figures, limits: GateThresholds) -> Finding:
     source, artifact = figures.golden_source_passed, figures.golden_artifact_passed
     if source is None or artifact is None:
         return Finding("golden prompts", "insufficient evidence", "no golden prompts were asked")
@@ -210,7 +210,7 @@ def sign_test(lost: int, gained: int) -> float:
     return float(Fraction(at_least, 2**changed))
 
 
-def _json(figures: Figures, limits: Limits) -> Finding:
+def _json(figures: Figures, limits: GateThresholds) -> Finding:
     passed, lost = figures.json_source_passed, figures.json_lost
     if not passed or lost is None:
         nothing = "no JSON prompt was asked" if passed is None else "the source itself passes no JSON prompt"
@@ -221,7 +221,7 @@ def _json(figures: Figures, limits: Limits) -> Finding:
     return Finding("JSON answers", "refused", f"{counts}, over the limit of {limits.max_json_loss:.0%}")
 
 
-def _size(figures: Figures, limits: Limits) -> Finding:
+def _size(figures: Figures, limits: GateThresholds) -> Finding:
     if not figures.size_bytes or not figures.source_bytes:
         return Finding("size", "insufficient evidence", "the sizes are not known")
     ratio = figures.size_bytes / figures.source_bytes

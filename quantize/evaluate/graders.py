@@ -1,8 +1,9 @@
 """Graders: does an answer pass.
 
-In: a Grade, the text of an answer, for `same` the source's answer too. Out: Verdict, with a reason when it does not.
-Pure functions on text. What a model thinks aloud between <think> tags is not part of its answer. Two ways to be right
-by accident don't count: going round in circles until the right word comes, and "I don't know" copied from the question.
+In: a Grade, the text of an answer, for `same` the source's answer too. Out: GradeVerdict, with a reason when it does
+not. Pure functions on text. What a model thinks aloud between <think> tags is not part of its answer. Two ways to be
+right by accident don't count: going round in circles until the right word comes, and "I don't know" copied from the
+question.
 """
 
 from __future__ import annotations
@@ -39,14 +40,14 @@ _REFUSALS = (
 
 
 @dataclass(frozen=True)
-class Verdict:
+class GradeVerdict:
     """passed, and if not why."""
 
     passed: bool
     reason: str = ""
 
 
-def grade(rule: Grade, answer: str, source_answer: str | None = None, *, question: str = "") -> Verdict:
+def grade(rule: Grade, answer: str, source_answer: str | None = None, *, question: str = "") -> GradeVerdict:
     """Judge an answer. source_answer: for `same`; None means that the answer is the source's own, which passes.
 
     question: what was asked; whole sentences of it that the answer repeats are no refusal.
@@ -55,9 +56,9 @@ def grade(rule: Grade, answer: str, source_answer: str | None = None, *, questio
     if rule.kind == "same":
         return _grade_same(text, source_answer, rule.similarity or DEFAULT_SIMILARITY)
     if not text:
-        return Verdict(False, "the answer is empty")
+        return GradeVerdict(False, "the answer is empty")
     if rule.kind != "json" and is_looping(text):
-        return Verdict(False, "goes round in circles")
+        return GradeVerdict(False, "goes round in circles")
     if rule.kind == "exact":
         return _grade_exact(text, rule.answers or [])
     if rule.kind == "contains":
@@ -68,7 +69,7 @@ def grade(rule: Grade, answer: str, source_answer: str | None = None, *, questio
         with time_limit(MAX_SECONDS):
             return _grade_json(text, rule) if rule.kind == "json" else _grade_regex(text, rule.pattern or "")
     except TimeoutError:
-        return Verdict(False, f"the pattern takes more than {MAX_SECONDS} s on this answer")
+        return GradeVerdict(False, f"the pattern takes more than {MAX_SECONDS} s on this answer")
 
 
 def normalize(text: str) -> str:
@@ -99,20 +100,20 @@ def _refuse_constant(name: str) -> None:
     raise ValueError(f"{name} is no JSON")
 
 
-def _grade_exact(text: str, answers: list[str]) -> Verdict:
+def _grade_exact(text: str, answers: list[str]) -> GradeVerdict:
     given = normalize(text).strip(_EDGES)
     if any(given == normalize(answer).strip(_EDGES) for answer in answers):
-        return Verdict(True)
-    return Verdict(False, f"is not {' or '.join(answers)}")
+        return GradeVerdict(True)
+    return GradeVerdict(False, f"is not {' or '.join(answers)}")
 
 
-def _grade_contains(text: str, rule: Grade) -> Verdict:
+def _grade_contains(text: str, rule: Grade) -> GradeVerdict:
     given = normalize(text)
     missing = [part for part in rule.all or [] if not _occurs(part, given)]
     if missing:
-        return Verdict(False, f"does not say {', '.join(missing)}")
+        return GradeVerdict(False, f"does not say {', '.join(missing)}")
     if rule.any and not any(_occurs(part, given) for part in rule.any):
-        return Verdict(False, f"says none of {', '.join(rule.any)}")
+        return GradeVerdict(False, f"says none of {', '.join(rule.any)}")
     return _without(rule.none, given)
 
 
@@ -122,34 +123,34 @@ def _occurs(part: str, given: str) -> bool:
     return re.search(rf"(?<!\w){wanted}(?!\w)", given) is not None
 
 
-def _without(unwanted: list[str] | None, given: str) -> Verdict:
+def _without(unwanted: list[str] | None, given: str) -> GradeVerdict:
     for part in unwanted or []:
         if _occurs(part, given):
-            return Verdict(False, f"says {part}")
-    return Verdict(True)
+            return GradeVerdict(False, f"says {part}")
+    return GradeVerdict(True)
 
 
-def _grade_regex(text: str, pattern: str) -> Verdict:
+def _grade_regex(text: str, pattern: str) -> GradeVerdict:
     found = re.search(pattern, unicodedata.normalize("NFC", text))
-    return Verdict(True) if found else Verdict(False, f"no match of {pattern}")
+    return GradeVerdict(True) if found else GradeVerdict(False, f"no match of {pattern}")
 
 
-def _grade_json(text: str, rule: Grade) -> Verdict:
+def _grade_json(text: str, rule: Grade) -> GradeVerdict:
     try:
         value = parse_json(text, strict=bool(rule.strict))
     except (ValueError, RecursionError) as exc:
-        return Verdict(False, f"not JSON: {str(exc)[:120]}")
+        return GradeVerdict(False, f"not JSON: {str(exc)[:120]}")
     if rule.schema_ is None:
-        return Verdict(True)
+        return GradeVerdict(True)
     validator = import_jsonschema().Draft202012Validator(rule.schema_)
     try:
         problem = next(iter(validator.iter_errors(value)), None)
     except RecursionError:
-        return Verdict(False, "the schema, or the answer, is nested without end")
+        return GradeVerdict(False, "the schema, or the answer, is nested without end")
     if problem is None:
-        return Verdict(True)
+        return GradeVerdict(True)
     place = "/".join(map(str, problem.absolute_path)) or "the top"
-    return Verdict(False, f"JSON, but not as the schema has it: at {place}: {problem.message[:120]}")
+    return GradeVerdict(False, f"JSON, but not as the schema has it: at {place}: {problem.message[:120]}")
 
 
 def is_looping(text: str) -> bool:
@@ -161,22 +162,24 @@ def is_looping(text: str) -> bool:
     return 2 * len(set(runs)) < len(runs)
 
 
-def _grade_refusal(text: str, rule: Grade, question: str) -> Verdict:
+def _grade_refusal(text: str, rule: Grade, question: str) -> GradeVerdict:
     asked = normalize(question)
     sentences = [normalize(part) for part in re.split(r"(?<=[.!?;:\n])\s+|\n", text)]
     own = " ".join(
         part for part in sentences if not asked or part.strip(_EDGES) not in asked or len(part) < SHORT_ANSWER
     )
     if not any(phrase in own for phrase in _REFUSALS):
-        return Verdict(False, "answers as if it knew")
+        return GradeVerdict(False, "answers as if it knew")
     return _without(rule.none, normalize(text))
 
 
-def _grade_same(text: str, source_answer: str | None, least: float) -> Verdict:
+def _grade_same(text: str, source_answer: str | None, least: float) -> GradeVerdict:
     if source_answer is None:
-        return Verdict(True)
+        return GradeVerdict(True)
     source = _THOUGHT.sub("", source_answer)
     likeness = difflib.SequenceMatcher(None, normalize(source).split(), normalize(text).split(), autojunk=False).ratio()
     if likeness >= least:
-        return Verdict(True)
-    return Verdict(False, f"shares {likeness:.0%} of its words with the source's answer, {least:.0%} are asked for")
+        return GradeVerdict(True)
+    return GradeVerdict(
+        False, f"shares {likeness:.0%} of its words with the source's answer, {least:.0%} are asked for"
+    )

@@ -1,6 +1,6 @@
 """Golden prompts -> token ids, by the source's own tokenizer and chat template; token ids -> text.
 
-In: a GoldenSet, the source's folder, how many tokens of context there are. Out: one Request a prompt, the same for the
+In: a GoldenSet, the source's folder, how many tokens of context there are. Out: one Prompted a prompt, the same for the
 source and for every artifact of it, so that answers differ by the weights alone.
 """
 
@@ -15,7 +15,7 @@ from quantize.calibration.text import load_tokenizer
 from quantize.errors import UsageError
 from quantize.evaluate.golden import PLACE, GoldenSet, Haystack, Prompt
 from quantize.model.checkpoint import read_json
-from quantize.runtimes.base import Request
+from quantize.runtimes.base import Prompted
 
 _END_TOKENS = ("<|im_end|>", "<|eot_id|>", "<|end|>", "<end_of_turn>", "<|endoftext|>", "</s>", "<|end_of_text|>")
 _REMARK = "Entry {number}: {sentence}"
@@ -25,7 +25,7 @@ _REMARK = "Entry {number}: {sentence}"
 class Asked:
     """What is asked: one request and one readable prompt for each prompt of the set, in its order."""
 
-    requests: tuple[Request, ...]
+    requests: tuple[Prompted, ...]
     prompts: tuple[str, ...]
     context: int
 
@@ -98,7 +98,7 @@ def ask(golden: GoldenSet, tokenizer: PromptTokenizer, context: int) -> Asked:
                 f"than the context of {context}",
                 hint="shorten the prompt, or evaluate with a larger context",
             )
-        requests.append(Request(tuple(ids), item.prompt.max_tokens, tokenizer.stop))
+        requests.append(Prompted(tuple(ids), item.prompt.max_tokens, tokenizer.stop))
         texts.append(text)
     return Asked(tuple(requests), tuple(texts), context)
 

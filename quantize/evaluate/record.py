@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from quantize.evaluate.gates import Decision, Figures, Limits
+from quantize.evaluate.gates import Decision, Figures, GateThresholds
 
 if TYPE_CHECKING:
     from quantize.evaluate.answers import GoldenResult
@@ -28,11 +28,11 @@ Count = Annotated[int, Field(ge=0, le=1 << 62)]
 Asked = Annotated[int, Field(ge=0, le=100_000)]  # golden prompts
 
 
-class _Strict(BaseModel):
+class _RecordModel(BaseModel):
     model_config = ConfigDict(strict=True, extra="allow")
 
 
-class _Quality(_Strict):
+class _Quality(_RecordModel):
     perplexity: Number
     source_perplexity: Number
     perplexity_ratio: Number
@@ -52,24 +52,24 @@ class _Quality(_Strict):
     source_runtime_version: str
 
 
-class _Answer(_Strict):
+class _AnswerModel(_RecordModel):
     text: str
     passed: bool
     reason: str
 
 
-class _Result(_Strict):
+class _Result(_RecordModel):
     key: str
     category: str
     language: str
     kind: str
     prompt: str
     change: Literal["kept", "lost", "gained", "failed"]
-    source: _Answer
-    artifact: _Answer
+    source: _AnswerModel
+    artifact: _AnswerModel
 
 
-class _GoldenRecord(_Strict):
+class _GoldenRecord(_RecordModel):
     hash: str
     context: Count
     prompts: Asked
@@ -79,7 +79,7 @@ class _GoldenRecord(_Strict):
     results: list[_Result]
 
 
-class _Figures(_Strict):
+class _Figures(_RecordModel):
     mean_kl: Number | None = None
     perplexity_ratio: Number | None = None
     golden_source_passed: Asked | None = None
@@ -96,7 +96,7 @@ class _Figures(_Strict):
     checks: dict[str, str] = {}
 
 
-class _Limits(_Strict):
+class _Limits(_RecordModel):
     max_kl: float = 0
     max_perplexity_ratio: float = 0
     min_golden_pass_rate: float = 0
@@ -109,25 +109,25 @@ class _Limits(_Strict):
     golden_beyond_chance: bool = True
 
 
-class _Finding(_Strict):
+class _Finding(_RecordModel):
     gate: str
     outcome: str
     reason: str
 
 
-class _Named(_Strict):
+class _NamedModel(_RecordModel):
     name: str
     format: str = ""
     uri: str = ""
 
 
-class _Machine(_Strict):
+class _Machine(_RecordModel):
     processor: str
     cores: Count
     gpus: list[str]
 
 
-class _Record(_Strict):
+class _Record(_RecordModel):
     """What readers of a record take for granted; there may be more in it."""
 
     verdict: str
@@ -137,8 +137,8 @@ class _Record(_Strict):
     quality: _Quality | None
     golden: _GoldenRecord | None
     held_out: str | None
-    artifact: _Named
-    source: _Named
+    artifact: _NamedModel
+    source: _NamedModel
     machine: _Machine
     evaluated_at: str = ""
 
@@ -247,7 +247,7 @@ def failed_record(figures: Figures, about: Mapping[str, Any]) -> dict[str, Any]:
     return {**about, "quality": None, "golden": None, "held_out": None, "figures": _plain(asdict(figures))}
 
 
-def decided(record: Mapping[str, Any], decision: Decision, limits: Limits) -> dict[str, Any]:
+def decided(record: Mapping[str, Any], decision: Decision, limits: GateThresholds) -> dict[str, Any]:
     """The record with a decision, and the limits that it was taken by, in the place of any earlier one."""
     findings = [asdict(finding) for finding in decision.findings]
     return {**record, "verdict": decision.verdict, "limits": asdict(limits), "findings": findings}

@@ -1,7 +1,7 @@
 """One evaluation: the source's side once, from the cache if it is there; then the artifact's; then both compared.
 
-In: a Job (two models, held-out text, golden prompts, settings). Out: Evaluation. Both public functions are meant to run
-in a worker process (run_step): they load libraries that patch others, and hold a whole model.
+In: an EvaluationJob (two models, held-out text, golden prompts, settings). Out: Evaluation. Both public functions are
+meant to run in a worker process (run_step): they load libraries that patch others, and hold a whole model.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class CalibratedOn:
 
 
 @dataclass(frozen=True)
-class Job:
+class EvaluationJob:
     """What to evaluate, and on what.
 
     source_digest: names the source's content, for the cache. text: `python-docs` or a file relative to `base`.
@@ -97,12 +97,12 @@ class _Material:
     held_out: str
 
 
-def prepare_source(reporter: Reporter, job: Job) -> None:
+def prepare_source(reporter: Reporter, job: EvaluationJob) -> None:
     """Put the source's side into the cache. Raises UsageError, RecipeError, RefusedError, VerifyError."""
     _source_side(reporter, job, _material(job))
 
 
-def evaluate(reporter: Reporter, job: Job) -> Evaluation:
+def evaluate(reporter: Reporter, job: EvaluationJob) -> Evaluation:
     """Measure an artifact against its source.
 
     Raises UsageError (text, prompts), RecipeError (golden files), RefusedError (text that was calibrated on),
@@ -142,7 +142,7 @@ def figures(evaluation: Evaluation, *, size_bytes: int, source_bytes: int) -> Fi
     )
 
 
-def _material(job: Job) -> _Material:
+def _material(job: EvaluationJob) -> _Material:
     tokenizer = PromptTokenizer(_tokenizer_folder(job))
     text = load_text(job.text, job.base, column=job.column)
     windows = cut_windows(text, tokenizer.encode, prefix=tokenizer.prefix, window=job.window, limit=job.windows_limit)
@@ -154,7 +154,7 @@ def _material(job: Job) -> _Material:
     return _Material(tokenizer, windows, golden, ask(golden, tokenizer, context), context, held_out)
 
 
-def _held_out(job: Job, windows: Windows) -> str:
+def _held_out(job: EvaluationJob, windows: Windows) -> str:
     """Hold the text against what was calibrated on; a sentence that says how. Raises RefusedError if they share it."""
     seen = job.calibrated_on
     if seen is None:
@@ -171,7 +171,7 @@ def _held_out(job: Job, windows: Windows) -> str:
     return f"compared with {found.tokens:,} tokens in {len(found.token_ids)} sequences, disjoint"
 
 
-def _tokenizer_folder(job: Job) -> Path:
+def _tokenizer_folder(job: EvaluationJob) -> Path:
     return job.source.folder if (job.source.folder / "tokenizer_config.json").is_file() else job.artifact.folder
 
 
@@ -182,11 +182,11 @@ def _max_context(folder: Path) -> int:
     return ModelShape.from_config(read_json(path)).max_context
 
 
-def _longest(job: Job, material: _Material) -> int:
+def _longest(job: EvaluationJob, material: _Material) -> int:
     return max(job.window, material.context)
 
 
-def _source_side(reporter: Reporter, job: Job, material: _Material) -> tuple[Baseline, tuple[str, ...]]:
+def _source_side(reporter: Reporter, job: EvaluationJob, material: _Material) -> tuple[Baseline, tuple[str, ...]]:
     """The source's baseline and golden answers; the source is only loaded for what is not in the cache."""
     cache = Cache(job.cache)
     kind = runtime_kind(job.source.format)
@@ -214,7 +214,7 @@ def _answers(reporter: Reporter, runtime: Runtime, material: _Material, side: st
     return [material.tokenizer.decode(ids) for ids in runtime.answer(material.asked.requests)]
 
 
-def _answers_key(job: Job, material: _Material, tools: dict[str, str]) -> str:
+def _answers_key(job: EvaluationJob, material: _Material, tools: dict[str, str]) -> str:
     asked = material.asked
     requests = [[item.token_ids, item.max_tokens, sorted(item.stop)] for item in asked.requests] if asked else []
     pinned = json.dumps([job.source_digest, requests, tools], sort_keys=True)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from quantize.calibration.budget import BlockMemory
 from quantize.calibration.journal import Resumable
-from quantize.calibration.spread import Spread
+from quantize.calibration.spread import PassSpread
 from quantize.errors import QuantizeError, UsageError
 from quantize.events import Reporter
 from quantize.model.checkpoint import Checkpoint
@@ -58,19 +58,19 @@ class SizePlan:
 
 
 @dataclass(frozen=True)
-class Limits:
+class RunLimits:
     """How a build runs; none of it may change a byte of what is written. spread: the calibration pass, on a cluster."""
 
     threads: int = 1
     device: str = "cpu"
     memory_budget_bytes: int | None = None
-    spread: Spread | None = None
+    spread: PassSpread | None = None
 
     @classmethod
     def of(
         cls, threads: int | None = None, device: str = "cpu", memory_budget: int | str | None = None, *,
         here: bool = True,
-    ) -> Limits:  # fmt: skip
+    ) -> RunLimits:  # fmt: skip
         """Limits as people give them. threads: None takes every core. memory_budget: bytes, or such as "6GiB".
 
         here: they are for this machine. Raises UsageError: a size that can't be read, a device that is not there.
@@ -111,7 +111,7 @@ class Context:
     cache: Cache
     staging: Path
     scratch: Path
-    limits: Limits = field(default_factory=Limits)
+    limits: RunLimits = field(default_factory=RunLimits)
     calibration: CalibrationEntry | None = None
 
 
@@ -205,7 +205,7 @@ class Builder(Protocol[OptionsT]):
     def intermediates(self, context: Context) -> Sequence[tuple[str, str]]:
         """Cache entries (kind, key) that builds of this checkpoint make for one another, and nothing needs later."""
 
-    def verify(self, folder: Path, checkpoint: Checkpoint, limits: Limits, reporter: Reporter) -> Mapping[str, Any]:
+    def verify(self, folder: Path, checkpoint: Checkpoint, limits: RunLimits, reporter: Reporter) -> Mapping[str, Any]:
         """Open the artifact in its real runtime and compare it with its source. Raises VerifyError.
 
         Returns facts for measurements.json.

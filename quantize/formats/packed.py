@@ -17,7 +17,7 @@ from quantize.calibration.budget import BlockMemory
 from quantize.errors import BuildError, PlanError
 from quantize.events import Reporter, status
 from quantize.files.shards import ShardWriter, files_bytes, table_bytes
-from quantize.formats.base import BuildResult, Collector, Context, KeptTensor, Limits, SizePlan
+from quantize.formats.base import BuildResult, Collector, Context, KeptTensor, RunLimits, SizePlan
 from quantize.model.architecture import BlockLayout, block_count, block_index, block_layout
 from quantize.model.checkpoint import CONFIG_FILES, TOKENIZER_FILES, Checkpoint
 from quantize.numerics.constants import SOLVED_ROWS
@@ -39,14 +39,14 @@ CHECKED_ELEMENTS = 1 << 20  # of a tensor, looked at together for values beyond 
 
 
 @dataclass(frozen=True)
-class Layout:
+class TensorLayout:
     """Every tensor of the artifact in writing order, and the linears that are packed."""
 
     table: dict[str, tuple[str, Shape]]
     packed: frozenset[str]
 
 
-def plan_layout(checkpoint: Checkpoint, packed_table: PackedTable, stored_dtype: str = STORED_DTYPE) -> Layout:
+def plan_layout(checkpoint: Checkpoint, packed_table: PackedTable, stored_dtype: str = STORED_DTYPE) -> TensorLayout:
     """The tensors that the artifact will have: outside the blocks first, then block after block, the head last.
 
     Raises CheckpointError for an architecture that is not in the table.
@@ -61,7 +61,7 @@ def plan_layout(checkpoint: Checkpoint, packed_table: PackedTable, stored_dtype:
             table.update({prefix + suffix: entry for suffix, entry in packed_table(shape[0], shape[1]).items()})
         else:
             table[name] = (stored_dtype, shape)
-    return Layout(table, frozenset(packed))
+    return TensorLayout(table, frozenset(packed))
 
 
 def _order(name: str) -> tuple[int, int, str]:
@@ -91,7 +91,9 @@ def check_group_size(checkpoint: Checkpoint, group_size: int, out_multiple: int,
                 )
 
 
-def size_plan(checkpoint: Checkpoint, layout: Layout, config_text: str, stored_dtype: str = STORED_DTYPE) -> SizePlan:
+def size_plan(
+    checkpoint: Checkpoint, layout: TensorLayout, config_text: str, stored_dtype: str = STORED_DTYPE
+) -> SizePlan:
     """Exact bytes of the weight files, and of what is copied beside them."""
     weights = table_bytes(layout.table)
     beside = sum(path.stat().st_size for path in copied_files(checkpoint)) + len(config_text.encode())
@@ -100,7 +102,9 @@ def size_plan(checkpoint: Checkpoint, layout: Layout, config_text: str, stored_d
     return SizePlan(files_bytes(layout.table) + beside, weights, len(layout.table), bits, kept)
 
 
-def kept_tensors(checkpoint: Checkpoint, layout: Layout, stored_dtype: str = STORED_DTYPE) -> tuple[KeptTensor, ...]:
+def kept_tensors(
+    checkpoint: Checkpoint, layout: TensorLayout, stored_dtype: str = STORED_DTYPE
+) -> tuple[KeptTensor, ...]:
     """Every tensor that is not packed, with the reason."""
     kept = []
     for name in sorted(set(checkpoint.tensors) - layout.packed):
@@ -145,7 +149,9 @@ def write_beside(context: Context, text: str) -> tuple[str, ...]:
 class PackedCollector:
     """Writes the artifact's shards while the pass goes on; `solve` turns one block into its tensors."""
 
-    def __init__(self, context: Context, layout: Layout, solve: Callable[[Block], Solved], *, folds: bool) -> None:
+    def __init__(
+        self, context: Context, layout: TensorLayout, solve: Callable[[Block], Solved], *, folds: bool
+    ) -> None:
         self._context, self._layout, self._folds = context, layout, folds
         self.solve = solve
         self._writer = ShardWriter(context.staging, layout.table)
@@ -216,7 +222,7 @@ class PackedBuilder:
     source_copies = 0
     folds = False  # whether a group's scales go into the rows of another
 
-    def layout(self, checkpoint: Checkpoint, options: Any) -> Layout:
+    def layout(self, checkpoint: Checkpoint, options: Any) -> TensorLayout:
         """Every tensor of the artifact."""
         raise NotImplementedError
 
@@ -269,7 +275,7 @@ class PackedBuilder:
         """None."""
         return ()
 
-    def verify(self, folder: Path, checkpoint: Checkpoint, limits: Limits, reporter: Reporter) -> Mapping[str, Any]:
+    def verify(self, folder: Path, checkpoint: Checkpoint, limits: RunLimits, reporter: Reporter) -> Mapping[str, Any]:
         """Independent unpacking by gptqmodel, and greedy generation through transformers."""
         from quantize.formats.packed_check import check_packed
 

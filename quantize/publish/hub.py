@@ -39,7 +39,7 @@ PASSING = {408, 429, 500, 502, 503, 504}
 
 
 @dataclass(frozen=True)
-class Reference:
+class HubReference:
     """A repository on the hub, a revision of it, and the digest of what must be there."""
 
     repository: str
@@ -47,12 +47,12 @@ class Reference:
     digest: str | None
 
 
-def parse(text: str) -> Reference:
+def parse(text: str) -> HubReference:
     """Raises UsageError: not hf://ORG/NAME."""
     match = REFERENCE.fullmatch(text)
     if match is None:
         raise UsageError(f"{text!r} is not a place on the hub", hint="such as hf://me/model, or hf://me/model@REVISION")
-    return Reference(match["repository"], match["revision"], match["digest"])
+    return HubReference(match["repository"], match["revision"], match["digest"])
 
 
 class HubPlace:
@@ -60,7 +60,7 @@ class HubPlace:
 
     by_content = False
 
-    def __init__(self, reference: Reference, retry: Retry, *, write: bool) -> None:
+    def __init__(self, reference: HubReference, retry: Retry, *, write: bool) -> None:
         if "/" not in reference.repository:
             raise UsageError(f"hf://{reference.repository}: no repository", hint="such as hf://me/model")
         self._repository, self._revision = reference.repository, reference.revision or "main"

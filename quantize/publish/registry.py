@@ -19,7 +19,7 @@ from quantize.publish.base import Count, size_of, write_stream
 from quantize.publish.credentials import DOCKER_HUB, credential_for
 from quantize.publish.pack import MANIFEST_TYPE, MAX_MANIFEST_BYTES, Blob, Pack, digest_of
 from quantize.publish.retry import Again, Retry, persist
-from quantize.publish.web import Request, Web, is_loopback
+from quantize.publish.web import HttpRequest, Web, is_loopback
 
 CHUNK_BYTES = 16 << 20
 READ_BYTES = 1 << 20
@@ -41,7 +41,7 @@ NO_PIECES = {400, 404, 405, 411, 413, 415, 416, 501}  # what registries say that
 
 
 @dataclass(frozen=True)
-class Reference:
+class RegistryReference:
     """A registry's repository, and a tag or digest in it."""
 
     host: str
@@ -64,13 +64,15 @@ class Reference:
         return f"{scheme}://{self.host}/{self.repository}{end}"
 
 
-def parse(text: str) -> Reference:
+def parse(text: str) -> RegistryReference:
     """Raises UsageError: not oci://HOST/REPOSITORY with a tag or digest."""
     match = REFERENCE.fullmatch(text)
     if match is None:
         hint = "such as oci://ghcr.io/me/models, or oci://ghcr.io/me/models/name:tag; repositories are lower case"
         raise UsageError(f"{text!r} is not a place in a registry", hint=hint)
-    return Reference(match["host"], match["repository"].strip("/"), match["tag"], match["digest"], bool(match["plain"]))
+    return RegistryReference(
+        match["host"], match["repository"].strip("/"), match["tag"], match["digest"], bool(match["plain"])
+    )
 
 
 class RegistryPlace:
@@ -78,7 +80,7 @@ class RegistryPlace:
 
     by_content = True
 
-    def __init__(self, reference: Reference, retry: Retry, *, write: bool) -> None:
+    def __init__(self, reference: RegistryReference, retry: Retry, *, write: bool) -> None:
         if not reference.repository:
             raise UsageError(f"oci://{reference.host}: no repository", hint="such as oci://HOST/team/models")
         self._reference, self._retry = reference, retry
@@ -122,12 +124,14 @@ class RegistryPlace:
         return data
 
     def _manifest(self, reference: str) -> bytes | None:
-        answer = self._web.call(Request("GET", f"{self._base}/manifests/{reference}", {200, 404}, {"Accept": ACCEPTED}))
+        answer = self._web.call(
+            HttpRequest("GET", f"{self._base}/manifests/{reference}", {200, 404}, {"Accept": ACCEPTED})
+        )
         return answer.data if answer.status == 200 else None
 
     def has(self, blob: Blob, pack: Pack) -> bool:
         """Whether the blob is there with its size."""
-        answer = self._web.call(Request("HEAD", self._blob_url(blob), {200, 404}))
+        answer = self._web.call(HttpRequest("HEAD", self._blob_url(blob), {200, 404}))
         return answer.status == 200 and answer.headers.get("content-length", "") in ("", str(blob.size_bytes))
 
     def _blob_url(self, blob: Blob) -> str:
@@ -160,7 +164,7 @@ class RegistryPlace:
 
     def _put(self, pack: Pack, reference: str) -> None:
         url, headers = f"{self._base}/manifests/{reference}", {"Content-Type": MANIFEST_TYPE}
-        self._web.call(Request("PUT", url, {200, 201}, headers, pack.document))
+        self._web.call(HttpRequest("PUT", url, {200, 201}, headers, pack.document))
 
     def fetch(self, blob: Blob, target: Path, pack: Pack, count: Count) -> None:
         """Download one blob to a file; what is in it already is not fetched again."""
@@ -182,7 +186,7 @@ class RegistryPlace:
         if start >= blob.size_bytes > 0:
             return
         headers = {"Range": f"bytes={start}-"} if start else {}
-        with self._web.stream(Request("GET", self._blob_url(blob), {200, 206, 404, 416}, headers)) as response:
+        with self._web.stream(HttpRequest("GET", self._blob_url(blob), {200, 206, 404, 416}, headers)) as response:
             if response.status_code == 404:
                 raise VerifyError(f"{blob.path}: the registry has lost it", hint=ANEW)
             if response.status_code == 416:
@@ -230,7 +234,7 @@ class _Upload:
         self._counted = done
 
     def _begin(self) -> None:
-        answer = self._web.once(Request("POST", self._start_url, {202}, {"Content-Length": "0"}))
+        answer = self._web.once(HttpRequest("POST", self._start_url, {202}, {"Content-Length": "0"}))
         self._url = self._web.location(answer.url, answer.headers)
         least = answer.headers.get("oci-chunk-min-length", "")
         self._piece_bytes = max(CHUNK_BYTES << self._starts, int(least) if least.isdigit() else 0)
@@ -241,7 +245,7 @@ class _Upload:
     def _found_again(self) -> bool:
         """Ask where the upload is; False if the registry has dropped it."""
         assert self._url is not None
-        answer = self._web.once(Request("GET", self._url, {204, *NO_PIECES}))
+        answer = self._web.once(HttpRequest("GET", self._url, {204, *NO_PIECES}))
         match = re.fullmatch(r"(?:bytes=)?0-(\d+)", answer.headers.get("range", ""))
         if answer.status != 204 or match is None:
             return False
@@ -259,7 +263,7 @@ class _Upload:
             "Content-Range": f"{self._done}-{self._done + len(data) - 1}",
             "Content-Length": str(len(data)),
         }
-        answer = self._web.once(Request("PATCH", self._url, {202, *NO_PIECES}, headers, data))
+        answer = self._web.once(HttpRequest("PATCH", self._url, {202, *NO_PIECES}, headers, data))
         if answer.status == 202:
             self._url = self._web.location(answer.url, answer.headers)
             self.moved_to(self._done + len(data))
@@ -273,7 +277,7 @@ class _Upload:
         size = self._blob.size_bytes - self._done
         headers = {"Content-Type": "application/octet-stream", "Content-Length": str(size)}
         body = self._rest(self._done) if size else b""
-        answer = self._web.once(Request("PUT", url, {201, 204, *NO_PIECES}, headers, body))
+        answer = self._web.once(HttpRequest("PUT", url, {201, 204, *NO_PIECES}, headers, body))
         if answer.status in (201, 204):
             self.moved_to(self._blob.size_bytes)
             return

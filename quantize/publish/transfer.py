@@ -17,7 +17,7 @@ from quantize.publish.retry import Retry
 DRAW_SECONDS = 0.1
 
 
-class Stopped(Exception):
+class TransferStopped(Exception):
     """Another blob failed, or the user ended it."""
 
 
@@ -48,9 +48,9 @@ class Progress:
         self.done = 0
 
     def count(self, more: int) -> None:
-        """So many more bytes. Raises Stopped."""
+        """So many more bytes. Raises TransferStopped."""
         if self._session.stop.is_set():
-            raise Stopped
+            raise TransferStopped
         with self._session.lock:
             self.done += more
             now = time.monotonic()

@@ -43,7 +43,7 @@ def is_loopback(host: str) -> bool:
 
 
 @dataclass(frozen=True)
-class Request:
+class HttpRequest:
     """What to ask. good: statuses that are an answer. body: bytes, or what makes them anew for each try."""
 
     method: str
@@ -54,7 +54,7 @@ class Request:
 
 
 @dataclass(frozen=True)
-class Answer:
+class Response:
     """A response that was read whole. url: what answered, after redirects."""
 
     status: int
@@ -85,20 +85,20 @@ class Web:
         """Close what is open."""
         self._client.close()
 
-    def call(self, request: Request) -> Answer:
+    def call(self, request: HttpRequest) -> Response:
         """One request, tried again while what goes wrong may pass.
 
         Raises TransferError: given up, or a status that is not good. RefusedError: a redirect that leaves https.
         """
         return persist(lambda: self.once(request), self.retry, self.host)
 
-    def once(self, request: Request) -> Answer:
+    def once(self, request: HttpRequest) -> Response:
         """One try. Raises Again besides what `call` raises."""
         with self.stream(request) as response:
-            return Answer(response.status_code, response.headers, response.request.url, _read(response))
+            return Response(response.status_code, response.headers, response.request.url, _read(response))
 
     @contextmanager
-    def stream(self, request: Request) -> Iterator[httpx2.Response]:
+    def stream(self, request: HttpRequest) -> Iterator[httpx2.Response]:
         """One try, whose answer is left to read, as it was sent."""
         with _passing():
             response = self._answer(request)
@@ -118,7 +118,7 @@ class Web:
         _check_scheme(before, url)
         return str(url)
 
-    def _answer(self, request: Request) -> httpx2.Response:
+    def _answer(self, request: HttpRequest) -> httpx2.Response:
         target, used = httpx2.URL(request.url), self._authorization
         for _ in range(MAX_HOPS):
             response = self._send(request, target, used)
@@ -136,7 +136,7 @@ class Web:
             target = httpx2.URL(self.location(target, response.headers))
         raise TransferError(f"{self.host}: more than {MAX_HOPS} redirects in a row")
 
-    def _send(self, request: Request, url: httpx2.URL, authorization: str) -> httpx2.Response:
+    def _send(self, request: HttpRequest, url: httpx2.URL, authorization: str) -> httpx2.Response:
         own = {"Accept-Encoding": "identity", **request.headers}
         if authorization and url.origin == self.origin.origin:
             own["Authorization"] = authorization

@@ -122,7 +122,7 @@ class CalibrationSpec(BaseModel):
     )
 
 
-class Gates(BaseModel):
+class GateLimits(BaseModel):
     """Limits that an artifact must keep, measured against its source."""
 
     model_config = Strict
@@ -188,7 +188,7 @@ class _RecipeFile(BaseModel):
     defaults: dict[str, Any] = Field(default_factory=dict, description="options that all variants share")
     variants: Annotated[list[dict[str, Any]], Field(min_length=1)]
     evaluation: EvaluationSpec = EvaluationSpec()
-    gates: Gates | None = None
+    gates: GateLimits | None = None
     publish: PublishPolicy = PublishPolicy()
 
 
@@ -218,7 +218,7 @@ class Recipe:
     calibration: CalibrationSpec | None
     variants: tuple[Variant, ...]
     evaluation: EvaluationSpec
-    gates: Gates | None
+    gates: GateLimits | None
     path: Path
     text: str
     notes: tuple[str, ...] = ()

@@ -1,6 +1,7 @@
 """What the store knows about the artifacts of a recipe: manifests, and whatever was measured.
 
-In: a store and a name. Out: Subject with its Entries. What was not measured, or can't be read, is None: a page says so.
+In: a store and a name. Out: PageSubject with its Entries. What was not measured, or can't be read, is None: a page
+says so.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from pydantic import ValidationError
 from quantize.bench.result import BenchResult
 from quantize.errors import RecipeError, UsageError
 from quantize.evaluate.record import read_record
-from quantize.recipe.model import Gates
+from quantize.recipe.model import GateLimits
 from quantize.recipe.yaml import read_document
 from quantize.store.artifact import Artifact
 from quantize.store.manifest import RECIPE_NAME, SourceEntry
@@ -36,7 +37,7 @@ class Layer:
 
 
 @dataclass(frozen=True)
-class Entry:
+class MeasuredArtifact:
     """One artifact and what was measured of it.
 
     called: what other commands find it by. refused: a gate refused it, and it is kept aside.
@@ -68,11 +69,11 @@ class Entry:
 
 
 @dataclass(frozen=True)
-class Subject:
+class PageSubject:
     """What a page is about: a recipe's artifacts, or one of them. gates: the recipe's own, as in its file."""
 
     name: str
-    entries: tuple[Entry, ...]
+    entries: tuple[MeasuredArtifact, ...]
     gates: Mapping[str, Any]
     description: str
 
@@ -82,7 +83,7 @@ class Subject:
         return self.entries[0].artifact.manifest.source
 
 
-def collect(store: Store, name: str | None) -> Subject:
+def collect(store: Store, name: str | None) -> PageSubject:
     """Gather a recipe's current artifacts and the refused ones that are newer, or one artifact.
 
     None means the only recipe of the store.
@@ -110,11 +111,11 @@ def collect(store: Store, name: str | None) -> Subject:
     return _subject(name, sorted(entries, key=lambda entry: (entry.artifact.manifest.size_bytes, entry.variant)))
 
 
-def _subject(name: str, entries: list[Entry]) -> Subject:
+def _subject(name: str, entries: list[MeasuredArtifact]) -> PageSubject:
     newest = max(entries, key=lambda entry: str(entry.measurements.get("built_at", "")))
     recipe = _recipe(newest.artifact)
     description = recipe.get("description")
-    return Subject(
+    return PageSubject(
         name,
         tuple(entries),
         _gates(recipe.get("gates")),
@@ -122,9 +123,9 @@ def _subject(name: str, entries: list[Entry]) -> Subject:
     )
 
 
-def _entry(artifact: Artifact, called: str, *, refused: bool) -> Entry:
+def _entry(artifact: Artifact, called: str, *, refused: bool) -> MeasuredArtifact:
     measurements = artifact.measurements()
-    return Entry(
+    return MeasuredArtifact(
         artifact,
         called,
         refused,
@@ -164,7 +165,7 @@ def _recipe(artifact: Artifact) -> Mapping[str, Any]:
 
 def _gates(data: Any) -> Mapping[str, Any]:
     try:
-        return Gates.model_validate(data).model_dump(exclude_unset=True)
+        return GateLimits.model_validate(data).model_dump(exclude_unset=True)
     except ValidationError:
         return {}
 

@@ -1,6 +1,6 @@
 """The production decision in words: what is decided, under which conditions it holds, and how to go back.
 
-In: a Subject and its Choice. Out: DecisionText, for production_decision.md and the page.
+In: a PageSubject and its Choice. Out: DecisionText, for production_decision.md and the page.
 """
 
 from __future__ import annotations
@@ -8,9 +8,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from quantize.evaluate.gates import Limits
-from quantize.report.collect import Entry, Subject
-from quantize.report.production import MAX_ERROR_RATE, SERVING, Choice, Verdict
+from quantize.evaluate.gates import GateThresholds
+from quantize.report.collect import MeasuredArtifact, PageSubject
+from quantize.report.production import MAX_ERROR_RATE, SERVING, Choice, ServingVerdict
 
 PROMPTED = {"golden prompts", "JSON answers"}
 """Gates that an evaluation leaves open if the recipe has no prompts for them."""
@@ -29,7 +29,7 @@ class DecisionText:
     rollback: tuple[str, ...]
 
 
-def decision_text(subject: Subject, choice: Choice) -> DecisionText:
+def decision_text(subject: PageSubject, choice: Choice) -> DecisionText:
     """Put a choice into words."""
     word, title, why = headline(choice)
     limits = (choice.serve or choice.verdicts[0]).limits
@@ -59,7 +59,7 @@ def headline(choice: Choice) -> tuple[str, str, str]:
     return "insufficient evidence", "Insufficient evidence.", f"{why} To measure it: {_measure(unknown[0])}."
 
 
-def _why(choice: Choice, serve: Verdict) -> str:
+def _why(choice: Choice, serve: ServingVerdict) -> str:
     """Why this one of those that are accepted, and what is not known of it."""
     smallest, number = choice.usable[0], len(choice.usable)
     if number == 1:
@@ -76,7 +76,7 @@ def _why(choice: Choice, serve: Verdict) -> str:
     return f"{why} {_not_measured(serve)}".strip()
 
 
-def _not_measured(verdict: Verdict) -> str:
+def _not_measured(verdict: ServingVerdict) -> str:
     """What the decision was taken without; "" if every figure is there."""
     names = listed(verdict.not_measured)
     if not names:
@@ -86,7 +86,7 @@ def _not_measured(verdict: Verdict) -> str:
     return f"{names.capitalize()} {were} not measured ({command}); the recipe sets no limit on {them}."
 
 
-def _measure(verdict: Verdict) -> str:
+def _measure(verdict: ServingVerdict) -> str:
     """What gives the evidence that a verdict lacks."""
     missing, called = {finding.gate for finding in verdict.decision.missing}, verdict.entry.called
     steps = []
@@ -104,7 +104,7 @@ def listed(names: Sequence[str]) -> str:
     return " and ".join(part for part in (", ".join(names[:-1]), *names[-1:]) if part)
 
 
-def _context(subject: Subject) -> tuple[str, ...]:
+def _context(subject: PageSubject) -> tuple[str, ...]:
     source = subject.source
     lines = [f"{source.name} ({source.uri}), {source.parameters:,} parameters, recipe `{subject.name}`."]
     if subject.description:
@@ -114,7 +114,7 @@ def _context(subject: Subject) -> tuple[str, ...]:
     return tuple(lines)
 
 
-def _limits(limits: Limits) -> tuple[tuple[str, str], ...]:
+def _limits(limits: GateThresholds) -> tuple[tuple[str, str], ...]:
     serving = [
         ("latency, 95th percentile", limits.max_latency_p95_seconds, "{:g} s"),
         ("memory at the peak", limits.max_memory_bytes, "{:,} bytes"),
@@ -131,11 +131,11 @@ def _limits(limits: Limits) -> tuple[tuple[str, str], ...]:
     )
 
 
-def _error_rate(limits: Limits) -> float:
+def _error_rate(limits: GateThresholds) -> float:
     return MAX_ERROR_RATE if limits.max_error_rate is None else limits.max_error_rate
 
 
-def _conditions(chosen: Verdict, subject: Subject) -> list[str]:
+def _conditions(chosen: ServingVerdict, subject: PageSubject) -> list[str]:
     """What the figures hold for; nothing else was measured."""
     entry, quality = chosen.entry, chosen.entry.quality
     lines = [f"The artifact is `{entry.artifact.ref}`: another digest is another decision."]
@@ -156,7 +156,7 @@ def _conditions(chosen: Verdict, subject: Subject) -> list[str]:
     return lines
 
 
-def _load_conditions(entry: Entry) -> list[str]:
+def _load_conditions(entry: MeasuredArtifact) -> list[str]:
     bench = entry.bench
     if bench is None:
         return []
@@ -173,7 +173,7 @@ def _load_conditions(entry: Entry) -> list[str]:
     return lines
 
 
-def _rollback(choice: Choice, subject: Subject) -> tuple[str, ...]:
+def _rollback(choice: Choice, subject: PageSubject) -> tuple[str, ...]:
     if choice.serve is None:
         return ("Nothing new is served: what serves now goes on.",)
     source = subject.source

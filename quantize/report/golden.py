@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from quantize.report.collect import Entry
+from quantize.report.collect import MeasuredArtifact
 
 MARKS = {"kept": "pass", "gained": "gained", "lost": "LOST", "failed": "fail"}
 MAX_DIFFED = 4000
@@ -70,7 +70,7 @@ class GoldenView:
     note: str
 
 
-def golden_view(entries: Sequence[Entry]) -> GoldenView:
+def golden_view(entries: Sequence[MeasuredArtifact]) -> GoldenView:
     """The matrix over all variants, and the differences of each."""
     asked = [entry for entry in entries if entry.golden.get("results")]
     if not asked:
@@ -107,7 +107,7 @@ def _row(key: str, found: Mapping[str, Mapping[str, Any]], variants: Sequence[st
     return MatrixRow(key, str(first.get("category", "")), str(first.get("language", "")), tuple(cells))
 
 
-def _diffs(entry: Entry) -> list[Diff]:
+def _diffs(entry: MeasuredArtifact) -> list[Diff]:
     changed = [item for item in entry.golden["results"] if item["change"] in ("lost", "gained")]
     changed.sort(key=lambda item: (item.get("kind") == "same", item["change"] != "lost"))
     return [_diff(entry.variant, item) for item in changed]

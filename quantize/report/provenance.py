@@ -10,13 +10,13 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from quantize import __version__
-from quantize.report.collect import Entry, Subject
+from quantize.report.collect import MeasuredArtifact, PageSubject
 from quantize.report.table import Table
 
 SHORT = 12
 
 
-def source_facts(subject: Subject) -> tuple[tuple[str, str], ...]:
+def source_facts(subject: PageSubject) -> tuple[tuple[str, str], ...]:
     """Name and value of what there is to say about the source."""
     source = subject.source
     facts = [("model", source.uri)]
@@ -32,7 +32,7 @@ def source_facts(subject: Subject) -> tuple[tuple[str, str], ...]:
     return tuple(facts)
 
 
-def made(entries: Sequence[Entry]) -> str:
+def made(entries: Sequence[MeasuredArtifact]) -> str:
     """What made the page, and from when its figures are; not when it was made: the same figures give the same page."""
     dates = [str(entry.measurements.get("built_at", "")) for entry in entries]
     dates += [str((entry.evaluation or {}).get("evaluated_at", "")) for entry in entries]
@@ -42,9 +42,9 @@ def made(entries: Sequence[Entry]) -> str:
     return f"Made by quantize {__version__}{when}."
 
 
-def provenance(entries: Sequence[Entry]) -> Table:
+def provenance(entries: Sequence[MeasuredArtifact]) -> Table:
     """One row a fact, one column an artifact."""
-    rows: list[tuple[str, Callable[[Entry], str]]] = [
+    rows: list[tuple[str, Callable[[MeasuredArtifact], str]]] = [
         ("digest", lambda entry: entry.artifact.manifest.short_digest),
         ("build key", lambda entry: entry.artifact.manifest.build_key[:SHORT]),
         ("options", lambda entry: _options(entry)),
@@ -60,29 +60,29 @@ def provenance(entries: Sequence[Entry]) -> Table:
     return Table(("", *(entry.variant for entry in entries)), body)
 
 
-def _options(entry: Entry) -> str:
+def _options(entry: MeasuredArtifact) -> str:
     options = {key: value for key, value in entry.artifact.manifest.options.items() if key != "format"}
     return ", ".join(f"{key} {json.dumps(value)}" for key, value in options.items() if value not in (None, {}, []))
 
 
-def _files(entry: Entry) -> str:
+def _files(entry: MeasuredArtifact) -> str:
     files = sorted(entry.artifact.manifest.files, key=lambda item: -item.size_bytes)[:1]
     return ", ".join(f"{item.path}, {item.size_bytes:,} bytes, sha256 {item.sha256[:SHORT]}…" for item in files)
 
 
-def _calibration(entry: Entry) -> str:
+def _calibration(entry: MeasuredArtifact) -> str:
     seen = entry.artifact.manifest.calibration
     return f"{seen.sequences} sequences, {seen.tokens:,} tokens, sha256 {seen.hash[:SHORT]}…" if seen else "none"
 
 
-def _built(entry: Entry) -> str:
+def _built(entry: MeasuredArtifact) -> str:
     made = entry.measurements
     machine = made.get("machine")
     where = f", {machine.get('system', '')} {machine.get('processor', '')}" if isinstance(machine, Mapping) else ""
     return f"{made.get('built_at', 'unknown')}, {made.get('build_seconds', '?')} s{where}"
 
 
-def _evaluated(entry: Entry) -> str:
+def _evaluated(entry: MeasuredArtifact) -> str:
     quality, record = entry.quality, entry.evaluation or {}
     if not quality:
         return "not measured"
@@ -92,7 +92,7 @@ def _evaluated(entry: Entry) -> str:
     return f"{quality.get('runtime')} ({quality.get('runtime_version')}), {source}{where}"
 
 
-def _text(entry: Entry) -> str:
+def _text(entry: MeasuredArtifact) -> str:
     quality = entry.quality
     if not quality:
         return "not measured"
@@ -100,7 +100,7 @@ def _text(entry: Entry) -> str:
     return f"{quality.get('text_name')}, {windows}, sha256 {str(quality.get('text_hash', ''))[:SHORT]}…"
 
 
-def _benched(entry: Entry) -> str:
+def _benched(entry: MeasuredArtifact) -> str:
     if entry.bench is None:
         return "not measured"
     used = entry.bench.measured_with

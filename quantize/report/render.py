@@ -13,7 +13,7 @@ from typing import Any
 import jinja2
 from markupsafe import Markup, escape
 
-from quantize.report.collect import Subject, collect
+from quantize.report.collect import PageSubject, collect
 from quantize.report.decision_text import decision_text, headline
 from quantize.report.production import Choice, judge
 from quantize.report.views import page_of
@@ -24,7 +24,7 @@ from quantize.system.files import write_text
 HTML, MARKDOWN, DECISION = "report.html", "report.md", "production_decision.md"
 
 
-def render(subject: Subject) -> dict[str, str]:
+def render(subject: PageSubject) -> dict[str, str]:
     """The text of each page, by file name; the same measurements give the same text."""
     choice = judge(subject)
     values = {"page": page_of(subject, choice), "decision": decision_text(subject, choice)}

@@ -1,6 +1,7 @@
 """What the templates show: words, numbers with their units, tables and plots; the same for Markdown and HTML.
 
-In: a Subject and its Choice. Out: a Page of plain text and SVG. A figure that is not there is shown as "not measured".
+In: a PageSubject and its Choice. Out: a Page of plain text and SVG. A figure that is not there is shown as "not
+measured".
 """
 
 from __future__ import annotations
@@ -13,9 +14,9 @@ from quantize.bench.result import BenchResult, Cell
 from quantize.evaluate.gates import Finding
 from quantize.evaluate.record import GoldenCount, source_lines
 from quantize.report.charts import Point, Range, heatmap, ranges, scatter
-from quantize.report.collect import Entry, Layer, Subject
+from quantize.report.collect import Layer, MeasuredArtifact, PageSubject
 from quantize.report.golden import GoldenView, golden_view
-from quantize.report.production import Choice, Verdict
+from quantize.report.production import Choice, ServingVerdict
 from quantize.report.provenance import made, provenance, source_facts
 from quantize.report.table import Table
 from quantize.system.sizes import size_text
@@ -27,7 +28,7 @@ BLOCK_ORDER = ("q_proj", "k_proj", "v_proj", "qkv_proj", "o_proj", "gate_proj", 
 
 
 @dataclass(frozen=True)
-class Card:
+class ArtifactCard:
     """One artifact at a glance. colour: index of its colour in the plots; reason: the first thing to know."""
 
     variant: str
@@ -60,7 +61,7 @@ class Page:
     title: str
     description: str
     facts: tuple[tuple[str, str], ...]
-    cards: tuple[Card, ...]
+    cards: tuple[ArtifactCard, ...]
     glance: Table
     quality_plot: str
     quality_note: str
@@ -76,7 +77,7 @@ class Page:
     made: str
 
 
-def page_of(subject: Subject, choice: Choice) -> Page:
+def page_of(subject: PageSubject, choice: Choice) -> Page:
     """Put a subject into words, numbers and plots."""
     entries = subject.entries
     return Page(
@@ -106,10 +107,10 @@ def shown(value: float | None, form: str) -> str:
     return MISSING if value is None else form.format(value)
 
 
-def _card(verdict: Verdict, index: int) -> Card:
+def _card(verdict: ServingVerdict, index: int) -> ArtifactCard:
     manifest = verdict.entry.artifact.manifest
     risk = manifest.accepted_risk
-    return Card(
+    return ArtifactCard(
         variant=manifest.variant,
         ref=verdict.entry.artifact.ref,
         format=manifest.format,
@@ -124,7 +125,7 @@ def _card(verdict: Verdict, index: int) -> Card:
     )
 
 
-def _first_reason(verdict: Verdict) -> str:
+def _first_reason(verdict: ServingVerdict) -> str:
     decision = verdict.decision
     for findings in (decision.refusals, decision.missing, decision.flags):
         if findings:
@@ -161,7 +162,7 @@ def _glance(choice: Choice) -> Table:
     return Table((*columns, "golden", "verdict"), tuple(rows))
 
 
-def _source_row(verdicts: Sequence[Verdict]) -> tuple[str, ...]:
+def _source_row(verdicts: Sequence[ServingVerdict]) -> tuple[str, ...]:
     source = verdicts[0].entry.artifact.manifest.source
     measured = next((item.entry for item in verdicts if item.entry.quality), verdicts[0].entry)
     bits = f"{8 * source.weights_bytes / source.parameters:.2f}" if source.parameters else ""
@@ -182,7 +183,7 @@ def _quality_plot(choice: Choice) -> str:
     return scatter(points, **titles, limit=limit, limit_name=name)
 
 
-def _quality_note(entries: Sequence[Entry]) -> str:
+def _quality_note(entries: Sequence[MeasuredArtifact]) -> str:
     measured = [entry for entry in entries if entry.quality]
     if not measured:
         return "No quality was measured: run `quantize eval`, or build with a version that does."
@@ -201,7 +202,7 @@ def _quality_note(entries: Sequence[Entry]) -> str:
     return note
 
 
-def _memory(entries: Sequence[Entry]) -> Table:
+def _memory(entries: Sequence[MeasuredArtifact]) -> Table:
     cells: dict[tuple[int, int], dict[str, str]] = {}
     for entry in entries:
         for cell in entry.artifact.manifest.estimate.get("vram_bytes", ()):
@@ -223,7 +224,7 @@ def _measured_peak(bench: BenchResult | None) -> str:
     return MISSING if peak is None else f"{peak / 2**30:.2f}"
 
 
-def _memory_note(entries: Sequence[Entry]) -> str:
+def _memory_note(entries: Sequence[MeasuredArtifact]) -> str:
     runtimes = sorted({str(entry.artifact.manifest.estimate.get("runtime", "")) for entry in entries} - {""})
     note = (
         f"GiB on the device, expected – safe upper, estimated for {', '.join(runtimes)} with the KV cache at 16 bits."
@@ -235,7 +236,7 @@ def _memory_note(entries: Sequence[Entry]) -> str:
     return note
 
 
-def _latency(entries: Sequence[Entry]) -> Table:
+def _latency(entries: Sequence[MeasuredArtifact]) -> Table:
     columns = ("variant", "shape (in → out)", "load", "requests", "first token p50", "p95", "latency p50", "p95", "p99")
     rows = [_latency_row(entry.variant, cell) for entry in entries if entry.bench for cell in entry.bench.cells]
     return Table((*columns, "tokens/s", "requests/s", "errors"), tuple(rows))
@@ -261,7 +262,7 @@ def _seconds(value: float | None) -> str:
     return f"{value * 1000:,.0f} ms" if value < 1 else f"{value:,.2f} s"
 
 
-def _latency_plots(entries: Sequence[Entry]) -> tuple[str, ...]:
+def _latency_plots(entries: Sequence[MeasuredArtifact]) -> tuple[str, ...]:
     """One plot a shape: a group for each load, in it a line for each artifact."""
     shapes = dict.fromkeys(cell.shape for entry in entries if entry.bench for cell in entry.bench.cells)
     plots = []
@@ -281,7 +282,7 @@ def _load_name(cell: Cell) -> str:
     return f"{cell.concurrency} at a time" if cell.rate is None else f"{cell.rate:g} a second"
 
 
-def _latency_note(entries: Sequence[Entry]) -> str:
+def _latency_note(entries: Sequence[MeasuredArtifact]) -> str:
     benches = [entry.bench for entry in entries if entry.bench is not None]
     if not benches:
         return "No latency was measured: run `quantize bench ARTIFACT`."
@@ -293,7 +294,7 @@ def _latency_note(entries: Sequence[Entry]) -> str:
     return note + (f" Not measured: {', '.join(missing)}." if missing else "")
 
 
-def _layers(entry: Entry) -> LayerView:
+def _layers(entry: MeasuredArtifact) -> LayerView:
     names = sorted({layer.name for layer in entry.layers}, key=_place_in_block)
     blocks = sorted({layer.block for layer in entry.layers})
     found = {(layer.name, layer.block): layer.loss for layer in entry.layers}

@@ -39,7 +39,7 @@ class ModelRef:
 
 
 @dataclass(frozen=True)
-class Request:
+class Prompted:
     """Token ids to answer, greedily, with at most `max_tokens` more; `stop` are the ids that end an answer."""
 
     token_ids: tuple[int, ...]
@@ -60,7 +60,7 @@ class Runtime(Protocol):
         There are len(window) - 1 rows in all. A block is valid until the next one. Raises VerifyError if not finite.
         """
 
-    def answer(self, requests: Sequence[Request]) -> list[list[int]]:
+    def answer(self, requests: Sequence[Prompted]) -> list[list[int]]:
         """The new token ids of each answer, without the stop token."""
 
     def close(self) -> None:

@@ -27,7 +27,7 @@ from quantize.serve.monitoring import Metrics, Watcher
 from quantize.serve.page import add_pages
 from quantize.serve.router import Router, Rules
 from quantize.serve.routes import make_router
-from quantize.serve.service import Limits, Service
+from quantize.serve.service import RequestLimits, Service
 
 BODIES = (
     protocol.ChatRequest,
@@ -46,7 +46,7 @@ class Gateway:
 
 
 def make_gateway(
-    make_engines: Callable[[Watcher], Mapping[str, Engine]], rules: Rules, limits: Limits, keys: Keys, log: Log
+    make_engines: Callable[[Watcher], Mapping[str, Engine]], rules: Rules, limits: RequestLimits, keys: Keys, log: Log
 ) -> Gateway:
     """The whole gateway; engines are made with what listens to them. Raises UsageError: rules name an unknown model."""
     metrics = Metrics()

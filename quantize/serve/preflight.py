@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from quantize.errors import RefusedError, UsageError
-from quantize.estimate.fit import Verdict, Workload, advise
-from quantize.estimate.vram import Settings, VramProfile
+from quantize.estimate.fit import Fit, Workload, advise
+from quantize.estimate.vram import EstimateSettings, VramProfile
 from quantize.formats import find_format, known_format, runtime_kind
 from quantize.runtimes.base import runtime_version
 from quantize.serve.targets import LocalTarget
@@ -23,7 +23,7 @@ DEFAULT_CONTEXT = 4096
 
 
 @dataclass(frozen=True)
-class RunOptions:
+class ServeOptions:
     """How to run local models. device: auto, cpu or cuda[:N]. context: None is the model's own, up to 4096."""
 
     device: str = "auto"
@@ -40,10 +40,10 @@ class Placement:
 
     device: str
     context: int
-    verdict: Verdict
+    verdict: Fit
 
 
-def place(target: LocalTarget, options: RunOptions, machine: Machine, store: Store) -> Placement:
+def place(target: LocalTarget, options: ServeOptions, machine: Machine, store: Store) -> Placement:
     """Decide, and refuse what does not fit. Raises UsageError: no such device, or more context than the model has."""
     device = _device(options.device, machine)
     if options.context is not None and options.context > target.shape.max_context:
@@ -51,7 +51,7 @@ def place(target: LocalTarget, options: RunOptions, machine: Machine, store: Sto
         raise UsageError(message, hint=f"use --context {target.shape.max_context} or less")
     context = options.context or min(DEFAULT_CONTEXT, target.shape.max_context)
     on_gpu = device != "cpu"
-    settings = Settings(target.kind, device="gpu" if on_gpu else "cpu", flash_attention=False)
+    settings = EstimateSettings(target.kind, device="gpu" if on_gpu else "cpu", flash_attention=False)
     weights = target.weights_bytes + (0 if on_gpu else target.repacked_bytes)
     workload = Workload(target.shape, weights, find_format(target.format).vram, settings, context, options.concurrency)
     free, what = _free(device, machine)
@@ -99,7 +99,7 @@ def _siblings(target: LocalTarget, store: Store) -> dict[str, tuple[int, VramPro
     }
 
 
-def engine_options(target: LocalTarget, options: RunOptions, placement: Placement) -> dict[str, object]:
+def engine_options(target: LocalTarget, options: ServeOptions, placement: Placement) -> dict[str, object]:
     """What the model's process is told."""
     return {
         "path": str(Path(target.path).resolve()),

@@ -21,13 +21,13 @@ import uvicorn
 from quantize.errors import UsageError
 from quantize.serve.app import Gateway, make_gateway
 from quantize.serve.engines.base import Engine
-from quantize.serve.engines.link import Target
+from quantize.serve.engines.link import EngineTarget
 from quantize.serve.engines.local import LocalEngine
 from quantize.serve.limits import Keys
 from quantize.serve.logs import LogWriter, ServerLogs, make_log
 from quantize.serve.monitoring import Watcher
 from quantize.serve.router import Rules
-from quantize.serve.service import Limits
+from quantize.serve.service import RequestLimits
 from quantize.serve.targets import UpstreamTarget
 
 BACKLOG = 2048
@@ -44,7 +44,7 @@ class Address:
 
 
 def run(
-    targets: Sequence[Target | UpstreamTarget], rules: Rules, limits: Limits, keys: Keys, address: Address,
+    targets: Sequence[EngineTarget | UpstreamTarget], rules: Rules, limits: RequestLimits, keys: Keys, address: Address,
     log_level: str = "info",
 ) -> None:  # fmt: skip
     """Serve until SIGTERM or SIGINT. Raises UsageError: the address is taken."""
@@ -64,7 +64,7 @@ def run(
         writer.close()
 
 
-def _engines(targets: Sequence[Target | UpstreamTarget], watcher: Watcher) -> Mapping[str, Engine]:
+def _engines(targets: Sequence[EngineTarget | UpstreamTarget], watcher: Watcher) -> Mapping[str, Engine]:
     engines: dict[str, Engine] = {}
     for target in targets:
         tell = watcher.about(target.name)

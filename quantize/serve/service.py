@@ -23,7 +23,7 @@ Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
-class Limits:
+class RequestLimits:
     """What a request may have. Seconds, tokens, bytes; None: as much as the model allows."""
 
     max_body_bytes: int = 4 << 20
@@ -73,7 +73,7 @@ class Service:
     """Engines behind limits."""
 
     def __init__(
-        self, router: Router, limits: Limits, slots: Mapping[str, Slots], metrics: Metrics, log: Log
+        self, router: Router, limits: RequestLimits, slots: Mapping[str, Slots], metrics: Metrics, log: Log
     ) -> None:  # fmt: skip
         self.router = router
         self.limits = limits
@@ -135,7 +135,9 @@ class Service:
             raise timed_out(self.limits.timeout_seconds) from None
 
 
-async def relay(live: Live, call: Call, write: Callable[[bytes], Awaitable[None]], limits: Limits) -> Failure | None:
+async def relay(
+    live: Live, call: Call, write: Callable[[bytes], Awaitable[None]], limits: RequestLimits
+) -> Failure | None:
     """Write a stream's events until its end or its deadline. What goes wrong on the way becomes an event of its own."""
     try:
         async with asyncio.timeout_at(live.deadline), aclosing(live.events()) as events:

@@ -26,7 +26,7 @@ _DIGEST = re.compile(r"[0-9a-f]{4,64}")
 
 
 @dataclass(frozen=True)
-class Found:
+class NamedFile:
     """A file, or a folder of golden prompts. note: which of two was taken, where a name could have meant either."""
 
     path: Path
@@ -58,29 +58,29 @@ def is_builtin(path: Path) -> bool:
     return path.is_relative_to(DATA)
 
 
-def find_recipe(text: str) -> Found:
+def find_recipe(text: str) -> NamedFile:
     """The recipe that a command or a caller names: a path, `recipes/NAME.yaml` here, or one of the package.
 
     Raises UsageError: no recipe has that name.
     """
     path = Path(text)
     if os.path.isfile(path) or path.suffix in SUFFIXES:
-        return Found(path)
+        return NamedFile(path)
     found = _named(text, RECIPES, [Path()])
     if found is not None:
         return found
     if os.path.lexists(path) or not (_NAME.fullmatch(text) or text.startswith(PREFIX)):
-        return Found(path)  # what is wrong with it is for its reader to say
+        return NamedFile(path)  # what is wrong with it is for its reader to say
     known = [*builtin_files(RECIPES), *(item.stem for item in local_recipes(Path(RECIPES)))]
     near = difflib.get_close_matches(text.removeprefix(PREFIX), known, n=1)
     hint = f"did you mean `{near[0]}`? " if near else ""
     raise UsageError(f"no recipe {text!r}", hint=f"{hint}`quantize list recipes` shows all; or give the path of a file")
 
 
-def find_target(text: str) -> Found | None:
+def find_target(text: str) -> NamedFile | None:
     """The recipe that is meant where an artifact may be meant as well; None: an artifact, or nothing."""
     if Path(text).suffix in SUFFIXES:
-        return Found(Path(text))
+        return NamedFile(Path(text))
     if os.path.lexists(text) or _DIGEST.fullmatch(text):
         return None
     return _named(text, RECIPES, [Path()])
@@ -91,7 +91,7 @@ def local_recipes(folder: Path) -> list[Path]:
     return sorted(path for suffix in SUFFIXES for path in folder.glob(f"*{suffix}"))
 
 
-def find_data(text: str, folder: Path, kind: str) -> Found | None:
+def find_data(text: str, folder: Path, kind: str) -> NamedFile | None:
     """A calibration spec or golden prompts, as a recipe names them: by path or by name, the user's or the package's.
 
     folder: where the recipe lies. kind: CALIBRATION or GOLDEN. None: there is nothing of that path or name.
@@ -103,22 +103,23 @@ def find_data(text: str, folder: Path, kind: str) -> Found | None:
             return found
     if path is None and ".." not in Path(text).parts and os.path.exists(DATA / text):
         path = DATA / text
-    return Found(path) if path is not None else None
+    return NamedFile(path) if path is not None else None
 
 
 def _places(folder: Path) -> list[Path]:
     return [folder, folder.parent, Path.cwd()]
 
 
-def _named(text: str, kind: str, places: Sequence[Path]) -> Found | None:
+def _named(text: str, kind: str, places: Sequence[Path]) -> NamedFile | None:
     """The file of a name: the first among the users' folders, else the package's. None: neither has it."""
     name = text.removeprefix(PREFIX)
     ours = builtin_files(kind).get(name)
     if text.startswith(PREFIX) or not _NAME.fullmatch(name):
-        return Found(ours) if ours is not None else None
+        return NamedFile(ours) if ours is not None else None
     candidates = (place / kind / f"{name}{suffix}" for place in places for suffix in SUFFIXES)
     theirs = next((path for path in candidates if os.path.isfile(path)), None)
     if theirs is None or ours is None or theirs.samefile(ours):
         path = theirs or ours
-        return Found(path) if path is not None else None
-    return Found(theirs, f"`{name}` is taken to mean {theirs}; `{PREFIX}{name}` is the one that comes with quantize")
+        return NamedFile(path) if path is not None else None
+    note = f"`{name}` is taken to mean {theirs}; `{PREFIX}{name}` is the one that comes with quantize"
+    return NamedFile(theirs, note)

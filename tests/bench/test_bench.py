@@ -22,7 +22,7 @@ from quantize.bench.prompts import Shape
 from quantize.bench.result import BenchResult
 from quantize.bench.rss import MemoryWatch
 from quantize.bench.server import choose, free_port, running
-from quantize.bench.session import Settings, bench_url
+from quantize.bench.session import LoadSettings, bench_url
 from quantize.errors import BenchError, UsageError
 from quantize.events import ListReporter
 from quantize.store.artifact import Artifact, commit, update_measurements
@@ -59,7 +59,7 @@ def test_a_real_server_gives_the_table(llama_server: server.Server, run: Run) ->
 
 def test_a_real_server_measured(llama_server: server.Server) -> None:
     endpoint = parse_endpoint(llama_server.endpoint.root, headers={}, extra={})
-    result = bench_url(endpoint, Settings((Shape("a", 60, 6),), (1,), requests=4), ListReporter())
+    result = bench_url(endpoint, LoadSettings((Shape("a", 60, 6),), (1,), requests=4), ListReporter())
     cell = result.cells[0]
     assert (cell.errors, cell.succeeded, result.tokens_counted_by) == ({}, 4, "chunks")
     assert cell.first_token is not None
@@ -199,7 +199,7 @@ def test_a_server_of_something_else(how: str, message: str) -> None:
             return await self._answer(how, path, {}, writer)
 
     with serving(Other()) as other, pytest.raises(BenchError, match=message):
-        bench_url(parse_endpoint(other.url, headers={}, extra={}), Settings(timeout=1), ListReporter())
+        bench_url(parse_endpoint(other.url, headers={}, extra={}), LoadSettings(timeout=1), ListReporter())
 
 
 def test_nothing_but_failures_is_a_failure(run: Run) -> None:

@@ -15,7 +15,7 @@ from quantize.bench.client import Sample, parse_endpoint
 from quantize.bench.load import arrivals, percentile, summarize
 from quantize.bench.prompts import SHAPES, Shape, TokenRule, parse_shape, prompt
 from quantize.bench.result import BenchResult
-from quantize.bench.session import Settings, bench_url, context_for
+from quantize.bench.session import LoadSettings, bench_url, context_for
 from quantize.errors import BenchError, UsageError
 from quantize.events import ListReporter
 from tests.bench.servers import FakeServer, serving
@@ -27,7 +27,7 @@ def measure(server: FakeServer, path: str = "", **settings: object) -> BenchResu
     """Bench a server with quick settings."""
     values: dict[str, object] = {"shapes": (QUICK,), "concurrencies": (1,), "requests": 8, "warm_up": 0, "timeout": 1.0}
     endpoint = parse_endpoint(server.url + path, headers={}, extra={})
-    return bench_url(endpoint, Settings(**{**values, **settings}), ListReporter())  # type: ignore[arg-type]
+    return bench_url(endpoint, LoadSettings(**{**values, **settings}), ListReporter())  # type: ignore[arg-type]
 
 
 def test_every_tenth_is_dropped_and_every_twentieth_stalls() -> None:
@@ -80,7 +80,7 @@ def test_a_server_that_goes_away_is_no_connection() -> None:
 def test_a_server_that_is_not_there() -> None:
     endpoint = parse_endpoint("http://127.0.0.1:9", headers={}, extra={})
     with pytest.raises(BenchError, match=r"no server at http://127\.0\.0\.1:9/v1"):
-        bench_url(endpoint, Settings(), ListReporter())
+        bench_url(endpoint, LoadSettings(), ListReporter())
 
 
 def test_times_are_those_of_the_server() -> None:

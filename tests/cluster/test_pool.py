@@ -10,11 +10,11 @@ import pytest
 
 from quantize.build.spread.cost import block_costs
 from quantize.build.spread.passwork import deal
-from quantize.build.spread.pool import Machine, Pool, Worker
+from quantize.build.spread.pool import Pool, PoolWorker, WorkerMachine
 from quantize.build.spread.run import MOST_IN_FLIGHT, SpreadPass
 from quantize.build.spread.trace import Span, check_trace, overlap_seconds, read_trace, write_trace
 from quantize.calibration.block_runner import ROUND_BATCHES
-from quantize.calibration.spread import Spread
+from quantize.calibration.spread import PassSpread
 from quantize.errors import BuildError, PlanError, UsageError
 from quantize.events import ListReporter, SilentReporter
 from quantize.model.checkpoint import open_checkpoint
@@ -22,16 +22,16 @@ from quantize.testing import TinyModel
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # transformers warns on import
 
-MACHINE = Machine("cpu AVX512", "bfloat16", ("torch 2.13.0",), "a" * 56, "10.0.0.1", 1, True)
+MACHINE = WorkerMachine("cpu AVX512", "bfloat16", ("torch 2.13.0",), "a" * 56, "10.0.0.1", 1, True)
 
 
 @pytest.fixture
 def pool(tmp_path: Path) -> Pool:
-    return Pool(MagicMock(), Spread("10.0.0.1:6379", 1, 1), "cpu", tmp_path, ListReporter())
+    return Pool(MagicMock(), PassSpread("10.0.0.1:6379", 1, 1), "cpu", tmp_path, ListReporter())
 
 
-def worker(name: str) -> Worker:
-    return Worker(name, MagicMock())
+def worker(name: str) -> PoolWorker:
+    return PoolWorker(name, MagicMock())
 
 
 @pytest.mark.parametrize("differs", [{"device": "cpu AVX2"}, {"versions": ("torch 2.14.0",)}])
@@ -56,7 +56,7 @@ def test_blocks_under_way_fit_half_of_the_object_stores(pool: Pool, store_bytes:
     ray = MagicMock()
     node = {"Alive": True, "NodeID": "n", "NodeManagerAddress": "10.0.0.1"}
     ray.nodes.return_value = [{**node, "Resources": {"CPU": 1, "object_store_memory": store_bytes}}] * 2
-    found = SpreadPass(ray, pool, Spread("", 2, 1), ListReporter())
+    found = SpreadPass(ray, pool, PassSpread("", 2, 1), ListReporter())
     found._shares = deal([[1] * 10] * 3)
     if blocks is None:
         with pytest.raises(BuildError, match="object stores"):

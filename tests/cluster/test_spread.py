@@ -14,11 +14,11 @@ import pytest
 from quantize.build import calibrate as calibrated
 from quantize.build.spread.schedule import FORWARD, SOLVE
 from quantize.build.spread.trace import overlap_seconds, read_trace
-from quantize.calibration.spread import Spread
+from quantize.calibration.spread import PassSpread
 from quantize.errors import Stopped
 from quantize.events import Event, ListReporter, SilentReporter
 from quantize.formats import option_models
-from quantize.formats.base import Context, Limits
+from quantize.formats.base import Context, RunLimits
 from quantize.model.source import open_source, pin_source
 from quantize.recipe.model import load_recipe
 from quantize.store.staging import RESUME_NAME
@@ -66,11 +66,11 @@ class Passes:
         path = write_recipe(root / "deep.yaml", checkpoint, VARIANTS, calibration=CALIBRATION)
         self.recipe, self.cache = load_recipe(path, option_models()), Cache(root / "cache")
 
-    def run(self, root: Path, spread: Spread | None = None, said: ListReporter | None = None) -> dict[str, bytes]:
+    def run(self, root: Path, spread: PassSpread | None = None, said: ListReporter | None = None) -> dict[str, bytes]:
         """What it leaves for each variant."""
         assert self.recipe.calibration is not None
         source = pin_source(self.recipe, self.cache, SilentReporter())
-        checkpoint, limits = open_source(source, self.cache, SilentReporter()), Limits(1, spread=spread)
+        checkpoint, limits = open_source(source, self.cache, SilentReporter()), RunLimits(1, spread=spread)
         works = []
         for variant in self.recipe.variants:
             folders = [root / variant.name, root / f"{variant.name}.scratch"]
@@ -101,7 +101,7 @@ def test_two_nodes_leave_the_bytes_of_one_machine(
     nodes.ensure(1)
     for attempt in range(3):  # on a busy machine the second worker may come when the first has done all
         trace, said, work = tmp_path / f"trace-{attempt}.json", Reporter(), tmp_path / f"work-{attempt}"
-        spread = Spread(nodes.address, workers=2, cores=1, trace=trace, watch=True)
+        spread = PassSpread(nodes.address, workers=2, cores=1, trace=trace, watch=True)
         assert passes.run(work, spread, said) == alone
         spans = read_trace(trace)
         if len({span.worker for span in spans} - {"writer"}) == 2:
@@ -125,7 +125,7 @@ def test_a_worker_that_is_killed_costs_what_it_had_in_hand(
         os.kill(int(re.findall(r"worker \d+ is process (\d+)", text)[0]), signal.SIGKILL)
 
     said, trace = Reporter("calibration pass, blocks 2", kill), tmp_path / "trace.json"
-    assert passes.run(tmp_path / "work", Spread(nodes.address, 2, 1, trace=trace), said) == alone
+    assert passes.run(tmp_path / "work", PassSpread(nodes.address, 2, 1, trace=trace), said) == alone
     assert "is gone" in said.text
     spans = [(span.kind, span.name) for span in read_trace(trace)]
     assert len(spans) - len(set(spans)) <= 1  # what was in hand never ended; nothing else was done again
@@ -136,7 +136,7 @@ def test_a_node_that_is_killed_costs_at_most_a_block(
 ) -> None:
     nodes.ensure(1)
     said, trace = Reporter("calibration pass, blocks 2", lambda _: nodes.kill() and None), tmp_path / "trace.json"
-    assert passes.run(tmp_path / "work", Spread(nodes.address, 2, 1, trace=trace), said) == alone
+    assert passes.run(tmp_path / "work", PassSpread(nodes.address, 2, 1, trace=trace), said) == alone
     assert said.fired
     spans = [(span.kind, span.name) for span in read_trace(trace)]
     again = len(spans) - len(set(spans))
@@ -149,11 +149,11 @@ def test_a_pass_that_was_stopped_goes_on_with_or_without_the_cluster(
     answers = iter([False, True])
     monkeypatch.setattr(calibrated, "stop_asked", lambda _: next(answers, False))
     with pytest.raises(Stopped, match=f"stopped after block 2 of {BLOCKS}"):
-        passes.run(tmp_path, Spread(nodes.address, 1, 1))
+        passes.run(tmp_path, PassSpread(nodes.address, 1, 1))
     said = Reporter()
     answers = iter([True])
     with pytest.raises(Stopped, match=f"stopped after block 3 of {BLOCKS}"):
-        passes.run(tmp_path, Spread(nodes.address, 1, 1), said)
+        passes.run(tmp_path, PassSpread(nodes.address, 1, 1), said)
     assert "goes on after block 2" in said.text
     assert "gone" not in said.text
     assert passes.run(tmp_path, None, said) == alone

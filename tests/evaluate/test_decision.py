@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from quantize.errors import GateError
-from quantize.evaluate.gates import Decision, Figures, Limits, decide, sign_test
+from quantize.evaluate.gates import Decision, Figures, GateThresholds, decide, sign_test
 
 GOOD = Figures(
     mean_kl=0.004,
@@ -27,11 +27,11 @@ GOOD = Figures(
 
 
 def changed(**changes: object) -> Decision:
-    return decide(dataclasses.replace(GOOD, **changes), Limits())  # type: ignore[arg-type]
+    return decide(dataclasses.replace(GOOD, **changes), GateThresholds())  # type: ignore[arg-type]
 
 
 def test_what_is_good_is_accepted() -> None:
-    decision = decide(GOOD, Limits())
+    decision = decide(GOOD, GateThresholds())
     assert decision.verdict == "accepted"
     assert {item.outcome for item in decision.findings} == {"passed"}
     decision.raise_if_refused("Q8_0")
@@ -101,14 +101,14 @@ def test_a_refusal_outweighs_what_is_missing() -> None:
 
 
 def test_serving_figures_count_where_a_limit_is_given() -> None:
-    limits = Limits(max_latency_p95_seconds=2.0, max_error_rate=0.01, max_memory_bytes=8 * 2**30)
+    limits = GateThresholds(max_latency_p95_seconds=2.0, max_error_rate=0.01, max_memory_bytes=8 * 2**30)
     assert len(decide(GOOD, limits).missing) == 3
     slow = dataclasses.replace(GOOD, latency_p95_seconds=2.5, error_rate=0.1, peak_memory_bytes=2**30)
     assert [item.gate for item in decide(slow, limits).refusals] == ["latency", "error rate"]
 
 
 def test_a_recipe_s_gates_take_the_place_of_the_defaults() -> None:
-    limits = Limits().with_gates({"max_kl": 0.2, "max_perplexity_ratio": None, "unknown": 1})
+    limits = GateThresholds().with_gates({"max_kl": 0.2, "max_perplexity_ratio": None, "unknown": 1})
     assert (limits.max_kl, limits.max_perplexity_ratio) == (0.2, 1.05)
 
 
@@ -123,10 +123,10 @@ def test_a_few_lost_prompts_may_be_chance(lost: int, gained: int, outcome: str) 
 
 
 def test_a_recipe_s_own_rate_is_taken_at_its_word() -> None:
-    limits = Limits().with_gates({"min_golden_pass_rate": 0.95})
+    limits = GateThresholds().with_gates({"min_golden_pass_rate": 0.95})
     measured = dataclasses.replace(GOOD, golden_artifact_passed=18, golden_lost=2)
     assert [item.gate for item in decide(measured, limits).refusals] == ["golden prompts"]
-    assert decide(measured, Limits()).accepted
+    assert decide(measured, GateThresholds()).accepted
 
 
 def test_the_sign_test_by_hand() -> None:
@@ -151,7 +151,7 @@ figures = st.builds(
 
 @given(figures)
 def test_every_figure_gets_a_sentence(measured: Figures) -> None:
-    decision = decide(measured, Limits())
+    decision = decide(measured, GateThresholds())
     assert len(decision.findings) == 5 + len(measured.checks)
     assert all(item.reason for item in decision.findings)
     assert decision.accepted == (decision.verdict != "refused")

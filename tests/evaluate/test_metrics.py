@@ -18,7 +18,7 @@ from quantize.evaluate.baseline import KIND, Baseline, baseline_key, find, load,
 from quantize.evaluate.metrics import measure, perplexity
 from quantize.evaluate.text import Windows
 from quantize.events import SilentReporter
-from quantize.runtimes.base import Request, log_softmax
+from quantize.runtimes.base import Prompted, log_softmax
 from quantize.system.cache import Cache
 
 QUIET = SilentReporter()
@@ -38,7 +38,7 @@ class TableRuntime:
         for start in range(0, len(window) - 1, self.rows):
             yield log_softmax(self.table[list(window[start : min(start + self.rows, len(window) - 1)])], "table")
 
-    def answer(self, requests: Sequence[Request]) -> list[list[int]]:
+    def answer(self, requests: Sequence[Prompted]) -> list[list[int]]:
         return [[] for _ in requests]
 
     def close(self) -> None:

@@ -16,15 +16,15 @@ import pytest
 from quantize.build.execute import build
 from quantize.errors import UsageError, VerifyError
 from quantize.evaluate.baseline import record
-from quantize.evaluate.gates import Limits, decide
+from quantize.evaluate.gates import GateThresholds, decide
 from quantize.evaluate.metrics import Quality, measure
 from quantize.evaluate.prompts import PromptTokenizer
-from quantize.evaluate.session import Job, evaluate, figures
+from quantize.evaluate.session import EvaluationJob, evaluate, figures
 from quantize.evaluate.text import Windows, cut_windows, load_text
 from quantize.events import ListReporter, SilentReporter
 from quantize.formats import open_runtime, option_models
 from quantize.recipe.model import load_recipe
-from quantize.runtimes.base import ModelRef, Request
+from quantize.runtimes.base import ModelRef, Prompted
 from quantize.store.store import Store
 from quantize.system.cache import Cache
 from quantize.system.process import run_step
@@ -158,18 +158,18 @@ def test_answers_are_greedy_whatever_they_are_batched_with(built: Built, tiny: P
     model = AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32).eval()
     prompts = [tuple(range(10, 10 + length)) for length in (5, 40, 9, 17)]
     expected = [greedy(model, prompt, 8) for prompt in prompts]
-    requests = [Request(prompt, 8) for prompt in prompts]
+    requests = [Prompted(prompt, 8) for prompt in prompts]
     with closing(open_runtime(source_of(tiny), context=64)) as runtime:
         assert runtime.answer(requests) == expected
         stop = expected[1][3]
-        (short,) = runtime.answer([Request(prompts[1], 8, frozenset({stop}))])
+        (short,) = runtime.answer([Prompted(prompts[1], 8, frozenset({stop}))])
         assert short == expected[1][: expected[1].index(stop)]
     with closing(open_runtime(gguf(built, "F16"), context=64)) as runtime:
         first = runtime.answer(requests)
         assert [answer[0] for answer in first] == [answer[0] for answer in expected]
         assert runtime.answer(requests) == first
         with pytest.raises(UsageError, match="exceed the context of 64"):
-            runtime.answer([Request(tuple(range(60)), 8)])
+            runtime.answer([Prompted(tuple(range(60)), 8)])
 
 
 GOLDEN = """\
@@ -186,16 +186,16 @@ prompts:
 
 
 @pytest.fixture
-def job(built: Built, tiny: Path, tmp_path: Path) -> Job:
+def job(built: Built, tiny: Path, tmp_path: Path) -> EvaluationJob:
     golden = tmp_path / "mine.yaml"
     golden.write_text(GOLDEN)
-    return Job(
+    return EvaluationJob(
         source=source_of(tiny), source_digest="a" * 64, artifact=gguf(built, "F16"), cache=tmp_path / "cache",
         window=WINDOW, windows_limit=2, golden=(golden,), context=256,
     )  # fmt: skip
 
 
-def test_a_session_from_folders_to_figures(job: Job) -> None:
+def test_a_session_from_folders_to_figures(job: EvaluationJob) -> None:
     found = evaluate(QUIET, job)
     assert found.quality.mean_kl < 0.001
     assert (found.quality.runtime, found.quality.source_runtime) == ("llama.cpp", "transformers")
@@ -205,10 +205,10 @@ def test_a_session_from_folders_to_figures(job: Job) -> None:
     measured = figures(found, size_bytes=1, source_bytes=2)
     assert measured.mean_kl == found.quality.mean_kl
     assert measured.golden_prompts == 2
-    assert "size" not in {item.gate for item in decide(measured, Limits()).missing}
+    assert "size" not in {item.gate for item in decide(measured, GateThresholds()).missing}
 
 
-def test_the_source_is_read_once(job: Job, built: Built, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_source_is_read_once(job: EvaluationJob, built: Built, monkeypatch: pytest.MonkeyPatch) -> None:
     first = ListReporter()
     evaluate(first, job)
     second = ListReporter()
@@ -219,17 +219,17 @@ def test_the_source_is_read_once(job: Job, built: Built, monkeypatch: pytest.Mon
     assert [len(item) for item in loads] == [1, 0]
 
 
-def test_no_golden_prompts_are_no_result(job: Job) -> None:
+def test_no_golden_prompts_are_no_result(job: EvaluationJob) -> None:
     assert evaluate(QUIET, dataclasses.replace(job, golden=())).golden is None
 
 
-def test_an_artifact_of_another_model_is_refused(job: Job, tmp_path: Path) -> None:
+def test_an_artifact_of_another_model_is_refused(job: EvaluationJob, tmp_path: Path) -> None:
     other = make_checkpoint(tmp_path / "other", TinyModel(vocabulary=300))
     with pytest.raises(VerifyError, match="knows 300 tokens and its source 384"):
         evaluate(QUIET, dataclasses.replace(job, artifact=ModelRef(other, "safetensors")))
 
 
-def test_other_tokens_under_the_same_numbers_are_refused(job: Job, tiny: Path, tmp_path: Path) -> None:
+def test_other_tokens_under_the_same_numbers_are_refused(job: EvaluationJob, tiny: Path, tmp_path: Path) -> None:
     copy = Path(shutil.copytree(tiny, tmp_path / "copy"))
     text = (copy / "tokenizer.json").read_text(encoding="utf-8").replace("▁", "_")
     (copy / "tokenizer.json").write_text(text, encoding="utf-8")
@@ -256,7 +256,7 @@ def test_references_are_checked() -> None:
         open_runtime(ModelRef(Path(), "gguf"), context=64)
 
 
-def test_a_tensor_that_is_not_finite_is_refused(job: Job, tiny: Path, tmp_path: Path) -> None:
+def test_a_tensor_that_is_not_finite_is_refused(job: EvaluationJob, tiny: Path, tmp_path: Path) -> None:
     copy = Path(shutil.copytree(tiny, tmp_path / "damaged"))
     weights = TinyModel().weights()
     weights["model.layers.1.mlp.up_proj.weight"][7, 7] = np.nan
@@ -266,7 +266,7 @@ def test_a_tensor_that_is_not_finite_is_refused(job: Job, tiny: Path, tmp_path: 
 
 
 @pytest.mark.demo
-def test_packed_formats_in_their_real_runtime(tiny: Path, job: Job, tmp_path: Path) -> None:
+def test_packed_formats_in_their_real_runtime(tiny: Path, job: EvaluationJob, tmp_path: Path) -> None:
     """AWQ and GPTQ through gptqmodel, INT8 through bitsandbytes; in workers: gptqmodel patches other libraries."""
     pytest.importorskip("gptqmodel")
     pytest.importorskip("bitsandbytes")

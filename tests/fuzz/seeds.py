@@ -164,7 +164,7 @@ def pack() -> bytes:
 
 def record() -> bytes:
     """Measurements with an evaluation's record, as the gates write it."""
-    from quantize.evaluate.gates import Limits, decide
+    from quantize.evaluate.gates import GateThresholds, decide
     from quantize.evaluate.record import decided, to_record
     from quantize.evaluate.session import figures
     from tests.pages.measured import evaluation, prompt
@@ -173,7 +173,7 @@ def record() -> bytes:
     measured = figures(found, size_bytes=3, source_bytes=6)
     about = {"machine": {"processor": "A", "cores": 2, "gpus": []}, "artifact": {"name": "a/b", "format": "gguf"},
              "source": {"name": "m", "uri": "local:m"}}  # fmt: skip
-    record = decided(to_record(found, measured, about), decide(measured, Limits()), Limits())
+    record = decided(to_record(found, measured, about), decide(measured, GateThresholds()), GateThresholds())
     return dumped({"built_at": "", "evaluation": record})
 
 

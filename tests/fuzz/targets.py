@@ -14,7 +14,7 @@ from pathlib import Path
 
 from quantize.build.lockfile import read_lock
 from quantize.calibration.text import read_rows
-from quantize.evaluate.gates import Limits, decide
+from quantize.evaluate.gates import GateThresholds, decide
 from quantize.evaluate.golden import load_golden
 from quantize.evaluate.page import render_page
 from quantize.evaluate.record import Summary, figures_of, read_record
@@ -154,9 +154,9 @@ def _record(folder: Path) -> Read:
         Summary.of(measurements).cells()
         record = read_record(measurements)
         if record is not None:
-            known = {item.name for item in dataclasses.fields(Limits)}
+            known = {item.name for item in dataclasses.fields(GateThresholds)}
             limits = {name: value for name, value in record["limits"].items() if name in known}
-            decision = decide(figures_of(record), Limits(**limits))
+            decision = decide(figures_of(record), GateThresholds(**limits))
             render_page(record, "a page")
             return Kind("; ".join(finding.outcome for finding in decision.findings))
         return Kind("no record")

@@ -10,8 +10,8 @@ from quantize.bench.client import Sample
 from quantize.bench.load import summarize
 from quantize.bench.prompts import Shape
 from quantize.bench.result import BenchResult, MemoryUse, With
-from quantize.evaluate.answers import Answer, GoldenResult, PromptResult
-from quantize.evaluate.gates import Limits, decide
+from quantize.evaluate.answers import GoldenResult, GradedAnswer, PromptResult
+from quantize.evaluate.gates import GateThresholds, decide
 from quantize.evaluate.metrics import Quality
 from quantize.evaluate.record import decided, to_record
 from quantize.evaluate.session import Evaluation, figures
@@ -28,8 +28,8 @@ def prompt(
     no, text = "says no Paris", text or f"The answer to {number} is paris, Texas."
     return PromptResult(
         key=f"facts/{number}", category="facts", language="en", kind=kind, prompt=f"Question {number}?",
-        source=Answer(f"The answer to {number} is Paris.", source, "" if source else no),
-        artifact=Answer(text, artifact, "" if artifact else no),
+        source=GradedAnswer(f"The answer to {number} is Paris.", source, "" if source else no),
+        artifact=GradedAnswer(text, artifact, "" if artifact else no),
     )  # fmt: skip
 
 
@@ -71,13 +71,13 @@ def bench(*, latency: float = 0.5, errors: int = 0, peak: int = 400 << 20) -> Be
 
 def keep(
     store: Store, artifact: Artifact, *, found: Evaluation | None = None, load: BenchResult | None = None,
-    limits: Limits | None = None, layers: dict[str, Any] | None = None,
+    limits: GateThresholds | None = None, layers: dict[str, Any] | None = None,
 ) -> None:  # fmt: skip
     """Put what was measured where the build and the bench put it."""
     changes: dict[str, Any] = {}
     if found is not None:
         manifest = artifact.manifest
-        limits = limits or Limits(max_size_ratio=1.1)  # as the gates have it for a 16-bit file
+        limits = limits or GateThresholds(max_size_ratio=1.1)  # as the gates have it for a 16-bit file
         weights = int(manifest.estimate["weights_bytes"])
         measured = figures(found, size_bytes=weights, source_bytes=manifest.source.weights_bytes)
         about = {

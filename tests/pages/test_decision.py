@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from quantize.evaluate.gates import Limits
-from quantize.report.collect import Subject, collect
+from quantize.evaluate.gates import GateThresholds
+from quantize.report.collect import PageSubject, collect
 from quantize.report.decision_text import decision_text
 from quantize.report.production import Choice, judge
 from quantize.store.store import Store
@@ -30,7 +30,7 @@ def measure_all(store: Store, **kl: float) -> None:
         keep(store, store.find(f"tiny/{variant}"), found=evaluation(kl=kl.get(variant, 0.004)), load=bench())
 
 
-def judged(store: Store, name: str | None = None) -> tuple[Subject, Choice, dict[str, str]]:
+def judged(store: Store, name: str | None = None) -> tuple[PageSubject, Choice, dict[str, str]]:
     """Subject, choice and the word for each variant."""
     subject = collect(store, name)
     choice = judge(subject)
@@ -89,7 +89,7 @@ def test_quality_is_enough_where_no_limit_asks_for_a_load(store: Store) -> None:
 def test_a_limit_that_the_recipe_sets_asks_for_its_figure(store: Store, gates: dict[str, float], gate: str) -> None:
     keep(store, store.find("tiny/q8_0"), found=evaluation())
     subject = collect(store, "tiny/q8_0")
-    choice = judge(Subject(subject.name, subject.entries, gates, ""))
+    choice = judge(PageSubject(subject.name, subject.entries, gates, ""))
     assert choice.serve is None
     assert [finding.gate for finding in choice.verdicts[0].decision.missing] == [gate]
     text = decision_text(subject, choice)
@@ -108,12 +108,12 @@ def test_an_evaluation_without_prompts_asks_for_some(store: Store) -> None:
 
 def test_evidence_of_both_kinds_is_asked_for(store: Store) -> None:
     subject = collect(store, "tiny/q8_0")
-    choice = judge(Subject(subject.name, subject.entries, {"max_error_rate": 0.05}, ""))
+    choice = judge(PageSubject(subject.name, subject.entries, {"max_error_rate": 0.05}, ""))
     why = decision_text(subject, choice).why
     assert why.endswith("To measure it: `quantize eval tiny/q8_0` and `quantize bench tiny/q8_0`.")
 
 
-def sized(subject: Subject, sizes: dict[str, int]) -> Subject:
+def sized(subject: PageSubject, sizes: dict[str, int]) -> PageSubject:
     """The subject with only these artifacts, of these sizes in bytes."""
     entries = []
     for entry in subject.entries:
@@ -192,7 +192,7 @@ def test_serving_limits_refuse(
 ) -> None:
     keep(store, store.find("tiny/q8_0"), found=evaluation(), load=bench(**load))  # type: ignore[arg-type]
     subject = collect(store, "tiny/q8_0")
-    choice = judge(Subject(subject.name, subject.entries, gates, ""))
+    choice = judge(PageSubject(subject.name, subject.entries, gates, ""))
     (refusal,) = choice.verdicts[0].decision.refusals
     assert refusal.gate == gate
     assert refusal.reason.endswith(ending)
@@ -202,7 +202,7 @@ def test_serving_limits_that_are_kept_are_said(store: Store) -> None:
     keep(store, store.find("tiny/q8_0"), found=evaluation(), load=bench(latency=0.5, peak=90 << 20))
     subject = collect(store, "tiny/q8_0")
     gates = {"max_latency_p95_seconds": 0.6, "max_memory_bytes": 100 << 20, "max_error_rate": 0.001}
-    choice = judge(Subject(subject.name, subject.entries, gates, ""))
+    choice = judge(PageSubject(subject.name, subject.entries, gates, ""))
     assert choice.verdicts[0].word == "accepted"
     text = decision_text(subject, choice)
     assert not any("No limit" in line for line in text.conditions)
@@ -211,7 +211,7 @@ def test_serving_limits_that_are_kept_are_said(store: Store) -> None:
 
 
 def test_the_limits_of_the_evaluation_hold(store: Store) -> None:
-    loose = Limits(max_kl=0.5)
+    loose = GateThresholds(max_kl=0.5)
     keep(store, store.find("tiny/q8_0"), found=evaluation(kl=0.3), load=bench(), limits=loose)
     _, choice, _ = judged(store, "tiny/q8_0")
     assert (choice.verdicts[0].word, choice.verdicts[0].limits.max_kl) == ("accepted", 0.5)

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 
-from quantize.evaluate.gates import Limits
+from quantize.evaluate.gates import GateThresholds
 from quantize.report.charts import Point, Range, heatmap, ranges, scatter
 from quantize.report.collect import collect
 from quantize.report.golden import pieces
@@ -303,7 +303,7 @@ def test_any_figures_can_be_drawn(values: list[tuple[str, float, float]], limit:
 
 def test_limits_of_the_recipe_are_drawn(built: Built, tmp_path: Path) -> None:
     store = built.copy(tmp_path / "own")
-    keep(store, store.find("tiny/q8_0"), found=evaluation(kl=0.2), limits=Limits(max_kl=0.3))
+    keep(store, store.find("tiny/q8_0"), found=evaluation(kl=0.2), limits=GateThresholds(max_kl=0.3))
     assert "refused: over 0.3 nats" in render(collect(store, "tiny/q8_0"))[HTML]
 
 

@@ -14,10 +14,10 @@ from quantize.errors import RefusedError, TransferError, UsageError
 from quantize.publish.credentials import Credential, credential_for
 from quantize.publish.registry import parse
 from quantize.publish.retry import Again, Retry, persist
-from quantize.publish.web import Request, Web
+from quantize.publish.web import HttpRequest, Web
 from tests.publish.conftest import QUICK
 
-GET = Request("GET", "https://registry.test/v2/x/blobs/sha256:1", {200})
+GET = HttpRequest("GET", "https://registry.test/v2/x/blobs/sha256:1", {200})
 LOGIN = Credential("ali", "open sesame")
 
 
@@ -46,7 +46,7 @@ def test_a_redirect_out_of_https_is_refused() -> None:
 
 def test_an_upload_s_place_out_of_https_is_refused() -> None:
     found = web(lambda _: reply(202, Location="http://registry.test/upload"))
-    answer = found.call(Request("POST", "https://registry.test/v2/x/blobs/uploads/", {202}))
+    answer = found.call(HttpRequest("POST", "https://registry.test/v2/x/blobs/uploads/", {202}))
     with pytest.raises(RefusedError, match="out of its encrypted connection") as caught:
         found.location(answer.url, answer.headers)
     assert "X-Forwarded-Proto" in str(caught.value.hint)
@@ -98,7 +98,7 @@ def test_a_login_never_goes_over_plain_http() -> None:
     for challenge in ('Basic realm="r"', 'Bearer realm="http://auth.test/token"'):
         with pytest.raises(RefusedError, match="over plain HTTP"):
             web(lambda _, told=challenge: reply(401, WWW_Authenticate=told), origin="http://registry.test").call(
-                Request("GET", "http://registry.test/v2/", {200})
+                HttpRequest("GET", "http://registry.test/v2/", {200})
             )
 
 

@@ -29,7 +29,7 @@ from quantize.serve.logs import LogWriter, make_log
 from quantize.serve.monitoring import Watcher
 from quantize.serve.router import Rules
 from quantize.serve.server import make_config
-from quantize.serve.service import Limits
+from quantize.serve.service import RequestLimits
 
 JSON = {"content-type": "application/json"}
 MakeEngines = Callable[[Watcher], Mapping[str, Engine]]
@@ -109,14 +109,14 @@ def gateways() -> Iterator[Start]:
     running: list[tuple[Running, threading.Thread, LogWriter]] = []
 
     def run(
-        engines: MakeEngines, *, rules: Rules | None = None, limits: Limits | None = None, keys: Keys | None = None,
-        ready: bool = True, port: int = 0,
+        engines: MakeEngines, *, rules: Rules | None = None, limits: RequestLimits | None = None, keys: Keys | None =
+        None, ready: bool = True, port: int = 0,
     ) -> Running:  # fmt: skip
         log = io.BytesIO()
         writer = LogWriter(log)
         chosen = rules or Rules("fake")
         try:
-            gateway = make_gateway(engines, chosen, limits or Limits(), keys or Keys({}), make_log(writer))
+            gateway = make_gateway(engines, chosen, limits or RequestLimits(), keys or Keys({}), make_log(writer))
         except UsageError:
             writer.close()
             raise

@@ -10,7 +10,7 @@ import pytest
 
 from quantize.errors import RefusedError, UsageError
 from quantize.serve.limits import KEYS_VARIABLE, load_keys
-from quantize.serve.preflight import RunOptions, engine_options, place
+from quantize.serve.preflight import ServeOptions, engine_options, place
 from quantize.serve.targets import LocalTarget, UpstreamTarget, resolve
 from quantize.store.store import Store
 from quantize.system.gpus import LocalGpu
@@ -69,33 +69,33 @@ def test_what_does_not_fit_is_refused_with_numbers_and_what_would(built: Built) 
     card = LocalGpu("RTX 4060", 8 * GIB, GIB)
     machine = replace(ROOMY, gpus=(card,))
     with pytest.raises(RefusedError, match=r"tiny/f16 does not fit: 9\.\d+ GiB expected of 6\.30 GiB usable") as caught:
-        place(big, RunOptions(), machine, built.store)
+        place(big, ServeOptions(), machine, built.store)
     assert "on the RTX 4060 of 8.0 GiB" in caught.value.message
     assert "variant tiny/q8_0" in str(caught.value.hint)
     assert "--force" in str(caught.value.hint)
-    assert place(big, RunOptions(force=True), machine, built.store).device == "cuda:0"
-    assert place(target, RunOptions(), machine, built.store).verdict.word == "fits"
+    assert place(big, ServeOptions(force=True), machine, built.store).device == "cuda:0"
+    assert place(target, ServeOptions(), machine, built.store).verdict.word == "fits"
 
 
 def test_free_memory_counts_not_all_of_it(built: Built) -> None:
     target = local("tiny/q8_0", built.store)
-    assert place(target, RunOptions(device="cpu"), ROOMY, built.store).verdict.word == "fits"
+    assert place(target, ServeOptions(device="cpu"), ROOMY, built.store).verdict.word == "fits"
     with pytest.raises(RefusedError, match=r"free of 16\.0 GiB RAM"):
-        place(target, RunOptions(device="cpu"), replace(ROOMY, available_ram_bytes=GIB // 50), built.store)
+        place(target, ServeOptions(device="cpu"), replace(ROOMY, available_ram_bytes=GIB // 50), built.store)
 
 
 def test_device_and_context(built: Built) -> None:
     target = local("tiny/q8_0", built.store)
-    placed = place(target, RunOptions(), ROOMY, built.store)
+    placed = place(target, ServeOptions(), ROOMY, built.store)
     assert (placed.device, placed.context) == ("cpu", 512)
-    told = engine_options(target, RunOptions(), placed)
+    told = engine_options(target, ServeOptions(), placed)
     assert json.loads(json.dumps(told))["slots"] == 2
     with pytest.raises(UsageError, match="513 tokens are more than its context of 512"):
-        place(target, RunOptions(context=513), ROOMY, built.store)
+        place(target, ServeOptions(context=513), ROOMY, built.store)
     with pytest.raises(UsageError, match=r"there is no cuda:0 here \(GPUs: none\)"):
-        place(target, RunOptions(device="cuda:0"), ROOMY, built.store)
+        place(target, ServeOptions(device="cuda:0"), ROOMY, built.store)
     with pytest.raises(UsageError, match="'tpu' is no device"):
-        place(target, RunOptions(device="tpu"), ROOMY, built.store)
+        place(target, ServeOptions(device="tpu"), ROOMY, built.store)
 
 
 def test_keys_from_a_file_and_the_environment(tmp_path: Path, run: Run) -> None:

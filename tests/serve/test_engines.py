@@ -14,16 +14,16 @@ import pytest
 
 from quantize.serve.engines.base import Engine
 from quantize.serve.engines.fake import fake_engine
-from quantize.serve.engines.link import Target
+from quantize.serve.engines.link import EngineTarget
 from quantize.serve.engines.local import LocalEngine
 from quantize.serve.monitoring import Watcher
 from quantize.serve.router import Rules
-from quantize.serve.service import Limits
+from quantize.serve.service import RequestLimits
 from tests.serve.conftest import MakeEngines, Running, Start, fakes
 
 
 def in_a_process(**options: object) -> MakeEngines:
-    return lambda watcher: {"fake": LocalEngine(Target("fake", "fake", options), watcher.about("fake"))}
+    return lambda watcher: {"fake": LocalEngine(EngineTarget("fake", "fake", options), watcher.about("fake"))}
 
 
 def process_of(gateway: Running) -> LocalEngine:
@@ -114,7 +114,7 @@ def test_a_process_that_can_not_be_started_is_told(start: Start, monkeypatch: py
         raise OSError(errno.ENOMEM, "Cannot allocate memory")
 
     def engines(watcher: Watcher) -> Mapping[str, Engine]:
-        return {"fake": LocalEngine(Target("fake", "fake", {}), watcher.about("fake"), launch)}
+        return {"fake": LocalEngine(EngineTarget("fake", "fake", {}), watcher.about("fake"), launch)}
 
     gateway = start(engines, ready=False)
     gateway.wait(lambda: gateway.ask("GET", "/ready").json["models"]["fake"]["state"] == "failed")
@@ -122,7 +122,7 @@ def test_a_process_that_can_not_be_started_is_told(start: Start, monkeypatch: py
 
 
 def test_a_timeout_is_a_504_and_frees_the_slot(start: Start) -> None:
-    gateway = start(fakes(slots=1), limits=Limits(timeout_seconds=0.3, concurrency=1, queue=0))
+    gateway = start(fakes(slots=1), limits=RequestLimits(timeout_seconds=0.3, concurrency=1, queue=0))
     assert gateway.chat("hang!").status == 504
     stream = gateway.chat("first hang!", stream=True)
     assert stream.status == 200
@@ -151,14 +151,14 @@ def two(first: Mapping[str, object], second: Mapping[str, object] | None = None)
 @pytest.mark.parametrize(
     ("options", "limits"),
     [
-        ({"refuse": "damaged"}, Limits()),
-        ({"load_seconds": 9}, Limits()),
-        ({"delay": 0.6}, Limits(timeout_seconds=0.3)),
+        ({"refuse": "damaged"}, RequestLimits()),
+        ({"load_seconds": 9}, RequestLimits()),
+        ({"delay": 0.6}, RequestLimits(timeout_seconds=0.3)),
     ],
     ids=["not loaded", "loading", "timeout"],
 )
 def test_the_fallback_answers_and_says_so(
-    start: Start, options: Mapping[str, object], limits: Limits, stream: bool
+    start: Start, options: Mapping[str, object], limits: RequestLimits, stream: bool
 ) -> None:
     gateway = start(two(options), rules=Rules("a", fallback="b"), limits=limits, ready=False)
     gateway.wait(lambda: gateway.ask("GET", "/ready").json["models"]["b"]["state"] == "ready")
@@ -187,7 +187,7 @@ def test_a_canary_gets_its_share_of_the_default(start: Start) -> None:
 
 
 def test_a_client_that_goes_away_stops_the_generation(start: Start) -> None:
-    gateway = start(fakes(delay=0.01), limits=Limits(concurrency=1, queue=0))
+    gateway = start(fakes(delay=0.01), limits=RequestLimits(concurrency=1, queue=0))
     body = b'{"messages": [{"role": "user", "content": "forever!"}], "stream": true, "max_tokens": 500}'
     for wait_for in (b"forever!", b""):  # in the middle of a stream, and before anything came
         with socket.create_connection(("127.0.0.1", gateway.port)) as client:
@@ -218,7 +218,7 @@ def test_answers_under_way_are_finished_before_the_end(start: Start) -> None:
 def test_a_full_queue_is_a_429_with_the_seconds_to_wait(start: Start) -> None:
     from concurrent.futures import ThreadPoolExecutor
 
-    gateway = start(fakes(delay=0.02, slots=2), limits=Limits(concurrency=2, queue=3))
+    gateway = start(fakes(delay=0.02, slots=2), limits=RequestLimits(concurrency=2, queue=3))
     with ThreadPoolExecutor(12) as pool:
         answers = list(pool.map(lambda _: gateway.chat("a b c d e f g h i j"), range(24)))
     statuses = Counter(answer.status for answer in answers)

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from quantize.serve.service import Limits
+from quantize.serve.service import RequestLimits
 from tests.serve.conftest import JSON, Running, fakes, gateways
 
 PATHS = ("/v1/chat/completions", "/v1/completions", "/chat", "/v1/generate")
@@ -31,7 +31,7 @@ FIELDS = ["model", "max_tokens", "temperature", "top_p", "stop", "seed", "stream
 @pytest.fixture(scope="module")
 def target() -> Iterator[Running]:
     with gateways() as run:
-        yield run(fakes(), limits=Limits(max_body_bytes=1_000_000, body_seconds=0.5))
+        yield run(fakes(), limits=RequestLimits(max_body_bytes=1_000_000, body_seconds=0.5))
 
 
 def check(target: Running, path: str, body: bytes, allowed: set[int]) -> int:

@@ -15,11 +15,11 @@ import pytest
 
 from quantize.runtimes.llama_cpp.log import log_text
 from quantize.runtimes.llama_cpp.model import ModelSettings, OpenModel
-from quantize.serve.engines.link import Target
+from quantize.serve.engines.link import EngineTarget
 from quantize.serve.engines.llama_cpp import buffers
 from quantize.serve.engines.local import LocalEngine
 from quantize.serve.router import Rules
-from quantize.serve.service import Limits
+from quantize.serve.service import RequestLimits
 from tests.conftest import Built
 from tests.serve.conftest import Running, gateways
 
@@ -39,8 +39,8 @@ def served(weights: Path) -> Iterator[Running]:
     options = {"path": str(weights), "format": "gguf", "device": "cpu", "context": CONTEXT, "slots": 2, "threads": 1}
     with gateways() as run:
         yield run(
-            lambda watcher: {"tiny": LocalEngine(Target("tiny", "llama.cpp", options), watcher.about("tiny"))},
-            rules=Rules("tiny"), limits=Limits(concurrency=2, queue=64),
+            lambda watcher: {"tiny": LocalEngine(EngineTarget("tiny", "llama.cpp", options), watcher.about("tiny"))},
+            rules=Rules("tiny"), limits=RequestLimits(concurrency=2, queue=64),
         )  # fmt: skip
 
 

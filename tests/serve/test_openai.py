@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import openai
 import pytest
 
-from quantize.serve.service import Limits
+from quantize.serve.service import RequestLimits
 from tests.serve.conftest import Running, fakes, gateways
 
 
@@ -83,7 +83,7 @@ def test_log_probabilities(client: openai.OpenAI) -> None:
 def strict() -> Iterator[Running]:
     """At most 50 tokens in and 512 out; the model has room for 500 in all."""
     with gateways() as run:
-        yield run(fakes(context=500), limits=Limits(max_input_tokens=50, max_output_tokens=512))
+        yield run(fakes(context=500), limits=RequestLimits(max_input_tokens=50, max_output_tokens=512))
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from quantize.serve.service import Limits
+from quantize.serve.service import RequestLimits
 from tests.serve.conftest import Running, Start, fakes, gateways, keys_of
 
 SHAPE = {"answer", "model", "runtime", "latency_ms", "memory_rss_mb", "trace_id"}
@@ -69,7 +69,7 @@ def test_only_json_is_taken(gateway: Running) -> None:
 def guarded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     keys = keys_of(tmp_path_factory.mktemp("keys"), alice="alice-key-0123456789", bob="bob-key-0123456789")
     with gateways() as run:
-        yield run(fakes(), keys=keys, limits=Limits(requests_per_minute=3, max_body_bytes=500, body_seconds=0.3))
+        yield run(fakes(), keys=keys, limits=RequestLimits(requests_per_minute=3, max_body_bytes=500, body_seconds=0.3))
 
 
 @pytest.mark.parametrize("header", [None, "Bearer wrong", "Basic YTpi", "Bearer ", "bearer", "Bearer alice"])
@@ -96,7 +96,7 @@ def test_each_key_has_its_own_rate(guarded: Running) -> None:
 
 
 def test_a_body_that_is_too_large(start: Start) -> None:
-    small = start(fakes(), limits=Limits(max_body_bytes=500, body_seconds=0.3))
+    small = start(fakes(), limits=RequestLimits(max_body_bytes=500, body_seconds=0.3))
     answer = small.ask("POST", "/chat", {"message": "x" * 600})
     assert (answer.status, answer.json["error"]["code"]) == (413, "body_too_large")
     with socket.create_connection(("127.0.0.1", small.port)) as connection:  # chunked: no length to look at

@@ -18,7 +18,7 @@ from quantize.serve.engines.fake import fake_engine
 from quantize.serve.engines.upstream import UpstreamEngine
 from quantize.serve.monitoring import Watcher
 from quantize.serve.router import Rules
-from quantize.serve.service import Limits
+from quantize.serve.service import RequestLimits
 from quantize.serve.targets import UpstreamTarget
 from tests.serve.conftest import MakeEngines, Running, Start, fakes, keys_of
 
@@ -200,7 +200,7 @@ EVENT = b'data: {"model": "fake", "choices": [{"index": 0, "delta": {"content": 
 )
 def test_an_upstream_that_fails(start: Start, behaviour: Behaviour, stream: bool, status: int, code: str) -> None:
     with stub(behaviour) as port:
-        front = start(in_front_of(port), rules=Rules("up"), limits=Limits(timeout_seconds=0.5))
+        front = start(in_front_of(port), rules=Rules("up"), limits=RequestLimits(timeout_seconds=0.5))
         answer = front.chat("hi", stream=stream)
         assert (answer.status, answer.json["error"]["code"]) == (status, code)
         assert answer.headers.get("retry-after") == ("7" if status == 429 else None)
@@ -231,5 +231,5 @@ def test_a_failing_upstream_falls_back_to_a_local_model(start: Start) -> None:
 def test_the_input_limit_is_held_by_the_upstreams_tokenizer(start: Start, count: int | None, status: int) -> None:
     whole = json.dumps({"choices": [{"message": {"content": "x"}}]}).encode()
     with stub(sends(200, whole), tokenize=count) as port:
-        front = start(in_front_of(port), rules=Rules("up"), limits=Limits(max_input_tokens=5))
+        front = start(in_front_of(port), rules=Rules("up"), limits=RequestLimits(max_input_tokens=5))
         assert front.chat("hi").status == status

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from quantize.build.spread.session import cause_of, nodes
-from quantize.calibration.spread import Spread
+from quantize.calibration.spread import PassSpread
 from quantize.errors import BuildError, PlanError, QuantizeError, first_line
 from quantize.events import Event, Reporter, note, warn
 
@@ -27,7 +27,7 @@ POLL_SECONDS = 1.0
 
 
 @dataclass(frozen=True)
-class Machine:
+class WorkerMachine:
     """What a worker's results depend on beside its inputs, and where it is. node: Ray's id."""
 
     device: str
@@ -45,7 +45,7 @@ class Machine:
 
 
 @dataclass(frozen=True)
-class Report:
+class WorkerReport:
     """What comes back with every answer. Seconds since the epoch, by the worker's clock."""
 
     started: float
@@ -56,12 +56,12 @@ class Report:
 
 
 @dataclass
-class Worker:
+class PoolWorker:
     """One actor. machine: None until it has answered. task: what it was given last, None while it is free."""
 
     name: str
     actor: Any
-    machine: Machine | None = None
+    machine: WorkerMachine | None = None
     task: Any = None
     results: tuple[Any, ...] = ()
 
@@ -77,12 +77,12 @@ class Lost(Exception):
 class Pool:
     """Up to `spread.workers` actors; one that dies is replaced as soon as the cluster has room."""
 
-    def __init__(self, ray: Any, spread: Spread, device: str, folder: Path, reporter: Reporter) -> None:
+    def __init__(self, ray: Any, spread: PassSpread, device: str, folder: Path, reporter: Reporter) -> None:
         self._ray, self._spread, self._device, self._folder, self._reporter = ray, spread, device, folder, reporter
         self._plan: Any = None
         self._kind: tuple[str, ...] | None = None
-        self._waiting: dict[Any, Worker] = {}  # the reference of a worker's answer -> the worker
-        self._early: list[Worker] = []  # that have answered before there was a plan
+        self._waiting: dict[Any, PoolWorker] = {}  # the reference of a worker's answer -> the worker
+        self._early: list[PoolWorker] = []  # that have answered before there was a plan
         self._present: set[str] = set()
         self._count = 0
         (folder / PROBE_NAME).write_text("for other nodes to see", encoding="utf-8")
@@ -94,7 +94,7 @@ class Pool:
         for _ in range(spread.workers):
             self._add()
 
-    def first_machine(self) -> Machine:
+    def first_machine(self) -> WorkerMachine:
         """What the first worker to answer says of itself; those that differ from it take no part."""
         while not self._early:
             self.wait(POLL_SECONDS)
@@ -108,14 +108,14 @@ class Pool:
         for worker in self._early:
             self.call(worker, None, "begin", (self._plan,), 1)
 
-    def call(self, worker: Worker, task: Any, method: str, arguments: Sequence[Any], results: int) -> None:
-        """Have a free worker do something; its first result is a Report."""
+    def call(self, worker: PoolWorker, task: Any, method: str, arguments: Sequence[Any], results: int) -> None:
+        """Have a free worker do something; its first result is a WorkerReport."""
         answers = getattr(worker.actor, method).options(num_returns=results).remote(*arguments)
         answers = answers if isinstance(answers, list) else [answers]
         worker.task, worker.results = task, tuple(answers)
         self._waiting[answers[0]] = worker
 
-    def wait(self, seconds: float) -> list[tuple[Worker, Report | Lost | None]]:
+    def wait(self, seconds: float) -> list[tuple[PoolWorker, WorkerReport | Lost | None]]:
         """Workers that have answered, or are gone; None: it is new, and ready for work."""
         if not self._waiting:
             return []
@@ -123,11 +123,11 @@ class Pool:
         if done:
             more, _ = self._ray.wait([*self._waiting], num_returns=len(self._waiting), timeout=0)
             done = list(dict.fromkeys([*done, *more]))
-        found: list[tuple[Worker, Report | Lost | None]] = []
+        found: list[tuple[PoolWorker, WorkerReport | Lost | None]] = []
         for reference in done:
             worker = self._waiting.pop(reference)
             answer = self._answer(worker, reference)
-            if isinstance(answer, Machine):
+            if isinstance(answer, WorkerMachine):
                 self._welcome(worker, answer)
             else:
                 found.append((worker, answer))
@@ -147,16 +147,16 @@ class Pool:
             self._ray.kill(worker.actor)
         (self._folder / PROBE_NAME).unlink(missing_ok=True)
 
-    def release(self, worker: Worker) -> None:
+    def release(self, worker: PoolWorker) -> None:
         """End a worker that has nothing left to do: what it took of its node is for others."""
         self._ray.kill(worker.actor)
 
     def _add(self) -> None:
-        worker = Worker(f"worker {self._count}", self._make())
+        worker = PoolWorker(f"worker {self._count}", self._make())
         self._count += 1
         self._waiting[worker.actor.hello.remote(self._device, str(self._folder / PROBE_NAME))] = worker
 
-    def _answer(self, worker: Worker, reference: Any) -> Machine | Report | Lost | None:
+    def _answer(self, worker: PoolWorker, reference: Any) -> WorkerMachine | WorkerReport | Lost | None:
         errors = self._ray.exceptions
         try:
             answer = self._ray.get(reference)
@@ -171,10 +171,10 @@ class Pool:
             if isinstance(cause, QuantizeError):
                 raise cause from None
             raise BuildError(f"{worker.name}: {type(cause).__name__}: {first_line(cause)}") from exc
-        assert answer is None or isinstance(answer, Machine | Report)
+        assert answer is None or isinstance(answer, WorkerMachine | WorkerReport)
         return answer
 
-    def _welcome(self, worker: Worker, machine: Machine) -> None:
+    def _welcome(self, worker: PoolWorker, machine: WorkerMachine) -> None:
         """Take a new worker in, unless its results could differ from the others'."""
         if not machine.sees:
             raise PlanError(
@@ -210,7 +210,7 @@ class Actor:
         settle_libraries()
         self._work: Any = None
 
-    def hello(self, device: str, probe: str) -> Machine:
+    def hello(self, device: str, probe: str) -> WorkerMachine:
         """What this machine is."""
         import ray
 
@@ -224,7 +224,7 @@ class Actor:
         versions = {"quantize": __version__, **tool_versions(("torch", "transformers"))}
         shown = tuple(f"{name} {version}" for name, version in versions.items())
         name, precision = device_name(device), fastest_precision(device)
-        return Machine(name, precision, shown, here, address, os.getpid(), Path(probe).is_file())
+        return WorkerMachine(name, precision, shown, here, address, os.getpid(), Path(probe).is_file())
 
     def begin(self, plan: PassPlan) -> None:
         """Get ready for the pass."""
@@ -235,7 +235,7 @@ class Actor:
         torch.set_num_threads(plan.parts[0][1].limits.threads)
         self._work = PassWorker(plan)
 
-    def forward(self, share: int, block: int, saved: Any, record: bool) -> tuple[Report, Any]:
+    def forward(self, share: int, block: int, saved: Any, record: bool) -> tuple[WorkerReport, Any]:
         """See PassWorker; the sums are a result of their own, which stays on this node until it is asked for."""
         started = time.time()
         after, sums = self._work.forward(share, block, saved, record=record)
@@ -249,7 +249,7 @@ class Actor:
         grams = self._work.complete(block, (ray.get(reference) for reference in shares))
         return (self._report(started), *(grams[key] for key in keys))
 
-    def solve(self, block: int, part: int, piece: int, keys: Sequence[str], *grams: Any) -> Report:
+    def solve(self, block: int, part: int, piece: int, keys: Sequence[str], *grams: Any) -> WorkerReport:
         """See PassWorker; a failure is the variant's own, and comes back as its answer."""
         started = time.time()
         try:
@@ -259,5 +259,5 @@ class Actor:
         except (RuntimeError, ValueError, OSError) as exc:  # torch reports nearly everything as RuntimeError
             return self._report(started, error=BuildError(first_line(exc)))
 
-    def _report(self, started: float, answer: Any = None, error: QuantizeError | None = None) -> Report:
-        return Report(started, time.time(), tuple(self._work.take_events()), error, answer)
+    def _report(self, started: float, answer: Any = None, error: QuantizeError | None = None) -> WorkerReport:
+        return WorkerReport(started, time.time(), tuple(self._work.take_events()), error, answer)

@@ -15,13 +15,13 @@ from typing import Any
 
 from quantize.build.spread.cost import pass_costs
 from quantize.build.spread.passwork import PassPlan, deal, share_folder
-from quantize.build.spread.pool import Lost, Machine, Pool, Report, Worker
+from quantize.build.spread.pool import Lost, Pool, PoolWorker, WorkerMachine, WorkerReport
 from quantize.build.spread.schedule import COMPLETE, FORWARD, Schedule, Task
 from quantize.build.spread.session import connected, nodes
 from quantize.build.spread.trace import Span, write_trace
 from quantize.build.spread.watch import PassWatch
 from quantize.calibration.hidden_states import SavedStates, remove_before
-from quantize.calibration.spread import Spread
+from quantize.calibration.spread import PassSpread
 from quantize.errors import BuildError
 from quantize.events import Reporter, progress, status, warn
 from quantize.model.architecture import BlockLayout, block_layout
@@ -47,7 +47,7 @@ class Lacking:
 
 
 @contextmanager
-def spread_over(spread: Spread, device: str, folder: Any, reporter: Reporter) -> Iterator[SpreadPass]:
+def spread_over(spread: PassSpread, device: str, folder: Any, reporter: Reporter) -> Iterator[SpreadPass]:
     """A pass on the workers of a cluster, as long as the context is open. Raises UsageError: no cluster answers."""
     with connected(spread.address) as ray:
         status(reporter, "", f"waiting for workers: up to {spread.workers} with {spread.cores} cores each")
@@ -61,9 +61,9 @@ def spread_over(spread: Spread, device: str, folder: Any, reporter: Reporter) ->
 class SpreadPass:
     """One pass: keeps workers busy until every part has every block."""
 
-    def __init__(self, ray: Any, pool: Pool, spread: Spread, reporter: Reporter) -> None:
+    def __init__(self, ray: Any, pool: Pool, spread: PassSpread, reporter: Reporter) -> None:
         self._ray, self._pool, self._spread, self._reporter = ray, pool, spread, reporter
-        self._free: list[Worker] = []
+        self._free: list[PoolWorker] = []
         self._saved: dict[tuple[int, int], SavedStates] = {}  # (share, block) -> the block's input
         self._sums: dict[tuple[int, int], Any] = {}  # (block, share) -> reference
         self._grams: dict[int, dict[str, Any]] = {}  # block -> references by key
@@ -73,7 +73,7 @@ class SpreadPass:
         self._spans: list[Span] = []
 
     @property
-    def machine(self) -> Machine:
+    def machine(self) -> WorkerMachine:
         """What the workers are: waits for the first one."""
         return self._pool.first_machine()
 
@@ -153,7 +153,7 @@ class SpreadPass:
                 self._watch.began(worker, task)
                 self._call(worker, task)
 
-    def _call(self, worker: Worker, task: Task) -> None:
+    def _call(self, worker: PoolWorker, task: Task) -> None:
         block = task.block
         if task.kind == FORWARD:
             saved = self._saved.get((task.number, block))
@@ -168,7 +168,7 @@ class SpreadPass:
             grams = [self._grams[block][key] for key in keys]
             self._pool.call(worker, task, "solve", (block, task.number, task.piece, keys, *grams), 1)
 
-    def _heard(self, worker: Worker, outcome: Report | Lost | None) -> None:
+    def _heard(self, worker: PoolWorker, outcome: WorkerReport | Lost | None) -> None:
         if isinstance(outcome, Lost):
             self._lost(worker, outcome)
             return
@@ -179,7 +179,7 @@ class SpreadPass:
         worker.task = None
         self._free.append(worker)
 
-    def _finished(self, worker: Worker, task: Task, report: Report) -> None:
+    def _finished(self, worker: PoolWorker, task: Task, report: WorkerReport) -> None:
         for event in report.events:
             self._reporter.emit(event)
         self._note_time(worker, task, report)
@@ -201,7 +201,7 @@ class SpreadPass:
         self._grams = {block: grams for block, grams in self._grams.items() if block >= first}
         self._sums = {where: sums for where, sums in self._sums.items() if where[0] >= first}
 
-    def _lost(self, worker: Worker, lost: Lost) -> None:
+    def _lost(self, worker: PoolWorker, lost: Lost) -> None:
         """Have done again what a dead worker had in hand, and what was on a dead node."""
         task: Task | None = worker.task
         if task is not None:
@@ -242,7 +242,7 @@ class SpreadPass:
         self._spans.append(Span("driver", "writer", "write", f"write {block}", started, time.time(), block))
         return leaving
 
-    def _note_time(self, worker: Worker, task: Task, report: Report) -> None:
+    def _note_time(self, worker: PoolWorker, task: Task, report: WorkerReport) -> None:
         assert worker.machine is not None
         what = {FORWARD: f"share {task.number}", COMPLETE: "sum"}.get(task.kind)
         what = what or f"{self._plan.parts[task.number][1].variant} {task.piece}"

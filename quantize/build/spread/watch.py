@@ -15,7 +15,7 @@ from quantize.events import Reporter, status
 from quantize.formats import builders
 
 if TYPE_CHECKING:
-    from quantize.build.spread.pool import Worker
+    from quantize.build.spread.pool import PoolWorker
 
 EVERY_SECONDS = 1.0
 
@@ -37,7 +37,7 @@ class PassWatch:
         self._began = time.monotonic()
         self._said = 0.0
 
-    def began(self, worker: Worker, task: Task) -> None:
+    def began(self, worker: PoolWorker, task: Task) -> None:
         """A worker has a new task."""
         if self._shown and worker.machine is not None:
             what = f"share {task.number}" if task.kind == FORWARD else ""

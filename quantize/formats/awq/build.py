@@ -75,7 +75,7 @@ class AwqBuilder(packed.PackedBuilder):
         """See Builder."""
         return cost.awq_products + cost.clip_products
 
-    def layout(self, checkpoint: Checkpoint, options: AwqOptions) -> packed.Layout:
+    def layout(self, checkpoint: Checkpoint, options: AwqOptions) -> packed.TensorLayout:
         """The gemm layout: words along the output axis."""
         group_size = options.group_size
 

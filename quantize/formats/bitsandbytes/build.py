@@ -16,7 +16,7 @@ from quantize.calibration.budget import BlockMemory
 from quantize.errors import PlanError
 from quantize.events import Reporter, status
 from quantize.formats import packed
-from quantize.formats.base import BuildResult, Collector, Context, Limits, SizePlan, SolveCost
+from quantize.formats.base import BuildResult, Collector, Context, RunLimits, SizePlan, SolveCost
 from quantize.formats.bitsandbytes.steps import NF4_BLOCK, nf4_state
 from quantize.model.checkpoint import Checkpoint
 from quantize.recipe.model import FormatOptions
@@ -95,7 +95,7 @@ class BitsandbytesBuilder:
         """None."""
         return ()
 
-    def verify(self, folder: Path, checkpoint: Checkpoint, limits: Limits, reporter: Reporter) -> Mapping[str, Any]:
+    def verify(self, folder: Path, checkpoint: Checkpoint, limits: RunLimits, reporter: Reporter) -> Mapping[str, Any]:
         """Load with transformers + bitsandbytes and generate."""
         from quantize.formats.bitsandbytes.steps import check_loaded
 
@@ -104,7 +104,7 @@ class BitsandbytesBuilder:
         return facts
 
 
-def _layout(checkpoint: Checkpoint, options: BitsandbytesOptions) -> packed.Layout:
+def _layout(checkpoint: Checkpoint, options: BitsandbytesOptions) -> packed.TensorLayout:
     state = len(nf4_state(checkpoint.dtype, (1, 1))) - len("[1, 1]")
 
     def int8(out: int, width: int) -> dict[str, tuple[str, packed.Shape]]:

@@ -20,7 +20,7 @@ from quantize.calibration.budget import BlockMemory
 from quantize.errors import PlanError, QuantizeError, disk_errors
 from quantize.events import Reporter, status, warn
 from quantize.files.gguf import GgufFile, GgufTensor, read_gguf
-from quantize.formats.base import BuildResult, Collector, Context, KeptTensor, Limits, SizePlan, SolveCost
+from quantize.formats.base import BuildResult, Collector, Context, KeptTensor, RunLimits, SizePlan, SolveCost
 from quantize.formats.gguf.layout import GgufLayout
 from quantize.formats.gguf.source import Expected
 from quantize.formats.gguf.types import BITS, ELEMENT_TYPES, FTYPES, UNQUANTIZED_TYPES, base_type
@@ -211,7 +211,7 @@ class GgufBuilder:
         facts = {"llama_cpp_warnings": len(warnings)}
         return BuildResult(tuple(files), weights, BITS[options.type], None, bits, kept, facts)
 
-    def verify(self, folder: Path, checkpoint: Checkpoint, limits: Limits, reporter: Reporter) -> Mapping[str, Any]:
+    def verify(self, folder: Path, checkpoint: Checkpoint, limits: RunLimits, reporter: Reporter) -> Mapping[str, Any]:
         """Tensors, fields, template, tokens and predictions against the source's; load and generate in llama.cpp."""
         from quantize.formats.gguf.check import compare_header
         from quantize.formats.gguf.try_out import try_out
@@ -302,7 +302,7 @@ def _base_model(hub_id: str | None) -> dict[str, str]:
     return {"name": name, "organization": organization, "repo_url": HUB_URL + hub_id}
 
 
-def _settings(options: GgufOptions, limits: Limits, imatrix: Path | None) -> QuantizeSettings:
+def _settings(options: GgufOptions, limits: RunLimits, imatrix: Path | None) -> QuantizeSettings:
     return QuantizeSettings(
         type=options.type,
         overrides=tuple(options.overrides.items()),

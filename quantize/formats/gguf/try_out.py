@@ -17,7 +17,7 @@ from quantize.files.gguf import GgufFile, read_gguf
 from quantize.formats.gguf import check as gguf_check
 from quantize.formats.gguf.source import PROBE_TOKENS, Expected
 from quantize.model.checkpoint import Checkpoint
-from quantize.runtimes.llama_cpp.model import Entry, ModelSettings, OpenModel
+from quantize.runtimes.llama_cpp.model import BatchToken, ModelSettings, OpenModel
 from quantize.runtimes.llama_cpp.vocabulary import source_ends
 
 CONTEXT = 256
@@ -104,7 +104,7 @@ def predictions(model: OpenModel, name: str, parts: Sequence[Sequence[int]]) -> 
     model.forget()
     rows, position = [], 0
     for part in filter(len, parts):
-        model.decode(Entry(token, position + index, 0, True) for index, token in enumerate(part))
+        model.decode(BatchToken(token, position + index, 0, True) for index, token in enumerate(part))
         logits = model.logits(len(part)).astype(np.float32)
         if not bool(np.isfinite(logits).all()):
             raise VerifyError(f"{name}: the logits are not finite", hint="a tensor is damaged")
@@ -123,7 +123,7 @@ def generate(model: OpenModel, name: str, count: int) -> list[int]:
     pending, position, chosen = ids[: min(PROMPT_TOKENS, model.size // 2)] or [0], 0, []
     for _ in range(count):
         model.decode(
-            Entry(token, position + index, 0, index == len(pending) - 1) for index, token in enumerate(pending)
+            BatchToken(token, position + index, 0, index == len(pending) - 1) for index, token in enumerate(pending)
         )
         position += len(pending)
         logits = model.logits(1)[0]

@@ -68,7 +68,7 @@ class GptqBuilder(packed.PackedBuilder):
         """See Builder."""
         return cost.gptq_products + cost.clip_products
 
-    def layout(self, checkpoint: Checkpoint, options: GptqOptions) -> packed.Layout:
+    def layout(self, checkpoint: Checkpoint, options: GptqOptions) -> packed.TensorLayout:
         """The v1 layout: words along the input axis."""
         bits, group_size = options.bits, options.group_size
 

@@ -48,7 +48,7 @@ class ModelSettings:
     check_tensors: bool = False
 
 
-class Entry(NamedTuple):
+class BatchToken(NamedTuple):
     """One token of a batch: where it stands in its sequence, and whether its logits are wanted."""
 
     token: int
@@ -116,7 +116,7 @@ class OpenModel:
             raise VerifyError(f"{self._name}: llama.cpp makes no context for it: {_last_log_line()}", hint=NOT_RUN)
         self._memory = library.llama_get_memory(self.context)
 
-    def decode(self, entries: Iterable[Entry]) -> None:
+    def decode(self, entries: Iterable[BatchToken]) -> None:
         """Run one batch. Raises VerifyError: a token that the vocabulary lacks, or llama.cpp can't run it."""
         rows = list(entries)
         batch = self.library.llama_batch_init(len(rows), 0, 1)

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from quantize.errors import UsageError
-from quantize.runtimes.base import Request, block_rows, log_softmax
-from quantize.runtimes.llama_cpp.model import Entry, ModelSettings, OpenModel
+from quantize.runtimes.base import Prompted, block_rows, log_softmax
+from quantize.runtimes.llama_cpp.model import BatchToken, ModelSettings, OpenModel
 
 if TYPE_CHECKING:
     from quantize.runtimes.base import LogProbs
@@ -45,11 +45,11 @@ class LlamaCppRuntime:
             self._decode(window[start:stop], start, every=True)
             yield log_softmax(self._model.logits(stop - start), self._file)
 
-    def answer(self, requests: Sequence[Request]) -> list[list[int]]:
+    def answer(self, requests: Sequence[Prompted]) -> list[list[int]]:
         """See Runtime; one request after the other."""
         return [self._answer(request) for request in requests]
 
-    def _answer(self, request: Request) -> list[int]:
+    def _answer(self, request: Prompted) -> list[int]:
         prompt = request.token_ids
         if len(prompt) + request.max_tokens > self._size:
             raise UsageError(
@@ -76,5 +76,5 @@ class LlamaCppRuntime:
         """Run tokens at a position; logits for each of them (every), or for the last."""
         last = len(tokens) - 1
         self._model.decode(
-            Entry(token, position + index, 0, every or index == last) for index, token in enumerate(tokens)
+            BatchToken(token, position + index, 0, every or index == last) for index, token in enumerate(tokens)
         )

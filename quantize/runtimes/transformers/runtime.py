@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from quantize.runtimes.base import ModelRef, Request, block_rows, log_softmax
+from quantize.runtimes.base import ModelRef, Prompted, block_rows, log_softmax
 from quantize.runtimes.transformers.load import load_causal_lm
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ class TransformersRuntime:
             cache = output.past_key_values if last > rows else None
             yield log_softmax(output.logits[0].float().cpu().numpy(), self._label)
 
-    def answer(self, requests: Sequence[Request]) -> list[list[int]]:
+    def answer(self, requests: Sequence[Prompted]) -> list[list[int]]:
         """See Runtime; prompts of like length go together, padded on the left."""
         order = sorted(range(len(requests)), key=lambda index: len(requests[index].token_ids))
         answers: dict[int, list[int]] = {}
@@ -60,7 +60,7 @@ class TransformersRuntime:
             answers.update(self._answer_batch(batch, requests))
         return [answers[index] for index in range(len(requests))]
 
-    def _answer_batch(self, members: list[int], requests: Sequence[Request]) -> dict[int, list[int]]:
+    def _answer_batch(self, members: list[int], requests: Sequence[Prompted]) -> dict[int, list[int]]:
         torch = self._torch
         width = max(len(requests[index].token_ids) for index in members)
         pads = [width - len(requests[index].token_ids) for index in members]
@@ -97,7 +97,7 @@ class TransformersRuntime:
         self._model = None
 
 
-def _goes_on(request: Request, chosen: list[int], token: int) -> bool:
+def _goes_on(request: Prompted, chosen: list[int], token: int) -> bool:
     """Add a token to an answer, unless it ends it; whether more is to come."""
     if token in request.stop:
         return False

@@ -39,7 +39,7 @@ Inbox = queue.SimpleQueue[dict[str, Any] | None]
 OUT_OF_MEMORY = ("out of memory", "OutOfMemory", "cannot allocate", "can't allocate", "failed to allocate")
 
 
-class Job:
+class AnswerJob:
     """One request in the model."""
 
     def __init__(self, number: int, model: Model, order: Mapping[str, Any]) -> None:
@@ -83,7 +83,7 @@ class Job:
         return {"token": raw.decode("utf-8", "replace"), "logprob": max(logprob, -9999.0), "bytes": list(raw)}
 
 
-class Worker:
+class AnswerLoop:
     """Answers requests with a loaded model, several at once, until the socket closes."""
 
     def __init__(
@@ -92,7 +92,7 @@ class Worker:
         self._connection = connection
         self._model = model
         self._inbox = inbox
-        self._jobs: dict[int, Job] = {}  # by slot
+        self._jobs: dict[int, AnswerJob] = {}  # by slot
         self._waiting: deque[dict[str, Any]] = deque()
 
     def run(self) -> None:
@@ -124,7 +124,7 @@ class Worker:
     def _begin(self, order: dict[str, Any], frames: list[dict[str, Any]]) -> None:
         number = order["id"]
         try:
-            job = Job(number, self._model, order)
+            job = AnswerJob(number, self._model, order)
             tokens = self._tokens(order)
             job.tokens_left = self._room(len(tokens), order)
             slot = self._model.begin(tokens, Sampling(**order["sampling"]))
@@ -218,7 +218,7 @@ def serve(connection: socket.socket) -> None:
     seconds = round(time.perf_counter() - started, 3)
     ready = {**asdict(model.description), "load_seconds": seconds, "memory": model.memory()}
     send(connection, {"ready": ready})
-    Worker(connection, model, inbox).run()
+    AnswerLoop(connection, model, inbox).run()
 
 
 def _load(order: Mapping[str, Any], progress: Any) -> Model:

@@ -18,7 +18,7 @@ from typing import Any
 
 from quantize.errors import VerifyError
 from quantize.serve.engines.child import serve
-from quantize.serve.engines.link import Listener, Target
+from quantize.serve.engines.link import EngineTarget, Listener
 from quantize.serve.engines.local import LocalEngine
 from quantize.serve.engines.model import Chosen, Description, Progress, Refused, Sampling
 from quantize.serve.engines.text import BytePieces
@@ -140,4 +140,4 @@ class ThreadChild:
 
 def fake_engine(name: str, tell: Listener, **options: Any) -> LocalEngine:
     """A LocalEngine with a FakeModel in a thread."""
-    return LocalEngine(Target(name, "fake", options), tell, ThreadChild.start)
+    return LocalEngine(EngineTarget(name, "fake", options), tell, ThreadChild.start)

@@ -32,7 +32,7 @@ Listener = Callable[[str, dict[str, Any]], None]
 
 
 @dataclass(frozen=True)
-class Target:
+class EngineTarget:
     """What a child is to load: the kind of model, and its options. runtime: what it runs in, with versions."""
 
     name: str
@@ -105,7 +105,7 @@ class Link:
     """Keeps one child running and passes frames between it and those who wait for them."""
 
     def __init__(
-        self, target: Target, tell: Listener, launch: Callable[[], Any] = ProcessChild.start,
+        self, target: EngineTarget, tell: Listener, launch: Callable[[], Any] = ProcessChild.start,
     ) -> None:  # fmt: skip
         """tell(event, facts) is called when the child loads, is ready, dies or fails."""
         self.target = target

@@ -15,7 +15,7 @@ from typing import Any
 
 from quantize.errors import VerifyError
 from quantize.runtimes.llama_cpp.log import log_text
-from quantize.runtimes.llama_cpp.model import Entry, ModelSettings, OpenModel, import_bindings_only
+from quantize.runtimes.llama_cpp.model import BatchToken, ModelSettings, OpenModel, import_bindings_only
 from quantize.serve.engines.chat_template import ChatTemplate
 from quantize.serve.engines.model import Chosen, Description, Progress, Refused, Sampling
 from quantize.serve.engines.text import BytePieces
@@ -29,7 +29,7 @@ _ASSIGNED = re.compile(r"layer\s+\d+ assigned to device (\S+?),?\s")
 
 
 @dataclass
-class Running:
+class LlamaAnswer:
     """One answer in progress. position: tokens that the KV cache has of it."""
 
     tokens: list[int]
@@ -56,7 +56,7 @@ class LlamaCppModel:
         )
         self._open = OpenModel(Path(options["path"]), settings, progress=progress, feature="serving a GGUF file")
         self._library = self._open.library
-        self._sequences: dict[int, Running] = {}
+        self._sequences: dict[int, LlamaAnswer] = {}
         self._kept: dict[int, list[int]] = {slot: [] for slot in range(slots)}
         self._template_text = self._open.metadata("tokenizer.chat_template")
         self._template: ChatTemplate | None = None
@@ -107,18 +107,18 @@ class LlamaCppModel:
             self._open.forget_after(slot, 0)
             keep = 0
         self._kept[slot] = []
-        self._sequences[slot] = Running(list(tokens), keep, sampler, sampling)
+        self._sequences[slot] = LlamaAnswer(list(tokens), keep, sampler, sampling)
         return slot
 
     def step(self) -> dict[int, Chosen]:
         """See Model. One batch: the next token of each answer, and as much of the prompts as there is room for."""
-        entries: list[Entry] = []
+        entries: list[BatchToken] = []
         rows: dict[int, int] = {}
         pending = sorted(self._sequences.items(), key=lambda item: len(item[1].tokens) - item[1].position)
         for slot, item in pending:
             stop = min(len(item.tokens), item.position + self._open.batch_tokens - len(entries))
             last = len(item.tokens) - 1
-            entries += [Entry(item.tokens[p], p, slot, p == last) for p in range(item.position, stop)]
+            entries += [BatchToken(item.tokens[p], p, slot, p == last) for p in range(item.position, stop)]
             item.position = stop
             if stop == len(item.tokens):
                 rows[slot] = len(entries) - 1
@@ -128,7 +128,7 @@ class LlamaCppModel:
             raise RuntimeError(exc.message) from exc
         return {slot: self._choose(self._sequences[slot], row) for slot, row in rows.items()}
 
-    def _choose(self, item: Running, row: int) -> Chosen:
+    def _choose(self, item: LlamaAnswer, row: int) -> Chosen:
         token = int(self._library.llama_sampler_sample(item.sampler, self._open.context, row))
         item.tokens.append(token)
         if item.sampling.logprobs is None:

@@ -12,7 +12,7 @@ from typing import Any
 import orjson
 
 from quantize.serve.engines.base import Call, Status
-from quantize.serve.engines.link import Link, Listener, ProcessChild, Target
+from quantize.serve.engines.link import EngineTarget, Link, Listener, ProcessChild
 from quantize.serve.failures import Failure, not_ready, unsupported
 from quantize.serve.protocol import ChatRequest, CompletionRequest, Message
 from quantize.system.machine import resident_bytes
@@ -26,7 +26,7 @@ LOCAL_ROLES = ("system", "user", "assistant")
 class LocalEngine:
     """See Engine. tell(event, facts): what happens to the child, and what each generation did to memory."""
 
-    def __init__(self, target: Target, tell: Listener, launch: Callable[[], Any] = ProcessChild.start) -> None:
+    def __init__(self, target: EngineTarget, tell: Listener, launch: Callable[[], Any] = ProcessChild.start) -> None:
         self.name = target.name
         self._tell = tell
         self._link = Link(target, tell, launch)

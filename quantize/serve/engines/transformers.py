@@ -23,7 +23,7 @@ SUPPORTS = ("top_k", "min_p", "penalties", "repetition_penalty", "logprobs")
 
 
 @dataclass
-class Running:
+class TransformersAnswer:
     """One answer in progress. done: tokens that the KV cache has of it."""
 
     tokens: list[int]
@@ -52,7 +52,7 @@ class TransformersModel:
             self._model = load_causal_lm(folder, self._device, dtype=kind.dtype(self._device))
         self._ends = _end_tokens(self._model, self._tokenizer)
         self._vocabulary = int(self._model.get_output_embeddings().weight.shape[0])
-        self._running: dict[int, Running] = {}
+        self._running: dict[int, TransformersAnswer] = {}
         self.description = self._describe(options)
 
     def _describe(self, options: Mapping[str, Any]) -> Description:
@@ -93,7 +93,7 @@ class TransformersModel:
         else:
             generator.manual_seed(sampling.seed % (1 << 63))
         slot = next(number for number in range(self.description.slots) if number not in self._running)
-        self._running[slot] = Running(list(tokens), sampling, generator, len(tokens))
+        self._running[slot] = TransformersAnswer(list(tokens), sampling, generator, len(tokens))
         return slot
 
     def step(self) -> dict[int, Chosen]:
@@ -109,7 +109,7 @@ class TransformersModel:
                 chosen[slot] = self._choose(item, output.logits[0, -1].float().cpu())
         return chosen
 
-    def _choose(self, item: Running, logits: Any) -> Chosen:
+    def _choose(self, item: TransformersAnswer, logits: Any) -> Chosen:
         sampling = item.sampling
         scores = _penalized(self._torch, logits, item) if _has_penalties(sampling) else logits
         token = _sample(self._torch, scores, sampling, item.generator)
@@ -242,7 +242,7 @@ def _has_penalties(sampling: Sampling) -> bool:
     return (sampling.repetition_penalty, sampling.frequency_penalty, sampling.presence_penalty) != (1.0, 0.0, 0.0)
 
 
-def _penalized(torch: Any, logits: Any, item: Running) -> Any:
+def _penalized(torch: Any, logits: Any, item: TransformersAnswer) -> Any:
     """OpenAI's penalties over the answer so far; the repetition penalty (arXiv:1909.05858) over the prompt too."""
     scores, sampling = logits.clone(), item.sampling
     seen = torch.tensor(sorted(set(item.tokens)))
