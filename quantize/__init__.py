@@ -56,11 +56,13 @@ _HOMES = {
     "rebuild": "quantize.api",
 }
 
+_CALLABLE = frozenset({"build"})  # of these, those that are folders too
+
 
 def __getattr__(name: str) -> Any:
     """Import a public name when it is asked for (PEP 562)."""
-    if name == "errors":
-        return importlib.import_module("quantize.errors")
+    if name == "errors" or name in _CALLABLE:
+        return importlib.import_module(f"quantize.{name}")
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module(_HOMES[name]), name)
@@ -70,15 +72,23 @@ def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
 
 
-class _Package(ModuleType):
-    """This module, where `quantize.build.execute` is the function.
+class _CallableFolder(ModuleType):
+    """A folder of the package that bears the name of a public function: called, it is that function."""
 
-    The import system would set the attribute to the submodule of that name whenever that is imported, by whomever.
-    """
+    def __call__(self, *arguments: Any, **options: Any) -> Any:
+        name = self.__name__.rpartition(".")[2]
+        return getattr(importlib.import_module(_HOMES[name]), name)(*arguments, **options)
+
+
+class _Package(ModuleType):
+    """This module, where `quantize.build` is both the folder and the function."""
 
     def __setattr__(self, name: str, value: object) -> None:
-        if not (name in _HOMES and isinstance(value, ModuleType)):
-            super().__setattr__(name, value)
+        if name in _CALLABLE and isinstance(value, ModuleType):
+            function = f"{_HOMES[name]}.{name}"
+            value.__class__ = _CallableFolder
+            value.__doc__ = f"{value.__doc__}\n\nCalled, it is {function}: see there."
+        super().__setattr__(name, value)
 
 
 sys.modules[__name__].__class__ = _Package

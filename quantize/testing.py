@@ -316,8 +316,8 @@ def plain_format(builder: Builder[Any], extra: str = "torch") -> Format:
 def installed_formats(*found: Format) -> Iterator[None]:
     """Have the given formats, and no others, installed as plugins for a while."""
     points = [mock.Mock(load=mock.Mock(return_value=item)) for item in found]
-    for point, item in zip(points, found, strict=True):
-        point.name = item.name
+    for number, (point, item) in enumerate(zip(points, found, strict=True)):
+        point.name, point.value = item.name, f"test:{number}"
     with mock.patch("quantize.formats.entry_points", return_value=points):
         quantize.formats.formats.cache_clear()
         try:

@@ -7,7 +7,6 @@ import re
 import subprocess
 import sys
 import tomllib
-from importlib import import_module
 from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 
@@ -16,8 +15,9 @@ import pytest
 import quantize
 from quantize.errors import MissingExtraError, QuantizeError, RecipeError, UsageError
 from quantize.events import ListReporter
+from quantize.formats import formats, runtime_kind
 from quantize.provenance.statement import pypi_url
-from quantize.runtimes.base import FORMATS, runtime_of
+from quantize.runtimes.base import runtime_version
 from quantize.testing import write_recipe
 
 ROOT = Path(__file__).parent.parent
@@ -53,14 +53,14 @@ def test_nothing_tells_to_install_the_other_project() -> None:
     assert [found for text in places for found in re.findall(r"\bquantize\[[a-z,]+\]|pypi/quantize[@#]", text)] == []
 
 
-@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("format", [*formats()])
 def test_the_extra_in_a_hint_is_one_that_there_is(format: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def missing(name: str) -> str:
         raise PackageNotFoundError(name)
 
     monkeypatch.setattr("quantize.runtimes.base.version", missing)
     with pytest.raises(MissingExtraError) as caught:
-        runtime_of(format)
+        runtime_version(runtime_kind(format), "evaluating a model")
     extra = re.fullmatch(r"install it with: .*pip install .*'quantize-models\[(\w+)\]'", str(caught.value.hint))
     assert extra is not None
     assert extra[1] in PROJECT["optional-dependencies"]
@@ -76,18 +76,20 @@ def test_every_public_name_is_there_and_says_what_it_is(name: str) -> None:
     assert name in dir(quantize)
 
 
-def test_a_function_is_never_its_module() -> None:
-    """Whoever imports the submodules, in whatever order."""
+@pytest.mark.parametrize("first", ["import quantize.build.execute", "import quantize", "import quantize.api"])
+def test_build_is_the_function_and_the_folder(first: str) -> None:
+    """Whoever imports what, in whatever order."""
     code = (
-        "import quantize.build.rebuild, quantize.build.plan, quantize.build.execute\n"
-        "from quantize import build, plan, rebuild\n"
-        "from quantize.build.execute import Outcome\n"
-        "assert Outcome is quantize.Outcome\n"
-        "print(build.__module__, plan.__module__, rebuild.__module__, quantize.build.execute is build)"
+        f"{first}\nimport quantize\nfrom quantize import build, plan, rebuild\n"
+        "import quantize.build.execute as module\n"
+        "assert module.Outcome is quantize.Outcome and build is quantize.build\n"
+        "try:\n    build('no-such-recipe')\n"
+        "except quantize.errors.UsageError as error:\n    print(error.message)\n"
+        "print(plan.__module__, rebuild.__module__)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert (done.stdout, done.stderr) == ("quantize.api quantize.api quantize.api True\n", "")
-    assert import_module("quantize.build.execute").build is not quantize.build.execute
+    assert done.stderr == ""
+    assert done.stdout == "no recipe 'no-such-recipe'\nquantize.api quantize.api\n"
 
 
 def test_an_unknown_name_is_no_attribute() -> None:
@@ -119,10 +121,10 @@ def test_a_recipe_by_path_text_and_name(tiny: Path, tmp_path: Path) -> None:
 def test_plan_and_build_take_the_places_that_they_are_given(tiny: Path, tmp_path: Path) -> None:
     path, reporter = write_recipe(tmp_path / "mine.yaml", tiny, Q8), ListReporter()
     places = {"store": tmp_path / "mine", "cache": tmp_path / "scratch"}
-    plan = quantize.build.plan(path, **places, reporter=reporter)  # type: ignore[arg-type]
+    plan = quantize.plan(path, **places, reporter=reporter)  # type: ignore[arg-type]
     (job,) = plan.jobs
     assert job.size is not None
-    (outcome,) = quantize.build.execute(path, evaluate=False, reporter=reporter, **places)  # type: ignore[arg-type]
+    (outcome,) = quantize.build(path, evaluate=False, reporter=reporter, **places)  # type: ignore[arg-type]
     assert (outcome.state, outcome.error) == ("built", None)
     assert outcome.artifact is not None
     assert outcome.artifact.folder.is_relative_to(tmp_path / "mine")
@@ -136,21 +138,21 @@ def test_plan_and_build_take_the_places_that_they_are_given(tiny: Path, tmp_path
 def test_wrong_limits_are_usage_errors(tiny: Path, tmp_path: Path) -> None:
     path = write_recipe(tmp_path / "mine.yaml", tiny, Q8)
     with pytest.raises(UsageError, match="'lots' is no size"):
-        quantize.build.plan(path, memory_budget="lots")
+        quantize.plan(path, memory_budget="lots")
     with pytest.raises(UsageError, match="device 'tpu' is none"):
-        quantize.build.plan(path, device="tpu")
+        quantize.plan(path, device="tpu")
     with pytest.raises(UsageError, match="the recipe has no variant 'q9'"):
-        quantize.build.execute(path, only=["q9"])
+        quantize.build(path, only=["q9"])
 
 
 def test_rebuild_keeps_what_it_is_told_to(tiny: Path, tmp_path: Path) -> None:
     path = write_recipe(tmp_path / "mine.yaml", tiny, Q8)
-    quantize.build.execute(path, evaluate=False)
-    kept = quantize.build.rebuild("mine/q8_0", keep=tmp_path / "kept")
+    quantize.build(path, evaluate=False)
+    kept = quantize.rebuild("mine/q8_0", keep=tmp_path / "kept")
     assert (kept.identical, kept.rebuilt.folder) == (True, tmp_path / "kept")
     with pytest.raises(UsageError, match="kept: is there already"):
-        quantize.build.rebuild("mine/q8_0", keep=tmp_path / "kept")
-    assert not quantize.build.rebuild(kept.artifact).rebuilt.folder.exists()
+        quantize.rebuild("mine/q8_0", keep=tmp_path / "kept")
+    assert not quantize.rebuild(kept.artifact).rebuilt.folder.exists()
 
 
 # --- README -----------------------------------------------------------------------------------------------------------

@@ -227,7 +227,7 @@ def test_a_store_below_a_file(run: Run, tmp_path: Path) -> None:
 
 def test_nothing_heavy_is_loaded() -> None:
     code = (
-        "import sys\nfrom quantize import trials\nfrom quantize.cli import main\ntrials.ENGINES = []\n"
+        "import sys\nfrom quantize.cli import trials\nfrom quantize.cli import main\ntrials.ENGINES = []\n"
         "try:\n  main(['doctor', '--json'])\nexcept SystemExit:\n  pass\n"
         "heavy = {'torch', 'transformers', 'numpy', 'gguf', 'llama_cpp', 'fastapi', 'gptqmodel'}\n"
         "print('HEAVY', *sorted({name.partition('.')[0] for name in sys.modules} & heavy))"

@@ -178,7 +178,7 @@ def test_a_commit_that_fails_leaves_what_was_there(
     def full(_: Path) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("quantize.store.store.artifact.sync", full)
+    monkeypatch.setattr("quantize.store.artifact.sync", full)
     (outcome,) = build_all(recipe([{"format": "fake", "bits": 4}]), store, cache)
     assert isinstance(outcome.error, DiskFullError)
     assert "No space left on device" in outcome.error.message
