@@ -6,6 +6,7 @@ In: the GGUF file and an empty folder. Out: config, tokenizer and safetensors in
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from quantize.files.safetensors import header_bytes
 
 SHARD_SIZE = "5GB"
 RULES_VERSION = 1  # of what is mended in a tokenizer; enters the key of the checkpoint
-PRE = "tokenizer.ggml.pre"
+FIELDS = "tokenizer.ggml"
 # llama.cpp's names of the rules that part every digit from the text before they split it as GPT-2 does.
 DIGITS_APART = ("smollm", "codeshell", "exaone", "minerva-7b", "starcoder", "refact", "command-r", "mellum2")
 
@@ -71,19 +72,33 @@ def _write_rest(transformers: Any, gguf: Path, out: Path) -> None:
     for key in ("is_local", "local_files_only", "name_or_path"):
         settings.pop(key, None)  # where it was loaded from is not part of the model
     path.write_text(json.dumps(settings, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
-    _part_digits(read_gguf(gguf).fields.get(PRE), out / "tokenizer.json")
+    _mend_tokenizer(read_gguf(gguf).fields, out / "tokenizer.json")
 
 
-def _part_digits(rules: object, path: Path) -> None:
-    """transformers gives each byte-level vocabulary GPT-2's rules, whatever the file says: "   4" gets other ids."""
-    if rules not in DIGITS_APART or not path.is_file():
-        return
-    tokenizer = json.loads(path.read_text(encoding="utf-8"))
+def _mend_tokenizer(fields: Mapping[str, Any], path: Path) -> None:
+    """Put back two rules of the file that transformers' loader does not read; without them text gets other ids.
+
+    Digits that stand apart ("   4" in SmolLM2): each byte-level vocabulary gets GPT-2's rules. And the space before a
+    text, which SentencePiece adds even where the text begins with one.
+    """
+    tokenizer = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     found = tokenizer.get("pre_tokenizer")
-    if isinstance(found, dict) and found.get("type") == "ByteLevel":
+    kind = found.get("type") if isinstance(found, dict) else None
+    if kind == "ByteLevel" and fields.get(f"{FIELDS}.pre") in DIGITS_APART:
         digits = {"type": "Digits", "individual_digits": True}
         tokenizer["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [digits, found]}
-        path.write_text(json.dumps(tokenizer, indent=2, ensure_ascii=False), encoding="utf-8")
+    elif kind == "Metaspace" and fields.get(f"{FIELDS}.model") == "llama":
+        if fields.get(f"{FIELDS}.add_space_prefix") is False:
+            return
+        steps = [
+            {"type": "Prepend", "prepend": "▁"},
+            {"type": "Replace", "pattern": {"String": " "}, "content": "▁"},
+        ]
+        tokenizer["normalizer"] = {"type": "Sequence", "normalizers": steps}
+        tokenizer["pre_tokenizer"] = None
+    else:
+        return
+    path.write_text(json.dumps(tokenizer, indent=2, ensure_ascii=False), encoding="utf-8")
 
 
 def _libraries() -> tuple[Any, Any]:

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from pydantic import Field, field_validator
@@ -105,8 +106,7 @@ class GgufBuilder:
     source_copies = 1  # the 16-bit file
     Options = GgufOptions
 
-    def __init__(self) -> None:
-        self._expected: dict[Any, Expected] = {}  # of the source that was asked last
+    _expected: Mapping[Any, Expected] = MappingProxyType({})  # of the source that was asked last
 
     def tools(self, options: GgufOptions) -> Sequence[str]:
         """The converter, its libraries and the quantizer."""
