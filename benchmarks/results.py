@@ -15,9 +15,9 @@ from quantize.evaluate.record import GoldenCount, figures_of, read_record, sourc
 from quantize.report.collect import collect
 from quantize.report.decision_text import headline, listed
 from quantize.report.production import judge
-from quantize.report.views import megabytes
 from quantize.store.artifact import Artifact
 from quantize.store.store import Store
+from quantize.system.sizes import size_text
 
 Data = Mapping[str, Any]
 
@@ -116,7 +116,7 @@ def _figures(row: Data) -> tuple[str, ...]:
     return (
         f"`{row['variant']}`",
         row["format"],
-        megabytes(row["size_bytes"]),
+        size_text(row["size_bytes"]),
         f"{row['bits_per_weight']:.2f}",
         f"{row['perplexity_ratio']:.4f}",
         f"{row['mean_kl']:.4f}",

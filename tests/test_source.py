@@ -299,14 +299,13 @@ def test_without_the_hub_client_the_extra_is_named(
     with pytest.raises(MissingExtraError, match="fetching from the hub needs an extra") as caught:
         pin(tmp_path, "{model: org/none}", cache)
     assert caught.value.hint == "install it with: pip install 'quantize-models[hub]'"
-    assert caught.value.hint == "install it with: pip install 'quantize[hub]'"
 
 
 @pytest.mark.parametrize("rules", ["smollm", "gpt-2"])
 def test_the_digits_of_a_gguf_source_stand_apart_where_its_rules_say_so(rules: str, tmp_path: Path) -> None:
     from tokenizers import Tokenizer, models, pre_tokenizers
 
-    from quantize.engines.dequantize import _mend_tokenizer
+    from quantize.model.from_gguf import _mend_tokenizer
 
     tokenizer = Tokenizer(models.BPE({"Ġ": 0, "ĠĠ": 1, "4": 2, "44": 3}, [("Ġ", "Ġ"), ("4", "4")]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
