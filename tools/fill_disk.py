@@ -16,6 +16,7 @@ import contextlib
 import io
 import json
 import os
+import pickle
 import re
 import subprocess
 import sys
@@ -140,8 +141,10 @@ def _steps_inline() -> Iterator[None]:
     def run_step(step: str, reporter: Reporter, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         if step.startswith("loading in transformers"):
             return {}
-        kwargs.pop("stops", None)
-        return worker._answer(step, *worker._outcome(function, reporter, *args, **kwargs), 0)
+        for how in ("stops", "most_seconds"):
+            kwargs.pop(how, None)
+        work = pickle.dumps((function, args, kwargs))
+        return worker._answer(step, *worker._outcome(work, reporter), 0)
 
     importers = [
         module for name, module in sys.modules.items()
