@@ -288,6 +288,7 @@ def test_what_only_the_file_has_is_kept_and_transformers_decides_on_the_rest() -
     [
         ("Qwen3MoeForCausalLM", {"norm_topk_prob": False}, "norm_topk_prob is False"),
         ("DeepseekV3ForCausalLM", {"rope_interleave": False}, "rope_interleave is False"),
+        ("StableLmForCausalLM", {"rope_theta": 500000.0}, "rope_theta is 500000.0"),
         ("AfmoeForCausalLM", {"mup_enabled": False}, "mup_enabled is False"),
         ("Exaone4ForCausalLM", {"sliding_window": 4096}, "sliding_window is set in a model of 2 blocks"),
         ("PhimoeForCausalLM", {}, "sparse mixer"),
@@ -298,6 +299,6 @@ def test_what_llama_cpp_would_run_otherwise_is_refused(architecture: str, config
         converter_config(architecture, {**WIDTHS, **config}, {})
     assert architecture in str(caught.value)
     assert caught.value.hint
-    right = {key: True for key in config if key != "sliding_window"}
+    right = {key: True for key, value in config.items() if value is False}
     if architecture != "PhimoeForCausalLM":
         converter_config(architecture, {**WIDTHS, **right}, {})

@@ -183,3 +183,60 @@ def test_no_module_is_too_long(module: str) -> None:
 def test_every_module_says_what_it_is_for(module: str) -> None:
     text = TEXTS[module]
     assert not text.strip() or ast.get_docstring(ast.parse(text)), "open with what comes in and what goes out"
+
+
+# --- one word a thing; a format is a folder ---------------------------------------------------------------------------
+
+FORMATS = frozenset({"gguf", "awq", "gptq", "bitsandbytes"})
+# Where a word that is also a format's is something else: the name of a distribution, or of an extra.
+OTHER_WORDS = {
+    "errors": "the extra whose llama.cpp is compiled",
+    "files.gguf": "the distribution that knows GGUF's types",
+    "system.deaths": "distributions, and where to report what they did",
+    "cli.trials": "distributions that doctor tries",
+    "cli.diagnosis": "distributions whose versions doctor shows",
+}
+
+
+def doubled_classes(texts: dict[str, str]) -> dict[str, list[str]]:
+    """Class name -> the modules that define it, where there are several."""
+    places: dict[str, list[str]] = {}
+    for name, text in texts.items():
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.ClassDef):
+                places.setdefault(node.name, []).append(name)
+    return {name: found for name, found in places.items() if len(found) > 1}
+
+
+def format_literals(texts: dict[str, str]) -> list[str]:
+    """Places outside formats/ where a string is the name of a format."""
+    return [
+        f"{name}:{node.lineno} {node.value}"
+        for name, text in texts.items()
+        if name.partition(".")[0] != "formats" and name not in OTHER_WORDS
+        for node in ast.walk(ast.parse(text))
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and node.value in FORMATS
+    ]
+
+
+def test_no_class_name_stands_for_two() -> None:
+    assert doubled_classes(TEXTS) == {}
+
+
+def test_a_doubled_class_is_found() -> None:
+    planted = TEXTS | {"serve.limits": TEXTS["serve.limits"] + "\n\nclass Store:\n    pass\n"}
+    assert doubled_classes(planted) == {"Store": ["serve.limits", "store.store"]}
+
+
+def test_no_format_is_named_outside_its_folder() -> None:
+    assert format_literals(TEXTS) == []
+
+
+def test_a_named_format_is_found() -> None:
+    planted = TEXTS | {"publish.pack": TEXTS["publish.pack"] + '\nKNOWN = ("safetensors", "gguf")\n'}
+    assert [item.rpartition(" ")[2] for item in format_literals(planted)] == ["gguf"]
+
+
+def test_words_that_are_allowed_are_used() -> None:
+    used = {name for name in OTHER_WORDS if format_literals({f"x.{name}": TEXTS[name]})}
+    assert used == set(OTHER_WORDS)

@@ -17,17 +17,17 @@ from quantize.build.job import VariantJob
 from quantize.calibration.budget import memory_short, pass_bytes
 from quantize.errors import PlanError, QuantizeError
 from quantize.events import Reporter, status
-from quantize.formats import builders
+from quantize.formats import builders, find_format
 from quantize.formats.base import Builder, Context, RunLimits, SizePlan
 from quantize.model.checkpoint import Checkpoint, open_checkpoint
 from quantize.model.source import PinnedSource, dequantized_key, open_source, pin_source
 from quantize.recipe.model import Recipe, Variant
-from quantize.store.manifest import CalibrationEntry, canonical_hash, tool_versions
+from quantize.store.manifest import OWN, CalibrationEntry, canonical_hash, tool_versions
 from quantize.store.store import Store
 from quantize.system.cache import Cache
 from quantize.system.process import run_step
 
-BUILD_KEY_VERSION = 1
+BUILD_KEY_VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -153,7 +153,8 @@ def _inputs(
         "source": source.digest,
         "variant": variant.normalized(),
         "calibration": calibration,
-        "tools": tools,
+        "tools": {name: version for name, version in tools.items() if name != OWN},
+        "revision": find_format(variant.format).revision,
     }
 
 

@@ -19,6 +19,7 @@ from quantize import __version__
 from quantize.errors import VerifyError, first_line
 from quantize.system.untrusted import parse_json, read_limited
 
+OWN = "quantize"  # this program among the tools
 SCHEMA_VERSION = 1
 FILE_NAME = "manifest.json"
 MEASUREMENTS_NAME = "measurements.json"
@@ -216,7 +217,7 @@ def manifest_schema() -> dict[str, Any]:
 
 def tool_versions(distributions: Iterable[str]) -> dict[str, str]:
     """Installed versions of `distributions`, and quantize's own; those that are not installed are left out."""
-    versions = {"quantize": __version__}
+    versions = {OWN: __version__}
     for name in distributions:
         try:
             versions[name] = metadata.version(name)

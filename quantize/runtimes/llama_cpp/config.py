@@ -153,4 +153,5 @@ _ALWAYS: dict[str, dict[str, Any]] = {
     "AfmoeForCausalLM": {"mup_enabled": True},
     "DeepseekV3ForCausalLM": {"rope_interleave": True},
     "Qwen3MoeForCausalLM": {"norm_topk_prob": True},
+    "StableLmForCausalLM": {"rope_theta": 10000.0},
 }
