@@ -240,8 +240,8 @@ WIDTHS = {"head_dim": 32, "hidden_size": 128, "num_attention_heads": 4, "num_hid
     ("architecture", "loaded", "key", "value"),
     [
         ("LlamaForCausalLM", {"rope_parameters": ROPE}, "rope_theta", 5e5),
-        ("StableLmForCausalLM", {"rope_parameters": ROPE}, "partial_rotary_factor", 0.25),
-        ("StableLmForCausalLM", {"rope_parameters": ROPE}, "rope_scaling", None),
+        ("StableLmForCausalLM", {"rope_parameters": {**ROPE, "rope_theta": 10000.0}}, "partial_rotary_factor", 0.25),
+        ("StableLmForCausalLM", {"rope_parameters": {**ROPE, "rope_theta": 10000.0}}, "rope_scaling", None),
         ("Phi3ForCausalLM", {"rope_parameters": {"rope_type": "longrope"}}, "rope_scaling", {"rope_type": "longrope"}),
         ("Gemma4ForCausalLM", {"rope_parameters": {"full_attention": ROPE}}, "partial_rotary_factor", None),
         ("Cohere2ForCausalLM", {}, "rotary_pct", 1.0),
