@@ -127,7 +127,8 @@ def test_the_stub_in_front_of_the_real_library_is_the_real_one_but_for_batches(
     code = (
         "import sys\nfrom pathlib import Path\nfrom quantize.runtimes.llama_cpp.model import *\n"
         "model = OpenModel(Path(sys.argv[1]), ModelSettings(64))\n"
-        "tokens = int(sys.argv[2])\nmodel.decode(Entry(1, index, 0, index == tokens - 1) for index in range(tokens))\n"
+        "tokens = int(sys.argv[2])\n"
+        "model.decode(BatchToken(1, index, 0, index == tokens - 1) for index in range(tokens))\n"
     )
     from quantize.cli.trials import write_tiny_llama
 

@@ -11,13 +11,12 @@ from pathlib import Path
 import pytest
 
 from quantize.errors import MissingExtraError
-from quantize.formats import builders
-from quantize.runtimes.base import FORMATS, runtime_of
-from quantize.serve.preflight import HELPERS
+from quantize.formats import formats, runtime_kind
+from quantize.runtimes.base import runtime_version
 
 ROOT = Path(__file__).parent.parent
 EXTRAS = set(tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"])
-NAMED = re.compile(r"\bquantize\[([\w,\s-]+)\]")
+NAMED = re.compile(r"\bquantize-models\[([\w,\s-]+)\]")
 FOLDERS = ("quantize", "docs", "deploy", "ci", "benchmarks", "recipes", ".github")
 SUFFIXES = {".py", ".md", ".toml", ".yaml", ".yml", ".sh", ".html", ".jinja", ""}
 
@@ -49,23 +48,21 @@ def test_extras_in_hints() -> None:
         if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "MissingExtraError" and len(node.args) > 1
     ]
     found = {call.args[1].value for call in calls if isinstance(call.args[1], ast.Constant)}
-    assert {"gguf", "bnb", "serve", "hub"} <= found
+    assert {"serve", "hub", "torch"} <= found
     assert found <= EXTRAS
 
 
-@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("format", [*formats()])
 def test_extras_of_runtimes_that_are_not_installed(format: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def missing(_name: str) -> str:
         raise metadata.PackageNotFoundError
 
     monkeypatch.setattr("quantize.runtimes.base.version", missing)
     with pytest.raises(MissingExtraError) as caught:
-        runtime_of(format)
+        runtime_version(runtime_kind(format), "evaluating a model")
     (extra,) = NAMED.findall(str(caught.value.hint))
     assert extra in EXTRAS
-    if format in HELPERS:
-        assert extra == HELPERS[format][1], "as serving it says"
 
 
 def test_extras_of_formats() -> None:
-    assert {builder.extra for builder in builders().values()} | {extra for _, extra in HELPERS.values()} <= EXTRAS
+    assert {item.extra for item in formats().values()} <= EXTRAS

@@ -134,7 +134,7 @@ def index(tmp_path: Path) -> Path:
     source = tmp_path / "llama_cpp_python-0.3.36"
     source.mkdir()
     (source / "backend.py").write_text(BACKEND)
-    system = '[build-system]\nrequires = []\nbuild-builder = "builder"\nbackend-path = ["."]\n'
+    system = '[build-system]\nrequires = []\nbuild-backend = "backend"\nbackend-path = ["."]\n'
     (source / "pyproject.toml").write_text(f'{system}[project]\nname = "llama-cpp-python"\nversion = "0.3.36"\n')
     (source / "PKG-INFO").write_text("Metadata-Version: 2.1\nName: llama-cpp-python\nVersion: 0.3.36\n")
     folder = tmp_path / "index"

@@ -170,7 +170,7 @@ def rebuild_folders(keep: Path | None) -> Iterator[tuple[Path, Path]]:
 def _variant(manifest: Manifest) -> Variant:
     if manifest.format not in builders():
         hint = f"install the plugin that brings it; installed are: {', '.join(builders())}"
-        raise PlanError(f"the format {manifest.format!r} can't be built here", hint=hint)
+        raise PlanError(f"the format {manifest.format!r} is not installed here", hint=hint)
     options = {key: value for key, value in manifest.options.items() if key != "format"}
     try:
         parsed = builders()[manifest.format].Options.model_validate(options)

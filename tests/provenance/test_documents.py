@@ -20,6 +20,10 @@ from in_toto_attestation.v1.statement import Statement
 from packageurl import PackageURL
 
 from quantize.events import ListReporter
+from quantize.formats.awq.format import FORMAT as AWQ
+from quantize.formats.bitsandbytes.format import FORMAT as BITSANDBYTES
+from quantize.formats.gguf.format import FORMAT as GGUF
+from quantize.formats.gptq.format import FORMAT as GPTQ
 from quantize.provenance.card import render_card
 from quantize.provenance.documents import write_documents
 from quantize.provenance.sbom import bill_of_materials
@@ -27,6 +31,7 @@ from quantize.provenance.statement import RunDetails, statement
 from quantize.store.artifact import Artifact
 from quantize.store.manifest import CARD_NAME, NOTICE_NAME, PROVENANCE_NAME, SBOM_NAME, AcceptedRisk
 from quantize.store.verify import check_files
+from quantize.testing import installed_formats
 from tests.provenance.conftest import CALIBRATED, MEASURED, Changed
 
 HUB = "hub:org/Base-1B@" + "1" * 40
@@ -194,14 +199,15 @@ def test_the_base_models_own_notice_stays(changed: Changed) -> None:
 
 
 def test_the_card_says_how_to_run_it_in_each_runtime(artifact: Artifact) -> None:
-    for kind, runtimes in {
-        "gguf": ("llama-server -m", "ollama create tiny-int8", "from llama_cpp import"),
-        "awq": ("vllm serve .", "sglang.launch_server", "AutoModelForCausalLM"),
-        "gptq": ("vllm serve .", "sglang.launch_server", "AutoModelForCausalLM"),
-        "bitsandbytes": ("vLLM does not take", "AutoModelForCausalLM"),
-    }.items():
-        text = render_card(artifact.manifest.model_copy(update={"format": kind}))
-        assert all(item in text for item in (*runtimes, "quantize serve .")), kind
-    nf4 = artifact.manifest.model_copy(update={"format": "bitsandbytes", "options": {"type": "nf4"}})
-    assert "vllm serve ." in render_card(nf4)
-    assert "does not take" not in render_card(nf4)
+    with installed_formats(GGUF, AWQ, GPTQ, BITSANDBYTES):
+        for kind, runtimes in {
+            "gguf": ("llama-server -m", "ollama create tiny-int8", "from llama_cpp import"),
+            "awq": ("vllm serve .", "sglang.launch_server", "AutoModelForCausalLM"),
+            "gptq": ("vllm serve .", "sglang.launch_server", "AutoModelForCausalLM"),
+            "bitsandbytes": ("vLLM does not take", "AutoModelForCausalLM"),
+        }.items():
+            text = render_card(artifact.manifest.model_copy(update={"format": kind}))
+            assert all(item in text for item in (*runtimes, "quantize serve .")), kind
+        nf4 = artifact.manifest.model_copy(update={"format": "bitsandbytes", "options": {"type": "nf4"}})
+        assert "vllm serve ." in render_card(nf4)
+        assert "does not take" not in render_card(nf4)
