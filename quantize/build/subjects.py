@@ -95,4 +95,5 @@ def _of_artifact(artifact: Artifact) -> EstimateSubject:
 
 
 def _of_path(name: str, kind: Format, path: Path, family: str = "") -> EstimateSubject:
-    return EstimateSubject(name, kind.name, kind.layout.shape(path), kind.layout.weights_bytes(path), family)
+    found = kind.layout.measure(path)
+    return EstimateSubject(name, kind.name, found.shape, found.weights_bytes, family)

@@ -10,10 +10,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from quantize.formats import find_format
+from quantize.formats.format import Reader
 from quantize.model.architecture import block_layouts
 from quantize.model.checkpoint import Checkpoint
-from quantize.runtimes.base import ModelRef
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -33,15 +32,8 @@ def matrices(checkpoint: Checkpoint) -> tuple[str, ...]:
     return tuple(linear.tensor for layout in block_layouts(checkpoint.config) for linear in layout.linears)
 
 
-def pairs(artifact: ModelRef, checkpoint: Checkpoint) -> Iterator[Pair]:
-    """Every linear that both have; none where the format does not show its weights.
-
-    Raises CheckpointError, VerifyError: a tensor can't be read.
-    """
-    weights = find_format(artifact.format).weights
-    if weights is None:
-        return
-    read = weights.reader(artifact.path, checkpoint)
+def pairs(read: Reader, checkpoint: Checkpoint) -> Iterator[Pair]:
+    """Every linear that both have. Raises CheckpointError, VerifyError: a tensor can't be read."""
     for name in matrices(checkpoint):
         source = checkpoint.read(name).float()
         found = read(name, source)

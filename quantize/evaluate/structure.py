@@ -6,7 +6,7 @@ wrong scale in one group of weights among a million hardly moves a perplexity; h
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +15,7 @@ from quantize.errors import CheckpointError
 from quantize.evaluate.pairs import Pair, matrices, pairs
 from quantize.events import Reporter, note, progress
 from quantize.formats import find_format
+from quantize.formats.format import Weights
 from quantize.model.checkpoint import Checkpoint, open_checkpoint
 from quantize.runtimes.base import ModelRef
 
@@ -62,7 +63,8 @@ def check_structure(reporter: Reporter, artifact: ModelRef, source: Path, intend
         return checks
     if intended.is_quantized:
         checks[QUANTIZED] = _told("left unquantized:", weights.left(artifact.path, names, intended.options))
-    checks[NEAR] = _told("not the source's:", list(_far(reporter, artifact, checkpoint, intended, len(names))))
+    found = pairs(weights.reader(artifact.path, checkpoint), checkpoint)
+    checks[NEAR] = _told("not the source's:", list(_far(reporter, weights, found, intended, len(names))))
     return checks
 
 
@@ -78,18 +80,13 @@ def _template(artifact: ModelRef, checkpoint: Checkpoint) -> str:
     return "it is lost" if found is None else "it differs from the source's"
 
 
-def _far(
-    reporter: Reporter, artifact: ModelRef, checkpoint: Checkpoint, intended: Intended, total: int
-) -> Iterator[str]:
+def _far(reporter: Reporter, weights: Weights, found: Iterable[Pair], intended: Intended, total: int) -> Iterator[str]:
     """Matrices with a group of weights that no rounding explains."""
     low, high = GAINS_FEWER_BITS if intended.is_quantized and (intended.bits or 0) < 8 else GAINS_8_BIT
     group = intended.group_size or GROUP
-    weights = find_format(artifact.format).weights
-    folded = weights is not None and weights.folded
-    found = pairs(artifact, checkpoint)
     for done, pair in enumerate(found, start=1):
         progress(reporter, "", "comparing weights with the source's, matrices", done, total)
-        gains = _gains(pair, group, folded=folded)
+        gains = _gains(pair, group, folded=weights.folded)
         least, most = float(gains.min()), float(gains.max())
         if not low <= least <= most <= high:
             worst = least if low - least > most - high else most

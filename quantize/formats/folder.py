@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from quantize.errors import RefusedError
+from quantize.formats.format import OnDisk
 from quantize.model.checkpoint import read_chat_template, read_json, tensor_table
 from quantize.model.shape import ModelShape
 
@@ -34,20 +35,13 @@ class FolderLayout:
         """None: the folder is opened."""
         return None
 
-    def shape(self, path: Path) -> ModelShape:
-        """See Layout."""
-        return ModelShape.from_config(read_json(path / "config.json"))
-
-    def weights_bytes(self, path: Path) -> int:
+    def measure(self, path: Path) -> OnDisk:
         """See Layout."""
         if not any(file.is_file() for file in path.glob("*.safetensors")):
             hint = "weights must be *.safetensors: pickled ones can run code, and are never loaded"
             raise RefusedError(f"{path}: no safetensors files in it", hint=hint)
-        return sum(item.size_bytes for item in tensor_table(path).values())
-
-    def repacked_bytes(self, path: Path) -> int:
-        """None that are known of."""
-        return 0
+        weights = sum(item.size_bytes for item in tensor_table(path).values())
+        return OnDisk(ModelShape.from_config(read_json(path / "config.json")), weights)
 
     def chat_template(self, path: Path) -> str | None:
         """See Layout."""

@@ -24,6 +24,15 @@ Reader = Callable[[str, "Tensor"], "Tensor | None"]
 Options = Mapping[str, Any]
 
 
+@dataclass(frozen=True)
+class OnDisk:
+    """A model as its headers have it: bytes of all tensors, and bytes that its runtime keeps a second time on a CPU."""
+
+    shape: ModelShape
+    weights_bytes: int
+    repacked_bytes: int = 0
+
+
 class Layout(Protocol):
     """How a model of the format lies on disk: one file, or a folder in the Hugging Face layout.
 
@@ -46,14 +55,11 @@ class Layout(Protocol):
     def main_file(self, folder: Path) -> Path | None:
         """The one file that a runtime opens; None where it opens the folder. Raises VerifyError: it is not there."""
 
-    def shape(self, path: Path) -> ModelShape:
-        """From headers, of what `main_file` gives or the folder. Raises CheckpointError."""
+    def measure(self, path: Path) -> OnDisk:
+        """From headers, read once, of what `main_file` gives or the folder.
 
-    def weights_bytes(self, path: Path) -> int:
-        """Bytes of all tensors, as they lie on disk. Raises CheckpointError, RefusedError: there are none to load."""
-
-    def repacked_bytes(self, path: Path) -> int:
-        """Bytes that the runtime keeps a second time on a CPU."""
+        Raises CheckpointError; RefusedError: there are no weights to load.
+        """
 
     def chat_template(self, path: Path) -> str | None:
         """The chat template that a runtime finds."""

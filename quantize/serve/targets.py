@@ -104,9 +104,8 @@ def _artifact(name: str | None, artifact: Artifact) -> LocalTarget:
 
 
 def _local(name: str, kind: Format, path: Path) -> LocalTarget:
-    layout = kind.layout
-    weights = layout.weights_bytes(path)
-    return LocalTarget(name, kind.name, path, layout.shape(path), weights, layout.repacked_bytes(path))
+    found = kind.layout.measure(path)
+    return LocalTarget(name, kind.name, path, found.shape, found.weights_bytes, found.repacked_bytes)
 
 
 def _format_of_folder(folder: Path) -> Format:

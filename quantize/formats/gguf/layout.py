@@ -9,7 +9,8 @@ from pathlib import Path
 from quantize.errors import VerifyError
 from quantize.estimate.vram import repacked_bytes
 from quantize.files.gguf import read_gguf
-from quantize.model.shape import ModelShape, gguf_shape
+from quantize.formats.format import OnDisk
+from quantize.model.shape import gguf_shape
 
 SUFFIX = ".gguf"
 IMATRIX_SUFFIX = ".imatrix.gguf"
@@ -39,19 +40,12 @@ class GgufLayout:
             raise VerifyError(f"{folder}: no .gguf file", hint="run quantize verify")
         return folder / name
 
-    def shape(self, path: Path) -> ModelShape:
+    def measure(self, path: Path) -> OnDisk:
         """See Layout."""
-        return gguf_shape(read_gguf(path))
-
-    def weights_bytes(self, path: Path) -> int:
-        """See Layout."""
-        return sum(item.size_bytes for item in read_gguf(path).tensors.values())
-
-    def repacked_bytes(self, path: Path) -> int:
-        """See Layout."""
-        tensors = read_gguf(path).tensors
-        rows = [(item.name, item.type, item.size_bytes) for item in tensors.values()]
-        return repacked_bytes(rows, tied="output.weight" not in tensors)
+        file = read_gguf(path)
+        rows = [(item.name, item.type, item.size_bytes) for item in file.tensors.values()]
+        again = repacked_bytes(rows, tied="output.weight" not in file.tensors)
+        return OnDisk(gguf_shape(file), sum(size for _, _, size in rows), again)
 
     def chat_template(self, path: Path) -> str | None:
         """See Layout."""
