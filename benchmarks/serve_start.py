@@ -99,7 +99,7 @@ def weights(artifact: str) -> Path:
 STAGES = """
 import sys
 from pathlib import Path
-import quantize.serve.engines.llama_cpp as engine, quantize.serve.engines.child
+import quantize.runtimes.llama_cpp.served as engine, quantize.serve.engines.child
 from quantize.runtimes.llama_cpp.model import ModelSettings, OpenModel
 
 def peak():

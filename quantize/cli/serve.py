@@ -102,12 +102,12 @@ def _print_hand_over(runtime: str, artifacts: tuple[str, ...], store: Store, opt
 
 def _serve(artifacts: tuple[str, ...], store: Store, options: dict[str, Any]) -> None:
     from quantize.serve.limits import load_keys
-    from quantize.serve.preflight import ServeOptions, engine_options, place, runtime_name
+    from quantize.serve.preflight import ServeOptions, engine_target, place
     from quantize.serve.targets import UpstreamTarget, resolve
     from quantize.system.machine import detect
 
     try:
-        from quantize.serve.engines.link import EngineTarget
+        from quantize.serve.engines.base import EngineTarget
         from quantize.serve.server import Address, run
         from quantize.serve.service import RequestLimits
     except ImportError as exc:
@@ -133,9 +133,7 @@ def _serve(artifacts: tuple[str, ...], store: Store, options: dict[str, Any]) ->
             continue
         placement = place(found, wanted, machine, store)
         click.echo(f"{found.name}: {placement.verdict.word}: {placement.verdict.reason}", err=True)
-        targets.append(
-            EngineTarget(found.name, found.kind, engine_options(found, wanted, placement), runtime_name(found))
-        )
+        targets.append(engine_target(found, wanted, placement))
     names = [target.name for target in targets]
     if len(set(names)) < len(names):
         raise UsageError("two models have the same name", hint="give them names: NAME=ARTIFACT")

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from quantize.errors import MissingExtraError, VerifyError
+from quantize.runtimes.served import Progress, ServedModel, Serving
 
 if TYPE_CHECKING:
     import numpy as np
@@ -67,19 +68,33 @@ class Runtime(Protocol):
         """Give the memory back."""
 
 
-class RuntimeKind(Protocol):
-    """What models of a format run in, before any is loaded.
-
-    name: of the runtime, and of the gateway's engine for it. packages: distributions whose versions say which runtime
-    it is. extra: of this program, that installs them.
-    """
+class ServingKind(Protocol):
+    """What the gateway needs of a RuntimeKind. Picklable: it is sent to the process that the model is to live in."""
 
     @property
     def name(self) -> str: ...
+
+    def serve(self, model: ModelRef, serving: Serving, progress: Progress) -> ServedModel:
+        """Load a model for the gateway. progress is told the share that is loaded, 0 to 1.
+
+        Raises VerifyError: it does not load. MissingExtraError: its runtime is not installed. Refused: it can't be
+        served so.
+        """
+
+
+class RuntimeKind(ServingKind, Protocol):
+    """What models of a format run in, before any is loaded.
+
+    packages: distributions whose versions say which runtime it is. extra: of this program, that installs them.
+    memory: the runtime of estimate/vram.py that takes as much memory.
+    """
+
     @property
     def packages(self) -> tuple[str, ...]: ...
     @property
     def extra(self) -> str: ...
+    @property
+    def memory(self) -> str: ...
 
     def open(self, model: ModelRef, *, context: int, threads: int) -> Runtime:
         """Load a model; see formats.open_runtime."""

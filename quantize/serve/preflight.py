@@ -7,13 +7,14 @@ and what would fit. The arithmetic is estimate.py's, the verdict fit.py's.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 
 from quantize.errors import RefusedError, UsageError
 from quantize.estimate.fit import Fit, Workload, advise
 from quantize.estimate.vram import EstimateSettings, VramProfile
-from quantize.formats import find_format, known_format, runtime_kind
-from quantize.runtimes.base import runtime_version
+from quantize.formats import find_format, known_format
+from quantize.runtimes.base import ModelRef, runtime_version
+from quantize.runtimes.served import Serving
+from quantize.serve.engines.base import EngineTarget
 from quantize.serve.targets import LocalTarget
 from quantize.store.store import Store
 from quantize.system.machine import Machine
@@ -51,7 +52,7 @@ def place(target: LocalTarget, options: ServeOptions, machine: Machine, store: S
         raise UsageError(message, hint=f"use --context {target.shape.max_context} or less")
     context = options.context or min(DEFAULT_CONTEXT, target.shape.max_context)
     on_gpu = device != "cpu"
-    settings = EstimateSettings(target.kind, device="gpu" if on_gpu else "cpu", flash_attention=False)
+    settings = EstimateSettings(target.kind.memory, device="gpu" if on_gpu else "cpu", flash_attention=False)
     weights = target.weights_bytes + (0 if on_gpu else target.repacked_bytes)
     workload = Workload(target.shape, weights, find_format(target.format).vram, settings, context, options.concurrency)
     free, what = _free(device, machine)
@@ -99,20 +100,17 @@ def _siblings(target: LocalTarget, store: Store) -> dict[str, tuple[int, VramPro
     }
 
 
-def engine_options(target: LocalTarget, options: ServeOptions, placement: Placement) -> dict[str, object]:
-    """What the model's process is told."""
-    return {
-        "path": str(Path(target.path).resolve()),
-        "format": target.format,
-        "device": placement.device,
-        "context": placement.context,
-        "slots": options.concurrency,
-        "threads": options.threads,
-        "gpu_layers": options.gpu_layers,
-    }
+def engine_target(target: LocalTarget, options: ServeOptions, placement: Placement) -> EngineTarget:
+    """What the model's process is told. Raises MissingExtraError: the target's runtime is not installed."""
+    serving = Serving(
+        placement.context, options.concurrency, placement.device, options.threads, options.gpu_layers
+    )  # fmt: skip
+    path = target.path.resolve()
+    model = ModelRef(path.parent, target.format, path.name) if path.is_file() else ModelRef(path, target.format)
+    return EngineTarget(target.name, target.kind, model, serving, runtime_name(target))
 
 
 def runtime_name(target: LocalTarget) -> str:
     """What a target runs in, with the version installed here. Raises MissingExtraError: it is not."""
-    kind = runtime_kind(target.format)
+    kind = target.kind
     return f"{kind.name} ({runtime_version(kind, f'serving {target.format}')})"

@@ -20,8 +20,7 @@ import uvicorn
 
 from quantize.errors import UsageError
 from quantize.serve.app import Gateway, make_gateway
-from quantize.serve.engines.base import Engine
-from quantize.serve.engines.link import EngineTarget
+from quantize.serve.engines.base import Engine, EngineTarget
 from quantize.serve.engines.local import LocalEngine
 from quantize.serve.limits import Keys
 from quantize.serve.logs import LogWriter, ServerLogs, make_log

@@ -17,6 +17,7 @@ from quantize.formats import find_format, format_of, formats, runtime_kind
 from quantize.formats.folder import quantization_method
 from quantize.formats.format import Format
 from quantize.model.shape import ModelShape
+from quantize.runtimes.base import RuntimeKind
 from quantize.store.artifact import Artifact, open_artifact
 from quantize.store.manifest import FILE_NAME
 from quantize.store.store import Store
@@ -59,9 +60,9 @@ class LocalTarget:
     artifact: Artifact | None = None
 
     @property
-    def kind(self) -> str:
-        """The engine that it runs in."""
-        return runtime_kind(self.format).name
+    def kind(self) -> RuntimeKind:
+        """What it runs in. Raises UsageError: nothing here runs it."""
+        return runtime_kind(self.format)
 
     @property
     def folder(self) -> Path:

@@ -21,7 +21,7 @@ from quantize.errors import LOWER_MEMORY
 TAIL_BYTES = 1 << 16  # of what a process wrote: Python's traceback of all its threads fits
 TOLD_CHARACTERS = 2000
 WORDS_CHARACTERS = 200
-OUR_LLAMA_CPP = re.compile(r"/quantize/(?:serve/engines|runtimes)/llama_cpp")
+OUR_LLAMA_CPP = re.compile(r"/quantize/runtimes/llama_cpp")
 # What libraries print when they give up; no prompt is ever in such a line, and no other line is looked at.
 DYING = re.compile(r"GGML_ASSERT|terminate called|what\(\):|Fatal Python error|CUDA error")
 CRASH = re.compile(

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from quantize.errors import RefusedError, UsageError
+from quantize.runtimes.served import Serving
 from quantize.serve.limits import KEYS_VARIABLE, load_keys
-from quantize.serve.preflight import ServeOptions, engine_options, place
+from quantize.serve.preflight import ServeOptions, engine_target, place
 from quantize.serve.targets import LocalTarget, UpstreamTarget, resolve
 from quantize.store.store import Store
 from quantize.system.gpus import LocalGpu
@@ -29,7 +29,7 @@ def local(text: str | Path, store: Store) -> LocalTarget:
 
 def test_an_artifact_by_its_name(built: Built) -> None:
     target = local("tiny/q8_0", built.store)
-    assert (target.name, target.format, target.kind) == ("tiny/q8_0", "gguf", "llama.cpp")
+    assert (target.name, target.format, target.kind.name) == ("tiny/q8_0", "gguf", "llama.cpp")
     assert target.path.suffix == ".gguf"
     assert target.shape.vocab_size == 384
     assert local("short=tiny/q8_0", built.store).name == "short"
@@ -39,7 +39,7 @@ def test_a_file_a_folder_and_an_address(built: Built, tiny: Path, monkeypatch: p
     path = local("tiny/q8_0", built.store).path
     assert local(path, built.store).name == path.stem
     folder = local(tiny, built.store)
-    assert (folder.name, folder.format, folder.kind) == ("tiny", "safetensors", "transformers")
+    assert (folder.name, folder.format, folder.kind.name) == ("tiny", "safetensors", "transformers")
     monkeypatch.setenv("QUANTIZE_UPSTREAM_KEY", "one-key")
     monkeypatch.setenv("QUANTIZE_UPSTREAM_KEY_BIG", "big-key")
     upstream = resolve("big=http://127.0.0.1:1/v1#m", built.store)
@@ -88,8 +88,8 @@ def test_device_and_context(built: Built) -> None:
     target = local("tiny/q8_0", built.store)
     placed = place(target, ServeOptions(), ROOMY, built.store)
     assert (placed.device, placed.context) == ("cpu", 512)
-    told = engine_options(target, ServeOptions(), placed)
-    assert json.loads(json.dumps(told))["slots"] == 2
+    told = engine_target(target, ServeOptions(), placed)
+    assert (told.model.path, told.serving) == (target.path.resolve(), Serving(512, slots=2))
     with pytest.raises(UsageError, match="513 tokens are more than its context of 512"):
         place(target, ServeOptions(context=513), ROOMY, built.store)
     with pytest.raises(UsageError, match=r"there is no cuda:0 here \(GPUs: none\)"):

@@ -9,12 +9,12 @@ import socket
 import time
 from collections import Counter
 from collections.abc import Mapping
+from typing import Any
 
 import pytest
 
 from quantize.serve.engines.base import Engine
-from quantize.serve.engines.fake import fake_engine
-from quantize.serve.engines.link import EngineTarget
+from quantize.serve.engines.fake import fake_engine, fake_target
 from quantize.serve.engines.local import LocalEngine
 from quantize.serve.monitoring import Watcher
 from quantize.serve.router import Rules
@@ -22,8 +22,8 @@ from quantize.serve.service import RequestLimits
 from tests.serve.conftest import MakeEngines, Running, Start, fakes
 
 
-def in_a_process(**options: object) -> MakeEngines:
-    return lambda watcher: {"fake": LocalEngine(EngineTarget("fake", "fake", options), watcher.about("fake"))}
+def in_a_process(**options: Any) -> MakeEngines:
+    return lambda watcher: {"fake": LocalEngine(fake_target("fake", **options), watcher.about("fake"))}
 
 
 def process_of(gateway: Running) -> LocalEngine:
@@ -114,7 +114,7 @@ def test_a_process_that_can_not_be_started_is_told(start: Start, monkeypatch: py
         raise OSError(errno.ENOMEM, "Cannot allocate memory")
 
     def engines(watcher: Watcher) -> Mapping[str, Engine]:
-        return {"fake": LocalEngine(EngineTarget("fake", "fake", {}), watcher.about("fake"), launch)}
+        return {"fake": LocalEngine(fake_target("fake"), watcher.about("fake"), launch)}
 
     gateway = start(engines, ready=False)
     gateway.wait(lambda: gateway.ask("GET", "/ready").json["models"]["fake"]["state"] == "failed")

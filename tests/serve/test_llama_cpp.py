@@ -13,10 +13,13 @@ from typing import Any
 import openai
 import pytest
 
+from quantize.runtimes.base import ModelRef
+from quantize.runtimes.llama_cpp.kind import LLAMA_CPP
 from quantize.runtimes.llama_cpp.log import log_text
 from quantize.runtimes.llama_cpp.model import ModelSettings, OpenModel
-from quantize.serve.engines.link import EngineTarget
-from quantize.serve.engines.llama_cpp import buffers
+from quantize.runtimes.llama_cpp.served import buffers
+from quantize.runtimes.served import Serving
+from quantize.serve.engines.base import EngineTarget
 from quantize.serve.engines.local import LocalEngine
 from quantize.serve.router import Rules
 from quantize.serve.service import RequestLimits
@@ -36,10 +39,11 @@ def weights(built: Built) -> Path:
 
 @pytest.fixture(scope="module")
 def served(weights: Path) -> Iterator[Running]:
-    options = {"path": str(weights), "format": "gguf", "device": "cpu", "context": CONTEXT, "slots": 2, "threads": 1}
+    model = ModelRef(weights.parent, "gguf", weights.name)
+    target = EngineTarget("tiny", LLAMA_CPP, model, Serving(CONTEXT, slots=2, threads=1))
     with gateways() as run:
         yield run(
-            lambda watcher: {"tiny": LocalEngine(EngineTarget("tiny", "llama.cpp", options), watcher.about("tiny"))},
+            lambda watcher: {"tiny": LocalEngine(target, watcher.about("tiny"))},
             rules=Rules("tiny"), limits=RequestLimits(concurrency=2, queue=64),
         )  # fmt: skip
 

@@ -13,10 +13,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from quantize.serve.engines.chat_template import ChatTemplate
-from quantize.serve.engines.llama_cpp import buffers
-from quantize.serve.engines.model import Refused
-from quantize.serve.engines.text import BytePieces, StopFilter
+from quantize.runtimes.detokenizer import BytePieces
+from quantize.runtimes.llama_cpp.chat_template import ChatTemplate
+from quantize.runtimes.llama_cpp.served import buffers
+from quantize.runtimes.served import Refused
+from quantize.serve.engines.text import StopFilter
 from quantize.serve.failures import Failure
 from quantize.serve.limits import Rates, Slots
 from quantize.serve.logs import LogWriter, where

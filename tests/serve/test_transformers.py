@@ -8,8 +8,10 @@ from typing import Any
 
 import pytest
 
-from quantize.serve.engines.model import Refused, Sampling
-from quantize.serve.engines.transformers import TransformersModel, _sample
+from quantize.runtimes.base import ModelRef
+from quantize.runtimes.served import Refused, Sampling, Serving
+from quantize.runtimes.transformers.kind import Transformers
+from quantize.runtimes.transformers.served import TransformersModel, _sample
 
 torch = pytest.importorskip("torch")
 
@@ -19,8 +21,8 @@ PROMPT = "The quick brown fox jumps"
 @pytest.fixture(scope="module")
 def model(tiny: Path) -> TransformersModel:
     seen: list[float] = []
-    options = {"path": str(tiny), "format": "safetensors", "device": "cpu", "context": 256, "slots": 2, "threads": 1}
-    made = TransformersModel(options, seen.append)
+    serving = Serving(context=256, slots=2, threads=1)
+    made = TransformersModel(Transformers(chooses_dtype=True), ModelRef(tiny, "safetensors"), serving, seen.append)
     assert seen
     assert seen == sorted(seen)
     assert seen[-1] == 1.0
@@ -61,7 +63,7 @@ def test_the_repetition_penalty_is_transformers_own(model: TransformersModel, ti
 
 def test_a_prompt_in_parts_gives_what_it_gives_whole(model: TransformersModel, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = generate(model, PROMPT * 4, 6, temperature=0)
-    monkeypatch.setattr("quantize.serve.engines.transformers.PREFILL_TOKENS", 7)
+    monkeypatch.setattr("quantize.runtimes.transformers.served.PREFILL_TOKENS", 7)
     assert generate(model, PROMPT * 4, 6, temperature=0) == whole
 
 

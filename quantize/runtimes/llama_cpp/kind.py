@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from quantize.errors import UsageError
 from quantize.files.gguf import EXTRA
 from quantize.runtimes.base import ModelRef, Runtime, runtime_version
+from quantize.runtimes.served import Progress, ServedModel, Serving
 
 
 @dataclass(frozen=True)
@@ -16,6 +17,7 @@ class LlamaCpp:
     name: str = "llama.cpp"
     packages: tuple[str, ...] = ("llama-cpp-python",)
     extra: str = EXTRA
+    memory: str = "llama.cpp"
 
     def open(self, model: ModelRef, *, context: int, threads: int) -> Runtime:
         """See RuntimeKind. Raises UsageError: the model names no file."""
@@ -25,6 +27,12 @@ class LlamaCpp:
             raise UsageError("a GGUF model needs the name of its file")
         known = self.name, runtime_version(self, "evaluating a GGUF file")
         return LlamaCppRuntime(model.path, known, context=context, threads=threads)
+
+    def serve(self, model: ModelRef, serving: Serving, progress: Progress) -> ServedModel:
+        """See RuntimeKind."""
+        from quantize.runtimes.llama_cpp.served import LlamaCppModel
+
+        return LlamaCppModel(model, serving, progress)
 
 
 LLAMA_CPP = LlamaCpp()

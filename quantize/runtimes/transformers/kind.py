@@ -14,7 +14,8 @@ from typing import Any
 
 from quantize.errors import MissingExtraError
 from quantize.runtimes.base import ModelRef, Runtime, runtime_version
-from quantize.runtimes.transformers.load import quiet
+from quantize.runtimes.served import Progress, ServedModel, Serving
+from quantize.runtimes.transformers.load import load_causal_lm, quiet
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,7 @@ class Transformers:
     environment: Mapping[str, str] = field(default_factory=dict)
     chooses_dtype: bool = False
     name: str = "transformers"
+    memory: str = "transformers"
 
     @property
     def packages(self) -> tuple[str, ...]:
@@ -41,12 +43,20 @@ class Transformers:
         """See RuntimeKind."""
         from quantize.runtimes.transformers.runtime import TransformersRuntime
 
-        feature = f"evaluating a {model.format} model"
-        torch, known = self.import_torch(feature), (self.name, runtime_version(self, feature))
-        return TransformersRuntime(model, torch, known, dtype=self.dtype, threads=threads)
+        return TransformersRuntime(self, model, runtime_version(self, f"evaluating a {model.format} model"), threads)
+
+    def serve(self, model: ModelRef, serving: Serving, progress: Progress) -> ServedModel:
+        """See RuntimeKind."""
+        from quantize.runtimes.transformers.served import TransformersModel
+
+        return TransformersModel(self, model, serving, progress)
+
+    def load(self, model: ModelRef, device: str) -> Any:
+        """See TransformersLoader; a format that transformers does not read by itself overrides this."""
+        return load_causal_lm(model.folder, device, dtype=self.dtype(device))
 
     def import_torch(self, feature: str) -> Any:
-        """torch, with what transformers needs for the format. Raises MissingExtraError, which names the feature."""
+        """See TransformersLoader."""
         for name, value in self.environment.items():
             os.environ.setdefault(name, value)
         try:

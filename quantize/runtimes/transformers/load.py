@@ -11,11 +11,25 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from quantize.errors import VerifyError, first_line
+from quantize.runtimes.base import ModelRef
 
 LOAD_ERRORS = (ValueError, OSError, RuntimeError, KeyError, TypeError, AttributeError, NotImplementedError)
+
+
+class TransformersLoader(Protocol):
+    """How models of a format get into transformers; runtimes/transformers/kind.py has the one that most share."""
+
+    @property
+    def name(self) -> str: ...
+
+    def import_torch(self, feature: str) -> Any:
+        """torch, with what transformers needs for the format. Raises MissingExtraError, which names the feature."""
+
+    def load(self, model: ModelRef, device: str) -> Any:
+        """The model, ready to answer, all of it on one device. Raises VerifyError."""
 
 
 def load_causal_lm(folder: Path, device: str = "cpu", *, dtype: Any = "auto") -> Any:

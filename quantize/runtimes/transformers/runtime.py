@@ -1,16 +1,16 @@
-"""transformers as a Runtime: full precision, AWQ and GPTQ (through gptqmodel), bitsandbytes INT8.
+"""transformers as a Runtime: whatever its kind loads.
 
-In: a folder in the Hugging Face layout and token ids. Out: log-probabilities and greedy answers. No code of the model's
+In: a model and token ids. Out: log-probabilities and greedy answers. No code of the model's
 own is run. Import it in a worker: gptqmodel patches other libraries and reads the environment.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
 
 from quantize.runtimes.base import ModelRef, Prompted, block_rows, log_softmax
-from quantize.runtimes.transformers.load import load_causal_lm
+from quantize.runtimes.transformers.load import TransformersLoader
 
 if TYPE_CHECKING:
     from quantize.runtimes.base import LogProbs
@@ -20,18 +20,17 @@ BATCH_TOKENS = 4096  # prompts of one batch, padding included: keeps prefill mem
 
 
 class TransformersRuntime:
-    """A folder in transformers, on a GPU if there is one, else on the CPU in float32."""
+    """A model in transformers, on a GPU if there is one, else on the CPU."""
 
-    def __init__(
-        self, model: ModelRef, torch: Any, known: tuple[str, str], *, dtype: Callable[[str], Any], threads: int = 0
-    ) -> None:
+    def __init__(self, loader: TransformersLoader, model: ModelRef, version: str, threads: int = 0) -> None:
+        torch = loader.import_torch(f"evaluating a {model.format} model")
         self._label = model.folder.name
-        self.name, self.version = known
+        self.name, self.version = loader.name, version
         if threads:
             torch.set_num_threads(threads)
         self._torch = torch
         self._device = "cuda" if torch.cuda.is_available() else "cpu"
-        self._model = load_causal_lm(model.folder, self._device, dtype=dtype(self._device))
+        self._model = loader.load(model, self._device)
         self.vocabulary = int(self._model.get_output_embeddings().weight.shape[0])
 
     def log_probs(self, window: Sequence[int]) -> Iterator[LogProbs]:

@@ -11,6 +11,8 @@ from collections.abc import AsyncGenerator
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from quantize.runtimes.base import ModelRef, ServingKind
+from quantize.runtimes.served import Serving
 from quantize.serve.protocol import ChatRequest, CompletionRequest
 
 
@@ -61,6 +63,17 @@ class Call:
         """Remember when the first token came."""
         if self.first_token_at is None:
             self.first_token_at = time.monotonic()
+
+
+@dataclass(frozen=True)
+class EngineTarget:
+    """What a child is to load, in what, and how. runtime: what it runs in, with versions."""
+
+    name: str
+    kind: ServingKind
+    model: ModelRef
+    serving: Serving
+    runtime: str = ""
 
 
 class Engine(Protocol):

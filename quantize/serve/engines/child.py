@@ -7,9 +7,10 @@ or logged here.
 
 from __future__ import annotations
 
+import base64
 import faulthandler
-import importlib
 import os
+import pickle
 import queue
 import signal
 import socket
@@ -24,15 +25,11 @@ from typing import Any
 import orjson
 
 from quantize.errors import QuantizeError, first_line
-from quantize.serve.engines.model import Chosen, Model, Refused, Sampling
+from quantize.runtimes.base import ModelRef, ServingKind
+from quantize.runtimes.served import Chosen, Refused, Sampling, ServedModel, Serving
 from quantize.serve.engines.text import StopFilter
 from quantize.system.process import spin_briefly
 
-MODELS = {
-    "llama.cpp": "quantize.serve.engines.llama_cpp:LlamaCppModel",
-    "transformers": "quantize.serve.engines.transformers:TransformersModel",
-    "fake": "quantize.serve.engines.fake:FakeModel",
-}
 PROGRESS_SECONDS = 0.1
 PROBE_TOKENS = 48  # long enough for the kernels of whole batches: one token, or a few, take others
 Inbox = queue.SimpleQueue[dict[str, Any] | None]
@@ -42,7 +39,7 @@ OUT_OF_MEMORY = ("out of memory", "OutOfMemory", "cannot allocate", "can't alloc
 class AnswerJob:
     """One request in the model."""
 
-    def __init__(self, number: int, model: Model, order: Mapping[str, Any]) -> None:
+    def __init__(self, number: int, model: ServedModel, order: Mapping[str, Any]) -> None:
         self.number = number
         self.prompt_tokens = self.tokens_left = self.completion_tokens = 0
         self._model = model
@@ -87,7 +84,7 @@ class AnswerLoop:
     """Answers requests with a loaded model, several at once, until the socket closes."""
 
     def __init__(
-        self, connection: socket.socket, model: Model, inbox: queue.SimpleQueue[dict[str, Any] | None]
+        self, connection: socket.socket, model: ServedModel, inbox: queue.SimpleQueue[dict[str, Any] | None]
     ) -> None:
         self._connection = connection
         self._model = model
@@ -221,13 +218,18 @@ def serve(connection: socket.socket) -> None:
     AnswerLoop(connection, model, inbox).run()
 
 
-def _load(order: Mapping[str, Any], progress: Any) -> Model:
-    module, _, name = MODELS[order["kind"]].partition(":")
-    model: Model = getattr(importlib.import_module(module), name)(order["model"], progress)
-    return model
+def load_order(kind: ServingKind, model: ModelRef, serving: Serving) -> dict[str, Any]:
+    """What the gateway tells a child first. The kind says itself how it is loaded: formats of plugins have theirs."""
+    return {"op": "load", "target": base64.b64encode(pickle.dumps((kind, model, serving))).decode()}
 
 
-def _answer_once(model: Model) -> None:
+def _load(order: Mapping[str, Any], progress: Any) -> ServedModel:
+    kind, model, serving = pickle.loads(base64.b64decode(order["target"]))  # of the gateway that started this process
+    loaded: ServedModel = kind.serve(model, serving, progress)
+    return loaded
+
+
+def _answer_once(model: ServedModel) -> None:
     """A token after a prompt as real ones are, so that "ready" means that it answers; also touches all weights."""
     tokens = model.text_tokens("a") * PROBE_TOKENS
     slot = model.begin(tokens[: min(PROBE_TOKENS, model.description.context - 1)], Sampling(temperature=0))

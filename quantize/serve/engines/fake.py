@@ -1,8 +1,8 @@
 """A model for tests: repeats the last message word by word, and misbehaves on command. Needs no engine.
 
-In: options such as {"delay": 0.01, "context": 64}. Words of the prompt that it obeys: `crash!` and `abort!` end its
-process, `oom!` runs out of memory, `hang!` never answers, `stuck!` does not even finish a step, `forever!` never stops.
-One word is one token.
+In: a FakeKind, such as FakeKind(delay=0.01). Words of the prompt that it obeys: `crash!` and `abort!` end its process,
+`oom!` runs out of memory, `hang!` never answers, `stuck!` does not even finish a step, `forever!` never stops. One word
+is one token.
 """
 
 from __future__ import annotations
@@ -14,46 +14,62 @@ import socket
 import threading
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from quantize.errors import VerifyError
+from quantize.runtimes.base import ModelRef
+from quantize.runtimes.detokenizer import BytePieces
+from quantize.runtimes.served import Chosen, Description, Progress, Refused, Sampling, Serving
+from quantize.serve.engines.base import EngineTarget
 from quantize.serve.engines.child import serve
-from quantize.serve.engines.link import EngineTarget, Listener
+from quantize.serve.engines.link import Listener
 from quantize.serve.engines.local import LocalEngine
-from quantize.serve.engines.model import Chosen, Description, Progress, Refused, Sampling
-from quantize.serve.engines.text import BytePieces
 
 END = 0
 
 
-class FakeModel:
-    """See Model."""
+@dataclass(frozen=True)
+class FakeKind:
+    """See ServingKind. refuse: why it does not load. delay: seconds of a step."""
 
-    def __init__(self, options: Mapping[str, Any], progress: Progress) -> None:
-        self._options = dict(options)
-        if options.get("refuse"):
-            raise VerifyError(str(options["refuse"]))
+    refuse: str = ""
+    load_seconds: float = 0
+    delay: float = 0
+    supports: Sequence[str] = ("logprobs",)
+    name: str = "fake"
+
+    def serve(self, model: ModelRef, serving: Serving, progress: Progress) -> FakeModel:
+        """See ServingKind."""
+        if self.refuse:
+            raise VerifyError(self.refuse)
         for percent in range(0, 101, 20):
             progress(percent / 100)
-            time.sleep(float(options.get("load_seconds", 0)) / 6)
-        slots = int(options.get("slots", 2))
-        self.description = Description(
-            "fake", int(options.get("context", 512)), slots, "cpu", options.get("supports", ["logprobs"]), {"cpu": 1}
-        )
+            time.sleep(self.load_seconds / 6)
+        return FakeModel(self, serving)
+
+
+class FakeModel:
+    """See ServedModel."""
+
+    def __init__(self, kind: FakeKind, serving: Serving) -> None:
+        self._delay = kind.delay
+        self.description = Description(kind.name, serving.context, serving.slots, "cpu", kind.supports, {"cpu": 1})
         self._words = ["</s>"]
         self._numbers: dict[str, int] = {}
         self._answers: dict[int, list[int]] = {}
 
     def chat_tokens(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
-        """See Model."""
+        """See ServedModel."""
         return [token for message in messages for token in self.text_tokens(message["content"])]
 
     def text_tokens(self, text: str) -> list[int]:
-        """See Model."""
+        """See ServedModel."""
         return [self._number(word) for word in text.split()]
 
     def begin(self, tokens: Sequence[int], sampling: Sampling) -> int:
-        """See Model."""
+        """See ServedModel."""
         words = [self._words[token] for token in tokens if token < len(self._words)]
         if len(words) < len(tokens):
             raise Refused(422, "invalid_value", "no such token", "prompt")
@@ -67,8 +83,8 @@ class FakeModel:
         return slot
 
     def step(self) -> dict[int, Chosen]:
-        """See Model."""
-        time.sleep(float(self._options.get("delay", 0)))
+        """See ServedModel."""
+        time.sleep(self._delay)
         chosen = {}
         for slot, answer in self._answers.items():
             word = self._words[answer[0]]
@@ -85,23 +101,23 @@ class FakeModel:
         return chosen
 
     def end(self, slot: int) -> None:
-        """See Model."""
+        """See ServedModel."""
         del self._answers[slot]
 
     def ends(self, token: int) -> bool:
-        """See Model."""
+        """See ServedModel."""
         return token == END
 
     def detokenizer(self) -> BytePieces:
-        """See Model."""
+        """See ServedModel."""
         return BytePieces(self.token_bytes)
 
     def token_bytes(self, token: int) -> bytes:
-        """See Model."""
+        """See ServedModel."""
         return (self._words[token] + " ").encode()
 
     def memory(self) -> dict[str, Any]:
-        """See Model."""
+        """See ServedModel."""
         return {"gpu": None}
 
     def _number(self, word: str) -> int:
@@ -138,6 +154,11 @@ class ThreadChild:
         self._theirs.close()
 
 
+def fake_target(name: str, *, context: int = 512, slots: int = 2, **options: Any) -> EngineTarget:
+    """What a child with a FakeModel is to load; the options are a FakeKind's."""
+    return EngineTarget(name, FakeKind(**options), ModelRef(Path(), "fake"), Serving(context, slots))
+
+
 def fake_engine(name: str, tell: Listener, **options: Any) -> LocalEngine:
-    """A LocalEngine with a FakeModel in a thread."""
-    return LocalEngine(EngineTarget(name, "fake", options), tell, ThreadChild.start)
+    """A LocalEngine with a FakeModel in a thread; options as fake_target takes them."""
+    return LocalEngine(fake_target(name, **options), tell, ThreadChild.start)

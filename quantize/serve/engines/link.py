@@ -12,12 +12,12 @@ import socket
 import sys
 import tempfile
 from collections.abc import AsyncGenerator, Callable, Mapping
-from dataclasses import dataclass
 from typing import Any, BinaryIO, Protocol
 
 import orjson
 
-from quantize.serve.engines.base import Status
+from quantize.serve.engines.base import EngineTarget, Status
+from quantize.serve.engines.child import load_order
 from quantize.serve.failures import Failure, not_ready
 from quantize.system.deaths import TAIL_BYTES, explain, last_words, oom_kills
 
@@ -29,16 +29,6 @@ LOWER_MEMORY = "serve a smaller variant, lower --context or --concurrency, or cl
 HANG_SECONDS = 60.0  # one step of a large model on a slow CPU can take long; more than this is no step
 
 Listener = Callable[[str, dict[str, Any]], None]
-
-
-@dataclass(frozen=True)
-class EngineTarget:
-    """What a child is to load: the kind of model, and its options. runtime: what it runs in, with versions."""
-
-    name: str
-    kind: str
-    options: Mapping[str, Any]
-    runtime: str = ""
 
 
 class Child(Protocol):
@@ -191,7 +181,7 @@ class Link:
         watch = asyncio.create_task(self._watch(child))
         try:
             reader, self._writer = await asyncio.open_connection(sock=child.connection, limit=LINE_BYTES)
-            self._write({"op": "load", "kind": self.target.kind, "model": dict(self.target.options)})
+            self._write(load_order(self.target.kind, self.target.model, self.target.serving))
             with contextlib.suppress(ConnectionError):
                 async for line in reader:
                     self._take(orjson.loads(line))

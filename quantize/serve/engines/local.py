@@ -11,8 +11,8 @@ from typing import Any
 
 import orjson
 
-from quantize.serve.engines.base import Call, Status
-from quantize.serve.engines.link import EngineTarget, Link, Listener, ProcessChild
+from quantize.serve.engines.base import Call, EngineTarget, Status
+from quantize.serve.engines.link import Link, Listener, ProcessChild
 from quantize.serve.failures import Failure, not_ready, unsupported
 from quantize.serve.protocol import ChatRequest, CompletionRequest, Message
 from quantize.system.machine import resident_bytes
@@ -39,7 +39,7 @@ class LocalEngine:
     @property
     def runtime(self) -> str:
         """See Engine."""
-        return self._link.target.runtime or self._link.target.kind
+        return self._link.target.runtime or self._link.target.kind.name
 
     async def start(self) -> None:
         """See Engine."""

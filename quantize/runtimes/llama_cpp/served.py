@@ -1,7 +1,7 @@
-"""llama.cpp as a Model: continuous batching over one context, sampling by llama.cpp's own samplers.
+"""llama.cpp as a ServedModel: continuous batching over one context, sampling by llama.cpp's own samplers.
 
-In: a GGUF file and options. Out: tokens for several sequences at once. Flash attention is off: llama.cpp's automatic
-choice of it changes answers. What a slot still holds of an earlier conversation is not computed again.
+In: a GGUF file and how to serve it. Out: tokens for several sequences at once. Flash attention is off: llama.cpp's
+automatic choice of it changes answers. What a slot still holds of an earlier conversation is not computed again.
 """
 
 from __future__ import annotations
@@ -10,15 +10,15 @@ import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from quantize.errors import VerifyError
+from quantize.runtimes.base import ModelRef
+from quantize.runtimes.detokenizer import BytePieces
+from quantize.runtimes.llama_cpp.chat_template import ChatTemplate
 from quantize.runtimes.llama_cpp.log import log_text
 from quantize.runtimes.llama_cpp.model import BatchToken, ModelSettings, OpenModel, import_bindings_only
-from quantize.serve.engines.chat_template import ChatTemplate
-from quantize.serve.engines.model import Chosen, Description, Progress, Refused, Sampling
-from quantize.serve.engines.text import BytePieces
+from quantize.runtimes.served import Chosen, Description, Progress, Refused, Sampling, Serving
 
 PREFILL_TOKENS = 256  # of one step: longer prompts take turns with answers that are under way
 ALL_LAYERS = -1
@@ -39,41 +39,39 @@ class LlamaAnswer:
 
 
 class LlamaCppModel:
-    """See Model."""
+    """See ServedModel."""
 
-    def __init__(self, options: Mapping[str, Any], progress: Progress) -> None:
+    def __init__(self, model: ModelRef, serving: Serving, progress: Progress) -> None:
         import_bindings_only()
-        slots, gpu = int(options["slots"]), options["device"] != "cpu"
-        layers = options.get("gpu_layers")
+        slots, gpu, layers = serving.slots, serving.device != "cpu", serving.gpu_layers
         settings = ModelSettings(
-            context=int(options["context"]),
+            context=serving.context,
             sequences=slots,
             batch=lambda _: max(PREFILL_TOKENS, slots),
-            threads=int(options.get("threads") or 0),
+            threads=serving.threads or 0,
             flash_attention=False,
-            gpu_layers=(ALL_LAYERS if layers is None else int(layers)) if gpu else 0,
-            main_gpu=int(options["device"].partition(":")[2] or 0) if gpu else None,
+            gpu_layers=(ALL_LAYERS if layers is None else layers) if gpu else 0,
+            main_gpu=int(serving.device.partition(":")[2] or 0) if gpu else None,
         )
-        self._open = OpenModel(Path(options["path"]), settings, progress=progress, feature="serving a GGUF file")
+        self._open = OpenModel(model.path, settings, progress=progress, feature="serving a GGUF file")
         self._library = self._open.library
         self._sequences: dict[int, LlamaAnswer] = {}
         self._kept: dict[int, list[int]] = {slot: [] for slot in range(slots)}
         self._template_text = self._open.metadata("tokenizer.chat_template")
         self._template: ChatTemplate | None = None
-        self.description = self._describe(options, slots, gpu)
+        self.description = self._describe(serving, gpu)
         self._memory = self._gpu_memory(settings.main_gpu or 0) if gpu else {"gpu": None}
 
-    def _describe(self, options: Mapping[str, Any], slots: int, gpu: bool) -> Description:
+    def _describe(self, serving: Serving, gpu: bool) -> Description:
         devices = dict(Counter(_ASSIGNED.findall(log_text())))
-        wanted = options.get("gpu_layers")
         warnings = []
-        if gpu and wanted is None and "CPU" in devices:
+        if gpu and serving.gpu_layers is None and "CPU" in devices:
             why = "" if self._library.llama_supports_gpu_offload() else ": this llama-cpp-python is built without CUDA"
             warnings.append(f"{devices['CPU']} of {sum(devices.values())} layers are on the CPU, not on the GPU{why}")
         if not self._template_text:
             warnings.append("the file has no chat template: only /v1/completions and /v1/generate answer")
         return Description(
-            "llama.cpp", self._open.size, slots, str(options["device"]), SUPPORTS, devices, warnings
+            "llama.cpp", self._open.size, serving.slots, serving.device, SUPPORTS, devices, warnings
         )  # fmt: skip
 
     def _chat_template(self) -> ChatTemplate:
@@ -88,15 +86,15 @@ class LlamaCppModel:
         return self._template
 
     def chat_tokens(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
-        """See Model."""
+        """See ServedModel."""
         return self._open.tokenize(self._chat_template().render(messages), special=True, start=False)
 
     def text_tokens(self, text: str) -> list[int]:
-        """See Model."""
+        """See ServedModel."""
         return self._open.tokenize(text, special=True, start=True)
 
     def begin(self, tokens: Sequence[int], sampling: Sampling) -> int:
-        """See Model."""
+        """See ServedModel."""
         if any(not 0 <= token < self._open.vocabulary for token in tokens):
             raise Refused(422, "invalid_value", "the prompt has a token that the vocabulary lacks", "prompt")
         sampler = self._sampler(sampling)
@@ -111,7 +109,7 @@ class LlamaCppModel:
         return slot
 
     def step(self) -> dict[int, Chosen]:
-        """See Model. One batch: the next token of each answer, and as much of the prompts as there is room for."""
+        """See ServedModel. One batch: the next token of each answer, and as much of the prompts as has room."""
         entries: list[BatchToken] = []
         rows: dict[int, int] = {}
         pending = sorted(self._sequences.items(), key=lambda item: len(item[1].tokens) - item[1].position)
@@ -142,25 +140,25 @@ class LlamaCppModel:
         return np.ctypeslib.as_array(pointer, (self._open.vocabulary,)).astype(np.float64)
 
     def end(self, slot: int) -> None:
-        """See Model."""
+        """See ServedModel."""
         item = self._sequences.pop(slot)
         self._library.llama_sampler_free(item.sampler)
         self._kept[slot] = item.tokens[: item.position]
 
     def ends(self, token: int) -> bool:
-        """See Model."""
+        """See ServedModel."""
         return self._open.ends(token)
 
     def detokenizer(self) -> BytePieces:
-        """See Model."""
+        """See ServedModel."""
         return BytePieces(self._open.piece)
 
     def token_bytes(self, token: int) -> bytes:
-        """See Model."""
+        """See ServedModel."""
         return self._open.piece(token)
 
     def memory(self) -> dict[str, Any]:
-        """See Model; llama.cpp allocates everything while loading and reserves no more."""
+        """See ServedModel; llama.cpp allocates everything while loading and reserves no more."""
         return self._memory
 
     def _gpu_memory(self, number: int) -> dict[str, Any]:

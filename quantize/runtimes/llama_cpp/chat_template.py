@@ -10,7 +10,7 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from quantize.serve.engines.model import Refused
+from quantize.runtimes.served import Refused
 
 if TYPE_CHECKING:
     import jinja2

@@ -1,7 +1,7 @@
-"""What a local engine is, seen from its own process: a model that chooses tokens for several sequences in turn.
+"""A loaded model as the gateway asks it, in a process of its own: it chooses tokens for several sequences in turn.
 
-In: plain parameters, as the gateway sent them. Out: tokens. Text, limits and messages are left to the child.
-Only light imports: this is loaded before any engine.
+In: tokens, and how to choose. Out: tokens. Stops, limits and what goes over HTTP are left to the gateway.
+Only light imports: this is loaded before any runtime.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
-from quantize.serve.engines.text import Detokenizer
+from quantize.runtimes.detokenizer import Detokenizer
 
 
 class Refused(Exception):
@@ -46,6 +46,20 @@ class Sampling:
     grammar: str | None = None
 
 
+@dataclass(frozen=True)
+class Serving:
+    """How a model is loaded to be served: context: tokens of each of so many sequences at once (slots).
+
+    device: cpu or cuda[:N]. threads: None leaves it to the runtime. gpu_layers: None is all, where a runtime can split.
+    """
+
+    context: int
+    slots: int
+    device: str = "cpu"
+    threads: int | None = None
+    gpu_layers: int | None = None
+
+
 @dataclass
 class Description:
     """What a model says of itself once it is loaded. devices: how many layers are where."""
@@ -59,7 +73,7 @@ class Description:
     warnings: list[str] = field(default_factory=list)
 
 
-class Model(Protocol):
+class ServedModel(Protocol):
     """A loaded model. Not for two threads at once."""
 
     description: Description

@@ -1,7 +1,7 @@
-"""transformers as a Model: AWQ, GPTQ, bitsandbytes and 16-bit folders, on one device.
+"""transformers as a ServedModel: whatever its kind loads, on one device.
 
-In: a folder and options. Out: tokens for several sequences, each with a KV cache of its own, a step at a time in turn.
-Weights are read straight to the device; where each layer ended up is looked at, not assumed.
+In: a model and how to serve it. Out: tokens for several sequences, each with a KV cache of its own, a step at a time in
+turn. Weights are read straight to the device; where each layer ended up is looked at, not assumed.
 """
 
 from __future__ import annotations
@@ -12,10 +12,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from quantize.formats import runtime_kind
-from quantize.runtimes.transformers.kind import Transformers
-from quantize.runtimes.transformers.load import load_causal_lm
-from quantize.serve.engines.model import Chosen, Description, Progress, Refused, Sampling
+from quantize.runtimes.base import ModelRef
+from quantize.runtimes.served import Chosen, Description, Progress, Refused, Sampling, Serving
+from quantize.runtimes.transformers.load import TransformersLoader
 from quantize.system.machine import usable_cores
 
 PREFILL_TOKENS = 512
@@ -36,38 +35,33 @@ class TransformersAnswer:
 
 
 class TransformersModel:
-    """See Model."""
+    """See ServedModel."""
 
-    def __init__(self, options: Mapping[str, Any], progress: Progress) -> None:
-        name, folder = str(options["format"]), Path(options["path"])
-        kind = runtime_kind(name)
-        assert isinstance(kind, Transformers)  # the gateway chose this engine by the kind's name
-        self._torch = kind.import_torch(f"serving a {name} model")
-        self._torch.set_num_threads(int(options.get("threads") or max(1, usable_cores() - 1)))
-        self._device = str(options["device"])
+    def __init__(self, loader: TransformersLoader, model: ModelRef, serving: Serving, progress: Progress) -> None:
+        self._torch = loader.import_torch(f"serving a {model.format} model")
+        self._torch.set_num_threads(serving.threads or max(1, usable_cores() - 1))
+        self._device = serving.device
         if self._device.startswith("cuda") and not self._torch.cuda.is_available():
             raise Refused(503, "no_gpu", "this torch sees no GPU: install one built for CUDA, or use --device cpu")
-        self._tokenizer = _open_tokenizer(folder)
+        self._tokenizer = _open_tokenizer(model.folder)
         with Reporting(progress):
-            self._model = load_causal_lm(folder, self._device, dtype=kind.dtype(self._device))
+            self._model = loader.load(model, self._device)
         self._ends = _end_tokens(self._model, self._tokenizer)
         self._vocabulary = int(self._model.get_output_embeddings().weight.shape[0])
         self._running: dict[int, TransformersAnswer] = {}
-        self.description = self._describe(options)
+        self.description = self._describe(loader.name, serving)
 
-    def _describe(self, options: Mapping[str, Any]) -> Description:
+    def _describe(self, runtime: str, serving: Serving) -> Description:
         devices = _devices(self._model)
         elsewhere = {name: count for name, count in devices.items() if name != self._device}
         warnings = [f"{count} layers are on {name}, not on {self._device}" for name, count in elsewhere.items()]
         has_template = getattr(self._tokenizer, "chat_template", None) is not None
         if not has_template:
             warnings.append("the model has no chat template: only /v1/completions and /v1/generate answer")
-        return Description(
-            "transformers", int(options["context"]), int(options["slots"]), self._device, SUPPORTS, devices, warnings
-        )
+        return Description(runtime, serving.context, serving.slots, self._device, SUPPORTS, devices, warnings)
 
     def chat_tokens(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
-        """See Model."""
+        """See ServedModel."""
         if getattr(self._tokenizer, "chat_template", None) is None:
             raise Refused(422, "no_chat_template", "the model has no chat template: use /v1/completions")
         try:
@@ -80,11 +74,11 @@ class TransformersModel:
         return list(self._tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def text_tokens(self, text: str) -> list[int]:
-        """See Model."""
+        """See ServedModel."""
         return list(self._tokenizer(text)["input_ids"])
 
     def begin(self, tokens: Sequence[int], sampling: Sampling) -> int:
-        """See Model."""
+        """See ServedModel."""
         if any(not 0 <= token < self._vocabulary for token in tokens):
             raise Refused(422, "invalid_value", "the prompt has a token that the vocabulary lacks", "prompt")
         generator = self._torch.Generator()
@@ -97,7 +91,7 @@ class TransformersModel:
         return slot
 
     def step(self) -> dict[int, Chosen]:
-        """See Model. Each answer goes one token on; a long prompt one part."""
+        """See ServedModel. Each answer goes one token on; a long prompt one part."""
         chosen = {}
         for slot, item in self._running.items():
             stop = min(len(item.tokens), item.done + PREFILL_TOKENS)
@@ -123,23 +117,23 @@ class TransformersModel:
         return Chosen(token, float(logprobs[token]), top)
 
     def end(self, slot: int) -> None:
-        """See Model."""
+        """See ServedModel."""
         del self._running[slot]
 
     def ends(self, token: int) -> bool:
-        """See Model."""
+        """See ServedModel."""
         return token in self._ends
 
     def detokenizer(self) -> StreamPieces:
-        """See Model."""
+        """See ServedModel."""
         return StreamPieces(self._tokenizer)
 
     def token_bytes(self, token: int) -> bytes:
-        """See Model."""
+        """See ServedModel."""
         return str(self._tokenizer.decode([token])).encode("utf-8")
 
     def memory(self) -> dict[str, Any]:
-        """See Model."""
+        """See ServedModel."""
         if not self._device.startswith("cuda"):
             return {"gpu": None}
         cuda = self._torch.cuda
