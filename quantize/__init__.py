@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from quantize import errors
     from quantize.api import build, load_recipe, plan, rebuild
-    from quantize.build.execute import Outcome
+    from quantize.build.outcome import Outcome
     from quantize.build.plan import Plan
     from quantize.build.rebuild import Rebuild
     from quantize.events import Event, Reporter
@@ -44,7 +44,7 @@ __all__ = [
 _HOMES = {
     "Artifact": "quantize.store.artifact",
     "Event": "quantize.events",
-    "Outcome": "quantize.build.execute",
+    "Outcome": "quantize.build.outcome",
     "Plan": "quantize.build.plan",
     "Rebuild": "quantize.build.rebuild",
     "Recipe": "quantize.recipe.model",

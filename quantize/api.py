@@ -11,8 +11,9 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from quantize.build.execute import BuildOptions, Outcome
+from quantize.build.execute import BuildOptions
 from quantize.build.execute import build as run_build
+from quantize.build.outcome import Outcome
 from quantize.build.plan import Plan, make_plan
 from quantize.build.rebuild import Given, Rebuild, rebuild_folders
 from quantize.build.rebuild import rebuild as run_rebuild

@@ -6,19 +6,26 @@ In: calls from plan, build, builders and measuring. Out: nothing here; the CLI d
 from __future__ import annotations
 
 from dataclasses import dataclass
+from enum import StrEnum
 from typing import Protocol
+
+
+class EventKind(StrEnum):
+    """What an event tells."""
+
+    STATUS = "status"  # its subject enters a step
+    PROGRESS = "progress"  # done and total of a step
+    NOTE = "note"  # worth knowing
+    WARNING = "warning"  # worth acting on
+    DONE = "done"  # a variant is finished
+    FAILED = "failed"  # a variant is given up
 
 
 @dataclass(frozen=True)
 class Event:
-    """One thing that happened.
+    """One thing that happened. subject: the variant or source it is about; "" for the whole run."""
 
-    kind: "status" (a variant enters a step), "progress" (done/total of a step), "note" (worth knowing),
-    "warning" (worth acting on), "done" (a variant is finished), "failed" (a variant is given up).
-    subject: the variant or source it is about; "" for the whole run.
-    """
-
-    kind: str
+    kind: EventKind
     subject: str
     text: str
     done: float | None = None
@@ -52,19 +59,19 @@ class ListReporter:
 
 def status(reporter: Reporter, subject: str, text: str) -> None:
     """Say that `subject` enters a step."""
-    reporter.emit(Event("status", subject, text))
+    reporter.emit(Event(EventKind.STATUS, subject, text))
 
 
 def progress(reporter: Reporter, subject: str, text: str, done: float, total: float) -> None:
     """Say how far a step is; `done` and `total` share a unit that the text names."""
-    reporter.emit(Event("progress", subject, text, done, total))
+    reporter.emit(Event(EventKind.PROGRESS, subject, text, done, total))
 
 
 def note(reporter: Reporter, subject: str, text: str) -> None:
     """Say something worth knowing."""
-    reporter.emit(Event("note", subject, text))
+    reporter.emit(Event(EventKind.NOTE, subject, text))
 
 
 def warn(reporter: Reporter, subject: str, text: str) -> None:
     """Say something worth acting on."""
-    reporter.emit(Event("warning", subject, text))
+    reporter.emit(Event(EventKind.WARNING, subject, text))

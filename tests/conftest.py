@@ -12,7 +12,8 @@ from pathlib import Path
 import click.testing
 import pytest
 
-from quantize.build.execute import BuildOptions, Outcome, build
+from quantize.build.execute import BuildOptions, build
+from quantize.build.outcome import Outcome
 from quantize.cli import main
 from quantize.events import ListReporter
 from quantize.formats import option_models

@@ -16,7 +16,7 @@ from quantize.calibration.block_runner import ROUND_BATCHES
 from quantize.calibration.hidden_states import SavedStates, make_batches
 from quantize.calibration.stream import Precision, Spill, fastest_precision, stream_blocks
 from quantize.errors import BuildError, CheckpointError
-from quantize.events import ListReporter
+from quantize.events import EventKind, ListReporter
 from quantize.model.architecture import TABLE, block_layouts
 from quantize.numerics.gram import Gram
 from tests.architectures import CONFIGS, SavedCheckpoint, save, tiny_model, token_ids
@@ -205,7 +205,7 @@ def test_starved_experts_use_all_experts_tokens_and_say_so(tmp_path: Path, monke
         assert torch.equal(gram.matrix, shared.matrix)
         assert "fewer than 10000" in gram.note
         assert output.tokens == sum(len(ids) for ids in token_ids())
-    warning = next(event.text for event in reporter.events if event.kind == "warning")
+    warning = next(event.text for event in reporter.events if event.kind is EventKind.WARNING)
     assert warning.startswith("block 0: 4 starved")
 
 
@@ -224,5 +224,5 @@ def test_progress_ends_at_the_total(llama: SavedCheckpoint) -> None:
     reporter = ListReporter()
     for _ in stream_blocks(llama, token_ids(), reporter=reporter):
         pass
-    events = [event for event in reporter.events if event.kind == "progress"]
+    events = [event for event in reporter.events if event.kind is EventKind.PROGRESS]
     assert events[-1].done == events[-1].total == 3 * sum(len(ids) for ids in token_ids())

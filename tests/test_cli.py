@@ -15,7 +15,7 @@ import click.testing
 import pytest
 
 from quantize import __version__
-from quantize.build.execute import Outcome
+from quantize.build.outcome import Outcome, OutcomeState
 from quantize.cli import COMMANDS, main
 from quantize.cli.build import summary
 from quantize.errors import GateError, PlanError, QuantizeError, RefusedError, StoreError, UsageError, WorkerDied
@@ -271,7 +271,7 @@ def test_the_summary_names_each_reason_once_with_what_it_hit_and_what_was_built(
         ("f16", "up to date", None),
         ("nf4", "built", None),
     ]
-    outcomes = [(parsed, Outcome(name, state, error=error)) for name, state, error in found]
+    outcomes = [(parsed, Outcome(name, OutcomeState(state), error=error)) for name, state, error in found]
     assert summary(outcomes, several=False).splitlines() == [
         "3 of 8 variants failed: loading in llama.cpp: the process was ended by SIGILL: so it is "
         "(q4_k_m, q5_k_m, q8_0)",
@@ -290,7 +290,9 @@ def test_one_reason_in_several_steps_is_one_reason(recipe: Path) -> None:
     """Whatever memory each had; only a step that all share is named."""
     parsed = load_recipe(recipe, option_models())
     errors = [died("quantizing to Q4_0", had="; it had 1 MiB"), died("quantizing to Q8_0", had="; it had 2 MiB")]
-    outcomes = [(parsed, Outcome(f"v{number}", "failed", error=error)) for number, error in enumerate(errors)]
+    outcomes = [
+        (parsed, Outcome(f"v{number}", OutcomeState.FAILED, error=error)) for number, error in enumerate(errors)
+    ]
     first, _ = summary(outcomes, several=False).splitlines()
     assert first == "2 of 2 variants failed: the process was ended by SIGILL: so it is (v0, v1)"
     alone = summary(outcomes[:1], several=False).splitlines()[0]

@@ -16,7 +16,7 @@ import yaml
 
 from quantize.build.lockfile import Lock, hold, lock_path, make_lock, read_lock
 from quantize.calibration.text import load_calibration_set
-from quantize.events import ListReporter, SilentReporter
+from quantize.events import EventKind, ListReporter, SilentReporter
 from quantize.formats import option_models
 from quantize.recipe.model import load_recipe
 from quantize.system.cache import Cache
@@ -289,7 +289,7 @@ def test_another_kind_of_processor_is_told_and_refuses_nothing(tmp_path: Path, r
         write(path, lock.model_copy(update={"calibration": lock.calibration.model_copy(update={"device": device})}))
         reporter = ListReporter()
         hold(read_lock(lock_path(path)), recipe, Cache(tmp_path / "cache"), reporter, device="cpu")
-        assert [event.text for event in reporter.events if event.kind == "warning"] == words
+        assert [event.text for event in reporter.events if event.kind is EventKind.WARNING] == words
 
 
 def write(recipe: Path, lock: Lock) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from quantize.errors import CheckpointError, MissingExtraError, StoreError
-from quantize.events import ListReporter, SilentReporter
+from quantize.events import EventKind, ListReporter, SilentReporter
 from quantize.formats import option_models
 from quantize.model.checkpoint import open_checkpoint
 from quantize.model.source import PinnedSource, card_metadata, open_source, pin_source
@@ -250,7 +250,7 @@ def test_a_moving_revision_is_resolved_and_recorded(
     assert hub.fetched[0]["revision"] == COMMIT
     assert (pinned.uri, pinned.revision) == (f"hub:org/tiny-model@{COMMIT}", COMMIT)
     assert (pinned.name, pinned.base_model) == ("tiny-model", "org/tiny-model")
-    notes = [event.text for event in events.events if event.kind == "note"]
+    notes = [event.text for event in events.events if event.kind is EventKind.NOTE]
     assert notes == [f"org/tiny-model@{asked} is commit {COMMIT}; pin it with `revision: {COMMIT}`"]
 
 

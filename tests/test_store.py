@@ -17,9 +17,10 @@ from typing import Any
 import pytest
 import yaml
 
-from quantize.build.execute import BuildOptions, Outcome, build
+from quantize.build.execute import BuildOptions, build
+from quantize.build.outcome import Outcome
 from quantize.errors import BuildError, DiskFullError, GateError, PlanError, StoreError, UsageError, VerifyError
-from quantize.events import ListReporter, SilentReporter
+from quantize.events import EventKind, ListReporter, SilentReporter
 from quantize.formats import option_models
 from quantize.recipe.model import Recipe, load_recipe
 from quantize.store.artifact import commit, point_current
@@ -515,9 +516,8 @@ def test_a_manifest_that_was_changed(
 def test_events_of_a_build(recipe: Callable[[Variants], Recipe], store: Store, cache: Cache) -> None:
     events = ListReporter()
     build(recipe(INT8), store, cache, events)
-    assert [event.kind for event in events.events if event.subject == "int8"][-2:] == ["note", "done"], (
-        "the last word before the end is that nothing was measured"
-    )
+    kinds = [event.kind for event in events.events if event.subject == "int8"]
+    assert kinds[-2:] == [EventKind.NOTE, EventKind.DONE], "the last word before the end: nothing was measured"
 
 
 def test_folders_that_others_remove_because_they_are_empty_are_made_again(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ import psutil
 import pytest
 
 from quantize.errors import BuildError, OutOfMemory, PlanError, QuantizeError, WorkerDied
-from quantize.events import ListReporter, SilentReporter
+from quantize.events import EventKind, ListReporter, SilentReporter
 from quantize.system.process import run_step
 from tests import worker_steps
 
@@ -32,7 +32,7 @@ def test_events_arrive_all_and_in_order() -> None:
     events = ListReporter()
     assert run_step("counting", events, worker_steps.count, 500) == "done"
     assert [event.done for event in events.events[:-1]] == list(range(500))
-    assert (events.events[-1].kind, events.events[-1].text) == ("note", "counted")
+    assert (events.events[-1].kind, events.events[-1].text) == (EventKind.NOTE, "counted")
 
 
 def test_our_own_errors_pass_with_their_hint() -> None:

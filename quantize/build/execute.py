@@ -18,10 +18,11 @@ from quantize.build.assemble import Made, assemble
 from quantize.build.disk import disk_free_bytes, most_bytes
 from quantize.build.job import VariantJob
 from quantize.build.judge import Judge
+from quantize.build.outcome import Outcome, OutcomeState
 from quantize.build.plan import Plan, identify_jobs, pin_calibration, size_plan
 from quantize.build.settle import GateKeeper
 from quantize.errors import DiskFullError, QuantizeError, Stopped, StoreError, UsageError, VerifyError
-from quantize.events import Event, Reporter, SilentReporter, note, status, warn
+from quantize.events import Event, EventKind, Reporter, SilentReporter, note, status, warn
 from quantize.formats import builders
 from quantize.formats.base import Context, RunLimits
 from quantize.model.checkpoint import Checkpoint
@@ -34,7 +35,6 @@ from quantize.store.artifact import (
     set_aside,
     settle,
 )
-from quantize.store.manifest import MEASUREMENTS_NAME
 from quantize.store.staging import clear_leftovers, clear_pass, pass_workplace, store_errors, variant_lock, workplace
 from quantize.store.store import Store
 from quantize.system.cache import Cache
@@ -56,17 +56,6 @@ class BuildOptions:
     keep_intermediates: bool = False
     evaluate: bool = True
     accept_risk: str | None = None
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What became of one variant: "built", "evaluated" (built before), "up to date", "refused", "failed", "skipped"."""
-
-    variant: str
-    state: str
-    artifact: Artifact | None = None
-    error: QuantizeError | None = None
-    seconds: float = 0.0
 
 
 @dataclass
@@ -171,7 +160,7 @@ class _Build:
             return False
         if settled.error is None:
             settle(self.store.root, settled.artifact)
-        state = "up to date" if settled.error is None else "refused"
+        state = OutcomeState.UP_TO_DATE if settled.error is None else OutcomeState.REFUSED
         self._finished(Outcome(job.variant.name, state, settled.artifact, settled.error))
         return True
 
@@ -191,17 +180,19 @@ class _Build:
             try:
                 if artifact is None:
                     raise StoreError(f"{job.variant.name}: its build is gone", hint="run the same build again")
-                self._settle(artifact, "evaluated")
+                self._settle(artifact, OutcomeState.EVALUATED)
             except QuantizeError as exc:
-                self._finished(Outcome(job.variant.name, "failed", artifact, exc))
+                self._finished(Outcome(job.variant.name, OutcomeState.FAILED, artifact, exc))
 
-    def _settle(self, artifact: Artifact, state: str, seconds: float = 0.0, failure: VerifyError | None = None) -> None:
+    def _settle(
+        self, artifact: Artifact, state: OutcomeState, seconds: float = 0.0, failure: VerifyError | None = None
+    ) -> None:
         """Have the gates put an artifact where it belongs, and report it. Only call under the variant's lock."""
-        settled = self.gates.settle(artifact, self.checkpoint, failure=failure, anew=state == "built")
+        settled = self.gates.settle(artifact, self.checkpoint, failure=failure, anew=state is OutcomeState.BUILT)
         if settled.error is not None:
-            state = "refused"
-        elif settled.judgement is None and state == "evaluated":
-            state = "up to date"
+            state = OutcomeState.REFUSED
+        elif settled.judgement is None and state is OutcomeState.EVALUATED:
+            state = OutcomeState.UP_TO_DATE
         self._finished(Outcome(artifact.manifest.variant, state, settled.artifact, settled.error, seconds))
 
     def _goes_on(self, job: VariantJob) -> bool:
@@ -209,7 +200,7 @@ class _Build:
         errors = [item.error for item in self.outcomes.values() if item.error is not None]
         if not errors or (self.run.keep_going and not any(isinstance(item, DiskFullError) for item in errors)):
             return True
-        self._finished(Outcome(job.variant.name, "skipped"))
+        self._finished(Outcome(job.variant.name, OutcomeState.SKIPPED))
         return False
 
     def _checked(self, job: VariantJob) -> bool:
@@ -218,7 +209,7 @@ class _Build:
                 raise job.refusal
             job.builder.check(self.checkpoint, job.variant.options)
         except QuantizeError as exc:
-            self._finished(Outcome(job.variant.name, "failed", error=exc))
+            self._finished(Outcome(job.variant.name, OutcomeState.FAILED, error=exc))
             return False
         return True
 
@@ -229,7 +220,7 @@ class _Build:
         existing = self._found(job)
         if existing is not None and not self.run.force:
             note(self.reporter, name, "another build has just made it")
-            self._settle(existing, "up to date")
+            self._settle(existing, OutcomeState.UP_TO_DATE)
             return None
         folders = workplace(self.store.root, self.recipe.name, name, job.inputs, anew=self.run.force)
         place = held.enter_context(folders)
@@ -268,7 +259,7 @@ class _Build:
         for work in works:
             error = passed.errors.get(work.context.variant)
             if error is not None:
-                self._finished(Outcome(work.context.variant, "failed", error=error))
+                self._finished(Outcome(work.context.variant, OutcomeState.FAILED, error=error))
             elif self._goes_on(work.job):
                 work.context = replace(work.context, calibration=passed.entry)
                 self._build_one(work, {"calibration_pass": passed.measurements})
@@ -285,7 +276,9 @@ class _Build:
             with store_errors(self.store.root):
                 manifest = assemble(self.recipe, job, context, made)
                 keep_only(context.staging, manifest)
-            self._settle(set_aside(self.store.root, context.staging, manifest, UNJUDGED), "built", seconds, failure)
+            self._settle(
+                set_aside(self.store.root, context.staging, manifest, UNJUDGED), OutcomeState.BUILT, seconds, failure
+            )
         except QuantizeError as exc:
             self._failed(exc, work)
 
@@ -294,7 +287,7 @@ class _Build:
             self._say_what_is_missing(error)
         for work in works:
             seconds = time.perf_counter() - work.started
-            self._finished(Outcome(work.context.variant, "failed", error=error, seconds=seconds))
+            self._finished(Outcome(work.context.variant, OutcomeState.FAILED, error=error, seconds=seconds))
 
     def _verified(self, work: _Work) -> tuple[dict[str, Any], VerifyError | None]:
         """What verification found out, or why it refuses."""
@@ -307,12 +300,12 @@ class _Build:
     def _finished(self, outcome: Outcome) -> None:
         self.outcomes[outcome.variant] = outcome
         if outcome.error is not None:
-            self.reporter.emit(Event("failed", outcome.variant, str(outcome.error)))
-        elif outcome.state == "skipped":
+            self.reporter.emit(Event(EventKind.FAILED, outcome.variant, str(outcome.error)))
+        elif outcome.state is OutcomeState.SKIPPED:
             warn(self.reporter, outcome.variant, "skipped: another variant failed")
         else:
             where = f": {outcome.artifact.folder}" if outcome.artifact else ""
-            self.reporter.emit(Event("done", outcome.variant, f"{outcome.state}{where}"))
+            self.reporter.emit(Event(EventKind.DONE, outcome.variant, f"{outcome.state}{where}"))
 
 
 def build(
@@ -344,6 +337,3 @@ def _remove_intermediates(
         context = Context("", variant.options, source, checkpoint, cache, cache.root, cache.root)
         for kind, key in builders()[variant.format].intermediates(context):
             cache.remove_unused(kind, key)
-
-
-__all__ = ["MEASUREMENTS_NAME", "BuildOptions", "Outcome", "build", "drop_intermediates"]

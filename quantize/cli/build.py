@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from quantize.build.execute import BuildOptions, Outcome, build
+from quantize.build.execute import BuildOptions, build
 from quantize.build.lockfile import hold, lock_path, read_lock
+from quantize.build.outcome import Outcome, OutcomeState
 from quantize.cli.common import (
     json_option,
     limits_options,
@@ -144,8 +145,8 @@ def summary(found: list[tuple[Recipe, Outcome]], *, several: bool) -> str:
 
     several: names carry their recipe's.
     """
-    reasons: dict[tuple[str, str, str | None], list[tuple[str, QuantizeError]]] = {}
-    others: dict[str, list[str]] = {}
+    reasons: dict[tuple[OutcomeState, str, str | None], list[tuple[str, QuantizeError]]] = {}
+    others: dict[OutcomeState, list[str]] = {}
     for recipe, item in found:
         name = f"{recipe.name}/{item.variant}" if several else item.variant
         if item.error is None:

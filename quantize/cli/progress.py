@@ -11,7 +11,7 @@ import click
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from quantize.events import Event, Reporter
+from quantize.events import Event, EventKind, Reporter
 
 PLAIN_EVERY_SECONDS = 10.0
 
@@ -21,7 +21,7 @@ class QuietReporter:
 
     def emit(self, event: Event) -> None:
         """Print warnings and failures."""
-        if event.kind in {"warning", "failed"}:
+        if event.kind in {EventKind.WARNING, EventKind.FAILED}:
             click.echo(_line(event), err=True)
 
 
@@ -33,7 +33,7 @@ class PlainReporter:
 
     def emit(self, event: Event) -> None:
         """Print one event."""
-        if event.kind == "progress":
+        if event.kind is EventKind.PROGRESS:
             key, now = (event.subject, event.text), time.monotonic()
             first = self._last.setdefault(key, now)
             if now - first < PLAIN_EVERY_SECONDS:
@@ -66,17 +66,17 @@ class LiveReporter:
 
     def emit(self, event: Event) -> None:
         """Redraw the line of the event's subject, or print above the lines."""
-        if event.kind in {"note", "warning", "failed"}:
+        if event.kind in {EventKind.NOTE, EventKind.WARNING, EventKind.FAILED}:
             self._progress.console.print(_line(event), markup=False, highlight=False)
-        if event.kind in {"note", "warning"}:
+        if event.kind in {EventKind.NOTE, EventKind.WARNING}:
             return
         task = self._task(event.subject)
-        if event.kind == "progress" and event.total:
+        if event.kind is EventKind.PROGRESS and event.total:
             self._progress.update(task, description=event.text, completed=event.done, total=event.total)
-        elif event.kind == "status":
+        elif event.kind is EventKind.STATUS:
             self._progress.update(task, description=event.text, completed=0, total=None)
-        elif event.kind in {"done", "failed"}:
-            text = event.text if event.kind == "done" else "failed"
+        elif event.kind in {EventKind.DONE, EventKind.FAILED}:
+            text = event.text if event.kind is EventKind.DONE else "failed"
             self._progress.update(task, description=text, completed=1, total=1)
 
     def _task(self, subject: str) -> TaskID:
@@ -99,7 +99,7 @@ def console_reporter(*, quiet: bool) -> Iterator[Reporter]:
 
 def _line(event: Event) -> str:
     subject = f"{event.subject}: " if event.subject else ""
-    kind = {"warning": "warning: ", "failed": "failed: "}.get(event.kind, "")
-    if event.kind == "progress" and event.total:
+    kind = f"{event.kind}: " if event.kind in {EventKind.WARNING, EventKind.FAILED} else ""
+    if event.kind is EventKind.PROGRESS and event.total:
         return f"{subject}{event.text} {100 * (event.done or 0) / event.total:.0f} %"
     return f"{subject}{kind}{event.text}"

@@ -13,7 +13,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from quantize.build.execute import BuildOptions, Outcome, build, drop_intermediates
+from quantize.build.execute import BuildOptions, build, drop_intermediates
+from quantize.build.outcome import Outcome, OutcomeState
 from quantize.build.plan import pin_calibration
 from quantize.build.spread.session import Node, able_nodes, cause_of, connected, working_nodes
 from quantize.build.spread.trace import Span, check_trace, read_trace, write_trace
@@ -118,7 +119,7 @@ def build_on_cluster(
         flight = _Flight(ray, units, store, cache, reporter, run, cluster)
         outcomes = flight.all()
     if not run.keep_intermediates:
-        worked = {path for (path, _), outcome in outcomes.items() if outcome.state != "up to date"}
+        worked = {path for (path, _), outcome in outcomes.items() if outcome.state is not OutcomeState.UP_TO_DATE}
         for recipe in recipes:
             if recipe.path in worked:
                 drop_intermediates(recipe, cache, reporter)
@@ -209,7 +210,7 @@ class _Flight:
             cause = cause_of(exc)
             error = cause if isinstance(cause, QuantizeError) else BuildError(f"{unit.name}: {first_line(cause)}")
             now = time.time()
-            outcomes = tuple(Outcome(name, "failed", error=error) for name in unit.variants)
+            outcomes = tuple(Outcome(name, OutcomeState.FAILED, error=error) for name in unit.variants)
             return Done(outcomes, "", now, now)
 
     def _landed(self, unit: Unit, done: Done) -> None:
@@ -221,7 +222,7 @@ class _Flight:
             for reference, waiting in self._running.items():
                 self._ray.cancel(reference)
                 for name in waiting.variants:
-                    self._outcomes[waiting.recipe.path, name] = Outcome(name, "skipped")
+                    self._outcomes[waiting.recipe.path, name] = Outcome(name, OutcomeState.SKIPPED)
             self._running.clear()
 
     def _relay(self) -> None:

@@ -16,7 +16,7 @@ from quantize.build.spread.trace import Span, check_trace, overlap_seconds, read
 from quantize.calibration.block_runner import ROUND_BATCHES
 from quantize.calibration.spread import PassSpread
 from quantize.errors import BuildError, PlanError, UsageError
-from quantize.events import ListReporter, SilentReporter
+from quantize.events import EventKind, ListReporter, SilentReporter
 from quantize.model.checkpoint import open_checkpoint
 from quantize.testing import TinyModel
 
@@ -108,4 +108,4 @@ def test_a_trace_that_cannot_be_written_is_refused_before_the_work_and_costs_not
         check_trace(tmp_path / "file" / "trace.json")
     reporter = ListReporter()
     write_trace(tmp_path / "file" / "trace.json", [], reporter)
-    assert [event.kind for event in reporter.events] == ["warning"]
+    assert [event.kind for event in reporter.events] == [EventKind.WARNING]

@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from quantize.errors import GateError, RecipeError, UsageError, VerifyError
-from quantize.events import ListReporter
+from quantize.events import EventKind, ListReporter
 from quantize.publish.pins import Pin, locked_words, pin, read_pins
 from quantize.publish.policy import read_policy, required_notice
 from quantize.publish.receive import pull, pull_pinned
@@ -74,7 +74,7 @@ def test_the_next_place_is_tried(
     gone = f"oci://127.0.0.1:9/gone@{done.digest}"
     wanted = Pin(name="tiny", variant="q8_0", digest=artifact.manifest.digest, published=(gone, done.reference))
     assert pull_pinned(wanted, store, session).artifact.manifest == artifact.manifest
-    assert any("the next place is tried" in event.text for event in reporter.events if event.kind == "warning")
+    assert any("the next place is tried" in event.text for event in reporter.events if event.kind is EventKind.WARNING)
     with pytest.raises(UsageError, match="has no `published` places"):
         pull_pinned(wanted.model_copy(update={"published": ()}), store, session)
 

@@ -13,7 +13,7 @@ import fsspec
 import pytest
 
 from quantize.errors import RefusedError, TransferError, UsageError, VerifyError
-from quantize.events import ListReporter
+from quantize.events import EventKind, ListReporter
 from quantize.publish.pack import MANIFEST_NAME
 from quantize.publish.receive import pull
 from quantize.publish.send import Published, Wanted, publish
@@ -134,7 +134,7 @@ def test_a_name_without_a_digest_says_what_it_means(
     done = publish_one(artifact, target.text, session)
     pulled = pull(done.name, store, session)
     assert pulled.reference == done.reference
-    assert any(done.digest in event.text for event in reporter.events if event.kind == "note")
+    assert any(done.digest in event.text for event in reporter.events if event.kind is EventKind.NOTE)
 
 
 def test_a_second_publication_sends_nothing(target: Target, artifact: Artifact, session: Session) -> None:
