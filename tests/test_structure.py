@@ -240,3 +240,35 @@ def test_a_named_format_is_found() -> None:
 def test_words_that_are_allowed_are_used() -> None:
     used = {name for name in OTHER_WORDS if format_literals({f"x.{name}": TEXTS[name]})}
     assert used == set(OTHER_WORDS)
+
+
+# --- how a digest is written stands in one room -----------------------------------------------------------------------
+
+DIGEST_HOME = "system.digest"
+NO_DIGESTS = {"serve.limits": "lines of API keys, `name:sha256:hash`"}
+
+
+def digest_literals(texts: dict[str, str]) -> list[str]:
+    """Places outside its module where a string of code, not of documentation, writes a digest's prefix."""
+    found = []
+    for name, text in texts.items():
+        if name == DIGEST_HOME or name in NO_DIGESTS:
+            continue
+        tree = ast.parse(text)
+        told = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+        found += [
+            f"{name}:{node.lineno}"
+            for node in ast.walk(tree)
+            if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in told
+            if "sha256:" in node.value
+        ]
+    return found
+
+
+def test_the_text_of_a_digest_is_written_in_one_room() -> None:
+    assert digest_literals(TEXTS) == []
+
+
+def test_a_digest_that_is_written_by_hand_is_found() -> None:
+    for line in ('NAME = text.removeprefix("sha256:")[:12]', 'NAME = f"sha256:{text}"'):
+        assert len(digest_literals(TEXTS | {"publish.pack": f"{TEXTS['publish.pack']}\n{line}\n"})) == 1

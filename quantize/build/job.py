@@ -13,7 +13,7 @@ from quantize.errors import QuantizeError
 from quantize.formats.base import Builder, SizePlan
 from quantize.recipe.model import Variant
 from quantize.store.artifact import Artifact
-from quantize.store.manifest import canonical_hash
+from quantize.system.digest import canonical_hash
 
 
 @dataclass(frozen=True)

@@ -28,8 +28,9 @@ from quantize.model.source import PinnedSource, dequantized_key
 from quantize.recipe.model import Recipe
 from quantize.runtimes.base import ModelRef
 from quantize.store.artifact import Artifact
-from quantize.store.manifest import Manifest, canonical_hash
+from quantize.store.manifest import Manifest
 from quantize.system.cache import Cache
+from quantize.system.digest import canonical_hash
 from quantize.system.lookup import GOLDEN, NamedFile, builtin_files, find_data
 from quantize.system.machine import describe_machine
 from quantize.system.process import run_step

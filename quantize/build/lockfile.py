@@ -24,9 +24,10 @@ from quantize.formats import builders
 from quantize.model.source import COMMIT, PinnedSource, dequantized_key, open_source, pin_source
 from quantize.recipe.model import CalibrationSpec, Recipe
 from quantize.recipe.yaml import read_document, validate
-from quantize.store.manifest import FileEntry, canonical_hash, tool_versions
+from quantize.store.manifest import FileEntry, tool_versions
 from quantize.store.store import Store
 from quantize.system.cache import Cache
+from quantize.system.digest import canonical_hash, document_digest
 from quantize.system.lookup import is_builtin
 from quantize.system.process import run_step
 from quantize.system.processor import name_device
@@ -90,10 +91,8 @@ class Lock(_LockModel):
 
     def computed_digest(self) -> str:
         """sha256 of the RFC 8785 form of every field but `digest`. Raises ValueError: not JSON data."""
-        exclude: dict[str, Any] = {"digest": True}
-        if self.calibration is not None and self.calibration.device is None:
-            exclude["calibration"] = {"device"}
-        return "sha256:" + canonical_hash(self.model_dump(mode="json", exclude=exclude))
+        known = self.calibration is None or self.calibration.device is not None
+        return document_digest(self.model_dump(mode="json", exclude=None if known else {"calibration": {"device"}}))
 
     def to_yaml(self) -> str:
         """The text of the file: keys sorted."""

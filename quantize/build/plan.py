@@ -22,9 +22,10 @@ from quantize.formats.base import Builder, Context, RunLimits, SizePlan
 from quantize.model.checkpoint import Checkpoint, open_checkpoint
 from quantize.model.source import PinnedSource, dequantized_key, open_source, pin_source
 from quantize.recipe.model import Recipe, Variant
-from quantize.store.manifest import OWN, CalibrationEntry, canonical_hash, tool_versions
+from quantize.store.manifest import OWN, CalibrationEntry, tool_versions
 from quantize.store.store import Store
 from quantize.system.cache import Cache
+from quantize.system.digest import canonical_hash
 from quantize.system.process import run_step
 
 BUILD_KEY_VERSION = 2

@@ -15,7 +15,8 @@ from quantize.evaluate.record import Summary
 from quantize.provenance.licence import Licence, artifact_licence
 from quantize.provenance.statement import pypi_url
 from quantize.store.artifact import Artifact
-from quantize.store.manifest import CalibrationEntry, FileEntry, Manifest, SourceEntry, canonical_hash
+from quantize.store.manifest import CalibrationEntry, FileEntry, Manifest, SourceEntry
+from quantize.system.digest import canonical_hash
 
 SPEC_VERSION = "1.6"
 BASE_REF, CALIBRATION_REF = "base-model", "calibration"

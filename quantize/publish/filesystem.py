@@ -16,6 +16,7 @@ from quantize.publish.base import Count, size_of, write_stream
 from quantize.publish.folder import CURRENT, READ_BYTES, checked_digest, missing
 from quantize.publish.pack import MANIFEST_NAME, Blob, Pack
 from quantize.publish.retry import Again, Retry, persist
+from quantize.system.digest import short
 
 try:
     import fsspec
@@ -58,7 +59,7 @@ class FilesystemPlace:
         return f"{self._url}@{digest}"
 
     def _path(self, digest: str, name: str) -> str:
-        return f"{self._root}/{digest.removeprefix('sha256:')[:12]}/{name}"
+        return f"{self._root}/{short(digest)}/{name}"
 
     def tagged(self) -> str | None:
         """What `current` says."""

@@ -16,8 +16,9 @@ from pathlib import Path
 
 from quantize.errors import TransferError, VerifyError
 from quantize.publish.base import Count, size_of, write_stream
-from quantize.publish.pack import DIGEST, MANIFEST_NAME, Blob, Pack
+from quantize.publish.pack import MANIFEST_NAME, Blob, Pack
 from quantize.system.cache import hash_file
+from quantize.system.digest import is_whole, short
 
 CURRENT = "current"
 READ_BYTES = 4 << 20
@@ -49,7 +50,7 @@ class FolderPlace:
         return f"{self._root}@{digest}"
 
     def _folder(self, digest: str) -> Path:
-        return self._root / digest.removeprefix("sha256:")[:12]
+        return self._root / short(digest)
 
     def tagged(self) -> str | None:
         """What `current` says."""
@@ -138,7 +139,7 @@ def read_chunks(path: Path, start: int = 0) -> Iterator[bytes]:
 def checked_digest(data: bytes, where: str) -> str:
     """The digest that a `current` file holds. Raises VerifyError: it holds none."""
     text = data[:200].decode(errors="replace").strip()
-    if not DIGEST.fullmatch(text):
+    if not is_whole(text):
         raise VerifyError(f"{where}: its `{CURRENT}` holds {text[:80]!r}, which is no digest")
     return text
 

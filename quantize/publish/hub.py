@@ -19,8 +19,9 @@ from typing import Any, TypeVar
 
 from quantize.errors import MissingExtraError, TransferError, UsageError, VerifyError, first_line
 from quantize.publish.base import Count
-from quantize.publish.pack import MANIFEST_NAME, Blob, Pack, digest_of
+from quantize.publish.pack import MANIFEST_NAME, Blob, Pack
 from quantize.publish.retry import Again, Retry, persist
+from quantize.system.digest import PREFIX, WHOLE, digest_of
 
 try:
     import huggingface_hub
@@ -31,7 +32,7 @@ except ImportError as exc:
 Result = TypeVar("Result")
 REFERENCE = re.compile(
     r"hf://(?P<repository>[A-Za-z0-9][\w.-]{0,95}(?:/[A-Za-z0-9][\w.-]{0,95})?)"
-    r"(?:@(?!sha256:)(?P<revision>[A-Za-z0-9][\w./-]*))?(?:@(?P<digest>sha256:[0-9a-f]{64}))?/?"
+    rf"(?:@(?!{PREFIX})(?P<revision>[A-Za-z0-9][\w./-]*))?(?:@(?P<digest>{WHOLE}))?/?"
 )
 OWN = {".gitattributes"}  # what the hub itself puts into a repository
 TRIES = 3  # the library tries most requests again by itself

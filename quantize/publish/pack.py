@@ -7,7 +7,6 @@ Specification: CNCF ModelPack model-spec v1, on the OCI image specification v1.1
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from quantize.formats import known_format
 from quantize.recipe.model import SLUG
 from quantize.store.artifact import Artifact
 from quantize.store.manifest import FILE_NAME, PAPERS, Manifest
+from quantize.system import digest
 from quantize.system.cache import hash_file
 from quantize.system.untrusted import parse_json
 
@@ -35,7 +35,6 @@ MAX_MANIFEST_BYTES = 4 << 20  # what registries take at most
 MANIFEST_NAME = "modelpack.json"  # in targets that hold plain files
 CONFIG_NAME = "modelpack-config.json"
 RESERVED = (MANIFEST_NAME, CONFIG_NAME)
-DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
 WEIGHTS = (".gguf", ".safetensors")
 NOT_WEIGHTS = ".imatrix.gguf"
 DOCUMENTS = ("LICENSE", "NOTICE", "USE_POLICY")
@@ -53,7 +52,7 @@ class Blob:
     @property
     def sha256(self) -> str:
         """Hex digits of the digest."""
-        return self.digest.removeprefix("sha256:")
+        return digest.digits(self.digest)
 
 
 @dataclass(frozen=True)
@@ -67,12 +66,12 @@ class Pack:
     @property
     def digest(self) -> str:
         """Of the manifest: it pins every byte of the publication."""
-        return digest_of(self.document)
+        return digest.digest_of(self.document)
 
     @property
     def short_digest(self) -> str:
         """Its first twelve hex digits."""
-        return self.digest.removeprefix("sha256:")[:12]
+        return digest.short(self.digest)
 
     @property
     def blobs(self) -> tuple[Blob, ...]:
@@ -92,11 +91,6 @@ class Pack:
         raise VerifyError(f"no {path} in it", hint="it was not published by quantize")
 
 
-def digest_of(data: bytes) -> str:
-    """sha256:… of some bytes."""
-    return f"sha256:{hashlib.sha256(data).hexdigest()}"
-
-
 def publishable_files(artifact: Artifact) -> dict[str, Path]:
     """What is published of an artifact, by path: what its manifest names, and the papers beside it."""
     names = {entry.path for entry in artifact.manifest.files}
@@ -111,9 +105,9 @@ def make_pack(artifact: Artifact) -> tuple[Pack, bytes]:
     for name, path in publishable_files(artifact).items():
         _check_path(name)
         sha256 = known[name].sha256 if name in known else hash_file(path)
-        files.append(Blob(f"sha256:{sha256}", path.stat().st_size, media_type(name), name))
-    config = _canonical(model_config(artifact.manifest, files))
-    entry = Blob(digest_of(config), len(config), CONFIG_TYPE, CONFIG_NAME)
+        files.append(Blob(digest.from_digits(sha256), path.stat().st_size, media_type(name), name))
+    config = digest.canonical_json(model_config(artifact.manifest, files))
+    entry = Blob(digest.digest_of(config), len(config), CONFIG_TYPE, CONFIG_NAME)
     document = {
         "schemaVersion": 2,
         "mediaType": MANIFEST_TYPE,
@@ -122,7 +116,7 @@ def make_pack(artifact: Artifact) -> tuple[Pack, bytes]:
         "layers": [_descriptor(blob, {FILEPATH: blob.path, TITLE: blob.path}) for blob in files],
         "annotations": _annotations(artifact.manifest),
     }
-    return Pack(_canonical(document), entry, tuple(files)), config
+    return Pack(digest.canonical_json(document), entry, tuple(files)), config
 
 
 def media_type(path: str) -> str:
@@ -230,13 +224,13 @@ def _annotations(manifest: Manifest) -> dict[str, str]:
 
 
 def _blob(item: Mapping[str, Any], path: str) -> Blob:
-    digest, size = item["digest"], item["size"]
-    if not isinstance(digest, str) or not DIGEST.fullmatch(digest):
-        raise VerifyError(f"it names something by {str(digest)[:80]!r}, which is no sha256 digest")
+    named, size = item["digest"], item["size"]
+    if not isinstance(named, str) or not digest.is_whole(named):
+        raise VerifyError(f"it names something by {str(named)[:80]!r}, which is no sha256 digest")
     if type(size) is not int or size < 0:
-        raise VerifyError(f"it states no size for {digest}")
+        raise VerifyError(f"it states no size for {named}")
     _check_path(path, reserved=() if path == CONFIG_NAME and item["mediaType"] == CONFIG_TYPE else RESERVED)
-    return Blob(digest, size, str(item["mediaType"]), path)
+    return Blob(named, size, str(item["mediaType"]), path)
 
 
 def _check_path(path: str, reserved: tuple[str, ...] = RESERVED) -> None:
@@ -244,12 +238,6 @@ def _check_path(path: str, reserved: tuple[str, ...] = RESERVED) -> None:
     bad = path in reserved or any(part == "" or part.startswith(".") for part in parts)
     if bad or len(path) > 1000 or re.search(r"[\x00-\x1f\x7f\\:]", path):
         raise VerifyError(f"it names a file {path[:80]!r}, which would leave the artifact's folder or hide in it")
-
-
-def _canonical(data: Any) -> bytes:
-    import rfc8785
-
-    return rfc8785.dumps(data)
 
 
 def manifest_blob(pack: Pack) -> Blob:

@@ -25,6 +25,7 @@ from quantize.store.manifest import Manifest
 from quantize.store.store import Store
 from quantize.store.verify import check_files
 from quantize.system.cache import default_cache_root
+from quantize.system.digest import PIN
 from quantize.system.files import write_text
 from quantize.system.flock import file_lock
 from quantize.system.untrusted import read_limited
@@ -40,7 +41,7 @@ class Pin(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
     name: SlugText
     variant: SlugText
-    digest: Annotated[str, StringConstraints(pattern=r"^sha256:[0-9a-f]{12,64}$")]
+    digest: Annotated[str, StringConstraints(pattern=f"^{PIN}$")]
     published: tuple[str, ...] = ()
 
     @property

@@ -13,9 +13,10 @@ from quantize.errors import UsageError
 from quantize.publish.base import Place
 from quantize.publish.retry import Retry
 from quantize.store.artifact import Artifact
+from quantize.system.digest import WHOLE
 
 SCHEME = re.compile(r"[a-z][a-z0-9+.-]*(?=://)")
-DIGEST_END = re.compile(r"@(sha256:[0-9a-f]{64})$")
+DIGEST_END = re.compile(rf"@({WHOLE})$")
 
 
 def place_for(target: str, artifact: Artifact, retry: Retry) -> Place:

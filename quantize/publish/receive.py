@@ -18,7 +18,7 @@ from quantize.errors import StoreError, TransferError, UsageError, VerifyError
 from quantize.evaluate.record import NAME, NOT_EVALUATED, Summary, read_record
 from quantize.events import Reporter, note, status, warn
 from quantize.publish.base import Count, Place, size_of
-from quantize.publish.pack import Blob, Pack, check_config, check_contents, digest_of, manifest_blob, read_pack
+from quantize.publish.pack import Blob, Pack, check_config, check_contents, manifest_blob, read_pack
 from quantize.publish.pins import Pin
 from quantize.publish.places import Found, find_place
 from quantize.publish.transfer import Progress, Session, run_all
@@ -28,6 +28,7 @@ from quantize.store.staging import STAGING, store_errors, variant_lock
 from quantize.store.store import Store
 from quantize.store.verify import check_files
 from quantize.system.cache import hash_file
+from quantize.system.digest import digest_of
 
 
 @dataclass(frozen=True)

@@ -17,16 +17,17 @@ from pathlib import Path
 from quantize.errors import TransferError, UsageError, VerifyError
 from quantize.publish.base import Count, size_of, write_stream
 from quantize.publish.credentials import DOCKER_HUB, credential_for
-from quantize.publish.pack import MANIFEST_TYPE, MAX_MANIFEST_BYTES, Blob, Pack, digest_of
+from quantize.publish.pack import MANIFEST_TYPE, MAX_MANIFEST_BYTES, Blob, Pack
 from quantize.publish.retry import Again, Retry, persist
 from quantize.publish.web import HttpRequest, Web, is_loopback
+from quantize.system.digest import WHOLE, digest_of
 
 CHUNK_BYTES = 16 << 20
 READ_BYTES = 1 << 20
 REFERENCE = re.compile(
     r"oci(?P<plain>\+http)?://(?P<host>[A-Za-z0-9.-]+(?::\d+)?|\[[0-9a-f:]+\](?::\d+)?)"
     r"(?P<repository>(?:/[a-z0-9]+(?:(?:\.|_|__|-+)[a-z0-9]+)*)*)"
-    r"(?::(?P<tag>[A-Za-z0-9_][A-Za-z0-9._-]{0,127}))?(?:@(?P<digest>sha256:[0-9a-f]{64}))?/?"
+    r"(?::(?P<tag>[A-Za-z0-9_][A-Za-z0-9._-]{0,127}))?" + rf"(?:@(?P<digest>{WHOLE}))?/?"
 )
 ACCEPTED = ", ".join(
     (

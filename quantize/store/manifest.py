@@ -6,7 +6,6 @@ times, hosts, speeds and measured memory are in measurements.json.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterable, Mapping
 from importlib import metadata
@@ -17,6 +16,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
 
 from quantize import __version__
 from quantize.errors import VerifyError, first_line
+from quantize.system.digest import document_digest, short
 from quantize.system.untrusted import parse_json, read_limited
 
 OWN = "quantize"  # this program among the tools
@@ -143,7 +143,7 @@ class Manifest(_Frozen):
 
     def computed_digest(self) -> str:
         """sha256 of the RFC 8785 form of every field but `digest`."""
-        return "sha256:" + canonical_hash({key: value for key, value in self.to_data().items() if key != "digest"})
+        return document_digest(self.to_data())
 
     def to_data(self) -> dict[str, Any]:
         """Plain JSON data: what manifest.json holds."""
@@ -159,19 +159,12 @@ class Manifest(_Frozen):
 
     @property
     def short_digest(self) -> str:
-        """The first twelve hex digits: the folder's name."""
-        return self.digest.removeprefix("sha256:")[:12]
+        """The folder's name."""
+        return short(self.digest)
 
     def to_json(self) -> str:
         """The text of manifest.json: indented, keys sorted."""
         return json.dumps(self.to_data(), indent=2, sort_keys=True, ensure_ascii=False) + "\n"
-
-
-def canonical_hash(data: Any) -> str:
-    """Hex sha256 of data in canonical JSON (RFC 8785)."""
-    import rfc8785
-
-    return hashlib.sha256(rfc8785.dumps(data)).hexdigest()
 
 
 def read_manifest(path: Path) -> Manifest:

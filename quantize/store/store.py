@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import re
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -25,10 +24,9 @@ from quantize.store.artifact import (
 )
 from quantize.store.manifest import FILE_NAME
 from quantize.store.staging import LOCKS, STAGING, staged_variant, store_errors, variant_lock
+from quantize.system import digest
 from quantize.system.flock import file_lock
 
-DIGEST_FOLDER = re.compile(r"^[0-9a-f]{12}$")
-PIN = re.compile(r"sha256:[0-9a-f]{12,64}")
 PINS_NAME = "artifacts.lock"
 
 
@@ -58,7 +56,7 @@ class Store:
         for recipe in sorted(item for item in self.root.iterdir() if item.is_dir() and not item.name.startswith(".")):
             for variant in sorted(item for item in recipe.iterdir() if item.is_dir()):
                 for folder in sorted(variant.iterdir()):
-                    if DIGEST_FOLDER.match(folder.name) and folder.is_dir() and not folder.is_symlink():
+                    if digest.is_short(folder.name) and folder.is_dir() and not folder.is_symlink():
                         yield folder
 
     def artifacts(self) -> list[Artifact]:
@@ -82,27 +80,26 @@ class Store:
         path = Path(ref)
         if os.path.isfile(path / FILE_NAME):
             return open_artifact(path)
-        name, _, digest = ref.partition("@")
-        digest = digest.removeprefix("sha256:")
+        name, _, start = ref.partition("@")
         if "/" in name:
-            found = self._by_name(name.strip("/"), digest)
+            found = self._by_name(name.strip("/"), start)
         else:
-            text = (digest or name).removeprefix("sha256:")
-            found = [item for item in self.artifacts() if item.manifest.digest.startswith(f"sha256:{text}")]
-            found = found if re.fullmatch(r"[0-9a-f]{4,64}", text) else []
+            text = start or name
+            known = self.artifacts() if digest.is_start(text) else []
+            found = [item for item in known if digest.starts(item.manifest.digest, text)]
         if len(found) == 1:
             return found[0]
-        known = sorted({f"{item.manifest.name}/{item.manifest.variant}" for item in self.artifacts()})
         if found:
             raise UsageError(f"{ref!r} means {len(found)} artifacts", hint="give more of the digest")
-        hint = f"there are: {', '.join(known[:12])}" if known else f"the store {self.root} is empty"
+        names = sorted({f"{item.manifest.name}/{item.manifest.variant}" for item in self.artifacts()})
+        hint = f"there are: {', '.join(names[:12])}" if names else f"the store {self.root} is empty"
         raise UsageError(f"no artifact {ref!r}", hint=hint)
 
     def find_build(self, name: str, variant: str, build_key: str) -> Artifact | None:
         """The artifact of this variant with this build key whose files are all there with their sizes."""
         folder = self.root / name / variant
         for candidate in sorted(folder.iterdir()) if folder.is_dir() else []:
-            if not DIGEST_FOLDER.match(candidate.name):
+            if not digest.is_short(candidate.name):
                 continue
             item = _open(candidate)
             if isinstance(item, Artifact) and item.manifest.build_key == build_key and _complete(item):
@@ -194,17 +191,17 @@ class Store:
         lock.release()
         return False
 
-    def _by_name(self, name: str, digest: str) -> list[Artifact]:
+    def _by_name(self, name: str, start: str) -> list[Artifact]:
         same = [item for item in self.artifacts() if f"{item.manifest.name}/{item.manifest.variant}" == name]
-        if digest:
-            return [item for item in same if item.manifest.digest.startswith(f"sha256:{digest}")]
+        if start:
+            return [item for item in same if digest.starts(item.manifest.digest, start)]
         return [item for item in same if self.is_current(item)]
 
 
-def _pin(digest: object) -> str:
-    text = f"sha256:{digest.removeprefix('sha256:')}" if isinstance(digest, str) else ""
-    if not PIN.fullmatch(text):  # digits alone are a number, whose leading zeros YAML takes for octal
-        raise ValueError(digest)
+def _pin(value: object) -> str:
+    text = digest.from_digits(digest.digits(value)) if isinstance(value, str) else ""
+    if not digest.is_pin(text):  # digits alone are a number, whose leading zeros YAML takes for octal
+        raise ValueError(value)
     return text
 
 

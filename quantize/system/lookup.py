@@ -16,13 +16,13 @@ from pathlib import Path
 
 import quantize
 from quantize.errors import UsageError
+from quantize.system import digest
 
 DATA = Path(quantize.__path__[0]) / "_data"
 RECIPES, CALIBRATION, GOLDEN = "recipes", "calibration", "calibration/golden"  # folders, in DATA and of users
 PREFIX = "builtin:"  # before a name: what comes with the package, whatever the user's folders have
 SUFFIXES = (".yaml", ".yml")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
-_DIGEST = re.compile(r"[0-9a-f]{4,64}")
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ def find_target(text: str) -> NamedFile | None:
     """The recipe that is meant where an artifact may be meant as well; None: an artifact, or nothing."""
     if Path(text).suffix in SUFFIXES:
         return NamedFile(Path(text))
-    if os.path.lexists(text) or _DIGEST.fullmatch(text):
+    if os.path.lexists(text) or digest.is_start(text):
         return None
     return _named(text, RECIPES, [Path()])
 

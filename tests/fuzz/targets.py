@@ -30,8 +30,9 @@ from quantize.publish.pack import read_pack
 from quantize.publish.pins import read_pins
 from quantize.recipe.model import CalibrationSpec, load_calibration, load_recipe
 from quantize.store.artifact import read_measurements
-from quantize.store.manifest import MEASUREMENTS_NAME, canonical_hash, read_manifest
+from quantize.store.manifest import MEASUREMENTS_NAME, read_manifest
 from quantize.store.store import Store
+from quantize.system.digest import canonical_hash
 from tests.fuzz import seeds
 from tests.fuzz.mutate import Form
 
