@@ -23,10 +23,10 @@ def run(checkpoint: Path, method: str, out: Path, samples: int, length: int, gro
     from gptqmodel.quantization import FORMAT, METHOD
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoTokenizer
 
-    from quantize.calibration.text import python_docs
+    from quantize.calibration.datasets.python_docs import help_topics
 
     tokenizer = AutoTokenizer.from_pretrained(checkpoint)
-    rows = [tokenizer(text, truncation=True, max_length=length)["input_ids"] for text in python_docs()[:samples]]
+    rows = [tokenizer(text, truncation=True, max_length=length)["input_ids"] for text in help_topics()[:samples]]
     data = [{"input_ids": ids, "attention_mask": [1] * len(ids)} for ids in rows]
     settings = {"bits": 4, "group_size": group_size, "device": "cpu", "offload_to_disk": False}
     if method == "gptq":

@@ -23,7 +23,7 @@ def perplexity(folder: Path, topics: int = 40, length: int = 512) -> tuple[float
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from quantize.calibration.text import python_docs
+    from quantize.calibration.datasets.python_docs import help_topics
 
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     quantized = "quantization_config" in json.loads((folder / "config.json").read_text())
@@ -31,7 +31,7 @@ def perplexity(folder: Path, topics: int = 40, length: int = 512) -> tuple[float
     model = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, device_map="cpu", dtype=dtype).eval()
     total, count = 0.0, 0
     with torch.inference_mode():
-        for text in python_docs(held_out=True)[:topics]:
+        for text in help_topics(held_out=True)[:topics]:
             ids = tokenizer(text, truncation=True, max_length=length, return_tensors="pt")["input_ids"]
             logits = model(input_ids=ids).logits[0, :-1].float()
             total += float(torch.nn.functional.cross_entropy(logits, ids[0, 1:], reduction="sum"))

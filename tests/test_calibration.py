@@ -13,23 +13,15 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from quantize.calibration.text import (
-    CalibrationSet,
-    identify,
-    load_calibration_set,
-    load_tokenizer,
-    pinned,
-    pinned_spec,
-    python_docs,
-    read_rows,
-    seed_prompts,
-)  # fmt: skip
+from quantize.calibration.datasets import find_dataset
+from quantize.calibration.datasets.base import Row
+from quantize.calibration.datasets.own_writing import seed_prompts
+from quantize.calibration.datasets.python_docs import help_topics
+from quantize.calibration.text import CalibrationSet, load_calibration_set, load_tokenizer, read_rows
 from quantize.errors import PlanError, RecipeError
 from quantize.events import SilentReporter
-from quantize.formats import option_models
-from quantize.recipe.model import CalibrationSpec, load_calibration, load_recipe
+from quantize.recipe.model import CalibrationSpec, load_calibration
 from quantize.system.lookup import is_path_text
-from quantize.testing import write_recipe
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # transformers warns on import
 
@@ -39,6 +31,10 @@ SPECS = sorted((Path(__file__).parents[1] / "calibration").glob("*.yaml"))
 
 def spec(**values: Any) -> CalibrationSpec:
     return CalibrationSpec(**{"dataset": "rows.jsonl", "samples": 4, "sequence_length": 32, **values})
+
+
+def rows_of(wanted: CalibrationSpec, folder: Path) -> list[Row]:
+    return list(read_rows(find_dataset(wanted, folder), folder))
 
 
 def write_rows(folder: Path, rows: list[Any]) -> None:
@@ -56,9 +52,9 @@ def test_every_shipped_spec_loads(path: Path) -> None:
 def test_text_beside_a_spec_is_found_from_anywhere(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     found = load_calibration(SPECS[0].with_name("vietnamese.yaml"))
-    rows = list(read_rows(found, tmp_path))
+    rows = rows_of(found, tmp_path)
     assert len(rows) == 18
-    assert pinned_spec(found)["dataset"] == "vietnamese.txt"
+    assert find_dataset(found, tmp_path).stated()["dataset"] == "vietnamese.txt"
     assert load_calibration_set(found, tmp_path, tiny).tokens > 2000
 
 
@@ -72,11 +68,11 @@ def test_a_hub_dataset_is_pinned_to_a_commit(tmp_path: Path, monkeypatch: pytest
 
     monkeypatch.setattr("huggingface_hub.HfApi", Hub)
     reporter = SilentReporter()
-    assert pinned(spec(dataset="org/set"), tmp_path, reporter).revision == "a" * 40
-    assert pinned(spec(dataset="org/set", revision="v2"), tmp_path, reporter).revision == "a" * 40
+    assert find_dataset(spec(dataset="org/set"), tmp_path).pin(reporter).revision == "a" * 40
+    assert find_dataset(spec(dataset="org/set", revision="v2"), tmp_path).pin(reporter).revision == "a" * 40
     assert asked == [("org/set", "main"), ("org/set", "v2")]
     for local in (spec(dataset="python-docs"), spec(), spec(dataset="org/set", revision="b" * 40)):
-        assert pinned(local, tmp_path, reporter) == local
+        assert find_dataset(local, tmp_path).pin(reporter) == local
     assert len(asked) == 2
 
 
@@ -118,22 +114,22 @@ def test_chat_rows_go_through_the_models_own_template(tiny: Path, tmp_path: Path
 
 def test_shuffling_is_seeded(tmp_path: Path) -> None:
     write_rows(tmp_path, [str(number) for number in range(50)])
-    first, again, other = (list(read_rows(spec(shuffle=True, seed=seed), tmp_path)) for seed in (1, 1, 2))
+    first, again, other = (rows_of(spec(shuffle=True, seed=seed), tmp_path) for seed in (1, 1, 2))
     assert first == again
     assert sorted(first) == sorted(other)
     assert first != other
-    assert list(read_rows(spec(), tmp_path)) == [str(number) for number in range(50)]
+    assert rows_of(spec(), tmp_path) == [str(number) for number in range(50)]
 
 
 def test_text_and_parquet_files(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("first\nstill first\n\n\n\nsecond\n")
-    assert list(read_rows(spec(dataset="a.txt"), tmp_path)) == ["first\nstill first", "second\n"]
+    assert rows_of(spec(dataset="a.txt"), tmp_path) == ["first\nstill first", "second\n"]
     pyarrow.parquet.write_table(pyarrow.table({"text": ["x", "y"], "other": [1, 2]}), tmp_path / "a.parquet")
-    assert list(read_rows(spec(dataset="a.parquet"), tmp_path)) == ["x", "y"]
+    assert rows_of(spec(dataset="a.parquet"), tmp_path) == ["x", "y"]
 
 
 def test_python_docs_keeps_what_is_measured_on_apart() -> None:
-    shown, held_out = python_docs(), python_docs(held_out=True)
+    shown, held_out = help_topics(), help_topics(held_out=True)
     assert len(shown) >= 32
     assert len(held_out) >= 5
     assert not set(shown) & set(held_out)
@@ -151,16 +147,15 @@ def test_self_is_the_models_own_text_and_seeded(tiny: Path, tmp_path: Path) -> N
     assert list(first.token_ids[0][: len(start)]) == start
 
 
-def test_identity_follows_the_content_not_the_place(tiny: Path, tmp_path: Path) -> None:
+def test_identity_follows_the_content_not_the_place(tmp_path: Path) -> None:
     identities = []
     for name, text in (("a", TEXT), ("b", TEXT), ("c", TEXT + "!")):
         folder = tmp_path / name
         folder.mkdir()
         write_rows(folder, [text])
-        path = write_recipe(folder / "r.yaml", tiny, [{"format": "gguf", "type": "Q8_0"}])
-        identities.append(identify(spec(dataset="./rows.jsonl"), load_recipe(path, option_models())))
+        identities.append(find_dataset(spec(dataset="./rows.jsonl"), folder).identify())
     assert identities[0] == identities[1] != identities[2]
-    assert pinned_spec(spec(dataset="/somewhere/rows.jsonl"))["dataset"] == "rows.jsonl"
+    assert find_dataset(spec(dataset="/somewhere/rows.jsonl"), tmp_path).stated()["dataset"] == "rows.jsonl"
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ import quantize.files.gguf
 import quantize.files.safetensors
 import quantize.model.checkpoint
 import quantize.system.untrusted
-from quantize.calibration.text import read_rows
+from quantize.calibration.datasets import find_dataset
 from quantize.errors import CheckpointError, QuantizeError, RecipeError, UsageError, VerifyError
 from quantize.evaluate.gates import sign_test
 from quantize.evaluate.golden import Grade, load_golden
@@ -737,10 +737,10 @@ def test_a_publication_with_half_a_surrogate_pair_in_a_path() -> None:
 def test_calibration_text_that_is_refused(
     name: str, raw: bytes, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("quantize.calibration.text.MAX_LINE_BYTES", 50)
+    monkeypatch.setattr("quantize.calibration.datasets.local_file.MAX_LINE_BYTES", 50)
     (tmp_path / name).write_bytes(raw)
     with pytest.raises(RecipeError, match=message):
-        list(read_rows(CalibrationSpec(dataset=name), tmp_path))
+        list(find_dataset(CalibrationSpec(dataset=name), tmp_path).rows(tmp_path))
 
 
 # --- messages ---------------------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ import pytest
 
 from quantize.build.judge import Judge
 from quantize.build.lockfile import lock_path
-from quantize.calibration.text import identify
+from quantize.calibration.datasets import find_dataset
 from quantize.errors import RecipeError, UsageError
 from quantize.events import ListReporter
 from quantize.formats import option_models
@@ -154,7 +154,7 @@ def test_identity_has_no_path_of_the_installation(tiny: Path, here: Path) -> Non
     recipe = load_recipe(write_recipe(here / "mine.yaml", tiny, Q8, calibration="vietnamese"), option_models())
     assert recipe.calibration is not None
     assert os.path.isabs(recipe.calibration.dataset)
-    identity = identify(recipe.calibration, recipe)
+    identity = find_dataset(recipe.calibration, recipe.path.parent).identify()
     assert identity["dataset"] == "vietnamese.txt"
     assert str(DATA) not in json.dumps(identity)
 

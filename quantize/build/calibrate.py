@@ -82,7 +82,8 @@ def _pass(
     began = time.perf_counter()
     import torch
 
-    from quantize.calibration.text import load_calibration_set, pinned_spec
+    from quantize.calibration.datasets import find_dataset
+    from quantize.calibration.text import load_calibration_set
     from quantize.formats import builders
 
     context = variants[0][1]
@@ -96,7 +97,7 @@ def _pass(
     with _runner(context.limits, folder, reporter) as runner:
         precision = runner.fastest_precision if spec.precision == "auto" else spec.precision
         entry = CalibrationEntry(
-            spec=pinned_spec(spec) | {"precision": precision},
+            spec=find_dataset(spec, base).stated() | {"precision": precision},
             hash=found.hash,
             sequences=len(found.token_ids),
             tokens=found.tokens,

@@ -13,7 +13,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from quantize.calibration.text import PYTHON_DOCS, topics_file
+from quantize.calibration.datasets import find_held_out
 from quantize.errors import BuildError, DiskFullError, QuantizeError, RefusedError, UsageError, VerifyError
 from quantize.evaluate.gates import SERVING_LIMITS, Decision, Figures, GateThresholds, decide
 from quantize.evaluate.record import decided, failed_record, figures_of, read_record, to_record
@@ -193,13 +193,11 @@ def _reference(artifact: Artifact) -> ModelRef:
 def _text(recipe: Recipe, cache: Cache) -> tuple[str, str]:
     """The held-out text as an evaluation EvaluationJob names it, and its hash."""
     text = recipe.evaluation.text
-    if text == PYTHON_DOCS:
-        return text, cache.sha256(topics_file())
-    found = recipe.find(text)
-    if found is None or not found.is_file():
+    held_out = find_held_out(text, recipe.path.parent)
+    if held_out is None:
         hint = f"{LOOKED}, or use python-docs"
         raise UsageError(f"{recipe.path}: `evaluation`: no such text: {text}", hint=hint)
-    return str(found.absolute()), cache.sha256(found)
+    return held_out.address, cache.sha256(held_out.file)
 
 
 def _golden(recipe: Recipe) -> list[NamedFile]:

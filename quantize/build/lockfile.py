@@ -17,7 +17,8 @@ from pydantic import BaseModel, ConfigDict
 
 from quantize.build.job import VariantJob
 from quantize.build.plan import identify_jobs, pin_calibration
-from quantize.calibration.text import TokenSummary, identify, summarize_tokens
+from quantize.calibration.datasets import find_dataset
+from quantize.calibration.text import TokenSummary, summarize_tokens
 from quantize.errors import LockError, StoreError, UsageError
 from quantize.events import Reporter, warn
 from quantize.formats import builders
@@ -216,8 +217,9 @@ class _Pinned:
         """The lock; tokens: what is known of the text; device: the kind that it is read on."""
         calibration, asked = None, self.asked.calibration
         if self.spec is not None and tokens is not None and asked is not None:
+            identity = find_dataset(self.spec, self.recipe.path.parent).identify()
             calibration = LockedCalibration(
-                identity=identify(self.spec, self.recipe), asked=asked.revision, hash=tokens.hash,
+                identity=identity, asked=asked.revision, hash=tokens.hash,
                 sequences=tokens.sequences, tokens=tokens.tokens, device=device,
             )  # fmt: skip
         source = self.source
@@ -247,7 +249,7 @@ class _Pinned:
         key = canonical_hash(
             {
                 "source": dequantized_key(self.source) if self.source.is_gguf else self.source.digest,
-                "text": identify(spec, self.recipe),
+                "text": find_dataset(spec, self.recipe.path.parent).identify(),
                 "tools": tool_versions(TOKENIZER_TOOLS),
             }
         )

@@ -15,6 +15,7 @@ from typing import Any
 from quantize.build.disk import Needs, Room, needs, refusal, rooms, temporary_root
 from quantize.build.job import VariantJob
 from quantize.calibration.budget import memory_short, pass_bytes
+from quantize.calibration.datasets import find_dataset
 from quantize.errors import PlanError, QuantizeError
 from quantize.events import Reporter, status
 from quantize.formats import builders, find_format
@@ -103,14 +104,12 @@ def _pass_memory(jobs: Sequence[VariantJob], checkpoint: Checkpoint, limits: Run
 
 
 def pin_calibration(recipe: Recipe, reporter: Reporter) -> Recipe:
-    """The recipe with its calibration dataset at a commit, if a variant needs it. Raises as text.pinned does."""
+    """The recipe with its calibration dataset at a commit, if a variant needs it. Raises as Dataset.pin does."""
     if recipe.calibration is None or not any(
         builders()[item.format].needs_calibration(item.options) for item in recipe.variants
     ):
         return recipe
-    from quantize.calibration.text import pinned
-
-    return replace(recipe, calibration=pinned(recipe.calibration, recipe.path.parent, reporter))
+    return replace(recipe, calibration=find_dataset(recipe.calibration, recipe.path.parent).pin(reporter))
 
 
 def identify_jobs(recipe: Recipe, source: PinnedSource, store: Store) -> list[VariantJob]:
@@ -137,14 +136,12 @@ def _inputs(
 ) -> dict[str, Any]:
     calibration: Any = None
     if builder.needs_calibration(variant.options):
-        from quantize.calibration.text import identify
-
         if recipe.calibration is None:
             raise PlanError(
                 f"variant {variant.name} needs calibration, and the recipe has none",
                 hint="add `calibration: {dataset: python-docs, samples: 32, sequence_length: 512}`",
             )
-        calibration = identify(recipe.calibration, recipe)
+        calibration = find_dataset(recipe.calibration, recipe.path.parent).identify()
     return {
         "version": BUILD_KEY_VERSION,
         "name": source.name,
@@ -176,9 +173,8 @@ def _expected(recipe: Recipe) -> CalibrationEntry | None:
     spec = recipe.calibration
     if spec is None:
         return None
-    from quantize.calibration.text import pinned_spec
-
-    return CalibrationEntry(spec=pinned_spec(spec), hash="", sequences=spec.samples, tokens=0, seed=spec.seed)
+    stated = find_dataset(spec, recipe.path.parent).stated()
+    return CalibrationEntry(spec=stated, hash="", sequences=spec.samples, tokens=0, seed=spec.seed)
 
 
 def size_jobs(

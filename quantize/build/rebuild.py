@@ -23,7 +23,8 @@ from quantize.build.disk import disk_free_bytes, disk_short
 from quantize.build.find_source import find_source
 from quantize.build.job import VariantJob
 from quantize.build.plan import identify_jobs
-from quantize.calibration.text import LOCAL_SUFFIXES, summarize_tokens
+from quantize.calibration.datasets import find_dataset
+from quantize.calibration.text import summarize_tokens
 from quantize.errors import PlanError, RecipeError, StoreError, UsageError, VerifyError
 from quantize.events import Reporter, note, status, warn
 from quantize.files.compare import TensorDifference, can_compare, compare_metadata, compare_weights
@@ -204,9 +205,9 @@ def _calibration(artifact: Artifact, folder: Path, given: Path | None) -> Calibr
         spec = CalibrationSpec.model_validate(entry.spec)
     except ValidationError as exc:
         raise VerifyError(f"{artifact.ref}: the manifest's calibration spec is not one that is known here") from exc
-    name = spec.dataset
-    if not name.endswith(LOCAL_SUFFIXES):
+    if not find_dataset(spec, folder).is_users_file:
         return spec
+    name = spec.dataset
     if Path(name).name != name:
         raise VerifyError(f"{artifact.ref}: the manifest's calibration text {name!r} is no file name")
     bases = (artifact.folder, *artifact.folder.absolute().parents, *Path.cwd().parents, DATA / CALIBRATION)

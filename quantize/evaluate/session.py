@@ -13,7 +13,8 @@ from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
-from quantize.calibration.text import SELF, load_calibration_set
+from quantize.calibration.datasets import find_dataset
+from quantize.calibration.text import load_calibration_set
 from quantize.errors import CheckpointError, VerifyError
 from quantize.evaluate.answers import GoldenResult, compare_answers
 from quantize.evaluate.baseline import KIND, LIKELIEST, Baseline, baseline_key, find, record, save
@@ -159,8 +160,9 @@ def _held_out(job: EvaluationJob, windows: Windows) -> str:
     seen = job.calibrated_on
     if seen is None:
         return "none was used"
-    if seen.spec.dataset == SELF:
-        return "the model's own writing, which is not compared"
+    reason = find_dataset(seen.spec, seen.base).not_compared
+    if reason is not None:
+        return reason
     try:
         found = load_calibration_set(seen.spec, seen.base, _tokenizer_folder(job))
     except CheckpointError as exc:

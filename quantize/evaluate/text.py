@@ -12,9 +12,8 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from quantize.calibration.text import PYTHON_DOCS, python_docs, read_rows
+from quantize.calibration.datasets import find_held_out
 from quantize.errors import RefusedError, UsageError
-from quantize.recipe.model import CalibrationSpec
 
 DEFAULT_WINDOW = 512
 SHINGLE_TOKENS = 32  # a run of as many equal tokens is no coincidence in prose
@@ -68,15 +67,13 @@ def load_text(source: str, base: Path, *, column: str = "text") -> HeldOutText:
     A .txt file is one text; the rows of a .jsonl or .parquet file are taken from `column`.
     Raises UsageError: the file is missing, or holds no text. RecipeError: it can't be read, or has no such column.
     """
-    if source == PYTHON_DOCS:
-        return HeldOutText(PYTHON_DOCS, tuple(python_docs(held_out=True)), stream=False)
-    if not (base / source).is_file():
+    found = find_held_out(source, base, column)
+    if found is None:
         raise UsageError(f"{source}: no such text file", hint="give a .txt, .jsonl or .parquet file, or python-docs")
-    spec = CalibrationSpec.model_validate({"dataset": source if "/" in source else f"./{source}", "column": column})
-    documents = tuple(row for row in read_rows(spec, base) if isinstance(row, str) and row.strip())
+    documents = tuple(row for row in found.documents if isinstance(row, str) and row.strip())
     if not documents:
         raise UsageError(f"{source}: no text to measure on", hint=f"the file is empty, or `{column}` holds no text")
-    return HeldOutText(Path(source).name, documents, stream=True)
+    return HeldOutText(found.name, documents, found.stream)
 
 
 def cut_windows(

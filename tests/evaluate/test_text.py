@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from quantize.calibration.text import python_docs
+from quantize.calibration.datasets.python_docs import help_topics
 from quantize.errors import RecipeError, RefusedError, UsageError
 from quantize.evaluate.text import HeldOutText, check_disjoint, cut_windows, load_text
 
@@ -31,7 +31,7 @@ def test_python_docs_gives_one_window_a_topic() -> None:
 
 def test_python_docs_shares_nothing_with_its_calibration_part() -> None:
     windows = cut_windows(load_text("python-docs", Path()), encode)
-    check_disjoint(windows, [encode(text)[:512] for text in python_docs()])
+    check_disjoint(windows, [encode(text)[:512] for text in help_topics()])
 
 
 @given(st.text(min_size=40, max_size=400), st.integers(4, 40), st.lists(st.integers(300, 310), max_size=2))

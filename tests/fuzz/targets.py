@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from quantize.build.lockfile import read_lock
-from quantize.calibration.text import read_rows
+from quantize.calibration.datasets import find_dataset
 from quantize.evaluate.gates import GateThresholds, decide
 from quantize.evaluate.golden import load_golden
 from quantize.evaluate.page import render_page
@@ -114,7 +114,7 @@ def _calibration(folder: Path) -> Read:
 
 def _rows(folder: Path) -> Read:
     spec = CalibrationSpec(dataset="rows.jsonl")
-    return _reading(folder / "rows.jsonl", lambda _: list(read_rows(spec, folder)))
+    return _reading(folder / "rows.jsonl", lambda _: list(find_dataset(spec, folder).rows(folder)))
 
 
 def _golden(folder: Path) -> Read:
