@@ -29,6 +29,18 @@ class Chosen(NamedTuple):
     top: tuple[tuple[int, float], ...] = ()
 
 
+class Embedding(NamedTuple):
+    """What a model makes of a whole text: float32 numbers, little-endian, of length 1 as a vector."""
+
+    values: bytes
+
+    @classmethod
+    def of(cls, vector: Any) -> Embedding:
+        """A numpy vector of any length but none."""
+        length = float((vector * vector).sum()) ** 0.5
+        return cls((vector / (length or 1.0)).astype("<f4").tobytes())
+
+
 @dataclass(frozen=True)
 class Sampling:
     """How to choose tokens. temperature 0 is greedy. logprobs: None, or how many alternatives to give."""
@@ -62,7 +74,10 @@ class Serving:
 
 @dataclass
 class Description:
-    """What a model says of itself once it is loaded. devices: how many layers are where."""
+    """What a model says of itself once it is loaded. devices: how many layers are where.
+
+    tool_style: how it writes tool calls (see tool_style.py), "" for not at all.
+    """
 
     runtime: str
     context: int
@@ -71,6 +86,7 @@ class Description:
     supports: Sequence[str]
     devices: dict[str, int] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
+    tool_style: str = ""
 
 
 class ServedModel(Protocol):
@@ -78,8 +94,13 @@ class ServedModel(Protocol):
 
     description: Description
 
-    def chat_tokens(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
-        """Token ids of a conversation, up to where the answer begins. Raises Refused."""
+    def chat_tokens(
+        self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] = (), lead: str = ""
+    ) -> list[int]:
+        """Token ids of a conversation, up to where the answer begins, and of `lead`, which it begins with.
+
+        Raises Refused.
+        """
 
     def text_tokens(self, text: str) -> list[int]:
         """Token ids of a plain text."""
@@ -87,14 +108,20 @@ class ServedModel(Protocol):
     def begin(self, tokens: Sequence[int], sampling: Sampling) -> int:
         """Take a free slot for a sequence; returns its number. Raises Refused."""
 
-    def step(self) -> dict[int, Chosen]:
-        """Go one step on with every sequence; the next token of those that have one."""
+    def begin_embedding(self, tokens: Sequence[int]) -> int:
+        """Take a free slot for a text that is only read; returns its number. Raises Refused."""
+
+    def step(self) -> Mapping[int, Chosen | Embedding]:
+        """Go one step on with every sequence; the next token of those that have one, or what was to be made of it."""
 
     def end(self, slot: int) -> None:
         """Give a slot back."""
 
     def ends(self, token: int) -> bool:
         """Whether a token ends an answer."""
+
+    def token_of(self, text: str) -> int | None:
+        """The one token that is this text and writes nothing of it, if there is such a control token."""
 
     def detokenizer(self) -> Detokenizer:
         """For one answer."""

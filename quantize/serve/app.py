@@ -32,6 +32,7 @@ from quantize.serve.service import RequestLimits, Service
 BODIES = (
     protocol.ChatRequest,
     protocol.CompletionRequest,
+    protocol.EmbeddingRequest,
     protocol.SimpleChatRequest,
     protocol.GenerateRequest,
 )

@@ -14,11 +14,13 @@ from quantize.serve.failures import Failure
 MAX_STOPS = 16
 MAX_STOP_CHARACTERS = 200
 MAX_MESSAGES = 4096
+MAX_TOOLS = 128  # as OpenAI has it
+MAX_INPUTS = 1 << 20  # of an embedding request: texts, or tokens of one text
 Temperature = Annotated[float, Field(ge=0, le=2, allow_inf_nan=False)]
 TopP = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)]
 Tokens = Annotated[int, Field(ge=1, le=1 << 24)]
 Penalty = Annotated[float, Field(ge=-2, le=2, allow_inf_nan=False)]
-StopText = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARACTERS)]
+StopText = Annotated[str, Field(max_length=MAX_STOP_CHARACTERS)]
 
 
 class _Strict(BaseModel):
@@ -38,11 +40,45 @@ class TextPart(_Open):
     text: str | None = None
 
 
+class FunctionCall(_Open):
+    """Which function a model called, and with what: JSON as text."""
+
+    name: str
+    arguments: str = "{}"
+
+
+class ToolCall(_Open):
+    """One call of a tool, as an assistant's message carries it."""
+
+    id: Annotated[str, Field(max_length=200)] = ""
+    type: str = "function"
+    function: FunctionCall | None = None
+
+
 class Message(_Open):
     """One message of a conversation."""
 
-    role: Literal["system", "developer", "user", "assistant", "tool"]
+    role: Literal["system", "developer", "user", "assistant", "tool", "function"]
     content: str | list[TextPart] | None = None
+    name: Annotated[str, Field(max_length=200)] | None = None
+    tool_calls: Annotated[list[ToolCall], Field(max_length=MAX_TOOLS)] | None = None
+    tool_call_id: Annotated[str, Field(max_length=200)] | None = None
+
+
+class Function(_Open):
+    """What a model may call. parameters: a JSON schema of an object."""
+
+    name: Annotated[str, Field(min_length=1, max_length=200)]
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
+
+
+class Tool(_Open):
+    """One entry of `tools`; local engines know those of type `function`."""
+
+    type: str
+    function: Function | None = None
 
 
 class JsonSchemaFormat(_Open):
@@ -92,6 +128,8 @@ class ChatRequest(_Sampled):
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     response_format: ResponseFormat | None = None
+    tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS)] | None = None
+    tool_choice: str | dict[str, Any] | None = None
 
 
 class CompletionRequest(_Sampled):
@@ -99,6 +137,18 @@ class CompletionRequest(_Sampled):
 
     prompt: str | list[str] | list[int] | list[list[int]]
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+
+
+class EmbeddingRequest(_Open):
+    """POST /v1/embeddings"""
+
+    model: Annotated[str, Field(max_length=200)] | None = None
+    input: str | Annotated[list[str] | list[int] | list[list[int]], Field(min_length=1, max_length=MAX_INPUTS)]
+    encoding_format: Literal["float", "base64"] | None = None
+    dimensions: Annotated[int, Field(ge=1, le=1 << 20)] | None = None
+
+
+AnyRequest = ChatRequest | CompletionRequest | EmbeddingRequest
 
 
 class SimpleChatRequest(_Strict):
@@ -171,6 +221,15 @@ class Usage(_Open):
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
+
+
+class Embeddings(_Open):
+    """An answer of /v1/embeddings. `embedding` is a list of numbers, or base64 of little-endian float32."""
+
+    object: Literal["list"]
+    model: str
+    data: list[dict[str, Any]]
+    usage: dict[str, int]
 
 
 class Completion(_Open):

@@ -37,14 +37,18 @@ class Router:
 
     def candidates(self, model: str | None, trace_id: str) -> list[Engine]:
         """Engines to try, first to last. Raises Failure 404."""
-        name = self._canary_or(model or self.rules.default, trace_id)
-        if name not in self.engines:
-            known = ", ".join(self.engines)
-            raise Failure(404, "model_not_found", f"no such model; there are: {known}", param="model")
+        name = self.find(self._canary_or(model or self.rules.default, trace_id)).name
         names = [name]
         if self.rules.fallback is not None and self.rules.fallback != name:
             names.append(self.rules.fallback)
         return [self.engines[item] for item in names]
+
+    def find(self, name: str) -> Engine:
+        """By its name. Raises Failure 404."""
+        if name not in self.engines:
+            known = ", ".join(self.engines)
+            raise Failure(404, "model_not_found", f"no such model; there are: {known}", param="model")
+        return self.engines[name]
 
     def _canary_or(self, name: str, trace_id: str) -> str:
         """The canary for its share of what would go to the default; the same for the same trace id."""

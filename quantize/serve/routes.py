@@ -19,7 +19,15 @@ from quantize.serve.edge import STATE, Receive, RequestState, Scope, Send
 from quantize.serve.engines.base import Call, Engine
 from quantize.serve.failures import ClientGone, Failure
 from quantize.serve.monitoring import memory_line
-from quantize.serve.protocol import ChatRequest, CompletionRequest, GenerateRequest, SimpleAnswer, SimpleChatRequest
+from quantize.serve.protocol import (
+    AnyRequest,
+    ChatRequest,
+    CompletionRequest,
+    EmbeddingRequest,
+    GenerateRequest,
+    SimpleAnswer,
+    SimpleChatRequest,
+)
 from quantize.serve.service import Live, Service, relay
 from quantize.system.machine import resident_bytes
 
@@ -55,6 +63,11 @@ def _add_generation(router: APIRouter, service: Service) -> None:
     async def completions(request: Request) -> Response:
         """OpenAI's older completions: a prompt as it is."""
         return await _openai(service, request, CompletionRequest)
+
+    @router.post("/v1/embeddings", **_documented(EmbeddingRequest, protocol.Embeddings))
+    async def embeddings(request: Request) -> Response:
+        """OpenAI's embeddings: a vector for each text."""
+        return await _openai(service, request, EmbeddingRequest)
 
     @router.post("/chat", **_documented(SimpleChatRequest, SimpleAnswer))
     async def chat(request: Request) -> Response:
@@ -112,21 +125,27 @@ def _add_state(router: APIRouter, service: Service, started: float) -> None:
     @router.get("/v1/models", response_model=protocol.ModelList, responses=_errors(401, 429))
     async def models() -> Response:
         """The models that this gateway answers for."""
-        created = int(time.time() - (time.monotonic() - started))
-        data = [
-            {"id": name, "object": "model", "created": created, "owned_by": "quantize", "ready": engine.status.ready,
-             "runtime": engine.runtime, "default": name == service.router.rules.default}
-            for name, engine in service.router.engines.items()
-        ]  # fmt: skip
-        return _json({"object": "list", "data": data})
+        return _json({"object": "list", "data": [card(engine) for engine in service.router.engines.values()]})
+
+    @router.get("/v1/models/{model:path}", response_model=protocol.ModelCard, responses=_errors(401, 404, 429))
+    async def model(model: str) -> Response:
+        """One of them."""
+        return _json(card(service.router.find(model)))
+
+    created = int(time.time() - (time.monotonic() - started))
+
+    def card(engine: Engine) -> dict[str, Any]:
+        ready, default = engine.status.ready, engine.name == service.router.rules.default
+        return {"id": engine.name, "object": "model", "created": created, "owned_by": "quantize", "ready": ready,
+                "runtime": engine.runtime, "default": default}  # fmt: skip
 
 
-async def _openai(service: Service, request: Request, kind: type[ChatRequest] | type[CompletionRequest]) -> Response:
+async def _openai(service: Service, request: Request, kind: type[AnyRequest]) -> Response:
     body = await _body(service, request)
     asked = protocol.parse(kind, body)
     state: RequestState = request.scope[STATE]
     call = _call(service, state, asked, body)
-    if not asked.stream:
+    if not getattr(asked, "stream", None):
         answer, engine = await service.complete(call)
         state.model, state.runtime = engine.name, engine.runtime
         return _json(answer)
@@ -157,7 +176,7 @@ async def _simple(
     })  # fmt: skip
 
 
-def _call(service: Service, state: RequestState, asked: ChatRequest | CompletionRequest, body: bytes) -> Call:
+def _call(service: Service, state: RequestState, asked: AnyRequest, body: bytes) -> Call:
     limit = service.limits.max_output_tokens
     for field in ("max_tokens", "max_completion_tokens"):
         wanted = getattr(asked, field, None)

@@ -29,7 +29,8 @@ def api(target: Running) -> schemathesis.BaseSchema:
 
 
 OPERATIONS = (
-    ("GET", "/health"), ("GET", "/ready"), ("GET", "/metrics"), ("GET", "/v1/models"), ("POST", "/chat"),
+    ("GET", "/health"), ("GET", "/ready"), ("GET", "/metrics"), ("GET", "/v1/models"),
+    ("GET", "/v1/models/{model}"), ("POST", "/chat"), ("POST", "/v1/embeddings"),
     ("POST", "/v1/chat/completions"), ("POST", "/v1/completions"), ("POST", "/v1/generate"),
 )  # fmt: skip
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -59,6 +60,23 @@ def test_the_repetition_penalty_is_transformers_own(model: TransformersModel, ti
     penalized = generate(model, PROMPT, 12, temperature=0, repetition_penalty=1.5)
     assert penalized == reference(tiny, PROMPT, 12, repetition_penalty=1.5)
     assert penalized != generate(model, PROMPT, 12, temperature=0)
+
+
+def test_a_vector_is_the_mean_of_the_last_layer(model: TransformersModel, tiny: Path, monkeypatch: Any) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    monkeypatch.setattr("quantize.runtimes.transformers.served.PREFILL_TOKENS", 7)
+    slot = model.begin_embedding(model.text_tokens(PROMPT))
+    found: dict[int, Any] = {}
+    while slot not in found:
+        found.update(model.step())
+    model.end(slot)
+    loaded = AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32).eval()
+    ids = AutoTokenizer.from_pretrained(tiny)(PROMPT, return_tensors="pt")
+    with torch.inference_mode():
+        mean = loaded(**ids, output_hidden_states=True).hidden_states[-1][0].mean(0)
+    wanted = (mean / mean.norm()).tolist()
+    assert list(struct.unpack(f"<{len(wanted)}f", found[slot].values)) == pytest.approx(wanted, abs=1e-5)
 
 
 def test_a_prompt_in_parts_gives_what_it_gives_whole(model: TransformersModel, monkeypatch: pytest.MonkeyPatch) -> None:

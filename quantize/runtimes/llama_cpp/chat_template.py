@@ -33,12 +33,14 @@ class ChatTemplate:
         self._template: jinja2.Template = environment.from_string(text)
         self._tokens = dict(tokens)
 
-    def render(self, messages: Sequence[Mapping[str, Any]]) -> str:
+    def render(self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] = ()) -> str:
         """The prompt up to where the answer begins. Raises Refused: the template can't take these messages."""
         from jinja2 import TemplateError
 
         try:
-            return self._template.render(messages=messages, add_generation_prompt=True, tools=None, **self._tokens)
+            return self._template.render(
+                messages=messages, add_generation_prompt=True, tools=list(tools) or None, **self._tokens
+            )
         except (TemplateError, TypeError, ValueError, KeyError, AttributeError) as exc:
             why = str(exc)[:200] if isinstance(exc, _Raised) else "it does not understand them"
             message = f"the model's chat template refuses these messages: {why}"

@@ -25,6 +25,7 @@ MICRO_BATCH_TOKENS = 512
 LOG_LINES = 2000
 NOT_LOADED = "the file is damaged, or of a kind that this llama-cpp-python does not know: build or pull it again"
 NOT_RUN = "free memory, or take a shorter context; another llama-cpp-python may run it"
+POOLING_NONE = 0  # llama.cpp's LLAMA_POOLING_TYPE_NONE: each token's own output; pooling is the caller's
 SPLIT_NONE = 0  # llama.cpp's LLAMA_SPLIT_MODE_NONE: the whole model on main_gpu
 
 
@@ -109,6 +110,7 @@ class OpenModel:
         params.n_threads = params.n_threads_batch = settings.threads or max(1, usable_cores() - 1)
         if settings.flash_attention is not None:
             params.flash_attn_type = int(settings.flash_attention)
+        params.pooling_type = POOLING_NONE
         self.batch_tokens = int(params.n_batch)
         self.context = library.llama_init_from_model(self.model, params)
         if not self.context:
@@ -138,6 +140,22 @@ class OpenModel:
         import numpy as np
 
         return np.ctypeslib.as_array(self.library.llama_get_logits(self.context), (rows, self.vocabulary))
+
+    def decode_hidden(self, rows: list[BatchToken]) -> Any:
+        """Run one batch of tokens that all ask for logits; what the last layer makes of each, float64 [rows, width].
+
+        Raises VerifyError, as decode does.
+        """
+        import numpy as np
+
+        library, width = self.library, int(self.library.llama_model_n_embd_out(self.model))
+        library.llama_set_embeddings(self.context, True)
+        try:
+            self.decode(rows)
+            found = np.ctypeslib.as_array(library.llama_get_embeddings(self.context), (len(rows), width))
+            return found.astype(np.float64)
+        finally:
+            library.llama_set_embeddings(self.context, False)
 
     def forget(self) -> None:
         """Empty the KV cache."""

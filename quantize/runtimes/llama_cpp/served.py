@@ -18,7 +18,9 @@ from quantize.runtimes.detokenizer import BytePieces
 from quantize.runtimes.llama_cpp.chat_template import ChatTemplate
 from quantize.runtimes.llama_cpp.log import log_text
 from quantize.runtimes.llama_cpp.model import BatchToken, ModelSettings, OpenModel, import_bindings_only
-from quantize.runtimes.served import Chosen, Description, Progress, Refused, Sampling, Serving
+from quantize.runtimes.llama_cpp.reading import Readings
+from quantize.runtimes.served import Chosen, Description, Embedding, Progress, Refused, Sampling, Serving
+from quantize.runtimes.tool_style import tool_style
 
 PREFILL_TOKENS = 256  # of one step: longer prompts take turns with answers that are under way
 ALL_LAYERS = -1
@@ -56,6 +58,7 @@ class LlamaCppModel:
         self._open = OpenModel(model.path, settings, progress=progress, feature="serving a GGUF file")
         self._library = self._open.library
         self._sequences: dict[int, LlamaAnswer] = {}
+        self._readings = Readings(self._open)
         self._kept: dict[int, list[int]] = {slot: [] for slot in range(slots)}
         self._template_text = self._open.metadata("tokenizer.chat_template")
         self._template: ChatTemplate | None = None
@@ -71,7 +74,9 @@ class LlamaCppModel:
         if not self._template_text:
             warnings.append("the file has no chat template: only /v1/completions and /v1/generate answer")
         return Description(
-            "llama.cpp", self._open.size, serving.slots, serving.device, SUPPORTS, devices, warnings
+            "llama.cpp", self._open.size, serving.slots, serving.device,
+            SUPPORTS + (("embeddings",) if self._readings.pooling else ()), devices, warnings,
+            tool_style(self._template_text or ""),
         )  # fmt: skip
 
     def _chat_template(self) -> ChatTemplate:
@@ -85,9 +90,11 @@ class LlamaCppModel:
             self._template = ChatTemplate(self._template_text, special)
         return self._template
 
-    def chat_tokens(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+    def chat_tokens(
+        self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] = (), lead: str = ""
+    ) -> list[int]:
         """See ServedModel."""
-        return self._open.tokenize(self._chat_template().render(messages), special=True, start=False)
+        return self._open.tokenize(self._chat_template().render(messages, tools) + lead, special=True, start=False)
 
     def text_tokens(self, text: str) -> list[int]:
         """See ServedModel."""
@@ -95,11 +102,9 @@ class LlamaCppModel:
 
     def begin(self, tokens: Sequence[int], sampling: Sampling) -> int:
         """See ServedModel."""
-        if any(not 0 <= token < self._open.vocabulary for token in tokens):
-            raise Refused(422, "invalid_value", "the prompt has a token that the vocabulary lacks", "prompt")
+        self._check(tokens)
         sampler = self._sampler(sampling)
-        free = [slot for slot in self._kept if slot not in self._sequences]
-        slot = max(free, key=lambda item: _common(self._kept[item], tokens))
+        slot = max(self._free(), key=lambda item: _common(self._kept[item], tokens))
         keep = min(_common(self._kept[slot], tokens), len(tokens) - 1)
         if not self._open.forget_after(slot, keep):
             self._open.forget_after(slot, 0)
@@ -108,8 +113,28 @@ class LlamaCppModel:
         self._sequences[slot] = LlamaAnswer(list(tokens), keep, sampler, sampling)
         return slot
 
-    def step(self) -> dict[int, Chosen]:
-        """See ServedModel. One batch: the next token of each answer, and as much of the prompts as has room."""
+    def begin_embedding(self, tokens: Sequence[int]) -> int:
+        """See ServedModel."""
+        self._check(tokens)
+        slot = min(self._free(), key=lambda item: len(self._kept[item]))
+        self._kept[slot] = []
+        self._readings.begin(slot, tokens)
+        return slot
+
+    def _free(self) -> list[int]:
+        return [slot for slot in self._kept if slot not in self._sequences and slot not in self._readings]
+
+    def _check(self, tokens: Sequence[int]) -> None:
+        if any(not 0 <= token < self._open.vocabulary for token in tokens):
+            raise Refused(422, "invalid_value", "the prompt has a token that the vocabulary lacks", "prompt")
+
+    def step(self) -> Mapping[int, Chosen | Embedding]:
+        """See ServedModel. Two batches where texts are read beside answers: one batch is all of one kind."""
+        read: Mapping[int, Chosen | Embedding] = self._readings.step() if self._readings else {}
+        return {**read, **self._write_on()} if self._sequences else read
+
+    def _write_on(self) -> dict[int, Chosen]:
+        """One batch: the next token of each answer, and as much of the prompts as there is room for."""
         entries: list[BatchToken] = []
         rows: dict[int, int] = {}
         pending = sorted(self._sequences.items(), key=lambda item: len(item[1].tokens) - item[1].position)
@@ -141,6 +166,9 @@ class LlamaCppModel:
 
     def end(self, slot: int) -> None:
         """See ServedModel."""
+        if slot in self._readings:
+            self._readings.end(slot)
+            return
         item = self._sequences.pop(slot)
         self._library.llama_sampler_free(item.sampler)
         self._kept[slot] = item.tokens[: item.position]
@@ -148,6 +176,11 @@ class LlamaCppModel:
     def ends(self, token: int) -> bool:
         """See ServedModel."""
         return self._open.ends(token)
+
+    def token_of(self, text: str) -> int | None:
+        """See ServedModel."""
+        tokens = self._open.tokenize(text, special=True, start=False)
+        return tokens[0] if len(tokens) == 1 and not self._open.piece(tokens[0]) else None
 
     def detokenizer(self) -> BytePieces:
         """See ServedModel."""

@@ -13,12 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from quantize.runtimes.base import ModelRef
-from quantize.runtimes.served import Chosen, Description, Progress, Refused, Sampling, Serving
+from quantize.runtimes.served import Chosen, Description, Embedding, Progress, Refused, Sampling, Serving
+from quantize.runtimes.tool_style import tool_style
 from quantize.runtimes.transformers.load import TransformersLoader
 from quantize.system.machine import usable_cores
 
 PREFILL_TOKENS = 512
-SUPPORTS = ("top_k", "min_p", "penalties", "repetition_penalty", "logprobs")
+SUPPORTS = ("top_k", "min_p", "penalties", "repetition_penalty", "logprobs", "embeddings")
 
 
 @dataclass
@@ -32,6 +33,16 @@ class TransformersAnswer:
     done: int = 0
     cache: Any = None
     counts: Counter[int] = field(default_factory=Counter)
+
+
+@dataclass
+class TransformersReading:
+    """A text that is read for its embedding. total: the sum of what the last layer made of its tokens."""
+
+    tokens: list[int]
+    done: int = 0
+    cache: Any = None
+    total: Any = 0.0
 
 
 class TransformersModel:
@@ -49,29 +60,35 @@ class TransformersModel:
         self._ends = _end_tokens(self._model, self._tokenizer)
         self._vocabulary = int(self._model.get_output_embeddings().weight.shape[0])
         self._running: dict[int, TransformersAnswer] = {}
+        self._reading: dict[int, TransformersReading] = {}
         self.description = self._describe(loader.name, serving)
 
     def _describe(self, runtime: str, serving: Serving) -> Description:
         devices = _devices(self._model)
         elsewhere = {name: count for name, count in devices.items() if name != self._device}
         warnings = [f"{count} layers are on {name}, not on {self._device}" for name, count in elsewhere.items()]
-        has_template = getattr(self._tokenizer, "chat_template", None) is not None
-        if not has_template:
+        template = getattr(self._tokenizer, "chat_template", None)
+        if template is None:
             warnings.append("the model has no chat template: only /v1/completions and /v1/generate answer")
-        return Description(runtime, serving.context, serving.slots, self._device, SUPPORTS, devices, warnings)
+        return Description(
+            runtime, serving.context, serving.slots, self._device, SUPPORTS, devices, warnings,
+            tool_style(template if isinstance(template, str) else ""),
+        )  # fmt: skip
 
-    def chat_tokens(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+    def chat_tokens(
+        self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] = (), lead: str = ""
+    ) -> list[int]:
         """See ServedModel."""
         if getattr(self._tokenizer, "chat_template", None) is None:
             raise Refused(422, "no_chat_template", "the model has no chat template: use /v1/completions")
         try:
             text = self._tokenizer.apply_chat_template(
-                [dict(item) for item in messages], tokenize=False, add_generation_prompt=True
+                [dict(item) for item in messages], tools=list(tools) or None, tokenize=False, add_generation_prompt=True
             )
         except Exception as exc:
             message = "the model's chat template refuses these messages"
             raise Refused(422, "chat_template", message, "messages") from exc
-        return list(self._tokenizer(text, add_special_tokens=False)["input_ids"])
+        return list(self._tokenizer(text + lead, add_special_tokens=False)["input_ids"])
 
     def text_tokens(self, text: str) -> list[int]:
         """See ServedModel."""
@@ -79,20 +96,34 @@ class TransformersModel:
 
     def begin(self, tokens: Sequence[int], sampling: Sampling) -> int:
         """See ServedModel."""
-        if any(not 0 <= token < self._vocabulary for token in tokens):
-            raise Refused(422, "invalid_value", "the prompt has a token that the vocabulary lacks", "prompt")
+        self._check(tokens)
         generator = self._torch.Generator()
         if sampling.seed is None:
             generator.seed()
         else:
             generator.manual_seed(sampling.seed % (1 << 63))
-        slot = next(number for number in range(self.description.slots) if number not in self._running)
+        slot = self._free()
         self._running[slot] = TransformersAnswer(list(tokens), sampling, generator, len(tokens))
         return slot
 
-    def step(self) -> dict[int, Chosen]:
-        """See ServedModel. Each answer goes one token on; a long prompt one part."""
-        chosen = {}
+    def begin_embedding(self, tokens: Sequence[int]) -> int:
+        """See ServedModel. The mean of the last layer's outputs over all tokens."""
+        self._check(tokens)
+        slot = self._free()
+        self._reading[slot] = TransformersReading(list(tokens))
+        return slot
+
+    def _free(self) -> int:
+        taken = {*self._running, *self._reading}
+        return next(number for number in range(self.description.slots) if number not in taken)
+
+    def _check(self, tokens: Sequence[int]) -> None:
+        if any(not 0 <= token < self._vocabulary for token in tokens):
+            raise Refused(422, "invalid_value", "the prompt has a token that the vocabulary lacks", "prompt")
+
+    def step(self) -> Mapping[int, Chosen | Embedding]:
+        """See ServedModel. Each answer goes one token on; a long prompt, or a text to read, one part."""
+        chosen: dict[int, Chosen | Embedding] = self._read_on()
         for slot, item in self._running.items():
             stop = min(len(item.tokens), item.done + PREFILL_TOKENS)
             ids = self._torch.tensor([item.tokens[item.done : stop]], device=self._device)
@@ -102,6 +133,19 @@ class TransformersModel:
             if stop == len(item.tokens):
                 chosen[slot] = self._choose(item, output.logits[0, -1].float().cpu())
         return chosen
+
+    def _read_on(self) -> dict[int, Chosen | Embedding]:
+        found: dict[int, Chosen | Embedding] = {}
+        for slot, item in self._reading.items():
+            stop = min(len(item.tokens), item.done + PREFILL_TOKENS)
+            ids = self._torch.tensor([item.tokens[item.done : stop]], device=self._device)
+            with self._torch.inference_mode():
+                output = self._model.base_model(input_ids=ids, past_key_values=item.cache, use_cache=True)
+            item.cache, item.done = output.past_key_values, stop
+            item.total = item.total + output.last_hidden_state[0].double().sum(0).cpu().numpy()
+            if stop == len(item.tokens):
+                found[slot] = Embedding.of(item.total)
+        return found
 
     def _choose(self, item: TransformersAnswer, logits: Any) -> Chosen:
         sampling = item.sampling
@@ -118,11 +162,17 @@ class TransformersModel:
 
     def end(self, slot: int) -> None:
         """See ServedModel."""
-        del self._running[slot]
+        if self._reading.pop(slot, None) is None:
+            del self._running[slot]
 
     def ends(self, token: int) -> bool:
         """See ServedModel."""
         return token in self._ends
+
+    def token_of(self, text: str) -> int | None:
+        """See ServedModel."""
+        token = self._tokenizer.get_vocab().get(text)
+        return token if token in self._tokenizer.all_special_ids else None
 
     def detokenizer(self) -> StreamPieces:
         """See ServedModel."""

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 from quantize.runtimes.base import ModelRef, ServingKind
 from quantize.runtimes.served import Serving
-from quantize.serve.protocol import ChatRequest, CompletionRequest
+from quantize.serve.protocol import AnyRequest, ChatRequest, EmbeddingRequest
 
 
 @dataclass
@@ -38,7 +38,7 @@ class Status:
 class Call:
     """One request on its way to an engine, and what is known of its answer so far. Times are of time.monotonic()."""
 
-    request: ChatRequest | CompletionRequest
+    request: AnyRequest
     body: bytes
     trace_id: str
     max_input_tokens: int | None = None
@@ -54,10 +54,17 @@ class Call:
         return isinstance(self.request, ChatRequest)
 
     @property
+    def path(self) -> str:
+        """Where OpenAI's servers take it, after their /v1."""
+        if isinstance(self.request, EmbeddingRequest):
+            return "/embeddings"
+        return "/chat/completions" if self.is_chat else "/completions"
+
+    @property
     def wants_usage(self) -> bool:
         """Whether a stream ends with the tokens."""
-        options = self.request.stream_options
-        return options is not None and options.include_usage
+        options = getattr(self.request, "stream_options", None)
+        return options is not None and bool(options.include_usage)
 
     def saw_token(self) -> None:
         """Remember when the first token came."""

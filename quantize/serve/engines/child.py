@@ -26,7 +26,7 @@ import orjson
 
 from quantize.errors import QuantizeError, first_line
 from quantize.runtimes.base import ModelRef, ServingKind
-from quantize.runtimes.served import Chosen, Refused, Sampling, ServedModel, Serving
+from quantize.runtimes.served import Chosen, Embedding, Refused, Sampling, ServedModel, Serving
 from quantize.serve.engines.text import StopFilter
 from quantize.system.process import spin_briefly
 
@@ -45,6 +45,8 @@ class AnswerJob:
         self._model = model
         self._text = model.detokenizer()
         self._stops = StopFilter(order.get("stop") or ())
+        shown = {model.token_of(text): text for text in order.get("show") or ()}
+        self._shown = {token: text for token, text in shown.items() if token is not None}
         self._logprobs: list[dict[str, Any]] = []
 
     def take(self, chosen: Chosen) -> tuple[str, list[dict[str, Any]], str | None]:
@@ -55,7 +57,8 @@ class AnswerJob:
         self.tokens_left -= 1
         if chosen.logprob is not None:
             self._logprobs.append(self._entry(chosen))
-        text = self._stops.add(self._text.add(chosen.token))
+        shown = self._shown.get(chosen.token)
+        text = self._stops.add(self._text.add(chosen.token) if shown is None else self._text.flush() + shown)
         if self._stops.stopped:
             return text, self._take_logprobs(), "stop"
         if self.tokens_left == 0:
@@ -124,7 +127,10 @@ class AnswerLoop:
             job = AnswerJob(number, self._model, order)
             tokens = self._tokens(order)
             job.tokens_left = self._room(len(tokens), order)
-            slot = self._model.begin(tokens, Sampling(**order["sampling"]))
+            if "sampling" in order:
+                slot = self._model.begin(tokens, Sampling(**order["sampling"]))
+            else:
+                slot = self._model.begin_embedding(tokens)
         except Refused as exc:
             frames.append({"id": number, "fail": exc.fields})
             return
@@ -134,7 +140,7 @@ class AnswerLoop:
 
     def _tokens(self, order: Mapping[str, Any]) -> list[int]:
         if "messages" in order:
-            return self._model.chat_tokens(order["messages"])
+            return self._model.chat_tokens(order["messages"], order.get("tools") or (), order.get("lead", ""))
         prompt = order["prompt"]
         return prompt if isinstance(prompt, list) else self._model.text_tokens(prompt)
 
@@ -170,6 +176,13 @@ class AnswerLoop:
             return
         for slot, token in chosen.items():
             job = self._jobs[slot]
+            if isinstance(token, Embedding):
+                self._end(slot)
+                values = base64.b64encode(token.values).decode()
+                frames.append(
+                    {"id": job.number, "end": {"tokens": 0, "embedding": values, "memory": self._model.memory()}}
+                )
+                continue
             text, logprobs, reason = job.take(token)
             if text or logprobs:
                 frames.append({"id": job.number, "text": text, "logprobs": logprobs, "tokens": job.completion_tokens})

@@ -8,9 +8,11 @@ is one token.
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import signal
 import socket
+import struct
 import threading
 import time
 from collections.abc import Mapping, Sequence
@@ -21,7 +23,7 @@ from typing import Any
 from quantize.errors import VerifyError
 from quantize.runtimes.base import ModelRef
 from quantize.runtimes.detokenizer import BytePieces
-from quantize.runtimes.served import Chosen, Description, Progress, Refused, Sampling, Serving
+from quantize.runtimes.served import Chosen, Description, Embedding, Progress, Refused, Sampling, Serving
 from quantize.serve.engines.base import EngineTarget
 from quantize.serve.engines.child import serve
 from quantize.serve.engines.link import Listener
@@ -38,6 +40,7 @@ class FakeKind:
     load_seconds: float = 0
     delay: float = 0
     supports: Sequence[str] = ("logprobs",)
+    tool_style: str = ""
     name: str = "fake"
 
     def serve(self, model: ModelRef, serving: Serving, progress: Progress) -> FakeModel:
@@ -55,13 +58,18 @@ class FakeModel:
 
     def __init__(self, kind: FakeKind, serving: Serving) -> None:
         self._delay = kind.delay
-        self.description = Description(kind.name, serving.context, serving.slots, "cpu", kind.supports, {"cpu": 1})
+        self.description = Description(
+            kind.name, serving.context, serving.slots, "cpu", kind.supports, {"cpu": 1}, tool_style=kind.tool_style
+        )
         self._words = ["</s>"]
         self._numbers: dict[str, int] = {}
         self._answers: dict[int, list[int]] = {}
+        self._texts: dict[int, list[float]] = {}
 
-    def chat_tokens(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
-        """See ServedModel."""
+    def chat_tokens(
+        self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] = (), lead: str = ""
+    ) -> list[int]:
+        """See ServedModel. It is told nothing of tools: what a test wants it to call is in the messages."""
         return [token for message in messages for token in self.text_tokens(message["content"])]
 
     def text_tokens(self, text: str) -> list[int]:
@@ -70,9 +78,7 @@ class FakeModel:
 
     def begin(self, tokens: Sequence[int], sampling: Sampling) -> int:
         """See ServedModel."""
-        words = [self._words[token] for token in tokens if token < len(self._words)]
-        if len(words) < len(tokens):
-            raise Refused(422, "invalid_value", "no such token", "prompt")
+        words = self._known(tokens)
         if "abort!" in words:
             os.write(2, b"a line with the prompt\nfake.c:1: GGML_ASSERT(all is well) failed\n")
             os.kill(os.getpid(), signal.SIGABRT)
@@ -82,11 +88,28 @@ class FakeModel:
         self._answers[slot] = [*tokens, END]
         return slot
 
-    def step(self) -> dict[int, Chosen]:
+    def begin_embedding(self, tokens: Sequence[int]) -> int:
+        """See ServedModel: the number of words, and of letters in them, as a vector."""
+        slot = next(slot for slot in range(self.description.slots) if slot not in self._answers)
+        self._texts[slot] = [float(len(tokens)), float(sum(map(len, self._known(tokens))))]
+        self._answers[slot] = []
+        return slot
+
+    def _known(self, tokens: Sequence[int]) -> list[str]:
+        words = [self._words[token] for token in tokens if token < len(self._words)]
+        if len(words) < len(tokens):
+            raise Refused(422, "invalid_value", "no such token", "prompt")
+        return words
+
+    def step(self) -> Mapping[int, Chosen | Embedding]:
         """See ServedModel."""
         time.sleep(self._delay)
-        chosen = {}
+        chosen: dict[int, Chosen | Embedding] = {}
+        for slot, numbers in self._texts.items():
+            chosen[slot] = Embedding(struct.pack("<2f", *(number / math.hypot(*numbers) for number in numbers)))
         for slot, answer in self._answers.items():
+            if slot in self._texts:
+                continue
             word = self._words[answer[0]]
             if word == "oom!":
                 raise MemoryError
@@ -103,6 +126,11 @@ class FakeModel:
     def end(self, slot: int) -> None:
         """See ServedModel."""
         del self._answers[slot]
+        self._texts.pop(slot, None)
+
+    def token_of(self, text: str) -> int | None:
+        """See ServedModel."""
+        return None
 
     def ends(self, token: int) -> bool:
         """See ServedModel."""

@@ -12,15 +12,18 @@ from typing import Any
 import orjson
 
 from quantize.serve.engines.base import Call, EngineTarget, Status
+from quantize.serve.engines.embeddings import embed
 from quantize.serve.engines.link import Link, Listener, ProcessChild
+from quantize.serve.engines.messages import template_message
+from quantize.serve.engines.tools import CallReader, ToolWish, wish_of
 from quantize.serve.failures import Failure, not_ready, unsupported
-from quantize.serve.protocol import ChatRequest, CompletionRequest, Message
+from quantize.serve.neutral import asks_for_nothing
+from quantize.serve.protocol import AnyRequest, ChatRequest, CompletionRequest, EmbeddingRequest
 from quantize.system.machine import resident_bytes
 
 DONE = b"data: [DONE]\n\n"
 LEAST_TEMPERATURE = 1e-3  # below it sampling is greedy: dividing by it overflows
 DEFAULT_TEMPERATURE, DEFAULT_TOP_P = 0.7, 0.9  # as /v1/generate has them; OpenAI's 1 and 1 let small models ramble
-LOCAL_ROLES = ("system", "user", "assistant")
 
 
 class LocalEngine:
@@ -60,6 +63,9 @@ class LocalEngine:
 
     async def complete(self, call: Call) -> dict[str, Any]:
         """See Engine."""
+        if isinstance(call.request, EmbeddingRequest):
+            supports = self.status.details.get("supports", ())
+            return await embed(call, call.request, self._link, self.name, self.runtime, supports)
         text: list[str] = []
         logprobs: list[dict[str, Any]] = []
         finish = ""
@@ -70,12 +76,17 @@ class LocalEngine:
                     logprobs += frame["logprobs"]
                 elif "end" in frame:
                     finish = frame["end"]["finish"]
+        wish = self._wish(call.request)
         choice = _choice(call, "".join(text), logprobs, finish, whole=True)
+        if wish is not None:
+            _put_calls(choice, wish.reader())
         return {**self._head(call, whole=True), "choices": [choice], "usage": _usage(call), "trace_id": call.trace_id}
 
     async def stream(self, call: Call) -> AsyncGenerator[bytes]:
         """See Engine."""
         head = {**self._head(call, whole=False), "trace_id": call.trace_id}
+        wish = self._wish(call.request)
+        reader = wish.reader() if wish is not None else None
         async with aclosing(self._frames(call)) as frames:
             async for frame in frames:
                 if "start" in frame:
@@ -83,11 +94,17 @@ class LocalEngine:
                         first = {"index": 0, "delta": {"role": "assistant", "content": ""}, "finish_reason": None}
                         yield _event({**head, "choices": [first]})
                 elif "text" in frame:
-                    choice = _choice(call, frame["text"], frame["logprobs"], None, whole=False)
-                    yield _event({**head, "choices": [choice]})
+                    if reader is None:
+                        choice = _choice(call, frame["text"], frame["logprobs"], None, whole=False)
+                        yield _event({**head, "choices": [choice]})
+                    else:
+                        for choice in _deltas(reader.add(frame["text"]), frame["logprobs"]):
+                            yield _event({**head, "choices": [choice]})
                 else:
-                    choice = _choice(call, "", [], frame["end"]["finish"], whole=False)
-                    yield _event({**head, "choices": [choice]})
+                    for choice in _deltas(reader.flush(), []) if reader is not None else ():
+                        yield _event({**head, "choices": [choice]})
+                    finish = _finish(frame["end"]["finish"], reader)
+                    yield _event({**head, "choices": [_choice(call, "", [], finish, whole=False)]})
         if call.wants_usage:
             yield _event({**head, "choices": [], "usage": _usage(call)})
         yield DONE
@@ -113,14 +130,16 @@ class LocalEngine:
 
     def _order(self, call: Call) -> dict[str, Any]:
         request = call.request
+        assert not isinstance(request, EmbeddingRequest)
         self._refuse_what_it_cannot(request)
+        wish = self._wish(request)
         stop = [request.stop] if isinstance(request.stop, str) else list(request.stop or ())
         temperature = DEFAULT_TEMPERATURE if request.temperature is None else request.temperature
         order: dict[str, Any] = {
             "max_tokens": _max_tokens(request),
             "max_input_tokens": call.max_input_tokens,
             "max_output_tokens": call.max_output_tokens,
-            "stop": stop,
+            "stop": [text for text in stop if text],
             "sampling": {
                 "temperature": temperature if temperature > LEAST_TEMPERATURE else 0.0,
                 "top_p": DEFAULT_TOP_P if request.top_p is None else request.top_p,
@@ -131,20 +150,27 @@ class LocalEngine:
                 "frequency_penalty": request.frequency_penalty or 0.0,
                 "repetition_penalty": request.repetition_penalty or 1.0,
                 "logprobs": _logprobs(request),
-                "json_schema": _json_schema(request),
+                "json_schema": wish.schema() if wish is not None and wish.forced else _json_schema(request),
                 "grammar": request.grammar,
             },
         }
         if isinstance(request, ChatRequest):
-            order["messages"] = [self._message(item) for item in request.messages]
+            knows_tools = bool(self.status.details.get("tool_style"))
+            order["messages"] = [
+                template_message(item, self.runtime, knows_tools=knows_tools) for item in request.messages
+            ]
+            order |= wish.order() if wish is not None else {}
         else:
             order["prompt"] = _prompt(request)
         return order
 
     def _refuse_what_it_cannot(self, request: ChatRequest | CompletionRequest) -> None:
         for field, value in (request.model_extra or {}).items():
-            if value is not None:
+            if not asks_for_nothing(field, value):
                 raise unsupported(field[:40] if field.isidentifier() else "an unknown field", self.runtime)
+        for field, value in ((request.stream_options and request.stream_options.model_extra) or {}).items():
+            if not asks_for_nothing(field, value):
+                raise unsupported("stream_options", self.runtime, f": {field[:40]}" if field.isidentifier() else "")
         if request.n not in (None, 1):
             raise unsupported("n", self.runtime, ": one answer a request")
         has = set(self.status.details.get("supports", ()))
@@ -164,15 +190,12 @@ class LocalEngine:
         if request.grammar is not None and _json_schema(request) is not None:
             raise Failure(422, "invalid_value", "grammar and response_format exclude each other", param="grammar")
 
-    def _message(self, message: Message) -> dict[str, str]:
-        role = "system" if message.role == "developer" else message.role
-        if role not in LOCAL_ROLES or any(value is not None for value in (message.model_extra or {}).values()):
-            raise unsupported("messages", self.runtime, ": only role and content, and no tools")
-        if isinstance(message.content, list):
-            if any(part.type != "text" or part.text is None for part in message.content):
-                raise unsupported("messages", self.runtime, ": content other than text")
-            return {"role": role, "content": "".join(part.text or "" for part in message.content)}
-        return {"role": role, "content": message.content or ""}
+    def _wish(self, request: AnyRequest) -> ToolWish | None:
+        if not isinstance(request, ChatRequest):
+            return None
+        details = self.status.details
+        has_grammar = "json" in details.get("supports", ())
+        return wish_of(request, details.get("tool_style", ""), has_grammar=has_grammar, runtime=self.runtime)
 
     def _head(self, call: Call, *, whole: bool) -> dict[str, Any]:
         prefix = "chatcmpl" if call.is_chat else "cmpl"
@@ -198,6 +221,31 @@ def _choice(
         choice["delta"] = {"content": text} if text else {}
         choice["logprobs"] = {"content": logprobs} if logprobs else None
     return {**choice, "finish_reason": finish}
+
+
+def _deltas(deltas: list[dict[str, Any]], logprobs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Choices of a stream from what a CallReader gave. Log-probabilities come with the text of their step, if any."""
+    given = {"content": logprobs} if logprobs else None
+    rows = deltas or ([{}] if given else [])
+    return [
+        {"index": 0, "delta": delta, "logprobs": given if number == 0 else None, "finish_reason": None}
+        for number, delta in enumerate(rows)
+    ]
+
+
+def _put_calls(choice: dict[str, Any], reader: CallReader) -> None:
+    """Turn the text of a whole answer into text and calls."""
+    message = choice["message"]
+    deltas = [*reader.add(message["content"]), *reader.flush()]
+    calls = [call for delta in deltas for call in delta.get("tool_calls", ())]
+    if calls:
+        message["content"] = "".join(delta.get("content", "") for delta in deltas) or None
+        message["tool_calls"] = [{key: call[key] for key in ("id", "type", "function")} for call in calls]
+    choice["finish_reason"] = _finish(choice["finish_reason"], reader)
+
+
+def _finish(reason: str, reader: CallReader | None) -> str:
+    return "tool_calls" if reason == "stop" and reader is not None and reader.calls else reason
 
 
 def _text_logprobs(logprobs: list[dict[str, Any]]) -> dict[str, Any]:

@@ -26,7 +26,7 @@ class StopFilter:
             self.stopped = True
             ready, self._held = self._held[: min(found)], ""
             return ready
-        keep = max(_overlap(self._held, stop) for stop in self._stops)
+        keep = max(overlap(self._held, stop) for stop in self._stops)
         ready, self._held = self._held[: len(self._held) - keep], self._held[len(self._held) - keep :]
         return ready
 
@@ -36,7 +36,7 @@ class StopFilter:
         return ready
 
 
-def _overlap(text: str, stop: str) -> int:
+def overlap(text: str, stop: str) -> int:
     """Length of the longest end of `text` that a stop sequence begins with."""
     for length in range(min(len(text), len(stop) - 1), 0, -1):
         if text.endswith(stop[:length]):

@@ -132,11 +132,10 @@ class UpstreamEngine:
         if not self.status.ready or self._session is None:
             raise not_ready(self.name, self.status.reason)
         await self._check_input(call)
-        path = "/chat/completions" if call.is_chat else "/completions"
         self._asking += 1
         try:
             async with self._session.post(
-                self._base + path, data=self._payload(call), headers={"Content-Type": "application/json"}
+                self._base + call.path, data=self._payload(call), headers={"Content-Type": "application/json"}
             ) as response:
                 if response.status != 200:
                     raise _refused(response.status, await response.content.read(1 << 16), response.headers)
