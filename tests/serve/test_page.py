@@ -96,7 +96,7 @@ def test_a_wrong_key_is_told_in_the_page(page: Browser, guarded: Running) -> Non
 
 def test_the_documentation_is_whole_without_the_network(page: Browser, guarded: Running) -> None:
     page.open(f"{guarded.url}/docs")
-    wait(guarded, page, "document.querySelectorAll('.opblock').length === 8")
+    wait(guarded, page, "document.querySelectorAll('.opblock').length === 10")
     page.run("document.querySelector('.opblock-post button').click()")
     wait(guarded, page, "document.querySelector('.opblock-body')")
     assert page.run("return document.querySelector('.info .title').innerText").startswith("quantize gateway")
