@@ -17,11 +17,10 @@ from unittest import mock
 from pydantic import Field
 
 import quantize.formats
-from quantize.calibration.budget import BlockMemory
 from quantize.errors import BuildError, PlanError, QuantizeError, VerifyError
 from quantize.events import Reporter, progress
 from quantize.files.safetensors import INDEX_NAME, TensorInfo, header_bytes, read_header
-from quantize.formats.base import Builder, BuildResult, Collector, Context, KeptTensor, RunLimits, SizePlan, SolveCost
+from quantize.formats.base import Builder, BuildResult, Context, KeptTensor, RunLimits, SizePlan, UncalibratedBuilder
 from quantize.formats.folder import FolderLayout
 from quantize.formats.format import Format
 from quantize.model.checkpoint import Checkpoint
@@ -226,14 +225,13 @@ class FakeOptions(FormatOptions):
         return f"int{self.bits}" + (f"-{self.fail}" if self.fail else "")
 
 
-class FakeBuilder:
+class FakeBuilder(UncalibratedBuilder):
     """Rounds every matrix to signed integers with one scale a tensor: a whole builder in a page, and no engine.
 
     `built` lists the variants that it really built, in order.
     """
 
     name = "fake"
-    source_copies = 0
     Options = FakeOptions
 
     def __init__(self) -> None:
@@ -242,10 +240,6 @@ class FakeBuilder:
     def tools(self, options: FakeOptions) -> Sequence[str]:
         """numpy does the rounding."""
         return ["numpy"]
-
-    def needs_calibration(self, options: FakeOptions) -> bool:
-        """Never."""
-        return False
 
     def check(self, checkpoint: Checkpoint, options: FakeOptions) -> None:
         """Refuse if told to."""
@@ -258,18 +252,6 @@ class FakeBuilder:
         """One byte a weight, four for norms, and the header."""
         refusal = PlanError("the fake format can't size this", hint="as it was told to")
         return [refusal if item.fail == "sizes" else _size(context.checkpoint) for item in options]
-
-    def collector(self, context: Context, reporter: Reporter) -> Collector:
-        """Never called: it needs no calibration."""
-        raise NotImplementedError
-
-    def solver_bytes(self, block: BlockMemory, options: Any, threads: int) -> int:
-        """Nothing: no block is solved."""
-        return 0
-
-    def solve_operations(self, cost: SolveCost) -> float:
-        """None: no block is solved."""
-        return 0.0
 
     def build(self, context: Context, reporter: Reporter) -> BuildResult:
         """Write model.safetensors into staging."""
@@ -294,10 +276,6 @@ class FakeBuilder:
         self.built.append(context.variant)
         size = _size(checkpoint)
         return BuildResult((path.name,), size.weights_bytes, options.bits, None, size.bits_per_weight, size.kept)
-
-    def intermediates(self, context: Context) -> Sequence[tuple[str, str]]:
-        """None."""
-        return ()
 
     def verify(self, folder: Path, checkpoint: Checkpoint, limits: RunLimits, reporter: Reporter) -> Mapping[str, Any]:
         """The same tensors as the source has."""

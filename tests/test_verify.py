@@ -23,7 +23,7 @@ from quantize.formats.gguf import try_out as engine
 from quantize.formats.gguf.build import GgufBuilder
 from quantize.formats.gguf.check import compare_header
 from quantize.formats.gguf.source import Expected, expected_of
-from quantize.formats.packed_check import ROWS, agree
+from quantize.formats.packed.check import ROWS, agree
 from quantize.model.checkpoint import open_checkpoint
 from quantize.store.artifact import Artifact, open_artifact
 from quantize.store.verify import check_files

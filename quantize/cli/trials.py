@@ -244,7 +244,7 @@ def try_bitsandbytes() -> str:
 
 def try_gptqmodel() -> str:
     """Its import, as loading an artifact does it."""
-    from quantize.formats.packed_weights import GPTQMODEL
+    from quantize.formats.packed.runtime import GPTQMODEL
 
     GPTQMODEL.import_torch("the GPTQ format")
     import gptqmodel

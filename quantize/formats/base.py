@@ -210,3 +210,29 @@ class Builder(Protocol[OptionsT]):
 
         Returns facts for measurements.json.
         """
+
+
+class UncalibratedBuilder:
+    """What a builder says that takes no part in a calibration pass and makes nothing on the way."""
+
+    source_copies = 0
+
+    def needs_calibration(self, options: Any) -> bool:
+        """Never."""
+        return False
+
+    def collector(self, context: Context, reporter: Reporter) -> Collector:
+        """Never called: needs_calibration is False."""
+        raise NotImplementedError
+
+    def solver_bytes(self, block: BlockMemory, options: Any, threads: int) -> int:
+        """Nothing: no block is solved."""
+        return 0
+
+    def solve_operations(self, cost: SolveCost) -> float:
+        """None: no block is solved."""
+        return 0.0
+
+    def intermediates(self, context: Context) -> Sequence[tuple[str, str]]:
+        """None."""
+        return ()

@@ -5,7 +5,7 @@ In: a folder. Out: what it is, from headers alone. Which quantization its config
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -53,3 +53,9 @@ def quantization_method(folder: Path) -> str | None:
     settings = read_json(folder / "config.json").get("quantization_config")
     method = settings.get("quant_method") if isinstance(settings, dict) else settings
     return None if method is None else str(method)[:40]
+
+
+def not_packed(folder: Path, names: Sequence[str], suffixes: Sequence[str]) -> list[str]:
+    """Of the linears, those beside which no tensor with one of the suffixes lies."""
+    have = tensor_table(folder)
+    return [name for name in names if not any(name.removesuffix("weight") + suffix in have for suffix in suffixes)]

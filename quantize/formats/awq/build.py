@@ -2,7 +2,7 @@
 
 In: blocks of the calibration pass. Out: packed linears whose input channels were scaled to protect what matters, the
 inverse scales folded into the norm or linear before them. The numbers are numerics/awq.py's and folding.py's; the
-folder is formats/packed.py's.
+folder is formats/packed/'s.
 """
 
 from __future__ import annotations
@@ -14,8 +14,9 @@ from pydantic import Field
 
 from quantize.calibration.budget import BlockMemory
 from quantize.events import Reporter
-from quantize.formats import packed
 from quantize.formats.base import Context, SolveCost
+from quantize.formats.folder_build import LinearTable, Shape
+from quantize.formats.packed.build import PackedBuilder, Solved, feedback_bytes
 from quantize.model.architecture import FoldGroup, Linear, RowsSource, block_count, block_layout
 from quantize.model.checkpoint import Checkpoint
 from quantize.numerics.constants import SEARCHED_ROWS
@@ -23,6 +24,8 @@ from quantize.recipe.model import FormatOptions
 from quantize.system.threads import on_threads
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     import torch
 
     from quantize.calibration.stream import Block
@@ -50,60 +53,50 @@ class AwqOptions(FormatOptions):
         return f"awq-int4-g{self.group_size}{'' if self.clip else '-noclip'}{feedback}"
 
 
-class AwqBuilder(packed.PackedBuilder):
+class AwqBuilder(PackedBuilder):
     """AWQ from the shared Gram matrices."""
 
     name = "awq"
     folds = True
     Options = AwqOptions
 
-    def check(self, checkpoint: Checkpoint, options: AwqOptions) -> None:
-        """Group size and shapes must fit the packed words."""
-        packed.check_group_size(checkpoint, options.group_size, 8, 1)
-
-    def solve(self, block: Block, context: Context, reporter: Reporter) -> packed.Solved:
+    def solve(self, block: Block, context: Context, reporter: Reporter) -> Solved:
         """Scales, folds and rounds."""
         return solve_block(block, context.options, context.limits.threads)
 
     def solver_bytes(self, block: BlockMemory, options: AwqOptions, threads: int) -> int:
         """The folded block in 16 bit, a few copies of a linear on each thread, and samples for the search."""
         samples = SAMPLE_COPIES * threads * 4 * SEARCHED_ROWS * block.width + SAMPLES_BYTES
-        rounding = packed.feedback_bytes(block, threads) if options.rounding == "gptq" else 0
+        rounding = feedback_bytes(block, threads) if options.rounding == "gptq" else 0
         return block.weights // 2 + max(4 * threads * block.largest + samples, rounding)
 
     def solve_operations(self, cost: SolveCost) -> float:
         """See Builder."""
         return cost.awq_products + cost.clip_products
 
-    def layout(self, checkpoint: Checkpoint, options: AwqOptions) -> packed.TensorLayout:
+    def multiples(self, options: AwqOptions) -> tuple[int, int]:
+        """Eight outputs a word."""
+        return 8, 1
+
+    def words(self, options: AwqOptions) -> LinearTable:
         """The gemm layout: words along the output axis."""
         group_size = options.group_size
 
-        def table(out: int, width: int) -> dict[str, tuple[str, packed.Shape]]:
+        def table(out: int, width: int) -> dict[str, tuple[str, Shape]]:
             return {
                 "qweight": ("I32", (width, out // 8)),
                 "qzeros": ("I32", (width // group_size, out // 8)),
                 "scales": ("F16", (width // group_size, out)),
             }
 
-        return packed.plan_layout(checkpoint, table)
+        return table
 
-    def config(self, checkpoint: Checkpoint, options: AwqOptions) -> str:
-        """With the quantization_config that transformers, vLLM and SGLang read."""
-        return packed.config_text(
-            checkpoint,
-            {
-                "quant_method": "awq",
-                "version": "gemm",
-                "bits": options.bits,
-                "group_size": options.group_size,
-                "zero_point": True,
-                "modules_to_not_convert": _unconverted(checkpoint),
-            },
-        )
+    def quantization(self, checkpoint: Checkpoint, options: AwqOptions) -> Mapping[str, Any]:
+        """See PackedBuilder."""
+        return {"version": "gemm", "zero_point": True, "modules_to_not_convert": _unconverted(checkpoint)}
 
 
-def solve_block(block: Block, options: AwqOptions, threads: int) -> packed.Solved:
+def solve_block(block: Block, options: AwqOptions, threads: int) -> Solved:
     """All tensors of a block that change (packed linears, folded norms and biases), and each linear's loss as a share
     of its output's energy over the calibration tokens.
     """
@@ -143,7 +136,7 @@ def _search(group: FoldGroup, block: Block, options: AwqOptions) -> ScaleChoice:
 def _pack(
     block: Block, members: list[Linear], weights: list[torch.Tensor], scales: torch.Tensor | None,
     choice: ScaleChoice | None, options: AwqOptions,
-) -> packed.Solved:  # fmt: skip
+) -> Solved:  # fmt: skip
     """Packed tensors of scaled weights that read one input, and what each of the linears loses."""
     from quantize.numerics.packing import pack_awq
 

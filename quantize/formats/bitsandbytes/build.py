@@ -12,12 +12,19 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from quantize.calibration.budget import BlockMemory
 from quantize.errors import PlanError
 from quantize.events import Reporter, status
-from quantize.formats import packed
-from quantize.formats.base import BuildResult, Collector, Context, RunLimits, SizePlan, SolveCost
+from quantize.formats.base import BuildResult, Context, RunLimits, SizePlan, UncalibratedBuilder
 from quantize.formats.bitsandbytes.steps import NF4_BLOCK, nf4_state
+from quantize.formats.folder_build import (
+    DTYPE_NAMES,
+    Shape,
+    TensorLayout,
+    config_text,
+    plan_layout,
+    size_plan,
+    write_beside,
+)
 from quantize.model.checkpoint import Checkpoint
 from quantize.recipe.model import FormatOptions
 from quantize.system.process import run_step
@@ -34,20 +41,15 @@ class BitsandbytesOptions(FormatOptions):
         return f"bnb-{self.type}"
 
 
-class BitsandbytesBuilder:
+class BitsandbytesBuilder(UncalibratedBuilder):
     """bitsandbytes, streamed."""
 
     name = "bitsandbytes"
-    source_copies = 0
     Options = BitsandbytesOptions
 
     def tools(self, options: BitsandbytesOptions) -> Sequence[str]:
         """The rounding is bitsandbytes' own."""
         return ("bitsandbytes", "torch")
-
-    def needs_calibration(self, options: BitsandbytesOptions) -> bool:
-        """Never."""
-        return False
 
     def check(self, checkpoint: Checkpoint, options: BitsandbytesOptions) -> None:
         """Experts are no linears of their own in transformers, so bitsandbytes leaves them alone: refuse."""
@@ -63,18 +65,6 @@ class BitsandbytesBuilder:
         """By arithmetic: the layout fixes every byte."""
         return [_size(context.checkpoint, item) for item in options]
 
-    def collector(self, context: Context, reporter: Reporter) -> Collector:
-        """Never called: needs_calibration is False."""
-        raise NotImplementedError
-
-    def solver_bytes(self, block: BlockMemory, options: Any, threads: int) -> int:
-        """Nothing: no block is solved."""
-        return 0
-
-    def solve_operations(self, cost: SolveCost) -> float:
-        """None: no block is solved."""
-        return 0.0
-
     def build(self, context: Context, reporter: Reporter) -> BuildResult:
         """Quantize and write one tensor after another, in a worker."""
         from quantize.formats.bitsandbytes.steps import write_quantized
@@ -86,14 +76,10 @@ class BitsandbytesBuilder:
             f"quantizing to {options.type}", reporter, write_quantized, context.checkpoint, context.staging,
             context.scratch, layout.table, layout.packed, options.type, context.variant,
         )  # fmt: skip
-        beside = packed.write_beside(context, _config(context.checkpoint, options))
+        beside = write_beside(context, _config(context.checkpoint, options))
         size = _size(context.checkpoint, options)
         bits, block = (8, None) if options.type == "int8" else (4, NF4_BLOCK)
         return BuildResult((*files, *beside), size.weights_bytes, bits, block, size.bits_per_weight, size.kept)
-
-    def intermediates(self, context: Context) -> Sequence[tuple[str, str]]:
-        """None."""
-        return ()
 
     def verify(self, folder: Path, checkpoint: Checkpoint, limits: RunLimits, reporter: Reporter) -> Mapping[str, Any]:
         """Load with transformers + bitsandbytes and generate."""
@@ -104,13 +90,13 @@ class BitsandbytesBuilder:
         return facts
 
 
-def _layout(checkpoint: Checkpoint, options: BitsandbytesOptions) -> packed.TensorLayout:
+def _layout(checkpoint: Checkpoint, options: BitsandbytesOptions) -> TensorLayout:
     state = len(nf4_state(checkpoint.dtype, (1, 1))) - len("[1, 1]")
 
-    def int8(out: int, width: int) -> dict[str, tuple[str, packed.Shape]]:
+    def int8(out: int, width: int) -> dict[str, tuple[str, Shape]]:
         return {"SCB": ("F32", (out,)), "weight": ("I8", (out, width)), "weight_format": ("U8", ())}
 
-    def nf4(out: int, width: int) -> dict[str, tuple[str, packed.Shape]]:
+    def nf4(out: int, width: int) -> dict[str, tuple[str, Shape]]:
         blocks = -(-out * width // NF4_BLOCK)
         return {
             "weight": ("U8", ((out * width + 1) // 2, 1)),
@@ -119,17 +105,17 @@ def _layout(checkpoint: Checkpoint, options: BitsandbytesOptions) -> packed.Tens
             "weight.quant_state.bitsandbytes__nf4": ("U8", (state + len(f"[{out}, {width}]"),)),
         }
 
-    return packed.plan_layout(checkpoint, int8 if options.type == "int8" else nf4, stored_dtype=checkpoint.dtype)
+    return plan_layout(checkpoint, int8 if options.type == "int8" else nf4, stored_dtype=checkpoint.dtype)
 
 
 def _size(checkpoint: Checkpoint, options: BitsandbytesOptions) -> SizePlan:
     layout = _layout(checkpoint, options)
-    return packed.size_plan(checkpoint, layout, _config(checkpoint, options), stored_dtype=checkpoint.dtype)
+    return size_plan(checkpoint, layout, _config(checkpoint, options), stored_dtype=checkpoint.dtype)
 
 
 def _config(checkpoint: Checkpoint, options: BitsandbytesOptions) -> str:
     four = options.type == "nf4"
-    return packed.config_text(
+    return config_text(
         checkpoint,
         {
             "quant_method": "bitsandbytes",
@@ -143,8 +129,8 @@ def _config(checkpoint: Checkpoint, options: BitsandbytesOptions) -> str:
             "llm_int8_has_fp16_weight": False,
             "bnb_4bit_quant_type": "nf4" if four else "fp4",
             "bnb_4bit_use_double_quant": False,
-            "bnb_4bit_compute_dtype": packed.DTYPE_NAMES[checkpoint.dtype] if four else "float32",
+            "bnb_4bit_compute_dtype": DTYPE_NAMES[checkpoint.dtype] if four else "float32",
             "bnb_4bit_quant_storage": "uint8",
         },
-        dtype=packed.DTYPE_NAMES[checkpoint.dtype],
+        dtype=DTYPE_NAMES[checkpoint.dtype],
     )

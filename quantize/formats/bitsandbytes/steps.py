@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from quantize.errors import MissingExtraError, disk_errors
 from quantize.events import Reporter, note, progress
 from quantize.files.shards import ShardWriter, Table
+from quantize.formats.folder_build import DTYPE_NAMES
 from quantize.model.checkpoint import Checkpoint
 from quantize.store.staging import RESUME_NAME, read_json
 from quantize.system.files import write_durable
@@ -54,7 +55,7 @@ def check_loaded(reporter: Reporter, folder: Path, threads: int) -> dict[str, An
     _check_installed()
     import torch
 
-    from quantize.formats.packed_check import generate_twice, read_prompt
+    from quantize.runtimes.transformers.generate import generate_twice, read_prompt
     from quantize.runtimes.transformers.load import load_causal_lm
 
     torch.set_num_threads(threads)
@@ -67,9 +68,8 @@ def check_loaded(reporter: Reporter, folder: Path, threads: int) -> dict[str, An
 
 def nf4_state(dtype: str, shape: tuple[int, int]) -> bytes:
     """What bitsandbytes stores beside an NF4 weight about how to read it, as JSON bytes."""
-    names = {"F16": "float16", "BF16": "bfloat16", "F32": "float32"}
     size = f"[{shape[0]}, {shape[1]}]"
-    text = f'{{"quant_type": "nf4", "blocksize": {NF4_BLOCK}, "dtype": "{names[dtype]}", "shape": {size}}}'
+    text = f'{{"quant_type": "nf4", "blocksize": {NF4_BLOCK}, "dtype": "{DTYPE_NAMES[dtype]}", "shape": {size}}}'
     return text.encode()
 
 

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from quantize.formats.folder import not_packed
 from quantize.formats.format import Options, Reader
-from quantize.formats.packed_weights import not_packed
 from quantize.model.checkpoint import Checkpoint, tensor_table
 
 if TYPE_CHECKING:

@@ -1,7 +1,7 @@
 """The GPTQ format (v1 layout, quant_method gptq): what vLLM, SGLang and transformers with gptqmodel load.
 
 In: blocks of the calibration pass. Out: packed linears solved with their Gram matrices, group-aware order, clip
-search. The numbers are numerics/gptq.py's; the folder is formats/packed.py's.
+search. The numbers are numerics/gptq.py's; the folder is formats/packed/'s.
 """
 
 from __future__ import annotations
@@ -13,14 +13,15 @@ from pydantic import Field
 
 from quantize.calibration.budget import BlockMemory
 from quantize.events import Reporter, warn
-from quantize.formats import packed
 from quantize.formats.base import Context, SolveCost
+from quantize.formats.folder_build import LinearTable, Shape
+from quantize.formats.packed.build import PackedBuilder, Solved, feedback_bytes
 from quantize.model.checkpoint import Checkpoint
 from quantize.recipe.model import FormatOptions
 from quantize.system.threads import in_stages, on_threads
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     import torch
 
@@ -45,34 +46,34 @@ class GptqOptions(FormatOptions):
         return f"gptq-int{self.bits}-g{self.group_size}{'' if self.symmetric else '-asym'}"
 
 
-class GptqBuilder(packed.PackedBuilder):
+class GptqBuilder(PackedBuilder):
     """GPTQ from the shared Gram matrices."""
 
     name = "gptq"
     Options = GptqOptions
 
-    def check(self, checkpoint: Checkpoint, options: GptqOptions) -> None:
-        """Group size and shapes must fit the packed words."""
-        multiple = {2: 16, 3: 32, 4: 8, 8: 4}[options.bits]
-        packed.check_group_size(checkpoint, options.group_size, multiple, multiple)
-
-    def solve(self, block: Block, context: Context, reporter: Reporter) -> packed.Solved:
+    def solve(self, block: Block, context: Context, reporter: Reporter) -> Solved:
         """Rounds with error feedback under each input's Gram matrix."""
         return solve_block(block, context.options, context.variant, reporter, context.limits.threads)
 
     def solver_bytes(self, block: BlockMemory, options: GptqOptions, threads: int) -> int:
         """Factorizations, and rows with their errors."""
-        return packed.feedback_bytes(block, threads)
+        return feedback_bytes(block, threads)
 
     def solve_operations(self, cost: SolveCost) -> float:
         """See Builder."""
         return cost.gptq_products + cost.clip_products
 
-    def layout(self, checkpoint: Checkpoint, options: GptqOptions) -> packed.TensorLayout:
+    def multiples(self, options: GptqOptions) -> tuple[int, int]:
+        """Both axes are packed: weights along the inputs, zero points along the outputs."""
+        multiple = {2: 16, 3: 32, 4: 8, 8: 4}[options.bits]
+        return multiple, multiple
+
+    def words(self, options: GptqOptions) -> LinearTable:
         """The v1 layout: words along the input axis."""
         bits, group_size = options.bits, options.group_size
 
-        def table(out: int, width: int) -> dict[str, tuple[str, packed.Shape]]:
+        def table(out: int, width: int) -> dict[str, tuple[str, Shape]]:
             return {
                 "g_idx": ("I32", (width,)),
                 "qweight": ("I32", (width * bits // 32, out)),
@@ -80,27 +81,21 @@ class GptqBuilder(packed.PackedBuilder):
                 "scales": ("F16", (width // group_size, out)),
             }
 
-        return packed.plan_layout(checkpoint, table)
+        return table
 
-    def config(self, checkpoint: Checkpoint, options: GptqOptions) -> str:
-        """With the quantization_config that transformers, vLLM and SGLang read."""
-        return packed.config_text(
-            checkpoint,
-            {
-                "quant_method": "gptq",
-                "checkpoint_format": "gptq",
-                "bits": options.bits,
-                "group_size": options.group_size,
-                "sym": options.symmetric,
-                "desc_act": False,
-                "true_sequential": False,
-                "lm_head": False,
-                "damp_percent": options.damping,
-            },
-        )
+    def quantization(self, checkpoint: Checkpoint, options: GptqOptions) -> Mapping[str, Any]:
+        """See PackedBuilder."""
+        return {
+            "checkpoint_format": "gptq",
+            "sym": options.symmetric,
+            "desc_act": False,
+            "true_sequential": False,
+            "lm_head": False,
+            "damp_percent": options.damping,
+        }
 
 
-def solve_block(block: Block, options: GptqOptions, variant: str, reporter: Reporter, threads: int) -> packed.Solved:
+def solve_block(block: Block, options: GptqOptions, variant: str, reporter: Reporter, threads: int) -> Solved:
     """Packed tensors of a block's linears, and what each one loses, with rounding to nearest beside it, as shares of
     its output's energy over the calibration tokens; one factorization for each input.
     """
@@ -115,7 +110,7 @@ def solve_block(block: Block, options: GptqOptions, variant: str, reporter: Repo
         factors[key] = factorize(block.grams[key].matrix, options.group_size, damping=options.damping)
         return row_tasks(weights[key], factors[key], bits=options.bits, symmetric=options.symmetric)
 
-    def finish(key: str, rows: Sequence[SolvedRows]) -> packed.Solved:
+    def finish(key: str, rows: Sequence[SolvedRows]) -> Solved:
         tensors: dict[str, torch.Tensor] = {}
         layers: dict[str, Any] = {}
         solutions = collect(weights[key], rows)

@@ -11,14 +11,14 @@ from typing import Any
 
 from quantize.errors import VerifyError
 from quantize.events import Reporter
-from quantize.formats.packed_weights import GPTQMODEL
+from quantize.formats.packed.runtime import GPTQMODEL
+from quantize.formats.packed.weights import open_packed
+from quantize.runtimes.transformers.generate import generate_twice, read_prompt
 from quantize.runtimes.transformers.load import load_causal_lm
 from quantize.system.memory import give_back_freed, give_back_mapped
 
-TOKENS = 16
 ROWS = 256  # of a linear that are compared at once
 GIVE_BACK_AFTER = 1 << 24  # weights compared: some 64 MB of each temporary that a comparison makes
-PROMPT = "The capital of France is"
 
 
 def check_packed(reporter: Reporter, folder: Path, method: str, threads: int) -> dict[str, Any]:
@@ -60,40 +60,8 @@ def _give_back(folder: Path) -> None:
     give_back_mapped(folder)
 
 
-def read_prompt(folder: Path) -> Any:
-    """Token ids [1, length] of what the model is asked, by the artifact's tokenizer."""
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(folder, local_files_only=True)(PROMPT, return_tensors="pt")["input_ids"]
-
-
-def generate_twice(model: Any, folder: Path, prompt: Any) -> list[int]:
-    """Greedy tokens after a prompt. Raises VerifyError: logits not finite, or two runs differ."""
-    import torch
-
-    limit = model.config.get_text_config().vocab_size
-    prompt = prompt[prompt < limit].reshape(1, -1) if bool((prompt >= limit).any()) else prompt
-    runs = []
-    with torch.inference_mode():
-        for _ in range(2):
-            ids, cache, chosen = prompt, None, []
-            for _ in range(TOKENS):
-                output = model(input_ids=ids, past_key_values=cache, use_cache=True)
-                logits, cache = output.logits[0, -1].float(), output.past_key_values
-                if not bool(torch.isfinite(logits).all()):
-                    raise VerifyError(f"{folder.name}: the logits are not finite", hint="a tensor is damaged")
-                ids = logits.argmax().reshape(1, 1)
-                chosen.append(int(ids))
-            runs.append(chosen)
-    if runs[0] != runs[1]:
-        raise VerifyError(f"{folder.name}: two greedy runs differ ({runs[0][:8]} and {runs[1][:8]})")
-    return runs[0]
-
-
 def _compare_weights(model: Any, folder: Path, method: str) -> int:
     """Each packed linear, dequantized by gptqmodel, against our own unpacking of the file's tensors."""
-    from quantize.formats.unpack import open_packed
-
     compared = since = 0
     unpacked = open_packed(folder, method)
     for name, module in model.named_modules():

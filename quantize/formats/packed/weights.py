@@ -1,18 +1,46 @@
 """The dequantized view of a packed safetensors artifact, one linear at a time.
 
-In: the folder of a GPTQ or AWQ artifact. Out: float32 weights by module name.
+In: the folder of a GPTQ or AWQ artifact. Out: float32 weights by module name, or by the source's tensor names.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from quantize.errors import VerifyError
-from quantize.model.checkpoint import read_json, tensor_table
+from quantize.formats.folder import not_packed
+from quantize.formats.format import Options, Reader
+from quantize.model.checkpoint import Checkpoint, read_json, tensor_table
 
 if TYPE_CHECKING:
     import torch
+    from torch import Tensor
+
+
+@dataclass(frozen=True)
+class PackedMatrices:
+    """See Weights. method: which of the two layouts the words are packed in."""
+
+    method: str
+    folded: bool
+
+    def reader(self, path: Path, checkpoint: Checkpoint) -> Reader:
+        """See Weights."""
+        packed = open_packed(path, self.method)
+        known = frozenset(packed.linears)
+
+        def read(name: str, source: Tensor) -> Tensor | None:
+            linear = name.removesuffix(".weight")
+            return packed.dequantize(linear) if linear in known else None
+
+        return read
+
+    def left(self, path: Path, names: Sequence[str], options: Options) -> list[str]:
+        """See Weights."""
+        return not_packed(path, names, ("qweight",))
 
 
 class PackedWeights:

@@ -1,25 +1,25 @@
-"""What the GPTQ and AWQ formats share: a Hugging Face folder whose block linears are packed integers.
+"""How the GPTQ and AWQ formats are built: a Hugging Face folder whose block linears are packed integers.
 
 In: a checkpoint, the names of a packed linear's tensors, blocks as the pass yields them. Out: safetensors shards in
-a fixed order, config.json with its quantization_config, the tokenizer. Which integers is left to the two builders.
+a fixed order, what folder_build.py writes beside them. Which integers is left to the two builders.
 """
 
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from quantize.calibration.budget import BlockMemory
 from quantize.errors import BuildError, PlanError
 from quantize.events import Reporter, status
-from quantize.files.shards import ShardWriter, files_bytes, table_bytes
-from quantize.formats.base import BuildResult, Collector, Context, KeptTensor, RunLimits, SizePlan
+from quantize.files.shards import ShardWriter, files_bytes
+from quantize.formats.base import BuildResult, Collector, Context, RunLimits, SizePlan, SolveCost
+from quantize.formats.folder_build import LinearTable, TensorLayout, config_text, plan_layout, size_plan, write_beside
 from quantize.model.architecture import BlockLayout, block_count, block_index, block_layout
-from quantize.model.checkpoint import CONFIG_FILES, TOKENIZER_FILES, Checkpoint
+from quantize.model.checkpoint import Checkpoint
 from quantize.numerics.constants import SOLVED_ROWS
 from quantize.system.memory import give_back_freed
 from quantize.system.process import run_step
@@ -29,46 +29,9 @@ if TYPE_CHECKING:
 
     from quantize.calibration.stream import Block
 
-Shape = tuple[int, ...]
-PackedTable = Callable[[int, int], dict[str, tuple[str, Shape]]]  # (out, in) -> suffix -> (dtype, shape)
 Solved = tuple["dict[str, torch.Tensor]", dict[str, Any]]  # tensors that change, by full name; loss of each linear
-STORED_DTYPE = "F16"
-DTYPE_NAMES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32"}
 RESULTS_NAME = "pass.json"
 CHECKED_ELEMENTS = 1 << 20  # of a tensor, looked at together for values beyond FP16
-
-
-@dataclass(frozen=True)
-class TensorLayout:
-    """Every tensor of the artifact in writing order, and the linears that are packed."""
-
-    table: dict[str, tuple[str, Shape]]
-    packed: frozenset[str]
-
-
-def plan_layout(checkpoint: Checkpoint, packed_table: PackedTable, stored_dtype: str = STORED_DTYPE) -> TensorLayout:
-    """The tensors that the artifact will have: outside the blocks first, then block after block, the head last.
-
-    Raises CheckpointError for an architecture that is not in the table.
-    """
-    config = checkpoint.config
-    packed = {linear.tensor for index in range(block_count(config)) for linear in block_layout(config, index).linears}
-    table: dict[str, tuple[str, Shape]] = {}
-    for name in sorted(checkpoint.tensors, key=_order):
-        shape = checkpoint.tensors[name].shape
-        if name in packed:
-            prefix = name.removesuffix("weight")
-            table.update({prefix + suffix: entry for suffix, entry in packed_table(shape[0], shape[1]).items()})
-        else:
-            table[name] = (stored_dtype, shape)
-    return TensorLayout(table, frozenset(packed))
-
-
-def _order(name: str) -> tuple[int, int, str]:
-    block = block_index(name)
-    if block is not None:
-        return (1, block, name)
-    return (0 if "embed" in name else 2, 0, name)
 
 
 def check_group_size(checkpoint: Checkpoint, group_size: int, out_multiple: int, in_multiple: int) -> None:
@@ -91,59 +54,11 @@ def check_group_size(checkpoint: Checkpoint, group_size: int, out_multiple: int,
                 )
 
 
-def size_plan(
-    checkpoint: Checkpoint, layout: TensorLayout, config_text: str, stored_dtype: str = STORED_DTYPE
-) -> SizePlan:
-    """Exact bytes of the weight files, and of what is copied beside them."""
-    weights = table_bytes(layout.table)
-    beside = sum(path.stat().st_size for path in copied_files(checkpoint)) + len(config_text.encode())
-    bits = round(8 * weights / checkpoint.parameters, 4)
-    kept = kept_tensors(checkpoint, layout, stored_dtype)
-    return SizePlan(files_bytes(layout.table) + beside, weights, len(layout.table), bits, kept)
-
-
-def kept_tensors(
-    checkpoint: Checkpoint, layout: TensorLayout, stored_dtype: str = STORED_DTYPE
-) -> tuple[KeptTensor, ...]:
-    """Every tensor that is not packed, with the reason."""
-    kept = []
-    for name in sorted(set(checkpoint.tensors) - layout.packed):
-        if block_index(name) is None:
-            reason = "embedding, head and final norm stay unquantized in this format"
-        elif len(checkpoint.tensors[name].shape) == 1:
-            reason = "norms and biases stay unquantized"
-        else:
-            reason = "routers stay unquantized: their few weights decide which expert runs"
-        kept.append(KeptTensor(name, stored_dtype, reason))
-    return tuple(kept)
-
-
-def config_text(checkpoint: Checkpoint, quantization_config: Mapping[str, Any], dtype: str = "float16") -> str:
-    """config.json of the artifact: the source's, with the dtype of what stays unquantized and how the rest was."""
-    config = {key: value for key, value in checkpoint.config.items() if key not in {"torch_dtype", "_name_or_path"}}
-    config |= {"dtype": dtype, "quantization_config": dict(quantization_config)}
-    return json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
-
-
 def feedback_bytes(block: BlockMemory, threads: int) -> int:
     """What rounding with error feedback takes: factorizations under way, or rows, and the factors of all inputs."""
     factorizing = 4 * sum(block.grams[:threads])
     rows = 8 * threads * 4 * SOLVED_ROWS * block.width
     return max(factorizing, rows) + sum(block.grams) + block.stacked
-
-
-def copied_files(checkpoint: Checkpoint) -> list[Path]:
-    """Tokenizer and generation settings: they go along unchanged."""
-    names = [name for name in (*CONFIG_FILES, *TOKENIZER_FILES) if name != "config.json"]
-    return [checkpoint.folder / name for name in names if (checkpoint.folder / name).is_file()]
-
-
-def write_beside(context: Context, text: str) -> tuple[str, ...]:
-    """Write config.json and copy the tokenizer into staging; the names of what was written."""
-    (context.staging / "config.json").write_text(text, encoding="utf-8")
-    for path in copied_files(context.checkpoint):
-        shutil.copyfile(path, context.staging / path.name)
-    return ("config.json", *(path.name for path in copied_files(context.checkpoint)))
 
 
 class PackedCollector:
@@ -216,18 +131,23 @@ class PackedCollector:
 
 
 class PackedBuilder:
-    """What a format of packed integers does whatever its integers are; `layout`, `config` and `solve` differ."""
+    """What a format of packed integers does whatever its integers are, but for what is not implemented here."""
 
     name: str
+    Options: type[Any]
     source_copies = 0
     folds = False  # whether a group's scales go into the rows of another
 
-    def layout(self, checkpoint: Checkpoint, options: Any) -> TensorLayout:
-        """Every tensor of the artifact."""
+    def words(self, options: Any) -> LinearTable:
+        """What a linear becomes."""
         raise NotImplementedError
 
-    def config(self, checkpoint: Checkpoint, options: Any) -> str:
-        """config.json of the artifact."""
+    def multiples(self, options: Any) -> tuple[int, int]:
+        """What outputs and inputs of a linear must be multiples of to be packed."""
+        raise NotImplementedError
+
+    def quantization(self, checkpoint: Checkpoint, options: Any) -> Mapping[str, Any]:
+        """What config.json says beside the method, the bits and the group size."""
         raise NotImplementedError
 
     def solve(self, block: Block, context: Context, reporter: Reporter) -> Solved:
@@ -237,6 +157,23 @@ class PackedBuilder:
     def solver_bytes(self, block: BlockMemory, options: Any, threads: int) -> int:
         """What `solve` takes beside the block."""
         raise NotImplementedError
+
+    def solve_operations(self, cost: SolveCost) -> float:
+        """See Builder."""
+        raise NotImplementedError
+
+    def check(self, checkpoint: Checkpoint, options: Any) -> None:
+        """Group size and shapes must fit the packed words."""
+        check_group_size(checkpoint, options.group_size, *self.multiples(options))
+
+    def layout(self, checkpoint: Checkpoint, options: Any) -> TensorLayout:
+        """Every tensor of the artifact."""
+        return plan_layout(checkpoint, self.words(options))
+
+    def config(self, checkpoint: Checkpoint, options: Any) -> str:
+        """config.json, with the quantization_config that transformers, vLLM and SGLang read."""
+        known = {"quant_method": self.name, "bits": options.bits, "group_size": options.group_size}
+        return config_text(checkpoint, {**known, **self.quantization(checkpoint, options)})
 
     def tools(self, options: Any) -> Sequence[str]:
         """The numerics run on torch; the pass on transformers' layers."""
@@ -277,7 +214,7 @@ class PackedBuilder:
 
     def verify(self, folder: Path, checkpoint: Checkpoint, limits: RunLimits, reporter: Reporter) -> Mapping[str, Any]:
         """Independent unpacking by gptqmodel, and greedy generation through transformers."""
-        from quantize.formats.packed_check import check_packed
+        from quantize.formats.packed.check import check_packed
 
         status(reporter, "", "loading in transformers with gptqmodel")
         facts: dict[str, Any] = run_step(

@@ -1,0 +1,105 @@
+"""What builders of folders in the Hugging Face layout share, whatever the linears become.
+
+In: a checkpoint, the names of the tensors that a linear becomes. Out: the table of what is written, in a fixed order;
+config.json with its quantization_config; the tokenizer. Nothing is read but headers.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from quantize.files.shards import files_bytes, table_bytes
+from quantize.formats.base import Context, KeptTensor, SizePlan
+from quantize.model.architecture import block_count, block_index, block_layout
+from quantize.model.checkpoint import CONFIG_FILES, TOKENIZER_FILES, Checkpoint
+
+Shape = tuple[int, ...]
+LinearTable = Callable[[int, int], dict[str, tuple[str, Shape]]]  # (out, in) -> suffix -> (dtype, shape)
+STORED_DTYPE = "F16"
+DTYPE_NAMES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32"}
+
+
+@dataclass(frozen=True)
+class TensorLayout:
+    """Every tensor of the artifact in writing order, and the linears that are packed."""
+
+    table: dict[str, tuple[str, Shape]]
+    packed: frozenset[str]
+
+
+def plan_layout(checkpoint: Checkpoint, linear_table: LinearTable, stored_dtype: str = STORED_DTYPE) -> TensorLayout:
+    """The tensors that the artifact will have: outside the blocks first, then block after block, the head last.
+
+    Raises CheckpointError for an architecture that is not in the table.
+    """
+    config = checkpoint.config
+    packed = {linear.tensor for index in range(block_count(config)) for linear in block_layout(config, index).linears}
+    table: dict[str, tuple[str, Shape]] = {}
+    for name in sorted(checkpoint.tensors, key=_order):
+        shape = checkpoint.tensors[name].shape
+        if name in packed:
+            prefix = name.removesuffix("weight")
+            table.update({prefix + suffix: entry for suffix, entry in linear_table(shape[0], shape[1]).items()})
+        else:
+            table[name] = (stored_dtype, shape)
+    return TensorLayout(table, frozenset(packed))
+
+
+def _order(name: str) -> tuple[int, int, str]:
+    block = block_index(name)
+    if block is not None:
+        return (1, block, name)
+    return (0 if "embed" in name else 2, 0, name)
+
+
+def size_plan(
+    checkpoint: Checkpoint, layout: TensorLayout, config_text: str, stored_dtype: str = STORED_DTYPE
+) -> SizePlan:
+    """Exact bytes of the weight files, and of what is copied beside them."""
+    weights = table_bytes(layout.table)
+    beside = sum(path.stat().st_size for path in copied_files(checkpoint)) + len(config_text.encode())
+    bits = round(8 * weights / checkpoint.parameters, 4)
+    kept = kept_tensors(checkpoint, layout, stored_dtype)
+    return SizePlan(files_bytes(layout.table) + beside, weights, len(layout.table), bits, kept)
+
+
+def kept_tensors(
+    checkpoint: Checkpoint, layout: TensorLayout, stored_dtype: str = STORED_DTYPE
+) -> tuple[KeptTensor, ...]:
+    """Every tensor that is not packed, with the reason."""
+    kept = []
+    for name in sorted(set(checkpoint.tensors) - layout.packed):
+        if block_index(name) is None:
+            reason = "embedding, head and final norm stay unquantized in this format"
+        elif len(checkpoint.tensors[name].shape) == 1:
+            reason = "norms and biases stay unquantized"
+        else:
+            reason = "routers stay unquantized: their few weights decide which expert runs"
+        kept.append(KeptTensor(name, stored_dtype, reason))
+    return tuple(kept)
+
+
+def config_text(checkpoint: Checkpoint, quantization_config: Mapping[str, Any], dtype: str = "float16") -> str:
+    """config.json of the artifact: the source's, with the dtype of what stays unquantized and how the rest was."""
+    config = {key: value for key, value in checkpoint.config.items() if key not in {"torch_dtype", "_name_or_path"}}
+    config |= {"dtype": dtype, "quantization_config": dict(quantization_config)}
+    return json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+
+
+def copied_files(checkpoint: Checkpoint) -> list[Path]:
+    """Tokenizer and generation settings: they go along unchanged."""
+    names = [name for name in (*CONFIG_FILES, *TOKENIZER_FILES) if name != "config.json"]
+    return [checkpoint.folder / name for name in names if (checkpoint.folder / name).is_file()]
+
+
+def write_beside(context: Context, text: str) -> tuple[str, ...]:
+    """Write config.json and copy the tokenizer into staging; the names of what was written."""
+    (context.staging / "config.json").write_text(text, encoding="utf-8")
+    for path in copied_files(context.checkpoint):
+        shutil.copyfile(path, context.staging / path.name)
+    return ("config.json", *(path.name for path in copied_files(context.checkpoint)))

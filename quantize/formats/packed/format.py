@@ -1,0 +1,28 @@
+"""AWQ and GPTQ as Formats: they differ in their builders."""
+
+from __future__ import annotations
+
+from quantize.estimate.vram import VramProfile
+from quantize.formats.folder import FolderLayout
+from quantize.formats.format import CardText, Format, Handover
+from quantize.formats.packed.build import PackedBuilder
+from quantize.formats.packed.runtime import GPTQMODEL
+from quantize.formats.packed.weights import PackedMatrices
+from quantize.formats.ways import SERVE, SGLANG, VLLM, in_transformers
+
+WAYS = (VLLM, SGLANG, in_transformers("gptqmodel"), SERVE)
+
+
+def packed_format(builder: PackedBuilder) -> Format:
+    """The format of a builder's artifacts; its name is what their config.json calls the method."""
+    return Format(
+        name=builder.name,
+        extra=GPTQMODEL.extra,
+        layout=FolderLayout(builder.name),
+        builder=builder,
+        runtime=GPTQMODEL,
+        weights=PackedMatrices(builder.name, folded=builder.folds),
+        vram=VramProfile("vllm", unpacked_bytes=2 * 4),
+        card=CardText(ways=lambda _options: WAYS),
+        handover=Handover(vllm=lambda _options: ""),
+    )
