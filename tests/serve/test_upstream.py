@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import gzip
 import http.server
 import json
 import socket
 import threading
 import time
+import zlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import openai
 import pytest
@@ -127,12 +130,19 @@ Behaviour = Callable[[http.server.BaseHTTPRequestHandler], None]
 
 
 @contextmanager
-def stub(behaviour: Behaviour, tokenize: int | None = None, *, threads: bool = True) -> Iterator[int]:
-    """A server with one model, whose answers a test writes by hand."""
+def stub(
+    behaviour: Behaviour, tokenize: int | None = None, *, threads: bool = True, models: Any = ("fake",),
+    pause: float = 0,
+) -> Iterator[int]:  # fmt: skip
+    """A server with these models, listed after a pause, whose answers a test writes by hand; models: or a status."""
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self) -> None:
-            self.answer(200, {"data": [{"id": "fake"}]})
+            time.sleep(pause)
+            if isinstance(models, int):
+                self.answer(models, {})
+            else:
+                self.answer(200, {"data": [{"id": name} for name in models]})
 
         def do_POST(self) -> None:
             self.rfile.read(int(self.headers["content-length"]))
@@ -233,3 +243,158 @@ def test_the_input_limit_is_held_by_the_upstreams_tokenizer(start: Start, count:
     with stub(sends(200, whole), tokenize=count) as port:
         front = start(in_front_of(port), rules=Rules("up"), limits=RequestLimits(max_input_tokens=5))
         assert front.chat("hi").status == status
+
+
+WHOLE = {"model": "other", "choices": [{"message": {"content": "x"}, "finish_reason": "stop"}]}
+ENDED = EVENT + b'data: {"model":"fake-2024","choices":[{"index":0,"delta":{},"finish_reason":"stop"}]}\n\n'
+
+
+@pytest.mark.parametrize(
+    ("asked", "listed", "known"),
+    [
+        ("llama3.2", ["llama3.2:latest"], True),
+        ("me/llama3.2", ["me/llama3.2:latest"], True),
+        ("llama3.2:1b", ["llama3.2:latest", "llama3.2:1b"], True),
+        ("llama3.2", ["llama3.2:1b"], False),
+        ("llama3.2:latest", ["llama3.2"], False),
+        ("llama3.2:1b", ["llama3.2:1b:latest"], False),
+        ("any", 404, True),  # no list: the server answers, and is asked for what the user named
+        (None, 404, False),
+    ],
+)
+def test_a_model_is_known_by_the_name_that_its_server_resolves(
+    start: Start, asked: str | None, listed: Any, known: bool
+) -> None:
+    with stub(sends(200, json.dumps(WHOLE).encode()), models=listed) as port:
+        front = start(in_front_of(port, model=asked), rules=Rules("up"), ready=False)
+        if known:
+            front.wait(front.is_ready)
+            assert front.chat("hi").json["model"] == "up"
+        else:
+            told = "has no model" if isinstance(listed, list) else "answers 404 to /models"
+            front.wait(lambda: told in front.ask("GET", "/ready").json["reason"])
+
+
+@pytest.mark.parametrize(("coding", "pack"), [("gzip", gzip.compress), ("deflate", zlib.compress)])
+def test_a_compressed_answer_is_read_whole_and_streamed(start: Start, coding: str, pack: Any) -> None:
+    asked: list[str | None] = []
+
+    def behave(handler: http.server.BaseHTTPRequestHandler) -> None:
+        asked.append(handler.headers["accept-encoding"])
+        body = ENDED + b"data: [DONE]\n\n" if streams else json.dumps(WHOLE).encode()
+        sends(200, pack(body), content_encoding=coding)(handler)
+
+    with stub(behave) as port:
+        front = start(in_front_of(port), rules=Rules("up"))
+        streams = False
+        assert front.chat("hi").json["choices"][0]["message"]["content"] == "x"
+        streams = True
+        assert front.chat("hi", stream=True).events[0]["choices"][0]["delta"]["content"] == "hi"
+    assert asked == ["identity", "identity"]
+
+
+SHAPES = [
+    {"error": {"message": "why not", "code": 400}},
+    {"object": "error", "message": "why not", "code": 400},
+    {"detail": "why not"},
+    {"detail": [{"loc": ["body", "x"], "msg": "why not"}]},
+    {"error": "why not"},
+    {"message": "why not"},
+]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_reason_of_a_refusal_goes_on_whatever_its_shape(start: Start, shape: Any, stream: bool) -> None:
+    for status, told, code in ((400, 400, "upstream_refused"), (500, 502, "upstream_error")):
+        with stub(sends(status, json.dumps(shape).encode())) as port:
+            answer = start(in_front_of(port), rules=Rules("up")).chat("hi", stream=stream)
+            assert (answer.status, answer.json["error"]["code"]) == (told, code)
+            assert "why not" in answer.json["error"]["message"]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    ("shape", "status"),
+    [(SHAPES[0], 400), (SHAPES[1], 400), (SHAPES[4], 502), ({"error": {"message": "why not", "code": {}}}, 502)],
+)
+def test_an_error_that_comes_with_status_200(start: Start, shape: Any, status: int, stream: bool) -> None:
+    whole = json.dumps(shape).encode()
+    for body in [whole, b"data: " + whole + b"\n\n", b"data: " + whole + b"\n\ndata: [DONE]\n\n"][: 3 if stream else 1]:
+        with stub(sends(200, body)) as port:
+            answer = start(in_front_of(port), rules=Rules("up")).chat("hi", stream=stream)
+            assert answer.status == status
+            assert "why not" in answer.json["error"]["message"]
+
+
+def test_an_error_in_the_middle_of_a_stream_ends_it_with_its_reason(start: Start) -> None:
+    with stub(sends(200, EVENT + b'data: {"error": {"message": "why not"}}\n\n' + ENDED)) as port:
+        events = start(in_front_of(port), rules=Rules("up")).chat("hi", stream=True).events
+    assert [event.get("error", {}).get("message") for event in events] == [None, "the upstream failed: why not"]
+
+
+def test_a_wrong_key_is_not_repeated(start: Start) -> None:
+    with stub(sends(401, b'{"error": {"message": "Incorrect API key: sk-abc"}}')) as port:
+        answer = start(in_front_of(port), rules=Rules("up")).chat("hi")
+    assert (answer.status, b"sk-abc" in answer.body) == (502, False)
+
+
+@pytest.mark.parametrize("cut", [0, 1, 2])
+def test_a_stream_that_is_finished_but_does_not_say_done(start: Start, cut: int) -> None:
+    with stub(sends(200, ENDED[: len(ENDED) - cut])) as port:
+        answer = start(in_front_of(port), rules=Rules("up")).chat("hi", stream=True)
+    assert answer.events[-1] == "[DONE]"
+    assert [event["model"] for event in answer.events[:-1]] == ["up", "up"]  # by whatever name the upstream has it
+    assert answer.events[-2]["choices"][0]["finish_reason"] == "stop"
+
+
+def test_only_the_models_name_is_renamed(start: Start) -> None:
+    text = '{"model": "x"} "model": "y"'
+    event = {"id": "1", "choices": [{"index": 0, "delta": {"content": text}, "finish_reason": "stop"}], "model": 'a"b'}
+    with stub(sends(200, f"data: {json.dumps(event)}\n\n".encode())) as port:
+        front = start(in_front_of(port, name='u"p\\1'), rules=Rules('u"p\\1'))
+        (chunk, _) = front.chat("hi", stream=True).events
+    assert (chunk["choices"][0]["delta"]["content"], chunk["model"]) == (text, 'u"p\\1')
+
+
+def test_a_list_of_models_may_take_its_time(start: Start) -> None:
+    with stub(sends(200, json.dumps(WHOLE).encode()), pause=1.5) as port:
+        front = start(in_front_of(port), rules=Rules("up"), ready=False)
+        front.wait(front.is_ready)
+        assert front.chat("hi").status == 200
+
+
+@pytest.mark.parametrize("field", ["content", "reasoning", "reasoning_content"])
+def test_the_first_token_is_one_of_any_kind_and_not_the_role(start: Start, field: str) -> None:
+    def behave(handler: http.server.BaseHTTPRequestHandler) -> None:
+        sends(200, b'data: {"choices": [{"delta": {"role": "assistant", "content": ""}}]}\n\n')(handler)
+        handler.wfile.flush()
+        time.sleep(0.3)
+        handler.wfile.write(EVENT.replace(b"content", field.encode()) + ENDED)
+
+    with stub(behave) as port:
+        front = start(in_front_of(port), rules=Rules("up"))
+        assert front.chat("hi", stream=True).events[-1] == "[DONE]"
+        (line,) = [line for line in front.lines() if line.get("route") == "/v1/chat/completions"]
+    assert line["first_token_seconds"] > 0.25
+
+
+def test_embeddings_go_through(start: Start) -> None:
+    behind = start(fakes(supports=["embeddings"]))
+    front = start(in_front_of(behind.port), rules=Rules("up"))
+    client = openai.OpenAI(base_url=f"{front.url}/v1", api_key="none", max_retries=0)
+    answer = client.embeddings.create(model="up", input=["a", "b c"])
+    assert (len(answer.data), answer.model, answer.usage.prompt_tokens) == (2, "up", 3)
+
+
+def test_an_event_may_come_in_pieces(start: Start) -> None:
+    def behave(handler: http.server.BaseHTTPRequestHandler) -> None:
+        sends(200, b"")(handler)
+        for place in range(0, len(ENDED), 40):
+            handler.wfile.write(ENDED[place : place + 40])
+            handler.wfile.flush()
+            time.sleep(0.01)
+
+    with stub(behave) as port:
+        events = start(in_front_of(port), rules=Rules("up")).chat("hi", stream=True).events
+    assert [event if event == "[DONE]" else event["model"] for event in events] == ["up", "up", "[DONE]"]

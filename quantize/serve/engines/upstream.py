@@ -9,7 +9,7 @@ import asyncio
 import contextlib
 import re
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Iterator
 from typing import Any
 
 import aiohttp
@@ -21,12 +21,18 @@ from quantize.serve.failures import Failure, not_ready
 from quantize.serve.targets import UpstreamTarget
 
 POLL_SECONDS = 0.75
-POLL_TIMEOUT_SECONDS = 1.0
+POLL_TIMEOUT_SECONDS = 10.0  # a server that asks others for its list takes its time
 CONNECT_SECONDS = 5.0
 KEEP_ALIVE_SECONDS = 4.0  # less than uvicorn's 5: who closes first must be the client
 EVENT_BYTES = 16 << 20
 PASSED_ON = frozenset({400, 404, 413, 422, 429})
-DONE = b"[DONE]"
+NOT_TOLD = frozenset({401, 403})  # such answers may repeat the key
+REASON_CHARACTERS = 2000
+DONE = b"data: [DONE]"
+NO_LIST = frozenset({404, 405, 501})  # statuses of a server that answers, and has no /models
+MODEL = re.compile(rb'^(data:[^\n]*?"model"\s*:\s*)"(?:[^"\\]|\\.)*"', re.MULTILINE)
+FINISHED = re.compile(rb'"finish_reason"\s*:\s*"')
+TOKEN = re.compile(rb'"(?:content|text|reasoning|reasoning_content|refusal|arguments)"\s*:\s*"[^"]')
 
 
 class UpstreamEngine:
@@ -42,17 +48,19 @@ class UpstreamEngine:
         self._tell = tell
         self._session: aiohttp.ClientSession | None = None
         self._poll: asyncio.Task[None] | None = None
-        self._rename: re.Pattern[bytes] | None = None
+        self._renamed = rb"\g<1>" + orjson.dumps(upstream.name).replace(b"\\", b"\\\\")
         self._asking = 0  # answers under way
         self._heard = 0.0  # when the last one ended
 
     async def start(self) -> None:
         """See Engine."""
-        headers = {"Authorization": f"Bearer {self._upstream.key}"} if self._upstream.key else {}
+        headers = {"Accept-Encoding": "identity"}  # what is compressed all the same is decoded
+        if self._upstream.key:
+            headers["Authorization"] = f"Bearer {self._upstream.key}"
         timeout = aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_SECONDS)
         connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEP_ALIVE_SECONDS)
         self._session = aiohttp.ClientSession(
-            connector=connector, timeout=timeout, headers=headers, auto_decompress=False, read_bufsize=1 << 18
+            connector=connector, timeout=timeout, headers=headers, read_bufsize=1 << 18
         )
         self._poll = asyncio.create_task(self._follow())
 
@@ -75,7 +83,9 @@ class UpstreamEngine:
         async with contextlib.aclosing(self._post(call)) as chunks:
             body = b"".join([chunk async for chunk in chunks])
         answer = _json(body)
-        if not isinstance(answer, dict) or not isinstance(answer.get("choices"), list):
+        wanted = "data" if call.path == "/embeddings" else "choices"
+        if not isinstance(answer, dict) or not isinstance(answer.get(wanted), list):
+            _raise_error(answer)
             raise Failure(502, "upstream_invalid", "the upstream's answer is no completion", elsewhere=True)
         call.saw_token()
         self._count(call, answer)
@@ -83,7 +93,7 @@ class UpstreamEngine:
 
     async def stream(self, call: Call) -> AsyncGenerator[bytes]:
         """See Engine. Whole events only: an event that breaks off is not sent on."""
-        rest, done = b"", False
+        rest, finished, done = b"", False, False
         async with contextlib.aclosing(self._post(call)) as chunks:
             async for chunk in chunks:
                 data = rest + chunk if rest else chunk
@@ -94,21 +104,44 @@ class UpstreamEngine:
                         end = data.rfind(b"\n\n") + 2
                     elif len(data) > EVENT_BYTES:
                         raise Failure(502, "upstream_invalid", "an event of the upstream is too long")
-                rest = data[end:]
                 if end < 2:
+                    rest = data
                     continue
-                ready = self._pass_on(call, data[:end])
+                rest = data[end:]
+                ready = data[:end]
+                finished = finished or FINISHED.search(ready) is not None
                 done = done or DONE in ready
-                if ready:
-                    yield ready
-        if not done:
+                for part in self._pass_on(call, ready):
+                    yield part
+        if _is_whole(rest):  # the last event, without the empty line that ends one
+            finished = finished or FINISHED.search(rest) is not None
+            done = done or DONE in rest
+            for part in self._pass_on(call, rest.strip() + b"\n\n"):
+                yield part
+        if not done and finished:
+            yield DONE + b"\n\n"
+        elif not done:
+            _raise_error(_json(rest))
             raise Failure(502, "upstream_broke_off", "the upstream's answer broke off", elsewhere=True)
 
-    def _pass_on(self, call: Call, events: bytes) -> bytes:
-        """The events as they go on: renamed, counted, without usage that the client did not ask for."""
-        call.saw_token()
-        if self._rename is not None:
-            events = self._rename.sub(b'"model":' + orjson.dumps(self.name), events)
+    def _pass_on(self, call: Call, events: bytes) -> Iterator[bytes]:
+        """The events as they go on: renamed, counted, without usage that the client did not ask for.
+
+        Raises Failure where one of them is an error; what comes before it is given first.
+        """
+        if call.first_token_at is None and TOKEN.search(events):
+            call.saw_token()
+        if b'"error"' in events:
+            before, failure = _split_at_error(events)
+            if failure is not None:
+                if before:
+                    yield from self._pass_on(call, before)
+                raise failure
+        events = self._without_usage(call, MODEL.sub(self._renamed, events))
+        if events:
+            yield events
+
+    def _without_usage(self, call: Call, events: bytes) -> bytes:
         if b'"usage"' not in events:
             return events
         kept = []
@@ -124,8 +157,8 @@ class UpstreamEngine:
     def _count(self, call: Call, answer: dict[str, Any]) -> None:
         usage = answer.get("usage")
         if isinstance(usage, dict):
-            call.prompt_tokens = int(usage.get("prompt_tokens") or 0)
-            call.completion_tokens = int(usage.get("completion_tokens") or 0)
+            call.prompt_tokens = _number(usage.get("prompt_tokens"))
+            call.completion_tokens = _number(usage.get("completion_tokens"))
 
     async def _post(self, call: Call) -> AsyncGenerator[bytes]:
         """The bytes of the upstream's answer. Raises Failure for anything but success."""
@@ -196,6 +229,8 @@ class UpstreamEngine:
         limit = aiohttp.ClientTimeout(total=POLL_TIMEOUT_SECONDS)
         try:
             async with self._session.get(f"{self._base}/models", timeout=limit) as response:
+                if response.status in NO_LIST and self._model is not None:
+                    return ""
                 if response.status != 200:
                     return f"{self._upstream.host} answers {response.status} to /models"
                 listed = _json(await response.read())
@@ -210,11 +245,8 @@ class UpstreamEngine:
         models = [item.get("id") for item in listed.get("data") or []] if isinstance(listed, dict) else []
         if self._model is None and models and isinstance(models[0], str):
             self._model = models[0]
-        if self._model is None or (models and self._model not in models):
+        if self._model is None or (models and not _names(self._model, models)):
             return f"{self._upstream.host} has no model {self._model or 'at all'}"
-        if self._model != self.name and self._rename is None:
-            quoted = re.escape(orjson.dumps(self._model))
-            self._rename = re.compile(rb'"model"\s*:\s*' + quoted)
         return ""
 
 
@@ -227,16 +259,69 @@ def _json(data: bytes) -> Any:
 
 def _refused(status: int, body: bytes, headers: Any) -> Failure:
     """The upstream's own refusal where it is about the request; else 502, and another model may try."""
+    message = _reason(_json(body))
     if status not in PASSED_ON:
-        return Failure(502, "upstream_error", f"the upstream answered {status}", elsewhere=True)
-    data = _json(body)
-    error = data.get("error") if isinstance(data, dict) else None
-    message = error.get("message") if isinstance(error, dict) else None
+        told = f": {message}" if message and status not in NOT_TOLD else ""
+        return Failure(502, "upstream_error", f"the upstream answered {status}{told}", elsewhere=True)
     wait = str(headers.get("Retry-After", ""))
     return Failure(
-        status, "upstream_refused", str(message or f"the upstream answered {status}")[:2000],
+        status, "upstream_refused", message or f"the upstream answered {status}",
         retry_after=(int(wait) if wait.isdigit() else 1) if status == 429 else None,
     )  # fmt: skip
+
+
+def _reason(answer: Any) -> str | None:
+    """The reason in an error body of OpenAI's, vLLM's, FastAPI's or Ollama's shape."""
+    if not isinstance(answer, dict):
+        return None
+    found = answer.get("error") or answer.get("message") or answer.get("detail")
+    if isinstance(found, dict):
+        found = found.get("message") or found.get("detail")
+    if isinstance(found, list) and found and isinstance(found[0], dict):
+        where = ".".join(map(str, loc)) if isinstance(loc := found[0].get("loc"), list) else ""
+        found = f"{where}: {found[0].get('msg')}" if where else found[0].get("msg")
+    return found[:REASON_CHARACTERS] if isinstance(found, str) and found else None
+
+
+def _raise_error(answer: Any) -> None:
+    """Raises the Failure for an error that came with status 200."""
+    if not isinstance(answer, dict) or not (answer.get("error") or answer.get("object") == "error"):
+        return
+    error = answer["error"] if isinstance(answer.get("error"), dict) else answer
+    given = [error.get(key) for key in ("status", "code")]
+    status = next((value for value in given if isinstance(value, int) and value in PASSED_ON), None)
+    message = _reason(answer) or "the upstream says that it failed, not why"
+    if status is None:
+        raise Failure(502, "upstream_error", f"the upstream failed: {message}", elsewhere=True)
+    raise Failure(status, "upstream_refused", message, retry_after=1 if status == 429 else None)
+
+
+def _split_at_error(events: bytes) -> tuple[bytes, Failure | None]:
+    """What comes before an event that is an error, and the error."""
+    before: list[bytes] = []
+    for event in events.split(b"\n\n"):
+        if b'"error"' in event:
+            try:
+                _raise_error(_json(b"".join(line[5:] for line in event.split(b"\n") if line.startswith(b"data:"))))
+            except Failure as failure:
+                return b"".join(item + b"\n\n" for item in before), failure
+        before.append(event)
+    return events, None
+
+
+def _is_whole(rest: bytes) -> bool:
+    """Whether the end of a stream is an event that only lacks its empty line."""
+    text = rest.strip()
+    return text.startswith(b"data:") and (text.endswith(b"[DONE]") or isinstance(_json(text[5:]), dict))
+
+
+def _names(model: str, listed: list[Any]) -> bool:
+    """Whether a server that lists these knows the model; Ollama's `name` is its `name:latest`."""
+    return model in listed or (":" not in model.rpartition("/")[2] and f"{model}:latest" in listed)
+
+
+def _number(value: Any) -> int:
+    return value if isinstance(value, int) else 0
 
 
 def _texts(asked: dict[str, Any]) -> str:
