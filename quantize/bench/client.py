@@ -30,6 +30,13 @@ CONNECT_SECONDS = 10.0
 IDLE_SECONDS = 2.0
 """Connections unused for longer are not used again: servers close theirs after five seconds, and that would be ours."""
 DETAIL_CHARACTERS = 200
+TOKEN_FIELDS = (
+    "content",
+    "reasoning",
+    "reasoning_content",
+    "refusal",
+    "tool_calls",
+)  # of a delta: any is a first token
 
 
 @dataclass(frozen=True)
@@ -67,12 +74,14 @@ class Endpoint:
 class Sample:
     """One request. Times are of time.perf_counter; due: when it was meant to arrive; error: its kind, or None.
 
-    answering: the head of an answer came. streamed: it comes in pieces.
+    answering: the head of an answer came. streamed: it comes in pieces. has_text: some of it is text for a reader, not
+    only reasoning or calls of tools; True where nobody can tell.
     """
 
     due: float
     answering: bool = False
     streamed: bool = False
+    has_text: bool = True
     first_token: float | None = None
     last_token: float | None = None
     ended: float = 0.0
@@ -169,7 +178,7 @@ async def _ask_openai(
         kind = response.headers.get("content-type", "").partition(";")[0].strip().lower()
         if kind != "text/event-stream":
             raise _Failed("malformed", f"content type {kind!r} in place of text/event-stream")
-        finished, sample.streamed = False, True
+        finished, sample.streamed, sample.has_text = False, True, False
         async for event in httpx2.EventSource(response):
             deadline.reschedule(asyncio.get_running_loop().time() + timeout)
             if event.data == "[DONE]":
@@ -198,7 +207,8 @@ def _take(data: str, sample: Sample) -> bool:
     finished = False
     for choice in choices:
         delta = choice.get("delta")
-        if isinstance(delta, dict) and (delta.get("content") or delta.get("reasoning_content")):
+        if isinstance(delta, dict) and any(delta.get(field) for field in TOKEN_FIELDS):
+            sample.has_text = sample.has_text or bool(delta.get("content") or delta.get("refusal"))
             sample.chunks += 1
             sample.last_token = time.perf_counter()
             sample.first_token = sample.first_token or sample.last_token

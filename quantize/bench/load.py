@@ -116,6 +116,7 @@ def summarize(shape: Shape, samples: Sequence[Sample], *, concurrency: int | Non
         mean_prompt_tokens=round(sum(prompts) / len(prompts), 2) if prompts else None,
         mean_output_tokens=round(sum(tokens) / len(tokens), 2) if tokens else None,
         errors=dict(sorted(errors.items())),
+        without_text=sum(not item.has_text for item in good if item.chunks),
         error_examples=dict(sorted(examples.items())),
     )
 

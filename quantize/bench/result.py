@@ -30,7 +30,8 @@ class Cell(_ResultModel):
     """One shape at one concurrency (closed loop) or one arrival rate (open loop), warm-up left out.
 
     first_token: from sending (open loop: from the intended arrival) to the first token. latency: to the end of the
-    answer. token_gap: mean seconds between tokens of one answer. seconds: first arrival to last answer.
+    answer. token_gap: mean seconds between tokens of one answer. seconds: first arrival to last answer. without_text:
+    streamed answers that were reasoning or calls of tools alone.
     """
 
     shape: str
@@ -50,6 +51,7 @@ class Cell(_ResultModel):
     mean_output_tokens: float | None
     errors: dict[str, Count]
     error_examples: dict[str, str]
+    without_text: Count = 0
 
     @property
     def error_rate(self) -> float:

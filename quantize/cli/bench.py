@@ -168,6 +168,9 @@ def _print(result: BenchResult) -> None:
     facts += [f"{used.concurrency} answers at once"] if used.concurrency else []
     click.echo(", ".join([*facts, used.processor, f"{used.cores} cores", *used.gpus]))
     tokens = {"usage": "the server", "chunks": "pieces of the stream", None: "nobody"}[result.tokens_counted_by]
+    without = sum(cell.without_text for cell in result.cells)
+    if without:
+        click.echo(f"{without} of {result.succeeded} answers were reasoning or tool calls alone, without text")
     loop = "closed loop" if result.loop == "closed" else "open loop, timed from the intended arrival"
     click.echo(f"{loop}; {result.warm_up_requests} warm-up requests left out; tokens counted by {tokens}")
 

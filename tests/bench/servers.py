@@ -93,7 +93,7 @@ class FakeServer:
         _event(writer, _chunk({"role": "assistant"}))
         for number in range(self.tokens):
             await asyncio.sleep(self.token_seconds)
-            _event(writer, _chunk({"content": "w "}))
+            _event(writer, _chunk({how if how in ("reasoning", "tool_calls") else "content": "w "}))
             await writer.drain()
             if number == 1 and how in ("stall", "pings"):
                 for _ in range(300):

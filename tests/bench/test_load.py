@@ -240,3 +240,13 @@ def test_shapes_and_prompts() -> None:
     assert len(prompt(QUICK, 0, rule).split()) == 10
     assert prompt(QUICK, 1, rule) == prompt(QUICK, 1, rule) != prompt(QUICK, 1, rule, seed=1)
     assert context_for((Shape("a", 100, 20),)) == 256
+
+
+@pytest.mark.parametrize("kind", ["reasoning", "tool_calls"])
+def test_a_token_of_any_kind_is_the_first_and_an_answer_without_text_is_counted(kind: str) -> None:
+    with serving(FakeServer(lambda number: "ok" if number == 3 else kind, tokens=4, token_seconds=0.05)) as server:
+        (cell,) = measure(server).cells
+    assert (cell.succeeded, cell.without_text) == (8, 7)
+    assert cell.first_token is not None
+    assert 0.05 <= cell.first_token.p50 < 0.15  # and not 0.2, when the answer is over
+    assert cell.mean_output_tokens == 4
