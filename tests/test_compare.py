@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from quantize.files import compare
-from quantize.files.compare import compare_metadata, compare_weights
+from quantize.files.compare import TensorDifference, compare_metadata, compare_weights, gguf_file, safetensors_file
 from quantize.files.gguf import read_gguf
 from tests.conftest import Built
 
@@ -32,13 +32,17 @@ def saved(path: Path, values: dict[str, torch.Tensor]) -> Path:
     return path
 
 
+def differences(first: Path, second: Path) -> list[TensorDifference]:
+    return compare_weights(safetensors_file(first), safetensors_file(second))
+
+
 def test_the_same_tensors_differ_in_nothing(tmp_path: Path) -> None:
     first = saved(tmp_path / "a.safetensors", tensors())
-    assert compare_weights(first, saved(tmp_path / "b.safetensors", tensors())) == []
+    assert differences(first, saved(tmp_path / "b.safetensors", tensors())) == []
     named = tmp_path / "c.safetensors"
     save_file(tensors(), named, metadata={"format": "pt"})
     assert named.read_bytes() != first.read_bytes()
-    assert compare_weights(first, named) == []
+    assert differences(first, named) == []
 
 
 @pytest.mark.parametrize("name", TYPES)
@@ -49,7 +53,7 @@ def test_values_of_every_type(name: str, chunk_bytes: int, tmp_path: Path, monke
     other[name][3, 5] += 2
     other[name][11, 15] += 1
     paths = saved(tmp_path / "a.safetensors", tensors()), saved(tmp_path / "b.safetensors", other)
-    (found,) = compare_weights(*paths)
+    (found,) = differences(*paths)
     distance = (load_file(paths[0])[name].double() - load_file(paths[1])[name].double()).abs()
     assert (found.tensor, found.values, found.differing) == (name, 192, int((distance > 0).sum()))
     assert found.max_difference == float(distance.max()) == 2.0
@@ -64,7 +68,7 @@ def test_nan_zeros_and_tensors_of_one_side(tmp_path: Path) -> None:
     second["i32"] = second["i32"].reshape(16, 12)
     second["i8"] = second["i8"].to(torch.int16)
     second["more"] = second.pop("u8")
-    found = compare_weights(saved(tmp_path / "a.safetensors", first), saved(tmp_path / "b.safetensors", second))
+    found = differences(saved(tmp_path / "a.safetensors", first), saved(tmp_path / "b.safetensors", second))
     assert {str(item) for item in found} == {
         "f32: 1 of 192 values differ, at most by inf",
         "f16: other bytes for the same values",
@@ -104,18 +108,19 @@ def test_a_block_that_differs_is_measured_dequantized(built: Built, variant: str
     (changed,) = [item for item in gguf.GGUFReader(other).tensors if item.name == name]
     ours, theirs = (gguf.dequantize(one.data, one.tensor_type).astype(np.float64) for one in (item, changed))
     distance = np.abs(ours - theirs)
-    (found,) = compare_weights(path, other)
+    (found,) = compare_weights(gguf_file(path), gguf_file(other))
     assert (found.tensor, found.values) == (name, distance.size)
     assert found.differing == int((distance > 0).sum()) > 0
     assert found.max_difference == pytest.approx(float(distance.max()), rel=1e-12)
 
 
 def test_two_types_of_one_model(built: Built) -> None:
-    found = compare_weights(main_file(built, "q8_0"), main_file(built, "q4_0"))
+    eight, four = (gguf_file(main_file(built, variant)) for variant in ("q8_0", "q4_0"))
+    found = compare_weights(eight, four)
     assert len(found) > 10
     assert all("is Q8_0" in item.what for item in found)
-    assert compare_metadata(main_file(built, "q8_0"), main_file(built, "q4_0")) == ["general.file_type"]
-    assert compare_metadata(main_file(built, "q8_0"), main_file(built, "q8_0")) == []
+    assert compare_metadata(eight, four) == ["general.file_type"]
+    assert compare_metadata(eight, eight) == []
 
 
 def test_without_the_gguf_package_only_bytes_are_compared(
@@ -129,5 +134,5 @@ def test_without_the_gguf_package_only_bytes_are_compared(
         file.seek(-1, 2)
         file.write(bytes([last ^ 1]))
     monkeypatch.setitem(__import__("sys").modules, "gguf", None)
-    (found,) = compare_weights(path, other)
+    (found,) = compare_weights(gguf_file(path), gguf_file(other))
     assert "its bytes differ" in found.what

@@ -22,9 +22,9 @@ from quantize.build.outcome import Outcome
 from quantize.errors import BuildError, DiskFullError, GateError, PlanError, StoreError, UsageError, VerifyError
 from quantize.events import EventKind, ListReporter, SilentReporter
 from quantize.formats import option_models
+from quantize.formats.diff import compare
 from quantize.recipe.model import Recipe, load_recipe
 from quantize.store.artifact import commit, point_current
-from quantize.store.diff import compare
 from quantize.store.manifest import Manifest, manifest_schema, read_manifest
 from quantize.store.staging import RESUME_NAME, variant_lock, workplace
 from quantize.store.store import Store

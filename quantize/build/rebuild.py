@@ -27,8 +27,8 @@ from quantize.calibration.datasets import find_dataset
 from quantize.calibration.text import summarize_tokens
 from quantize.errors import PlanError, RecipeError, StoreError, UsageError, VerifyError
 from quantize.events import Reporter, note, status, warn
-from quantize.files.compare import TensorDifference, can_compare, compare_metadata, compare_weights
-from quantize.formats import builders
+from quantize.files.compare import TensorDifference, compare_metadata, compare_weights
+from quantize.formats import builders, find_format
 from quantize.formats.base import Context, RunLimits
 from quantize.model.checkpoint import Checkpoint
 from quantize.model.source import PinnedSource, open_source
@@ -316,18 +316,19 @@ def _differences(artifact: Artifact, rebuilt: Artifact) -> list[FileDifference]:
         elif path not in wanted:
             differences.append(FileDifference(path, "is new in the rebuilt artifact"))
         elif wanted[path].sha256 != found[path].sha256:
-            differences.append(_difference(artifact.folder, rebuilt.folder, wanted[path], found[path]))
+            differences.append(_difference(artifact, rebuilt.folder, wanted[path], found[path]))
     return differences
 
 
-def _difference(first: Path, second: Path, wanted: FileEntry, found: FileEntry) -> FileDifference:
-    one, two = first / wanted.path, second / found.path
+def _difference(artifact: Artifact, rebuilt: Path, wanted: FileEntry, found: FileEntry) -> FileDifference:
+    one, two = artifact.folder / wanted.path, rebuilt / found.path
+    layout = find_format(artifact.manifest.format).layout
     sizes = f"{found.size_bytes:,} bytes, the artifact's has {wanted.size_bytes:,}"
     what = "differs" if found.size_bytes == wanted.size_bytes else f"has {sizes}"
-    if not can_compare(one):
+    if not layout.weight_names([wanted.path]):
         return FileDifference(wanted.path, f"{what}{_first_byte(one, two)}")
-    tensors = compare_weights(one, two)
-    keys = compare_metadata(one, two) if one.suffix == ".gguf" else []
+    files = layout.read(one), layout.read(two)
+    tensors, keys = compare_weights(*files), compare_metadata(*files)
     if keys:
         what += f", metadata {', '.join(keys)}"
     if not tensors and not keys:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import click
 
 from quantize.cli.common import json_option, print_json, print_table, store_option, verbose_option
-from quantize.store.diff import Difference, compare
+from quantize.formats.diff import Difference, compare
 from quantize.store.store import Store
 
 

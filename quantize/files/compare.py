@@ -1,14 +1,15 @@
 """Two weight files of one format -> which tensors differ, and by how much.
 
-In: paths of two safetensors or two GGUF files. Out: one TensorDifference for each tensor that is not the same. Bytes
-are compared in chunks; only chunks that differ are decoded, so that memory stays small whatever the tensor.
+In: what the headers of two files say, whatever their container. Out: one TensorDifference for each tensor that is not
+the same. Bytes are compared in chunks; only chunks that differ are decoded, so that memory stays small whatever the
+tensor.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +27,7 @@ SAFETENSORS_KINDS = {
     "BOOL": "<u1", "U8": "<u1", "I8": "<i1", "I16": "<i2", "U16": "<u2", "F16": "<f2", "I32": "<i4", "U32": "<u4",
     "F32": "<f4", "I64": "<i8", "U64": "<u8", "F64": "<f8",
 }  # fmt: skip
-BLOCKS = {name: (values, size_bytes) for name, values, size_bytes in TENSOR_TYPES.values()}
+BLOCK_BYTES = {name: size_bytes for name, _, size_bytes in TENSOR_TYPES.values()}
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ class TensorDifference:
 
     what: the difference in words, where there is more to it than values. values: how many it has. differing: how many
     of them differ; None where they can't be compared. max_difference: the largest absolute difference of two values,
-    dequantized in GGUF, as they are stored in safetensors (for packed integers: of the words); inf where one is NaN.
+    dequantized in GGUF, as they are stored elsewhere (for packed integers: of the words); inf where one is NaN.
     """
 
     tensor: str
@@ -52,44 +53,45 @@ class TensorDifference:
 
 
 @dataclass(frozen=True)
-class _Tensor:
-    """What a header says of a tensor, whatever the format. A block is what is decoded as one."""
+class StoredTensor:
+    """A tensor as it lies in a file: its bytes from an offset on, in blocks, each of which is decoded as one.
+
+    type: in the words of the container. decode: bytes of whole blocks to values, in float64; None: nobody here can.
+    """
 
     type: str
     shape: tuple[int, ...]
     offset: int
     size_bytes: int
-    block_values: int
     block_bytes: int
     decode: Callable[[NDArray[np.uint8]], Values] | None
 
 
-def can_compare(path: Path) -> bool:
-    """Whether files of this kind are compared tensor by tensor."""
-    return path.suffix in (".safetensors", ".gguf")
+@dataclass(frozen=True)
+class WeightFile:
+    """A file of weights by its header. fields: what it says beside tensors."""
+
+    path: Path
+    tensors: Mapping[str, StoredTensor]
+    fields: Mapping[str, Any] = field(default_factory=dict)
 
 
-def compare_weights(first: Path, second: Path) -> list[TensorDifference]:
-    """Every tensor that is not the same, in the order of the first file; [] where only headers differ.
-
-    Raises CheckpointError: a file that can't be read as what its name says.
-    """
-    read = _gguf_tensors if first.suffix == ".gguf" else _safetensors_tensors
-    ours, theirs = read(first), read(second)
+def compare_weights(first: WeightFile, second: WeightFile) -> list[TensorDifference]:
+    """Every tensor that is not the same, in the order of the first file; [] where only headers differ."""
+    ours, theirs = first.tensors, second.tensors
     found = [TensorDifference(name, "is only in the first file") for name in ours if name not in theirs]
     for name in (name for name in ours if name in theirs):
-        found += _compare(name, (first, ours[name]), (second, theirs[name]))
+        found += _compare(name, (first.path, ours[name]), (second.path, theirs[name]))
     return found + [TensorDifference(name, "is only in the second file") for name in theirs if name not in ours]
 
 
-def compare_metadata(first: Path, second: Path) -> list[str]:
-    """Keys of two GGUF files' metadata whose values differ; long lists (vocabularies) are not looked into."""
-    one, two = read_gguf(first).fields, read_gguf(second).fields
-    missing = object()
+def compare_metadata(first: WeightFile, second: WeightFile) -> list[str]:
+    """Keys of two files' fields whose values differ."""
+    one, two, missing = first.fields, second.fields, object()
     return [key for key in sorted({*one, *two}) if one.get(key, missing) != two.get(key, missing)]
 
 
-def _compare(name: str, one: tuple[Path, _Tensor], two: tuple[Path, _Tensor]) -> list[TensorDifference]:
+def _compare(name: str, one: tuple[Path, StoredTensor], two: tuple[Path, StoredTensor]) -> list[TensorDifference]:
     (first, ours), (second, theirs) = one, two
     if (ours.type, ours.shape) != (theirs.type, theirs.shape):
         what = f"is {ours.type} {list(ours.shape)} in the first file, {theirs.type} {list(theirs.shape)} in the second"
@@ -121,7 +123,7 @@ def _distance(left: Values, right: Values) -> tuple[int, float]:
     return int(distances.size), float(np.nan_to_num(distances, nan=np.inf, posinf=np.inf).max())
 
 
-def _chunks(path: Path, tensor: _Tensor) -> Iterator[NDArray[np.uint8]]:
+def _chunks(path: Path, tensor: StoredTensor) -> Iterator[NDArray[np.uint8]]:
     """The bytes of a tensor, whole blocks at a time."""
     import numpy as np
 
@@ -132,7 +134,7 @@ def _chunks(path: Path, tensor: _Tensor) -> Iterator[NDArray[np.uint8]]:
             yield np.frombuffer(file.read(min(size, tensor.size_bytes - start)), np.uint8)
 
 
-def _decoded(tensor: _Tensor, raw: NDArray[np.uint8]) -> Values | None:
+def _decoded(tensor: StoredTensor, raw: NDArray[np.uint8]) -> Values | None:
     """The values of some blocks; None for a type that nobody here can decode."""
     if tensor.decode is None:
         return None
@@ -142,13 +144,15 @@ def _decoded(tensor: _Tensor, raw: NDArray[np.uint8]) -> Values | None:
         return None
 
 
-def _safetensors_tensors(path: Path) -> dict[str, _Tensor]:
-    return {
-        name: _Tensor(
-            item.dtype, item.shape, item.offset, item.size_bytes, 1, DTYPE_BITS[item.dtype] // 8, _stored(item.dtype)
+def safetensors_file(path: Path) -> WeightFile:
+    """A safetensors file. Raises CheckpointError."""
+    tensors = {
+        name: StoredTensor(
+            item.dtype, item.shape, item.offset, item.size_bytes, DTYPE_BITS[item.dtype] // 8, _stored(item.dtype)
         )
         for name, item in read_header(path).items()
     }
+    return WeightFile(path, tensors)
 
 
 def _stored(dtype: str) -> Callable[[NDArray[np.uint8]], Values] | None:
@@ -163,11 +167,16 @@ def _stored(dtype: str) -> Callable[[NDArray[np.uint8]], Values] | None:
     return None if kind is None else lambda raw: raw.view(kind).astype(np.float64)
 
 
-def _gguf_tensors(path: Path) -> dict[str, _Tensor]:
-    return {
-        name: _Tensor(item.type, item.shape, item.offset, item.size_bytes, *BLOCKS[item.type], _dequantized(item.type))
-        for name, item in read_gguf(path).tensors.items()
+def gguf_file(path: Path) -> WeightFile:
+    """A GGUF file; of long lists (vocabularies) among its fields only that they are there. Raises CheckpointError."""
+    file = read_gguf(path)
+    tensors = {
+        name: StoredTensor(
+            item.type, item.shape, item.offset, item.size_bytes, BLOCK_BYTES[item.type], _dequantized(item.type)
+        )
+        for name, item in file.tensors.items()
     }
+    return WeightFile(path, tensors, file.fields)
 
 
 def _dequantized(type_name: str) -> Callable[[NDArray[np.uint8]], Values] | None:
@@ -178,7 +187,7 @@ def _dequantized(type_name: str) -> Callable[[NDArray[np.uint8]], Values] | None
     except ImportError:
         return None
     kind = getattr(gguf.GGMLQuantizationType, type_name, None)
-    block_bytes = BLOCKS[type_name][1]
+    block_bytes = BLOCK_BYTES[type_name]
 
     def decode(raw: NDArray[np.uint8]) -> Values:
         values: Any = gguf.dequantize(raw.reshape(-1, block_bytes), kind)

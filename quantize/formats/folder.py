@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from quantize.errors import RefusedError
+from quantize.files.compare import WeightFile, safetensors_file
 from quantize.formats.format import OnDisk
 from quantize.model.checkpoint import read_chat_template, read_json, tensor_table
 from quantize.model.shape import ModelShape
@@ -34,6 +35,14 @@ class FolderLayout:
     def main_file(self, folder: Path) -> Path | None:
         """None: the folder is opened."""
         return None
+
+    def weight_names(self, names: Iterable[str]) -> tuple[str, ...]:
+        """See Layout; by the suffix."""
+        return tuple(name for name in names if name.endswith(".safetensors"))
+
+    def read(self, path: Path) -> WeightFile:
+        """See Layout."""
+        return safetensors_file(path)
 
     def measure(self, path: Path) -> OnDisk:
         """See Layout."""

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from quantize.estimate.vram import VramProfile
+from quantize.files.compare import WeightFile
 from quantize.formats.base import Builder
 from quantize.model.checkpoint import Checkpoint
 from quantize.model.shape import ModelShape
@@ -54,6 +55,12 @@ class Layout(Protocol):
 
     def main_file(self, folder: Path) -> Path | None:
         """The one file that a runtime opens; None where it opens the folder. Raises VerifyError: it is not there."""
+
+    def weight_names(self, names: Iterable[str]) -> tuple[str, ...]:
+        """Of the files of an artifact, those that hold its weights."""
+
+    def read(self, path: Path) -> WeightFile:
+        """One file of weights, by its header. Raises CheckpointError."""
 
     def measure(self, path: Path) -> OnDisk:
         """From headers, read once, of what `main_file` gives or the folder.

@@ -8,13 +8,13 @@ Specification: CNCF ModelPack model-spec v1, on the OCI image specification v1.1
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from quantize.errors import VerifyError
-from quantize.formats import known_format
+from quantize.formats import find_format
 from quantize.recipe.model import SLUG
 from quantize.store.artifact import Artifact
 from quantize.store.manifest import FILE_NAME, PAPERS, Manifest
@@ -35,8 +35,6 @@ MAX_MANIFEST_BYTES = 4 << 20  # what registries take at most
 MANIFEST_NAME = "modelpack.json"  # in targets that hold plain files
 CONFIG_NAME = "modelpack-config.json"
 RESERVED = (MANIFEST_NAME, CONFIG_NAME)
-WEIGHTS = (".gguf", ".safetensors")
-NOT_WEIGHTS = ".imatrix.gguf"
 DOCUMENTS = ("LICENSE", "NOTICE", "USE_POLICY")
 
 
@@ -99,13 +97,18 @@ def publishable_files(artifact: Artifact) -> dict[str, Path]:
 
 
 def make_pack(artifact: Artifact) -> tuple[Pack, bytes]:
-    """The publication of an artifact whose hashes were checked, and its configuration's bytes."""
+    """The publication of an artifact whose hashes were checked, and its configuration's bytes.
+
+    Raises UsageError: its format is not installed here, so that nobody knows what its files are.
+    """
     known = {entry.path: entry for entry in artifact.manifest.files}
+    kind = find_format(artifact.manifest.format)
+    weights = kind.layout.weight_names(known)
     files = []
     for name, path in publishable_files(artifact).items():
         _check_path(name)
         sha256 = known[name].sha256 if name in known else hash_file(path)
-        files.append(Blob(digest.from_digits(sha256), path.stat().st_size, media_type(name), name))
+        files.append(Blob(digest.from_digits(sha256), path.stat().st_size, media_type(name, weights), name))
     config = digest.canonical_json(model_config(artifact.manifest, files))
     entry = Blob(digest.digest_of(config), len(config), CONFIG_TYPE, CONFIG_NAME)
     document = {
@@ -119,10 +122,10 @@ def make_pack(artifact: Artifact) -> tuple[Pack, bytes]:
     return Pack(digest.canonical_json(document), entry, tuple(files)), config
 
 
-def media_type(path: str) -> str:
-    """The ModelPack type of a file: weights, what is needed to load them, or a document about them."""
+def media_type(path: str, weights: Container[str]) -> str:
+    """The ModelPack type of a file: one of those with weights, what is needed to load them, or a document on them."""
     name = PurePosixPath(path).name
-    if name.endswith(WEIGHTS) and not name.endswith(NOT_WEIGHTS):
+    if path in weights:
         return WEIGHT_TYPE
     return DOC_TYPE if path in PAPERS or name.startswith(DOCUMENTS) else WEIGHT_CONFIG_TYPE
 
@@ -139,7 +142,7 @@ def model_config(manifest: Manifest, files: list[Blob]) -> dict[str, Any]:
         "sourceURL": source.uri,
         "licenses": [source.license] if source.license else None,
     }
-    kind = known_format(manifest.format)
+    kind = find_format(manifest.format)
     config = {
         "architecture": "transformer",
         "format": kind.layout.container,

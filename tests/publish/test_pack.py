@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import jsonschema
 import pytest
 
-from quantize.errors import VerifyError
+from quantize.errors import UsageError, VerifyError
+from quantize.formats import find_format
 from quantize.publish.pack import (
     CONFIG_NAME,
     check_config,
@@ -47,8 +49,13 @@ def test_every_file_is_a_layer_with_its_type(artifact: Artifact) -> None:
         artifact.manifest.files[-1].path: "weight.v1.raw",
     }
     assert set(types) == set(publishable_files(artifact))
-    assert media_type("tokenizer.json") == "application/vnd.cncf.model.weight.config.v1.raw"
-    assert media_type("model.imatrix.gguf") == "application/vnd.cncf.model.weight.config.v1.raw"
+    assert media_type("tokenizer.json", ()) == "application/vnd.cncf.model.weight.config.v1.raw"
+
+
+def test_an_importance_matrix_is_no_weights() -> None:
+    names = ("model.gguf", "model.imatrix.gguf", "config.json")
+    assert find_format("gguf").layout.weight_names(names) == ("model.gguf",)
+    assert find_format("awq").layout.weight_names((*names, "model.safetensors")) == ("model.safetensors",)
 
 
 @pytest.mark.parametrize(
@@ -152,7 +159,16 @@ def test_a_configuration_of_other_files(artifact: Artifact) -> None:
         check_config(pack, json.dumps(data).encode())
 
 
-@pytest.mark.parametrize("changes", [{}, {"format": "awq", "bits": 4, "options": {}}, {"format": "x", "bits": None}])
+def test_a_format_that_is_not_installed(artifact: Artifact) -> None:
+    """Nobody here knows what its files are: the publication would be another one than where it is installed."""
+    manifest = artifact.manifest.model_copy(update={"format": "x"})
+    with pytest.raises(UsageError, match="the format 'x' is not installed here"):
+        make_pack(replace(artifact, manifest=manifest))
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, {"format": "awq", "bits": 4, "options": {}}, {"format": "bitsandbytes", "bits": None}]
+)
 def test_the_configuration_is_valid_by_the_published_schema(changes: dict[str, Any], artifact: Artifact) -> None:
     schema = pytest.importorskip("modelpack_client.schema").CONFIG_SCHEMA
     manifest = artifact.manifest.model_copy(update=changes)

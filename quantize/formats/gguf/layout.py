@@ -8,6 +8,7 @@ from pathlib import Path
 
 from quantize.errors import VerifyError
 from quantize.estimate.vram import repacked_bytes
+from quantize.files.compare import WeightFile, gguf_file
 from quantize.files.gguf import read_gguf
 from quantize.formats.format import OnDisk
 from quantize.model.shape import gguf_shape
@@ -29,9 +30,15 @@ class GgufLayout:
 
     def main_name(self, names: Iterable[str]) -> str | None:
         """See Layout; the first by name."""
-        return min(
-            (name for name in names if name.endswith(SUFFIX) and not name.endswith(IMATRIX_SUFFIX)), default=None
-        )
+        return min(self.weight_names(names), default=None)
+
+    def weight_names(self, names: Iterable[str]) -> tuple[str, ...]:
+        """See Layout; an importance matrix is none."""
+        return tuple(name for name in names if name.endswith(SUFFIX) and not name.endswith(IMATRIX_SUFFIX))
+
+    def read(self, path: Path) -> WeightFile:
+        """See Layout."""
+        return gguf_file(path)
 
     def main_file(self, folder: Path) -> Path:
         """See Layout."""

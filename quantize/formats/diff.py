@@ -6,8 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from quantize.files.gguf import read_gguf
-from quantize.files.safetensors import read_header
+from quantize.formats import known_format
 from quantize.store.artifact import Artifact
 
 SUMMARIZED = ("files", "digest", "build_key", "kept_in_high_precision", "estimate", "schema_version")
@@ -32,18 +31,10 @@ def compare(first: Artifact, second: Artifact) -> list[Difference]:
 
 def tensor_types(artifact: Artifact) -> dict[str, str]:
     """Each tensor's type and bytes, from headers only."""
-    types: dict[str, str] = {}
-    for entry in artifact.manifest.files:
-        path = artifact.folder / entry.path
-        if entry.path.endswith(".imatrix.gguf"):
-            continue
-        if entry.path.endswith(".gguf"):
-            types.update(
-                {item.name: f"{item.type} ({item.size_bytes:,} B)" for item in read_gguf(path).tensors.values()}
-            )
-        elif entry.path.endswith(".safetensors"):
-            types.update({item.name: f"{item.dtype} ({item.size_bytes:,} B)" for item in read_header(path).values()})
-    return types
+    layout = known_format(artifact.manifest.format).layout
+    names = layout.weight_names(entry.path for entry in artifact.manifest.files)
+    files = [layout.read(artifact.folder / name) for name in names]
+    return {name: f"{item.type} ({item.size_bytes:,} B)" for file in files for name, item in file.tensors.items()}
 
 
 def _settings(artifact: Artifact) -> dict[str, Any]:
