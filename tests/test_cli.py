@@ -128,7 +128,7 @@ def test_python_m_is_the_same_command() -> None:
         (["build", "x.yaml", "--frce"], "No such option '--frce'"),
         (["build", "x.yaml", "--threads", "0"], "0 is not in the range x>=1"),
         (["schema", "artifact"], "'artifact' is not one of 'recipe', 'manifest'"),
-        (["build", "no-such-recipe.yaml"], "error: no-such-recipe.yaml:1:1: no such file"),
+        (["build", "no-such-recipe.yaml"], "error: no-such-recipe.yaml: no such file"),
         (["show", "nothing"], "error: no artifact 'nothing'"),
         (["build", "recipes/smollm2-135m.yaml", "--memory-budget", "lots"], "error: 'lots' is no size"),
         (["build", "recipes/smollm2-135m.yaml", "--only", "q9"], "error: the recipe has no variant 'q9'"),

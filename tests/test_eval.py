@@ -96,12 +96,12 @@ def test_an_artifact_in_no_store_is_measured_where_it_is(unmeasured: Path, run: 
     ("options", "message", "code"),
     [
         (["tiny/q9"], "no artifact 'tiny/q9'", 2),
-        (["none.yaml"], "none.yaml:1:1: no such file", 2),
-        (["tiny/q8_0", "--text", "none.txt"], "no such text: none.txt", 2),
+        (["none.yaml"], "none.yaml: no such file", 2),
+        (["tiny/q8_0", "--text", "none.txt"], "--text none.txt: no such file", 2),
         (["tiny/q8_0", "--text", "EMPTY"], "empty.txt: no text to measure on", 2),
         (["tiny/q8_0", "--text", "SHORT"], "tokens are less than one window of 128", 2),
         (["tiny/q8_0", "--golden", "WRONG"], "wrong.yaml:2:44: `kind`: Input should be", 2),
-        (["tiny/q8_0", "--golden", "NONE"], "no such golden prompts", 2),
+        (["tiny/q8_0", "--golden", "NONE"], "/none: no such file", 2),
         ([], "Missing argument 'ARTIFACT|RECIPE...'", 2),
     ],
 )

@@ -105,7 +105,7 @@ def test_what_can_only_be_a_path(text: str, expected: bool) -> None:
 
 def test_a_misspelt_file_name_is_suggested(tmp_path: Path) -> None:
     (tmp_path / "demo.yaml").write_text("{}")
-    with pytest.raises(RecipeError, match=r"demo\.yml:1:1: no such file") as caught:
+    with pytest.raises(RecipeError, match=r"demo\.yml: no such file") as caught:
         read_document(tmp_path / "demo.yml")
     assert caught.value.hint == f"did you mean {tmp_path / 'demo.yaml'}?"
 

@@ -9,6 +9,7 @@ import click
 
 from quantize.build.evaluate_again import find_targets, reevaluate
 from quantize.build.settle import Settled
+from quantize.calibration.datasets import find_held_out
 from quantize.cli.common import (
     json_option,
     make_limits,
@@ -22,8 +23,10 @@ from quantize.cli.common import (
     verbose_option,
 )
 from quantize.cli.progress import console_reporter
+from quantize.errors import UsageError
 from quantize.evaluate.record import GoldenCount, source_lines
 from quantize.store.store import Store
+from quantize.system.lookup import GOLDEN, builtin_files, find_data
 
 COLUMNS = [
     ("ARTIFACT", "left"), ("PERPLEXITY", "right"), ("RATIO", "right"), ("MEAN KL", "right"), ("P99 KL", "right"),
@@ -61,6 +64,7 @@ def command(
         named = [] if no_golden else golden
         changes["golden"] = [str(path.absolute() if path.exists() else path) for path in named]
     found = find_targets(tuple(map(recipe_path, targets)), store)
+    _check_files(text, () if no_golden else golden, {Path(), *(item.recipe.path.parent for item in found)})
     cache, limits, results = open_cache(), make_limits(threads, "cpu", None), []
     with console_reporter(quiet=quiet or as_json) as reporter:
         for target in found:
@@ -76,6 +80,16 @@ def command(
         click.echo(f"refused: {error}", err=True)
     if refused:
         click.get_current_context().exit(max(error.exit_code for error in refused))
+
+
+def _check_files(text: str | None, golden: tuple[Path, ...], folders: set[Path]) -> None:
+    """Raises UsageError: an option names what is not there, neither here nor beside a recipe."""
+    if text is not None and not any(find_held_out(text, folder) for folder in folders):
+        raise UsageError(f"--text {text}: no such file", hint="give a .txt, .jsonl or .parquet file, or python-docs")
+    for path in golden:
+        if not any(find_data(str(path), folder, GOLDEN) for folder in folders):
+            named = ", ".join(builtin_files(GOLDEN))
+            raise UsageError(f"--golden {path}: no such file", hint=f"give a .yaml file, or a name: {named}")
 
 
 def _row(item: Settled) -> list[str]:

@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from quantize.provenance.signature import Trust
     from quantize.serve.targets import LocalTarget, UpstreamTarget
 
-LOOPBACK = ("127.0.0.1", "::1", "localhost")
 RUNTIMES = ("vllm", "ollama", "llama-server", "compose")
 
 
@@ -42,6 +41,8 @@ RUNTIMES = ("vllm", "ollama", "llama-server", "compose")
 @click.option("--max-body", default="4MiB", show_default=True, metavar="SIZE", help="Largest body of a request.")
 @click.option("--rate", type=click.IntRange(min=0), default=0, help="Requests a minute for each key; 0: no limit.")
 @click.option("--keys", type=click.Path(path_type=Path, dir_okay=False), help="File of hashed API keys, one a line.")
+@click.option("--cors", multiple=True, metavar="ORIGIN", help="Let pages of ORIGIN ask: https://host, or *.")
+@click.option("--root-path", default="", metavar="PREFIX", help="Path prefix that a proxy in front has for it.")
 @click.option("--no-auth", is_flag=True, help="Listen beyond this machine without API keys.")
 @click.option("--new-key", metavar="NAME", help="Print a new API key and its line for --keys, and end.")
 @click.option("--force", is_flag=True, help="Load even what does not fit the free memory.")
@@ -90,14 +91,14 @@ def _print_hand_over(runtime: str, artifacts: tuple[str, ...], store: Store, opt
     from quantize.serve.handover import HandOver, render
     from quantize.serve.targets import LocalTarget, resolve
 
+    targets = []
     for text in artifacts:
         target = resolve(text, store)
         if not isinstance(target, LocalTarget):
             raise UsageError(f"{text}: already runs elsewhere")
-        wanted = HandOver(
-            options["host"], options["port"], options["device"], options["context"], options["concurrency"]
-        )
-        click.echo(render(runtime, target, wanted))
+        targets.append(target)
+    wanted = HandOver(options["host"], options["port"], options["device"], options["context"], options["concurrency"])
+    click.echo(render(runtime, targets, wanted))
 
 
 def _serve(artifacts: tuple[str, ...], store: Store, options: dict[str, Any]) -> None:
@@ -107,14 +108,17 @@ def _serve(artifacts: tuple[str, ...], store: Store, options: dict[str, Any]) ->
     from quantize.system.machine import detect
 
     try:
+        from quantize.serve.address import Address, is_loopback
         from quantize.serve.engines.base import EngineTarget
-        from quantize.serve.server import Address, run
+        from quantize.serve.front import Front
+        from quantize.serve.server import run
         from quantize.serve.service import RequestLimits
     except ImportError as exc:
         raise MissingExtraError("serving", "serve") from exc
 
     keys = load_keys(options["keys"], os.environ)
-    if not keys and not options["no_auth"] and options["host"] not in LOOPBACK:
+    front = Front.of(options["root_path"], options["cors"])
+    if not keys and not options["no_auth"] and not is_loopback(options["host"]):
         hint = "make one with --new-key and give it with --keys, or say --no-auth"
         raise UsageError(f"--host {options['host']} would let anyone in: there are no API keys", hint=hint)
     wanted = ServeOptions(
@@ -143,7 +147,7 @@ def _serve(artifacts: tuple[str, ...], store: Store, options: dict[str, Any]) ->
         queue=options["queue"],
     )  # fmt: skip
     address = Address(options["host"], options["port"], options["grace"])
-    run(targets, _rules(names, options), limits, keys, address, options["log_level"])
+    run(targets, _rules(names, options), limits, keys, address, front, options["log_level"])
 
 
 def _trust(options: dict[str, Any]) -> Trust | None:

@@ -81,15 +81,15 @@ def read_document(path: Path) -> Document:
     """
     try:
         if path.is_dir():
-            raise RecipeError(f"{path}:1:1: this is a folder, not a file", hint="name the YAML file itself")
+            raise RecipeError(f"{path}: this is a folder, not a file", hint="name the YAML file itself")
         text = read_limited(path, MAX_BYTES).decode("utf-8")
     except FileNotFoundError as exc:
-        raise RecipeError(f"{path}:1:1: no such file", hint=_similar_file(path)) from exc
+        raise RecipeError(f"{path}: no such file", hint=_similar_file(path)) from exc
     except UnicodeDecodeError as exc:
         raise RecipeError(f"{path}:1:1: not UTF-8 text (byte {exc.start})", hint="save the file as UTF-8") from exc
     except OSError as exc:
         hint = "make it smaller" if exc.errno == errno.EFBIG else "check its permissions"
-        raise RecipeError(f"{path}:1:1: can't be read: {exc.strerror}", hint=hint) from exc
+        raise RecipeError(f"{path}: can't be read: {exc.strerror}", hint=hint) from exc
     return parse_document(text, str(path))
 
 

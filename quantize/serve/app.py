@@ -21,6 +21,7 @@ from quantize.serve import protocol
 from quantize.serve.edge import CLIENT_GONE, INTERNAL, STATE, App, Edge, RequestState, failure_response
 from quantize.serve.engines.base import Engine
 from quantize.serve.failures import ClientGone, Failure
+from quantize.serve.front import Front, FrontApp
 from quantize.serve.limits import Keys, Rates, Slots
 from quantize.serve.logs import Log
 from quantize.serve.monitoring import Metrics, Watcher
@@ -36,6 +37,7 @@ BODIES = (
     protocol.SimpleChatRequest,
     protocol.GenerateRequest,
 )
+DIRECT = Front()
 
 
 @dataclass(frozen=True)
@@ -47,8 +49,9 @@ class Gateway:
 
 
 def make_gateway(
-    make_engines: Callable[[Watcher], Mapping[str, Engine]], rules: Rules, limits: RequestLimits, keys: Keys, log: Log
-) -> Gateway:
+    make_engines: Callable[[Watcher], Mapping[str, Engine]], rules: Rules, limits: RequestLimits, keys: Keys, log: Log,
+    front: Front = DIRECT,
+) -> Gateway:  # fmt: skip
     """The whole gateway; engines are made with what listens to them. Raises UsageError: rules name an unknown model."""
     metrics = Metrics()
     engines = make_engines(Watcher(log, metrics))
@@ -66,12 +69,14 @@ def make_gateway(
 
     app = FastAPI(
         title="quantize gateway", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None,
+        redirect_slashes=False,
         exception_handlers={HTTPException: _on_http, Failure: _on_failure, ClientGone: _on_gone, 500: _on_http},
     )  # fmt: skip
     app.include_router(make_router(service, time.monotonic()))
-    add_pages(app)
-    _describe_bodies(app, needs_key=bool(keys))
-    return Gateway(Edge(cast("App", app), keys, Rates(limits.requests_per_minute), metrics, log), service)
+    add_pages(app, front.root_path)
+    _describe_bodies(app, front.root_path, needs_key=bool(keys))
+    edge = Edge(cast("App", app), keys, Rates(limits.requests_per_minute), metrics, log)
+    return Gateway(FrontApp(edge, front), service)
 
 
 async def _on_failure(request: Request, exc: Exception) -> Response:
@@ -94,13 +99,15 @@ async def _on_gone(_request: Request, _exc: Exception) -> Response:
     return Response(status_code=CLIENT_GONE)
 
 
-def _describe_bodies(app: FastAPI, *, needs_key: bool) -> None:
+def _describe_bodies(app: FastAPI, root_path: str, *, needs_key: bool) -> None:
     """Add the schemas of bodies that routes read themselves, and how keys are sent."""
     made = app.openapi
 
     def openapi() -> dict[str, Any]:
         if app.openapi_schema is None:
             schema = made()
+            if root_path:
+                schema["servers"] = [{"url": root_path}]
             parts = schema.setdefault("components", {}).setdefault("schemas", {})
             for body in BODIES:
                 own = body.model_json_schema(ref_template="#/components/schemas/{model}")

@@ -6,9 +6,10 @@ format, with what does.
 
 from __future__ import annotations
 
+import re
 import shlex
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import yaml
@@ -17,10 +18,11 @@ from quantize.errors import RefusedError
 from quantize.estimate.fit import USABLE_PERCENT
 from quantize.formats import find_format
 from quantize.formats.format import No
+from quantize.serve.address import written
 from quantize.serve.preflight import DEFAULT_CONTEXT
 from quantize.serve.targets import LocalTarget
 
-KEY = "$QUANTIZE_API_KEY"
+KEY = "${QUANTIZE_API_KEY:?set it to the API key}"  # a shell, and Docker, stop where it is not set
 VLLM_IMAGE = "vllm/vllm-openai:latest"
 GATEWAY_IMAGE = "quantize-gateway"
 MOUNT = "/model"
@@ -51,9 +53,12 @@ class HandOver:
         return self.device.partition(":")[2] or "0"
 
 
-def render(runtime: str, target: LocalTarget, wanted: HandOver) -> str:
-    """The text for one artifact."""
-    return _RENDERERS[runtime](target, wanted)
+def render(runtime: str, targets: Sequence[LocalTarget], wanted: HandOver) -> str:
+    """The text for all artifacts, each on a port of its own from the wanted one up; compose takes them in one file."""
+    each = [(target, replace(wanted, port=wanted.port + number)) for number, target in enumerate(targets)]
+    if runtime == "compose":
+        return _compose(each)
+    return "\n\n".join(_RENDERERS[runtime](target, own) for target, own in each)
 
 
 def _vllm(target: LocalTarget, wanted: HandOver) -> str:
@@ -127,48 +132,75 @@ def _llama_server(target: LocalTarget, wanted: HandOver) -> str:
 
 
 def _need_gguf(target: LocalTarget, runtime: str) -> None:
-    if not find_format(target.format).handover.llama_cpp_file:
+    if not _in_llama_cpp(target):
         hint = "build a gguf variant, or use --print vllm, or `quantize serve`"
         raise RefusedError(f"{target.name}: {runtime} takes GGUF files, this is {target.format}", hint=hint)
 
 
-def _compose(target: LocalTarget, wanted: HandOver) -> str:
+def _compose(each: Sequence[tuple[LocalTarget, HandOver]]) -> str:
+    notes: list[str] = []
+    services: dict[str, Any] = {}
+    for target, wanted in each:
+        note, service = _service(target, wanted)
+        name = "model" if len(each) == 1 else re.sub(r"[^a-z0-9]+", "-", target.name.lower()).strip("-") or "model"
+        services[name if name not in services else f"{name}-{len(services)}"] = service
+        notes += note
+    notes.append("# QUANTIZE_API_KEY=… docker compose up")
+    return "\n".join(notes) + "\n" + yaml.safe_dump({"services": services}, sort_keys=False, width=120).rstrip()
+
+
+def _service(target: LocalTarget, wanted: HandOver) -> tuple[list[str], dict[str, Any]]:
     """vLLM where it takes the format and there is a GPU; else this gateway's own image (deploy/Dockerfile)."""
     answer = _in_vllm(target)
     in_vllm = not wanted.on_cpu and not isinstance(answer, No)
     service = _vllm_service(target, wanted) if in_vllm else _gateway_service(target, wanted)
     service |= {
-        "ports": [f"{wanted.host}:{wanted.port}:8000"],
-        "volumes": [f"{target.folder.resolve()}:{MOUNT}:ro"],
+        "ports": [f"{written(wanted.host, wanted.port)}:8000"],
+        "volumes": [
+            {"type": "bind", "source": _plain(str(target.folder.resolve())), "target": MOUNT, "read_only": True}
+        ],
         "restart": "unless-stopped",
     }
     if not wanted.on_cpu:
         device = {"driver": "nvidia", "device_ids": [wanted.gpu], "capabilities": ["gpu"]}
         service["deploy"] = {"resources": {"reservations": {"devices": [device]}}}
-    note = f"# {target.name} ({target.format}): QUANTIZE_API_KEY=… docker compose up"
-    if isinstance(answer, No):
-        note += f"\n# {answer.reason}: this gateway runs it"
-    return note + "\n" + yaml.safe_dump({"services": {"model": service}}, sort_keys=False, width=120).rstrip()
+    note = [
+        f"# {target.name} ({target.format})"
+        + (f": {answer.reason}: this gateway runs it" if isinstance(answer, No) else "")
+    ]
+    if not in_vllm and wanted.on_cpu and not _in_llama_cpp(target):
+        note.append("# the cuda image runs on a CPU too; the cpu image has no torch")
+    return note, service
 
 
 def _vllm_service(target: LocalTarget, wanted: HandOver) -> dict[str, Any]:
-    inside = {"--host": "0.0.0.0", "--port": "8000", "--api-key": "${QUANTIZE_API_KEY:?}"}
+    inside = {"--host": "0.0.0.0", "--port": "8000", "--api-key": KEY}
     options = [(item[0], inside.get(item[0], *item[1:])) for item in _vllm_options(target, wanted)]
-    return {"image": VLLM_IMAGE, "command": [MOUNT, *(word for item in options for word in item)], "ipc": "host"}
+    words = [word if word == KEY else _plain(word) for item in options for word in item]
+    return {"image": VLLM_IMAGE, "command": [MOUNT, *words], "ipc": "host"}
 
 
 def _gateway_service(target: LocalTarget, wanted: HandOver) -> dict[str, Any]:
     mounted = MOUNT if target.path == target.folder else f"{MOUNT}/{target.path.name}"
     command = [
-        f"{target.name}={mounted}", "--host", "0.0.0.0", "--port", "8000",
+        _plain(f"{target.name}={mounted}"), "--host", "0.0.0.0", "--port", "8000",
         "--context", str(wanted.context_of(target)), "--concurrency", str(wanted.concurrency),
         "--device", "cpu" if wanted.on_cpu else "cuda:0",
     ]  # fmt: skip
     return {
-        "image": f"{GATEWAY_IMAGE}:{'cpu' if wanted.on_cpu else 'cuda'}",
+        "image": f"{GATEWAY_IMAGE}:{'cpu' if wanted.on_cpu and _in_llama_cpp(target) else 'cuda'}",
         "command": command,
-        "environment": {"QUANTIZE_API_KEYS": "${QUANTIZE_API_KEY:?}"},
+        "environment": {"QUANTIZE_API_KEYS": KEY},
     }
+
+
+def _in_llama_cpp(target: LocalTarget) -> bool:
+    return find_format(target.format).handover.llama_cpp_file
+
+
+def _plain(word: str) -> str:
+    """Without variables in it, as Docker reads it."""
+    return word.replace("$", "$$")
 
 
 def _lines(command: list[str], options: list[tuple[str, ...]]) -> str:
@@ -186,5 +218,4 @@ _RENDERERS: dict[str, Callable[[LocalTarget, HandOver], str]] = {
     "vllm": _vllm,
     "ollama": _ollama,
     "llama-server": _llama_server,
-    "compose": _compose,
 }

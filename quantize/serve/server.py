@@ -13,15 +13,15 @@ import signal
 import socket
 import sys
 from collections.abc import Callable, Generator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import uvicorn
 
-from quantize.errors import UsageError
+from quantize.serve.address import Address, bind, written
 from quantize.serve.app import Gateway, make_gateway
 from quantize.serve.engines.base import Engine, EngineTarget
 from quantize.serve.engines.local import LocalEngine
+from quantize.serve.front import Front
 from quantize.serve.limits import Keys
 from quantize.serve.logs import LogWriter, ServerLogs, make_log
 from quantize.serve.monitoring import Watcher
@@ -33,26 +33,17 @@ BACKLOG = 2048
 KEEP_ALIVE_SECONDS = 30
 
 
-@dataclass(frozen=True)
-class Address:
-    """Where to listen; port 0 takes a free one. grace_seconds: for answers under way when the gateway is to end."""
-
-    host: str = "127.0.0.1"
-    port: int = 8000
-    grace_seconds: int = 30
-
-
 def run(
     targets: Sequence[EngineTarget | UpstreamTarget], rules: Rules, limits: RequestLimits, keys: Keys, address: Address,
-    log_level: str = "info",
+    front: Front, log_level: str = "info",
 ) -> None:  # fmt: skip
     """Serve until SIGTERM or SIGINT. Raises UsageError: the address is taken."""
-    listener = _bind(address)
+    listener = bind(address)
     writer = LogWriter(sys.stderr.buffer)
     log = make_log(writer, log_level)
     logging.basicConfig(handlers=[ServerLogs(log)], level=logging.WARNING, force=True)
     try:
-        gateway = make_gateway(lambda watcher: _engines(targets, watcher), rules, limits, keys, log)
+        gateway = make_gateway(lambda watcher: _engines(targets, watcher), rules, limits, keys, log, front)
         gc.collect()
         gc.freeze()  # what is loaded now stays: collections need not look at it again
         with asyncio.Runner(loop_factory=_loop_factory()) as runner:
@@ -103,22 +94,8 @@ async def _serve(gateway: Gateway, listener: socket.socket, address: Address, te
     while not server.started and not serving.done():
         await asyncio.sleep(0.01)
     host, port = listener.getsockname()[:2]
-    tell(f"http://{f'[{host}]' if ':' in host else host}:{port}")
+    tell(f"http://{written(host, port)}")
     await serving
-
-
-def _bind(address: Address) -> socket.socket:
-    family = socket.AF_INET6 if ":" in address.host else socket.AF_INET
-    listener = socket.socket(family, socket.SOCK_STREAM)
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        listener.bind((address.host, address.port))
-    except OSError as exc:
-        listener.close()
-        where = f"{address.host}:{address.port}"
-        raise UsageError(f"can't listen on {where}: {exc.strerror or exc}", hint="choose another --port") from exc
-    listener.set_inheritable(False)
-    return listener
 
 
 def _loop_factory() -> Any:

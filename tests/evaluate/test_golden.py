@@ -86,7 +86,7 @@ def test_ids_and_names_must_be_unique(tmp_path: Path) -> None:
 
 
 def test_missing_files_and_empty_folders(tmp_path: Path) -> None:
-    with pytest.raises(RecipeError, match=r"none\.yaml:1:1: no such file"):
+    with pytest.raises(RecipeError, match=r"none\.yaml: no such file"):
         load_golden([tmp_path / "none.yaml"])
     with pytest.raises(RecipeError, match="no golden prompt files"):
         load_golden([tmp_path])

@@ -21,9 +21,10 @@ pytest.importorskip("fastapi")
 import uvicorn
 
 from quantize.errors import UsageError
-from quantize.serve.app import Gateway, make_gateway
+from quantize.serve.app import DIRECT, Gateway, make_gateway
 from quantize.serve.engines.base import Engine
 from quantize.serve.engines.fake import fake_engine
+from quantize.serve.front import Front
 from quantize.serve.limits import Keys, key_line, load_keys
 from quantize.serve.logs import LogWriter, make_log
 from quantize.serve.monitoring import Watcher
@@ -110,13 +111,15 @@ def gateways() -> Iterator[Start]:
 
     def run(
         engines: MakeEngines, *, rules: Rules | None = None, limits: RequestLimits | None = None, keys: Keys | None =
-        None, ready: bool = True, port: int = 0,
+        None, ready: bool = True, port: int = 0, front: Front = DIRECT,
     ) -> Running:  # fmt: skip
         log = io.BytesIO()
         writer = LogWriter(log)
         chosen = rules or Rules("fake")
         try:
-            gateway = make_gateway(engines, chosen, limits or RequestLimits(), keys or Keys({}), make_log(writer))
+            gateway = make_gateway(
+                engines, chosen, limits or RequestLimits(), keys or Keys({}), make_log(writer), front
+            )
         except UsageError:
             writer.close()
             raise

@@ -7,7 +7,7 @@ from pathlib import Path
 import fastapi_offline
 from fastapi import FastAPI
 from fastapi.openapi.docs import get_swagger_ui_html
-from starlette.responses import FileResponse, Response
+from starlette.responses import HTMLResponse, Response
 from starlette.staticfiles import StaticFiles
 
 FOLDER = Path(__file__).parent
@@ -17,21 +17,22 @@ DOCS_POLICY = POLICY + "; script-src 'self' 'unsafe-inline'; style-src 'self' 'u
 HEADERS = {"x-content-type-options": "nosniff", "referrer-policy": "no-referrer"}
 
 
-def add_pages(app: FastAPI) -> None:
-    """Add /, /docs and their files."""
+def add_pages(app: FastAPI, root_path: str) -> None:
+    """Add /, /docs and their files. root_path: what a proxy has before our paths."""
+    start_page = (FOLDER / "index.html").read_text(encoding="utf-8").replace("{root}", root_path)
 
     @app.get("/", include_in_schema=False)
     async def index() -> Response:
-        return FileResponse(FOLDER / "index.html", headers={**HEADERS, "content-security-policy": POLICY})
+        return HTMLResponse(start_page, headers={**HEADERS, "content-security-policy": POLICY})
 
     @app.get("/docs", include_in_schema=False)
     async def docs() -> Response:
         page = get_swagger_ui_html(
-            openapi_url="/openapi.json",
+            openapi_url=root_path + "/openapi.json",
             title="quantize gateway",
-            swagger_js_url="/assets/swagger/swagger-ui-bundle.js",
-            swagger_css_url="/assets/swagger/swagger-ui.css",
-            swagger_favicon_url="/assets/swagger/favicon.png",
+            swagger_js_url=root_path + "/assets/swagger/swagger-ui-bundle.js",
+            swagger_css_url=root_path + "/assets/swagger/swagger-ui.css",
+            swagger_favicon_url=root_path + "/assets/swagger/favicon.png",
         )
         page.headers.update({**HEADERS, "content-security-policy": DOCS_POLICY})
         return page

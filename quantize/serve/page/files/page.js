@@ -2,10 +2,11 @@
 const byId = (id) => document.getElementById(id);
 const history_ = [];
 let running = null;
+const root = document.documentElement.dataset.root;
 
 async function refresh() {
   try {
-    const [health, ready] = await Promise.all([fetch("/health"), fetch("/ready")].map(async (r) => (await r).json()));
+    const [health, ready] = await Promise.all([fetch(root + "/health"), fetch(root + "/ready")].map(async (r) => (await r).json()));
     byId("state").textContent = ready.status;
     byId("state").title = ready.reason || "";
     byId("live").textContent = health.active_requests;
@@ -57,7 +58,7 @@ async function send(text) {
     const headers = { "content-type": "application/json" };
     if (byId("key").value) headers.authorization = `Bearer ${byId("key").value}`;
     const body = { model: byId("model").value || undefined, messages: history_, temperature: Number(byId("temperature").value), stream: true, stream_options: { include_usage: true } };
-    const response = await fetch("/v1/chat/completions", { method: "POST", headers, body: JSON.stringify(body), signal: running.signal });
+    const response = await fetch(root + "/v1/chat/completions", { method: "POST", headers, body: JSON.stringify(body), signal: running.signal });
     if (!response.ok) throw new Error((await response.json()).error.message);
     for await (const event of events(response.body)) {
       if (event.error) throw new Error(event.error.message);
