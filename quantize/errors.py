@@ -43,7 +43,7 @@ _DISK_WORDS = re.compile(
 _MEMORY_WORDS = re.compile(
     r"out of memory|\bMemoryError\b|not enough memory|can.?t allocate memory|cannot allocate memory|bad_alloc"
     r"|failed to map segment|can't start new thread|Resource temporarily unavailable|unable to (mmap|allocate)"
-    r"|failed to allocate",
+    r"|failed to allocate|CU(BLAS|SOLVER|DNN|SPARSE)_STATUS_ALLOC_FAILED|ErrorOutOfDeviceMemory",
     re.IGNORECASE,
 )
 MAX_CHARACTERS = 4_000

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from quantize.calibration.attention import register
 from quantize.errors import CheckpointError
 from quantize.model.architecture import BlockLayout, Experts, architecture_of
-from quantize.numerics.constants import SHARES
+from quantize.numerics.constants import shares_on
 from quantize.numerics.gram import Gram, GramAccumulator
 from quantize.system.threads import on_threads, threads_on
 
@@ -44,6 +44,8 @@ class BlockRunner:
     def __init__(self, folder: Path, config: dict[str, Any], device: str, precision: str) -> None:
         self.device = torch.device(device)
         self._autocast = precision == "bfloat16"
+        if self.device.type == "cuda":
+            torch.linalg.cholesky_ex(torch.eye(2, device=self.device))  # loads the library, which threads must not
         self._model = _meta_model(folder, architecture_of(config).attention)
         self._base: Any = self._model.model
         for module in self._model.modules():
@@ -75,7 +77,8 @@ class BlockRunner:
         layer = self._base.layers[layout.index]
         state = {layout.module_path(name): self._as_run(tensor) for name, tensor in weights.items()}
         if layout.experts is not None:
-            layer.mlp.experts = _RoutedExperts(layout.experts, weights, layer.mlp.experts.act_fn)
+            run = {name: self._as_run(tensor) for name, tensor in weights.items() if ".experts." in name}
+            layer.mlp.experts = _RoutedExperts(layout.experts, run, layer.mlp.experts.act_fn)
             state = {name: tensor for name, tensor in state.items() if ".experts." not in name}
         try:
             layer.load_state_dict(state, strict=True, assign=True)
@@ -172,9 +175,10 @@ class BlockRunner:
         return found[0], arguments
 
 
-def share_of(batch_number: int) -> int:
-    """The share whose sums a batch goes into: two for each round of batches, whoever computes them, and wherever."""
-    return SHARES * (batch_number // ROUND_BATCHES) + batch_number % SHARES
+def share_of(batch_number: int, device: str) -> int:
+    """The share whose sums a batch goes into: so many a round of batches, whoever computes them, and wherever."""
+    shares = shares_on(device)
+    return shares * (batch_number // ROUND_BATCHES) + batch_number % shares
 
 
 class ShareSums:
@@ -315,15 +319,19 @@ class _RoutedExperts(nn.Module):
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """Sum of each token's chosen experts, weighted by the router."""
         output = torch.zeros_like(hidden_states)
-        for expert, (_, _, down) in enumerate(self.weights):
-            tokens, places = torch.where(top_k_index == expert)
-            if tokens.numel() == 0:
+        chosen, choices = top_k_index.flatten(), top_k_index.shape[1]
+        order = torch.argsort(chosen, stable=True)
+        experts = torch.arange(len(self.weights), device=chosen.device)
+        counts = (chosen[:, None] == experts).sum(0).cpu().tolist()  # the one time that the host waits
+        for expert, places in enumerate(order.split(counts)):
+            if counts[expert] == 0:
                 continue
+            tokens, down = places // choices, self.weights[expert][2]
             states = hidden_states[tokens]
             inner = self.inner(expert, states)
             if self.record is not None:
                 self.record(expert, states, inner)
-            result = nn.functional.linear(inner, down) * top_k_weights[tokens, places, None]
+            result = nn.functional.linear(inner, down) * top_k_weights.flatten()[places, None]
             output.index_add_(0, tokens, result.to(output.dtype))
         return output
 

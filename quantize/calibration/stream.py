@@ -30,7 +30,7 @@ from quantize.calibration.hidden_states import (
 from quantize.errors import BuildError, CheckpointError
 from quantize.events import Reporter, SilentReporter, progress, warn
 from quantize.model.architecture import BlockLayout, Linear, block_layout
-from quantize.numerics.constants import BATCH_TOKENS, SHARES
+from quantize.numerics.constants import batch_tokens, shares_on
 from quantize.numerics.gptq import estimated_loss
 from quantize.numerics.gram import Gram
 from quantize.system.memory import give_back_freed
@@ -112,7 +112,7 @@ def stream_blocks(
     precision: Precision = "float32",
     spill: Spill | None = None,
     start_block: int = 0,
-    tokens_per_batch: int = BATCH_TOKENS,
+    tokens_per_batch: int | None = None,
     reporter: Reporter | None = None,
 ) -> Iterator[Block]:
     """Yield each block from `start_block` on, with its weights and Gram matrices.
@@ -130,7 +130,7 @@ def stream_blocks(
     if not sequences:
         raise BuildError("the calibration set has no tokens")
     runner = BlockRunner(checkpoint.folder, dict(checkpoint.config), device, precision)
-    batches = make_batches([len(ids) for ids in sequences], tokens_per_batch)
+    batches = make_batches([len(ids) for ids in sequences], tokens_per_batch or batch_tokens(device))
     ordered = [sequences[member] for batch in batches for member in batch.members]
     tokens = sum(len(ids) for ids in ordered)
     states = open_states(runner, tokens, spill)
@@ -234,12 +234,13 @@ def _record(
     A batch's products are too small for many threads: two batches on a thread each take less time than one after the
     other on two.
     """
+    device = runner.device.type
     with runner.recording(layout, output_needed=not last) as recorder:
 
         def run(number: int) -> Tensor | None:
-            return recorder.run(states.read(batches[number]), share_of(number))
+            return recorder.run(states.read(batches[number]), share_of(number, device))
 
-        with split_threads(SHARES if runner.device.type == "cpu" else 1) as pools:
+        with split_threads(shares_on(device)) as pools:
             for start in range(0, len(batches), ROUND_BATCHES):
                 numbers = range(start, min(start + ROUND_BATCHES, len(batches)))
                 outputs = in_turn([partial(run, number) for number in numbers], pools)

@@ -66,6 +66,13 @@ class RunLimits:
     memory_budget_bytes: int | None = None
     spread: PassSpread | None = None
 
+    @property
+    def tasks_at_once(self) -> int:
+        """How many pieces of tensor work may run at once: one for each thread, and one after the other on a GPU, where
+        more of them take more memory and no less time, and the first use of a library is not safe on two threads.
+        """
+        return self.threads if self.device == "cpu" else 1
+
     @classmethod
     def of(
         cls, threads: int | None = None, device: str = "cpu", memory_budget: int | str | None = None, *,

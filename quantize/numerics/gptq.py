@@ -9,6 +9,7 @@ with one Cholesky factorization and no inverse. Columns are visited in an order 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor
 
 from quantize.errors import BuildError
-from quantize.numerics.constants import SOLVED_ROWS
+from quantize.numerics.constants import GPU_SOLVED_VALUES, SOLVED_ROWS
 from quantize.numerics.rtn import Quantized, check_shape, round_to_nearest
 from quantize.numerics.scales import ScaleSearch
 from quantize.system.threads import without_gil
@@ -70,11 +71,11 @@ def factorize(gram: Tensor, group_size: int, *, damping: float = DAMPING) -> Fac
     """
     check_shape(gram.shape[0], 4, group_size)
     diagonal = gram.diagonal()
-    if not bool(torch.isfinite(diagonal).all()):
+    mean = float(diagonal.double().mean())
+    if not math.isfinite(mean):
         raise BuildError("the Gram matrix is not finite", hint="the model overflows on the calibration text")
     order = group_order(diagonal, group_size)
     backward = order.flip(0)
-    mean = float(diagonal.double().mean())
     while mean > 0 and damping < 1e3:
         matrix = gram.index_select(0, backward).index_select(1, backward)
         matrix.diagonal().add_(damping * mean)
@@ -128,8 +129,9 @@ def row_tasks(
     stacked = torch.cat([weight.float() for weight in weights]) if len(weights) > 1 else weights[0].float()
     check_shape(stacked.shape[1], bits, factor.group_size)
     kind = ScaleSearch(bits, symmetric, smallest_zero)
-    starts = range(0, len(stacked), SOLVED_ROWS)
-    return [partial(_solve_rows, stacked[start : start + SOLVED_ROWS], factor, kind) for start in starts]
+    step = max(SOLVED_ROWS, GPU_SOLVED_VALUES // stacked.shape[1]) if stacked.is_cuda else SOLVED_ROWS
+    starts = range(0, len(stacked), step)
+    return [partial(_solve_rows, stacked[start : start + step], factor, kind) for start in starts]
 
 
 def collect(weights: Sequence[Tensor], parts: Sequence[SolvedRows]) -> list[Solution]:
@@ -196,7 +198,7 @@ def _sweep(weight: Tensor, factor: Factor, search: ScaleSearch) -> Quantized:
     width, out = original.shape
     errors = torch.empty_like(original)
     codes = torch.empty(width, out, dtype=torch.uint8, device=weight.device)
-    scales = torch.empty(width // group_size, out, device=weight.device)
+    scales = torch.empty(width // group_size, out, device=weight.device)  # in visiting order, as codes
     zeros = torch.empty_like(scales)
     round_block = without_gil(_round_block)
     for place in range(width // group_size):
@@ -205,8 +207,7 @@ def _sweep(weight: Tensor, factor: Factor, search: ScaleSearch) -> Quantized:
         if start:
             target.addmm_(feedback[:start, start:stop].T, errors[:start])
         scale, zero = search.best(target, factor.weights[start:stop])
-        group = int(order[start]) // group_size
-        scales[group], zeros[group] = scale, zero
+        scales[place], zeros[place] = scale, zero
         inverse, low, high = scale.reciprocal(), -zero, (2**search.bits - 1) - zero
         steps, exact, wrong = target.mul_(inverse), original[start:stop] * inverse, errors[start:stop]
         for first in range(0, group_size, _BLOCK):
@@ -218,10 +219,11 @@ def _sweep(weight: Tensor, factor: Factor, search: ScaleSearch) -> Quantized:
             round_block(steps[first:last], exact[first:last], wrong[first:last], inner, low, high)
         wrong.mul_(scale)
         codes[start:stop] = steps.add_(zero)
-    stored = torch.empty_like(codes)
-    stored[order] = codes
-    scales, zeros = scales.T.half().contiguous(), zeros.T.to(torch.uint8).contiguous()
-    return Quantized(stored.T.contiguous(), scales, zeros, search.bits, group_size)
+    groups = order[::group_size] // group_size
+    stored = [torch.empty_like(visited).index_copy_(0, places, visited).T for visited, places in (
+        (codes, order), (scales.half(), groups), (zeros.to(torch.uint8), groups),
+    )]  # fmt: skip
+    return Quantized(*(item.contiguous() for item in stored), search.bits, group_size)
 
 
 def _round_block(steps: Tensor, exact: Tensor, errors: Tensor, feedback: Tensor, low: Tensor, high: Tensor) -> None:

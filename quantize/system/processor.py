@@ -59,7 +59,7 @@ def device_name(device: str) -> str:
     import torch
 
     if torch.device(device).type == "cuda":
-        return f"cuda {torch.cuda.get_device_name()}"
+        return f"cuda {torch.cuda.get_device_name(torch.device(device))}"
     parts, maker = [f"cpu {torch.backends.cpu.get_cpu_capability()}"], _first("vendor_id", _CPUINFO)
     if maker:
         parts[0] += f" ({_MAKERS.get(maker, maker)})"

@@ -11,8 +11,8 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
-from functools import cache
-from typing import TYPE_CHECKING, Any, TypeVar
+from functools import cache, wraps
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 if TYPE_CHECKING:
     import torch
@@ -115,14 +115,22 @@ def without_gil(function: Function) -> Function:
 
     Two threads that each run such a loop in Python take four times as long as one: each operation is so short that they
     wait for the lock most of the time. torch calls TorchScript deprecated and has nothing else that runs a loop without
-    Python; where it is gone, the function itself is returned.
+    Python; where it is gone, the function itself is returned. On a GPU the function itself runs too: there TorchScript
+    fuses operations from the second call on, and a fused kernel leaves out conversions to float16 (pytorch#74534), so
+    that bits would depend on which call was the first.
     """
     import torch
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            scripted: Function = torch.jit.script(function)
+            scripted = torch.jit.script(function)
         except (AttributeError, RuntimeError):
             return function
-    return scripted
+
+    @wraps(function)
+    def run(*arguments: Any) -> Any:
+        on_gpu = any(isinstance(item, torch.Tensor) and item.is_cuda for item in arguments)
+        return function(*arguments) if on_gpu else scripted(*arguments)
+
+    return cast(Function, run)

@@ -57,7 +57,7 @@ def test_blocks_under_way_fit_half_of_the_object_stores(pool: Pool, store_bytes:
     node = {"Alive": True, "NodeID": "n", "NodeManagerAddress": "10.0.0.1"}
     ray.nodes.return_value = [{**node, "Resources": {"CPU": 1, "object_store_memory": store_bytes}}] * 2
     found = SpreadPass(ray, pool, PassSpread("", 2, 1), ListReporter())
-    found._shares = deal([[1] * 10] * 3)
+    found._shares = deal([[1] * 10] * 3, "cpu")
     if blocks is None:
         with pytest.raises(BuildError, match="object stores"):
             found._in_flight(4_000)
@@ -67,7 +67,7 @@ def test_blocks_under_way_fit_half_of_the_object_stores(pool: Pool, store_bytes:
 
 def test_shares_hold_every_sequence_once_in_the_order_of_their_batches() -> None:
     lengths = [*[512] * 70, 100, 100, 300]
-    shares = deal([[index] * length for index, length in enumerate(lengths)])
+    shares = deal([[index] * length for index, length in enumerate(lengths)], "cpu")
     assert len(shares) == 2 * -(-72 // ROUND_BATCHES)  # 70 batches, one of two short sequences, one of one
     found = [int(ids[0]) for share in shares for ids in share.sequences]
     assert sorted(found) == [*range(len(lengths))]

@@ -31,7 +31,7 @@ from quantize.events import Event, ListReporter
 from quantize.formats import builders
 from quantize.formats.base import Collector, Context
 from quantize.model.architecture import BlockLayout, block_layout
-from quantize.numerics.constants import BATCH_TOKENS
+from quantize.numerics.constants import batch_tokens
 from quantize.numerics.gram import Gram, GramAccumulator
 
 Matrix = NDArray[np.float32]
@@ -62,12 +62,12 @@ class Share:
         return sum(batch.rows for batch in self.batches)
 
 
-def deal(token_ids: Sequence[Sequence[int]]) -> list[Share]:
-    """The shares of a calibration set, as the pass on one machine sums them up."""
+def deal(token_ids: Sequence[Sequence[int]], device: str) -> list[Share]:
+    """The shares of a calibration set, as the pass on one machine with such a device sums them up."""
     sequences = as_sequences(token_ids)
     dealt: dict[int, list[Batch]] = {}
-    for number, batch in enumerate(make_batches([len(ids) for ids in sequences], BATCH_TOKENS)):
-        own = dealt.setdefault(share_of(number), [])
+    for number, batch in enumerate(make_batches([len(ids) for ids in sequences], batch_tokens(device))):
+        own = dealt.setdefault(share_of(number, device), [])
         start = own[-1].start + own[-1].rows if own else 0
         own.append(Batch(batch.members, batch.length, start))
     return [
@@ -89,7 +89,7 @@ class PassWorker:
         self._checkpoint, self._device = self._context.checkpoint, self._context.limits.device
         config = dict(self._checkpoint.config)
         self._runner = BlockRunner(self._checkpoint.folder, config, self._device, plan.precision)
-        self._shares = deal(plan.token_ids)
+        self._shares = deal(plan.token_ids, self._device)
         self._held: dict[int, tuple[int, HiddenStates]] = {}  # share -> the block whose input they are, the states
         self._embedded: set[int] = set()
         self._loaded: tuple[BlockLayout, dict[str, torch.Tensor]] | None = None

@@ -85,7 +85,7 @@ class SpreadPass:
         """
         self._plan, self._parts, self._config = plan, parts, plan.parts[0][1].checkpoint.config
         firsts = [part.first for part in parts]
-        self._shares = deal(plan.token_ids)
+        self._shares = deal(plan.token_ids, plan.parts[0][1].limits.device)
         costs = pass_costs(plan)
         self._blocks = len(costs)
         start = self._start(saved, min(firsts))

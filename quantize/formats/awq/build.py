@@ -62,7 +62,7 @@ class AwqBuilder(PackedBuilder):
 
     def solve(self, block: Block, context: Context, reporter: Reporter) -> Solved:
         """Scales, folds and rounds."""
-        return solve_block(block, context.options, context.limits.threads)
+        return solve_block(block, context.options, context.limits.tasks_at_once)
 
     def solver_bytes(self, block: BlockMemory, options: AwqOptions, threads: int) -> int:
         """The folded block in 16 bit, a few copies of a linear on each thread, and samples for the search."""

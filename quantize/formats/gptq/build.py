@@ -54,7 +54,7 @@ class GptqBuilder(PackedBuilder):
 
     def solve(self, block: Block, context: Context, reporter: Reporter) -> Solved:
         """Rounds with error feedback under each input's Gram matrix."""
-        return solve_block(block, context.options, context.variant, reporter, context.limits.threads)
+        return solve_block(block, context.options, context.variant, reporter, context.limits.tasks_at_once)
 
     def solver_bytes(self, block: BlockMemory, options: GptqOptions, threads: int) -> int:
         """Factorizations, and rows with their errors."""
