@@ -15,12 +15,13 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from quantize.calibration.budget import pass_bytes
+from quantize.calibration.budget import gpu_pass_bytes, host_bytes, pass_bytes
 from quantize.calibration.journal import PassJournal
 from quantize.calibration.spread import PassSpread
 from quantize.errors import (
     BuildError,
     DiskFullError,
+    OutOfMemory,
     QuantizeError,
     Stopped,
     disk_full,
@@ -33,14 +34,16 @@ from quantize.formats.base import Builder, Collector, Context, RunLimits
 from quantize.model.architecture import block_count, block_layout
 from quantize.recipe.model import CalibrationSpec, Recipe
 from quantize.store.manifest import CalibrationEntry, tool_versions
+from quantize.system.memory import free_gpu_bytes, give_back_gpu
 from quantize.system.process import peak_memory_bytes, run_step, stop_asked
 
 if TYPE_CHECKING:
     from quantize.build.spread.run import SpreadPass
     from quantize.calibration.hidden_states import SavedStates
-    from quantize.calibration.stream import Block, Precision
+    from quantize.calibration.stream import Block, Precision, Spill
 
 ENOUGH_TOKENS_PER_CHANNEL = 4
+SECONDS_BETWEEN_STATES = 60.0  # of a pass on a GPU, which runs a block again sooner than it writes its states
 
 
 @dataclass(frozen=True)
@@ -105,7 +108,10 @@ def _pass(
             device=runner.device,
         )
         _warn_if_few(reporter, context, spec, len(found.token_ids), found.tokens)
-        journal = PassJournal(folder, _identity(context, entry), reporter)
+        on_gpu = context.limits.device != "cpu"
+        journal = PassJournal(
+            folder, _identity(context, entry), reporter, seconds=SECONDS_BETWEEN_STATES if on_gpu else 0.0
+        )
         if _resume(journal, parts, reporter) < block_count(context.checkpoint.config):
             runner.run(journal, parts, found.token_ids, precision, folder, reporter)
     for part in parts:
@@ -160,14 +166,40 @@ def _resume(journal: PassJournal, parts: list[_Part], reporter: Reporter) -> int
 def _stream(
     journal: PassJournal, parts: list[_Part], token_ids: Any, precision: Precision, folder: Path, reporter: Reporter
 ) -> None:
-    """Stream the blocks that a part still lacks through this process."""
-    from quantize.calibration.stream import Spill, stream_blocks
+    """Stream the blocks that a part still lacks through this process.
+
+    Out of a GPU's memory, the pass goes on once more with its hidden states in the computer's. Raises OutOfMemory.
+    """
+    on_gpu = parts[0].context.limits.device != "cpu"
+    try:
+        _stream_blocks(journal, parts, token_ids, precision, _spill(journal, parts, folder), reporter)
+        return
+    except (RuntimeError, QuantizeError) as exc:
+        if not on_gpu or not is_out_of_memory(exc):
+            raise
+        warn(reporter, "", f"out of the GPU's memory: hidden states move to the computer's ({first_line(exc)})")
+    give_back_gpu()
+    spill = replace(_spill(journal, parts, folder), gpu_bytes=0)
+    try:
+        _stream_blocks(journal, parts, token_ids, precision, spill, reporter)
+    except (RuntimeError, QuantizeError) as exc:
+        if not is_out_of_memory(exc):
+            raise
+        raise OutOfMemory(
+            f"the calibration pass ran out of the GPU's memory: {first_line(exc)}",
+            hint="close what else uses the GPU, build fewer variants at once with --only, or use --device cpu",
+        ) from exc
+
+
+def _stream_blocks(
+    journal: PassJournal, parts: list[_Part], token_ids: Any, precision: Precision, spill: Spill, reporter: Reporter
+) -> None:
+    from quantize.calibration.stream import stream_blocks
 
     context = parts[0].context
     stream = stream_blocks(
-        context.checkpoint, token_ids, device=context.limits.device, precision=precision,
-        start_block=min(part.blocks for part in parts), reporter=reporter,
-        spill=Spill(folder, _states_budget(parts), journal.saved, journal.keep),
+        context.checkpoint, token_ids, device=context.limits.device, precision=precision, spill=spill,
+        start_block=min(part.blocks for part in parts if part.error is None), reporter=reporter,
     )  # fmt: skip
     for block in stream:
 
@@ -178,6 +210,20 @@ def _stream(
         del block, solve
         if all(part.error is not None for part in parts):
             break
+
+
+def _spill(journal: PassJournal, parts: list[_Part], folder: Path) -> Spill:
+    """Where the pass keeps its hidden states."""
+    from quantize.calibration.stream import Spill
+
+    context = parts[0].context
+    limits, solvers = context.limits, [(part.builder, part.context.options) for part in parts]
+    budget, on_gpu = limits.memory_budget_bytes, limits.device != "cpu"
+    gpu_bytes = free_gpu_bytes(limits.device) - gpu_pass_bytes(context.checkpoint, solvers) if on_gpu else 0
+    if budget is not None:
+        taken = host_bytes(context.checkpoint) if on_gpu else pass_bytes(context.checkpoint, solvers, limits.threads)
+        budget = max(0, budget - taken)
+    return Spill(folder, budget, max(0, gpu_bytes), journal.saved, journal.keep)
 
 
 def _spread(
@@ -216,13 +262,12 @@ def _commit(
     journal: PassJournal, parts: list[_Part], index: int, step: Callable[[_Part], None], reporter: Reporter
 ) -> None:
     """Have the parts that lack a block take it, and record that they did. Raises Stopped if the user asked for it."""
-    taking = [part for part in parts if part.blocks == index and part.error is None]
-    for part in taking:
-        _take(part, step, reporter)
-    taken = [part for part in taking if part.error is None]
+    for part in parts:
+        if part.blocks == index and part.error is None:
+            _take(part, step, reporter)
+            part.blocks += part.error is None
+    taken = [part for part in parts if part.blocks == index + 1 and part.error is None]
     journal.commit(index + 1, {part.context.scratch: part.collector for part in taken})
-    for part in taken:
-        part.blocks = index + 1
     if stop_asked(reporter) and any(part.error is None for part in parts):
         total = block_count(parts[0].context.checkpoint.config)
         raise Stopped(f"stopped after block {index + 1} of {total}", hint="run the same build again to go on there")
@@ -236,16 +281,6 @@ def _import_transformers(folder: Path) -> None:
         from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoTokenizer  # noqa: F401 (naming loads)
 
         MODEL_FOR_CAUSAL_LM_MAPPING[type(AutoConfig.from_pretrained(folder))]
-
-
-def _states_budget(parts: list[_Part]) -> int | None:
-    """Bytes of hidden states that may stay in memory beside what the pass takes at the least; None for any."""
-    context = parts[0].context
-    budget = context.limits.memory_budget_bytes
-    if budget is None or context.limits.device != "cpu":
-        return budget
-    solvers = [(part.builder, part.context.options) for part in parts]
-    return max(0, budget - pass_bytes(context.checkpoint, solvers, context.limits.threads))
 
 
 def _identity(context: Context, entry: CalibrationEntry) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from quantize.errors import CheckpointError
 from quantize.model.architecture import BlockLayout, Experts, architecture_of
 from quantize.numerics.constants import shares_on
 from quantize.numerics.gram import Gram, GramAccumulator
+from quantize.numerics.precision import settle_precision
 from quantize.system.threads import on_threads, threads_on
 
 STARVED_TOKENS = 256  # an expert that saw fewer is calibrated on all experts' tokens instead
@@ -44,6 +45,7 @@ class BlockRunner:
     def __init__(self, folder: Path, config: dict[str, Any], device: str, precision: str) -> None:
         self.device = torch.device(device)
         self._autocast = precision == "bfloat16"
+        settle_precision(self.device)
         if self.device.type == "cuda":
             torch.linalg.cholesky_ex(torch.eye(2, device=self.device))  # loads the library, which threads must not
         self._model = _meta_model(folder, architecture_of(config).attention)
@@ -323,7 +325,7 @@ class _RoutedExperts(nn.Module):
         order = torch.argsort(chosen, stable=True)
         experts = torch.arange(len(self.weights), device=chosen.device)
         counts = (chosen[:, None] == experts).sum(0).cpu().tolist()  # the one time that the host waits
-        for expert, places in enumerate(order.split(counts)):
+        for expert, places in enumerate(torch.split(order, counts)):
             if counts[expert] == 0:
                 continue
             tokens, down = places // choices, self.weights[expert][2]

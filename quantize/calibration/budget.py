@@ -14,13 +14,14 @@ from typing import Any, Protocol
 from quantize.errors import PlanError
 from quantize.model.architecture import block_count, block_index, block_layout
 from quantize.model.checkpoint import Checkpoint
-from quantize.numerics.constants import BATCH_TOKENS, SHARES
+from quantize.numerics.constants import BATCH_TOKENS, GPU_BATCH_TOKENS, GPU_SOLVED_VALUES, SHARES
 
 BASE_BYTES = 420 << 20  # Python, torch and transformers, loaded and warm
 TOKEN_BYTES = 1 << 10  # of a tokenizer's tables, for each token of the vocabulary
 SOLVER_BYTES = 40 << 20  # what any solver brings along
 PART_BYTES = 60 << 20  # what one leaves to the allocator for the next
 ACTIVATIONS = 6  # tensors as wide as the widest input, of a batch under way
+ROW_COPIES = 6  # of the rows that are solved at a time on a GPU: target, errors, codes, rounded to nearest …
 FLOAT_BYTES = 4
 
 
@@ -71,6 +72,24 @@ def pass_bytes(checkpoint: Checkpoint, parts: Sequence[tuple[Solver, Any]], thre
     """As least_bytes, for builders and their options. Raises CheckpointError."""
     block = largest_block(checkpoint)
     return least_bytes(checkpoint, [builder.solver_bytes(block, options, threads) for builder, options in parts])
+
+
+def host_bytes(checkpoint: Checkpoint) -> int:
+    """Of the memory beside a GPU for a pass on it, without hidden states: a block as it is stored, and the next one."""
+    outside = [info.size_bytes for name, info in checkpoint.tensors.items() if block_index(name) is None]
+    vocabulary = TOKEN_BYTES * int(checkpoint.config.get("vocab_size") or 0)
+    stored = largest_block(checkpoint).weights  # two blocks in 16 bits
+    return BASE_BYTES + vocabulary + stored + 2 * max(outside, default=0)
+
+
+def gpu_pass_bytes(checkpoint: Checkpoint, parts: Sequence[tuple[Solver, Any]]) -> int:
+    """Of a GPU's memory for a pass on it, without hidden states and the driver's own. Raises CheckpointError."""
+    block = largest_block(checkpoint)
+    rows = FLOAT_BYTES * min(GPU_SOLVED_VALUES, block.stacked // FLOAT_BYTES)
+    recording = block.weights // 2 + FLOAT_BYTES * block.width * GPU_BATCH_TOKENS * ACTIVATIONS
+    solvers = [builder.solver_bytes(block, options, 1) for builder, options in parts]
+    solving = max(solvers, default=0) + ROW_COPIES * rows
+    return block.weights + sum(block.grams) + max(recording, solving)
 
 
 def memory_short(least: int, budget: int) -> PlanError:

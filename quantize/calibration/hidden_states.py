@@ -83,15 +83,21 @@ class HiddenStates(Protocol):
 
 
 class MemoryStates:
-    """States in one tensor, overwritten batch by batch; `folder` is for saving them."""
+    """States in one tensor, overwritten batch by batch; `folder` is for saving them.
 
-    def __init__(self, tokens: int, hidden: int, device: torch.device | str, folder: Path | None) -> None:
-        self._states = torch.empty(tokens, hidden, device=device)
-        self._folder, self._block = folder, -1
+    held: where the tensor is: the CPU's memory (pinned if a GPU reads from it), or the GPU's own.
+    """
+
+    def __init__(
+        self, tokens: int, hidden: int, device: torch.device, folder: Path | None, *, held: torch.device | str = "cpu"
+    ) -> None:
+        states = torch.empty(tokens, hidden, device=held)
+        self._states = states.pin_memory() if device.type != states.device.type else states
+        self._device, self._folder, self._block = device, folder, -1
 
     def read(self, batch: Batch) -> Tensor:
         """The current block's input, [sequences, length, hidden] float32."""
-        rows = self._states[batch.start : batch.start + batch.rows]
+        rows = self._states[batch.start : batch.start + batch.rows].to(self._device, non_blocking=True)
         return rows.view(len(batch.members), batch.length, -1)
 
     def write(self, batch: Batch, states: Tensor) -> None:
@@ -136,7 +142,7 @@ class MemoryStates:
 class FileStates:
     """States in two files, one read while the other is written."""
 
-    def __init__(self, tokens: int, hidden: int, device: torch.device | str, folder: Path) -> None:
+    def __init__(self, tokens: int, hidden: int, device: torch.device, folder: Path) -> None:
         self._tokens, self._hidden, self._device, self._folder = tokens, hidden, device, folder
         self._block = -1
         self._out: FileIO | None = None

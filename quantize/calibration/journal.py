@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict
@@ -38,14 +39,18 @@ class Resumable(Protocol):
 class PassJournal:
     """The record of one pass. `saved` are the hidden states to go on from, if there are any; `saved_shares` those of a
     pass that was spread over a cluster, share by share.
+
+    seconds: hidden states are kept no more often than that. A pass that goes on from older ones runs the blocks between
+    again: on a GPU that takes less time than writing the states of each block.
     """
 
-    def __init__(self, folder: Path, identity: Mapping[str, Any], reporter: Reporter) -> None:
+    def __init__(self, folder: Path, identity: Mapping[str, Any], reporter: Reporter, *, seconds: float = 0.0) -> None:
         from quantize.calibration.hidden_states import SavedStates
 
         self.saved: SavedStates | None = None
         self.saved_shares: tuple[SavedStates, ...] = ()
         self._folder, self._identity = folder, identity
+        self._seconds, self._kept_at = seconds, time.monotonic()
         self._saver = ThreadPoolExecutor(1)
         self._saving: Future[SavedStates] | None = None
         self._removing: Future[None] | None = None
@@ -68,6 +73,9 @@ class PassJournal:
 
     def keep(self, states: HiddenStates) -> None:
         """Begin to write the states that go into the next block; they must not change until `commit`."""
+        if time.monotonic() - self._kept_at < self._seconds:
+            return
+        self._kept_at = time.monotonic()
         self._saving = self._saver.submit(states.save)
 
     def commit(self, blocks: int, parts: Mapping[Path, Resumable]) -> None:
@@ -83,6 +91,7 @@ class PassJournal:
         if self._saving is not None:
             saved, self._saving = self._saving.result(), None
             self._write(self._folder, {"pass": self._identity, "states": asdict(saved)})
+            self.saved = saved
             self._removing = self._saver.submit(remove_before, self._folder, saved.block)
 
     def commit_shares(self, shares: Sequence[SavedStates]) -> None:

@@ -8,15 +8,16 @@ hidden states, whatever the depth.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Literal
 
 import torch
 from torch import Tensor
 
+from quantize.calibration.block_reader import TensorSource, read_blocks
 from quantize.calibration.block_runner import ROUND_BATCHES, BlockRunner, share_of
 from quantize.calibration.hidden_states import (
     Batch,
@@ -34,28 +35,9 @@ from quantize.numerics.constants import batch_tokens, shares_on
 from quantize.numerics.gptq import estimated_loss
 from quantize.numerics.gram import Gram
 from quantize.system.memory import give_back_freed
-from quantize.system.threads import in_turn, on_threads, split_threads, threads_on
+from quantize.system.threads import in_turn, split_threads
 
 Precision = Literal["float32", "bfloat16"]
-
-
-class TensorSource(Protocol):
-    """The part of a checkpoint that the pass needs."""
-
-    @property
-    def folder(self) -> Path:
-        """Folder with config.json."""
-
-    @property
-    def config(self) -> Mapping[str, Any]:
-        """config.json."""
-
-    @property
-    def tensors(self) -> Mapping[str, Any]:
-        """Every tensor's name."""
-
-    def read(self, name: str) -> Tensor:
-        """One tensor, in the type it is stored in."""
 
 
 def fastest_precision(device: str) -> Precision:
@@ -94,12 +76,14 @@ class Block:
 class Spill:
     """Where hidden states go. folder: on disk. budget_bytes: kept in memory up to that, None for any size.
 
+    gpu_bytes: kept on the GPU up to that, if the pass runs on one; None for any size.
     saved: what an earlier run left there; the pass goes on from it. keep: called after each block but the last with the
     states that go into the next one, before the block is yielded.
     """
 
     folder: Path | None = None
     budget_bytes: int | None = None
+    gpu_bytes: int | None = None
     saved: SavedStates | None = None
     keep: Callable[[HiddenStates], None] | None = None
 
@@ -137,11 +121,10 @@ def stream_blocks(
     first = _first_block(states, spill.saved, start_block, events)
     embed_all(checkpoint, runner, ordered, states if first is None else None)
     total = tokens * runner.blocks
-    for index in range(first or 0, runner.blocks):
-        layout = block_layout(checkpoint.config, index)
-        weights = read_block(checkpoint, layout, device)
+    layouts = [block_layout(checkpoint.config, index) for index in range(runner.blocks)]
+    for layout, weights in read_blocks(checkpoint, layouts[first or 0 :], runner.device):
         runner.load(layout, weights)
-        last = index == runner.blocks - 1
+        index, last = layout.index, layout.index == runner.blocks - 1
         grams = None
         if index >= start_block:
             grams = _record(runner, layout, batches, states, last)
@@ -171,8 +154,13 @@ def as_sequences(token_ids: Sequence[Sequence[int] | Tensor]) -> list[Tensor]:
 
 
 def open_states(runner: BlockRunner, tokens: int, spill: Spill) -> HiddenStates:
-    """Hidden states for so many tokens, in memory if the budget allows. Raises BuildError: no folder to spill to."""
+    """Hidden states for so many tokens: on the GPU if they fit, else in memory if the budget allows, else in files.
+
+    Raises BuildError: no folder to spill to.
+    """
     size = 4 * tokens * runner.hidden_size
+    if runner.device.type == "cuda" and (spill.gpu_bytes is None or size <= spill.gpu_bytes):
+        return MemoryStates(tokens, runner.hidden_size, runner.device, spill.folder, held=runner.device)
     if spill.budget_bytes is None or size <= spill.budget_bytes:
         return MemoryStates(tokens, runner.hidden_size, runner.device, spill.folder)
     if spill.folder is None:
@@ -207,23 +195,6 @@ def embed_all(
         start += embedded.shape[0]
     if states is not None:
         states.advance()
-
-
-def read_block(checkpoint: TensorSource, layout: BlockLayout, device: str) -> dict[str, Tensor]:
-    """A block's weights in float32, by full name. Raises CheckpointError: some are not there."""
-    names = sorted(name for name in checkpoint.tensors if name.startswith(layout.prefix))
-    if not names:
-        raise CheckpointError(f"the checkpoint has no tensors under {layout.prefix}")
-    missing = [linear.tensor for linear in layout.linears if linear.tensor not in checkpoint.tensors]
-    if missing:
-        raise CheckpointError(f"the checkpoint lacks {missing[0]}", hint="its config.json may belong to another model")
-    tasks = [partial(_read_float32, checkpoint, name, device) for name in names]
-    read = on_threads(tasks, threads_on(torch.device(device)))
-    return dict(zip(names, read, strict=True))
-
-
-def _read_float32(checkpoint: TensorSource, name: str, device: str) -> Tensor:
-    return checkpoint.read(name).to(device, torch.float32)
 
 
 def _record(

@@ -220,10 +220,12 @@ def _sweep(weight: Tensor, factor: Factor, search: ScaleSearch) -> Quantized:
         wrong.mul_(scale)
         codes[start:stop] = steps.add_(zero)
     groups = order[::group_size] // group_size
-    stored = [torch.empty_like(visited).index_copy_(0, places, visited).T for visited, places in (
-        (codes, order), (scales.half(), groups), (zeros.to(torch.uint8), groups),
-    )]  # fmt: skip
-    return Quantized(*(item.contiguous() for item in stored), search.bits, group_size)
+
+    def stored(visited: Tensor, places: Tensor) -> Tensor:
+        return torch.empty_like(visited).index_copy_(0, places, visited).T.contiguous()
+
+    scales, zeros = stored(scales.half(), groups), stored(zeros.to(torch.uint8), groups)
+    return Quantized(stored(codes, order), scales, zeros, search.bits, group_size)
 
 
 def _round_block(steps: Tensor, exact: Tensor, errors: Tensor, feedback: Tensor, low: Tensor, high: Tensor) -> None:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from quantize.numerics.precision import gram_products
 from quantize.system.threads import without_gil
 
 # The upper triangle in tiles: one product right of each diagonal tile, and inside of it one for each panel of columns.
@@ -58,7 +59,8 @@ class GramAccumulator:
         rows = x.reshape(-1, width).float()
         if rows.shape[0] == 0:
             return
-        without_gil(_add_tiles)(self._matrix, rows, *self._tile_and_panel)
+        with gram_products(self._matrix.device):
+            without_gil(_add_tiles)(self._matrix, rows, *self._tile_and_panel)
         self._tokens += rows.shape[0]
 
     @classmethod

@@ -16,8 +16,6 @@ from torch import Tensor
 from quantize.errors import BuildError
 from quantize.numerics.rtn import Quantized
 
-AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
-
 
 @dataclass(frozen=True)
 class AwqTensors:
@@ -92,7 +90,8 @@ def unpack_gptq(tensors: GptqTensors, bits: int) -> Quantized:
 
 def _pack_nibbles(values: Tensor) -> Tensor:
     """uint8 [n, out] -> int32 [n, out/8] in AWQ's order."""
-    ordered = values.reshape(values.shape[0], -1, 8)[..., list(AWQ_ORDER)]
+    words = values.reshape(values.shape[0], -1, 8)
+    ordered = torch.cat((words[..., 0::2], words[..., 1::2]), -1)
     pairs = ordered[..., 0::2] | (ordered[..., 1::2] << 4)
     return _rows(pairs).view(torch.int32).squeeze(-1)
 
@@ -101,8 +100,7 @@ def _unpack_nibbles(words: Tensor) -> Tensor:
     """int32 [n, out/8] in AWQ's order -> uint8 [n, out]."""
     pairs = _rows(words.unsqueeze(-1)).view(torch.uint8)
     ordered = torch.stack((pairs & 15, pairs >> 4), -1).flatten(-2)
-    inverse = [AWQ_ORDER.index(place) for place in range(8)]
-    return ordered[..., inverse].flatten(1)
+    return torch.stack((ordered[..., :4], ordered[..., 4:]), -1).flatten(1)
 
 
 def _pack_bits(values: Tensor, bits: int) -> Tensor:

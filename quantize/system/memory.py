@@ -29,6 +29,24 @@ def give_back_mapped(folder: Path) -> None:
             libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(stop - start), _MADV_PAGEOUT)
 
 
+def free_gpu_bytes(device: str) -> int:
+    """A GPU's memory that this process may have: what is free, and what torch holds and does not use."""
+    import torch
+
+    free, _ = torch.cuda.mem_get_info(device)
+    return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+
+
+def give_back_gpu() -> None:
+    """Return the GPU's memory that nothing holds any more."""
+    import gc
+
+    import torch
+
+    gc.collect()
+    torch.cuda.empty_cache()
+
+
 def _mapped(folder: Path) -> list[tuple[int, int]]:
     """Address ranges of this process's mappings of files under a folder."""
     found = []

@@ -50,7 +50,8 @@ class Ledger:
     """What the device was asked for. by_line: the project's lines that launched or waited, most first.
 
     launches: kernels. syncs: times that the host waited for a result. to_host and to_device: bytes copied. converted:
-    bytes whose type the CPU changed before they were copied to the device in one call. threads: which asked for work.
+    bytes whose type the CPU changed before they were copied to the device in one call. pinned: bytes put where the
+    device copies from without waiting. threads: which asked for work.
     """
 
     launches: int = 0
@@ -58,7 +59,7 @@ class Ledger:
     to_host: int = 0
     to_device: int = 0
     converted: int = 0
-    peak_bytes: int = 0
+    pinned: int = 0
     launched_by: Counter[str] = field(default_factory=Counter)
     synced_by: Counter[str] = field(default_factory=Counter)
     threads: set[int] = field(default_factory=set)
@@ -67,6 +68,12 @@ class Ledger:
         self.launches += count
         self.launched_by[_line()] += count
         self.threads.add(threading.get_ident())
+
+    def pin(self, host: Tensor) -> Tensor:
+        """A copy that would be in pinned memory."""
+        assert not isinstance(host, OnDevice), "only the computer's memory can be pinned"
+        self.pinned += host.nbytes
+        return host.clone()
 
     def sync(self) -> None:
         self.syncs += 1
@@ -231,6 +238,9 @@ def emulated_gpu(*, vram_bytes: int = 8 << 30, name: str = "Emulated GPU") -> It
     with ExitStack() as stack:
         for function, answer in answers.items():
             stack.enter_context(mock.patch.object(torch.cuda, function, lambda *_args, _is=answer, **_kwargs: _is))
+        stack.enter_context(
+            mock.patch.object(Tensor, "pin_memory", lambda self: _ledger.pin(self) if _ledger else self)
+        )
         _ledger = Ledger()
         stack.enter_context(_Emulation())
         try:

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from quantize.calibration.block_reader import read_block
 from quantize.calibration.block_runner import BlockRunner, ShareSums, share_of
 from quantize.calibration.hidden_states import Batch, HiddenStates, SavedStates, make_batches
 from quantize.calibration.stream import (
@@ -24,7 +25,6 @@ from quantize.calibration.stream import (
     as_sequences,
     embed_all,
     open_states,
-    read_block,
 )
 from quantize.errors import BuildError
 from quantize.events import Event, ListReporter
@@ -182,7 +182,7 @@ class PassWorker:
                 before, self._loaded = self._loaded[0].index, None
                 self._runner.unload(before)
             layout = block_layout(self._checkpoint.config, block)
-            weights = read_block(self._checkpoint, layout, self._device)
+            weights = read_block(self._checkpoint, layout, self._runner.device)
             self._runner.load(layout, weights)
             self._loaded = (layout, weights)
         return self._loaded

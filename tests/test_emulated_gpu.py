@@ -1,0 +1,245 @@
+"""The pass and the solvers on an emulated GPU: what is on which device, how often it is asked, what it gives."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from quantize.build import calibrate
+from quantize.calibration import block_runner
+from quantize.calibration.hidden_states import FileStates, HiddenStates, MemoryStates
+from quantize.calibration.stream import Block, Spill, open_states, stream_blocks
+from quantize.errors import is_out_of_memory
+from quantize.events import ListReporter, Reporter
+from quantize.formats.awq.build import AwqOptions
+from quantize.formats.awq.build import solve_block as solve_awq
+from quantize.formats.base import RunLimits
+from quantize.formats.gptq.build import GptqOptions
+from quantize.formats.gptq.build import solve_block as solve_gptq
+from quantize.numerics import scales
+from quantize.numerics.gram import GramAccumulator
+from quantize.numerics.scales import ScaleSearch
+from quantize.system.cache import hash_file
+from quantize.system.threads import without_gil
+from quantize.testing import write_recipe
+from tests.architectures import CONFIGS, SavedCheckpoint, save, tiny_model, token_ids
+from tests.conftest import Run
+from tests.emulated import Ledger, emulated_gpu
+
+Solve = Callable[[Block], tuple[dict[str, Tensor], Any]]
+
+
+def _gptq(block: Block) -> tuple[dict[str, Tensor], Any]:
+    return solve_gptq(block, GptqOptions(group_size=32), "gptq", ListReporter(), 1)
+
+
+def _awq(block: Block) -> tuple[dict[str, Tensor], Any]:
+    return solve_awq(block, AwqOptions(group_size=32), 1)
+
+
+@pytest.fixture
+def llama(tmp_path: Path) -> SavedCheckpoint:
+    """A tiny Llama as people have it: in 16 bits."""
+    return save(tiny_model("LlamaForCausalLM").bfloat16(), tmp_path / "model")
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_the_pass_on_a_gpu_gives_the_gram_matrices_of_the_cpu(name: str, tmp_path: Path) -> None:
+    checkpoint, ids = save(tiny_model(name), tmp_path), token_ids()
+    expected = stream_blocks(checkpoint, ids)
+    with emulated_gpu() as ledger:
+        for one, two in zip(expected, stream_blocks(checkpoint, ids, device="cuda"), strict=True):
+            assert all(weight.is_cuda for weight in two.weights.values())
+            for key, gram in one.grams.items():
+                torch.testing.assert_close(two.grams[key].matrix.cpu(), gram.matrix, rtol=1e-4, atol=1e-4)
+            del two
+    assert len(ledger.threads) == 1
+
+
+@pytest.mark.parametrize("name", ["Qwen2ForCausalLM", "MixtralForCausalLM"])
+@pytest.mark.parametrize("solve", [_gptq, _awq])
+def test_solvers_on_a_gpu_lose_what_they_lose_on_the_cpu(solve: Solve, name: str, tmp_path: Path) -> None:
+    checkpoint, ids = save(tiny_model(name), tmp_path), token_ids()
+    block = next(iter(stream_blocks(checkpoint, ids)))
+    _, expected = solve(block)
+    with emulated_gpu() as ledger:
+        tensors, found = solve(next(iter(stream_blocks(checkpoint, ids, device="cuda"))))
+        assert all(tensor.is_cuda for tensor in tensors.values())
+    assert len(ledger.threads) == 1, "a GPU's libraries are loaded at their first call, and not for two threads at once"
+    for layer, figures in expected.items():
+        assert found[layer]["loss"] == pytest.approx(figures["loss"], rel=0.02)
+
+
+def test_solvers_get_one_piece_of_work_at_a_time_on_a_gpu() -> None:
+    assert RunLimits(threads=8).tasks_at_once == 8
+    assert RunLimits(threads=8, device="cuda:1").tasks_at_once == 1
+
+
+def test_linear_algebra_is_loaded_before_the_first_solve(
+    llama: SavedCheckpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[str] = []
+    factorize = torch.linalg.cholesky_ex
+    monkeypatch.setattr(
+        torch.linalg, "cholesky_ex", lambda matrix: calls.append(matrix.device.type) or factorize(matrix)
+    )
+    with emulated_gpu():
+        block_runner.BlockRunner(llama.folder, dict(llama.config), "cuda", "float32")
+    assert calls == ["cuda"]
+
+
+def test_weights_are_copied_as_they_are_stored_and_converted_on_the_gpu(llama: SavedCheckpoint) -> None:
+    stored = sum(llama.read(name).nbytes for name in llama.tensors if ".layers." in name)
+    with emulated_gpu() as ledger:
+        for block in stream_blocks(llama, token_ids(), device="cuda"):
+            assert all(weight.dtype == torch.float32 for weight in block.weights.values())
+            del block
+    assert ledger.converted <= 4 * 96 * 64, "at most the rows of the embedding that are in use"
+    assert ledger.pinned == stored
+    assert ledger.to_device < 1.5 * stored
+
+
+def test_gram_matrices_take_tf32_and_nothing_else_does(llama: SavedCheckpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the environment has turned on for all."""
+    settings, seen = torch.backends.cuda.matmul, []
+    add = GramAccumulator.add
+    tiles = "quantize.numerics.gram._add_tiles"
+    monkeypatch.setattr(tiles, lambda *_: seen.append(settings.fp32_precision))
+    settings.fp32_precision = "tf32"
+    with emulated_gpu():
+        next(iter(stream_blocks(llama, token_ids(), device="cuda")))
+        assert settings.fp32_precision == "ieee"
+    assert set(seen) == {"tf32"}
+    assert add is GramAccumulator.add
+
+
+def test_small_loops_are_torchscript_on_the_cpu_alone() -> None:
+    """On a GPU it fuses operations from the second call on, and the bits change."""
+    values, weights = torch.randn(32, 8), torch.rand(32)
+    assert isinstance(without_gil(scales._symmetric).__wrapped__, type(lambda: 0))  # type: ignore[attr-defined]
+    with emulated_gpu() as ledger:
+        ScaleSearch(4, symmetric=True).best(values.to("cuda"), weights.to("cuda"))
+        assert any(line.startswith("numerics/scales.py") for line in ledger.launched_by), "Python's own lines launch"
+    rows = {line for line in ledger.launched_by if line.startswith("numerics/scales.py")}
+    assert len(rows) > 5, "not one script, called from one line"
+
+
+@pytest.mark.parametrize(("gpu", "memory", "kind", "where"), [
+    (None, None, MemoryStates, "cuda"), (0, None, MemoryStates, "cpu"), (0, 0, FileStates, ""),
+    (1 << 20, 0, MemoryStates, "cuda"),
+])  # fmt: skip
+def test_hidden_states_are_on_the_gpu_else_in_memory_else_in_files(
+    gpu: int | None, memory: int | None, kind: type[HiddenStates], where: str, llama: SavedCheckpoint, tmp_path: Path
+) -> None:
+    with emulated_gpu():
+        runner = block_runner.BlockRunner(llama.folder, dict(llama.config), "cuda", "float32")
+        states = open_states(runner, 100, Spill(tmp_path, memory, gpu))
+        assert isinstance(states, kind)
+        assert not where or states._states.device.type == where  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(("gpu", "memory"), [(None, None), (0, None), (0, 0)])
+def test_where_hidden_states_are_changes_no_bit(
+    gpu: int | None, memory: int | None, llama: SavedCheckpoint, tmp_path: Path
+) -> None:
+    with emulated_gpu():
+        expected = _matrices(stream_blocks(llama, token_ids(), device="cuda"))
+        found = _matrices(stream_blocks(llama, token_ids(), device="cuda", spill=Spill(tmp_path, memory, gpu)))
+    assert all(torch.equal(one, two) for one, two in zip(expected, found, strict=True))
+
+
+def _matrices(blocks: Iterator[Block]) -> Sequence[Tensor]:
+    return [block.grams[key].matrix.cpu() for block in blocks for key in sorted(block.grams)]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+        "cusolver error: CUSOLVER_STATUS_ALLOC_FAILED, when calling `cusolverDnCreate(handle)`",
+        "CUDA out of memory. Tried to allocate 2.00 GiB",
+        "vk::Device::allocateMemory: ErrorOutOfDeviceMemory",
+    ],
+)
+def test_libraries_that_run_out_of_gpu_memory_are_understood(text: str) -> None:
+    assert is_out_of_memory(RuntimeError(text))
+
+
+def budget(ledger: Ledger, blocks: int) -> tuple[float, float]:
+    """Launches and syncs for each block."""
+    return ledger.launches / blocks, ledger.syncs / blocks
+
+
+def test_launches_and_waits_of_a_block_stay_within_a_budget(llama: SavedCheckpoint) -> None:
+    """A loop over rows that comes back, or a stray .item(), multiplies them."""
+    with emulated_gpu() as ledger:
+        for block in stream_blocks(llama, token_ids(), device="cuda"):
+            _gptq(block)
+            del block
+    launches, syncs = budget(ledger, 3)
+    columns = 3 * 64 + 96  # of the four inputs
+    assert launches < 300 + 17 * columns
+    assert syncs < 40
+
+
+VARIANTS = [{"format": "gptq", "bits": 4, "group_size": 32}, {"format": "awq", "bits": 4, "group_size": 32}]
+CALIBRATION = {"dataset": "python-docs", "samples": 4, "sequence_length": 64}
+
+
+def build_in_process(run: Run, recipe: Path, monkeypatch: pytest.MonkeyPatch, **gpu: Any) -> tuple[list[str], Ledger]:
+    """Build with the pass on an emulated GPU; what was said, and the ledger."""
+    step = calibrate.run_step
+
+    def here(name: str, reporter: Reporter, function: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+        return function(reporter, *arguments)
+
+    monkeypatch.setattr(calibrate, "run_step", here)
+    with emulated_gpu(**gpu) as ledger:
+        result = run("build", recipe, "--device", "cuda", "--no-eval", "--threads", "2")
+    monkeypatch.setattr(calibrate, "run_step", step)
+    assert result.exit_code == 0, result.stderr
+    return result.stderr.splitlines(), ledger
+
+
+def digests(root: Path) -> list[str]:
+    return [hash_file(path) for path in sorted(root.glob("artifacts/*/*/current/model.safetensors"))]
+
+
+def test_out_of_gpu_memory_the_pass_goes_on_with_its_states_elsewhere(
+    tiny: Path, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = write_recipe(tmp_path / "demo.yaml", tiny, VARIANTS, calibration=CALIBRATION)
+    build_in_process(run, recipe, monkeypatch)
+    expected = digests(tmp_path)
+    assert len(expected) == 2
+    forward, times = block_runner.BlockRunner.run, iter([True])
+
+    def crowded(self: block_runner.BlockRunner, index: int, states: Tensor) -> Tensor:
+        if index == 1 and next(times, False):
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return forward(self, index, states)
+
+    monkeypatch.setattr(block_runner.BlockRunner, "run", crowded)
+    shutil.rmtree(tmp_path / "artifacts")
+    said, _ = build_in_process(run, recipe, monkeypatch)
+    assert any("out of the GPU's memory: hidden states move to the computer's" in line for line in said)
+    assert digests(tmp_path) == expected
+
+
+def test_a_pass_that_does_not_fit_a_gpu_says_so(
+    tiny: Path, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = write_recipe(tmp_path / "demo.yaml", tiny, VARIANTS, calibration=CALIBRATION)
+
+    def full(*_: object) -> Tensor:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    monkeypatch.setattr(block_runner.BlockRunner, "run", full)
+    with pytest.raises(AssertionError, match=r"(?s)ran out of the GPU's memory.*close what else uses the GPU"):
+        build_in_process(run, recipe, monkeypatch)
