@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 
 from quantize.errors import CheckpointError
-from quantize.files.gguf import TENSOR_TYPES, read_gguf, read_summary
+from quantize.files.gguf import TENSOR_TYPES, read_gguf
+from quantize.files.gguf_split import read_summary
 from quantize.files.safetensors import header_bytes, read_header
 from quantize.formats.gguf.types import BITS, ELEMENT_TYPES, FTYPES
 from quantize.model.checkpoint import open_checkpoint

@@ -43,7 +43,8 @@ class Needs:
 
     source: a GGUF source, dequantized. baseline: the source's side of the evaluation. states: hidden states of the
     calibration pass, one copy. passed: of the artifacts, what the pass writes; before_last: before its last block.
-    artifacts: everything in the artifacts' folders. intermediates: what variants share.
+    artifacts: everything in the artifacts' folders. intermediates: what variants share. passing: beside an artifact
+    while it is built, of the one that takes most.
     """
 
     source: int = 0
@@ -53,6 +54,7 @@ class Needs:
     before_last: int = 0
     artifacts: int = 0
     intermediates: int = 0
+    passing: int = 0
 
     @property
     def pass_bytes(self) -> int:
@@ -62,7 +64,7 @@ class Needs:
     @property
     def store_bytes(self) -> int:
         """At the peak in the store."""
-        return max(self.pass_bytes, self.artifacts)
+        return max(self.pass_bytes, self.artifacts + self.passing)
 
     @property
     def cache_bytes(self) -> int:
@@ -72,7 +74,7 @@ class Needs:
     @property
     def peak_bytes(self) -> int:
         """In both together. The shared file is made after the pass; all else stays to the end."""
-        return self.source + self.baseline + max(self.pass_bytes, self.artifacts + self.intermediates)
+        return self.source + self.baseline + max(self.pass_bytes, self.artifacts + self.passing + self.intermediates)
 
 
 @dataclass(frozen=True)
@@ -113,6 +115,7 @@ def needs(
         before_last=passed * (blocks - 1) // blocks,
         artifacts=sum(size.file_bytes + carried_bytes(checkpoint) + PAPERS_BYTES for size in sizes),
         intermediates=sum(shared.values()),
+        passing=max(size.passing_bytes for size in sizes),
     )
 
 

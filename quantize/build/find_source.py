@@ -7,12 +7,14 @@ among the files that were hashed on this machine, and by its name. What is found
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 from quantize.errors import CheckpointError, RecipeError, StoreError, VerifyError
 from quantize.events import Reporter, note
+from quantize.files.gguf_split import first_shard
 from quantize.formats import option_models
 from quantize.model.checkpoint import Checkpoint
 from quantize.model.source import PinnedSource, SourceFile, files_digest, open_source, pin_address, pin_path, pin_source
@@ -59,7 +61,7 @@ def find_source(
         return _checked(artifact, found)
     refusal: VerifyError | None = None
     problem: CheckpointError | None = None
-    for path in dict.fromkeys(path.resolve() for path in _places(artifact, known or cache)):
+    for path in dict.fromkeys(Path(os.path.abspath(path)) for path in _places(artifact, known or cache)):
         try:
             source = _checked(artifact, pin_path(path, cache, reporter))
             note(reporter, "", f"the source {entry.uri} is {path}")
@@ -104,7 +106,7 @@ def _same_content(entry: SourceEntry, known: Cache) -> list[Path]:
     except StoreError:
         return []
     if largest.path.endswith(".gguf"):
-        return [path for path in paths if path.suffix == ".gguf"]
+        return [first_shard(path) for path in paths if path.suffix == ".gguf"]
     depth = len(Path(largest.path).parts)
     return [path.parents[depth - 1] for path in paths if path.as_posix().endswith(f"/{largest.path}")]
 
@@ -114,8 +116,8 @@ def _checked(artifact: Artifact, source: PinnedSource) -> PinnedSource:
     entry = artifact.manifest.source
     wanted = {item.path: item.sha256 for item in entry.files}
     found = {item.path: item.sha256 for item in source.files}
-    if source.is_gguf and len(wanted) == 1:  # what a single file is called does not matter
-        found = dict(zip(wanted, found.values(), strict=True))
+    if source.is_gguf and len(wanted) == len(found):  # what the files of a GGUF model are called does not matter
+        found = dict(zip(sorted(wanted), (found[name] for name in sorted(found)), strict=True))
     if found != wanted:
         other = sorted(name for name in {*found, *wanted} if found.get(name) != wanted.get(name))
         raise VerifyError(

@@ -1,4 +1,4 @@
-"""GGUF files by their headers: key-values, tensor table, and what a file says of itself.
+"""GGUF files by their headers: key-values and tensor table.
 
 In: paths. Out: plain data, or CheckpointError for a file that can't be trusted; nothing is written.
 The format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. The gguf package's reader walks every token of
@@ -21,6 +21,7 @@ EXTRA = COMPILED_EXTRA  # of this program: what reads, writes and runs these fil
 READER = "gguf"  # the distribution that knows their types
 UNQUANTIZED = ("F32", "F16", "BF16", "F64")
 STRING, ARRAY = 8, 9
+ALIGNMENT_KEY, ALIGNMENT = "general.alignment", 32
 SCALARS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q", 11: "<q", 12: "<d"}
 MAX_ARRAY = 1024
 MAX_ELEMENTS = 1 << 60
@@ -48,7 +49,7 @@ TENSOR_TYPES: dict[int, tuple[str, int, int]] = {
 class GgufTensor:
     """One tensor: its ggml type, its shape with the input width first as GGUF has it, and its bytes.
 
-    offset: of its first byte, from the start of the file.
+    offset: of its first byte, from the start of the file. path: the file.
     """
 
     name: str
@@ -56,31 +57,32 @@ class GgufTensor:
     shape: tuple[int, ...]
     size_bytes: int
     offset: int
+    path: Path
 
 
 @dataclass(frozen=True)
 class GgufFile:
-    """The header of a GGUF file. Array values are left as Python lists."""
+    """The header of a GGUF file. Array values are left as Python lists.
+
+    spans: where each key-value stands in the file, from its key to the end of its value, in bytes.
+    """
 
     path: Path
     fields: dict[str, Any]
     tensors: dict[str, GgufTensor]
+    spans: dict[str, slice]
 
-
-@dataclass(frozen=True)
-class GgufSummary:
-    """What a source needs to know of a GGUF file: quantized_type is None where the weights are 16 or 32 bit."""
-
-    name: str | None
-    architecture: str | None
-    license: str | None
-    quantized_type: str | None
-    size_bytes: int
+    @property
+    def alignment(self) -> int:
+        """What every tensor's offset is a multiple of."""
+        found: int = self.fields.get(ALIGNMENT_KEY, ALIGNMENT)
+        return found
 
 
 def read_gguf(path: Path) -> GgufFile:
     """Read key-values and tensor table; arrays longer than MAX_ARRAY are skipped (vocabularies).
 
+    Of a model in several files it is this one alone: see gguf_split.read_model.
     Raises CheckpointError: can't be read, not a GGUF file, truncated, a name twice, tensors that overlap, or a length
     or type in it that can't be.
     """
@@ -116,16 +118,19 @@ class _Parser:
         self.bounded(fields, 12, MAX_FIELDS)
         self.bounded(tensors, 24, MAX_TENSORS)
         values: dict[str, Any] = {}
+        spans: dict[str, slice] = {}
         for _ in range(fields):
-            key = self.string()
+            start, key = self.at, self.string()
             if key in values:
                 raise ValueError(f"key {key[:60]!r} is there twice")
             values[key] = self.value(self.unpack("<I")[0])
+            spans[key] = slice(start, self.at)
         table = [self.tensor() for _ in range(tensors)]
-        alignment = values.get("general.alignment", 32)
+        alignment = values.get(ALIGNMENT_KEY, ALIGNMENT)
         if not isinstance(alignment, int) or alignment < 1 or alignment & (alignment - 1):
             raise ValueError(f"alignment {alignment!r}")
-        return GgufFile(self.path, values, self.placed(table, -(-self.at // alignment) * alignment))
+        placed = self.placed(table, -(-self.at // alignment) * alignment)
+        return GgufFile(self.path, values, placed, spans)
 
     def placed(self, table: list[GgufTensor], start: int) -> dict[str, GgufTensor]:
         """The tensors by name, in the order of the table, with offsets from the start of the file."""
@@ -213,31 +218,10 @@ class _Parser:
         elements = math.prod(shape)
         if elements > MAX_ELEMENTS or shape[0] % block:
             raise ValueError(f"tensor {name[:60]!r} has the impossible shape {shape}")
-        return GgufTensor(name, type_name, shape, elements // block * block_bytes, offset)
-
-
-def read_summary(path: Path) -> GgufSummary:
-    """The few things about a GGUF source that cards and plans need. Raises CheckpointError."""
-    file = read_gguf(path)
-    sizes: dict[str, int] = {}
-    for tensor in file.tensors.values():
-        if len(tensor.shape) > 1:
-            sizes[tensor.type] = sizes.get(tensor.type, 0) + tensor.size_bytes
-    main = max(sorted(sizes), key=lambda name: sizes[name]) if sizes else "F32"
-    return GgufSummary(
-        _string(file.fields.get("general.name")),
-        _string(file.fields.get("general.architecture")),
-        _string(file.fields.get("general.license")),
-        None if main in UNQUANTIZED else main,
-        sum(tensor.size_bytes for tensor in file.tensors.values()),
-    )
+        return GgufTensor(name, type_name, shape, elements // block * block_bytes, offset, self.path)
 
 
 def _scalar(kind: int) -> str:
     if kind not in SCALARS:
         raise ValueError(f"the unknown type of value {kind}")
     return SCALARS[kind]
-
-
-def _string(value: object) -> str | None:
-    return value if isinstance(value, str) and value else None

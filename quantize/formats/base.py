@@ -44,7 +44,8 @@ class SizePlan:
     """What a build would write, from headers alone.
 
     file_bytes: all weight files. pass_bytes: of them, what the calibration pass writes. intermediate_bytes: what the
-    cache needs beside them (shared by variants of a key).
+    cache needs beside them (shared by variants of a key). passing_bytes: what the store needs beside them while the
+    variant is built, and no longer.
     """
 
     file_bytes: int
@@ -55,6 +56,7 @@ class SizePlan:
     intermediate_bytes: int = 0
     intermediate_key: str = ""
     pass_bytes: int = 0
+    passing_bytes: int = 0
 
 
 @dataclass(frozen=True)

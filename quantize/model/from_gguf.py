@@ -1,18 +1,22 @@
-"""A GGUF file -> an FP16 checkpoint in the Hugging Face layout, by transformers' own GGUF loader.
+"""A GGUF model -> an FP16 checkpoint in the Hugging Face layout, by transformers' own GGUF loader.
 
-In: the GGUF file and an empty folder. Out: config, tokenizer and safetensors in that folder. Runs in a worker.
+In: the GGUF file, the first if there are several, and an empty folder. Out: config, tokenizer and safetensors in that
+folder. Runs in a worker.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 from quantize.errors import CheckpointError, MissingExtraError, first_line
 from quantize.events import Reporter
 from quantize.files.gguf import EXTRA, read_gguf
+from quantize.files.gguf_split import shard_paths
 from quantize.files.safetensors import header_bytes
 
 SHARD_SIZE = "5GB"
@@ -27,9 +31,10 @@ def dequantize_gguf(reporter: Reporter, gguf: Path, out: Path) -> None:
     transformers, torch = _libraries()
     try:
         config = transformers.GgufConfig(dequantize=True)
-        model = transformers.AutoModelForCausalLM.from_pretrained(
-            gguf.parent, gguf_file=gguf.name, dtype=torch.float16, quantization_config=config
-        )
+        with _all_files_read(gguf):
+            model = transformers.AutoModelForCausalLM.from_pretrained(
+                gguf.parent, gguf_file=gguf.name, dtype=torch.float16, quantization_config=config
+            )
     except (ValueError, KeyError, NotImplementedError) as exc:
         raise _unsupported(gguf, exc) from exc
     model.save_pretrained(out, max_shard_size=SHARD_SIZE)
@@ -40,7 +45,8 @@ def skeleton_of_gguf(reporter: Reporter, gguf: Path, out: Path) -> None:
     """Write what dequantize_gguf would, but with a sparse file of zeros for the weights: for planning from headers."""
     transformers, torch = _libraries()
     try:
-        config = transformers.AutoConfig.from_pretrained(gguf.parent, gguf_file=gguf.name)
+        with _all_files_read(gguf):  # whether the head is tied is told by the tensors that there are
+            config = transformers.AutoConfig.from_pretrained(gguf.parent, gguf_file=gguf.name)
         with torch.device("meta"):
             model = transformers.AutoModelForCausalLM.from_config(config)
     except (ValueError, KeyError, NotImplementedError) as exc:
@@ -53,6 +59,23 @@ def skeleton_of_gguf(reporter: Reporter, gguf: Path, out: Path) -> None:
     config.save_pretrained(out)
     _write_sparse(out / "model.safetensors", shapes)
     _write_rest(transformers, gguf, out)
+
+
+@contextmanager
+def _all_files_read(path: Path) -> Iterator[None]:
+    """Have transformers, which opens one file, see the tensors of all files of the model that `path` begins."""
+    import gguf
+
+    others, plain = shard_paths(path)[1:], gguf.GGUFReader
+
+    class AllFiles(plain):  # type: ignore[valid-type, misc]
+        def __init__(self, opened: Path | str, mode: Any = "r") -> None:
+            super().__init__(opened, mode)
+            if Path(opened).name == path.name:
+                self.tensors += [tensor for part in others for tensor in plain(part).tensors]
+
+    with mock.patch.object(gguf, "GGUFReader", AllFiles) if others else nullcontext():
+        yield
 
 
 def _write_sparse(path: Path, shapes: dict[str, tuple[str, tuple[int, ...]]]) -> None:

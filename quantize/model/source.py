@@ -49,7 +49,8 @@ class SourceFile:
 class PinnedSource:
     """A source that is on this machine, and what it is by content.
 
-    uri: where it came from, without any path of this machine. location: the folder, or the GGUF file.
+    uri: where it came from, without any path of this machine. location: the folder, or the GGUF file, the first if
+    there are several; by the name that it has, which need not be the one that it is linked to.
     digest: sha256 over the names and hashes of all files. quantized_before: the GGUF type if it was quantized once.
     """
 
@@ -190,15 +191,17 @@ def _pin_local(source: Source, path: Path, cache: Cache, reporter: Reporter) -> 
 
 
 def _pin_gguf(source: Source, path: Path, uri: str, cache: Cache, reporter: Reporter) -> PinnedSource:
-    from quantize.files.gguf import GgufSummary, read_summary
+    from quantize.files.gguf_split import GgufSummary, read_summary, shard_paths
 
     status(reporter, "", f"hashing {path.name}")
-    file = SourceFile(path.name, path.stat().st_size, cache.sha256(path))
-    summary = GgufSummary(**cache.fact(f"gguf:{file.sha256}", lambda: asdict(read_summary(path))))
+    files = tuple(SourceFile(part.name, part.stat().st_size, cache.sha256(part)) for part in shard_paths(path))
+    digest = files_digest(files)
+    content = files[0].sha256 if len(files) == 1 else digest
+    summary = GgufSummary(**cache.fact(f"gguf:{content}", lambda: asdict(read_summary(path))))
     name = source.name or _slug(summary.name or path.stem)
     return PinnedSource(
-        uri, None, name, source.base_model, source.license or summary.license, path.resolve(), (file,),
-        files_digest((file,)), summary.quantized_type,
+        uri, None, name, source.base_model, source.license or summary.license, Path(os.path.abspath(path)), files,
+        digest, summary.quantized_type,
     )  # fmt: skip
 
 

@@ -6,6 +6,7 @@ format, with what does.
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 from collections.abc import Callable, Sequence
@@ -16,6 +17,7 @@ import yaml
 
 from quantize.errors import RefusedError
 from quantize.estimate.fit import USABLE_PERCENT
+from quantize.files.gguf_split import is_part
 from quantize.formats import find_format
 from quantize.formats.format import No
 from quantize.serve.address import written
@@ -98,6 +100,9 @@ def _in_vllm(target: LocalTarget) -> str | No:
 
 def _ollama(target: LocalTarget, wanted: HandOver) -> str:
     _need_gguf(target, "Ollama")
+    if is_part(target.path):
+        hint = "join them with llama.cpp's llama-gguf-split --merge, or use --print llama-server, or `quantize serve`"
+        raise RefusedError(f"{target.name}: Ollama takes no model in several files", hint=hint)
     name = target.name.replace("/", "-").lower()
     return "\n".join([
         f"# Modelfile of {target.name}: save it as Modelfile, then",
@@ -105,7 +110,7 @@ def _ollama(target: LocalTarget, wanted: HandOver) -> str:
         "# Ollama has no API keys: keep it on this machine, or put `quantize serve` in front of it:",
         f"#   quantize serve http://127.0.0.1:11434/v1#{name} --keys FILE",
         "# The chat template is the file's own.",
-        f"FROM {target.path.resolve()}",
+        f"FROM {os.path.abspath(target.path)}",
         f"PARAMETER num_ctx {wanted.context_of(target)}",
         *(["PARAMETER num_gpu 0"] if wanted.on_cpu else []),
     ])  # fmt: skip
@@ -113,7 +118,7 @@ def _ollama(target: LocalTarget, wanted: HandOver) -> str:
 
 def _llama_server(target: LocalTarget, wanted: HandOver) -> str:
     _need_gguf(target, "llama-server")
-    command = ["llama-server", "--model", str(target.path.resolve())]
+    command = ["llama-server", "--model", os.path.abspath(target.path)]
     if not wanted.on_cpu:
         command = [f"CUDA_VISIBLE_DEVICES={wanted.gpu}", *command]
     options: list[tuple[str, ...]] = [

@@ -6,7 +6,9 @@ and what would fit. The arithmetic is estimate.py's, the verdict fit.py's.
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
+from pathlib import Path
 
 from quantize.errors import RefusedError, UsageError
 from quantize.estimate.fit import Fit, Workload, advise
@@ -105,7 +107,7 @@ def engine_target(target: LocalTarget, options: ServeOptions, placement: Placeme
     serving = Serving(
         placement.context, options.concurrency, placement.device, options.threads, options.gpu_layers
     )  # fmt: skip
-    path = target.path.resolve()
+    path = Path(os.path.abspath(target.path))  # parts of a model are found by their names: no link is followed
     model = ModelRef(path.parent, target.format, path.name) if path.is_file() else ModelRef(path, target.format)
     return EngineTarget(target.name, target.kind, model, serving, runtime_name(target))
 

@@ -18,7 +18,8 @@ from quantize.evaluate.gates import GateThresholds, decide
 from quantize.evaluate.golden import load_golden
 from quantize.evaluate.page import render_page
 from quantize.evaluate.record import Summary, figures_of, read_record
-from quantize.files.gguf import read_gguf, read_summary
+from quantize.files.gguf import read_gguf
+from quantize.files.gguf_split import read_summary
 from quantize.files.imatrix import read_imatrix
 from quantize.files.safetensors import INDEX_NAME, read_header
 from quantize.formats import option_models

@@ -1,7 +1,7 @@
 """The GGUF format: every type that llama.cpp quantizes to, from one 16-bit file that all variants share.
 
-In: a checkpoint and options. Out: one .gguf file named by the GGUF convention. The numbers are llama.cpp's own;
-the calls into it are in runtimes/llama_cpp, the comparison with the source is in check.py.
+In: a checkpoint and options. Out: a .gguf file named by the GGUF convention, or its parts. The numbers are llama.cpp's
+own; the calls into it are in runtimes/llama_cpp, the comparison with the source is in check.py.
 """
 
 from __future__ import annotations
@@ -15,88 +15,27 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from pydantic import Field, field_validator
-
 from quantize.calibration.budget import BlockMemory
 from quantize.errors import PlanError, QuantizeError, disk_errors
 from quantize.events import Reporter, status, warn
 from quantize.files.gguf import GgufFile, GgufTensor, read_gguf
+from quantize.files.gguf_split import read_model
 from quantize.formats.base import BuildResult, Collector, Context, KeptTensor, RunLimits, SizePlan, SolveCost
 from quantize.formats.gguf.layout import GgufLayout
+from quantize.formats.gguf.options import GgufOptions
 from quantize.formats.gguf.source import Expected
-from quantize.formats.gguf.types import BITS, ELEMENT_TYPES, FTYPES, UNQUANTIZED_TYPES, base_type
+from quantize.formats.gguf.types import BITS, ELEMENT_TYPES, UNQUANTIZED_TYPES, base_type
 from quantize.model.checkpoint import Checkpoint
 from quantize.model.source import PinnedSource, dequantized_key
-from quantize.recipe.model import FormatOptions
-from quantize.recipe.yaml import suggest
 from quantize.runtimes.llama_cpp.convert import ConvertRequest
 from quantize.runtimes.llama_cpp.quantize import QuantizeSettings, SizedFile
 from quantize.runtimes.llama_cpp.vocabulary import PRE
 from quantize.runtimes.llama_cpp.vocabulary import names as pre_tokenizers
 from quantize.store.manifest import tool_versions
 from quantize.system.process import run_step
-from quantize.system.untrusted import check_pattern
 
 HUB_URL = "https://huggingface.co/"
 TRY_OUT_TOKENS = 16
-
-
-class GgufOptions(FormatOptions):
-    """The recipe section of a GGUF variant."""
-
-    type: str = Field(description="llama.cpp file type: Q4_K_M, Q5_K_M, Q8_0, …", json_schema_extra={"enum": [*FTYPES]})
-    imatrix: bool = Field(False, description="weigh errors by an importance matrix from the calibration pass")
-    overrides: dict[str, str] = Field(
-        default_factory=dict, description="type of each tensor whose name matches a regular expression"
-    )
-    output_type: str | None = Field(None, description="type of the output head")
-    embedding_type: str | None = Field(None, description="type of the token embedding")
-    pure: bool = Field(False, description="all tensors in one type, no mixture")
-    pre_tokenizer: str | None = Field(
-        None, description="llama.cpp's name of the rules that split text before BPE, where its converter knows none"
-    )
-
-    @field_validator("type")
-    @classmethod
-    def _known_type(cls, value: str) -> str:
-        if value not in FTYPES:
-            raise ValueError(f"unknown type || {suggest(value, [*FTYPES])}")
-        return value
-
-    @field_validator("output_type", "embedding_type")
-    @classmethod
-    def _known_element(cls, value: str | None) -> str | None:
-        if value is not None and value not in ELEMENT_TYPES:
-            raise ValueError(f"unknown tensor type || {suggest(value, [*ELEMENT_TYPES])}")
-        return value
-
-    @field_validator("pre_tokenizer")
-    @classmethod
-    def _known_pre_tokenizer(cls, value: str | None) -> str | None:
-        if value is not None and value not in pre_tokenizers():
-            raise ValueError(f"unknown pre-tokenizer || {suggest(value, [*pre_tokenizers()])}")
-        return value
-
-    @field_validator("overrides")
-    @classmethod
-    def _known_overrides(cls, value: dict[str, str]) -> dict[str, str]:
-        for pattern, kind in value.items():
-            if kind not in ELEMENT_TYPES:
-                raise ValueError(f"unknown tensor type {kind!r} for {pattern!r} || {suggest(kind, [*ELEMENT_TYPES])}")
-            try:
-                check_pattern(pattern)
-            except ValueError as exc:
-                raise ValueError(f"{pattern!r} is not a regular expression ({exc}) || a dot is written `\\.`") from exc
-        return value
-
-    def variant_name(self) -> str:
-        """`q4_k_m`, `q4_k_m-imatrix`, and a short hash where overrides or types differ from the plain ones."""
-        parts = [self.type.lower()] + (["imatrix"] if self.imatrix else []) + (["pure"] if self.pure else [])
-        special = [f"{key}={kind}" for key, kind in self.overrides.items()]
-        special += [f"{name}={kind}" for name in ("output_type", "embedding_type") if (kind := getattr(self, name))]
-        if special:
-            parts.append(hashlib.sha256("|".join(special).encode()).hexdigest()[:6])
-        return "-".join(parts)
 
 
 class GgufBuilder:
@@ -201,15 +140,15 @@ class GgufBuilder:
         status(reporter, context.variant, f"quantizing to {options.type}")
         job = _settings(options, context.limits, imatrix)
         out = context.staging / files[0]
-        warnings = run_step(f"quantizing to {options.type}", reporter, quantize, intermediate, out, job)
-        written = read_gguf(out)
+        names, warnings = run_step(f"quantizing to {options.type}", reporter, quantize, intermediate, out, job)
+        written = read_model(context.staging / names[0])
         _check_overrides(options, [*written.tensors])
         tensors = list(written.tensors.values())
         kept = _kept(options, [(item.name, item.type, item.shape) for item in tensors])
         weights = sum(item.size_bytes for item in tensors)
         bits = round(8 * weights / _elements(tensors), 4)
         facts = {"llama_cpp_warnings": len(warnings)}
-        return BuildResult(tuple(files), weights, BITS[options.type], None, bits, kept, facts)
+        return BuildResult((*names, *files[1:]), weights, BITS[options.type], None, bits, kept, facts)
 
     def verify(self, folder: Path, checkpoint: Checkpoint, limits: RunLimits, reporter: Reporter) -> Mapping[str, Any]:
         """Tensors, fields, template, tokens and predictions against the source's; load and generate in llama.cpp."""
@@ -217,7 +156,7 @@ class GgufBuilder:
         from quantize.formats.gguf.try_out import try_out
 
         path = GgufLayout().main_file(folder)
-        file = read_gguf(path)
+        file = read_model(path)
         expected = self._asked(checkpoint, file, reporter)
         compare_header(file, checkpoint, expected)
         for what in [
@@ -312,6 +251,7 @@ def _settings(options: GgufOptions, limits: RunLimits, imatrix: Path | None) -> 
         imatrix=imatrix,
         imatrix_later=options.imatrix and imatrix is None,
         threads=limits.threads,
+        split_bytes=options.split_size,
     )
 
 
@@ -353,7 +293,10 @@ def _size_plan(checkpoint: Checkpoint, options: GgufOptions, sized: SizedFile, k
     kept = _kept(options, [(name, kind, ()) for name, kind, _ in sized.tensors])
     intermediate = 0 if ready else sized.source_bytes
     bits = round(8 * weights / checkpoint.parameters, 4)
-    return SizePlan(sized.file_bytes, weights, len(sized.tensors), bits, kept, intermediate, f"gguf-{key}")
+    largest = max(sized.shards, default=0)  # the last part is written before the whole file is cut off there
+    return SizePlan(
+        sized.file_bytes, weights, len(sized.tensors), bits, kept, intermediate, f"gguf-{key}", passing_bytes=largest
+    )
 
 
 def _kept(options: GgufOptions, tensors: list[tuple[str, str, tuple[int, ...]]]) -> tuple[KeptTensor, ...]:

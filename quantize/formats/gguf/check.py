@@ -98,7 +98,7 @@ def compare_values(file: GgufFile, expected: Expected) -> None:
     how near depends on the bits of the tensor's own type, and is meant to tell nonsense, not quality.
     """
     for name, tensor in file.tensors.items():
-        if (found := _rows(file, tensor, expected.tensors[name])) is not None:
+        if (found := _rows(tensor, expected.tensors[name])) is not None:
             _compare_rows(file, tensor, found, expected.tensors[name].values)
 
 
@@ -109,13 +109,13 @@ def is_finite(expected: Expected) -> bool:
     return all(bool(np.isfinite(tensor.values).all()) for tensor in expected.tensors.values())
 
 
-def _rows(file: GgufFile, tensor: GgufTensor, expected: ExpectedTensor) -> NDArray[np.float32] | None:
+def _rows(tensor: GgufTensor, expected: ExpectedTensor) -> NDArray[np.float32] | None:
     """The rows [rows, width] that the source was asked for; None where the gguf package has no reader for the type."""
     import gguf
     import numpy as np
 
     count = math.prod(tensor.shape[1:])
-    raw = np.memmap(file.path, np.uint8, "r", tensor.offset, (count, tensor.size_bytes // count))
+    raw = np.memmap(tensor.path, np.uint8, "r", tensor.offset, (count, tensor.size_bytes // count))
     kind = gguf.GGMLQuantizationType[tensor.type]
     part = np.array(raw[list(expected.rows)])
     plain = {"F32": np.float32, "F16": np.float16, "F64": np.float64}.get(tensor.type)

@@ -18,12 +18,17 @@ model = Llama("{file}")
 print(model("The capital of France is", max_tokens=16)["choices"][0]["text"])
 """
 OLLAMA = "echo 'FROM ./{file}' > Modelfile && ollama create {name} -f Modelfile && ollama run {name}"
-WAYS = (
-    Way("llama.cpp", "sh", "llama-server -m {file}"),
-    Way("Ollama", "sh", OLLAMA),
-    Way("llama-cpp-python", "python", PYTHON_LLAMA),
-    SERVE,
-)
+
+
+def _ways(options: Options) -> tuple[Way, ...]:
+    """Ollama takes no model in several files."""
+    ollama = () if options.get("split_size") else (Way("Ollama", "sh", OLLAMA),)
+    return (
+        Way("llama.cpp", "sh", "llama-server -m {file}"),
+        *ollama,
+        Way("llama-cpp-python", "python", PYTHON_LLAMA),
+        SERVE,
+    )
 
 
 def _in_vllm(options: Options) -> str | No:
@@ -39,7 +44,7 @@ FORMAT = Format(
     runtime=LLAMA_CPP,
     weights=GgufWeights(),
     vram=IN_LLAMA_CPP,
-    card=CardText(ways=lambda _options: WAYS),
+    card=CardText(ways=_ways),
     handover=Handover(vllm=_in_vllm, llama_cpp_file=True),
     quantization=lambda options: str(options["type"]),
 )

@@ -1,4 +1,4 @@
-"""A GGUF model on disk: one file in a folder, beside the importance matrix that it may have been made with."""
+"""A GGUF model on disk: one file in a folder, or its parts, beside the importance matrix that it may be made with."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from quantize.errors import VerifyError
 from quantize.estimate.vram import repacked_bytes
 from quantize.files.compare import WeightFile, gguf_file
 from quantize.files.gguf import read_gguf
+from quantize.files.gguf_split import read_model
 from quantize.formats.format import OnDisk
 from quantize.model.shape import gguf_shape
 
@@ -29,7 +30,7 @@ class GgufLayout:
         return path.is_file() and path.suffix == SUFFIX
 
     def main_name(self, names: Iterable[str]) -> str | None:
-        """See Layout; the first by name."""
+        """See Layout; the first by name, which is the first part of a model in several."""
         return min(self.weight_names(names), default=None)
 
     def weight_names(self, names: Iterable[str]) -> tuple[str, ...]:
@@ -49,7 +50,7 @@ class GgufLayout:
 
     def measure(self, path: Path) -> OnDisk:
         """See Layout."""
-        file = read_gguf(path)
+        file = read_model(path)
         rows = [(item.name, item.type, item.size_bytes) for item in file.tensors.values()]
         again = repacked_bytes(rows, tied="output.weight" not in file.tensors)
         return OnDisk(gguf_shape(file), sum(size for _, _, size in rows), again)

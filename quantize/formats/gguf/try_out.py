@@ -13,7 +13,8 @@ from typing import Any
 
 from quantize.errors import CheckpointError, VerifyError
 from quantize.events import Reporter
-from quantize.files.gguf import GgufFile, read_gguf
+from quantize.files.gguf import GgufFile
+from quantize.files.gguf_split import read_model
 from quantize.formats.gguf import check as gguf_check
 from quantize.formats.gguf.source import PROBE_TOKENS, Expected
 from quantize.model.checkpoint import Checkpoint
@@ -42,8 +43,9 @@ def try_out(
     start = time.perf_counter()
     trained = file.fields.get(f"{file.fields.get('general.architecture')}.context_length")
     room = min(CONTEXT, trained) if isinstance(trained, int) and trained > 0 else CONTEXT
+    size = sum(tensor.size_bytes for tensor in file.tensors.values())
     settings = ModelSettings(
-        room, threads=threads if path.stat().st_size > LARGE_BYTES else 1, flash_attention=False, gpu_layers=0,
+        room, threads=threads if size > LARGE_BYTES else 1, flash_attention=False, gpu_layers=0,
         check_tensors=expected is None or gguf_check.is_finite(expected),
     )  # fmt: skip
     model = OpenModel(path, settings, feature=FEATURE)
@@ -63,7 +65,7 @@ def try_out(
 def _header(path: Path) -> GgufFile:
     """The header. Raises VerifyError, in the words of llama.cpp where it does not load the file either."""
     try:
-        return read_gguf(path)
+        return read_model(path)
     except CheckpointError as exc:
         OpenModel(path, ModelSettings(16, threads=1, gpu_layers=0), feature=FEATURE).close()
         raise VerifyError(exc.message, hint=exc.hint) from exc

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from quantize.files.gguf import UNQUANTIZED, read_gguf
+from quantize.files.gguf import UNQUANTIZED
+from quantize.files.gguf_split import read_model, shard_paths
 from quantize.formats.format import Options, Reader
 from quantize.formats.gguf.check import name_map
 from quantize.model.checkpoint import Checkpoint
@@ -40,7 +41,7 @@ class GgufWeights:
         overrides = list(options.get("overrides") or {})
         return [
             f"{item.name} ({item.type})"
-            for item in read_gguf(path).tensors.values()
+            for item in read_model(path).tensors.values()
             if item.type in UNQUANTIZED
             and _MATRIX.match(item.name)
             and not _ROUTER.search(item.name)
@@ -53,9 +54,9 @@ def _gguf_reader(path: Path, checkpoint: Checkpoint) -> Reader:
     import gguf
     import torch
 
-    reader = gguf.GGUFReader(path)
-    tensors = {item.name: item for item in reader.tensors}
-    architecture = str(reader.fields["general.architecture"].contents())
+    readers = [gguf.GGUFReader(part) for part in shard_paths(path)]
+    tensors = {item.name: item for reader in readers for item in reader.tensors}
+    architecture = str(readers[0].fields["general.architecture"].contents())
     names = name_map(architecture, checkpoint)
     head_dim = ModelShape.from_config(checkpoint.config).head_dim
 

@@ -24,7 +24,7 @@ from quantize.errors import (
     disk_full,
 )
 from quantize.events import Reporter
-from quantize.files.gguf import EXTRA
+from quantize.files.gguf import EXTRA, GgufFile
 from quantize.runtimes.llama_cpp.convert import ConvertRequest, convert, padded
 from quantize.runtimes.llama_cpp.log import keep_log, telling_line
 from quantize.system.files import removed_on_failure
@@ -47,6 +47,7 @@ class QuantizeSettings:
     pure: bool = False
     imatrix: Path | None = None
     imatrix_later: bool = False  # a dry run of what will have one
+    split_bytes: int | None = None  # cut what is larger into files of at most so many bytes
     threads: int = 1
 
 
@@ -54,13 +55,14 @@ class QuantizeSettings:
 class SizedFile:
     """What a quantization would write: total bytes of the file, and the ggml type of each tensor.
 
-    source_bytes: size of the 16-bit file that it reads.
+    source_bytes: size of the 16-bit file that it reads. shards: the bytes of each file, if it is cut into several.
     """
 
     architecture: str
     file_bytes: int
     source_bytes: int
     tensors: tuple[tuple[str, str, int], ...]  # name, type, bytes
+    shards: tuple[int, ...] = ()
 
 
 def dry_run(reporter: Reporter, source: Path, jobs: Sequence[QuantizeSettings]) -> list[SizedFile | QuantizeError]:
@@ -83,10 +85,25 @@ def dry_run(reporter: Reporter, source: Path, jobs: Sequence[QuantizeSettings]) 
         if len(tensors) != len(header.tensors):
             raise BuildError(f"llama.cpp's dry run named {len(tensors)} of {len(header.tensors)} tensors")
         size = header_bytes + sum(padded(item[2]) for item in tensors)
+        shards = _shards(header, tensors, job.split_bytes) if job.split_bytes and size > job.split_bytes else ()
         results.append(
-            SizedFile(str(header.fields["general.architecture"]), size, source.stat().st_size, tuple(tensors))
-        )
+            SizedFile(
+                str(header.fields["general.architecture"]), sum(shards) or size, source.stat().st_size, tuple(tensors),
+                shards,
+            )
+        )  # fmt: skip
     return results
+
+
+def _shards(header: GgufFile, tensors: Sequence[tuple[str, str, int]], limit: int) -> tuple[int, ...]:
+    """The bytes of each file that a model is cut into; () where it stays whole."""
+    from quantize.files.gguf_split import PlannedTensor, fields_bytes, part_bytes, plan_split
+
+    planned = [PlannedTensor(name, len(header.tensors[name].shape), size) for name, _, size in tensors]
+    keys = fields_bytes(header)
+    parts = plan_split(planned, keys, header.alignment, limit)
+    sizes = (part_bytes([planned[item] for item in part], keys, header.alignment, part is parts[0]) for part in parts)
+    return tuple(sizes) if len(parts) > 1 else ()
 
 
 def convert_and_size(
@@ -100,11 +117,20 @@ def convert_and_size(
         out.unlink(missing_ok=True)
 
 
-def quantize(reporter: Reporter, source: Path, out: Path, job: QuantizeSettings) -> list[str]:
-    """Quantize `source` into `out`; returns llama.cpp's warnings. Raises PlanError, BuildError."""
+def quantize(
+    reporter: Reporter, source: Path, out: Path, job: QuantizeSettings
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Quantize `source` into `out`, or into the parts that it is cut into beside it.
+
+    Returns the names of the files, the first one first, and llama.cpp's warnings. Raises PlanError, BuildError.
+    """
+    from quantize.files.gguf_split import split_file
+
     with removed_on_failure(out):
         log = _quantize(source, out, job, dry=False)
-    return [line for line in log.splitlines() if "WARNING" in line or FALLBACK in line]
+        files = split_file(out, job.split_bytes) if job.split_bytes else (out,)
+    warnings = tuple(line for line in log.splitlines() if "WARNING" in line or FALLBACK in line)
+    return tuple(path.name for path in files), warnings
 
 
 def _quantize(source: Path, out: Path, job: QuantizeSettings, *, dry: bool) -> str:

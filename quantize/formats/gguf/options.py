@@ -1,0 +1,124 @@
+"""What a recipe may say of a GGUF variant.
+
+In: the variant's section. Out: GgufOptions, or pydantic's errors, which the recipe turns into file:line:column.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Annotated, Any
+
+from pydantic import (
+    BeforeValidator,
+    Field,
+    SerializerFunctionWrapHandler,
+    WithJsonSchema,
+    field_validator,
+    model_serializer,
+)
+
+from quantize.errors import UsageError
+from quantize.formats.gguf.types import ELEMENT_TYPES, FTYPES
+from quantize.recipe.model import FormatOptions
+from quantize.recipe.yaml import suggest
+from quantize.runtimes.llama_cpp.vocabulary import names as pre_tokenizers
+from quantize.system.sizes import parse_size
+from quantize.system.untrusted import check_pattern
+
+UNITS = (("g", 30), ("m", 20), ("k", 10))
+
+
+def _file_size(value: object) -> object:
+    """Bytes of "4G" and the like."""
+    if isinstance(value, int) and not isinstance(value, bool) and value > 0:
+        return value
+    if not isinstance(value, str):
+        raise ValueError("must be a size || write it like 4G, 500MB or 800MiB")
+    try:
+        return parse_size(value)
+    except UsageError as exc:
+        raise ValueError(f"no size || {exc.hint}") from exc
+
+
+SIZE_TEXT = {"type": "string", "pattern": r"^\s*\d+(\.\d+)?\s*([kKmMgGtT][iI]?)?[bB]?\s*$"}
+SIZE_SCHEMA = {"anyOf": [SIZE_TEXT, {"type": "integer", "minimum": 1}]}
+FileSize = Annotated[int, BeforeValidator(_file_size), WithJsonSchema(SIZE_SCHEMA)]
+
+
+class GgufOptions(FormatOptions):
+    """The recipe section of a GGUF variant."""
+
+    type: str = Field(description="llama.cpp file type: Q4_K_M, Q5_K_M, Q8_0, …", json_schema_extra={"enum": [*FTYPES]})
+    imatrix: bool = Field(False, description="weigh errors by an importance matrix from the calibration pass")
+    overrides: dict[str, str] = Field(
+        default_factory=dict, description="type of each tensor whose name matches a regular expression"
+    )
+    output_type: str | None = Field(None, description="type of the output head")
+    embedding_type: str | None = Field(None, description="type of the token embedding")
+    pure: bool = Field(False, description="all tensors in one type, no mixture")
+    pre_tokenizer: str | None = Field(
+        None, description="llama.cpp's name of the rules that split text before BPE, where its converter knows none"
+    )
+    split_size: FileSize | None = Field(
+        None,
+        description="cut the model into files of at most this size, such as 4G: NAME-00001-of-00003.gguf and so on",
+    )
+
+    @field_validator("type")
+    @classmethod
+    def _known_type(cls, value: str) -> str:
+        if value not in FTYPES:
+            raise ValueError(f"unknown type || {suggest(value, [*FTYPES])}")
+        return value
+
+    @field_validator("output_type", "embedding_type")
+    @classmethod
+    def _known_element(cls, value: str | None) -> str | None:
+        if value is not None and value not in ELEMENT_TYPES:
+            raise ValueError(f"unknown tensor type || {suggest(value, [*ELEMENT_TYPES])}")
+        return value
+
+    @field_validator("pre_tokenizer")
+    @classmethod
+    def _known_pre_tokenizer(cls, value: str | None) -> str | None:
+        if value is not None and value not in pre_tokenizers():
+            raise ValueError(f"unknown pre-tokenizer || {suggest(value, [*pre_tokenizers()])}")
+        return value
+
+    @field_validator("overrides")
+    @classmethod
+    def _known_overrides(cls, value: dict[str, str]) -> dict[str, str]:
+        for pattern, kind in value.items():
+            if kind not in ELEMENT_TYPES:
+                raise ValueError(f"unknown tensor type {kind!r} for {pattern!r} || {suggest(kind, [*ELEMENT_TYPES])}")
+            try:
+                check_pattern(pattern)
+            except ValueError as exc:
+                raise ValueError(f"{pattern!r} is not a regular expression ({exc}) || a dot is written `\\.`") from exc
+        return value
+
+    def variant_name(self) -> str:
+        """`q4_k_m`, `q4_k_m-imatrix`, `q4_k_m-split-4g`, and a short hash where overrides or types are not the plain
+        ones.
+        """
+        parts = [self.type.lower()] + (["imatrix"] if self.imatrix else []) + (["pure"] if self.pure else [])
+        parts += [f"split-{_short_size(self.split_size)}"] if self.split_size else []
+        special = [f"{key}={kind}" for key, kind in self.overrides.items()]
+        special += [f"{name}={kind}" for name in ("output_type", "embedding_type") if (kind := getattr(self, name))]
+        if special:
+            parts.append(hashlib.sha256("|".join(special).encode()).hexdigest()[:6])
+        return "-".join(parts)
+
+    @model_serializer(mode="wrap")
+    def _only_where_it_is_cut(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Without `split_size` where there is none: it came after the first artifacts, whose build keys stay."""
+        data: dict[str, Any] = handler(self)
+        return {key: value for key, value in data.items() if key != "split_size" or value is not None}
+
+
+def _short_size(size_bytes: int) -> str:
+    """Bytes as a part of a name: 4g, 512m, 4000000000."""
+    for unit, power in UNITS:
+        if size_bytes % 2**power == 0:
+            return f"{size_bytes >> power}{unit}"
+    return str(size_bytes)
