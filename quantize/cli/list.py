@@ -50,8 +50,12 @@ def artifacts(everything: bool, markdown: bool, store: Store, as_json: bool) -> 
             ("BITS/WEIGHT", "right"),
         ]
         columns += [("VRAM 4K", "right"), *COLUMNS, ("DIGEST", "left"), ("BUILT", "left")]
+        rows = [_row(item) for item in found]
+        if everything:
+            columns.append(("CURRENT", "left"))
+            rows = [[*row, "yes" if store.is_current(item) else ""] for row, item in zip(rows, found, strict=True)]
         show = print_markdown if markdown else print_table
-        show(columns, [_row(item) for item in found], empty=f"no artifacts in {store.root}/; see `quantize build`")
+        show(columns, rows, empty=f"no artifacts in {store.root}/; see `quantize build`")
         notes = source_lines((item.manifest.name, quality(item).golden) for item in found)
         if notes and markdown:
             click.echo("")  # or the table would take the line in

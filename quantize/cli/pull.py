@@ -26,19 +26,21 @@ from quantize.system.sizes import size_text
     show_default=True,
     help="File with the pins.",
 )
+@click.option("--replace", is_flag=True, help="Make what is pulled current, also before a newer build of yours.")
 @click.option("--jobs", type=click.IntRange(min=1), default=4, show_default=True, help="Files at a time.")
 @store_option
 @json_option
 @quiet_option
 @verbose_option
 def command(
-    references: tuple[str, ...], locked: bool, lock: Path, jobs: int, store: Store, as_json: bool, quiet: bool
-) -> None:
+    references: tuple[str, ...], locked: bool, lock: Path, replace: bool, jobs: int, store: Store, as_json: bool,
+    quiet: bool,
+) -> None:  # fmt: skip
     """Get published artifacts into the store. Every hash is checked before any of it is visible there.
 
     A REFERENCE is what `quantize publish` printed, such as oci://HOST/REPOSITORY@sha256:…, hf://ORG/NAME@COMMIT or
-    /share/NAME/VARIANT@sha256:…; without a digest it is said which one it means now. A pull that broke off goes on
-    where it was.
+    /share/NAME/VARIANT@sha256:…; without a digest it is said which one it means now, and where it means none, which
+    references do. A pull that broke off goes on where it was.
     """
     if not locked and not references:
         raise UsageError("nothing to pull", hint="name a reference, or say --locked")
@@ -46,9 +48,9 @@ def command(
         session = Session(reporter, jobs)
         if locked:
             pins = chosen(read_pins(lock), references, lock)
-            results = [pull_pinned(item, store, session) for item in pins]
+            results = [pull_pinned(item, store, session, replace=replace) for item in pins]
         else:
-            results = [pull(item, store, session) for item in references]
+            results = [pull(item, store, session, replace=replace) for item in references]
     if as_json:
         print_json(
             [

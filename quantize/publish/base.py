@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Protocol
 
-from quantize.errors import VerifyError
+from quantize.errors import RefusedError, VerifyError
 from quantize.publish.pack import Blob, Pack
 
 Count = Callable[[int], None]
@@ -48,10 +48,20 @@ class Place(Protocol):
     def send(self, blob: Blob, source: Path, pack: Pack, count: Count) -> None:
         """Put one blob there. May be called from several threads."""
 
+    def takes(self, blob: Blob, pack: Pack) -> int:
+        """Bytes that a blob which is not there would take."""
+
+    def free_bytes(self) -> int | None:
+        """Bytes that can still be put there; None where nobody says."""
+
+    def known(self) -> list[str]:
+        """References that mean something there, to tell whoever asked for one that means nothing; some, sorted."""
+
     def seal(self, pack: Pack, *, move_from: str | None) -> str:
         """Put the manifest, when every blob is there, and have `name` mean it. Returns the pinned reference.
 
-        move_from: what `name` meant when this was last looked at.
+        move_from: what `name` meant when this was last looked at. Raises RefusedError: it means something else by now,
+        and not this publication either.
         """
 
     def fetch(self, blob: Blob, target: Path, pack: Pack, count: Count) -> None:
@@ -59,6 +69,14 @@ class Place(Protocol):
 
     def close(self) -> None:
         """Close what is open."""
+
+
+def moved_meanwhile(name: str, meant: str | None, now: str | None) -> RefusedError:
+    """Somebody else has moved a tag while something was published to it."""
+    return RefusedError(
+        f"{name} was moved by someone else meanwhile: it meant {meant or 'nothing'}, now {now or 'nothing'}",
+        hint="see who else publishes there, then run the same command again",
+    )
 
 
 def size_of(path: Path) -> int:

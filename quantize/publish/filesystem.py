@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from quantize.errors import MissingExtraError, TransferError, UsageError, VerifyError, first_line
-from quantize.publish.base import Count, size_of, write_stream
+from quantize.publish.base import Count, moved_meanwhile, size_of, write_stream
 from quantize.publish.folder import CURRENT, READ_BYTES, checked_digest, missing
 from quantize.publish.pack import MANIFEST_NAME, Blob, Pack
 from quantize.publish.retry import Again, Retry, persist
@@ -109,19 +109,56 @@ class FilesystemPlace:
 
         persist(step, self._retry, self._url)
 
+    def takes(self, blob: Blob, pack: Pack) -> int:
+        """All of it."""
+        return blob.size_bytes
+
+    def free_bytes(self) -> int | None:
+        """Stores of objects have no end."""
+        return None
+
+    def known(self) -> list[str]:
+        """Variants below the recipe's part of the URL, or those of all recipes."""
+
+        def step() -> list[str]:
+            with _errors(self._root), contextlib.suppress(FileNotFoundError):
+                depths = (f"{self._root}/*/{CURRENT}", f"{self._root}/*/*/{CURRENT}")
+                found = [path for pattern in depths for path in self._system.glob(pattern)]
+                below = [str(path).removeprefix(str(self._root)).removesuffix(f"/{CURRENT}") for path in found]
+                return sorted(self._url + path for path in below)
+            return []
+
+        return persist(step, self._retry, self._url)
+
     def seal(self, pack: Pack, *, move_from: str | None) -> str:
-        """Put modelpack.json, then `current`."""
+        """Put modelpack.json, then `current`.
+
+        The first `current` is made only if there is none, in one step where the plugin can do that; one that is moved
+        is looked at right before.
+        """
         self._write(self._path(pack.digest, MANIFEST_NAME), pack.document)
-        if move_from != pack.digest:
-            self._write(f"{self._root}/{CURRENT}", f"{pack.digest}\n".encode())
+        pointer, data = f"{self._root}/{CURRENT}", f"{pack.digest}\n".encode()
+        now = self.tagged()
+        if now is None and move_from is None and not self._write(pointer, data, anew=True):
+            now = self.tagged()
+        if now is not None and now != pack.digest:
+            if now != move_from:
+                raise moved_meanwhile(self.name, move_from, now)
+            self._write(pointer, data)
         return self.pinned(pack.digest)
 
-    def _write(self, path: str, data: bytes) -> None:
-        def step() -> None:
-            with _errors(path):
-                self._system.pipe_file(path, data)
+    def _write(self, path: str, data: bytes, *, anew: bool = False) -> bool:
+        """Put an object; anew: only if there is none. Whether it was put."""
 
-        persist(step, self._retry, self._url)
+        def step() -> bool:
+            with _errors(path):
+                try:
+                    self._system.pipe_file(path, data, mode="create" if anew else "overwrite")
+                except FileExistsError:
+                    return False
+            return True
+
+        return persist(step, self._retry, self._url)
 
     def fetch(self, blob: Blob, target: Path, pack: Pack, count: Count) -> None:
         """Read one object, on from what is in the file."""

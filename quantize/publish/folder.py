@@ -10,17 +10,20 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import shutil
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
 from quantize.errors import TransferError, VerifyError
-from quantize.publish.base import Count, size_of, write_stream
+from quantize.publish.base import Count, moved_meanwhile, size_of, write_stream
 from quantize.publish.pack import MANIFEST_NAME, Blob, Pack
 from quantize.system.cache import hash_file
 from quantize.system.digest import is_whole, short
+from quantize.system.flock import NO_LOCKS, NO_LOCKS_HINT, file_lock
 
 CURRENT = "current"
+LOCK = ".current.lock"
 READ_BYTES = 4 << 20
 
 
@@ -97,22 +100,66 @@ class FolderPlace:
                 scratch.unlink(missing_ok=True)
 
     def _link(self, blob: Blob, final: Path) -> bool:
-        for other in [item / blob.path for item in self._root.iterdir()] if self._root.is_dir() else []:
-            if other != final and size_of(other) == blob.size_bytes and hash_file(other) == blob.sha256:
-                with contextlib.suppress(OSError):
-                    final.parent.mkdir(parents=True, exist_ok=True)
-                    final.unlink(missing_ok=True)
-                    final.hardlink_to(other)
-                    return True
+        for other in self._same(blob, final):
+            scratch = final.with_name(f".{final.name}.{uuid.uuid4().hex[:8]}.part")
+            with contextlib.suppress(OSError):
+                final.parent.mkdir(parents=True, exist_ok=True)
+                scratch.hardlink_to(other)
+                scratch.replace(final)
+                scratch.unlink(missing_ok=True)  # where both were the same file, nothing was renamed
+                return True
         return False
 
+    def _same(self, blob: Blob, final: Path) -> Iterator[Path]:
+        """Files of other publications with the same bytes."""
+        for other in [item / blob.path for item in self._root.iterdir()] if self._root.is_dir() else []:
+            if other != final and size_of(other) == blob.size_bytes and hash_file(other) == blob.sha256:
+                yield other
+
+    def takes(self, blob: Blob, pack: Pack) -> int:
+        """Nothing for what can be linked."""
+        found = next(self._same(blob, self._folder(pack.digest) / blob.path), None)
+        return blob.size_bytes if found is None else 0
+
+    def free_bytes(self) -> int | None:
+        """What the file system has left; one without a size, such as /proc, does not say."""
+        folder = self._root.absolute()
+        while not folder.exists() and folder != folder.parent:
+            folder = folder.parent
+        with _errors(self._root):
+            usage = shutil.disk_usage(folder)
+        return usage.free if usage.total else None
+
+    def known(self) -> list[str]:
+        """Variants below a recipe's folder, or those of all recipes of a share."""
+        found = [path.parent for depth in ("*", "*/*") for path in self._root.glob(f"{depth}/{CURRENT}")]
+        return sorted(map(str, found))
+
     def seal(self, pack: Pack, *, move_from: str | None) -> str:
-        """Write modelpack.json, then `current`."""
+        """Write modelpack.json, then `current`: under a lock, so that of two that move it the second sees the first."""
         with _errors(self._root):
             self._write(self._folder(pack.digest) / MANIFEST_NAME, pack.document)
-            if move_from != pack.digest:
-                self._write(self._root / CURRENT, f"{pack.digest}\n".encode())
+            with self._alone():
+                now = self.tagged()
+                if now not in (move_from, pack.digest):
+                    raise moved_meanwhile(self.name, move_from, now)
+                if now != pack.digest:
+                    self._write(self._root / CURRENT, f"{pack.digest}\n".encode())
         return self.pinned(pack.digest)
+
+    @contextlib.contextmanager
+    def _alone(self) -> Iterator[None]:
+        lock = file_lock(self._root / LOCK)
+        try:
+            lock.acquire()
+        except OSError as exc:
+            if exc.errno not in NO_LOCKS:
+                raise
+            raise TransferError(f"{self._root}: no lock is to be had", hint=NO_LOCKS_HINT) from exc
+        try:
+            yield
+        finally:
+            lock.release()
 
     def _write(self, path: Path, data: bytes) -> None:
         scratch = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.part")

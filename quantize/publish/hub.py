@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from quantize.errors import MissingExtraError, TransferError, UsageError, VerifyError, first_line
-from quantize.publish.base import Count
+from quantize.publish.base import Count, moved_meanwhile
 from quantize.publish.pack import MANIFEST_NAME, Blob, Pack
 from quantize.publish.retry import Again, Retry, persist
 from quantize.system.digest import PREFIX, WHOLE, digest_of
@@ -36,7 +36,8 @@ REFERENCE = re.compile(
 )
 OWN = {".gitattributes"}  # what the hub itself puts into a repository
 TRIES = 3  # the library tries most requests again by itself
-PASSING = {408, 429, 500, 502, 503, 504}
+MOVED = 412  # another commit came before: it is looked at anew
+PASSING = {408, MOVED, 429, 500, 502, 503, 504}
 
 
 @dataclass(frozen=True)
@@ -150,14 +151,32 @@ class HubPlace:
                 self._api.create_repo(self._repository, private=True, exist_ok=True)
                 self._commit = self._api.model_info(self._repository).sha
 
+    def takes(self, blob: Blob, pack: Pack) -> int:
+        """All of it."""
+        return blob.size_bytes
+
+    def free_bytes(self) -> int | None:
+        """The hub says how much there is only when it is used up."""
+        return None
+
+    def known(self) -> list[str]:
+        """None: the hub has a search of its own."""
+        return []
+
     def seal(self, pack: Pack, *, move_from: str | None) -> str:
-        """Commit everything at once, and remove what an earlier publication had."""
+        """Commit everything at once, and remove what an earlier publication had.
+
+        The commit names its parent, which is the one that was looked at: the hub refuses it where another came between.
+        """
         wanted = {MANIFEST_NAME, *(blob.path for blob in pack.blobs)}
-        stale = [path for path in self._remote if path not in wanted | OWN]
 
         def step() -> str:
-            if self.tagged() == pack.digest:
+            now = self.tagged()
+            if now == pack.digest:
                 return str(self._commit)  # this time, or the last one whose answer was lost
+            if now != move_from:
+                raise moved_meanwhile(self.name, move_from, now)
+            stale = [path for path in self._remote if path not in wanted | OWN]
             manifest = huggingface_hub.CommitOperationAdd(MANIFEST_NAME, pack.document)
             removed = [huggingface_hub.CommitOperationDelete(path) for path in stale]
             done = self._api.create_commit(

@@ -9,11 +9,11 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from quantize.errors import UsageError
+from quantize.errors import UsageError, VerifyError
 from quantize.publish.base import Place
 from quantize.publish.retry import Retry
 from quantize.store.artifact import Artifact
-from quantize.system.digest import WHOLE
+from quantize.system.digest import WHOLE, digest_of, from_digits, is_short, short
 
 SCHEME = re.compile(r"[a-z][a-z0-9+.-]*(?=://)")
 DIGEST_END = re.compile(rf"@({WHOLE})$")
@@ -65,8 +65,26 @@ def find_place(text: str, retry: Retry) -> Found:
 
         repository = hub.parse(text)
         return Found(hub.HubPlace(repository, retry, write=False), repository.digest)
+    if (one := _one_publication(text, retry)) is not None:
+        return one
     match = DIGEST_END.search(text)
     return Found(_tree(text[: match.start()] if match else text, retry), match[1] if match else None)
+
+
+def _one_publication(text: str, retry: Retry) -> Found | None:
+    """What a reference means that names the folder of one publication, as a share shows it."""
+    above, _, folder = text.rstrip("/").rpartition("/")
+    if not above or not is_short(folder):
+        return None
+    place = _tree(above, retry)
+    try:
+        digest = digest_of(place.manifest(from_digits(folder)))
+    except VerifyError:  # a variant that is called so
+        return None
+    if short(digest) != folder:
+        hint = "publish the artifact again, or name another publication"
+        raise VerifyError(f"{text}: its manifest is not the one that the folder is named by", hint=hint)
+    return Found(place, digest)
 
 
 def _tree(text: str, retry: Retry) -> Place:

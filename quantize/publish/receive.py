@@ -11,10 +11,11 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import datetime
 from functools import partial
 from pathlib import Path
 
-from quantize.errors import StoreError, TransferError, UsageError, VerifyError
+from quantize.errors import RefusedError, StoreError, TransferError, UsageError, VerifyError
 from quantize.evaluate.record import NAME, NOT_EVALUATED, Summary, read_record
 from quantize.events import Reporter, note, status, warn
 from quantize.publish.base import Count, Place, size_of
@@ -22,13 +23,23 @@ from quantize.publish.pack import Blob, Pack, check_config, check_contents, mani
 from quantize.publish.pins import Pin
 from quantize.publish.places import Found, find_place
 from quantize.publish.transfer import Progress, Session, run_all
-from quantize.store.artifact import Artifact, commit, read_measurements
-from quantize.store.manifest import MAX_BYTES, Manifest, read_manifest
+from quantize.store.artifact import (
+    MAX_MEASUREMENTS_BYTES,
+    PULLED_NAME,
+    Artifact,
+    commit,
+    point_current,
+    read_measurements,
+    when_built,
+)
+from quantize.store.manifest import MAX_BYTES, MEASUREMENTS_NAME, Manifest, read_manifest
 from quantize.store.staging import STAGING, store_errors, variant_lock
 from quantize.store.store import Store
 from quantize.store.verify import check_files
 from quantize.system.cache import hash_file
 from quantize.system.digest import digest_of
+
+MOST_NAMED = 20  # references, in a hint
 
 
 @dataclass(frozen=True)
@@ -41,11 +52,11 @@ class Pulled:
     fetched_bytes: int
 
 
-def pull(reference: str, store: Store, session: Session, pin: Pin | None = None) -> Pulled:
-    """Get what a reference means. pin: it must be this artifact.
+def pull(reference: str, store: Store, session: Session, pin: Pin | None = None, *, replace: bool = False) -> Pulled:
+    """Get what a reference means. pin: it must be this artifact. replace: have it be current, whatever is there.
 
-    Raises UsageError, TransferError, StoreError; VerifyError: something is not what its digest says, and the store has
-    not seen it.
+    Raises UsageError, TransferError, StoreError; RefusedError: a newer build of this store is the current one;
+    VerifyError: something is not what its digest says, and the store has not seen it.
     """
     found = find_place(reference, session.retry)
     place = found.place
@@ -58,21 +69,21 @@ def pull(reference: str, store: Store, session: Session, pin: Pin | None = None)
                 raise VerifyError(
                     f"it is {manifest.name}/{manifest.variant} {manifest.digest}; {pin.key} is pinned as {pin.digest}"
                 )
-            return _into_store(place, pack, manifest, store, session)
+            return _into_store(place, pack, manifest, store, session, replace=replace)
     finally:
         place.close()
 
 
-def pull_pinned(pin: Pin, store: Store, session: Session) -> Pulled:
+def pull_pinned(pin: Pin, store: Store, session: Session, *, replace: bool = False) -> Pulled:
     """Get a pinned artifact from the first of its places that answers. Raises as `pull` does."""
     if not pin.published:
         raise UsageError(f"{pin.key} has no `published` places in the pins", hint="publish it, or add a reference")
     for reference in pin.published[:-1]:
         try:
-            return pull(reference, store, session, pin)
+            return pull(reference, store, session, pin, replace=replace)
         except TransferError as exc:
             warn(session.reporter, pin.variant, f"{exc.message}; the next place is tried")
-    return pull(pin.published[-1], store, session, pin)
+    return pull(pin.published[-1], store, session, pin, replace=replace)
 
 
 def _resolve(found: Found, reference: str, reporter: Reporter) -> Pack:
@@ -84,7 +95,7 @@ def _resolve(found: Found, reference: str, reporter: Reporter) -> Pack:
         raise VerifyError(f"{place.name} was moved: it means {named or 'nothing'} now, not {wanted}", hint=hint)
     digest = wanted or named
     if digest is None:
-        raise VerifyError(f"{place.name}: nothing is published there", hint="check the name, and that you may read it")
+        raise VerifyError(f"{place.name}: nothing is published there", hint=_what_there_is(place))
     if not wanted:
         note(reporter, place.name, f"means {digest}; pull {place.pinned(digest)} to have the same again")
     document = place.manifest(digest)
@@ -95,6 +106,12 @@ def _resolve(found: Found, reference: str, reporter: Reporter) -> Pack:
         )
     with _about(place.pinned(digest)):
         return read_pack(document)
+
+
+def _what_there_is(place: Place) -> str:
+    known = place.known()
+    more = f" and {len(known) - MOST_NAMED} more" if len(known) > MOST_NAMED else ""
+    return f"there are: {', '.join(known[:MOST_NAMED])}{more}" if known else "check the name, and that you may read it"
 
 
 @contextmanager
@@ -145,13 +162,18 @@ def _check(blob: Blob, path: Path) -> None:
         raise VerifyError(f"{blob.path} was altered: its sha256 is not the one in the manifest")
 
 
-def _into_store(place: Place, pack: Pack, manifest: Manifest, store: Store, session: Session) -> Pulled:
+def _into_store(
+    place: Place, pack: Pack, manifest: Manifest, store: Store, session: Session, *, replace: bool
+) -> Pulled:
     name, variant, reference = manifest.name, manifest.variant, place.pinned(pack.digest)
     with variant_lock(store.root, name, variant), store_errors(store.root):
         known = _intact(store, manifest, session.reporter)
         if known is not None:
             note(session.reporter, variant, f"{known.ref} is in the store already, and intact")
+            _make_current(store, known, session.reporter, replace=replace)
             return Pulled(known, reference, pack.digest, 0)
+        if not replace:
+            _check_older(store, place, pack, manifest)
         folder = store.root / STAGING / f"{name}--{variant}.pull-{pack.short_digest}"
         folder.mkdir(parents=True, exist_ok=True)
         kept = _clean(folder, pack)
@@ -161,9 +183,51 @@ def _into_store(place: Place, pack: Pack, manifest: Manifest, store: Store, sess
         tasks = [partial(_fetch, place, pack, blob, folder / blob.path, counter.count) for blob in pack.files]
         run_all(tasks, session)
         verdict = _verdict(folder)
+        (folder / PULLED_NAME).write_text(f"{reference}\n", encoding="utf-8")
         artifact = commit(store.root, folder, manifest)
         _warn_of_gates(artifact, verdict, session.reporter)
         return Pulled(artifact, reference, pack.digest, pack.size_bytes - kept)
+
+
+def _make_current(store: Store, known: Artifact, reporter: Reporter, *, replace: bool) -> None:
+    """What is there already becomes current only where that is asked for; that it is not is said."""
+    if store.is_current(known):
+        return
+    if replace:
+        point_current(known.folder)
+        return
+    current = store.current(known.manifest.name, known.manifest.variant)
+    there = f"{current.ref} is" if current is not None else "none is"
+    warn(reporter, known.manifest.variant, f"{known.ref} is not the current build: {there}; --replace makes it so")
+
+
+def _check_older(store: Store, place: Place, pack: Pack, manifest: Manifest) -> None:
+    """Raises RefusedError: the current build was made here, and after the one that would replace it."""
+    current = store.current(manifest.name, manifest.variant)
+    if current is None or current.is_pulled:
+        return
+    theirs, ours = _when_built(place, pack), current.built_at
+    if theirs is not None and ours is not None and theirs >= ours:
+        return
+    raise RefusedError(
+        f"{current.ref} is the current build: it was built here {_day(ours)}, what is to be pulled {_day(theirs)}",
+        hint="--replace makes what is pulled the current one; your build stays, and `quantize list artifacts --all` "
+        "shows it",
+    )
+
+
+def _day(time: datetime | None) -> str:
+    return "at a time that nobody says" if time is None else f"{time:%Y-%m-%d %H:%M}"
+
+
+def _when_built(place: Place, pack: Pack) -> datetime | None:
+    """When a publication was built, by its own figures."""
+    blob = next((item for item in pack.files if item.path == MEASUREMENTS_NAME), None)
+    if blob is None or blob.size_bytes > MAX_MEASUREMENTS_BYTES:
+        return None
+    with tempfile.TemporaryDirectory(prefix="quantize-pull-") as folder:
+        _fetch(place, pack, blob, Path(folder) / MEASUREMENTS_NAME, lambda _: None)
+        return when_built(read_measurements(Path(folder)))
 
 
 def _intact(store: Store, manifest: Manifest, reporter: Reporter) -> Artifact | None:

@@ -12,15 +12,18 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
-from quantize.errors import TransferError, UsageError, VerifyError
+from quantize.errors import TransferError, UsageError, VerifyError, first_line
 from quantize.publish.base import Count, size_of, write_stream
+from quantize.publish.claims import Turn, may_move
 from quantize.publish.credentials import DOCKER_HUB, credential_for
 from quantize.publish.pack import MANIFEST_TYPE, MAX_MANIFEST_BYTES, Blob, Pack
 from quantize.publish.retry import Again, Retry, persist
 from quantize.publish.web import HttpRequest, Web, is_loopback
-from quantize.system.digest import WHOLE, digest_of
+from quantize.system.digest import SHORT_DIGITS, WHOLE, digest_of, short
+from quantize.system.untrusted import parse_json
 
 CHUNK_BYTES = 16 << 20
 READ_BYTES = 1 << 20
@@ -38,6 +41,10 @@ ACCEPTED = ", ".join(
     )
 )
 ANEW = "publish the artifact again"
+TAG = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}")
+SHORT = rf"[0-9a-f]{{{SHORT_DIGITS}}}"
+ONE_PUBLICATION = re.compile(rf"-{SHORT}(-after-{SHORT})?$")  # tags that never move
+PAGE, MAX_PAGES = 1000, 100  # of a list of tags
 NO_PIECES = {400, 404, 405, 411, 413, 415, 416, 501}  # what registries say that take a blob only as one body
 
 
@@ -88,6 +95,8 @@ class RegistryPlace:
         scope = f"repository:{reference.repository}:{'pull,push' if write else 'pull'}"
         self._web = Web(reference.url, scope, lambda: credential_for(reference.host), retry)
         self._base = f"{reference.url}/v2/{reference.repository}"
+        self._write = write
+        self._seen: set[str] | None = None  # tags that were there when this first asked
 
     def close(self) -> None:
         """Close its connections."""
@@ -114,6 +123,8 @@ class RegistryPlace:
 
     def tagged(self) -> str | None:
         """The digest that the tag means now; None if there is no such tag."""
+        if self._write and self._seen is None:
+            self._seen = self._tags()
         data = self._manifest(self.tag)
         return None if data is None else digest_of(data)
 
@@ -159,9 +170,50 @@ class RegistryPlace:
         lasting = f"{self.tag[:110]}-{pack.short_digest}"
         if self._manifest(lasting) != pack.document:
             self._put(pack, lasting)
-        if move_from != pack.digest:
+        if move_from != pack.digest and self._may_move(pack, lasting, move_from):
             self._put(pack, self.tag)
         return self.pinned(pack.digest)
+
+    def _may_move(self, pack: Pack, lasting: str, move_from: str | None) -> bool:
+        """Claim the tag. The first time, the lasting tag is the claim; later it is one that says from what to what."""
+        claim, pattern = lasting, rf"{re.escape(self.tag[:110])}-{SHORT}"
+        if move_from is not None:
+            tag, after = self.tag[:90], f"-after-{short(move_from)}"
+            claim, pattern = f"{tag}-{pack.short_digest}{after}", rf"{re.escape(tag)}-{SHORT}{after}"
+            self._put(pack, claim)
+        turn = Turn(self.name, claim, self._seen or (), pack.digest, move_from)
+        claims = partial(self._tags_like, re.compile(pattern))
+        return may_move(turn, claims, self.tagged, self._retry.pause)
+
+    def _tags_like(self, pattern: re.Pattern[str]) -> set[str]:
+        return {tag for tag in self._tags() if pattern.fullmatch(tag)}
+
+    def _tags(self) -> set[str]:
+        """Every tag of the repository; none where the registry lists none."""
+        found: set[str] = set()
+        url: str | None = f"{self._base}/tags/list?n={PAGE}"
+        for _ in range(MAX_PAGES):
+            answer = self._web.call(HttpRequest("GET", url, {200, 404, 405, 501}))
+            if answer.status != 200:
+                break
+            found |= tags_of(answer.data)
+            match = re.search(r'<([^>]+)>\s*;\s*rel="?next', answer.headers.get("link", ""))
+            if match is None:
+                break
+            url = self._web.location(answer.url, {"location": match[1]})
+        return found
+
+    def takes(self, blob: Blob, pack: Pack) -> int:
+        """All of it."""
+        return blob.size_bytes
+
+    def free_bytes(self) -> int | None:
+        """No registry says."""
+        return None
+
+    def known(self) -> list[str]:
+        """Its tags, without those that stand for one publication."""
+        return [self._reference.text(tag) for tag in sorted(self._tags()) if not ONE_PUBLICATION.search(tag)]
 
     def _put(self, pack: Pack, reference: str) -> None:
         url, headers = f"{self._base}/manifests/{reference}", {"Content-Type": MANIFEST_TYPE}
@@ -201,6 +253,15 @@ class RegistryPlace:
             if "content-length" in response.headers:  # it came as long as it is
                 raise VerifyError(f"{blob.path} is cut off: the registry has {told}", hint=ANEW)
             raise Again(f"the connection ended after {told}")
+
+
+def tags_of(data: bytes) -> set[str]:
+    """The tags that a registry's list has. Raises TransferError: it is none."""
+    try:
+        found = parse_json(data)["tags"] or []
+        return {tag for tag in found if TAG.fullmatch(tag)}
+    except (ValueError, KeyError, TypeError) as exc:
+        raise TransferError(f"the registry's list of tags is none ({first_line(exc)})") from exc
 
 
 class _Upload:

@@ -15,7 +15,7 @@ from pathlib import Path
 from quantize.errors import RefusedError, UsageError
 from quantize.events import status
 from quantize.provenance.documents import Signing, prepare
-from quantize.publish.base import Place
+from quantize.publish.base import Place, moved_meanwhile
 from quantize.publish.pack import Blob, Pack, make_pack
 from quantize.publish.places import place_for
 from quantize.publish.policy import required_notice
@@ -24,6 +24,7 @@ from quantize.recipe.model import PublishPolicy
 from quantize.store.artifact import Artifact
 from quantize.store.staging import store_errors, variant_lock
 from quantize.store.verify import check_files
+from quantize.system.sizes import size_text
 
 
 @dataclass(frozen=True)
@@ -50,13 +51,14 @@ class Wanted:
 
 @dataclass(frozen=True)
 class _Job:
-    """One publication to make. meant: what the place's name means before it."""
+    """One publication to make. meant: what the place's name means before it. absent: what has to be sent."""
 
     artifact: Artifact
     place: Place
     pack: Pack
     config: bytes
     meant: str | None
+    absent: list[Blob]
 
 
 def publish(
@@ -85,7 +87,10 @@ def publish(
             check_files(item, session.reporter)
             _prepare(store, item, place.title, notice, signing)
             pack, config = make_pack(item)
-            jobs.append(_Job(item, place, pack, config, _may_take(place, pack, move_tag=move_tag)))
+            meant = _may_take(place, pack, move_tag=move_tag)
+            status(session.reporter, item.manifest.variant, "asking what is there")
+            jobs.append(_Job(item, place, pack, config, meant, _absent(place, pack, session)))
+        _check_room(jobs)
         for job in jobs:
             yield _publish_one(job, session)
     finally:
@@ -123,10 +128,8 @@ def _may_take(place: Place, pack: Pack, *, move_tag: bool) -> str | None:
 
 
 def _publish_one(job: _Job, session: Session) -> Published:
-    artifact, place, pack, meant = job.artifact, job.place, job.pack, job.meant
+    artifact, place, pack, meant, absent = job.artifact, job.place, job.pack, job.meant, job.absent
     subject = artifact.manifest.variant
-    status(session.reporter, subject, "asking what is there")
-    absent = _absent(place, pack, session)
     total = sum(blob.size_bytes for blob in absent)
     with tempfile.TemporaryDirectory(prefix="quantize-publish-") as scratch:
         config = Path(scratch) / "config"
@@ -135,7 +138,9 @@ def _publish_one(job: _Job, session: Session) -> Published:
         status(session.reporter, subject, "sending" if absent else "everything is there already; nothing is sent")
         count = Progress(session, subject, "sending bytes", total).count
         run_all([partial(place.send, blob, paths[blob.path], pack, count) for blob in absent], session)
-        _check_unmoved(place, meant)
+        now = place.tagged()
+        if now not in (meant, pack.digest):
+            raise moved_meanwhile(place.name, meant, now)
         reference = place.seal(pack, move_from=meant)
     moved = meant if meant not in (None, pack.digest) else None
     return Published(artifact, place.name, reference, pack.digest, pack.size_bytes, total, len(absent), moved)
@@ -153,10 +158,15 @@ def _absent(place: Place, pack: Pack, session: Session) -> list[Blob]:
     return sorted((blob for blob in blobs if not there[blob.path]), key=lambda blob: -blob.size_bytes)
 
 
-def _check_unmoved(place: Place, meant: str | None) -> None:
-    now = place.tagged()
-    if now != meant:
+def _check_room(jobs: Sequence[_Job]) -> None:
+    """Raises RefusedError: it would not all go in."""
+    free = min((free for job in jobs if (free := job.place.free_bytes()) is not None), default=None)
+    if free is None or sum(blob.size_bytes for job in jobs for blob in job.absent) <= free:
+        return
+    needed = sum(job.place.takes(blob, job.pack) for job in jobs for blob in job.absent)
+    if needed > free:
         raise RefusedError(
-            f"{place.name} was moved by someone else meanwhile: it meant {meant or 'nothing'}, now {now or 'nothing'}",
-            hint="see who else publishes there, then run the same command again",
+            f"{jobs[0].place.name}: {size_text(needed)} are to be sent, {size_text(free)} are free, "
+            f"{needed - free:,} bytes are missing",
+            hint="free some space there, or publish fewer artifacts; nothing was written",
         )

@@ -12,6 +12,7 @@ import shutil
 import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,7 @@ CURRENT = "current"
 REFUSED = "refused"  # folder beside a variant's good builds: those that its gates refused
 UNJUDGED = ".unjudged"  # the same for builds that are complete and verified, and have no figures yet
 ASIDE = (UNJUDGED, REFUSED)
+PULLED_NAME = ".pulled"  # in an artifact's folder: it was not built here; holds the reference
 MAX_MEASUREMENTS_BYTES = 64 << 20
 
 
@@ -59,6 +61,16 @@ class Artifact:
         """name/variant@digest12: names it wherever the store is."""
         return f"{self.manifest.name}/{self.manifest.variant}@{self.manifest.short_digest}"
 
+    @property
+    def is_pulled(self) -> bool:
+        """Whether it came from elsewhere."""
+        return (self.folder / PULLED_NAME).is_file()
+
+    @property
+    def built_at(self) -> datetime | None:
+        """When it was built; None where nobody says."""
+        return when_built(self.measurements())
+
     def measurements(self) -> dict[str, Any]:
         """What was measured when and where; {} if nothing was."""
         return read_measurements(self.folder)
@@ -71,6 +83,14 @@ def read_measurements(folder: Path) -> dict[str, Any]:
         if isinstance(data, dict):
             return data
     return {}
+
+
+def when_built(measurements: Mapping[str, Any]) -> datetime | None:
+    """The time that measurements.json has of the build; None where there is none that can be read."""
+    with contextlib.suppress(ValueError, TypeError):
+        found = datetime.fromisoformat(measurements.get("built_at"))  # type: ignore[arg-type]
+        return found if found.tzinfo is not None else None
+    return None
 
 
 def open_artifact(folder: Path) -> Artifact:

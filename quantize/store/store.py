@@ -72,6 +72,23 @@ class Store:
         link = artifact.folder.parent / CURRENT
         return link.is_symlink() and Path(os.readlink(link)).name == artifact.folder.name
 
+    def current(self, name: str, variant: str) -> Artifact | None:
+        """The build that `current` of a variant points at; None for none that can be read."""
+        link = self.root / name / variant / CURRENT
+        found = _open(link.parent / Path(os.readlink(link)).name) if link.is_symlink() else None
+        return found if isinstance(found, Artifact) else None
+
+    def newer_than_pulled(self) -> list[Artifact]:
+        """Builds of this store that a pulled one has replaced, though they are newer."""
+        found = []
+        for item in self.artifacts():
+            current = self.current(item.manifest.name, item.manifest.variant)
+            if item.is_pulled or current is None or not current.is_pulled or self.is_current(item):
+                continue
+            if current.built_at is None or item.built_at is None or item.built_at > current.built_at:
+                found.append(item)
+        return found
+
     def find(self, ref: str) -> Artifact:
         """The artifact that `ref` means: a folder, name/variant, name/variant@digest, or the start of a digest.
 
@@ -125,13 +142,19 @@ class Store:
                 found.append(open_artifact(folder))
         return found
 
-    def removable(self) -> list[tuple[Path, str]]:
-        """What gc would remove: (folder, why). Never a current artifact, nor one pinned in artifacts.lock."""
+    def removable(self, *, newer: bool = False) -> list[tuple[Path, str]]:
+        """What gc would remove: (folder, why). Never a current artifact, nor one pinned in artifacts.lock.
+
+        newer: also what newer_than_pulled has.
+        """
         pinned = self.pinned()
+        kept = [] if newer else [item.folder for item in self.newer_than_pulled()]
         found = [
             (item.folder, "superseded")
             for item in self.artifacts()
-            if not self.is_current(item) and not any(item.manifest.digest.startswith(pin) for pin in pinned)
+            if not self.is_current(item)
+            and item.folder not in kept
+            and not any(item.manifest.digest.startswith(pin) for pin in pinned)
         ]
         found += [(item.folder, item.reason) for item in self.broken()]
         found += [

@@ -101,6 +101,8 @@ SOURCE = SourceEntry(
     parameters=200_000, weights_bytes=400_000, quantized_before=None, files=(),
 )  # fmt: skip
 
+ESTIMATE = {"vram_bytes": [{"context": 2048, "concurrency": 1, "expected_bytes": 1 << 20, "upper_bytes": 2 << 20}]}
+
 
 def place(store: Path, variant: str, seed: int) -> Artifact:
     """An artifact like a build's, without the build: weights that are noise, and all papers."""
@@ -113,7 +115,8 @@ def place(store: Path, variant: str, seed: int) -> Artifact:
     manifest = Manifest(
         schema_version=1, name="tiny", variant=variant, format="gguf", options={"type": variant.upper()}, bits=8,
         group_size=None, bits_per_weight=8.5, source=SOURCE, calibration=None, tools={"quantize": "0"}, files=files,
-        kept_in_high_precision=(), size_bytes=sum(entry.size_bytes for entry in files), estimate={}, build_key="0" * 64,
+        kept_in_high_precision=(), size_bytes=sum(entry.size_bytes for entry in files), estimate=ESTIMATE,
+        build_key="0" * 64,
     ).sealed()  # fmt: skip
     write_measurements(folder, {"built_at": "2026-01-01T00:00:00+00:00", "build_seconds": 1.0})
     write_text(folder / "README.md", render_card(manifest))
