@@ -191,7 +191,7 @@ class RegistryPlace:
     def _tags(self) -> set[str]:
         """Every tag of the repository; none where the registry lists none."""
         found: set[str] = set()
-        url: str | None = f"{self._base}/tags/list?n={PAGE}"
+        url = f"{self._base}/tags/list?n={PAGE}"
         for _ in range(MAX_PAGES):
             answer = self._web.call(HttpRequest("GET", url, {200, 404, 405, 501}))
             if answer.status != 200:

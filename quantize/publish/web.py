@@ -27,6 +27,7 @@ except ImportError as exc:
 MAX_HOPS = 5
 MAX_BODY_BYTES = 4 << 20  # of answers that are read whole
 PASSING = {408, 425, 429, 500, 502, 503, 504}
+PUT_BY_SOMEBODY = "MANIFEST_BLOB_UNKNOWN"  # what a registry says of a blob that is there and that somebody puts again
 REDIRECTS = {301, 302, 303, 307, 308}
 TIMEOUT = httpx2.Timeout(60.0, connect=10.0, pool=None)
 PARAMETER = re.compile(r'(\w+)="([^"]*)"')
@@ -200,7 +201,7 @@ class Web:
 
     def _unexpected(self, response: httpx2.Response) -> Exception:
         detail, status = _detail(response), response.status_code
-        if status in PASSING:
+        if status in PASSING or PUT_BY_SOMEBODY in detail:
             return Again(f"status {status}{detail}", after=_retry_after(response))
         asked = response.request
         what = f"{self.host}: {asked.method} {asked.url.path}: status {status}{detail}"
