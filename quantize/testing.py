@@ -295,13 +295,13 @@ def installed_formats(*found: Format) -> Iterator[None]:
     """Have the given formats, and no others, installed as plugins for a while."""
     points = [mock.Mock(load=mock.Mock(return_value=item)) for item in found]
     for number, (point, item) in enumerate(zip(points, found, strict=True)):
-        point.name, point.value = item.name, f"test:{number}"
+        point.name, point.value, point.dist = item.name, f"test:{number}", None
     with mock.patch("quantize.formats.entry_points", return_value=points):
-        quantize.formats.formats.cache_clear()
+        quantize.formats.forget_formats()
         try:
             yield
         finally:
-            quantize.formats.formats.cache_clear()
+            quantize.formats.forget_formats()
 
 
 def _encoded(array: Array, dtype: str) -> bytes:

@@ -17,7 +17,8 @@ from pathlib import Path
 import pytest
 
 from quantize.cli.diagnosis import examine
-from quantize.cli.trials import ENGINES, try_engine
+from quantize.cli.trials import try_engine
+from quantize.runtimes.llama_cpp.probe import LLAMA_CPP_PROBE, write_tiny_llama
 from tests import stubs
 from tests.conftest import Built, Run
 
@@ -28,7 +29,6 @@ WORDS = "SIGILL: llama.cpp here was compiled for instructions that this processo
 REPAIR = 'CMAKE_ARGS="-DGGML_NATIVE=OFF'
 PIP = f"pip install --force-reinstall --no-cache-dir --no-deps llama-cpp-python=={version('llama-cpp-python')}"
 KINDS = {"at once": stubs.DIES_AT_ONCE, "loaded": stubs.DIES_WHEN_LOADED, "in batches": stubs.DIES_IN_BATCHES}
-LLAMA_CPP = next(engine for engine in ENGINES if engine[1] == "llama.cpp")
 
 
 @pytest.fixture(params=KINDS)
@@ -66,11 +66,11 @@ def test_verify_says_it(built: Built, run: Run) -> None:
 
 @pytest.mark.usefixtures("broken")
 def test_doctor_says_it_and_that_gguf_can_not_be_built(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    trial = try_engine(*LLAMA_CPP)
+    trial = try_engine(LLAMA_CPP_PROBE)
     assert trial.state == "died"
     holds(f"{trial.problem}\n{trial.repair}")
     assert "\n" not in str(trial.repair)
-    monkeypatch.setattr("quantize.cli.diagnosis.try_engines", lambda: (trial,))
+    monkeypatch.setattr("quantize.cli.diagnosis.try_engines", lambda _: (trial,))
     abilities = {item.format: item for item in examine(tmp_path, tmp_path).abilities}
     assert abilities["gguf"].build_broken == abilities["gguf"].serve_broken == ("llama.cpp",)
     assert abilities["gptq"].build_broken == abilities["gptq"].serve_broken == ()
@@ -122,7 +122,7 @@ def test_the_stub_in_front_of_the_real_library_is_the_real_one_but_for_batches(
     """So what the tests above see is the death, not a stub that lacks half of the library."""
     whole = stubs.library(tmp_path / "whole", "int nothing_of_llama_cpp;")
     monkeypatch.setenv("LLAMA_CPP_LIB_PATH", str(whole))
-    assert try_engine(*LLAMA_CPP).state == "works"
+    assert try_engine(LLAMA_CPP_PROBE).state == "works"
     monkeypatch.setenv("LLAMA_CPP_LIB_PATH", str(stubs.library(tmp_path / "batches", stubs.DIES_IN_BATCHES)))
     code = (
         "import sys\nfrom pathlib import Path\nfrom quantize.runtimes.llama_cpp.model import *\n"
@@ -130,7 +130,6 @@ def test_the_stub_in_front_of_the_real_library_is_the_real_one_but_for_batches(
         "tokens = int(sys.argv[2])\n"
         "model.decode(BatchToken(1, index, 0, index == tokens - 1) for index in range(tokens))\n"
     )
-    from quantize.cli.trials import write_tiny_llama
 
     write_tiny_llama(tmp_path / "tiny.gguf")
     codes = [

@@ -20,9 +20,12 @@ from pathlib import Path
 import pytest
 
 import quantize.cli.diagnosis
+import quantize.cli.requirements
 from quantize.cli import trials
-from quantize.cli.diagnosis import lacking
+from quantize.cli.requirements import required, unknown, unmet
 from quantize.cli.trials import Trial
+from quantize.runtimes.llama_cpp.probe import try_llama_cpp
+from quantize.runtimes.probe import Probe, check_alike
 from tests.conftest import Run
 
 ROOT = Path(__file__).parent.parent
@@ -43,12 +46,12 @@ def raise_an_import_error() -> str:
 
 
 def compute_nonsense() -> str:
-    trials.check_alike([1.0, 2.0, 3.0], [3.0, -2.0, 1.0], "a product")
+    check_alike([1.0, 2.0, 3.0], [3.0, -2.0, 1.0], "a product")
     return "never"
 
 
 def compute_no_numbers() -> str:
-    trials.check_alike([1.0, float("nan")], [1.0, 2.0], "a product")
+    check_alike([1.0, float("nan")], [1.0, 2.0], "a product")
     return "never"
 
 
@@ -66,7 +69,7 @@ def without(monkeypatch: pytest.MonkeyPatch, *missing: str, **old: str) -> None:
             raise metadata.PackageNotFoundError(name)
         return old.get(name) or real(name)
 
-    monkeypatch.setattr(quantize.cli.diagnosis.metadata, "version", version)
+    monkeypatch.setattr(quantize.cli.requirements.metadata, "version", version)
 
 
 def abilities(run: Run) -> dict[str, dict[str, object]]:
@@ -95,7 +98,7 @@ def test_every_engine_that_is_installed_runs(run: Run) -> None:
     assert (result.exit_code, result.stderr) == (0, "")
     data = json.loads(result.stdout)
     trials = {item["engine"]: item for item in data["trials"]}
-    assert list(trials) == ["llama.cpp", "torch", "transformers", "bitsandbytes", "gptqmodel"]
+    assert list(trials) == ["torch", "transformers", "gptqmodel", "bitsandbytes", "llama.cpp"]
     assert {name: (item["state"], item["problem"]) for name, item in trials.items()} == dict.fromkeys(
         trials, ("works", None)
     )
@@ -108,17 +111,16 @@ def test_every_engine_that_is_installed_runs(run: Run) -> None:
 
 
 def test_quick_starts_no_engine(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(quantize.cli.diagnosis, "try_engines", lambda: pytest.fail("an engine was started"))
+    monkeypatch.setattr(quantize.cli.diagnosis, "try_engines", lambda _: pytest.fail("an engine was started"))
     result = run("doctor", "--quick")
     assert result.exit_code == 0
     assert "engines were not started" in result.stdout
     assert json.loads(run("doctor", "--quick", "--json").stdout)["trials"] is None
 
 
-def broken(monkeypatch: pytest.MonkeyPatch, package: str, function: Callable[[], str]) -> Trial:
-    """What becomes of an engine whose trial does this; it is the only one that is tried."""
-    monkeypatch.setattr(trials, "ENGINES", [(package, package, function)])
-    (trial,) = trials.try_engines()
+def broken(package: str, function: Callable[[], str]) -> Trial:
+    """What becomes of an engine whose probe does this."""
+    (trial,) = trials.try_engines([Probe(package, package, function)])
     return trial
 
 
@@ -126,7 +128,7 @@ def broken(monkeypatch: pytest.MonkeyPatch, package: str, function: Callable[[],
     ("function", "state", "problem", "repair"),
     [
         (die_of_a_signal, "died", "the process was ended by SIGSEGV: ", "run it again; if it dies again, report it"),
-        (trials.try_llama_cpp, "works", None, None),
+        (try_llama_cpp, "works", None, None),
         (raise_an_import_error, "fails", "ImportError: libcudart.so.12: cannot open", REINSTALL),
         (compute_nonsense, "fails", "a product: one computation in two ways gives two results", REINSTALL),
         (compute_no_numbers, "fails", "a product: the results are not finite numbers", REINSTALL),
@@ -134,9 +136,9 @@ def broken(monkeypatch: pytest.MonkeyPatch, package: str, function: Callable[[],
     ids=lambda item: getattr(item, "__name__", None),
 )
 def test_what_does_not_work_is_told_with_one_line_that_repairs_it(
-    function: Callable[[], str], state: str, problem: str | None, repair: str | None, monkeypatch: pytest.MonkeyPatch
+    function: Callable[[], str], state: str, problem: str | None, repair: str | None
 ) -> None:
-    trial = broken(monkeypatch, "torch", function)
+    trial = broken("torch", function)
     assert trial.state == state
     assert str(trial.problem).startswith(str(problem))
     assert str(trial.repair).startswith(str(repair))
@@ -145,17 +147,17 @@ def test_what_does_not_work_is_told_with_one_line_that_repairs_it(
 
 def test_what_hangs_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(trials, "MOST_SECONDS", 1)
-    trial = broken(monkeypatch, "torch", hang)
+    trial = broken("torch", hang)
     assert (trial.state, trial.problem) == ("died", "the process did not end within 1 s and was ended")
 
 
-def test_what_is_not_installed_is_not_tried(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(trials, "ENGINES", [("no-such-package", "none", hang)])
-    assert trials.try_engines() == ()
+def test_what_is_not_installed_is_not_tried() -> None:
+    assert trials.try_engines([Probe("none", "no-such-package", hang)]) == ()
 
 
 def test_people_read_what_died_and_what_to_do(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(trials, "ENGINES", [("bitsandbytes", "bitsandbytes", die_of_a_signal)])
+    probe = Probe("bitsandbytes", "bitsandbytes", die_of_a_signal)
+    monkeypatch.setattr(quantize.cli.diagnosis, "try_engines", lambda _: trials.try_engines([probe]))
     result = run("doctor")
     assert result.exit_code == 0
     assert re.search(r"bitsandbytes +died +[\d.]+ +see below", result.stdout)
@@ -166,7 +168,7 @@ def test_people_read_what_died_and_what_to_do(run: Run, monkeypatch: pytest.Monk
 
 def test_nothing_is_left_of_a_trial_that_died(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    broken(monkeypatch, "torch", die_of_a_signal)
+    broken("torch", die_of_a_signal)
     assert [path.name for path in tmp_path.glob("quantize-doctor-*")] == []
 
 
@@ -194,13 +196,13 @@ def test_torch_is_what_all_formats_are_built_with(run: Run, monkeypatch: pytest.
 
 def test_an_old_version_is_as_good_as_none(monkeypatch: pytest.MonkeyPatch) -> None:
     without(monkeypatch, transformers="4.1")
-    assert lacking(["torch"]) == ("transformers>=5",)
-    assert lacking(["gguf"], only="llama-cpp-python") == ()
+    assert unmet(required(["torch"])) == ("transformers>=5",)
+    assert unmet(required(["gguf"]), ["llama-cpp-python"]) == ()
 
 
 def test_an_extra_that_the_installation_does_not_know_is_not_met() -> None:
     """As after an update of an editable installation: its metadata is still that of before."""
-    assert lacking(["torch", "new"]) == ("quantize-models[new], which this installation does not know",)
+    assert unknown(["torch", "new"]) == ("quantize-models[new], which this installation does not know",)
 
 
 def test_the_table_is_for_people(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -227,7 +229,8 @@ def test_a_store_below_a_file(run: Run, tmp_path: Path) -> None:
 
 def test_nothing_heavy_is_loaded() -> None:
     code = (
-        "import sys\nfrom quantize.cli import trials\nfrom quantize.cli import main\ntrials.ENGINES = []\n"
+        "import sys\nfrom quantize.cli import diagnosis\nfrom quantize.cli import main\n"
+        "diagnosis.try_engines = lambda _: ()\n"
         "try:\n  main(['doctor', '--json'])\nexcept SystemExit:\n  pass\n"
         "heavy = {'torch', 'transformers', 'numpy', 'gguf', 'llama_cpp', 'fastapi', 'gptqmodel'}\n"
         "print('HEAVY', *sorted({name.partition('.')[0] for name in sys.modules} & heavy))"

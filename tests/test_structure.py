@@ -193,8 +193,6 @@ OTHER_WORDS = {
     "errors": "the extra whose llama.cpp is compiled",
     "files.gguf": "the distribution that knows GGUF's types",
     "system.deaths": "distributions, and where to report what they did",
-    "cli.trials": "distributions that doctor tries",
-    "cli.diagnosis": "distributions whose versions doctor shows",
 }
 
 

@@ -38,8 +38,7 @@ def command(context: click.Context, quick: bool, store: Store, as_json: bool) ->
         ("memory", f"{memory_text(machine.ram_bytes)}, {memory_text(machine.available_ram_bytes)} available"),
         *(("gpu", f"{item.name}, {memory_text(item.vram_bytes)}") for item in machine.gpus),
         *([] if machine.gpus else [("gpu", "none that nvidia-smi knows")]),
-        ("torch on", report.torch),
-        ("llama.cpp on", report.llama_cpp),
+        *((f"{name} on", devices) for name, devices in report.devices.items()),
     ]
     for name, value in facts:
         click.echo(f"{name:>14}  {value}")

@@ -6,7 +6,7 @@ In: the name of a format, or a path that may hold one. Out: its Format, or its p
 from __future__ import annotations
 
 from functools import cache
-from importlib.metadata import entry_points
+from importlib.metadata import Distribution, entry_points
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +20,19 @@ from quantize.runtimes.base import ModelRef, Runtime, RuntimeKind
 GROUP = "quantize.formats"
 
 
-@cache
 def formats() -> dict[str, Format]:
     """All installed formats by name. Raises UsageError if a plugin can't be loaded or two share a name."""
-    found: dict[str, Format] = {}
+    return {name: item for name, (item, _) in _installed().items()}
+
+
+def brought_by(name: str) -> Distribution | None:
+    """The distribution that brings an installed format; None where the entry point does not tell."""
+    return _installed()[name][1]
+
+
+@cache
+def _installed() -> dict[str, tuple[Format, Distribution | None]]:
+    found: dict[str, tuple[Format, Distribution | None]] = {}
     # what two installations name, as after a change of the distribution's name, is one plugin
     points = {(item.name, item.value): item for item in entry_points(group=GROUP)}
     for _, point in sorted(points.items()):
@@ -36,8 +45,13 @@ def formats() -> dict[str, Format]:
             raise UsageError(f"the format plugin {point.name!r} can't be loaded: {exc}", hint=hint) from exc
         if loaded.name in found:
             raise UsageError(f"two plugins bring the format {loaded.name!r}", hint="uninstall one of them")
-        found[loaded.name] = loaded
+        found[loaded.name] = (loaded, point.dist)
     return found
+
+
+def forget_formats() -> None:
+    """Look for plugins again when formats are asked for next."""
+    _installed.cache_clear()
 
 
 def find_format(name: str) -> Format:

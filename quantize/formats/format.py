@@ -17,6 +17,7 @@ from quantize.formats.base import Builder
 from quantize.model.checkpoint import Checkpoint
 from quantize.model.shape import ModelShape
 from quantize.runtimes.base import RuntimeKind
+from quantize.runtimes.probe import Probe
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -135,9 +136,10 @@ def _nowhere(options: Options) -> str | No:
 class Format:
     """One format. revision: enters the build key; raise it when the same inputs give other bytes.
 
+    extra: of this program, with what building takes; what a plugin needs beyond that, its own distribution requires.
     builder: None for what can be opened but is not built here. runtime: what evaluate, verify, serve and bench open it
-    with. weights: for the check of the structure. quantization: what ModelPack calls it, by the options; the
-    format's name where it is None.
+    with. weights: for the check of the structure. probes: the engines that it needs, each tried by doctor, those first
+    that others stand on. quantization: what ModelPack calls it, by the options; the format's name where it is None.
     """
 
     name: str
@@ -151,6 +153,7 @@ class Format:
     card: CardText = field(default_factory=CardText)
     handover: Handover = field(default_factory=lambda: Handover(_nowhere))
     quantization: Callable[[Options], str] | None = None
+    probes: tuple[Probe, ...] = ()
 
     def quantized_as(self, options: Options) -> str:
         """What ModelPack calls the quantization."""

@@ -86,7 +86,8 @@ class RuntimeKind(ServingKind, Protocol):
     """What models of a format run in, before any is loaded.
 
     packages: distributions whose versions say which runtime it is. extra: of this program, that installs them.
-    memory: the runtime of estimate/vram.py that takes as much memory.
+    memory: the runtime of estimate/vram.py that takes as much memory. devices: what it can compute on, in words, told
+    without loading it.
     """
 
     @property
@@ -95,6 +96,8 @@ class RuntimeKind(ServingKind, Protocol):
     def extra(self) -> str: ...
     @property
     def memory(self) -> str: ...
+    @property
+    def devices(self) -> str: ...
 
     def open(self, model: ModelRef, *, context: int, threads: int) -> Runtime:
         """Load a model; see formats.open_runtime."""

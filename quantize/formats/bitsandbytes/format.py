@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from quantize.estimate.vram import VramProfile
 from quantize.formats.bitsandbytes.build import BitsandbytesBuilder
+from quantize.formats.bitsandbytes.probe import BITSANDBYTES_PROBE
 from quantize.formats.bitsandbytes.weights import BitsandbytesWeights
 from quantize.formats.folder import FolderLayout
 from quantize.formats.format import CardText, Format, Handover, No, Options, Way
 from quantize.formats.ways import SERVE, VLLM, in_transformers
 from quantize.runtimes.transformers.kind import Transformers
+from quantize.runtimes.transformers.probe import TORCH_PROBES
 
 INT8_HINT = "serve it with `quantize serve`, which runs it in transformers, or build an awq or gptq variant"
 BITSANDBYTES = Transformers("bnb", helper="bitsandbytes", chooses_dtype=True)
@@ -44,4 +46,5 @@ FORMAT = Format(
     vram=VRAM,
     card=CardText(ways=_ways, limits=_limits),
     handover=Handover(vllm=_in_vllm),
+    probes=(*TORCH_PROBES, BITSANDBYTES_PROBE),
 )

@@ -10,6 +10,7 @@ from quantize.formats.gguf.layout import GgufLayout
 from quantize.formats.gguf.weights import GgufWeights
 from quantize.formats.ways import SERVE
 from quantize.runtimes.llama_cpp.kind import LLAMA_CPP
+from quantize.runtimes.llama_cpp.probe import LLAMA_CPP_PROBE
 
 PYTHON_LLAMA = """\
 from llama_cpp import Llama
@@ -46,5 +47,6 @@ FORMAT = Format(
     vram=IN_LLAMA_CPP,
     card=CardText(ways=_ways),
     handover=Handover(vllm=_in_vllm, llama_cpp_file=True),
+    probes=(LLAMA_CPP_PROBE,),
     quantization=lambda options: str(options["type"]),
 )

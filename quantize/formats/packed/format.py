@@ -6,9 +6,10 @@ from quantize.estimate.vram import VramProfile
 from quantize.formats.folder import FolderLayout
 from quantize.formats.format import CardText, Format, Handover
 from quantize.formats.packed.build import PackedBuilder
-from quantize.formats.packed.runtime import GPTQMODEL
+from quantize.formats.packed.runtime import GPTQMODEL, GPTQMODEL_PROBE
 from quantize.formats.packed.weights import PackedMatrices
 from quantize.formats.ways import SERVE, SGLANG, VLLM, in_transformers
+from quantize.runtimes.transformers.probe import TORCH_PROBES
 
 WAYS = (VLLM, SGLANG, in_transformers("gptqmodel"), SERVE)
 
@@ -25,4 +26,5 @@ def packed_format(builder: PackedBuilder) -> Format:
         vram=VramProfile("vllm", unpacked_bytes=2 * 4),
         card=CardText(ways=lambda _options: WAYS),
         handover=Handover(vllm=lambda _options: ""),
+        probes=(*TORCH_PROBES, GPTQMODEL_PROBE),
     )

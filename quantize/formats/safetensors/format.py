@@ -5,6 +5,7 @@ from __future__ import annotations
 from quantize.formats.folder import FolderLayout
 from quantize.formats.format import Format, Handover
 from quantize.runtimes.transformers.kind import Transformers
+from quantize.runtimes.transformers.probe import TORCH_PROBES
 
 UNQUANTIZED = "safetensors"
 FORMAT = Format(
@@ -13,4 +14,5 @@ FORMAT = Format(
     layout=FolderLayout(None),
     runtime=Transformers(chooses_dtype=True),
     handover=Handover(vllm=lambda _options: ""),
+    probes=TORCH_PROBES,
 )

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import importlib.util
 from dataclasses import dataclass
+from pathlib import Path
 
 from quantize.errors import UsageError
 from quantize.files.gguf import EXTRA
 from quantize.runtimes.base import ModelRef, Runtime, runtime_version
 from quantize.runtimes.served import Progress, ServedModel, Serving
+
+GPU_LIBRARIES = {"cuda": "CUDA", "hip": "ROCm", "vulkan": "Vulkan", "metal": "Metal", "sycl": "SYCL"}
 
 
 @dataclass(frozen=True)
@@ -18,6 +22,17 @@ class LlamaCpp:
     packages: tuple[str, ...] = ("llama-cpp-python",)
     extra: str = EXTRA
     memory: str = "llama.cpp"
+
+    @property
+    def devices(self) -> str:
+        """By the libraries beside it; found without importing it."""
+        spec = importlib.util.find_spec("llama_cpp")
+        if spec is None or not spec.submodule_search_locations:
+            return "not installed"
+        folder = Path(next(iter(spec.submodule_search_locations))) / "lib"
+        names = {path.name for path in folder.glob("*ggml-*")}
+        found = [word for key, word in GPU_LIBRARIES.items() if any(f"ggml-{key}" in name for name in names)]
+        return f"CPU and {', '.join(found)}" if found else "CPU only, by its build"
 
     def open(self, model: ModelRef, *, context: int, threads: int) -> Runtime:
         """See RuntimeKind. Raises UsageError: the model names no file."""

@@ -10,6 +10,7 @@ import importlib
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from quantize.errors import MissingExtraError
@@ -38,6 +39,17 @@ class Transformers:
     def packages(self) -> tuple[str, ...]:
         """transformers, torch and the helper."""
         return ("transformers", "torch", *([self.helper] if self.helper else []))
+
+    @property
+    def devices(self) -> str:
+        """By the name of torch's build."""
+        try:
+            build = version("torch").partition("+")[2]
+        except PackageNotFoundError:
+            return "not installed"
+        if build == "cpu":
+            return "CPU only, by its build"
+        return f"CPU and {build}, by its build" if build else "CPU; CUDA where a driver is (its version does not tell)"
 
     def open(self, model: ModelRef, *, context: int, threads: int) -> Runtime:
         """See RuntimeKind."""
