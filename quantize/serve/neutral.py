@@ -37,6 +37,7 @@ DEFAULTS: dict[str, tuple[Any, ...]] = {
     "skip_special_tokens": (True,),
     "use_beam_search": (False,),
 }
+ABOUT_OTHERS = frozenset({"provider_specific_fields"})  # LiteLLM's, of whoever wrote that message
 MESSAGE_DEFAULTS: dict[str, tuple[Any, ...]] = {
     "annotations": ([],),
     "audio": (),
@@ -55,7 +56,7 @@ def asks_for_nothing(field: str, value: Any) -> bool:
 
 def says_nothing(field: str, value: Any) -> bool:
     """The same of a field of a message."""
-    return value is None or _is_one_of(value, MESSAGE_DEFAULTS.get(field, ()))
+    return value is None or field in ABOUT_OTHERS or _is_one_of(value, MESSAGE_DEFAULTS.get(field, ()))
 
 
 def _is_one_of(value: Any, known: tuple[Any, ...]) -> bool:

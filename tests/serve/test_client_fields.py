@@ -134,6 +134,11 @@ def test_every_field_of_a_message_at_its_default(plain: Running) -> None:
         assert field in answer.json["error"]["message"]
 
 
+def test_what_a_client_notes_of_other_providers_is_taken(plain: Running) -> None:
+    message = {"role": "assistant", "content": "one", "provider_specific_fields": {"refusal": None}}
+    assert plain.ask("POST", CHAT, {"messages": [message]}).status == 200
+
+
 def test_an_answer_goes_back_as_the_client_dumps_it(plain: Running) -> None:
     client = openai.OpenAI(base_url=f"{plain.url}/v1", api_key="none", max_retries=0)
     first = client.chat.completions.create(model="fake", messages=[{"role": "user", "content": "one"}])
