@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from quantize.provenance.signature import Trust
     from quantize.serve.targets import LocalTarget, UpstreamTarget
 
-RUNTIMES = ("vllm", "ollama", "llama-server", "compose")
+RUNTIMES = ("vllm", "docker", "ollama", "llama-server", "compose")
 
 
 @click.command("serve")
@@ -49,9 +49,11 @@ RUNTIMES = ("vllm", "ollama", "llama-server", "compose")
 @click.option("--require-signature", is_flag=True, help="Serve only what the given key or identity has signed.")
 @trust_options
 @click.option("--print", "hand_over", type=click.Choice(RUNTIMES), help="Print how to run it elsewhere, and end.")
+@click.option("--set", "settings", multiple=True, metavar="NAME=VALUE", help="Of the container that --print prints.")
 @click.option("--locked", is_flag=True, help="Serve what the lock file pins: all of it, or those named.")
 @click.option("--lock", type=click.Path(path_type=Path), default=PINS_NAME, show_default=True, help="File of pins.")
 @click.option("--log-level", type=click.Choice(("debug", "info", "warning", "error")), default="info", help="[info]")
+@click.option("--log-format", type=click.Choice(("json", "text")), default="json", help="Lines of the log.  [json]")
 @store_option
 @verbose_option
 def command(
@@ -88,7 +90,7 @@ def _print_new_key(name: str) -> None:
 
 
 def _print_hand_over(runtime: str, artifacts: tuple[str, ...], store: Store, options: dict[str, Any]) -> None:
-    from quantize.serve.handover import HandOver, render
+    from quantize.serve.handover import ContainerSettings, HandOver, render
     from quantize.serve.targets import LocalTarget, resolve
 
     targets = []
@@ -97,7 +99,10 @@ def _print_hand_over(runtime: str, artifacts: tuple[str, ...], store: Store, opt
         if not isinstance(target, LocalTarget):
             raise UsageError(f"{text}: already runs elsewhere")
         targets.append(target)
-    wanted = HandOver(options["host"], options["port"], options["device"], options["context"], options["concurrency"])
+    wanted = HandOver(
+        options["host"], options["port"], options["device"], options["context"], options["concurrency"],
+        ContainerSettings.of(options["settings"]),
+    )  # fmt: skip
     click.echo(render(runtime, targets, wanted))
 
 
@@ -147,7 +152,7 @@ def _serve(artifacts: tuple[str, ...], store: Store, options: dict[str, Any]) ->
         queue=options["queue"],
     )  # fmt: skip
     address = Address(options["host"], options["port"], options["grace"])
-    run(targets, _rules(names, options), limits, keys, address, front, options["log_level"])
+    run(targets, _rules(names, options), limits, keys, address, front, options["log_level"], options["log_format"])
 
 
 def _trust(options: dict[str, Any]) -> Trust | None:

@@ -15,7 +15,7 @@ from typing import Any
 
 import yaml
 
-from quantize.errors import RefusedError
+from quantize.errors import RefusedError, UsageError
 from quantize.estimate.fit import USABLE_PERCENT
 from quantize.files.gguf_split import is_part
 from quantize.formats import find_format
@@ -25,9 +25,51 @@ from quantize.serve.preflight import DEFAULT_CONTEXT
 from quantize.serve.targets import LocalTarget
 
 KEY = "${QUANTIZE_API_KEY:?set it to the API key}"  # a shell, and Docker, stop where it is not set
-VLLM_IMAGE = "vllm/vllm-openai:latest"
+VLLM_IMAGE = "vllm/vllm-openai:v0.33.0"
 GATEWAY_IMAGE = "quantize-gateway"
 MOUNT = "/model"
+INSIDE_PORT = "8000"
+INSIDE = {"--host": "0.0.0.0", "--port": INSIDE_PORT}  # in a container
+HF_HOME, HF_INSIDE = "~/.cache/huggingface", "/root/.cache/huggingface"
+
+
+@dataclass(frozen=True)
+class ContainerSettings:
+    """How vLLM's container is run. hf_cache: "" is where the hub's client has it."""
+
+    image: str = VLLM_IMAGE
+    runtime: str = "nvidia"
+    ipc: str = "host"
+    hf_cache: str = ""
+    gpu_memory_utilization: float = USABLE_PERCENT / 100
+
+    @classmethod
+    def of(cls, pairs: Sequence[str]) -> ContainerSettings:
+        """From NAME=VALUE as on the command line. Raises UsageError: no such name, no such value."""
+        found: dict[str, Any] = {}
+        for pair in pairs:
+            name, equals, value = pair.partition("=")
+            field = name.replace("-", "_")
+            if not equals or not value or field not in cls.__dataclass_fields__:
+                known = ", ".join(item.replace("_", "-") for item in cls.__dataclass_fields__)
+                raise UsageError(f"--set {pair!r} is no setting of a container", hint=f"NAME=VALUE, of: {known}")
+            found[field] = _share(value) if field == "gpu_memory_utilization" else value
+        return cls(**found)
+
+    @property
+    def hf_folder(self) -> str:
+        """The hub client's cache on this machine."""
+        return os.path.abspath(os.path.expanduser(self.hf_cache or os.environ.get("HF_HOME") or HF_HOME))
+
+
+def _share(value: str) -> float:
+    try:
+        share = float(value)
+    except ValueError:
+        share = 0.0
+    if not 0 < share <= 1:
+        raise UsageError(f"--set gpu-memory-utilization={value}: not a share of the card", hint="above 0, at most 1")
+    return share
 
 
 @dataclass(frozen=True)
@@ -39,6 +81,7 @@ class HandOver:
     device: str = "auto"
     context: int | None = None
     concurrency: int = 2
+    container: ContainerSettings = ContainerSettings()
 
     def context_of(self, target: LocalTarget) -> int:
         """Tokens of a sequence."""
@@ -76,11 +119,38 @@ def _vllm_options(target: LocalTarget, wanted: HandOver) -> list[tuple[str, ...]
         ("--served-model-name", target.name),
         ("--host", wanted.host),
         ("--port", str(wanted.port)),
-        ("--gpu-memory-utilization", f"{USABLE_PERCENT / 100:g}"),
+        ("--gpu-memory-utilization", f"{wanted.container.gpu_memory_utilization:g}"),
         ("--max-model-len", str(wanted.context_of(target))),
         ("--max-num-seqs", str(wanted.concurrency)),
         ("--api-key", KEY),
     ]
+
+
+def _docker(target: LocalTarget, wanted: HandOver) -> str:
+    """vLLM's own image, whole: a shell runs it as it stands."""
+    remark, container = _check_vllm(target, wanted), wanted.container
+    notes = [f"# {target.name} ({target.format}) in vLLM's container; the key is read from the environment"]
+    notes += [f"# {remark}"] if remark else []
+    options: list[tuple[str, ...]] = [
+        ("--runtime", container.runtime),
+        ("--gpus", f"device={wanted.gpu}"),
+        ("--ipc", container.ipc),
+        ("--publish", f"{written(wanted.host, wanted.port)}:{INSIDE_PORT}"),
+        ("--mount", _mount(container.hf_folder, HF_INSIDE)),
+        ("--mount", _mount(str(target.folder.resolve()), MOUNT) + ",readonly"),
+        (container.image,),
+        ("--model", MOUNT),
+    ]
+    options += [(item[0], INSIDE.get(item[0], item[1])) for item in _vllm_options(target, wanted)]
+    return "\n".join([*notes, _lines(["docker", "run", "--rm"], options)])
+
+
+def _mount(source: str, target: str) -> str:
+    """A --mount, whose fields are those of a line of CSV."""
+    field = f"source={source}"
+    if re.search(r'[,"\n]', field):
+        field = '"' + field.replace('"', '""') + '"'
+    return f"type=bind,{field},target={target}"
 
 
 def _check_vllm(target: LocalTarget, wanted: HandOver) -> str:
@@ -179,10 +249,9 @@ def _service(target: LocalTarget, wanted: HandOver) -> tuple[list[str], dict[str
 
 
 def _vllm_service(target: LocalTarget, wanted: HandOver) -> dict[str, Any]:
-    inside = {"--host": "0.0.0.0", "--port": "8000", "--api-key": KEY}
-    options = [(item[0], inside.get(item[0], *item[1:])) for item in _vllm_options(target, wanted)]
+    options = [(item[0], INSIDE.get(item[0], item[1])) for item in _vllm_options(target, wanted)]
     words = [word if word == KEY else _plain(word) for item in options for word in item]
-    return {"image": VLLM_IMAGE, "command": [MOUNT, *words], "ipc": "host"}
+    return {"image": wanted.container.image, "command": [MOUNT, *words], "ipc": wanted.container.ipc}
 
 
 def _gateway_service(target: LocalTarget, wanted: HandOver) -> dict[str, Any]:
@@ -221,6 +290,7 @@ def _quoted(word: str) -> str:
 
 _RENDERERS: dict[str, Callable[[LocalTarget, HandOver], str]] = {
     "vllm": _vllm,
+    "docker": _docker,
     "ollama": _ollama,
     "llama-server": _llama_server,
 }

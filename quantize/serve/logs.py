@@ -1,4 +1,4 @@
-"""Structured logs: one JSON object a line, written by a thread so that a slow disk or pipe never holds up an answer.
+"""Structured logs: one JSON object or text a line, by a thread, so that a slow disk or pipe never holds up an answer.
 
 In: events with facts: sizes, times, names. Out: lines on a stream. No prompt, answer or key is ever a fact.
 """
@@ -8,13 +8,19 @@ from __future__ import annotations
 import contextlib
 import logging
 import queue
+import re
 import traceback
+from collections.abc import MutableMapping
 from logging.handlers import QueueListener
 from typing import Any, BinaryIO
 
 import orjson
 import structlog
 
+JSON, TEXT = "json", "text"
+FORMS = (JSON, TEXT)
+TEXT_TIME = "%Y-%m-%d %H:%M:%S"
+PLAIN = re.compile(r"[!-~]+")
 QUEUE_LINES = 10_000
 CLOSE_SECONDS = 5.0
 
@@ -56,16 +62,19 @@ class LogWriter(QueueListener):
             self._thread.join(timeout=CLOSE_SECONDS)
 
 
-def make_log(writer: LogWriter, level: str = "info") -> Log:
-    """A logger that writes JSON lines."""
+def make_log(writer: LogWriter, level: str = "info", form: str = JSON) -> Log:
+    """A logger that writes JSON lines, in UTC, or text for people, in local time."""
+    clock = structlog.processors.TimeStamper(fmt="iso", utc=True)
+    if form == TEXT:
+        clock = structlog.processors.TimeStamper(fmt=TEXT_TIME, utc=False)
     number = logging.getLevelNamesMapping()[level.upper()]
     log: Log = structlog.wrap_logger(
         writer,
         wrapper_class=structlog.make_filtering_bound_logger(number),
         processors=[
             structlog.processors.add_log_level,
-            structlog.processors.TimeStamper(fmt="iso", utc=True),
-            structlog.processors.JSONRenderer(serializer=_dumps),
+            clock,
+            structlog.processors.JSONRenderer(serializer=_dumps) if form == JSON else _as_text,
         ],
     )
     return log
@@ -89,6 +98,26 @@ class ServerLogs(logging.Handler):
         exc = record.exc_info[1] if record.exc_info else None
         facts = {"error": where(exc)} if exc else {"message": str(record.msg)[:200]}
         self._log.warning("server", logger=record.name, **facts)
+
+
+def _as_text(_logger: Any, _name: str, line: MutableMapping[str, Any]) -> bytes:
+    """`2026-01-31 12:00:00 | [After model load] GPU: …`, or `… | event name=value`; what is no news has no level.
+
+    A line on memory stands alone: whoever reads it knows its form.
+    """
+    time, level, event = line.pop("timestamp"), line.pop("level"), str(line.pop("event"))
+    if event.startswith("["):
+        return f"{time} | {event}".encode()
+    words = [event if level == "info" else f"{level.upper()} {event}"]
+    words += [f"{name}={_word(value)}" for name, value in line.items()]
+    return f"{time} | {' '.join(words)}".encode()
+
+
+def _word(value: Any) -> str:
+    """A value without white space outside of quotes, on one line whatever is in it."""
+    if isinstance(value, str) and PLAIN.fullmatch(value):
+        return value
+    return _dumps(value).decode()
 
 
 def _dumps(data: Any, **_: Any) -> bytes:

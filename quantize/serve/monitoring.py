@@ -15,6 +15,7 @@ from prometheus_client.core import GaugeMetricFamily, InfoMetricFamily, Metric
 from quantize.serve.engines.base import Engine
 from quantize.serve.limits import Slots
 from quantize.serve.logs import Log
+from quantize.system.gpus import nvidia_gpus
 from quantize.system.machine import ram, resident_bytes
 
 GB = 1e9
@@ -128,6 +129,14 @@ def memory_line(moment: str, gpu: Mapping[str, Any]) -> str:
     return f"[{moment}] GPU: {card} | RAM: {used / GB:.2f} GB/{total / GB:.2f} GB ({percent:.0f}%)"
 
 
+def nothing_on(device: str) -> dict[str, Any]:
+    """What a model takes of a device before it is loaded, as it will say itself: nothing, of which card."""
+    if not device.startswith("cuda"):
+        return {"gpu": None}
+    number, gpus = int(device.partition(":")[2] or 0), nvidia_gpus()
+    return {"gpu": gpus[number].name if number < len(gpus) else f"GPU {number}"}
+
+
 class Watcher:
     """Hears what engines say of themselves; writes it into the log and counts deaths."""
 
@@ -142,6 +151,9 @@ class Watcher:
             if event in ("generation_started", "generation_ended"):
                 moment = "Before generation" if event.endswith("started") else "After generation"
                 self._log.info(memory_line(moment, facts["memory"]), model=name, trace_id=facts["trace_id"])
+            elif event == "engine_starting":
+                self._log.info(event, model=name, **facts)
+                self._log.info(memory_line("Before model load", nothing_on(facts["device"])), model=name)
             elif event == "engine_ready":
                 self._say_ready(name, facts)
             elif event in ("engine_died", "engine_failed", "upstream_away"):

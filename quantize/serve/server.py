@@ -23,7 +23,7 @@ from quantize.serve.engines.base import Engine, EngineTarget
 from quantize.serve.engines.local import LocalEngine
 from quantize.serve.front import Front
 from quantize.serve.limits import Keys
-from quantize.serve.logs import LogWriter, ServerLogs, make_log
+from quantize.serve.logs import JSON, LogWriter, ServerLogs, make_log
 from quantize.serve.monitoring import Watcher
 from quantize.serve.router import Rules
 from quantize.serve.service import RequestLimits
@@ -35,12 +35,12 @@ KEEP_ALIVE_SECONDS = 30
 
 def run(
     targets: Sequence[EngineTarget | UpstreamTarget], rules: Rules, limits: RequestLimits, keys: Keys, address: Address,
-    front: Front, log_level: str = "info",
+    front: Front, log_level: str = "info", log_form: str = JSON,
 ) -> None:  # fmt: skip
     """Serve until SIGTERM or SIGINT. Raises UsageError: the address is taken."""
     listener = bind(address)
     writer = LogWriter(sys.stderr.buffer)
-    log = make_log(writer, log_level)
+    log = make_log(writer, log_level, log_form)
     logging.basicConfig(handlers=[ServerLogs(log)], level=logging.WARNING, force=True)
     try:
         gateway = make_gateway(lambda watcher: _engines(targets, watcher), rules, limits, keys, log, front)

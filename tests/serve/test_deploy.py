@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from quantize.serve.handover import VLLM_IMAGE
 from tests.conftest import Built, Run
 
 ROOT = Path(__file__).parent.parent.parent
@@ -131,10 +132,64 @@ def test_print_vllm(run: Run, tiny: Path, tmp_path: Path) -> None:
     assert options["--served-model-name"] == "m"
 
 
+def docker_words(text: str, **environment: str) -> list[str]:
+    """What docker would be called with, by a shell."""
+    done = subprocess.run(
+        ["sh", "-c", f"docker() {{ printf '%s\\n' \"$@\"; }}\n{text}"], env={"PATH": "/usr/bin:/bin", **environment},
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    return done.stdout.splitlines()
+
+
+def test_print_docker(run: Run, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The whole line, as a shell hands it to docker: by its defaults, and with each part set."""
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
+    folder = folder_with(tmp_path, tiny, {"quant_method": "awq"})
+    words = docker_words(run("serve", f"m={folder}", "--print", "docker").stdout, QUANTIZE_API_KEY="a key")
+    assert words == [
+        "run", "--rm", "--runtime", "nvidia", "--gpus", "device=0", "--ipc", "host", "--publish", "127.0.0.1:8000:8000",
+        "--mount", f"type=bind,source={tmp_path / 'hf'},target=/root/.cache/huggingface",
+        "--mount", f"type=bind,source={folder},target=/model,readonly", VLLM_IMAGE, "--model", "/model",
+        "--served-model-name", "m", "--host", "0.0.0.0", "--port", "8000", "--gpu-memory-utilization", "0.9",
+        "--max-model-len", "512", "--max-num-seqs", "2", "--api-key", "a key",
+    ]  # fmt: skip
+    assert re.fullmatch(r"vllm/vllm-openai:v\d+\.\d+\.\d+", VLLM_IMAGE)
+    odd = folder.rename(tmp_path / 'a, "b" c')
+    settings = ("image=registry.local/vllm:v9", "runtime=crun", "ipc=private", f"hf-cache={tmp_path}/c",
+                "gpu-memory-utilization=0.5")  # fmt: skip
+    chosen = ("--device", "cuda:3", "--port", 9000, "--host", "0.0.0.0", "--context", 128, "--concurrency", 7)
+    command = [
+        "serve",
+        f"m={odd}",
+        "--print",
+        "docker",
+        *chosen,
+        *(word for item in settings for word in ("--set", item)),
+    ]
+    words = docker_words(run(*command).stdout, QUANTIZE_API_KEY="k")
+    assert words[1:8] == ["--rm", "--runtime", "crun", "--gpus", "device=3", "--ipc", "private"]
+    assert words[9:14:2] == ["0.0.0.0:9000:8000", f"type=bind,source={tmp_path}/c,target=/root/.cache/huggingface",
+                             f'type=bind,"source={tmp_path}/a, ""b"" c",target=/model,readonly']  # fmt: skip
+    assert words[14] == "registry.local/vllm:v9"
+    options = dict(pairwise(words[15:]))
+    assert (options["--gpu-memory-utilization"], options["--max-model-len"], options["--max-num-seqs"]) == (
+        "0.5", "128", "7",
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("setting", ["image", "image=", "colour=red", "gpu-memory-utilization=2", "ipc"])
+def test_a_setting_that_is_none(run: Run, tiny: Path, tmp_path: Path, setting: str) -> None:
+    folder = folder_with(tmp_path, tiny, {"quant_method": "awq"})
+    done = run("serve", f"m={folder}", "--print", "docker", "--set", setting)
+    assert (done.exit_code, done.stdout) == (2, "")
+    assert f"--set {setting}" in done.stderr.replace("'", "")
+
+
 @pytest.mark.parametrize(
     ("runtime", "quantization", "message"),
     [
         ("vllm", {"quant_method": "bitsandbytes", "load_in_8bit": True}, "does not take pre-quantized bitsandbytes"),
+        ("docker", {"quant_method": "bitsandbytes", "load_in_8bit": True}, "does not take pre-quantized bitsandbytes"),
         ("ollama", {"quant_method": "gptq"}, "Ollama takes GGUF files, this is gptq"),
         ("llama-server", None, "llama-server takes GGUF files"),
     ],

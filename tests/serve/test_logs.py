@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +12,9 @@ from pathlib import Path
 import pytest
 
 from quantize.serve.limits import KEYS_VARIABLE
+from quantize.serve.logs import LogWriter, make_log
+from quantize.serve.monitoring import Metrics, Watcher
+from quantize.system.gpus import LocalGpu
 from tests.serve.conftest import Start, fakes, keys_of
 
 KEY = "marked-key-5f1c9a7e"
@@ -48,27 +53,66 @@ def test_a_line_has_what_one_needs(start: Start) -> None:
     assert line["bytes_out"] == len(answer.body)
     assert 0 < line["first_token_seconds"] <= line["seconds"]
     told = [line["event"] for line in gateway.lines()]
-    for moment in ("[After model load] GPU: none | RAM: ", "[Before generation] GPU: ", "[After generation] GPU: "):
+    for moment in (
+        "[Before model load] GPU: none | RAM: ",
+        "[After model load] GPU: none | RAM: ",
+        "[Before generation] GPU: ",
+        "[After generation] GPU: ",
+    ):
         assert any(event.startswith(moment) for event in told)
 
 
-def test_the_whole_command_in_a_process_of_its_own(tmp_path: Path) -> None:
-    """stdout stays empty, stderr is JSON but for the line on memory, and SIGTERM ends it with 0."""
+def test_the_lines_on_memory_as_text(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    """To the letter, with a card and without one; other lines beside them, all of them one line whatever is in them."""
+    monkeypatch.setattr("quantize.serve.monitoring.nvidia_gpus", lambda: (LocalGpu("NVIDIA H200", 10**11, 0),))
+    stream = io.BytesIO()
+    writer = LogWriter(stream)
+    tell = Watcher(make_log(writer, "info", "text"), Metrics()).about("m")
+    tell("engine_starting", {"pid": 7, "device": "cuda:0"})
+    card = {"gpu": "NVIDIA H200", "vram_allocated": 1_234_000_000, "vram_reserved": 2_000_000_000}
+    tell("engine_ready", {"memory": card, "load_seconds": 1.5, "warnings": ["two words\nand a line"]})
+    tell("generation_started", {"memory": card, "trace_id": "t"})
+    tell("generation_ended", {"memory": {"gpu": None}, "trace_id": "t"})
+    writer.close()
+    lines = stream.getvalue().decode().splitlines()
+    time, ram = r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d", r"RAM: \d+\.\d\d GB/\d+\.\d\d GB \(\d+%\)"
+    used = r"GPU: NVIDIA H200 - VRAM: 1\.23 GB \(allocated\) / 2\.00 GB \(reserved\)"
+    expected = [
+        rf"{time} \| engine_starting model=m pid=7 device=cuda:0",
+        rf"{time} \| \[Before model load\] GPU: NVIDIA H200 - VRAM: 0\.00 GB \(allocated\) / 0\.00 GB \(reserved\) \| {ram}",
+        rf"{time} \| engine_ready model=m load_seconds=1\.5",
+        rf"{time} \| \[After model load\] {used} \| {ram}",
+        rf'{time} \| WARNING engine_warning model=m warning="two words\\nand a line"',
+        rf"{time} \| \[Before generation\] {used} \| {ram}",
+        rf"{time} \| \[After generation\] GPU: none \| {ram}",
+    ]
+    assert [line for line, wanted in zip(lines, expected, strict=True) if not re.fullmatch(wanted, line)] == []
+
+
+@pytest.mark.parametrize("form", ["json", "text"])
+def test_the_whole_command_in_a_process_of_its_own(form: str, tmp_path: Path) -> None:
+    """stdout stays empty, stderr is JSON or text but for the line on memory, and SIGTERM ends it with 0."""
     import os
     import signal
 
     environment = {**os.environ, KEYS_VARIABLE: KEY}
     command = [sys.executable, "-m", "quantize", "serve", "http://127.0.0.1:9/v1#none", "--port", "0"]
+    command += ["--log-format", form] if form == "text" else []
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment, cwd=tmp_path, text=True
     )
     assert process.stderr is not None
-    line = json.loads(process.stderr.readline())
-    assert line["event"] == "listening"
-    assert line["keys"] is True
+    first = process.stderr.readline()
+    if form == "text":
+        assert re.fullmatch(
+            r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d \| listening url=http://127\.0\.0\.1:\d+ keys=true\n", first
+        )
+    else:
+        assert (json.loads(first)["event"], json.loads(first)["keys"]) == ("listening", True)
     process.send_signal(signal.SIGTERM)
     stdout, stderr = process.communicate(timeout=20)
     assert process.returncode == 0
     assert stdout == ""
-    assert [json.loads(line)["event"] for line in stderr.splitlines()][-1] == "stopped"
+    last = stderr.splitlines()[-1]
+    assert last.endswith("| stopped") if form == "text" else json.loads(last)["event"] == "stopped"
     assert KEY not in stderr

@@ -176,7 +176,7 @@ class Link:
             return False, f"the model's process does not start: {exc.strerror or exc}"
         self._child = child
         self.status = Status("loading", 0, "starting")
-        self._tell("engine_starting", {"pid": child.pid})
+        self._tell("engine_starting", {"pid": child.pid, "device": self.target.serving.device})
         was_ready, self._unanswered = False, 0.0
         watch = asyncio.create_task(self._watch(child))
         try:
