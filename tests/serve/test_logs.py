@@ -76,10 +76,11 @@ def test_the_lines_on_memory_as_text(start: Start, monkeypatch: pytest.MonkeyPat
     writer.close()
     lines = stream.getvalue().decode().splitlines()
     time, ram = r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d", r"RAM: \d+\.\d\d GB/\d+\.\d\d GB \(\d+%\)"
+    none = r"GPU: NVIDIA H200 - VRAM: 0\.00 GB \(allocated\) / 0\.00 GB \(reserved\)"
     used = r"GPU: NVIDIA H200 - VRAM: 1\.23 GB \(allocated\) / 2\.00 GB \(reserved\)"
     expected = [
         rf"{time} \| engine_starting model=m pid=7 device=cuda:0",
-        rf"{time} \| \[Before model load\] GPU: NVIDIA H200 - VRAM: 0\.00 GB \(allocated\) / 0\.00 GB \(reserved\) \| {ram}",
+        rf"{time} \| \[Before model load\] {none} \| {ram}",
         rf"{time} \| engine_ready model=m load_seconds=1\.5",
         rf"{time} \| \[After model load\] {used} \| {ram}",
         rf'{time} \| WARNING engine_warning model=m warning="two words\\nand a line"',
