@@ -41,10 +41,10 @@ class TextPart(_Open):
 
 
 class FunctionCall(_Open):
-    """Which function a model called, and with what: JSON as text."""
+    """Which function a model called, and with what: JSON as text, or, as some clients send it, the object itself."""
 
     name: str
-    arguments: str = "{}"
+    arguments: str | dict[str, Any] = "{}"
 
 
 class ToolCall(_Open):
@@ -77,7 +77,7 @@ class Function(_Open):
 class Tool(_Open):
     """One entry of `tools`; local engines know those of type `function`."""
 
-    type: str
+    type: str = "function"
     function: Function | None = None
 
 

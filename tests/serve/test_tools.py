@@ -211,6 +211,16 @@ def test_the_openai_client_gets_a_call_whole_and_streamed(caller: Running) -> No
     assert again.choices[0].finish_reason == "stop"
 
 
+def test_arguments_may_come_back_as_an_object_and_a_tool_without_its_type(caller: Running) -> None:
+    past = {
+        "role": "assistant",
+        "tool_calls": [{"id": "1", "function": {"name": "weather", "arguments": {"city": "x"}}}],
+    }
+    messages = [past, {"role": "tool", "tool_call_id": "1", "content": "rain"}]
+    answer = caller.ask("POST", "/v1/chat/completions", {"messages": messages, "tools": [{"function": {"name": "f"}}]})
+    assert answer.json["choices"][0]["message"]["content"] == "rain "
+
+
 def test_none_is_no_call(caller: Running) -> None:
     answer = caller.chat(ASKED, tools=[WEATHER], tool_choice="none").json["choices"][0]
     assert (answer["message"]["content"], answer["finish_reason"]) == (ASKED + " ", "stop")

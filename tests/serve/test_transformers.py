@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import struct
 from collections import Counter
 from pathlib import Path
@@ -13,6 +14,7 @@ from quantize.runtimes.base import ModelRef
 from quantize.runtimes.served import Refused, Sampling, Serving
 from quantize.runtimes.transformers.kind import Transformers
 from quantize.runtimes.transformers.served import TransformersModel, _sample
+from tests.serve.test_tools import HERMES, WEATHER
 
 torch = pytest.importorskip("torch")
 
@@ -77,6 +79,23 @@ def test_a_vector_is_the_mean_of_the_last_layer(model: TransformersModel, tiny: 
         mean = loaded(**ids, output_hidden_states=True).hidden_states[-1][0].mean(0)
     wanted = (mean / mean.norm()).tolist()
     assert list(struct.unpack(f"<{len(wanted)}f", found[slot].values)) == pytest.approx(wanted, abs=1e-5)
+
+
+def test_tools_reach_the_template_and_control_tokens_are_known(
+    model: TransformersModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenizer = model._tokenizer
+    monkeypatch.setattr(tokenizer, "chat_template", HERMES)
+    messages = [{"role": "user", "content": "rain?"}]
+    bare, told = model.chat_tokens(messages), model.chat_tokens(messages, [WEATHER], "<tool_call>\n")
+    text = tokenizer.decode(told)
+    assert json.dumps(WEATHER) in text
+    assert text.endswith("<|im_start|>assistant\n<tool_call>\n")
+    assert len(told) > len(bare) + 50
+    special = tokenizer.all_special_ids[0]
+    assert model.token_of(tokenizer.convert_ids_to_tokens(special)) == special
+    assert model.token_of("fox") is None
+    assert model.token_of("<no such token>") is None
 
 
 def test_a_prompt_in_parts_gives_what_it_gives_whole(model: TransformersModel, monkeypatch: pytest.MonkeyPatch) -> None:

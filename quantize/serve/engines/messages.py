@@ -59,10 +59,12 @@ def _call(call: ToolCall, runtime: str) -> dict[str, Any]:
     """Arguments become an object, as templates of all families take them."""
     if call.type != "function" or call.function is None:
         raise unsupported("messages", runtime, ": tool calls of another type than function")
-    try:
-        arguments = json.loads(call.function.arguments or "{}")
-    except (ValueError, RecursionError):
-        arguments = None
+    arguments: Any = call.function.arguments
+    if isinstance(arguments, str):
+        try:
+            arguments = json.loads(arguments or "{}")
+        except (ValueError, RecursionError):
+            arguments = None
     if not isinstance(arguments, dict):
         message = "messages: the arguments of a tool call are not the text of a JSON object"
         raise Failure(422, "invalid_value", message, param="messages")
