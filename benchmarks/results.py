@@ -10,8 +10,12 @@ import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from quantize.evaluate.gates import GateThresholds, decide
-from quantize.evaluate.record import GoldenCount, figures_of, read_record, source_lines
+from quantize.evaluate.decision import Verdict
+from quantize.evaluate.gates import decide, gates, thresholds
+from quantize.evaluate.metric import Detail, Metric
+from quantize.evaluate.metrics import METRICS, golden_count, metric, metrics, readings
+from quantize.evaluate.record import EvaluationRecord, GoldenCount, Quality, read_record, source_lines
+from quantize.recipe.gates import GateLimits
 from quantize.report.collect import collect
 from quantize.report.decision_text import headline, listed
 from quantize.report.production import judge
@@ -32,51 +36,51 @@ def read(store: Store, name: str) -> dict[str, Any]:
     choice = judge(subject)
     items = [(verdict.entry.artifact, verdict.word) for verdict in choice.verdicts]
     records = [_record(item) for item, _ in items]
-    for part, key in (("quality", "windows_hash"), ("golden", "hash")):
-        if len({(record[part] or {}).get(key) for record in records}) > 1:
-            raise SystemExit(f"{name}: not all were measured on the same {part}: run `quantize eval` for each")
-    quality, golden = records[0]["quality"], GoldenCount.of(records[0]["golden"])
+    qualities = [quality for _, quality in records]
+    texts, asked = {item.windows_hash for item in qualities}, {item.golden and item.golden.hash for item, _ in records}
+    for what, found in (("quality", texts), ("golden", asked)):
+        if len(found) > 1:
+            raise SystemExit(f"{name}: not all were measured on the same {what}: run `quantize eval` for each")
+    golden = golden_count(records[0][0])
     return {
         "source": subject.source.name,
-        "source_perplexity": round(quality["source_perplexity"], 4),
-        "tokens": quality["predictions"],
+        "source_perplexity": round(qualities[0].source_perplexity, 4),
+        "tokens": qualities[0].predictions,
         "golden": None if golden is None else {"source_passed": golden.source_passed, "prompts": golden.prompts},
-        "tools": _tools(items, records),
+        "tools": _tools(items, qualities),
         "decision": " ".join(headline(choice)[1:]),
-        "artifacts": [_row(item, word, record) for (item, word), record in zip(items, records, strict=True)],
+        "artifacts": [_row(item, word, record) for (item, word), (record, _) in zip(items, records, strict=True)],
     }
 
 
-def _record(item: Artifact) -> dict[str, Any]:
+def _record(item: Artifact) -> tuple[EvaluationRecord, Quality]:
     record = read_record(item.measurements())
-    if record is None or not record["quality"]:
+    if record is None or record.quality is None:
         raise SystemExit(f"{item.ref} was not measured: build its recipe without --no-eval")
-    return record
+    return record, record.quality
 
 
-def _row(item: Artifact, word: str, record: Data) -> dict[str, Any]:
-    manifest, quality, golden = item.manifest, record["quality"], GoldenCount.of(record["golden"])
+def _row(item: Artifact, word: Verdict, record: EvaluationRecord) -> dict[str, Any]:
+    manifest, golden = item.manifest, golden_count(record)
+    figures = {found.metric.key: found.value for found in readings(record, Detail.LIST)}
     return {
         "variant": manifest.variant,
         "format": manifest.format,
         "size_bytes": manifest.size_bytes,
         "bits_per_weight": round(manifest.bits_per_weight, 4),
-        "perplexity_ratio": round(float(quality["perplexity_ratio"]), 6),
-        "mean_kl": round(float(quality["mean_kl"]), 6),
+        **{key: round(value, 6) for key, value in figures.items() if isinstance(value, float)},
         "golden_passed": None if golden is None else golden.passed,
-        "verdict": word,
-        "passes_default_gates": decide(figures_of(record), GateThresholds()).accepted,
+        "verdict": word.value,
+        "passes_default_gates": decide(record, thresholds(GateLimits(), manifest.bits)).accepted,
     }
 
 
-def _tools(items: Sequence[tuple[Artifact, str]], records: Iterable[Data]) -> dict[str, str]:
+def _tools(items: Sequence[tuple[Artifact, Verdict]], qualities: Iterable[Quality]) -> dict[str, str]:
     """Every version that a figure hangs on: of what built the files, and of the runtimes that measured them."""
     versions: dict[str, str] = {}
     for item, _ in items:
         versions |= item.manifest.tools
-    for record in records:
-        quality = record["quality"]
-        versions[quality["runtime"]] = quality["runtime_version"]
+    versions |= {quality.runtime: quality.runtime_version for quality in qualities}
     return dict(sorted(versions.items()))
 
 
@@ -91,14 +95,13 @@ def demo_block(data: Data) -> str:
         f"{line}. The [default gates](docs/gates.md) accept {listed(default) or 'none of these'}; the demo recipe sets "
         "looser ones, and says why."
     )
-    columns = ("variant", "format", "size", "bits/weight", "perplexity ratio", "KL divergence", "golden")
     rows = [(*_figures(row), str(GoldenCount(row["golden_passed"], **data["golden"]))) for row in data["artifacts"]]
-    return f"{_wrapped(text)}\n\n{_table(columns, rows)}"
+    return f"{_wrapped(text)}\n\n{_table((*_columns(data), metric('golden').short), rows)}"
 
 
 def formats_table(data: Data, *, short: bool = False) -> str:
     """The formats on the dithered copy, the least divergence first. short: without format and size."""
-    columns = ("variant", "format", "size", "bits/weight", "perplexity ratio", "KL divergence")
+    columns = _columns(data)
     rows = [_figures(row) for row in sorted(data["artifacts"], key=lambda row: row["mean_kl"])]
     if short:
         return _table((columns[0], *columns[3:]), [(row[0], *row[3:]) for row in rows], words=1)
@@ -108,8 +111,38 @@ def formats_table(data: Data, *, short: bool = False) -> str:
 def report_block(data: Data) -> str:
     """What `quantize report` says after the demo."""
     rows = [(f"`{row['variant']}`", row["verdict"], *_figures(row)[2:]) for row in data["artifacts"]]
-    columns = ("artifact", "verdict", "size", "bits/weight", "perplexity ratio", "KL divergence")
+    columns = ("artifact", "verdict", *_columns(data)[2:])
     return f"{_wrapped(data['decision'])}\n\n{_table(columns, rows)}"
+
+
+def metrics_table() -> str:
+    """What every figure is called, and its limit."""
+    columns = ("figure", "in JSON", "unit", "better", "limit")
+    rows = []
+    for item in METRICS:
+        limit = f"`{item.limit.key}`" if item.limit is not None else ""
+        unit = "share" if item.is_share else item.unit
+        rows.append((item.title, f"`{item.key}`", unit, item.better.value, limit))
+    return _table(columns, rows, words=len(columns))
+
+
+def limits_table() -> str:
+    """The limits that a recipe may set, with their defaults."""
+    rows = []
+    for key, field in GateLimits.model_fields.items():
+        default = "none" if field.default is None else f"{field.default:g}"
+        rows.append((f"`{key}`", default, str(field.description)))
+    return _table(("recipe key", "default", "what"), rows, words=3)
+
+
+def gates_table() -> str:
+    """The gates, and where each limit is by default."""
+    rows = [(gate.title, gate.bound(thresholds(GateLimits(), None)), f"`{gate.key}`") for gate in gates()]
+    return _table(("gate", "limit", "key in `gates`"), rows, words=3)
+
+
+def _columns(data: Data) -> tuple[str, ...]:
+    return ("variant", "format", "size", "bits/weight", *(item.title for item in _shown(data["artifacts"][0])))
 
 
 def _figures(row: Data) -> tuple[str, ...]:
@@ -118,9 +151,13 @@ def _figures(row: Data) -> tuple[str, ...]:
         row["format"],
         size_text(row["size_bytes"]),
         f"{row['bits_per_weight']:.2f}",
-        f"{row['perplexity_ratio']:.4f}",
-        f"{row['mean_kl']:.4f}",
+        *(item.number(row[item.key]) for item in _shown(row)),
     )
+
+
+def _shown(row: Data) -> list[Metric]:
+    """The metrics of a list that the row has."""
+    return [item for item in metrics(Detail.LIST) if item.key in row]
 
 
 def _wrapped(text: str) -> str:

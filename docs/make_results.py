@@ -1,4 +1,5 @@
-"""Writes every figure of the demo into the documents, from one run of `make demo`, so that no two can disagree.
+"""Writes every figure of the demo into the documents, from one run of `make demo`, so that no two can disagree; and the
+tables of metrics and limits, from the code.
 
     make demo
     python docs/make_results.py --demo artifacts --images
@@ -29,7 +30,15 @@ DOCS = Path(__file__).resolve().parent
 ROOT = DOCS.parent
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.results import demo_block, formats_table, read, report_block  # noqa: E402
+from benchmarks.results import (  # noqa: E402
+    demo_block,
+    formats_table,
+    gates_table,
+    limits_table,
+    metrics_table,
+    read,
+    report_block,
+)
 from quantize.store.store import Store  # noqa: E402
 
 RESULTS = DOCS / "results.json"
@@ -38,12 +47,15 @@ SERVED, PORT, READY_SECONDS = "smollm2-135m/q8_0", 8765, 120
 
 
 def blocks(results: dict[str, Any]) -> dict[tuple[str, str], str]:
-    """The text of each part of a document that has figures: (file, name of the part) -> Markdown."""
+    """The text of each part of a document that has figures or limits: (file, name of the part) -> Markdown."""
     return {
         ("README.md", "demo"): demo_block(results["demo"]),
         ("README.md", "formats"): formats_table(results["dithered"], short=True),
         ("docs/calibration.md", "formats"): formats_table(results["dithered"]),
         ("docs/report.md", "decision"): report_block(results["demo"]),
+        ("docs/report.md", "gates"): gates_table(),
+        ("docs/gates.md", "metrics"): metrics_table(),
+        ("docs/gates.md", "limits"): limits_table(),
     }
 
 

@@ -17,7 +17,7 @@ import pytest
 
 import quantize.build.judge as gates_module
 import quantize.formats.gguf.build as gguf_backend
-from quantize.build.judge import RUNS
+from quantize.evaluate.decision import RUNS
 from quantize.evaluate.structure import NEAR, QUANTIZED, TEMPLATE, Intended, check_structure
 from quantize.events import SilentReporter
 from quantize.formats.gguf.build import GgufBuilder
@@ -131,7 +131,10 @@ def test_a_build_is_measured_and_says_with_what(write: Write, run: Run, store: S
     assert "KL divergence" in shown
     assert found["quality"]["text_hash"][:12] in shown
     assert f"{found['quality']['perplexity_ratio']:.4f}" in run("list", "artifacts").stdout
-    assert f"| ratio | {found['quality']['perplexity_ratio']:.4f} |" in (artifact.folder / "evaluation.md").read_text()
+    assert (
+        f"| perplexity ratio | {found['quality']['perplexity_ratio']:.4f} | 1 |"
+        in (artifact.folder / "evaluation.md").read_text()
+    )
 
 
 def test_a_second_build_measures_nothing(write: Write, run: Run, no_measuring: Callable[[], None]) -> None:

@@ -25,7 +25,7 @@ from quantize.errors import CheckpointError, QuantizeError, RecipeError, UsageEr
 from quantize.evaluate.gates import sign_test
 from quantize.evaluate.golden import Grade, load_golden
 from quantize.evaluate.graders import grade
-from quantize.evaluate.record import Summary
+from quantize.evaluate.metrics import Summary
 from quantize.files.gguf import read_gguf
 from quantize.files.imatrix import read_imatrix
 from quantize.files.safetensors import INDEX_NAME, read_header
@@ -645,12 +645,15 @@ def test_the_manifest_that_the_others_are_made_of_is_good(tmp_path: Path) -> Non
     "changes",
     [
         {"verdict": None},
+        {"verdict": "perfect"},
         {"quality": []},
         {"quality": {"mean_kl": "a"}},
         {"golden": {"artifact_passed": [], "source_passed": 1}},
         {"findings": [1]},
-        {"figures": {"golden_lost": 10**18}},
-        {"figures": {"mean_kl": 10**400}},
+        {"figures": {"size_bytes": 10**30}},
+        {"figures": {"error_rate": 10**400}},
+        {"limits": {"max_kl": -1}},
+        {"findings": [{"gate": "size", "outcome": "perhaps", "reason": ""}]},
         {"limits": 3},
         {"machine": None},
     ],

@@ -191,7 +191,7 @@ class _Build:
         settled = self.gates.settle(artifact, self.checkpoint, failure=failure, anew=state is OutcomeState.BUILT)
         if settled.error is not None:
             state = OutcomeState.REFUSED
-        elif settled.judgement is None and state is OutcomeState.EVALUATED:
+        elif settled.record is None and state is OutcomeState.EVALUATED:
             state = OutcomeState.UP_TO_DATE
         self._finished(Outcome(artifact.manifest.variant, state, settled.artifact, settled.error, seconds))
 

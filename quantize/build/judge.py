@@ -1,23 +1,30 @@
-"""Measures a finished build against its source, holds it against the gates of its recipe, and puts it where it belongs.
+"""Measures a finished build against its source, and holds it against the gates of its recipe.
 
-In: a recipe, its pinned source, a complete artifact. Out: a Decision, what was measured beside the manifest, and the
-artifact among the good builds or aside. Figures that are there already are decided on again in no time.
+In: a recipe, its pinned source, a complete artifact. Out: the record of what was measured and decided. Figures that are
+there already are decided on again, without measuring. Where the artifact belongs then is settle.py's.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
 from quantize.calibration.datasets import find_held_out
 from quantize.errors import BuildError, DiskFullError, QuantizeError, RefusedError, UsageError, VerifyError
-from quantize.evaluate.gates import SERVING_LIMITS, Decision, Figures, GateThresholds, decide
-from quantize.evaluate.record import decided, failed_record, figures_of, read_record, to_record
-from quantize.evaluate.session import CalibratedOn, EvaluationJob, evaluate, figures, prepare_source
+from quantize.evaluate.decision import RUNS, GateThresholds
+from quantize.evaluate.gates import decide, thresholds
+from quantize.evaluate.record import (
+    ArtifactName,
+    EvaluationRecord,
+    Evidence,
+    Figures,
+    MeasuredOn,
+    SourceName,
+    read_record,
+)
+from quantize.evaluate.session import CalibratedOn, EvaluationJob, evaluate, evidence, prepare_source
 from quantize.evaluate.structure import Intended
 from quantize.events import Event, Reporter, note
 from quantize.formats import find_format, formats
@@ -36,9 +43,7 @@ from quantize.system.machine import describe_machine
 from quantize.system.process import run_step
 
 PROTOCOL_VERSION = 1  # of what is asked and how it is graded; another one measures anew
-RUNS = "loads and runs"
 NOT_RUNNING = "no gate can be loosened for that: build it again with --force, or leave this variant out"
-UNQUANTIZED_SIZE_RATIO = 1.1  # a 16-bit conversion saves nothing: its file holds the same weights and a header
 LOOKED = "paths are looked for beside the recipe, in the folder above it, and in the working folder"
 
 
@@ -51,14 +56,6 @@ class _Named:
 
     def emit(self, event: Event) -> None:
         self.reporter.emit(event if event.subject else replace(event, subject=self.subject))
-
-
-@dataclass(frozen=True)
-class Judgement:
-    """A decision, and the record of it that belongs into measurements.json."""
-
-    decision: Decision
-    record: dict[str, Any]
 
 
 class Judge:
@@ -78,12 +75,13 @@ class Judge:
         """Whether a runtime is known for a format; plugins may bring formats of which none is."""
         return format in formats() and find_format(format).runtime is not None
 
-    def known(self, artifact: Artifact) -> Judgement | None:
+    def known(self, artifact: Artifact) -> EvaluationRecord | None:
         """Judged by figures that were measured by the present protocol; None if they must be measured."""
         record = read_record(artifact.measurements())
-        if record is None or record.get("key") != self._key(artifact.manifest):
+        if record is None or record.key != self._key(artifact.manifest):
             return None
-        return self._decided(record, figures_of(record), artifact.manifest)
+        limits = self._limits(artifact.manifest)
+        return record.decided(decide(record, limits), limits)
 
     def prepare(self, checkpoint: Checkpoint, reporter: Reporter, *, calibrated: bool) -> None:
         """Read the text and the prompts with the source, once for all variants: what can't work fails before any build.
@@ -104,8 +102,8 @@ class Judge:
             hint = "free memory, or build with --no-eval, which leaves the artifacts `not evaluated`"
             raise BuildError(f"the source can't be evaluated: {exc.message}", hint=hint) from exc
 
-    def measure(self, artifact: Artifact, checkpoint: Checkpoint, reporter: Reporter) -> Judgement:
-        """Run the artifact; the decision, and the record of it. An artifact that does not run is refused, not an error.
+    def measure(self, artifact: Artifact, checkpoint: Checkpoint, reporter: Reporter) -> EvaluationRecord:
+        """Run the artifact; what was measured and decided. An artifact that does not run is refused, not an error.
 
         Raises UsageError, RecipeError, BuildError, WorkerDied: nothing is known of the artifact then.
         """
@@ -118,29 +116,17 @@ class Judge:
         try:
             found = run_step("evaluating", _Named(reporter, manifest.variant), evaluate, job)
         except VerifyError as exc:
-            return self.failed(manifest, exc)
+            return self.failed(manifest, exc, time.perf_counter() - started)
         weights = int(manifest.estimate["weights_bytes"])
-        measured = figures(found, size_bytes=weights, source_bytes=manifest.source.weights_bytes)
-        measured = replace(measured, checks={RUNS: "", **measured.checks})
-        return self._decided(to_record(found, measured, self._about(manifest, started)), measured, manifest)
+        measured = evidence(found, size_bytes=weights, source_bytes=manifest.source.weights_bytes)
+        return self._record(measured, manifest, time.perf_counter() - started, found.held_out)
 
-    def failed(self, manifest: Manifest, error: VerifyError) -> Judgement:
+    def failed(self, manifest: Manifest, error: VerifyError, seconds: float = 0) -> EvaluationRecord:
         """The decision on an artifact that does not load, run or hold what its source holds."""
-        measured = Figures(checks={RUNS: error.message})
-        record = failed_record(measured, self._about(manifest, time.perf_counter()))
-        return self._decided(record, measured, manifest)
-
-    def _decided(self, record: Mapping[str, Any], measured: Figures, manifest: Manifest) -> Judgement:
-        limits = self._limits(manifest)
-        decision = decide(measured, limits)
-        return Judgement(decision, decided(record, decision, limits))
+        return self._record(Evidence(figures=Figures(checks={RUNS: error.message})), manifest, seconds)
 
     def _limits(self, manifest: Manifest) -> GateThresholds:
-        gates = self.recipe.gates.model_dump(exclude=set(SERVING_LIMITS)) if self.recipe.gates else {}
-        limits = GateThresholds().with_gates(gates)
-        if manifest.bits is not None and manifest.bits >= 16 and gates.get("max_size_ratio") is None:
-            return replace(limits, max_size_ratio=UNQUANTIZED_SIZE_RATIO)
-        return limits
+        return thresholds(self.recipe.gates, manifest.bits)
 
     def _key(self, manifest: Manifest) -> str:
         """Names the protocol: figures with the same key were measured on the same text and prompts, in the same way."""
@@ -172,16 +158,20 @@ class Judge:
             return None
         return CalibratedOn(self.recipe.calibration, self.recipe.path.parent, manifest.calibration.hash)
 
-    def _about(self, manifest: Manifest, started: float) -> dict[str, Any]:
-        source = self._source
-        return {
-            "key": self._key(manifest),
-            "evaluated_at": datetime.now(UTC).isoformat(timespec="seconds"),
-            "seconds": round(time.perf_counter() - started, 1),
-            "artifact": {"name": f"{manifest.name}/{manifest.variant}", "format": manifest.format},
-            "source": {"name": source.name, "uri": source.uri, "revision": source.revision, "digest": source.digest},
-            "machine": describe_machine(),
-        }
+    def _record(
+        self, measured: Evidence, manifest: Manifest, seconds: float, held_out: str | None = None
+    ) -> EvaluationRecord:
+        """What was measured, with what, and the decision on it."""
+        limits, source = self._limits(manifest), self._source
+        decision = decide(measured, limits)
+        return EvaluationRecord(
+            quality=measured.quality, golden=measured.golden, figures=measured.figures,
+            verdict=decision.verdict, findings=decision.findings, limits=limits, held_out=held_out,
+            artifact=ArtifactName(name=f"{manifest.name}/{manifest.variant}", format=manifest.format),
+            source=SourceName(name=source.name, uri=source.uri, revision=source.revision, digest=source.digest),
+            machine=MeasuredOn.model_validate(describe_machine()), key=self._key(manifest),
+            evaluated_at=datetime.now(UTC).isoformat(timespec="seconds"), seconds=round(seconds, 1),
+        )  # fmt: skip
 
 
 def _reference(artifact: Artifact) -> ModelRef:

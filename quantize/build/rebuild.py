@@ -32,6 +32,7 @@ from quantize.formats import builders, find_format
 from quantize.formats.base import Context, RunLimits
 from quantize.model.checkpoint import Checkpoint
 from quantize.model.source import PinnedSource, open_source
+from quantize.recipe.gates import GateLimits
 from quantize.recipe.model import CalibrationSpec, EvaluationSpec, Recipe, Source, Variant
 from quantize.store.artifact import Artifact
 from quantize.store.manifest import FILE_NAME, RECIPE_NAME, FileEntry, Manifest
@@ -191,7 +192,7 @@ def _recipe(artifact: Artifact, variant: Variant, work: Path, given: Given) -> R
     text = carried.read_text(encoding="utf-8") if carried.is_file() else ""
     source = Source(model=manifest.source.uri, revision=None, name=None, base_model=None, license=None)
     return Recipe(
-        manifest.name, None, source, calibration, (variant,), EvaluationSpec(), None,
+        manifest.name, None, source, calibration, (variant,), EvaluationSpec(), GateLimits(),
         work / "recipe" / RECIPE_NAME, text,
     )  # fmt: skip
 

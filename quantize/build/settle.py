@@ -5,16 +5,14 @@ In: an artifact and its Judge. Out: where it is now, with its record and its err
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from quantize.build.judge import NOT_RUNNING, RUNS, Judge, Judgement
+from quantize.build.judge import NOT_RUNNING, Judge
 from quantize.errors import BuildError, GateError, VerifyError
-from quantize.evaluate.gates import Decision
+from quantize.evaluate.decision import RUNS, Decision
 from quantize.evaluate.page import render_page
-from quantize.evaluate.record import NAME
+from quantize.evaluate.record import NAME, EvaluationRecord
 from quantize.events import Reporter, note, status, warn
 from quantize.model.checkpoint import Checkpoint
 from quantize.provenance.card import render_card
@@ -26,10 +24,10 @@ from quantize.system.files import write_text
 
 @dataclass(frozen=True)
 class Settled:
-    """Where an artifact is now, and the error if its gates refuse it; judgement is None if it was not evaluated."""
+    """Where an artifact is now, and the error if its gates refuse it; record is None if it was not evaluated."""
 
     artifact: Artifact
-    judgement: Judgement | None
+    record: EvaluationRecord | None
     error: GateError | None = None
 
 
@@ -54,7 +52,7 @@ class GateKeeper:
         is_aside, known = artifact.folder.parent.name in ASIDE, self.judge.known(artifact)
         if known is None:
             return None if is_aside or self.measures(artifact.manifest.format) else Settled(artifact, None)
-        if self._takes(artifact, known.decision) == is_aside or artifact.measurements()[NAME] != known.record:
+        if self._takes(artifact, known.decision) == is_aside or artifact.measurements()[NAME] != known.to_data():
             return None
         return Settled(artifact, known, refusal(artifact, known.decision) if is_aside else None)
 
@@ -76,7 +74,7 @@ class GateKeeper:
         if judged is None:
             note(self._reporter, variant, "not evaluated: no gate is held")
             return Settled(commit(self._store, artifact.folder, manifest), None)
-        self._write(artifact, judged.record)
+        self._write(artifact, judged)
         if not self._takes(artifact, judged.decision):
             aside = set_aside(self._store, artifact.folder, manifest, REFUSED)
             return Settled(aside, judged, refusal(aside, judged.decision, failure))
@@ -86,7 +84,7 @@ class GateKeeper:
             warn(self._reporter, variant, f"{finding.gate}: {finding.reason}")
         return Settled(commit(self._store, artifact.folder, manifest), judged)
 
-    def _measured(self, artifact: Artifact, checkpoint: Checkpoint) -> Judgement:
+    def _measured(self, artifact: Artifact, checkpoint: Checkpoint) -> EvaluationRecord:
         try:
             return self.judge.measure(artifact, checkpoint, self._reporter)
         except BuildError as exc:  # the process ran out of memory, or crashed
@@ -96,7 +94,7 @@ class GateKeeper:
     def record(self, artifact: Artifact, checkpoint: Checkpoint) -> Settled:
         """Measure an artifact that is in no store: written beside its manifest, and left where it is."""
         judged = self.judge.measure(artifact, checkpoint, self._reporter)
-        self._write(artifact, judged.record)
+        self._write(artifact, judged)
         return Settled(artifact, judged, None if judged.decision.accepted else refusal(artifact, judged.decision))
 
     def _takes(self, artifact: Artifact, decision: Decision) -> bool:
@@ -116,11 +114,11 @@ class GateKeeper:
             write_text(artifact.folder / CARD_NAME, render_card(manifest))
         return manifest
 
-    def _write(self, artifact: Artifact, record: Mapping[str, Any]) -> None:
+    def _write(self, artifact: Artifact, record: EvaluationRecord) -> None:
         """Put a record beside the manifest: in measurements.json, and for people in evaluation.md."""
         page = render_page(record, f"{artifact.manifest.source.name} {artifact.manifest.variant}")
         with store_errors(self._store):
-            write_measurements(artifact.folder, {**artifact.measurements(), NAME: dict(record)})
+            write_measurements(artifact.folder, {**artifact.measurements(), NAME: record.to_data()})
             write_text(artifact.folder / EVALUATION_NAME, page)
             write_text(artifact.folder / RECIPE_NAME, self.judge.recipe.text)  # whose gates were held
 

@@ -20,13 +20,16 @@ from quantize.cli.common import (
     print_json,
     print_table,
     quality,
+    quality_columns,
     quiet_option,
     store_option,
     verbose_option,
 )
 from quantize.cli.progress import console_reporter
 from quantize.errors import QuantizeError, UsageError, WorkerDied
-from quantize.evaluate.record import COLUMNS, source_lines
+from quantize.evaluate.metric import Detail
+from quantize.evaluate.metrics import cells
+from quantize.evaluate.record import source_lines
 from quantize.recipe.model import Recipe
 from quantize.store.store import Store
 from quantize.system.sizes import size_text
@@ -127,7 +130,7 @@ def _show(found: list[tuple[Recipe, Outcome]], *, as_json: bool, several: bool) 
         ("STATE", "left"),
         ("SIZE", "right"),
         ("SECONDS", "right"),
-        *COLUMNS,
+        *quality_columns(Detail.LIST),
         ("ARTIFACT", "left"),
     ]
     rows = [_row(item) for _, item in found]
@@ -167,7 +170,7 @@ def summary(found: list[tuple[Recipe, Outcome]], *, several: bool) -> str:
 def _row(item: Outcome) -> list[str]:
     seconds = f"{item.seconds:.1f}" if item.seconds else ""
     if item.artifact is None:
-        return [item.variant, item.state, "", seconds, "", "", "", "", ""]
+        return [item.variant, item.state, "", seconds, *cells(None, Detail.LIST), "", ""]
     size = size_text(item.artifact.manifest.size_bytes)
     return [item.variant, item.state, size, seconds, *quality(item.artifact).cells(), item.artifact.ref]
 

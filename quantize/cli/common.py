@@ -17,7 +17,8 @@ from quantize.system.cache import Cache, default_cache_root
 from quantize.system.lookup import find_recipe, find_target
 
 if TYPE_CHECKING:
-    from quantize.evaluate.record import Summary
+    from quantize.evaluate.metric import Detail
+    from quantize.evaluate.metrics import Summary
     from quantize.formats.base import RunLimits
     from quantize.recipe.model import Recipe
     from quantize.store.artifact import Artifact
@@ -96,12 +97,20 @@ def make_limits(threads: int | None, device: str, memory_budget: str | None, *, 
 
 def quality(artifact: Artifact) -> Summary:
     """What tables say of an artifact's evaluation."""
-    from quantize.evaluate.record import Summary
+    from quantize.evaluate.decision import Verdict
+    from quantize.evaluate.metrics import Summary
 
     found = Summary.of(artifact.measurements())
     if artifact.manifest.accepted_risk is None:
         return found
-    return dataclasses.replace(found, verdict="risk accepted")
+    return dataclasses.replace(found, verdict=Verdict.RISK_ACCEPTED)
+
+
+def quality_columns(detail: Detail) -> list[tuple[str, str]]:
+    """Columns of a table for the figures that are shown there, and for the verdict of the gates."""
+    from quantize.evaluate.metrics import headings
+
+    return [*((text.upper(), "right") for text in headings(detail)), ("GATES", "left")]
 
 
 def open_recipe(given: Path) -> Recipe:

@@ -16,6 +16,7 @@ from quantize.cli.common import (
     open_cache,
     print_json,
     print_table,
+    quality_columns,
     quiet_option,
     recipe_path,
     store_option,
@@ -24,14 +25,11 @@ from quantize.cli.common import (
 )
 from quantize.cli.progress import console_reporter
 from quantize.errors import UsageError
-from quantize.evaluate.record import GoldenCount, source_lines
+from quantize.evaluate.metric import Detail
+from quantize.evaluate.metrics import cells, golden_count
+from quantize.evaluate.record import source_lines
 from quantize.store.store import Store
 from quantize.system.lookup import GOLDEN, builtin_files, find_data
-
-COLUMNS = [
-    ("ARTIFACT", "left"), ("PERPLEXITY", "right"), ("RATIO", "right"), ("MEAN KL", "right"), ("P99 KL", "right"),
-    ("TOP-1", "right"), ("GOLDEN", "right"), ("GATES", "left"),
-]  # fmt: skip
 
 
 @click.command("eval")
@@ -72,8 +70,9 @@ def command(
     if as_json:
         print_json([_as_json(item, recorded=not changes) for item in results])
     else:
-        print_table(COLUMNS, [_row(item) for item in results], empty="nothing to measure")
-        for note in source_lines((item.artifact.manifest.name, _golden(item)) for item in results):
+        columns = [("ARTIFACT", "left"), *quality_columns(Detail.TABLE)]
+        print_table(columns, [_row(item) for item in results], empty="nothing to measure")
+        for note in source_lines((item.artifact.manifest.name, golden_count(item.record)) for item in results):
             click.echo(note)
     refused = [item.error for item in results if item.error is not None]
     for error in refused:
@@ -93,26 +92,16 @@ def _check_files(text: str | None, golden: tuple[Path, ...], folders: set[Path])
 
 
 def _row(item: Settled) -> list[str]:
-    assert item.judgement is not None
-    record = item.judgement.record
-    quality, golden = record["quality"], _golden(item)
-    name, verdict = item.artifact.ref, record["verdict"]
-    if quality is None:
-        return [name, "", "", "", "", "", "", verdict]
-    numbers = [f"{float(quality[key]):.4f}" for key in ("perplexity", "perplexity_ratio", "mean_kl", "p99_kl")]
-    return [name, *numbers, f"{quality['top_token_agreement']:.1%}", str(golden or ""), verdict]
-
-
-def _golden(item: Settled) -> GoldenCount | None:
-    return GoldenCount.of(item.judgement.record["golden"]) if item.judgement is not None else None
+    assert item.record is not None
+    return [item.artifact.ref, *cells(item.record, Detail.TABLE), item.record.verdict.value]
 
 
 def _as_json(item: Settled, *, recorded: bool) -> dict[str, Any]:
-    assert item.judgement is not None
+    assert item.record is not None
     return {
         "artifact": item.artifact.ref,
         "digest": item.artifact.manifest.digest,
         "folder": str(item.artifact.folder),
         "recorded": recorded,
-        "evaluation": item.judgement.record,
+        "evaluation": item.record.to_data(),
     }

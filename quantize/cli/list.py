@@ -13,11 +13,13 @@ from quantize.cli.common import (
     print_markdown,
     print_table,
     quality,
+    quality_columns,
     store_option,
     verbose_option,
 )
 from quantize.errors import RecipeError
-from quantize.evaluate.record import COLUMNS, source_lines
+from quantize.evaluate.metric import Detail
+from quantize.evaluate.record import source_lines
 from quantize.store.artifact import Artifact
 from quantize.store.store import Store
 from quantize.system.lookup import PREFIX, RECIPES, builtin_files, local_recipes
@@ -49,7 +51,7 @@ def artifacts(everything: bool, markdown: bool, store: Store, as_json: bool) -> 
             ("SIZE", "right"),
             ("BITS/WEIGHT", "right"),
         ]
-        columns += [("VRAM 4K", "right"), *COLUMNS, ("DIGEST", "left"), ("BUILT", "left")]
+        columns += [("VRAM 4K", "right"), *quality_columns(Detail.LIST), ("DIGEST", "left"), ("BUILT", "left")]
         rows = [_row(item) for item in found]
         if everything:
             columns.append(("CURRENT", "left"))

@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from quantize.cli.common import json_option, print_json, print_table, store_option, verbose_option
-from quantize.evaluate.gates import Decision
+from quantize.evaluate.decision import Decision
 from quantize.report.decision_text import headline
 from quantize.report.render import choice_data, write_report
 from quantize.store.store import Store
@@ -32,7 +32,7 @@ def command(name: str | None, output: Path | None, store: Store, as_json: bool) 
     if as_json:
         print_json({**choice_data(choice), "files": [str(path) for path in paths]})
         return
-    rows = [[item.entry.variant, item.word, _why(item.decision)] for item in choice.verdicts]
+    rows = [[item.entry.variant, item.word.value, _why(item.decision)] for item in choice.verdicts]
     print_table([("VARIANT", "left"), ("VERDICT", "left"), ("WHY", "left")], rows, empty="nothing to report")
     click.echo(f"serve: {choice.serve.entry.artifact.ref}" if choice.serve else "serve: none of these")
     click.echo(f"why: {headline(choice)[2]}")

@@ -13,7 +13,8 @@ from quantize.cli.common import (
     store_option,
     verbose_option,
 )
-from quantize.evaluate.record import GoldenCount, read_record
+from quantize.evaluate.metrics import readings
+from quantize.evaluate.record import read_record
 from quantize.store.artifact import Artifact
 from quantize.store.store import Store
 from quantize.system.sizes import memory_text, size_text
@@ -81,18 +82,20 @@ def _print_evaluation(artifact: Artifact) -> None:
     if record is None:
         click.echo("\nnot evaluated")
         return
-    rows = [[item["gate"], item["outcome"], item["reason"]] for item in record["findings"]]
-    click.echo(f"\n{record['verdict']}")
+    rows = [[item.gate, item.outcome.value, item.reason] for item in record.findings]
+    click.echo(f"\n{record.verdict}")
     print_table([("GATE", "left"), ("OUTCOME", "left"), ("WHY", "left")], rows, empty="no gates")
-    quality, golden = record["quality"], GoldenCount.of(record["golden"])
-    if golden is not None:
-        click.echo(f"{'golden prompts':>14}  {golden} passed, the source passes {golden.source}")
-    if quality is not None:
-        click.echo(
-            f"{'measured on':>14}  {quality['text_name']}, {quality['predictions']:,} tokens, "
-            f"sha256 {quality['text_hash'][:12]}"
-        )
-        click.echo(f"{'in':>14}  {quality['runtime']} ({quality['runtime_version']})")
-        click.echo(f"{'source in':>14}  {quality['source_runtime']} ({quality['source_runtime_version']})")
-        click.echo(f"{'machine':>14}  {record['machine']['processor']}, {record['machine']['cores']} cores")
-        click.echo(f"{'at':>14}  {record.get('evaluated_at', '')}")
+    quality, machine = record.quality, record.machine
+    if quality is None:
+        return
+    figures = [[item.title, item.text_with_unit, item.source_text] for item in readings(record)]
+    print_table([("FIGURE", "left"), ("ARTIFACT", "right"), ("SOURCE", "right")], figures, empty="no figures")
+    facts = [
+        ("measured on", f"{quality.text_name}, {quality.predictions:,} tokens, sha256 {quality.text_hash[:12]}"),
+        ("in", f"{quality.runtime} ({quality.runtime_version})"),
+        ("source in", f"{quality.source_runtime} ({quality.source_runtime_version})"),
+        ("machine", f"{machine.processor}, {machine.cores} cores"),
+        ("at", record.evaluated_at),
+    ]
+    for name, value in facts:
+        click.echo(f"{name:>14}  {value}")

@@ -1,203 +1,181 @@
-"""The decision rule: measured figures against limits -> what is refused, what is flagged, what was not measured.
+"""The decision rule: what was measured against limits -> what is refused, what is flagged, what was not measured.
 
-In: Figures (None where something was not measured) and GateThresholds. Out: a Decision with one Finding a gate, each
-with its numbers. Pure functions: nothing is measured, read or written here.
-
-Default limits and why:
-- mean KL divergence 0.05 nats: Q8_0 of the demo model measured 0.004, Q4_K_M 0.056, and that one answers a question for
-  the capital of France in broken French. Text that looks right is lost between the two.
-- perplexity ratio 1.05: the same files measured 1.004 and 1.084; what is published for 4-bit builds of 7B models is
-  1.01 to 1.05, so a larger loss is more than the bits have to cost.
-- golden prompts: 95 % of what the source passes, and of its JSON answers nine in ten. Single answers flip by rounding
-  alone: with Q8_0 the demo model's "Paris" hangs on whether flash attention is on. So the default limit refuses only
-  what chance does not explain (a sign test of lost against gained prompts, 5 %), and flags the rest; a limit that a
-  recipe sets itself is taken at its word.
-- size below the source's: or there is no point.
-- perplexity better than the source's by over 5 % is flagged, not praised: it is a wrong baseline, wrong text, or text
-  that was calibrated on.
+In: Evidence (None where something was not measured) and GateThresholds. Out: a Decision with one Finding a gate, each
+with its numbers. Pure functions: nothing is measured, read or written here. The default limits and their reasons are
+recipe/gates.py's; a metric that has a limit in metrics.py is a gate here by that alone.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, fields, replace
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from enum import Enum, auto
 from fractions import Fraction
-from typing import Any, Literal
 
-from quantize.errors import GateError
+from quantize.evaluate.decision import Decision, Finding, GateOutcome, GateThresholds
+from quantize.evaluate.metric import Better, Limit, Metric
+from quantize.evaluate.metrics import limited_metrics
+from quantize.evaluate.record import Evidence, GoldenCount
+from quantize.recipe.gates import MAX_ERROR_RATE, MAX_UNQUANTIZED_SIZE_RATIO, SERVING_LIMITS, GateLimits
 
-Outcome = Literal["passed", "refused", "flagged", "insufficient evidence"]
 MIN_GOLDEN_PASSES = 5
 """A source that passes fewer prompts says nothing about what was lost."""
 SIGNIFICANCE = 0.05
-SERVING_LIMITS = ("max_latency_p95_seconds", "max_error_rate", "max_memory_bytes")
-"""Limits on what a load test measures, which a build does not run."""
+
+
+class MeasuredBy(Enum):
+    """What gives a gate its evidence."""
+
+    EVALUATION = auto()
+    PROMPTS = auto()
+    """An evaluation, by a recipe that has prompts which the source can answer."""
+    LOAD = auto()
 
 
 @dataclass(frozen=True)
-class GateThresholds:
-    """What an artifact must keep; latency, error rate and memory are only looked at where a limit is given."""
+class Gate:
+    """One gate. name: of its findings. title: of its limit, whose key in a recipe is `key`.
 
-    max_kl: float = 0.05
-    max_perplexity_ratio: float = 1.05
-    min_golden_pass_rate: float = 0.95
-    max_json_loss: float = 0.10
-    max_size_ratio: float = 1.0
-    max_gain: float = 0.05
-    max_latency_p95_seconds: float | None = None
-    max_error_rate: float | None = None
-    max_memory_bytes: int | None = None
-    golden_beyond_chance: bool = True
+    bound: the limit in words. rule: what it says; None for what was not measured and nobody set a limit on.
+    """
 
-    def with_gates(self, gates: Mapping[str, Any]) -> GateThresholds:
-        """These limits with those of a recipe's `gates` in their place; None keeps the default."""
-        known = {item.name for item in fields(self)}
-        given = {name: value for name, value in gates.items() if name in known and value is not None}
-        if "min_golden_pass_rate" in given:
-            given.setdefault("golden_beyond_chance", False)
-        return replace(self, **given)
+    name: str
+    title: str
+    key: str
+    measured_by: MeasuredBy
+    bound: Callable[[GateThresholds], str]
+    rule: Callable[[Evidence, GateThresholds], Finding | None]
+
+    def is_set(self, limits: GateThresholds) -> bool:
+        """Whether there is a limit at all."""
+        return getattr(limits, self.key) is not None
 
 
-@dataclass(frozen=True)
-class Figures:
-    """What was measured. checks: what must simply hold, by name, with what is wrong; "" where it holds."""
+def thresholds(gates: GateLimits, bits: int | None) -> GateThresholds:
+    """The limits of an evaluation: a recipe's where it sets them, else the defaults. Those on load are left out.
 
-    mean_kl: float | None = None
-    perplexity_ratio: float | None = None
-    golden_source_passed: int | None = None
-    golden_artifact_passed: int | None = None
-    golden_prompts: int | None = None
-    golden_lost: int | None = None
-    json_source_passed: int | None = None
-    json_lost: int | None = None
-    size_bytes: int | None = None
-    source_bytes: int | None = None
-    latency_p95_seconds: float | None = None
-    error_rate: float | None = None
-    peak_memory_bytes: int | None = None
-    checks: Mapping[str, str] = field(default_factory=dict)
+    bits: of the artifact's weights. A golden pass rate that the recipe sets is taken at its word.
+    """
+    given = gates.model_dump(include=gates.model_fields_set - set(SERVING_LIMITS))
+    if "min_golden_pass_rate" in given:
+        given["golden_beyond_chance"] = False
+    if bits is not None and bits >= 16:
+        given.setdefault("max_size_ratio", MAX_UNQUANTIZED_SIZE_RATIO)
+    return GateThresholds(**given)
 
 
-@dataclass(frozen=True)
-class Finding:
-    """One gate: what came out, and a sentence with the numbers."""
+def with_load(limits: GateThresholds, gates: GateLimits, *, measured: bool) -> GateThresholds:
+    """The limits with those of a recipe on load. measured: there is a load, so that the default on errors holds."""
+    given = {key: value for key in SERVING_LIMITS if (value := getattr(gates, key)) is not None}
+    if measured:
+        given.setdefault("max_error_rate", error_rate_limit(limits))
+    return limits.model_copy(update=given)
 
-    gate: str
-    outcome: Outcome
-    reason: str
+
+def error_rate_limit(limits: GateThresholds) -> float:
+    """Failed requests that are stood, as a share of all: the default where no limit is set."""
+    return MAX_ERROR_RATE if limits.max_error_rate is None else limits.max_error_rate
 
 
-@dataclass(frozen=True)
-class Decision:
-    """All findings. accepted: nothing is refused. verdict: also says so where evidence is missing."""
+def gates() -> tuple[Gate, ...]:
+    """Every gate, in the order of the limits that a recipe may set."""
+    found = {item.key: item for item in (*_OWN_RULES, *(_of_metric(*item) for item in limited_metrics()))}
+    known = [key for key in GateLimits.model_fields if key in found]
+    return tuple(found[key] for key in [*known, *(key for key in found if key not in known)])
 
-    findings: tuple[Finding, ...]
 
-    @property
-    def accepted(self) -> bool:
-        """Whether no gate refuses; missing evidence does not refuse, but is said."""
-        return not self.refusals
+def decide(evidence: Evidence, limits: GateThresholds) -> Decision:
+    """Hold what was measured against the limits."""
+    return Decision(tuple(_findings(evidence, limits)))
 
-    @property
-    def refusals(self) -> tuple[Finding, ...]:
-        """The gates that refuse."""
-        return self._having("refused")
 
-    @property
-    def missing(self) -> tuple[Finding, ...]:
-        """The gates without evidence."""
-        return self._having("insufficient evidence")
+def _findings(evidence: Evidence, limits: GateThresholds) -> Iterator[Finding]:
+    for name, problem in sorted(evidence.figures.checks.items()):
+        yield _refused(name, problem) if problem else _passed(name, "holds")
+    for gate in gates():
+        finding = gate.rule(evidence, limits)
+        if finding is not None:
+            yield finding
 
-    @property
-    def flags(self) -> tuple[Finding, ...]:
-        """What a person should look at."""
-        return self._having("flagged")
 
-    @property
-    def verdict(self) -> str:
-        """ "refused", "insufficient evidence", "accepted with flags" or "accepted"."""
-        if self.refusals:
-            return "refused"
-        if self.missing:
-            return "insufficient evidence"
-        return "accepted with flags" if self.flags else "accepted"
+def _passed(gate: str, reason: str) -> Finding:
+    return Finding(gate=gate, outcome=GateOutcome.PASSED, reason=reason)
 
-    def raise_if_refused(self, subject: str) -> None:
-        """Raise GateError that names every broken limit with its numbers."""
-        if self.refusals:
-            reasons = "; ".join(f"{item.gate}: {item.reason}" for item in self.refusals)
-            raise GateError(
-                f"{subject} is refused: {reasons}",
-                hint="use more bits or another method, or loosen `gates` in the recipe and say why",
+
+def _refused(gate: str, reason: str) -> Finding:
+    return Finding(gate=gate, outcome=GateOutcome.REFUSED, reason=reason)
+
+
+def _flagged(gate: str, reason: str) -> Finding:
+    return Finding(gate=gate, outcome=GateOutcome.FLAGGED, reason=reason)
+
+
+def _insufficient(gate: str, reason: str) -> Finding:
+    return Finding(gate=gate, outcome=GateOutcome.INSUFFICIENT, reason=reason)
+
+
+# --- metrics with a limit ---------------------------------------------------------------------------------------------
+
+
+def _of_metric(metric: Metric, limit: Limit) -> Gate:
+    serving = limit.key in SERVING_LIMITS
+    most = "at most" if metric.better is Better.LOWER else "at least"
+
+    def bound(limits: GateThresholds) -> str:
+        value = getattr(limits, limit.key)
+        if value is None and limit.default is not None:
+            return f"{most} {_limit_text(limit.default)}, where it was measured"
+        if value is None:
+            return "no limit given"
+        return f"{most} {_limit_text(value)} {metric.unit}".strip()
+
+    def rule(evidence: Evidence, limits: GateThresholds) -> Finding | None:
+        value, border = metric.read(evidence), getattr(limits, limit.key)
+        if value is None or isinstance(value, GoldenCount):
+            return None if border is None else _insufficient(limit.gate, f"no {limit.gate} was measured")
+        number = limit.says.format(metric.with_unit(value))
+        if border is None:
+            return _passed(limit.gate, f"{number}; the recipe gives no `{limit.key}`")
+        lower = metric.better is Better.LOWER
+        if not (value <= border if lower else value >= border):  # NaN is refused
+            return _refused(
+                limit.gate, f"{number} is {'over' if lower else 'under'} the limit of {_limit_text(border)}"
             )
+        doubt = limit.doubt(value, limits) if limit.doubt else ""
+        if doubt:
+            return _flagged(limit.gate, f"{number}: {doubt}")
+        return _passed(limit.gate, f"{number}, the limit is {_limit_text(border)}")
 
-    def _having(self, outcome: Outcome) -> tuple[Finding, ...]:
-        return tuple(item for item in self.findings if item.outcome == outcome)
-
-
-def decide(figures: Figures, limits: GateThresholds) -> Decision:
-    """Hold the figures against the limits."""
-    return Decision(tuple(_findings(figures, limits)))
+    return Gate(limit.gate, metric.title, limit.key, MeasuredBy.LOAD if serving else MeasuredBy.EVALUATION, bound, rule)
 
 
-def _findings(figures: Figures, limits: GateThresholds) -> Iterator[Finding]:
-    for name, problem in sorted(figures.checks.items()):
-        yield Finding(name, "refused" if problem else "passed", problem or "holds")
-    yield _at_most("KL divergence", figures.mean_kl, limits.max_kl, "mean {:.4f} nats", "no KL divergence")
-    yield _perplexity(figures.perplexity_ratio, limits)
-    yield _golden(figures, limits)
-    yield _json(figures, limits)
-    yield _size(figures, limits)
-    if limits.max_latency_p95_seconds is not None:
-        limit = limits.max_latency_p95_seconds
-        yield _at_most("latency", figures.latency_p95_seconds, limit, "95th percentile {:.3f} s", "no latency")
-    if limits.max_error_rate is not None:
-        limit = limits.max_error_rate
-        yield _at_most("error rate", figures.error_rate, limit, "{:.4f} of the requests", "no error rate")
-    if limits.max_memory_bytes is not None:
-        limit = limits.max_memory_bytes
-        yield _at_most("memory", figures.peak_memory_bytes, limit, "{:,} bytes at the peak", "no memory")
+def _limit_text(value: float) -> str:
+    return f"{value:,}" if isinstance(value, int) else f"{value:g}"
 
 
-def _at_most(gate: str, value: float | None, limit: float, shown: str, nothing: str) -> Finding:
-    if value is None:
-        return Finding(gate, "insufficient evidence", f"{nothing} was measured")
-    number = shown.format(value)
-    bound = f"{limit:,}" if isinstance(limit, int) else f"{limit:g}"
-    if value <= limit:  # false for NaN as well, which is refused
-        return Finding(gate, "passed", f"{number}, the limit is {bound}")
-    return Finding(gate, "refused", f"{number} is over the limit of {bound}")
+# --- rules of their own -----------------------------------------------------------------------------------------------
 
 
-def _perplexity(ratio: float | None, limits: GateThresholds) -> Finding:
-    found = _at_most("perplexity", ratio, limits.max_perplexity_ratio, "{:.4f} times the source's", "no perplexity")
-    if found.outcome == "passed" and ratio is not None and ratio < 1 - limits.max_gain:
-        reason = f"{ratio:.4f} times the source's: a gain of over {limits.max_gain:.0%} is not plausible; "
-        return Finding("perplexity", "flagged", reason + "check the baseline and whether the text was calibrated on")
-    return found
-
-
-def _golden(figures: Figures, limits: GateThresholds) -> Finding:
-    source, artifact = figures.golden_source_passed, figures.golden_artifact_passed
-    if source is None or artifact is None:
-        return Finding("golden prompts", "insufficient evidence", "no golden prompts were asked")
-    of = f" of {figures.golden_prompts}" if figures.golden_prompts is not None else ""
+def _golden(evidence: Evidence, limits: GateThresholds) -> Finding:
+    gate, golden = "golden prompts", evidence.golden
+    if golden is None:
+        return _insufficient(gate, "no golden prompts were asked")
+    source, artifact, of = golden.source_passed, golden.artifact_passed, f" of {golden.prompts}"
     if source < MIN_GOLDEN_PASSES:
-        reason = f"the source itself passes only {source}{of}; {MIN_GOLDEN_PASSES} are needed to tell a loss"
-        return Finding("golden prompts", "insufficient evidence", reason)
+        needed = f"{MIN_GOLDEN_PASSES} are needed to tell a loss"
+        return _insufficient(gate, f"the source itself passes only {source}{of}; {needed}")
     rate = artifact / source
     counts = f"passes {artifact}{of}, the source passes {source}{of}"
     if rate >= limits.min_golden_pass_rate:
-        needed = f"at least {limits.min_golden_pass_rate:.0%} of the source's are needed"
-        return Finding("golden prompts", "passed", f"{counts}; {needed}")
+        return _passed(gate, f"{counts}; at least {limits.min_golden_pass_rate:.0%} of the source's are needed")
     counts += f": {rate:.0%} is under the limit of {limits.min_golden_pass_rate:.0%}"
-    lost = source - artifact if figures.golden_lost is None else figures.golden_lost
-    chance = sign_test(lost, lost - (source - artifact))
+    lost, gained = golden.lost, golden.lost - (source - artifact)
+    chance = sign_test(lost, gained)
     if limits.golden_beyond_chance and chance >= SIGNIFICANCE:
-        reason = f"{counts}, but {lost} lost and {lost - source + artifact} gained may be chance (p = {chance:.2f})"
-        return Finding("golden prompts", "flagged", f"{reason}: read them, or ask more")
-    return Finding("golden prompts", "refused", counts)
+        reason = f"{counts}, but {lost} lost and {gained} gained may be chance (p = {chance:.2f})"
+        return _flagged(gate, f"{reason}: read them, or ask more")
+    return _refused(gate, counts)
 
 
 def sign_test(lost: int, gained: int) -> float:
@@ -210,22 +188,41 @@ def sign_test(lost: int, gained: int) -> float:
     return float(Fraction(at_least, 2**changed))
 
 
-def _json(figures: Figures, limits: GateThresholds) -> Finding:
-    passed, lost = figures.json_source_passed, figures.json_lost
+def _json(evidence: Evidence, limits: GateThresholds) -> Finding:
+    gate, golden = "JSON answers", evidence.golden
+    passed, lost = (golden.json_source_passed, golden.json_lost) if golden else (None, None)
     if not passed or lost is None:
         nothing = "no JSON prompt was asked" if passed is None else "the source itself passes no JSON prompt"
-        return Finding("JSON answers", "insufficient evidence", nothing)
+        return _insufficient(gate, nothing)
     counts = f"{lost} of the source's {passed} good JSON answers are lost ({lost / passed:.0%})"
     if lost / passed <= limits.max_json_loss:
-        return Finding("JSON answers", "passed", f"{counts}, the limit is {limits.max_json_loss:.0%}")
-    return Finding("JSON answers", "refused", f"{counts}, over the limit of {limits.max_json_loss:.0%}")
+        return _passed(gate, f"{counts}, the limit is {limits.max_json_loss:.0%}")
+    return _refused(gate, f"{counts}, over the limit of {limits.max_json_loss:.0%}")
 
 
-def _size(figures: Figures, limits: GateThresholds) -> Finding:
-    if not figures.size_bytes or not figures.source_bytes:
-        return Finding("size", "insufficient evidence", "the sizes are not known")
-    ratio = figures.size_bytes / figures.source_bytes
-    counts = f"{figures.size_bytes:,} of {figures.source_bytes:,} bytes, {ratio:.3f} times the source"
-    if ratio < limits.max_size_ratio:
-        return Finding("size", "passed", counts)
-    return Finding("size", "refused", f"{counts}; it must be under {limits.max_size_ratio:g}")
+def _size(evidence: Evidence, limits: GateThresholds) -> Finding:
+    gate, size, source = "size", evidence.figures.size_bytes, evidence.figures.source_bytes
+    if not size or not source:
+        return _insufficient(gate, "the sizes are not known")
+    counts = f"{size:,} of {source:,} bytes, {size / source:.3f} times the source"
+    if size / source < limits.max_size_ratio:
+        return _passed(gate, counts)
+    return _refused(gate, f"{counts}; it must be under {limits.max_size_ratio:g}")
+
+
+def _golden_bound(limits: GateThresholds) -> str:
+    chance = ", unless chance explains the loss" if limits.golden_beyond_chance else ""
+    return f"at least {limits.min_golden_pass_rate:.0%} of what the source passes{chance}"
+
+
+_OWN_RULES = (
+    Gate("golden prompts", "golden prompts", "min_golden_pass_rate", MeasuredBy.PROMPTS, _golden_bound, _golden),
+    Gate(
+        "JSON answers", "JSON answers", "max_json_loss", MeasuredBy.PROMPTS,
+        lambda limits: f"at most {limits.max_json_loss:.0%} of the source's good ones lost", _json,
+    ),
+    Gate(
+        "size", "size", "max_size_ratio", MeasuredBy.EVALUATION,
+        lambda limits: f"under {limits.max_size_ratio:g} times the source", _size,
+    ),
+)  # fmt: skip

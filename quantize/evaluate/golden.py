@@ -14,13 +14,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, Field, model_validator
 
 from quantize.errors import MissingExtraError, RecipeError
-from quantize.recipe.yaml import in_time, read_document, validate
+from quantize.recipe.yaml import STRICT, in_time, read_document, validate
 from quantize.system.untrusted import check_pattern
 
-Strict = ConfigDict(extra="forbid", frozen=True, strict=True)
 Text = Annotated[str, Field(min_length=1)]
 Kind = Literal["exact", "contains", "regex", "json", "refusal", "same"]
 PLACE = "{haystack}"
@@ -39,7 +38,7 @@ _FIELDS: dict[str, frozenset[str]] = {
 class Grade(BaseModel):
     """How an answer is judged. Letters are compared without case, in Unicode's composed form."""
 
-    model_config = Strict
+    model_config = STRICT
     kind: Kind
     answers: list[Text] | None = Field(None, description="exact: the whole answer is one of these")
     all: list[Text] | None = Field(None, description="contains: every one of these occurs")
@@ -78,7 +77,7 @@ class Grade(BaseModel):
 class Haystack(BaseModel):
     """Filler with one fact in it, as long as the context allows. It takes the place of {haystack} in the prompt."""
 
-    model_config = Strict
+    model_config = STRICT
     needle: Text
     filler: Annotated[list[Text], Field(min_length=1)]
     share: Annotated[float, Field(gt=0, le=0.95, strict=False)] = Field(0.75, description="of the context")
@@ -88,7 +87,7 @@ class Haystack(BaseModel):
 class Prompt(BaseModel):
     """One question."""
 
-    model_config = Strict
+    model_config = STRICT
     id: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]*$")]
     category: Text = "short"
     system: Text | None = None
@@ -105,7 +104,7 @@ class Prompt(BaseModel):
 
 
 class _GoldenFile(BaseModel):
-    model_config = Strict
+    model_config = STRICT
     name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]*$")]
     language: Text = "en"
     prompts: Annotated[list[Prompt], Field(min_length=1)]

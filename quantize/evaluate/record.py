@@ -1,43 +1,66 @@
-"""What measurements.json keeps of an evaluation, under `evaluation`: plain data, written once, read by everyone else.
+"""What measurements.json keeps of an evaluation, under `evaluation`: typed, written once, read by everyone else.
 
-In: an Evaluation, its Figures and Decision. Out: a dict; and from a dict the figures again, so that other limits can be
-held without measuring anew, and a Summary for tables. A record that is damaged, or of another shape, is none.
+In: plain data of measurements.json. Out: an EvaluationRecord, frozen; or None, for one that is damaged or of another
+shape. What quantization cost is in `quality` and `golden`, and metrics.py says how each figure is called and shown.
+What a newer version added to a record stays in it when it is decided on again and written.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, fields
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BeforeValidator, Field, PlainSerializer, ValidationError
 
-from quantize.evaluate.gates import Decision, Figures, GateThresholds
-
-if TYPE_CHECKING:
-    from quantize.evaluate.answers import GoldenResult
-    from quantize.evaluate.session import Evaluation
+from quantize.evaluate.decision import Decision, Finding, GateThresholds, RecordModel, Verdict
 
 NAME = "evaluation"
-NOT_EVALUATED = "not evaluated"
+NOT_FINITE = ("inf", "-inf", "nan")  # JSON has no words for these floats: records spell them
 
 
-Number = Annotated[float, Field(allow_inf_nan=False)] | Literal["inf", "-inf", "nan"]  # JSON has no words for those
+def _from_json(value: Any) -> Any:
+    return float(value) if value in NOT_FINITE else value
+
+
+def plain(value: Any) -> Any:
+    """A float that JSON has no word for as its name; anything else as it is."""
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
+Number = Annotated[
+    float,
+    BeforeValidator(lambda value: _from_json(value) if isinstance(value, str) else value),
+    PlainSerializer(plain, when_used="json"),
+]
 Count = Annotated[int, Field(ge=0, le=1 << 62)]
 Asked = Annotated[int, Field(ge=0, le=100_000)]  # golden prompts
 
 
-class _RecordModel(BaseModel):
-    model_config = ConfigDict(strict=True, extra="allow")
+class Change(StrEnum):
+    """What became of a golden prompt: who passes it."""
+
+    KEPT = "kept"
+    LOST = "lost"
+    GAINED = "gained"
+    FAILED = "failed"
 
 
-class _Quality(_RecordModel):
+class Quality(RecordModel):
+    """What quantization cost, and on what it was measured.
+
+    KL divergences are in nats; kl_is_exact is False where they are lower bounds. top_token_agreement: share of the
+    predictions whose likeliest token is the source's.
+    """
+
     perplexity: Number
     source_perplexity: Number
     perplexity_ratio: Number
     mean_kl: Number
     p99_kl: Number
+    max_kl: Number | None = None
     top_token_agreement: Number
     predictions: Count
     windows: Count
@@ -52,105 +75,35 @@ class _Quality(_RecordModel):
     source_runtime_version: str
 
 
-class _AnswerModel(_RecordModel):
+class GradedAnswer(RecordModel):
+    """One model's answer; reason says why it did not pass."""
+
     text: str
     passed: bool
     reason: str
 
 
-class _Result(_RecordModel):
+class PromptResult(RecordModel):
+    """One golden prompt, both answers."""
+
     key: str
     category: str
     language: str
     kind: str
     prompt: str
-    change: Literal["kept", "lost", "gained", "failed"]
-    source: _AnswerModel
-    artifact: _AnswerModel
+    change: Annotated[Change, Field(strict=False)]
+    source: GradedAnswer
+    artifact: GradedAnswer
 
+    @property
+    def is_compared(self) -> bool:
+        """Whether it has no right answer: the artifact's is only compared with the source's, which always passes."""
+        return self.kind == "same"
 
-class _GoldenRecord(_RecordModel):
-    hash: str
-    context: Count
-    prompts: Asked
-    source_passed: Asked
-    artifact_passed: Asked
-    lost: Asked
-    results: list[_Result]
-
-
-class _Figures(_RecordModel):
-    mean_kl: Number | None = None
-    perplexity_ratio: Number | None = None
-    golden_source_passed: Asked | None = None
-    golden_artifact_passed: Asked | None = None
-    golden_prompts: Asked | None = None
-    golden_lost: Asked | None = None
-    json_source_passed: Asked | None = None
-    json_lost: Asked | None = None
-    size_bytes: Count | None = None
-    source_bytes: Count | None = None
-    latency_p95_seconds: Number | None = None
-    error_rate: Number | None = None
-    peak_memory_bytes: Count | None = None
-    checks: dict[str, str] = {}
-
-
-class _Limits(_RecordModel):
-    max_kl: float = 0
-    max_perplexity_ratio: float = 0
-    min_golden_pass_rate: float = 0
-    max_json_loss: float = 0
-    max_size_ratio: float = 0
-    max_gain: float = 0
-    max_latency_p95_seconds: float | None = None
-    max_error_rate: float | None = None
-    max_memory_bytes: Count | None = None
-    golden_beyond_chance: bool = True
-
-
-class _Finding(_RecordModel):
-    gate: str
-    outcome: str
-    reason: str
-
-
-class _NamedModel(_RecordModel):
-    name: str
-    format: str = ""
-    uri: str = ""
-
-
-class _Machine(_RecordModel):
-    processor: str
-    cores: Count
-    gpus: list[str]
-
-
-class _Record(_RecordModel):
-    """What readers of a record take for granted; there may be more in it."""
-
-    verdict: str
-    findings: list[_Finding]
-    figures: _Figures
-    limits: _Limits
-    quality: _Quality | None
-    golden: _GoldenRecord | None
-    held_out: str | None
-    artifact: _NamedModel
-    source: _NamedModel
-    machine: _Machine
-    evaluated_at: str = ""
-
-
-def read_record(measurements: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The record in an artifact's measurements.json; None if there is none that can be read."""
-    record = measurements.get(NAME)
-    try:
-        _Record.model_validate(record)
-    except ValidationError:
-        return None
-    return record if isinstance(record, dict) else None
+    @property
+    def is_changed(self) -> bool:
+        """Whether one of the two passes and the other does not."""
+        return self.change in (Change.LOST, Change.GAINED)
 
 
 @dataclass(frozen=True)
@@ -161,13 +114,6 @@ class GoldenCount:
     source_passed: int
     prompts: int
 
-    @classmethod
-    def of(cls, golden: Mapping[str, Any] | None) -> GoldenCount | None:
-        """The counts in a record's `golden`; None where no prompts were asked."""
-        if not golden:
-            return None
-        return cls(golden["artifact_passed"], golden["source_passed"], golden["prompts"])
-
     def __str__(self) -> str:
         return f"{self.passed} of {self.prompts}"
 
@@ -175,6 +121,143 @@ class GoldenCount:
     def source(self) -> str:
         """What the source passes, in the same words."""
         return f"{self.source_passed} of {self.prompts}"
+
+
+class GoldenRecord(RecordModel):
+    """Golden prompts: all results, and counts of those that have a right answer.
+
+    json_source_passed, json_lost: of the prompts that ask for JSON. same_rate: share of the prompts without a right
+    answer that the artifact answers nearly as the source does; None where there is none.
+    """
+
+    hash: str
+    context: Count
+    prompts: Asked
+    source_passed: Asked
+    artifact_passed: Asked
+    lost: Asked
+    json_source_passed: Asked | None = None
+    json_lost: Asked | None = None
+    same_rate: Number | None = None
+    results: Annotated[tuple[PromptResult, ...], Field(strict=False)]
+
+    @classmethod
+    def of(cls, results: Iterable[PromptResult], golden_hash: str, context: int) -> GoldenRecord:
+        """Count the results. context: tokens of a prompt and its answer."""
+        results = tuple(results)
+        judged = [item for item in results if not item.is_compared]
+        asked_json = [item for item in results if item.kind == "json"]
+        same = [item.artifact.passed for item in results if item.is_compared]
+        return cls(
+            hash=golden_hash,
+            context=context,
+            prompts=len(judged),
+            source_passed=sum(item.source.passed for item in judged),
+            artifact_passed=sum(item.artifact.passed for item in judged),
+            lost=sum(item.change is Change.LOST for item in judged),
+            json_source_passed=sum(item.source.passed for item in asked_json),
+            json_lost=sum(item.change is Change.LOST for item in asked_json),
+            same_rate=sum(same) / len(same) if same else None,
+            results=results,
+        )
+
+    @property
+    def count(self) -> GoldenCount:
+        """What tables show."""
+        return GoldenCount(self.artifact_passed, self.source_passed, self.prompts)
+
+
+class Figures(RecordModel):
+    """What the gates look at beside quality and answers; None where it was not measured.
+
+    checks: what must simply hold, by name, with what is wrong; "" where it holds. latency, errors and memory: of a load
+    test, which whoever decides about serving adds.
+    """
+
+    size_bytes: Count | None = None
+    source_bytes: Count | None = None
+    latency_p95_seconds: Number | None = None
+    error_rate: Number | None = None
+    peak_memory_bytes: Count | None = None
+    checks: Mapping[str, str] = {}
+
+
+class Evidence(RecordModel):
+    """All that was measured of one artifact: what metrics are read from, and what the gates decide by."""
+
+    quality: Quality | None = None
+    golden: GoldenRecord | None = None
+    figures: Figures = Figures()
+
+
+class ArtifactName(RecordModel):
+    """The artifact, as it was called when it was measured."""
+
+    name: str
+    format: str = ""
+
+
+class SourceName(RecordModel):
+    """What it was measured against."""
+
+    name: str
+    uri: str = ""
+    revision: str | None = None
+    digest: str = ""
+
+
+class MeasuredOn(RecordModel):
+    """The machine that the figures were measured on."""
+
+    system: str = ""
+    processor: str
+    cores: Count
+    ram_bytes: Count = 0
+    gpus: Annotated[tuple[str, ...], Field(strict=False)]
+
+
+class EvaluationRecord(Evidence):
+    """An evaluation and the decision on it.
+
+    key: names text, prompts and protocol. seconds: that it took. held_out: how it is known that the text was not
+    calibrated on.
+    """
+
+    quality: Quality | None
+    golden: GoldenRecord | None
+    figures: Figures
+    verdict: Annotated[Verdict, Field(strict=False)]
+    findings: Annotated[tuple[Finding, ...], Field(strict=False)]
+    limits: GateThresholds
+    held_out: str | None
+    artifact: ArtifactName
+    source: SourceName
+    machine: MeasuredOn
+    evaluated_at: str = ""
+    seconds: Number | None = None
+    key: str = ""
+
+    @property
+    def decision(self) -> Decision:
+        """What the gates said, by the limits in the record."""
+        return Decision(self.findings)
+
+    def decided(self, decision: Decision, limits: GateThresholds) -> EvaluationRecord:
+        """The same figures with another decision, and the limits that it was taken by."""
+        found = {"verdict": decision.verdict, "findings": decision.findings, "limits": limits}
+        return self.model_copy(update=found)
+
+    def to_data(self) -> dict[str, Any]:
+        """Plain data, as measurements.json keeps it."""
+        return self.model_dump(mode="json")
+
+
+def read_record(measurements: Mapping[str, Any]) -> EvaluationRecord | None:
+    """The record in an artifact's measurements.json; None if there is none that can be read."""
+    try:
+        return EvaluationRecord.model_validate(measurements.get(NAME))
+    except ValidationError:
+        return None
 
 
 def source_lines(counts: Iterable[tuple[str, GoldenCount | None]]) -> list[str]:
@@ -185,102 +268,3 @@ def source_lines(counts: Iterable[tuple[str, GoldenCount | None]]) -> list[str]:
     asked = list(dict.fromkeys((name, count.source) for name, count in counts if count is not None))
     several = len({name for name, _ in asked}) > 1
     return [f"the source{f' of {name}' if several else ''} passes {text} golden prompts" for name, text in asked]
-
-
-@dataclass(frozen=True)
-class Summary:
-    """One line of a table; None where something was not measured."""
-
-    verdict: str
-    perplexity_ratio: float | None = None
-    mean_kl: float | None = None
-    p99_kl: float | None = None
-    top_token_agreement: float | None = None
-    golden: GoldenCount | None = None
-
-    @classmethod
-    def of(cls, measurements: Mapping[str, Any]) -> Summary:
-        """The summary of what is in an artifact's measurements.json."""
-        record = read_record(measurements)
-        if record is None:
-            return cls(NOT_EVALUATED)
-        quality = record.get("quality") or {}
-        return cls(
-            verdict=str(record["verdict"]),
-            perplexity_ratio=_number(quality.get("perplexity_ratio")),
-            mean_kl=_number(quality.get("mean_kl")),
-            p99_kl=_number(quality.get("p99_kl")),
-            top_token_agreement=_number(quality.get("top_token_agreement")),
-            golden=GoldenCount.of(record.get("golden")),
-        )
-
-    def as_json(self) -> dict[str, Any]:
-        """The same as plain data."""
-        return _plain(asdict(self))
-
-    def cells(self) -> list[str]:
-        """Perplexity ratio, mean KL, golden prompts and verdict, as tables show them."""
-        return [
-            "" if self.perplexity_ratio is None else f"{self.perplexity_ratio:.4f}",
-            "" if self.mean_kl is None else f"{self.mean_kl:.4f}",
-            "" if self.golden is None else str(self.golden),
-            self.verdict,
-        ]
-
-
-COLUMNS = [("PPL RATIO", "right"), ("KL", "right"), ("GOLDEN", "right"), ("GATES", "left")]
-
-
-def to_record(evaluation: Evaluation, figures: Figures, about: Mapping[str, Any]) -> dict[str, Any]:
-    """Everything that was measured, and what it was measured with; the decision is added by `decided`."""
-    return {
-        **about,
-        "quality": _plain(asdict(evaluation.quality)),
-        "golden": _golden(evaluation.golden) if evaluation.golden else None,
-        "held_out": evaluation.held_out,
-        "figures": _plain(asdict(figures)),
-    }
-
-
-def failed_record(figures: Figures, about: Mapping[str, Any]) -> dict[str, Any]:
-    """The record of an artifact that did not get as far as figures: its checks say why."""
-    return {**about, "quality": None, "golden": None, "held_out": None, "figures": _plain(asdict(figures))}
-
-
-def decided(record: Mapping[str, Any], decision: Decision, limits: GateThresholds) -> dict[str, Any]:
-    """The record with a decision, and the limits that it was taken by, in the place of any earlier one."""
-    findings = [asdict(finding) for finding in decision.findings]
-    return {**record, "verdict": decision.verdict, "limits": asdict(limits), "findings": findings}
-
-
-def figures_of(record: Mapping[str, Any]) -> Figures:
-    """The figures in a record; what this version does not know of is left out."""
-    known = {item.name for item in fields(Figures)}
-    return Figures(**{name: _number(value) for name, value in record["figures"].items() if name in known})
-
-
-def _plain(data: Mapping[str, Any]) -> dict[str, Any]:
-    """Without the floats that JSON has no words for: they become "inf" and "nan"."""
-    return {
-        key: str(value) if isinstance(value, float) and not math.isfinite(value) else value
-        for key, value in data.items()
-    }
-
-
-def _number(value: Any) -> Any:
-    return float(value) if isinstance(value, str) else value
-
-
-def _golden(golden: GoldenResult) -> dict[str, Any]:
-    return {
-        "hash": golden.golden_hash,
-        "context": golden.context,
-        "prompts": len(golden.judged),
-        "source_passed": golden.source_passed,
-        "artifact_passed": golden.artifact_passed,
-        "lost": golden.lost,
-        "json_source_passed": golden.json_source_passed,
-        "json_lost": golden.json_lost,
-        "same_rate": golden.same_rate,
-        "results": [{**asdict(item), "change": item.change} for item in golden.results],
-    }

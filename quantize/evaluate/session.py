@@ -16,12 +16,13 @@ from pathlib import Path
 from quantize.calibration.datasets import find_dataset
 from quantize.calibration.text import load_calibration_set
 from quantize.errors import CheckpointError, VerifyError
-from quantize.evaluate.answers import GoldenResult, compare_answers
+from quantize.evaluate.answers import compare_answers
 from quantize.evaluate.baseline import KIND, LIKELIEST, Baseline, baseline_key, find, record, save
-from quantize.evaluate.gates import Figures
+from quantize.evaluate.decision import RUNS
 from quantize.evaluate.golden import GoldenSet, load_golden
-from quantize.evaluate.metrics import Quality, check_same_vocabulary, measure
+from quantize.evaluate.metrics import check_same_vocabulary, measure
 from quantize.evaluate.prompts import Asked, PromptTokenizer, ask
+from quantize.evaluate.record import Evidence, Figures, GoldenRecord, Quality
 from quantize.evaluate.structure import Intended, check_structure
 from quantize.evaluate.text import DEFAULT_WINDOW, Windows, check_disjoint, cut_windows, load_text
 from quantize.events import Reporter, status
@@ -81,7 +82,7 @@ class Evaluation:
     """
 
     quality: Quality
-    golden: GoldenResult | None
+    golden: GoldenRecord | None
     checks: Mapping[str, str]
     held_out: str
 
@@ -125,22 +126,10 @@ def evaluate(reporter: Reporter, job: EvaluationJob) -> Evaluation:
     return Evaluation(quality, golden, checks, material.held_out)
 
 
-def figures(evaluation: Evaluation, *, size_bytes: int, source_bytes: int) -> Figures:
-    """What the decision rule looks at; serving figures are added by whoever measured them."""
-    quality, golden = evaluation.quality, evaluation.golden
-    return Figures(
-        mean_kl=quality.mean_kl,
-        perplexity_ratio=quality.perplexity_ratio,
-        golden_source_passed=golden.source_passed if golden else None,
-        golden_artifact_passed=golden.artifact_passed if golden else None,
-        golden_prompts=len(golden.judged) if golden else None,
-        golden_lost=golden.lost if golden else None,
-        json_source_passed=golden.json_source_passed if golden else None,
-        json_lost=golden.json_lost if golden else None,
-        size_bytes=size_bytes,
-        source_bytes=source_bytes,
-        checks=dict(evaluation.checks),
-    )
+def evidence(found: Evaluation, *, size_bytes: int, source_bytes: int) -> Evidence:
+    """What the decision rule looks at: what was measured runs. Figures of a load are added by whoever measured them."""
+    figures = Figures(size_bytes=size_bytes, source_bytes=source_bytes, checks={RUNS: "", **found.checks})
+    return Evidence(quality=found.quality, golden=found.golden, figures=figures)
 
 
 def _material(job: EvaluationJob) -> _Material:

@@ -11,7 +11,8 @@ from typing import Any
 
 import yaml
 
-from quantize.evaluate.record import NAME, NOT_EVALUATED, GoldenCount, Summary
+from quantize.evaluate.metrics import Summary, readings
+from quantize.evaluate.record import EvaluationRecord
 from quantize.formats import known_format
 from quantize.provenance.licence import Licence, licence_of
 from quantize.store.manifest import Manifest
@@ -32,13 +33,15 @@ def render_card(
     """
     licence = licence or licence_of(manifest)
     title = f"# {manifest.source.name} {manifest.variant}"
+    summary = None if measurements is None else Summary.of(measurements)
+    record = None if summary is None else summary.record
     parts = [_front_matter(manifest, licence), title, remark, _summary(manifest)]
-    if measurements is not None:
-        parts.append(_verdict(manifest, measurements))
+    if summary is not None:
+        parts.append(_verdict(manifest, summary))
     parts += [_obligations(licence), _files(manifest)]
-    if measurements is not None:
-        parts.append(_measured(measurements.get(NAME)))
-    parts += [_usage(manifest), _limits(manifest, measurements), _kept(manifest), _provenance(manifest)]
+    if record is not None:
+        parts.append(_measured(record))
+    parts += [_usage(manifest), _limits(manifest, record), _kept(manifest), _provenance(manifest)]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
@@ -65,18 +68,15 @@ def _summary(manifest: Manifest) -> str:
     return "\n\n".join(lines)
 
 
-def _verdict(manifest: Manifest, measurements: Mapping[str, Any]) -> str:
+def _verdict(manifest: Manifest, summary: Summary) -> str:
     """What has to be known before anything else, where the artifact has not simply passed its gates."""
-    summary = Summary.of(measurements)
-    if summary.verdict == NOT_EVALUATED:
+    if summary.record is None:
         return "**Not evaluated:** nothing is known of what the quantization cost this model."
-    if summary.verdict.startswith("accepted") or manifest.accepted_risk is not None:
+    if summary.verdict.is_accepted or manifest.accepted_risk is not None:
         return ""
-    reasons = [
-        f"- {item['gate']}: {item['reason']}"
-        for item in measurements[NAME]["findings"]
-        if item["outcome"] in ("refused", "insufficient evidence")
-    ]
+    decision = summary.record.decision
+    wanting = (*decision.refusals, *decision.missing)
+    reasons = [f"- {item.gate}: {item.reason}" for item in decision.findings if item in wanting]
     return "\n".join([f"**Its gates say: {summary.verdict}.**", "", *reasons])
 
 
@@ -92,28 +92,18 @@ def _files(manifest: Manifest) -> str:
     return "\n".join(["| file | bytes | sha256 |", "|---|---:|---|", *rows])
 
 
-def _measured(record: Mapping[str, Any] | None) -> str:
-    if record is None or not record.get("quality"):
+def _measured(record: EvaluationRecord) -> str:
+    quality = record.quality
+    if quality is None:
         return ""
-    quality, golden = record["quality"], GoldenCount.of(record.get("golden"))
-    perplexity, source = float(quality["perplexity"]), float(quality["source_perplexity"])
-    rows = [
-        f"| perplexity | {perplexity:.4f}, the base model's {source:.4f} |",
-        f"| perplexity ratio | {float(quality['perplexity_ratio']):.4f} |",
-        f"| KL divergence, mean | {float(quality['mean_kl']):.5f} nats |",
-        f"| KL divergence, 99th percentile | {float(quality['p99_kl']):.4f} nats |",
-        f"| same likeliest token | {float(quality['top_token_agreement']):.1%} |",
-    ]
-    if golden is not None:
-        lost = record["golden"]["lost"]
-        rows.append(f"| golden prompts passed | {golden}; the base model passes {golden.source}; {lost} lost |")
-    rows.append(f"| gates | {record['verdict']} |")
+    rows = [f"| {item.title} | {item.text_with_unit} | {item.source_text} |" for item in readings(record)]
+    rows.append(f"| gates | {record.verdict} | |")
     how = (
-        f"On {quality['predictions']:,} tokens of {quality['text_name']} (sha256 `{quality['text_hash'][:16]}…`), in "
-        f"{quality['runtime']} {quality['runtime_version']}, against the base model in {quality['source_runtime']} "
-        f"{quality['source_runtime_version']}."
+        f"On {quality.predictions:,} tokens of {quality.text_name} (sha256 `{quality.text_hash[:16]}…`), in "
+        f"{quality.runtime} {quality.runtime_version}, against the base model in {quality.source_runtime} "
+        f"{quality.source_runtime_version}."
     )
-    return "\n".join(["## Measured", "", "| what | value |", "|---|---|", *rows, "", how])
+    return "\n".join(["## Measured", "", "| what | this model | base model |", "|---|---:|---:|", *rows, "", how])
 
 
 def _usage(manifest: Manifest) -> str:
@@ -128,7 +118,7 @@ def _usage(manifest: Manifest) -> str:
     return "\n\n".join(["## Run it\n\nFrom the folder of these files.", *blocks]) if blocks else ""
 
 
-def _limits(manifest: Manifest, measurements: Mapping[str, Any] | None) -> str:
+def _limits(manifest: Manifest, record: EvaluationRecord | None) -> str:
     lines = []
     if manifest.source.quantized_before:
         before = f"its weights come from a {manifest.source.quantized_before} file and were dequantized to FP16"
@@ -137,12 +127,11 @@ def _limits(manifest: Manifest, measurements: Mapping[str, Any] | None) -> str:
     if manifest.calibration is not None:
         text = manifest.calibration.spec.get("dataset")
         lines.append(f"Scales and rounding were chosen on {text}; text of another kind or language may lose more.")
-    record = (measurements or {}).get(NAME)
     if record is not None:
-        lines += [f"{item['gate']}: {item['reason']}" for item in record["findings"] if item["outcome"] == "flagged"]
-        if record.get("quality"):
-            window = record["quality"]["window_tokens"]
-            lines.append(f"Perplexity and KL divergence were measured in windows of {window:,} tokens, not beyond.")
+        lines += [f"{item.gate}: {item.reason}" for item in record.decision.flags]
+    if record is not None and record.quality is not None:
+        window = record.quality.window_tokens
+        lines.append(f"Perplexity and KL divergence were measured in windows of {window:,} tokens, not beyond.")
     lines.append("What the base model does wrong, this one does no better. Nothing was measured of safety.")
     return "## Limits\n\n" + "\n".join(f"- {line}" for line in lines)
 

@@ -8,10 +8,10 @@ https://cyclonedx.org/docs/1.6/json/
 from __future__ import annotations
 
 import uuid
-from collections.abc import Mapping
 from typing import Any
 
-from quantize.evaluate.record import Summary
+from quantize.evaluate.metric import Reading, Value
+from quantize.evaluate.metrics import Summary, readings
 from quantize.provenance.licence import Licence, artifact_licence
 from quantize.provenance.statement import pypi_url
 from quantize.store.artifact import Artifact
@@ -20,12 +20,6 @@ from quantize.system.digest import canonical_hash
 
 SPEC_VERSION = "1.6"
 BASE_REF, CALIBRATION_REF = "base-model", "calibration"
-METRICS: Mapping[str, str] = {
-    "perplexity_ratio": "perplexity, over that of the base model",
-    "mean_kl": "KL divergence from the base model, mean (nats)",
-    "p99_kl": "KL divergence from the base model, 99th percentile (nats)",
-    "top_token_agreement": "same likeliest token as the base model (share)",
-}
 
 
 def bill_of_materials(artifact: Artifact) -> dict[str, Any]:
@@ -84,11 +78,8 @@ def _model_card(artifact: Artifact) -> dict[str, Any]:
     }
     if manifest.calibration is not None:
         parameters["datasets"] = [{"ref": CALIBRATION_REF}]
-    found = [(title, getattr(summary, key)) for key, title in METRICS.items()]
-    metrics = [{"type": title, "value": f"{value:.6g}"} for title, value in found if value is not None]
-    if summary.golden is not None:
-        metrics.append({"type": "golden prompts passed", "value": str(summary.golden)})
-        metrics.append({"type": "golden prompts that the base model passes", "value": summary.golden.source})
+    found = readings(summary.record) if summary.record is not None else []
+    metrics = [entry for item in found for entry in _metric(item)]
     limits = [f"gates: {summary.verdict}"]
     if manifest.accepted_risk is not None:
         limits = [f"refused by its gates ({', '.join(manifest.accepted_risk.gates)}); {manifest.accepted_risk.reason}"]
@@ -96,6 +87,20 @@ def _model_card(artifact: Artifact) -> dict[str, Any]:
         limits.append(f"the base model's weights come from a {manifest.source.quantized_before} file")
     card: dict[str, Any] = {"modelParameters": parameters, "considerations": {"technicalLimitations": limits}}
     return {**card, "quantitativeAnalysis": {"performanceMetrics": metrics}} if metrics else card
+
+
+def _metric(found: Reading) -> list[dict[str, str]]:
+    """A metric of the model; and of the base model, where it has one of its own to compare with."""
+    about = ", ".join(filter(None, (found.metric.unit, found.remark)))
+    name = f"{found.metric.title} ({about})" if about else found.metric.title
+    if found.source is None:
+        return [{"type": f"{name}, against the base model", "value": _value(found.value)}]
+    of_base = {"type": f"{name}, by the base model", "value": _value(found.source)}
+    return [{"type": name, "value": _value(found.value)}, of_base]
+
+
+def _value(value: Value) -> str:
+    return f"{value:.6g}" if isinstance(value, float) else str(value)
 
 
 def _notes(manifest: Manifest) -> str:

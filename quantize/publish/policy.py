@@ -8,7 +8,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from quantize.errors import GateError
-from quantize.evaluate.record import NOT_EVALUATED, Summary
+from quantize.evaluate.decision import Verdict
+from quantize.evaluate.metrics import Summary
 from quantize.recipe.model import PublishPolicy
 from quantize.recipe.yaml import read_document, validate
 from quantize.store.artifact import REFUSED, Artifact
@@ -33,15 +34,15 @@ def required_notice(artifact: Artifact, policy: PublishPolicy) -> str:
     """What the card of an artifact has to say about its gates; "" if nothing. Raises GateError: it may not go out."""
     if artifact.manifest.accepted_risk is not None:
         return ""  # the manifest says so, and the card that is made from it
-    summary = Summary.of(artifact.measurements())
-    if artifact.folder.parent.name == REFUSED or summary.verdict == "refused":
+    verdict = Summary.of(artifact.measurements()).verdict
+    if artifact.folder.parent.name == REFUSED or verdict is Verdict.REFUSED:
         if policy.refused is None:
             raise GateError(
                 f"{artifact.ref} was refused by its gates, so it is not published",
                 hint="build it with --accept-risk, or say why in the recipe: `publish: {refused: REASON}`",
             )
         return f"> **Published although its gates refused it:** {policy.refused}"
-    if summary.verdict == NOT_EVALUATED:
+    if verdict is Verdict.NOT_EVALUATED:
         if policy.unevaluated is None:
             raise GateError(
                 f"{artifact.ref} was never evaluated, so it is not published",

@@ -16,7 +16,9 @@ from functools import partial
 from pathlib import Path
 
 from quantize.errors import RefusedError, StoreError, TransferError, UsageError, VerifyError
-from quantize.evaluate.record import NAME, NOT_EVALUATED, Summary, read_record
+from quantize.evaluate.decision import Verdict
+from quantize.evaluate.metrics import Summary
+from quantize.evaluate.record import NAME
 from quantize.events import Reporter, note, status, warn
 from quantize.publish.base import Count, Place, size_of
 from quantize.publish.pack import Blob, Pack, check_config, check_contents, manifest_blob, read_pack
@@ -261,17 +263,18 @@ def _check_room(folder: Path, needed: int) -> None:
         )
 
 
-def _verdict(folder: Path) -> str:
+def _verdict(folder: Path) -> Verdict:
     """What its measurements say of its gates. Raises VerifyError: they would break whoever reads them."""
     measured = read_measurements(folder)
-    if NAME in measured and read_record(measured) is None:
+    summary = Summary.of(measured)
+    if NAME in measured and summary.record is None:
         raise VerifyError("its measurements.json is not of the form it must have")
-    return Summary.of(measured).verdict
+    return summary.verdict
 
 
-def _warn_of_gates(artifact: Artifact, verdict: str, reporter: Reporter) -> None:
+def _warn_of_gates(artifact: Artifact, verdict: Verdict, reporter: Reporter) -> None:
     risk = artifact.manifest.accepted_risk
     if risk is not None:
         warn(reporter, artifact.manifest.variant, f"its gates refused it; taken all the same, because: {risk.reason}")
-    elif verdict in ("refused", NOT_EVALUATED):
+    elif verdict in (Verdict.REFUSED, Verdict.NOT_EVALUATED):
         warn(reporter, artifact.manifest.variant, f"{verdict}: its card says why it was published")

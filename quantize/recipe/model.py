@@ -17,7 +17,6 @@ from typing import Annotated, Any, Literal
 from pydantic import (
     AfterValidator,
     BaseModel,
-    ConfigDict,
     Field,
     StringConstraints,
     ValidationInfo,
@@ -25,13 +24,13 @@ from pydantic import (
 )
 
 from quantize.errors import RecipeError
-from quantize.recipe.yaml import Document, Location, in_time, read_document, suggest, validate
+from quantize.recipe.gates import GateLimits
+from quantize.recipe.yaml import STRICT, Document, Location, in_time, read_document, suggest, validate
 from quantize.system.lookup import CALIBRATION, builtin_files, find_data, find_path, is_path_text
 
 SLUG = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 SLUG_HINT = "letters, digits, `.`, `_` and `-`, the first a letter or digit, at most 100"
 MAX_VARIANTS = 500
-Strict = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
 def _slug(value: str) -> str:
@@ -46,7 +45,7 @@ SlugText = Annotated[str, AfterValidator(_slug), Field(json_schema_extra={"patte
 class FormatOptions(BaseModel):
     """Base of the recipe section of every format; a builder adds its own fields."""
 
-    model_config = Strict
+    model_config = STRICT
 
     def variant_name(self) -> str:
         """The name of the variant where the recipe gives none; differs wherever the options do."""
@@ -56,7 +55,7 @@ class FormatOptions(BaseModel):
 class PackageFile(BaseModel):
     """A file that an installed Python package carries."""
 
-    model_config = Strict
+    model_config = STRICT
     package: Annotated[str, StringConstraints(pattern=r"^[A-Za-z_][A-Za-z0-9_.]*$")] = Field(
         description="import name of the package"
     )
@@ -73,7 +72,7 @@ class PackageFile(BaseModel):
 class Source(BaseModel):
     """Where the full-precision checkpoint comes from."""
 
-    model_config = Strict
+    model_config = STRICT
     model: str | PackageFile = Field(
         description="hub id (org/name), a local folder, a GGUF file, or {package, file} of an installed package"
     )
@@ -101,7 +100,7 @@ class Source(BaseModel):
 class CalibrationSpec(BaseModel):
     """Which text the calibrated formats see."""
 
-    model_config = Strict
+    model_config = STRICT
     dataset: str = Field(
         description="`python-docs`, `self`, a hub dataset (org/name), or a local .txt, .jsonl or .parquet file"
     )
@@ -122,30 +121,10 @@ class CalibrationSpec(BaseModel):
     )
 
 
-class GateLimits(BaseModel):
-    """Limits that an artifact must keep, measured against its source."""
-
-    model_config = Strict
-    max_kl: Annotated[float, Field(gt=0, strict=False)] | None = None
-    max_perplexity_ratio: Annotated[float, Field(gt=0, strict=False)] | None = None
-    min_golden_pass_rate: Annotated[float, Field(ge=0, le=1, strict=False)] | None = None
-    max_json_loss: Annotated[float, Field(ge=0, le=1, strict=False)] | None = None
-    max_size_ratio: Annotated[float, Field(gt=0, strict=False)] | None = None
-    max_latency_p95_seconds: Annotated[float, Field(gt=0, strict=False)] | None = Field(
-        None, description="of the slowest load that `quantize bench` measured; looked at by `quantize report`"
-    )
-    max_error_rate: Annotated[float, Field(ge=0, le=1, strict=False)] | None = Field(
-        None, description="failed requests of `quantize bench` over all; looked at by `quantize report`"
-    )
-    max_memory_bytes: Annotated[int, Field(gt=0)] | None = Field(
-        None, description="at the peak of `quantize bench`: of the GPUs, else RAM; looked at by `quantize report`"
-    )
-
-
 class EvaluationSpec(BaseModel):
     """What an artifact and its source are both measured on. Nothing here changes what is built."""
 
-    model_config = Strict
+    model_config = STRICT
     text: str = Field(
         default="python-docs", description="held-out text: `python-docs`, or a .txt, .jsonl or .parquet file"
     )
@@ -166,7 +145,7 @@ class EvaluationSpec(BaseModel):
 class PublishPolicy(BaseModel):
     """What may be published without having passed its gates, and why. Nothing here changes what is built."""
 
-    model_config = Strict
+    model_config = STRICT
     unevaluated: Annotated[str, Field(min_length=1)] | None = Field(
         default=None, description="publish what was never evaluated, for this reason, which its card states"
     )
@@ -178,7 +157,7 @@ class PublishPolicy(BaseModel):
 class _RecipeFile(BaseModel):
     """The shape of a recipe file, before formats look at their own sections."""
 
-    model_config = Strict
+    model_config = STRICT
     name: SlugText = Field(description="names the folder under artifacts/")
     description: str | None = None
     source: Source
@@ -218,7 +197,7 @@ class Recipe:
     calibration: CalibrationSpec | None
     variants: tuple[Variant, ...]
     evaluation: EvaluationSpec
-    gates: GateLimits | None
+    gates: GateLimits
     path: Path
     text: str
     notes: tuple[str, ...] = ()
@@ -245,7 +224,7 @@ def load_recipe(path: Path, formats: Mapping[str, type[FormatOptions]]) -> Recip
         calibration,
         variants,
         file.evaluation,
-        file.gates,
+        file.gates or GateLimits(),
         path,
         document.text,
         notes,

@@ -15,11 +15,13 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from quantize.errors import RecipeError, first_line
 from quantize.system.untrusted import read_limited, time_limit
 
+STRICT = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+"""Of the models that a file is validated by."""
 MAX_BYTES = 1 << 20
 MAX_VALUES = 50_000  # a file that grows past this through aliases is an attack or an accident
 MAX_CHARACTERS = 4 << 20  # of all values, aliases expanded

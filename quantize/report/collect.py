@@ -15,14 +15,13 @@ from pydantic import ValidationError
 
 from quantize.bench.result import BenchResult
 from quantize.errors import RecipeError, UsageError
-from quantize.evaluate.record import read_record
-from quantize.recipe.model import GateLimits
+from quantize.evaluate.record import EvaluationRecord, GoldenRecord, Quality, read_record
+from quantize.recipe.gates import GateLimits
 from quantize.recipe.yaml import read_document
 from quantize.store.artifact import Artifact
 from quantize.store.manifest import RECIPE_NAME, SourceEntry
 from quantize.store.store import Store
 
-NOT_FINITE = ("inf", "-inf", "nan")  # JSON has no words for them, so that records spell them
 BLOCK_TENSOR = re.compile(r"(?:^|\.)(\d{1,5})\.(.+)$")
 
 
@@ -46,7 +45,7 @@ class MeasuredArtifact:
     artifact: Artifact
     called: str
     refused: bool
-    evaluation: Mapping[str, Any] | None
+    evaluation: EvaluationRecord | None
     bench: BenchResult | None
     layers: tuple[Layer, ...]
     measurements: Mapping[str, Any]
@@ -57,15 +56,14 @@ class MeasuredArtifact:
         return self.artifact.manifest.variant
 
     @property
-    def quality(self) -> Mapping[str, Any]:
-        """Figures against the source; empty if there are none."""
-        found = _mapping(self.evaluation, "quality")
-        return {key: float(value) if value in NOT_FINITE else value for key, value in found.items()}
+    def quality(self) -> Quality | None:
+        """Figures against the source; None if there are none."""
+        return None if self.evaluation is None else self.evaluation.quality
 
     @property
-    def golden(self) -> Mapping[str, Any]:
-        """Golden prompts; empty if none were asked."""
-        return _mapping(self.evaluation, "golden")
+    def golden(self) -> GoldenRecord | None:
+        """Golden prompts; None if none were asked."""
+        return None if self.evaluation is None else self.evaluation.golden
 
 
 @dataclass(frozen=True)
@@ -74,7 +72,7 @@ class PageSubject:
 
     name: str
     entries: tuple[MeasuredArtifact, ...]
-    gates: Mapping[str, Any]
+    gates: GateLimits
     description: str
 
     @property
@@ -163,17 +161,12 @@ def _recipe(artifact: Artifact) -> Mapping[str, Any]:
     return data if isinstance(data, dict) else {}
 
 
-def _gates(data: Any) -> Mapping[str, Any]:
+def _gates(data: Any) -> GateLimits:
     try:
-        return GateLimits.model_validate(data).model_dump(exclude_unset=True)
+        return GateLimits.model_validate({} if data is None else data)
     except ValidationError:
-        return {}
+        return GateLimits()
 
 
 def _built(item: Artifact) -> str:
     return str(item.measurements().get("built_at", ""))
-
-
-def _mapping(record: Mapping[str, Any] | None, key: str) -> Mapping[str, Any]:
-    found = (record or {}).get(key)
-    return found if isinstance(found, Mapping) else {}

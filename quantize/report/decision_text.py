@@ -8,19 +8,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from quantize.evaluate.gates import GateThresholds
+from quantize.evaluate.decision import GateThresholds, Verdict
+from quantize.evaluate.gates import MeasuredBy, error_rate_limit, gates
+from quantize.evaluate.metrics import metric
 from quantize.report.collect import MeasuredArtifact, PageSubject
-from quantize.report.production import MAX_ERROR_RATE, SERVING, Choice, ServingVerdict
-
-PROMPTED = {"golden prompts", "JSON answers"}
-"""Gates that an evaluation leaves open if the recipe has no prompts for them."""
+from quantize.report.production import Choice, ServingVerdict
 
 
 @dataclass(frozen=True)
 class DecisionText:
     """headline: one sentence. word: of the headline, for its colour. limits: name and value."""
 
-    word: str
+    word: Verdict
     headline: str
     why: str
     context: tuple[str, ...]
@@ -44,19 +43,19 @@ def decision_text(subject: PageSubject, choice: Choice) -> DecisionText:
     )
 
 
-def headline(choice: Choice) -> tuple[str, str, str]:
+def headline(choice: Choice) -> tuple[Verdict, str, str]:
     """A word for the decision, the decision, and why."""
     if choice.serve is not None:
         return choice.serve.word, f"Serve {choice.serve.entry.variant}.", _why(choice, choice.serve)
-    refused = [item.entry.variant for item in choice.verdicts if item.word == "refused"]
-    unknown = [item for item in choice.verdicts if item.word == "insufficient evidence"]
+    refused = [item.entry.variant for item in choice.verdicts if item.word is Verdict.REFUSED]
+    unknown = [item for item in choice.verdicts if item.word is Verdict.INSUFFICIENT]
     if not unknown:
-        return "refused", "Serve none of these.", f"Every artifact breaks a limit: {', '.join(refused)}."
-    gates = dict.fromkeys(finding.gate for item in unknown for finding in item.decision.missing)
+        return Verdict.REFUSED, "Serve none of these.", f"Every artifact breaks a limit: {', '.join(refused)}."
+    missing = dict.fromkeys(finding.gate for item in unknown for finding in item.decision.missing)
     why = f"No artifact is refused by what was measured of {', '.join(item.entry.variant for item in unknown)}, but "
-    why += f"there is no evidence of: {', '.join(gates)}."
+    why += f"there is no evidence of: {', '.join(missing)}."
     why += f" Refused: {', '.join(refused)}." if refused else ""
-    return "insufficient evidence", "Insufficient evidence.", f"{why} To measure it: {_measure(unknown[0])}."
+    return Verdict.INSUFFICIENT, "Insufficient evidence.", f"{why} To measure it: {_measure(unknown[0])}."
 
 
 def _why(choice: Choice, serve: ServingVerdict) -> str:
@@ -67,11 +66,11 @@ def _why(choice: Choice, serve: ServingVerdict) -> str:
     elif serve is smallest:
         why = f"It is the smallest of the {number} artifacts that keep every limit."
     else:
-        larger = serve.size_bytes / smallest.size_bytes - 1
+        larger, kl = serve.size_bytes / smallest.size_bytes - 1, metric("mean_kl")
         why = (
             f"Of the {number} artifacts that keep every limit, {smallest.entry.variant} is the smallest; "
-            f"{serve.entry.variant} is only {larger:.1%} larger, and its KL divergence is {serve.divergence:.4f} nats, "
-            f"not {smallest.divergence:.4f}."
+            f"{serve.entry.variant} is only {larger:.1%} larger, and its KL divergence is "
+            f"{kl.with_unit(serve.divergence)}, not {kl.number(smallest.divergence)}."
         )
     return f"{why} {_not_measured(serve)}".strip()
 
@@ -89,12 +88,13 @@ def _not_measured(verdict: ServingVerdict) -> str:
 def _measure(verdict: ServingVerdict) -> str:
     """What gives the evidence that a verdict lacks."""
     missing, called = {finding.gate for finding in verdict.decision.missing}, verdict.entry.called
+    needs = {gate.measured_by for gate in gates() if gate.name in missing}
     steps = []
-    if missing - {*SERVING, *PROMPTED}:
+    if MeasuredBy.EVALUATION in needs:
         steps.append(f"`quantize eval {called}`")
-    elif missing & PROMPTED:
+    elif MeasuredBy.PROMPTS in needs:
         steps.append("golden prompts in the recipe (`evaluation.golden`) that its source can answer, and a build")
-    if missing & {*SERVING}:
+    if MeasuredBy.LOAD in needs:
         steps.append(f"`quantize bench {called}`")
     return listed(steps)
 
@@ -115,42 +115,28 @@ def _context(subject: PageSubject) -> tuple[str, ...]:
 
 
 def _limits(limits: GateThresholds) -> tuple[tuple[str, str], ...]:
-    serving = [
-        ("latency, 95th percentile", limits.max_latency_p95_seconds, "{:g} s"),
-        ("memory at the peak", limits.max_memory_bytes, "{:,} bytes"),
-    ]
-    golden = f"at least {limits.min_golden_pass_rate:.0%} of what the source passes"
-    return (
-        ("mean KL divergence", f"at most {limits.max_kl:g} nats"),
-        ("perplexity", f"at most {limits.max_perplexity_ratio:g} times the source's"),
-        ("golden prompts", golden + (", unless chance explains the loss" if limits.golden_beyond_chance else "")),
-        ("JSON answers", f"at most {limits.max_json_loss:.0%} of the source's good ones lost"),
-        ("size", f"under {limits.max_size_ratio:g} times the source"),
-        ("error rate", f"at most {_error_rate(limits):g}, where a load was measured"),
-        *((name, f"at most {form.format(value)}" if value else "no limit given") for name, value, form in serving),
-    )
-
-
-def _error_rate(limits: GateThresholds) -> float:
-    return MAX_ERROR_RATE if limits.max_error_rate is None else limits.max_error_rate
+    return tuple((gate.title, gate.bound(limits)) for gate in gates())
 
 
 def _conditions(chosen: ServingVerdict, subject: PageSubject) -> list[str]:
     """What the figures hold for; nothing else was measured."""
     entry, quality = chosen.entry, chosen.entry.quality
     lines = [f"The artifact is `{entry.artifact.ref}`: another digest is another decision."]
-    if quality:
-        lines.append(f"Quality was measured in {quality.get('runtime')} ({quality.get('runtime_version')}).")
+    if quality is not None:
+        lines.append(f"Quality was measured in {quality.runtime} ({quality.runtime_version}).")
     lines += _load_conditions(entry)
     lines += [f"A person looks at: {item.gate} ({item.reason})." for item in chosen.decision.flags]
     if chosen.not_measured:
         names = listed(chosen.not_measured)
         lines.append(f"Nothing is known of {names}: run `quantize bench {entry.called}` before it takes load.")
-    limits = chosen.limits
-    for name, value in (("latency", limits.max_latency_p95_seconds), ("memory", limits.max_memory_bytes)):
-        if value is None and name not in chosen.not_measured:
-            key = "max_latency_p95_seconds" if name == "latency" else "max_memory_bytes"
-            lines.append(f"No limit on {name} was given: decide whether the figure will do, or set `gates.{key}`.")
+    for gate in gates():
+        if (
+            gate.measured_by is MeasuredBy.LOAD
+            and gate.name not in chosen.not_measured
+            and not gate.is_set(chosen.limits)
+        ):
+            will_do = "decide whether the figure will do"
+            lines.append(f"No limit on {gate.name} was given: {will_do}, or set `gates.{gate.key}`.")
     if subject.source.license:
         lines.append(f"The licence of the base model applies: {subject.source.license}.")
     return lines
@@ -185,7 +171,7 @@ def _rollback(choice: Choice, subject: PageSubject) -> tuple[str, ...]:
         back = f"Go back to the source itself, {source.uri} ({size}): no larger artifact is accepted and diverges less."
     kept = "Name both digests" if choice.fallback else "Name its digest"
     limits = choice.serve.limits
-    when = [f"more than {_error_rate(limits):g} of the requests fail"]
+    when = [f"more than {error_rate_limit(limits):g} of the requests fail"]
     if limits.max_latency_p95_seconds is not None:
         when.append(f"the 95th percentile of latency passes {limits.max_latency_p95_seconds:g} s")
     when.append("`quantize eval` no longer gives these figures after a change of runtime")

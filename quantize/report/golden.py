@@ -10,11 +10,33 @@ import difflib
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from enum import StrEnum
 
+from quantize.evaluate.record import Change, GoldenRecord, PromptResult
 from quantize.report.collect import MeasuredArtifact
 
-MARKS = {"kept": "pass", "gained": "gained", "lost": "LOST", "failed": "fail"}
+
+class PromptState(StrEnum):
+    """What a cell of the matrix says: what became of a prompt, or what there is to say where nothing is right."""
+
+    KEPT = Change.KEPT
+    LOST = Change.LOST
+    GAINED = Change.GAINED
+    FAILED = Change.FAILED
+    DIFFERS = "differs"
+    COMPARED = "compared"
+    NONE = "none"
+
+    @property
+    def is_changed(self) -> bool:
+        """Whether the artifact does otherwise than the source."""
+        return self in (PromptState.LOST, PromptState.GAINED, PromptState.DIFFERS)
+
+
+MARKS = {
+    PromptState.KEPT: "pass", PromptState.GAINED: "gained", PromptState.LOST: "LOST", PromptState.FAILED: "fail",
+    PromptState.NONE: "",
+}  # fmt: skip
 MAX_DIFFED = 4000
 """Characters of an answer that are compared word by word; of longer ones all is shown, unmarked."""
 OPEN_DIFFS = 3
@@ -36,7 +58,7 @@ class Diff:
 
     variant: str
     key: str
-    change: str
+    change: PromptState
     prompt: str
     source: tuple[Piece, ...]
     artifact: tuple[Piece, ...]
@@ -52,12 +74,12 @@ class MatrixRow:
     key: str
     category: str
     language: str
-    cells: tuple[tuple[str, str], ...]
+    cells: tuple[tuple[PromptState, str], ...]
 
     @property
     def changed(self) -> bool:
         """Whether an artifact does otherwise than the source."""
-        return any(state in ("lost", "gained", "differs") for state, _ in self.cells)
+        return any(state.is_changed for state, _ in self.cells)
 
 
 @dataclass(frozen=True)
@@ -72,55 +94,54 @@ class GoldenView:
 
 def golden_view(entries: Sequence[MeasuredArtifact]) -> GoldenView:
     """The matrix over all variants, and the differences of each."""
-    asked = [entry for entry in entries if entry.golden.get("results")]
+    asked = [(entry.variant, entry.golden) for entry in entries if entry.golden is not None and entry.golden.results]
     if not asked:
         return GoldenView((), (), (), "No golden prompts were asked: see `quantize eval`.")
-    rows: dict[str, dict[str, Mapping[str, Any]]] = {}
-    for entry in asked:
-        for item in entry.golden["results"]:
-            rows.setdefault(str(item["key"]), {})[entry.variant] = item
-    variants = tuple(entry.variant for entry in asked)
+    rows: dict[str, dict[str, PromptResult]] = {}
+    for variant, golden in asked:
+        for item in golden.results:
+            rows.setdefault(item.key, {})[variant] = item
+    variants = tuple(variant for variant, _ in asked)
     matrix = tuple(_row(key, found, variants) for key, found in rows.items())
-    found = [diff for entry in asked for diff in _diffs(entry)]
+    found = [diff for variant, golden in asked for diff in _diffs(variant, golden)]
     diffs = [replace(diff, start_open=number < OPEN_DIFFS) for number, diff in enumerate(found[:MAX_DIFFS])]
-    golden = asked[0].golden
-    note = (
-        f"{len(rows)} prompts, context {golden.get('context', 0):,} tokens, sha256 {str(golden.get('hash', ''))[:12]}…"
-    )
+    _, golden = asked[0]
+    note = f"{len(rows)} prompts, context {golden.context:,} tokens, sha256 {golden.hash[:12]}…"
     left_out = len(found) - MAX_DIFFS
     note += f"; {left_out} more changed answers are in measurements.json" if left_out > 0 else ""
     return GoldenView(variants, matrix, tuple(diffs), note)
 
 
-def _row(key: str, found: Mapping[str, Mapping[str, Any]], variants: Sequence[str]) -> MatrixRow:
+def _row(key: str, found: Mapping[str, PromptResult], variants: Sequence[str]) -> MatrixRow:
     first = next(iter(found.values()))
-    compared = first.get("kind") == "same"
-    source = "kept" if first["source"]["passed"] else "failed"
-    cells = [("compared", "as is") if compared else (source, "pass" if source == "kept" else "fail")]
-    for variant in variants:
-        item = found.get(variant)
-        change = str(item["change"]) if item else "none"
-        word = MARKS.get(change, "")
-        if compared and item:
-            change, word = ("kept", "alike") if item["artifact"]["passed"] else ("differs", "differs")
-        cells.append((change, word))
-    return MatrixRow(key, str(first.get("category", "")), str(first.get("language", "")), tuple(cells))
+    cells = [_of_source(first), *(_of_artifact(found.get(variant)) for variant in variants)]
+    return MatrixRow(key, first.category, first.language, tuple(cells))
 
 
-def _diffs(entry: MeasuredArtifact) -> list[Diff]:
-    changed = [item for item in entry.golden["results"] if item["change"] in ("lost", "gained")]
-    changed.sort(key=lambda item: (item.get("kind") == "same", item["change"] != "lost"))
-    return [_diff(entry.variant, item) for item in changed]
+def _of_source(item: PromptResult) -> tuple[PromptState, str]:
+    if item.is_compared:
+        return PromptState.COMPARED, "as is"
+    state = PromptState.KEPT if item.source.passed else PromptState.FAILED
+    return state, MARKS[state]
 
 
-def _diff(variant: str, item: Mapping[str, Any]) -> Diff:
-    source, artifact = str(item["source"]["text"]), str(item["artifact"]["text"])
-    ours, theirs = pieces(artifact, source), pieces(source, artifact)
-    change = "differs" if item.get("kind") == "same" else str(item["change"])
-    return Diff(
-        variant, str(item["key"]), change, str(item["prompt"]), theirs, ours,
-        str(item["source"]["reason"]), str(item["artifact"]["reason"]),
-    )  # fmt: skip
+def _of_artifact(item: PromptResult | None) -> tuple[PromptState, str]:
+    if item is not None and item.is_compared:
+        return (PromptState.KEPT, "alike") if item.artifact.passed else (PromptState.DIFFERS, "differs")
+    state = PromptState.NONE if item is None else PromptState(item.change)
+    return state, MARKS[state]
+
+
+def _diffs(variant: str, golden: GoldenRecord) -> list[Diff]:
+    changed = [item for item in golden.results if item.is_changed]
+    changed.sort(key=lambda item: (item.is_compared, item.change is not Change.LOST))
+    return [_diff(variant, item) for item in changed]
+
+
+def _diff(variant: str, item: PromptResult) -> Diff:
+    ours, theirs = pieces(item.artifact.text, item.source.text), pieces(item.source.text, item.artifact.text)
+    change = PromptState.DIFFERS if item.is_compared else PromptState(item.change)
+    return Diff(variant, item.key, change, item.prompt, theirs, ours, item.source.reason, item.artifact.reason)
 
 
 def pieces(text: str, other: str) -> tuple[Piece, ...]:

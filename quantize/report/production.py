@@ -11,21 +11,18 @@ size make no difference to whoever runs it, though, and within them the lower di
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass
 
-from quantize.build.judge import UNQUANTIZED_SIZE_RATIO
-from quantize.evaluate.gates import SERVING_LIMITS, Decision, Figures, Finding, GateThresholds, decide
-from quantize.evaluate.record import figures_of
+from quantize.evaluate.decision import Decision, Finding, GateOutcome, GateThresholds, Verdict
+from quantize.evaluate.gates import MeasuredBy, decide, gates, thresholds, with_load
+from quantize.evaluate.metrics import LATENCY, MEMORY
+from quantize.evaluate.record import Evidence, Figures
+from quantize.recipe.gates import GateLimits
 from quantize.report.collect import MeasuredArtifact, PageSubject
 
-MAX_ERROR_RATE = 0.01
-"""Failed requests that production stands where the recipe does not say: one in a hundred of those measured."""
 SAME_SIZE = 0.05
 """Files that are larger by at most this share of the smallest are as good as equal in size."""
-SERVING = ("latency", "error rate", "memory")
-"""Gates whose figures a load test measures."""
 
 
 @dataclass(frozen=True)
@@ -34,24 +31,24 @@ class ServingVerdict:
 
     entry: MeasuredArtifact
     decision: Decision
-    figures: Figures
+    evidence: Evidence
     limits: GateThresholds
 
     @property
-    def word(self) -> str:
-        """ "refused", "insufficient evidence", "accepted with flags" or "accepted"."""
+    def word(self) -> Verdict:
+        """What all gates together say."""
         return self.decision.verdict
 
     @property
     def usable(self) -> bool:
         """Whether it may be served."""
-        return self.word.startswith("accepted")
+        return self.word.is_accepted
 
     @property
     def not_measured(self) -> tuple[str, ...]:
         """Figures of a load test that are not there, and that no limit asks for."""
         known = {finding.gate for finding in self.decision.findings}
-        return tuple(name for name in SERVING if name not in known)
+        return tuple(gate.name for gate in gates() if gate.measured_by is MeasuredBy.LOAD and gate.name not in known)
 
     @property
     def size_bytes(self) -> int:
@@ -61,8 +58,8 @@ class ServingVerdict:
     @property
     def divergence(self) -> float:
         """Mean KL divergence in nats; infinite where it is unknown, or no number."""
-        value = self.figures.mean_kl
-        return math.inf if value is None or math.isnan(value) else value
+        quality = self.evidence.quality
+        return math.inf if quality is None or math.isnan(quality.mean_kl) else quality.mean_kl
 
 
 @dataclass(frozen=True)
@@ -100,73 +97,58 @@ def _way_back(serve: ServingVerdict, usable: Sequence[ServingVerdict]) -> Servin
     return next((item for item in above if item.divergence <= serve.divergence), None)
 
 
-def _verdict(entry: MeasuredArtifact, gates: Mapping[str, Any]) -> ServingVerdict:
-    limits, figures = limits_of(entry, gates), figures_with_serving(entry)
-    if limits.max_error_rate is None and entry.bench is not None:
-        limits = replace(limits, max_error_rate=MAX_ERROR_RATE)
-    findings = [*decide(figures, limits).findings, *_serving(figures, limits)]
+def _verdict(entry: MeasuredArtifact, given: GateLimits) -> ServingVerdict:
+    limits, evidence = limits_of(entry, given), with_serving(entry)
+    findings = decide(evidence, limits).findings
     decision = Decision(tuple(_accepted_risk(entry, _under_load(entry, finding)) for finding in findings))
-    return ServingVerdict(entry, decision, figures, limits)
+    return ServingVerdict(entry, decision, evidence, limits)
 
 
-def limits_of(entry: MeasuredArtifact, gates: Mapping[str, Any]) -> GateThresholds:
+def limits_of(entry: MeasuredArtifact, given: GateLimits) -> GateThresholds:
     """The limits that the evaluation was held against, and the recipe's own for serving; the defaults elsewhere."""
-    known = {item.name for item in fields(GateThresholds)}
-    recorded = (entry.evaluation or {}).get("limits")
-    if isinstance(recorded, Mapping):
-        limits = GateThresholds(**{name: value for name, value in recorded.items() if name in known})
-    else:
-        limits = GateThresholds().with_gates(gates)
-        if (entry.artifact.manifest.bits or 0) >= 16 and gates.get("max_size_ratio") is None:
-            limits = replace(limits, max_size_ratio=UNQUANTIZED_SIZE_RATIO)
-    serving = {name: gates[name] for name in SERVING_LIMITS if gates.get(name) is not None}
-    return replace(limits, **serving)
+    evaluation, bits = entry.evaluation, entry.artifact.manifest.bits
+    limits = thresholds(given, bits) if evaluation is None else evaluation.limits
+    return with_load(limits, given, measured=entry.bench is not None)
 
 
-def figures_with_serving(entry: MeasuredArtifact) -> Figures:
+def with_serving(entry: MeasuredArtifact) -> Evidence:
     """All that was measured: of the evaluation and of the bench. Latency is that of the slowest cell."""
     manifest, bench = entry.artifact.manifest, entry.bench
-    if entry.evaluation is not None and isinstance(entry.evaluation.get("figures"), Mapping):
-        figures = figures_of(entry.evaluation)
-    else:
+    evidence: Evidence | None = entry.evaluation
+    if evidence is None:
         weights = manifest.estimate.get("weights_bytes", manifest.size_bytes)
-        figures = Figures(size_bytes=weights, source_bytes=manifest.source.weights_bytes)
+        evidence = Evidence(figures=Figures(size_bytes=weights, source_bytes=manifest.source.weights_bytes))
     if bench is None:
-        return figures
+        return evidence
     slowest = bench.slowest
-    return replace(
-        figures,
-        latency_p95_seconds=slowest.latency.p95 if slowest and slowest.latency else None,
-        error_rate=bench.error_rate,
-        peak_memory_bytes=bench.peak_bytes,
-    )
-
-
-def _serving(figures: Figures, limits: GateThresholds) -> Iterator[Finding]:
-    """What was measured and has no limit, of which the rule itself says nothing."""
-    latency, memory = figures.latency_p95_seconds, figures.peak_memory_bytes
-    if limits.max_latency_p95_seconds is None and latency is not None:
-        shown = f"95th percentile {latency:.3f} s"
-        yield Finding("latency", "passed", f"{shown}; the recipe gives no `max_latency_p95_seconds`")
-    if limits.max_memory_bytes is None and memory is not None:
-        yield Finding("memory", "passed", f"{memory:,} bytes at the peak; the recipe gives no `max_memory_bytes`")
+    load = {
+        "latency_p95_seconds": slowest.latency.p95 if slowest and slowest.latency else None,
+        "error_rate": bench.error_rate,
+        "peak_memory_bytes": bench.peak_bytes,
+    }
+    return evidence.model_copy(update={"figures": evidence.figures.model_copy(update=load)})
 
 
 def _under_load(entry: MeasuredArtifact, finding: Finding) -> Finding:
     """The finding with what its figure was measured under: which load was the slowest, whose memory it is."""
     bench = entry.bench
-    if bench is None or finding.outcome == "insufficient evidence":
+    if bench is None or finding.outcome is GateOutcome.INSUFFICIENT:
         return finding
-    if finding.gate == "latency" and bench.slowest is not None:
-        return replace(finding, reason=f"{finding.reason} ({bench.slowest.shape} {bench.slowest.load})")
-    if finding.gate == "memory":
-        return replace(finding, reason=f"{finding.reason} ({'GPU' if bench.vram else 'RAM'})")
+    if finding.gate == LATENCY and bench.slowest is not None:
+        return _told(finding, f" ({bench.slowest.shape} {bench.slowest.load})")
+    if finding.gate == MEMORY:
+        return _told(finding, f" ({'GPU' if bench.vram else 'RAM'})")
     return finding
 
 
 def _accepted_risk(entry: MeasuredArtifact, finding: Finding) -> Finding:
     """A refusal that whoever built the artifact took upon themselves is a flag, with their reason."""
     risk = entry.artifact.manifest.accepted_risk
-    if risk is None or finding.outcome != "refused" or finding.gate not in risk.gates:
+    if risk is None or finding.outcome is not GateOutcome.REFUSED or finding.gate not in risk.gates:
         return finding
-    return Finding(finding.gate, "flagged", f"{finding.reason}; accepted all the same: {risk.reason}")
+    flagged = finding.model_copy(update={"outcome": GateOutcome.FLAGGED})
+    return _told(flagged, f"; accepted all the same: {risk.reason}")
+
+
+def _told(finding: Finding, more: str) -> Finding:
+    return finding.model_copy(update={"reason": finding.reason + more})

@@ -35,7 +35,7 @@ def source_facts(subject: PageSubject) -> tuple[tuple[str, str], ...]:
 def made(entries: Sequence[MeasuredArtifact]) -> str:
     """What made the page, and from when its figures are; not when it was made: the same figures give the same page."""
     dates = [str(entry.measurements.get("built_at", "")) for entry in entries]
-    dates += [str((entry.evaluation or {}).get("evaluated_at", "")) for entry in entries]
+    dates += [entry.evaluation.evaluated_at for entry in entries if entry.evaluation is not None]
     dates += [entry.bench.measured_at for entry in entries if entry.bench is not None]
     days = sorted({date[:10] for date in dates if date})
     when = f" from figures of {days[0]}" + (f" to {days[-1]}" if len(days) > 1 else "") if days else ""
@@ -83,21 +83,21 @@ def _built(entry: MeasuredArtifact) -> str:
 
 
 def _evaluated(entry: MeasuredArtifact) -> str:
-    quality, record = entry.quality, entry.evaluation or {}
-    if not quality:
+    record, quality = entry.evaluation, entry.quality
+    if record is None or quality is None:
         return "not measured"
-    machine = record.get("machine")
-    where = f", on {machine.get('processor')}, {machine.get('cores')} cores" if isinstance(machine, Mapping) else ""
-    source = f"the source in {quality.get('source_runtime')} ({quality.get('source_runtime_version')})"
-    return f"{quality.get('runtime')} ({quality.get('runtime_version')}), {source}{where}"
+    machine = record.machine
+    source = f"the source in {quality.source_runtime} ({quality.source_runtime_version})"
+    where = f"on {machine.processor}, {machine.cores} cores"
+    return f"{quality.runtime} ({quality.runtime_version}), {source}, {where}"
 
 
 def _text(entry: MeasuredArtifact) -> str:
     quality = entry.quality
-    if not quality:
+    if quality is None:
         return "not measured"
-    windows = f"{quality.get('windows')} windows of {quality.get('window_tokens')} tokens"
-    return f"{quality.get('text_name')}, {windows}, sha256 {str(quality.get('text_hash', ''))[:SHORT]}…"
+    windows = f"{quality.windows} windows of {quality.window_tokens} tokens"
+    return f"{quality.text_name}, {windows}, sha256 {quality.text_hash[:SHORT]}…"
 
 
 def _benched(entry: MeasuredArtifact) -> str:

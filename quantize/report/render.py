@@ -6,17 +6,17 @@ In: a store and a name. Out: texts, and files. The HTML needs nothing but itself
 from __future__ import annotations
 
 import functools
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import jinja2
 from markupsafe import Markup, escape
 
+from quantize.evaluate.metrics import figures_data
 from quantize.report.collect import PageSubject, collect
 from quantize.report.decision_text import decision_text, headline
 from quantize.report.production import Choice, judge
-from quantize.report.views import page_of
+from quantize.report.views import TONES, page_of
 from quantize.store.staging import store_errors
 from quantize.store.store import Store
 from quantize.system.files import write_text
@@ -55,9 +55,9 @@ def choice_data(choice: Choice) -> dict[str, Any]:
         "artifacts": [
             {
                 "artifact": item.entry.artifact.ref,
-                "verdict": item.word,
-                "figures": asdict(item.figures),
-                "findings": [asdict(finding) for finding in item.decision.findings],
+                "verdict": item.word.value,
+                "figures": {**figures_data(item.evidence), **item.evidence.figures.model_dump(mode="json")},
+                "findings": [finding.model_dump(mode="json") for finding in item.decision.findings],
                 "not_measured": list(item.not_measured),
             }
             for item in choice.verdicts
@@ -77,6 +77,7 @@ def _environment() -> jinja2.Environment:
     )
     environment.filters["svg"] = Markup  # charts.py escapes every name that it draws
     environment.filters["code"] = _code
+    environment.filters["tone"] = TONES.__getitem__
     environment.filters["cell"] = _cell
     environment.filters["quoted"] = _quoted
     return environment

@@ -7,22 +7,31 @@ measured".
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from enum import StrEnum
 
 from quantize.bench.result import BenchResult, Cell
-from quantize.evaluate.gates import Finding
-from quantize.evaluate.record import GoldenCount, source_lines
+from quantize.evaluate.decision import Finding, GateOutcome, Verdict
+from quantize.evaluate.metric import Detail, Reading
+from quantize.evaluate.metrics import cells, golden_count, headings, metric, metrics, readings
+from quantize.evaluate.record import source_lines
 from quantize.report.charts import Point, Range, heatmap, ranges, scatter
 from quantize.report.collect import Layer, MeasuredArtifact, PageSubject
-from quantize.report.golden import GoldenView, golden_view
+from quantize.report.golden import GoldenView, PromptState, golden_view
 from quantize.report.production import Choice, ServingVerdict
 from quantize.report.provenance import made, provenance, source_facts
 from quantize.report.table import Table
 from quantize.system.sizes import size_text
 
 MISSING = "not measured"
-TONES = {"accepted": "good", "accepted with flags": "flag", "refused": "bad", "insufficient evidence": "open"}
+TONES: Mapping[StrEnum, str] = {
+    Verdict.ACCEPTED: "good", Verdict.FLAGGED: "flag", Verdict.REFUSED: "bad", Verdict.INSUFFICIENT: "open",
+    GateOutcome.PASSED: "good", GateOutcome.FLAGGED: "flag", GateOutcome.REFUSED: "bad",
+    GateOutcome.INSUFFICIENT: "open",
+    PromptState.GAINED: "good", PromptState.LOST: "bad", PromptState.DIFFERS: "open",
+}  # fmt: skip
+"""The colour of each state, as style.css names it."""
 WORST_LAYERS = 3
 BLOCK_ORDER = ("q_proj", "k_proj", "v_proj", "qkv_proj", "o_proj", "gate_proj", "up_proj", "gate_up_proj", "down_proj")
 
@@ -35,7 +44,7 @@ class ArtifactCard:
     ref: str
     format: str
     size: str
-    word: str
+    word: Verdict
     tone: str
     reason: str
     colour: int
@@ -102,11 +111,6 @@ def page_of(subject: PageSubject, choice: Choice) -> Page:
     )
 
 
-def shown(value: float | None, form: str) -> str:
-    """A figure, or that there is none."""
-    return MISSING if value is None else form.format(value)
-
-
 def _card(verdict: ServingVerdict, index: int) -> ArtifactCard:
     manifest = verdict.entry.artifact.manifest
     risk = manifest.accepted_risk
@@ -136,66 +140,52 @@ def _first_reason(verdict: ServingVerdict) -> str:
 
 
 def _glance(choice: Choice) -> Table:
-    columns = (
-        "variant",
-        "format",
-        "size",
-        "bits/weight",
-        "perplexity",
-        "ratio",
-        "mean KL",
-        "99 % KL",
-        "same top",
-    )
+    columns = ("variant", "format", "size", "bits/weight", *headings(Detail.TABLE), "verdict")
     rows = [_source_row(choice.verdicts)]
     for verdict in choice.verdicts:
-        manifest, quality = verdict.entry.artifact.manifest, verdict.entry.quality
-        golden = GoldenCount.of(verdict.entry.golden)
-        rows.append(
-            (
-                manifest.variant, manifest.format, size_text(manifest.size_bytes), f"{manifest.bits_per_weight:.2f}",
-                shown(quality.get("perplexity"), "{:.2f}"), shown(quality.get("perplexity_ratio"), "{:.4f}"),
-                shown(quality.get("mean_kl"), "{:.4f}"), shown(quality.get("p99_kl"), "{:.3f}"),
-                shown(quality.get("top_token_agreement"), "{:.1%}"), str(golden or MISSING), verdict.word,
-            )
-        )  # fmt: skip
-    return Table((*columns, "golden", "verdict"), tuple(rows))
+        manifest, figures = verdict.entry.artifact.manifest, cells(verdict.entry.evaluation, Detail.TABLE, MISSING)
+        size, bits = size_text(manifest.size_bytes), f"{manifest.bits_per_weight:.2f}"
+        rows.append((manifest.variant, manifest.format, size, bits, *figures, verdict.word.value))
+    return Table(columns, tuple(rows))
 
 
 def _source_row(verdicts: Sequence[ServingVerdict]) -> tuple[str, ...]:
+    """The source's own figures: of the first artifact that has each."""
     source = verdicts[0].entry.artifact.manifest.source
-    measured = next((item.entry for item in verdicts if item.entry.quality), verdicts[0].entry)
+    found: dict[str, Reading] = {}
+    for evaluation in (item.entry.evaluation for item in verdicts):
+        for reading in readings(evaluation, Detail.TABLE) if evaluation is not None else ():
+            found.setdefault(reading.metric.key, reading)
+    figures = [found[item.key].source_text if item.key in found else MISSING for item in metrics(Detail.TABLE)]
     bits = f"{8 * source.weights_bytes / source.parameters:.2f}" if source.parameters else ""
-    perplexity = shown(measured.quality.get("source_perplexity"), "{:.2f}")
-    golden = next((count.source for item in verdicts if (count := GoldenCount.of(item.entry.golden))), "")
-    return ("source", "", size_text(source.weights_bytes), bits, perplexity, "1", "0", "0", "100 %", golden, "")
+    return ("source", "", size_text(source.weights_bytes), bits, *figures, "")
 
 
 def _quality_plot(choice: Choice) -> str:
-    measured = [(index, item) for index, item in enumerate(choice.verdicts) if item.figures.mean_kl is not None]
+    kl = metric("mean_kl")
+    measured = [(index, item, item.entry.quality) for index, item in enumerate(choice.verdicts)]
     points = [
-        Point(item.entry.variant, item.entry.artifact.manifest.size_bytes / 1e6, item.figures.mean_kl or 0.0, index)
-        for index, item in measured
+        Point(item.entry.variant, item.entry.artifact.manifest.size_bytes / 1e6, quality.mean_kl, index)
+        for index, item, quality in measured
+        if quality is not None
     ]
-    limit = measured[0][1].limits.max_kl if measured else None
-    name = f"refused: over {limit:g} nats" if limit is not None else ""
-    titles = {"x_title": "size, MB", "y_title": "mean KL divergence, nats"}
-    return scatter(points, **titles, limit=limit, limit_name=name)
+    limit = next((item.limits.max_kl for _, item, quality in measured if quality is not None), None)
+    name = f"refused: over {limit:g} {kl.unit}" if limit is not None else ""
+    return scatter(points, x_title="size, MB", y_title=kl.title_with_unit, limit=limit, limit_name=name)
 
 
 def _quality_note(entries: Sequence[MeasuredArtifact]) -> str:
-    measured = [entry for entry in entries if entry.quality]
+    measured = [entry.quality for entry in entries if entry.quality is not None]
     if not measured:
         return "No quality was measured: run `quantize eval`, or build with a version that does."
-    quality = measured[0].quality
-    tokens = shown(quality.get("predictions"), "{:,} predicted tokens")
-    text = str(quality.get("text_hash", ""))[:12]
-    note = f"Held-out text {quality.get('text_name', '')} (sha256 {text}…), {tokens}; each artifact in its own runtime."
-    golden = source_lines(("", GoldenCount.of(entry.golden)) for entry in entries)
+    quality = measured[0]
+    text = f"Held-out text {quality.text_name} (sha256 {quality.text_hash[:12]}…)"
+    note = f"{text}, {quality.predictions:,} predicted tokens; each artifact in its own runtime."
+    golden = source_lines(("", golden_count(entry.evaluation)) for entry in entries)
     note += "".join(f" {line[0].upper()}{line[1:]}." for line in golden)
     for what, found in (
-        ("text", {entry.quality.get("windows_hash") for entry in measured}),
-        ("golden prompts", {entry.golden.get("hash") for entry in measured}),
+        ("text", {item.windows_hash for item in measured}),
+        ("golden prompts", {entry.golden and entry.golden.hash for entry in entries if entry.quality is not None}),
     ):
         if len(found) > 1:
             note += f" Not all were measured on the same {what}: compare only those that were."

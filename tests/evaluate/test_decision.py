@@ -2,50 +2,59 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from quantize.errors import GateError
-from quantize.evaluate.gates import Decision, Figures, GateThresholds, decide, sign_test
+from quantize.evaluate.decision import Decision, GateThresholds, Verdict
+from quantize.evaluate.gates import decide, sign_test, thresholds, with_load
+from quantize.evaluate.record import Evidence, Figures, GoldenRecord
+from quantize.recipe.gates import GateLimits
+from tests.pages.measured import evaluation
 
-GOOD = Figures(
-    mean_kl=0.004,
-    perplexity_ratio=1.004,
-    golden_source_passed=20,
-    golden_artifact_passed=20,
-    golden_prompts=41,
-    json_source_passed=6,
-    json_lost=0,
-    size_bytes=145,
-    source_bytes=270,
-    checks={"chat template kept": ""},
-)
+PROMPTS = GoldenRecord(
+    hash="", context=256, prompts=41, source_passed=20, artifact_passed=20, lost=0, json_source_passed=6, json_lost=0,
+    results=(),
+)  # fmt: skip
+FIGURES = Figures(size_bytes=145, source_bytes=270, checks={"chat template kept": ""})
+GOOD = Evidence(quality=evaluation(kl=0.004, ratio=1.004).quality, golden=PROMPTS, figures=FIGURES)
+PARTS: dict[str, str] = {
+    **dict.fromkeys(("mean_kl", "perplexity_ratio"), "quality"),
+    **dict.fromkeys(("source_passed", "artifact_passed", "lost", "json_source_passed", "json_lost"), "golden"),
+}
+"""Which part of the evidence a value is in; all others are figures."""
 
 
-def changed(**changes: object) -> Decision:
-    return decide(dataclasses.replace(GOOD, **changes), GateThresholds())  # type: ignore[arg-type]
+def evidence(**changes: Any) -> Evidence:
+    """What is good with other values, or with whole parts left out: quality=None."""
+    found = GOOD
+    for name, value in changes.items():
+        part = PARTS.get(name, "figures")
+        inner = value if name in ("quality", "golden") else getattr(found, part).model_copy(update={name: value})
+        found = found.model_copy(update={name if name in ("quality", "golden") else part: inner})
+    return found
+
+
+def changed(**changes: Any) -> Decision:
+    return decide(evidence(**changes), GateThresholds())
 
 
 def test_what_is_good_is_accepted() -> None:
     decision = decide(GOOD, GateThresholds())
-    assert decision.verdict == "accepted"
+    assert decision.verdict is Verdict.ACCEPTED
     assert {item.outcome for item in decision.findings} == {"passed"}
-    decision.raise_if_refused("Q8_0")
 
 
 @pytest.mark.parametrize(("name", "ratio", "kl"), [("Q4_K_M", 1.084, 0.056), ("Q5_K_M", 1.099, 0.071)])
 def test_the_demo_model_s_small_files_are_refused_with_their_numbers(name: str, ratio: float, kl: float) -> None:
     decision = changed(perplexity_ratio=ratio, mean_kl=kl)
-    with pytest.raises(GateError) as caught:
-        decision.raise_if_refused(name)
-    message = str(caught.value)
-    assert f"mean {kl:.4f} nats is over the limit of 0.05" in message
-    assert f"{ratio:.4f} times the source's is over the limit of 1.05" in message
-    assert caught.value.exit_code == 3
+    assert not decision.accepted, name
+    reasons = {item.gate: item.reason for item in decision.refusals}
+    assert reasons["KL divergence"] == f"mean {kl:.4f} nats is over the limit of 0.05"
+    assert reasons["perplexity"] == f"{ratio:.4f} times the source's is over the limit of 1.05"
 
 
 @pytest.mark.parametrize(("ratio", "kl"), [(1.004, 0.004), (1.019, 0.02)])
@@ -56,7 +65,7 @@ def test_q8_and_int8_pass(ratio: float, kl: float) -> None:
 @pytest.mark.parametrize(
     ("gate", "changes", "number"),
     [
-        ("golden prompts", {"golden_artifact_passed": 15}, "passes 15 of 41, the source passes 20 of 41: 75%"),
+        ("golden prompts", {"artifact_passed": 15, "lost": 5}, "passes 15 of 41, the source passes 20 of 41: 75%"),
         ("JSON answers", {"json_lost": 1}, "1 of the source's 6 good JSON answers are lost (17%)"),
         ("size", {"size_bytes": 270}, "270 of 270 bytes"),
         ("KL divergence", {"mean_kl": math.nan}, "nan"),
@@ -71,20 +80,19 @@ def test_each_gate_refuses_by_itself(gate: str, changes: dict[str, object], numb
 
 
 @pytest.mark.parametrize(
-    ("gate", "changes"),
+    ("gates", "changes"),
     [
-        ("KL divergence", {"mean_kl": None}),
-        ("perplexity", {"perplexity_ratio": None}),
-        ("golden prompts", {"golden_source_passed": None}),
-        ("golden prompts", {"golden_source_passed": 4, "golden_artifact_passed": 0}),
-        ("JSON answers", {"json_source_passed": 0}),
-        ("JSON answers", {"json_source_passed": None}),
-        ("size", {"source_bytes": None}),
+        ({"KL divergence", "perplexity"}, {"quality": None}),
+        ({"golden prompts", "JSON answers"}, {"golden": None}),
+        ({"golden prompts"}, {"source_passed": 4, "artifact_passed": 0}),
+        ({"JSON answers"}, {"json_source_passed": 0}),
+        ({"JSON answers"}, {"json_source_passed": None}),
+        ({"size"}, {"source_bytes": None}),
     ],
 )
-def test_what_was_not_measured_is_said(gate: str, changes: dict[str, object]) -> None:
+def test_what_was_not_measured_is_said(gates: set[str], changes: dict[str, object]) -> None:
     decision = changed(**changes)
-    assert [item.gate for item in decision.missing] == [gate]
+    assert {item.gate for item in decision.missing} == gates
     assert decision.accepted
     assert decision.verdict == "insufficient evidence"
 
@@ -97,19 +105,39 @@ def test_a_gain_that_is_too_good_is_flagged() -> None:
 
 
 def test_a_refusal_outweighs_what_is_missing() -> None:
-    assert changed(mean_kl=1.0, perplexity_ratio=None).verdict == "refused"
+    assert changed(mean_kl=1.0, golden=None).verdict is Verdict.REFUSED
 
 
 def test_serving_figures_count_where_a_limit_is_given() -> None:
     limits = GateThresholds(max_latency_p95_seconds=2.0, max_error_rate=0.01, max_memory_bytes=8 * 2**30)
     assert len(decide(GOOD, limits).missing) == 3
-    slow = dataclasses.replace(GOOD, latency_p95_seconds=2.5, error_rate=0.1, peak_memory_bytes=2**30)
+    slow = evidence(latency_p95_seconds=2.5, error_rate=0.1, peak_memory_bytes=2**30)
     assert [item.gate for item in decide(slow, limits).refusals] == ["latency", "error rate"]
+    unlimited = [item for item in decide(slow, GateThresholds()).findings if item.gate == "latency"]
+    assert [item.reason for item in unlimited] == [
+        "95th percentile 2.500 s; the recipe gives no `max_latency_p95_seconds`"
+    ]
 
 
 def test_a_recipe_s_gates_take_the_place_of_the_defaults() -> None:
-    limits = GateThresholds().with_gates({"max_kl": 0.2, "max_perplexity_ratio": None, "unknown": 1})
-    assert (limits.max_kl, limits.max_perplexity_ratio) == (0.2, 1.05)
+    gates = GateLimits.model_validate({"max_kl": 0.2, "max_perplexity_ratio": None, "max_error_rate": 0.5})
+    limits = thresholds(gates, 4)
+    assert (limits.max_kl, limits.max_perplexity_ratio, limits.max_size_ratio) == (0.2, 1.05, 1.0)
+    assert limits.max_error_rate is None, "a build measures no load"
+    assert with_load(limits, gates, measured=False).max_error_rate == 0.5
+
+
+def test_what_is_not_quantized_may_be_as_large_as_its_source() -> None:
+    assert thresholds(GateLimits(), 16).max_size_ratio == 1.1
+    assert thresholds(GateLimits(), 8).max_size_ratio == 1.0
+    assert thresholds(GateLimits(max_size_ratio=0.9), 16).max_size_ratio == 0.9
+
+
+def test_errors_have_a_default_limit_where_a_load_was_measured() -> None:
+    limits = thresholds(GateLimits(), None)
+    assert with_load(limits, GateLimits(), measured=True).max_error_rate == 0.01
+    assert with_load(limits, GateLimits(), measured=False).max_error_rate is None
+    assert with_load(limits, GateLimits(max_error_rate=0.2), measured=True).max_error_rate == 0.2
 
 
 @pytest.mark.parametrize(
@@ -117,14 +145,14 @@ def test_a_recipe_s_gates_take_the_place_of_the_defaults() -> None:
     [(1, 0, "passed"), (4, 0, "flagged"), (5, 0, "refused"), (6, 2, "flagged"), (8, 1, "refused")],
 )
 def test_a_few_lost_prompts_may_be_chance(lost: int, gained: int, outcome: str) -> None:
-    decision = changed(golden_artifact_passed=20 - lost + gained, golden_lost=lost)
+    decision = changed(artifact_passed=20 - lost + gained, lost=lost)
     (finding,) = [item for item in decision.findings if item.gate == "golden prompts"]
     assert finding.outcome == outcome
 
 
 def test_a_recipe_s_own_rate_is_taken_at_its_word() -> None:
-    limits = GateThresholds().with_gates({"min_golden_pass_rate": 0.95})
-    measured = dataclasses.replace(GOOD, golden_artifact_passed=18, golden_lost=2)
+    limits = thresholds(GateLimits(min_golden_pass_rate=0.95), 4)
+    measured = evidence(artifact_passed=18, lost=2)
     assert [item.gate for item in decide(measured, limits).refusals] == ["golden prompts"]
     assert decide(measured, GateThresholds()).accepted
 
@@ -135,12 +163,13 @@ def test_the_sign_test_by_hand() -> None:
     assert sign_test(1, 1) == 0.75
 
 
-figures = st.builds(
-    Figures,
-    mean_kl=st.none() | st.floats(),
-    perplexity_ratio=st.none() | st.floats(),
-    golden_source_passed=st.none() | st.integers(0, 50),
-    golden_artifact_passed=st.none() | st.integers(0, 50),
+measured = st.builds(
+    evidence,
+    mean_kl=st.floats(),
+    perplexity_ratio=st.floats(),
+    source_passed=st.integers(0, 50),
+    artifact_passed=st.integers(0, 50),
+    lost=st.integers(0, 50),
     json_source_passed=st.none() | st.integers(0, 9),
     json_lost=st.none() | st.integers(0, 9),
     size_bytes=st.none() | st.integers(0, 10**12),
@@ -149,9 +178,10 @@ figures = st.builds(
 )
 
 
-@given(figures)
-def test_every_figure_gets_a_sentence(measured: Figures) -> None:
-    decision = decide(measured, GateThresholds())
-    assert len(decision.findings) == 5 + len(measured.checks)
+@given(measured, st.sampled_from([{}, {"quality": None}, {"golden": None}, {"quality": None, "golden": None}]))
+def test_every_figure_gets_a_sentence(found: Evidence, left_out: dict[str, None]) -> None:
+    found = found.model_copy(update=left_out)
+    decision = decide(found, GateThresholds())
+    assert len(decision.findings) == 5 + len(found.figures.checks)
     assert all(item.reason for item in decision.findings)
     assert decision.accepted == (decision.verdict != "refused")

@@ -16,10 +16,12 @@ import pytest
 from quantize.build.execute import build
 from quantize.errors import UsageError, VerifyError
 from quantize.evaluate.baseline import record
-from quantize.evaluate.gates import GateThresholds, decide
-from quantize.evaluate.metrics import Quality, measure
+from quantize.evaluate.decision import RUNS, GateThresholds
+from quantize.evaluate.gates import decide
+from quantize.evaluate.metrics import measure
 from quantize.evaluate.prompts import PromptTokenizer
-from quantize.evaluate.session import EvaluationJob, evaluate, figures
+from quantize.evaluate.record import Quality
+from quantize.evaluate.session import EvaluationJob, evaluate, evidence
 from quantize.evaluate.text import Windows, cut_windows, load_text
 from quantize.events import ListReporter, SilentReporter
 from quantize.formats import open_runtime, option_models
@@ -202,9 +204,10 @@ def test_a_session_from_folders_to_figures(job: EvaluationJob) -> None:
     assert found.golden is not None
     assert [item.key for item in found.golden.results] == ["mine/same", "mine/json", "mine/long"]
     assert found.golden.results[0].source.passed
-    measured = figures(found, size_bytes=1, source_bytes=2)
-    assert measured.mean_kl == found.quality.mean_kl
-    assert measured.golden_prompts == 2
+    measured = evidence(found, size_bytes=1, source_bytes=2)
+    assert (measured.quality, measured.golden) == (found.quality, found.golden)
+    assert found.golden.prompts == 2
+    assert measured.figures.checks[RUNS] == "", "what was measured runs"
     assert "size" not in {item.gate for item in decide(measured, GateThresholds()).missing}
 
 

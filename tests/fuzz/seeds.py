@@ -164,17 +164,13 @@ def pack() -> bytes:
 
 def record() -> bytes:
     """Measurements with an evaluation's record, as the gates write it."""
-    from quantize.evaluate.gates import GateThresholds, decide
-    from quantize.evaluate.record import decided, to_record
-    from quantize.evaluate.session import figures
-    from tests.pages.measured import evaluation, prompt
+    from quantize.evaluate.decision import GateThresholds
+    from quantize.evaluate.session import evidence
+    from tests.pages.measured import decided, evaluation, prompt
 
     found = evaluation(prompts=[prompt(1), prompt(2, kind="json", artifact=False)])
-    measured = figures(found, size_bytes=3, source_bytes=6)
-    about = {"machine": {"processor": "A", "cores": 2, "gpus": []}, "artifact": {"name": "a/b", "format": "gguf"},
-             "source": {"name": "m", "uri": "local:m"}}  # fmt: skip
-    record = decided(to_record(found, measured, about), decide(measured, GateThresholds()), GateThresholds())
-    return dumped({"built_at": "", "evaluation": record})
+    record = decided(evidence(found, size_bytes=3, source_bytes=6), GateThresholds())
+    return dumped({"built_at": "", "evaluation": record.to_data()})
 
 
 def _written(writer: Any, path: Path) -> bytes:

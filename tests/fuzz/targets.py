@@ -6,7 +6,7 @@ and in a circle, a pipe, a device.
 
 from __future__ import annotations
 
-import dataclasses
+import json
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,10 +14,11 @@ from pathlib import Path
 
 from quantize.build.lockfile import read_lock
 from quantize.calibration.datasets import find_dataset
-from quantize.evaluate.gates import GateThresholds, decide
+from quantize.evaluate.gates import decide
 from quantize.evaluate.golden import load_golden
+from quantize.evaluate.metrics import Summary
 from quantize.evaluate.page import render_page
-from quantize.evaluate.record import Summary, figures_of, read_record
+from quantize.evaluate.record import read_record
 from quantize.files.gguf import read_gguf
 from quantize.files.gguf_split import read_summary
 from quantize.files.imatrix import read_imatrix
@@ -156,10 +157,9 @@ def _record(folder: Path) -> Read:
         Summary.of(measurements).cells()
         record = read_record(measurements)
         if record is not None:
-            known = {item.name for item in dataclasses.fields(GateThresholds)}
-            limits = {name: value for name, value in record["limits"].items() if name in known}
-            decision = decide(figures_of(record), GateThresholds(**limits))
+            decision = decide(record, record.limits)
             render_page(record, "a page")
+            json.dumps(record.to_data(), allow_nan=False)
             return Kind("; ".join(finding.outcome for finding in decision.findings))
         return Kind("no record")
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,11 +9,21 @@ from quantize.bench.client import Sample
 from quantize.bench.load import summarize
 from quantize.bench.prompts import Shape
 from quantize.bench.result import BenchResult, MemoryUse, With
-from quantize.evaluate.answers import GoldenResult, GradedAnswer, PromptResult
-from quantize.evaluate.gates import GateThresholds, decide
-from quantize.evaluate.metrics import Quality
-from quantize.evaluate.record import decided, to_record
-from quantize.evaluate.session import Evaluation, figures
+from quantize.evaluate.answers import change
+from quantize.evaluate.decision import GateThresholds
+from quantize.evaluate.gates import decide
+from quantize.evaluate.record import (
+    ArtifactName,
+    EvaluationRecord,
+    Evidence,
+    GoldenRecord,
+    GradedAnswer,
+    MeasuredOn,
+    PromptResult,
+    Quality,
+    SourceName,
+)
+from quantize.evaluate.session import Evaluation, evidence
 from quantize.store.artifact import Artifact, update_measurements
 from quantize.store.store import Store
 
@@ -28,8 +37,9 @@ def prompt(
     no, text = "says no Paris", text or f"The answer to {number} is paris, Texas."
     return PromptResult(
         key=f"facts/{number}", category="facts", language="en", kind=kind, prompt=f"Question {number}?",
-        source=GradedAnswer(f"The answer to {number} is Paris.", source, "" if source else no),
-        artifact=GradedAnswer(text, artifact, "" if artifact else no),
+        change=change(source=source, artifact=artifact),
+        source=GradedAnswer(text=f"The answer to {number} is Paris.", passed=source, reason="" if source else no),
+        artifact=GradedAnswer(text=text, passed=artifact, reason="" if artifact else no),
     )  # fmt: skip
 
 
@@ -47,7 +57,7 @@ def evaluation(
         runtime_version="0.3.36", source_runtime="transformers", source_runtime_version="5.23.0",
     )  # fmt: skip
     asked = tuple(prompts) or (*(prompt(n) for n in range(9)), prompt(9, kind="json"))
-    return Evaluation(quality, GoldenResult(asked, "ef" * 32, 2048), {"chat template kept": ""}, "other text")
+    return Evaluation(quality, GoldenRecord.of(asked, "ef" * 32, 2048), {"chat template kept": ""}, "other text")
 
 
 def bench(*, latency: float = 0.5, errors: int = 0, peak: int = 400 << 20) -> BenchResult:
@@ -69,6 +79,23 @@ def bench(*, latency: float = 0.5, errors: int = 0, peak: int = 400 << 20) -> Be
     )  # fmt: skip
 
 
+def decided(
+    measured: Evidence,
+    limits: GateThresholds,
+    *,
+    artifact: str = "a/b",
+    source: str = "m",
+) -> EvaluationRecord:
+    """The record of what was measured, and of the decision on it."""
+    decision = decide(measured, limits)
+    return EvaluationRecord(
+        quality=measured.quality, golden=measured.golden, figures=measured.figures, verdict=decision.verdict,
+        findings=decision.findings, limits=limits, held_out="other text",
+        artifact=ArtifactName(name=artifact, format="gguf"), source=SourceName(name=source, uri=f"local:{source}"),
+        machine=MeasuredOn(processor="A processor", cores=2, gpus=()),
+    )  # fmt: skip
+
+
 def keep(
     store: Store, artifact: Artifact, *, found: Evaluation | None = None, load: BenchResult | None = None,
     limits: GateThresholds | None = None, layers: dict[str, Any] | None = None,
@@ -79,14 +106,9 @@ def keep(
         manifest = artifact.manifest
         limits = limits or GateThresholds(max_size_ratio=1.1)  # as the gates have it for a 16-bit file
         weights = int(manifest.estimate["weights_bytes"])
-        measured = figures(found, size_bytes=weights, source_bytes=manifest.source.weights_bytes)
-        about = {
-            "artifact": {"name": f"{manifest.name}/{manifest.variant}", "format": manifest.format},
-            "source": {"name": manifest.source.name, "uri": manifest.source.uri},
-            "machine": {"processor": "A processor", "cores": 2, "gpus": []},
-        }
-        record = decided(to_record(found, measured, about), decide(measured, limits), limits)
-        changes["evaluation"] = json.loads(json.dumps(record))
+        measured = evidence(found, size_bytes=weights, source_bytes=manifest.source.weights_bytes)
+        record = decided(measured, limits, artifact=f"{manifest.name}/{manifest.variant}", source=manifest.source.name)
+        changes["evaluation"] = record.to_data()
     if load is not None:
         changes["bench"] = load.model_dump(mode="json")
     if layers is not None:

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from quantize.evaluate.gates import GateThresholds
+from quantize.evaluate.decision import GateThresholds
+from quantize.recipe.gates import GateLimits
 from quantize.report.collect import PageSubject, collect
 from quantize.report.decision_text import decision_text
 from quantize.report.production import Choice, judge
@@ -89,7 +90,7 @@ def test_quality_is_enough_where_no_limit_asks_for_a_load(store: Store) -> None:
 def test_a_limit_that_the_recipe_sets_asks_for_its_figure(store: Store, gates: dict[str, float], gate: str) -> None:
     keep(store, store.find("tiny/q8_0"), found=evaluation())
     subject = collect(store, "tiny/q8_0")
-    choice = judge(PageSubject(subject.name, subject.entries, gates, ""))
+    choice = judge(PageSubject(subject.name, subject.entries, GateLimits.model_validate(gates), ""))
     assert choice.serve is None
     assert [finding.gate for finding in choice.verdicts[0].decision.missing] == [gate]
     text = decision_text(subject, choice)
@@ -108,7 +109,7 @@ def test_an_evaluation_without_prompts_asks_for_some(store: Store) -> None:
 
 def test_evidence_of_both_kinds_is_asked_for(store: Store) -> None:
     subject = collect(store, "tiny/q8_0")
-    choice = judge(PageSubject(subject.name, subject.entries, {"max_error_rate": 0.05}, ""))
+    choice = judge(PageSubject(subject.name, subject.entries, GateLimits(max_error_rate=0.05), ""))
     why = decision_text(subject, choice).why
     assert why.endswith("To measure it: `quantize eval tiny/q8_0` and `quantize bench tiny/q8_0`.")
 
@@ -192,7 +193,7 @@ def test_serving_limits_refuse(
 ) -> None:
     keep(store, store.find("tiny/q8_0"), found=evaluation(), load=bench(**load))  # type: ignore[arg-type]
     subject = collect(store, "tiny/q8_0")
-    choice = judge(PageSubject(subject.name, subject.entries, gates, ""))
+    choice = judge(PageSubject(subject.name, subject.entries, GateLimits.model_validate(gates), ""))
     (refusal,) = choice.verdicts[0].decision.refusals
     assert refusal.gate == gate
     assert refusal.reason.endswith(ending)
@@ -202,7 +203,7 @@ def test_serving_limits_that_are_kept_are_said(store: Store) -> None:
     keep(store, store.find("tiny/q8_0"), found=evaluation(), load=bench(latency=0.5, peak=90 << 20))
     subject = collect(store, "tiny/q8_0")
     gates = {"max_latency_p95_seconds": 0.6, "max_memory_bytes": 100 << 20, "max_error_rate": 0.001}
-    choice = judge(PageSubject(subject.name, subject.entries, gates, ""))
+    choice = judge(PageSubject(subject.name, subject.entries, GateLimits.model_validate(gates), ""))
     assert choice.verdicts[0].word == "accepted"
     text = decision_text(subject, choice)
     assert not any("No limit" in line for line in text.conditions)

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 
-from quantize.evaluate.gates import GateThresholds
+from quantize.evaluate.decision import GateThresholds
 from quantize.report.charts import Point, Range, heatmap, ranges, scatter
 from quantize.report.collect import collect
 from quantize.report.golden import pieces
@@ -113,7 +113,7 @@ return Math.min(...[...document.querySelectorAll('h1, h2, h3, p, td, th, dt, dd,
 def test_the_figures_are_on_the_page(opened: str, browser: Browser) -> None:
     rows = browser.run("return [...document.querySelectorAll('.glance tbody tr')].map(r => r.innerText.split('\\t'))")
     table = {row[0]: row for row in rows}
-    assert table["q4_0"][4:11] == ["12.43", "1.2000", "0.0900", "0.450", "95.0%", "11 of 13", "refused"]
+    assert table["q4_0"][4:11] == ["12.43", "1.2000", "0.0900", "0.4500", "95.0%", "11 of 13", "refused"]
     assert table["q8_0"][10] == "accepted"
     assert table["f16"][10] == "accepted"
     assert table["iq4_xs"][4:10] == ["not measured"] * 6

@@ -132,9 +132,10 @@ def test_the_bill_of_materials_validates_and_names_what_is_in_it(changed: Change
     card = data["metadata"]["component"]["modelCard"]
     assert card["modelParameters"]["datasets"] == [{"ref": "calibration"}]
     metrics = {item["type"]: item["value"] for item in card["quantitativeAnalysis"]["performanceMetrics"]}
-    assert metrics["perplexity, over that of the base model"] == "1.0396"
+    assert metrics["perplexity ratio, against the base model"] == "1.0396"
+    assert metrics["KL divergence, mean (nats, a lower bound), against the base model"] == "0.0302"
     assert metrics["golden prompts passed"] == "13 of 23"
-    assert metrics["golden prompts that the base model passes"] == "14 of 23"
+    assert metrics["golden prompts passed, by the base model"] == "14 of 23"
 
 
 @pytest.mark.parametrize("stated", [None, "llama3.2"])
@@ -160,7 +161,12 @@ def test_the_cards_metadata_is_what_the_hub_reads(changed: Changed) -> None:
 
 def test_the_card_has_the_measured_table(changed: Changed) -> None:
     text = card_of(changed(MEASURED)).text
-    for row in ("| perplexity ratio | 1.0396 |", "| KL divergence, mean | 0.03020 nats |", "; 2 lost |"):
+    for row in (
+        "| perplexity | 10.77 | 10.36 |",
+        "| perplexity ratio | 1.0396 | 1 |",
+        "| KL divergence, mean (a lower bound) | 0.0302 nats | 0 |",
+        "| golden prompts lost | 2 | 0 |",
+    ):
         assert row in text
     assert "| golden prompts passed | 13 of 23; the base model passes 14 of 23; 2 lost |" in text
     assert "- max_gain: perplexity is 7 % better" in text
