@@ -1,6 +1,6 @@
 """Measures an artifact that is built already, by the recipe that it carries or by another of the same model.
 
-In: an artifact, a recipe, changes to its `evaluation`. Out: where the artifact is now, and the judgement. Measured as
+In: an artifact, a recipe, changes to its `evaluation`. Out: where the artifact is now, and the record. Measured as
 its recipe says, the figures are recorded and the gates held; measured otherwise, nothing on disk changes.
 """
 

@@ -131,10 +131,10 @@ def _of_metric(metric: Metric, limit: Limit) -> Gate:
         return f"{most} {_limit_text(value)} {metric.unit}".strip()
 
     def rule(evidence: Evidence, limits: GateThresholds) -> Finding | None:
-        value, border = metric.read(evidence), getattr(limits, limit.key)
-        if value is None or isinstance(value, GoldenCount):
+        reading, border = metric.reading(evidence), getattr(limits, limit.key)
+        if reading is None or isinstance(reading.value, GoldenCount):
             return None if border is None else _insufficient(limit.gate, f"no {limit.gate} was measured")
-        number = limit.says.format(metric.with_unit(value))
+        value, number = reading.value, limit.says.format(reading.text_with_unit)
         if border is None:
             return _passed(limit.gate, f"{number}; the recipe gives no `{limit.key}`")
         lower = metric.better is Better.LOWER
