@@ -62,7 +62,18 @@ def evaluation(
 
 def bench(*, latency: float = 0.5, errors: int = 0, peak: int = 400 << 20) -> BenchResult:
     """A bench run with one shape at one and four requests at a time; each answer took `latency` seconds."""
-    samples = [Sample(float(n), True, True, n + 0.1, n + latency, n + latency, 8) for n in range(20)]
+    samples = [
+        Sample(
+            float(n),
+            answering=True,
+            streamed=True,
+            first_token=n + 0.1,
+            last_token=n + latency,
+            ended=n + latency,
+            chunks=8,
+        )  # fmt: skip
+        for n in range(20)
+    ]
     for sample in samples[:errors]:
         sample.error = "dropped"
     shape = Shape("short", 64, 8)
