@@ -71,7 +71,7 @@ def bench(*, latency: float = 0.5, errors: int = 0, peak: int = 400 << 20) -> Be
             last_token=n + latency,
             ended=n + latency,
             chunks=8,
-        )  # fmt: skip
+        )
         for n in range(20)
     ]
     for sample in samples[:errors]:
