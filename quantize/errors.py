@@ -10,6 +10,7 @@
     │   ├── SignatureError           3  an artifact is not signed, or is not what was signed
     │   ├── LicenceError             3  the licence of a source is not known, or asks for what is not there
     │   ├── VerifyError              3  an artifact is not what its manifest says, or does not run
+    │   │   └── NewerSchemaError     3  its manifest is of a schema that a later version of this program writes
     │   ├── GateError                3  an artifact breaks a limit of its recipe
     │   └── LockError                3  something is not as the recipe's lock says
     ├── BuildError                   1  a step failed half-way
@@ -140,6 +141,13 @@ class LicenceError(RefusedError):
 
 class VerifyError(RefusedError):
     """An artifact is not what its manifest says, or does not run."""
+
+
+class NewerSchemaError(VerifyError):
+    """A manifest is of a schema that a later version of this program writes: not damaged, and not to be removed."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message, hint="upgrade quantize: the artifact itself is not damaged")
 
 
 class GateError(RefusedError):

@@ -6,6 +6,7 @@ import importlib
 import json
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from quantize.estimate.vram import (
     estimate,
     kv_bytes,
     kv_bytes_per_token,
-    manifest_estimate,
+    memory_table,
     repacked_bytes,
     vram_table,
 )
@@ -186,21 +187,27 @@ def test_contexts_beyond_the_model_are_left_out() -> None:
     assert {cell.context for cell in vram_table(shape(max_position_embeddings=512), 10**9)} == {512}
 
 
-def test_the_manifest_gets_integers_and_names_only() -> None:
-    kept = manifest_estimate(shape(), 4_920_000_000)
-    assert kept["kv_bytes_per_token"] == 131072
-    assert len(kept["vram_bytes"]) == 20
-    assert all(type(value) is int for row in kept["vram_bytes"] for value in row.values())
-    assert all(type(value) in (int, str, list) for value in kept.values())
-    assert json.loads(json.dumps(kept)) == kept
+def test_a_table_has_integers_and_names_only() -> None:
+    table = memory_table(shape(), 4_920_000_000)
+    assert (table.runtime, table.kv_type, table.weights_bytes) == ("llama.cpp", "f16", 4_920_000_000)
+    assert table.kv_bytes_per_token == 131072
+    assert len(table.cells) == 20
+    assert all(type(value) is int for cell in table.cells for value in asdict(cell).values())
+    assert json.loads(json.dumps(asdict(table))) == {**asdict(table), "cells": [asdict(cell) for cell in table.cells]}
 
 
-def test_latent_attention_in_the_manifest_follows_the_runtime() -> None:
+def test_a_table_s_cell_for_one_sequence() -> None:
+    table = memory_table(shape(), 10**9)
+    assert [table.up_to(context).context for context in (4096, 5000, 10**6, 1)] == [4096, 4096, 32768, 2048]
+    assert {table.up_to(context).concurrency for context in (1, 4096)} == {1}
+    asked = memory_table(shape(), 10**9, contexts=(3000,), concurrencies=(4,))
+    assert (asked.up_to(4096).context, asked.up_to(4096).concurrency) == (3000, 4)
+
+
+def test_latent_attention_in_a_table_follows_the_runtime() -> None:
     deepseek = ModelShape.from_config(DEEPSEEK_V3)
-    as_gguf, as_int8 = (
-        manifest_estimate(deepseek, 1, profile=find_format(name).vram) for name in ("gguf", "bitsandbytes")
-    )
-    assert as_gguf["kv_bytes_per_token"] < as_int8["kv_bytes_per_token"]
+    as_gguf, as_int8 = (memory_table(deepseek, 1, profile=find_format(name).vram) for name in ("gguf", "bitsandbytes"))
+    assert as_gguf.kv_bytes_per_token < as_int8.kv_bytes_per_token
 
 
 def test_without_flash_attention_every_head_sees_every_pair() -> None:

@@ -14,11 +14,8 @@ from datetime import UTC, datetime
 from typing import Any
 
 from quantize.build.job import VariantJob
-from quantize.estimate.vram import manifest_estimate
-from quantize.formats import find_format
 from quantize.formats.base import BuildResult, Context
 from quantize.model.checkpoint import CARRIED_FILES, Checkpoint
-from quantize.model.shape import ModelShape
 from quantize.model.source import PinnedSource
 from quantize.provenance.card import render_card
 from quantize.recipe.model import Recipe
@@ -74,9 +71,6 @@ def _manifest(
     recipe: Recipe, job: VariantJob, context: Context, result: BuildResult, files: tuple[FileEntry, ...]
 ) -> Manifest:
     checkpoint = context.checkpoint
-    estimate = manifest_estimate(
-        ModelShape.from_config(checkpoint.config), result.weights_bytes, profile=find_format(job.variant.format).vram
-    )
     return Manifest(
         schema_version=SCHEMA_VERSION,
         name=recipe.name,
@@ -86,15 +80,16 @@ def _manifest(
         bits=result.bits,
         group_size=result.group_size,
         bits_per_weight=result.bits_per_weight,
+        weights_bytes=result.weights_bytes,
         source=_source_entry(context.source, checkpoint),
         calibration=context.calibration,
         tools=job.tools,
+        device=result.device or context.device,
         files=files,
         kept_in_high_precision=tuple(
             KeptEntry(tensor=item.tensor, type=item.type, reason=item.reason) for item in result.kept
         ),
         size_bytes=sum(item.size_bytes for item in files),
-        estimate=dict(estimate),
         build_key=job.build_key,
     ).sealed()
 

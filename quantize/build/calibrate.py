@@ -48,9 +48,10 @@ SECONDS_BETWEEN_STATES = 60.0  # of a pass on a GPU, which runs a block again so
 
 @dataclass(frozen=True)
 class PassResult:
-    """What a pass leaves. errors: variant -> why it got nothing from the pass."""
+    """What a pass leaves. device: the kind that it ran on. errors: variant -> why it got nothing from the pass."""
 
     entry: CalibrationEntry
+    device: str
     errors: dict[str, QuantizeError]
     measurements: dict[str, Any]
 
@@ -105,15 +106,18 @@ def _pass(
             sequences=len(found.token_ids),
             tokens=found.tokens,
             seed=spec.seed,
-            device=runner.device,
         )
         _warn_if_few(reporter, context, spec, len(found.token_ids), found.tokens)
         on_gpu = context.limits.device != "cpu"
         journal = PassJournal(
-            folder, _identity(context, entry), reporter, seconds=SECONDS_BETWEEN_STATES if on_gpu else 0.0
+            folder,
+            _identity(context, entry, runner.device),
+            reporter,
+            seconds=SECONDS_BETWEEN_STATES if on_gpu else 0.0,
         )
         if _resume(journal, parts, reporter) < block_count(context.checkpoint.config):
             runner.run(journal, parts, found.token_ids, precision, folder, reporter)
+        device = runner.device
     for part in parts:
         _take(part, lambda part: part.collector.finish(), reporter)
     journal.finish()
@@ -126,7 +130,7 @@ def _pass(
         "solve_seconds": seconds,
         "peak_memory_bytes": peak_memory_bytes(os.getpid()),
     }
-    return PassResult(entry, errors, measured)
+    return PassResult(entry, device, errors, measured)
 
 
 @dataclass(frozen=True)
@@ -283,11 +287,12 @@ def _import_transformers(folder: Path) -> None:
         MODEL_FOR_CAUSAL_LM_MAPPING[type(AutoConfig.from_pretrained(folder))]
 
 
-def _identity(context: Context, entry: CalibrationEntry) -> dict[str, Any]:
+def _identity(context: Context, entry: CalibrationEntry, device: str) -> dict[str, Any]:
     """All that the statistics depend on, but for what goes into each variant's build key."""
     return {
         "source": context.source.digest,
         "calibration": entry.model_dump(mode="json"),
+        "device": device,
         "tools": tool_versions(("torch", "transformers")),
     }
 

@@ -261,7 +261,7 @@ class _Build:
             if error is not None:
                 self._finished(Outcome(work.context.variant, OutcomeState.FAILED, error=error))
             elif self._goes_on(work.job):
-                work.context = replace(work.context, calibration=passed.entry)
+                work.context = replace(work.context, calibration=passed.entry, device=passed.device)
                 self._build_one(work, {"calibration_pass": passed.measurements})
 
     def _build_one(self, work: _Work, measured: dict[str, Any] | None = None) -> None:

@@ -117,8 +117,7 @@ class Judge:
             found = run_step("evaluating", _Named(reporter, manifest.variant), evaluate, job)
         except VerifyError as exc:
             return self.failed(manifest, exc, time.perf_counter() - started)
-        weights = int(manifest.estimate["weights_bytes"])
-        measured = evidence(found, size_bytes=weights, source_bytes=manifest.source.weights_bytes)
+        measured = evidence(found, size_bytes=manifest.weights_bytes, source_bytes=manifest.source.weights_bytes)
         return self._record(measured, manifest, time.perf_counter() - started, found.held_out)
 
     def failed(self, manifest: Manifest, error: VerifyError, seconds: float = 0) -> EvaluationRecord:

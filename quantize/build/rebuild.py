@@ -44,7 +44,7 @@ from quantize.system.lookup import CALIBRATION, DATA, find_path
 from quantize.system.process import run_step
 from quantize.system.processor import name_device
 
-DECIDED_LATER = ("digest", "files", "accepted_risk")  # fields of a manifest that are not compared by themselves
+DECIDED_LATER = ("files", "accepted_risk", "device")  # fields of a manifest that are not compared by themselves
 OF_VERSIONS = ("tools", "build_key")  # those that differ wherever versions do
 TEXT_BYTES = 32 << 20  # a file up to this is looked into for the first byte that differs
 
@@ -133,7 +133,7 @@ def rebuild(
     tools = _tool_differences(manifest.tools, job.tools)
     for item in tools:
         warn(reporter, variant.name, f"{item.tool} is {item.here or 'not installed'}, it was {item.manifest or 'none'}")
-    device = _device_difference(manifest, limits, reporter)
+    device = _device_difference(manifest, _pass_device(manifest, limits, reporter))
     if device is not None:
         warn(reporter, variant.name, f"{device}; its bytes may differ")
     checkpoint = open_source(source, cache, reporter)
@@ -143,6 +143,7 @@ def rebuild(
     context = Context(variant.name, variant.options, source, checkpoint, cache, folder, scratch, limits)
     rebuilt = Artifact(folder, _build(recipe, job, context, manifest, reporter))
     status(reporter, variant.name, "comparing")
+    device = _device_difference(manifest, rebuilt.manifest.device)
     return Rebuild(
         artifact, rebuilt, tools, device, _fields(manifest, rebuilt.manifest, OF_VERSIONS if tools else ()),
         tuple(_differences(artifact, rebuilt)), len(manifest.files), time.perf_counter() - started,
@@ -270,12 +271,18 @@ def _tool_differences(wanted: dict[str, str], here: dict[str, str]) -> tuple[Too
     )
 
 
-def _device_difference(manifest: Manifest, limits: RunLimits, reporter: Reporter) -> DeviceDifference | None:
-    """None too where the bits depend on no device, or the manifest is older than its record."""
-    if manifest.device is None:
+def _pass_device(manifest: Manifest, limits: RunLimits, reporter: Reporter) -> str | None:
+    """The kind of device that a calibration pass here would run on, to tell before the long work; None: no pass."""
+    if manifest.calibration is None or manifest.device is None:
         return None
-    here = run_step("looking at the processor", reporter, name_device, limits.device)
-    return DeviceDifference(manifest.device, here) if here != manifest.device else None
+    return run_step("looking at the processor", reporter, name_device, limits.device)
+
+
+def _device_difference(manifest: Manifest, here: str | None) -> DeviceDifference | None:
+    """None too where the bits depend on no device, or the manifest is older than its record."""
+    if manifest.device is None or here is None or here == manifest.device:
+        return None
+    return DeviceDifference(manifest.device, here)
 
 
 def _build(recipe: Recipe, job: VariantJob, context: Context, wanted: Manifest, reporter: Reporter) -> Manifest:
@@ -289,20 +296,19 @@ def _build(recipe: Recipe, job: VariantJob, context: Context, wanted: Manifest, 
         passed = run_pass(recipe, [(job.builder.name, context)], folder, reporter)
         if context.variant in passed.errors:
             raise passed.errors[context.variant]
-        context, measured = replace(context, calibration=passed.entry), {"calibration_pass": passed.measurements}
+        context = replace(context, calibration=passed.entry, device=passed.device)
+        measured = {"calibration_pass": passed.measurements}
     result = job.builder.build(context, reporter)
     status(reporter, context.variant, "hashing")
     manifest = assemble(recipe, job, context, Made(result, measured, time.perf_counter() - started))
-    manifest = manifest.model_copy(update={"accepted_risk": wanted.accepted_risk}).sealed()
+    manifest = manifest.with_risk(wanted.accepted_risk)
     write_text(context.staging / FILE_NAME, manifest.to_json())
     note(reporter, context.variant, f"rebuilt as {manifest.short_digest}")
     return manifest
 
 
 def _fields(wanted: Manifest, found: Manifest, explained: Sequence[str]) -> tuple[str, ...]:
-    one, two = wanted.to_data(), found.to_data()
-    for data in (one, two):
-        (data["calibration"] or {}).pop("device", None)
+    one, two = wanted.facts(), found.facts()
     skipped = {*DECIDED_LATER, *explained}
     return tuple(key for key in sorted({*one, *two} - skipped) if one.get(key) != two.get(key))
 

@@ -108,7 +108,7 @@ class GateKeeper:
         """The manifest that says so, and a card of it. Another digest: whoever pulls it can't miss it."""
         gates = tuple(finding.gate for finding in decision.refusals)
         risk = AcceptedRisk(reason=str(self._accept_risk), gates=gates)
-        manifest = artifact.manifest.model_copy(update={"accepted_risk": risk}).sealed()
+        manifest = artifact.manifest.with_risk(risk)
         warn(self._reporter, manifest.variant, f"refused by {', '.join(gates)}, and taken all the same: {risk.reason}")
         with store_errors(self._store):
             write_text(artifact.folder / CARD_NAME, render_card(manifest))

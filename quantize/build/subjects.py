@@ -90,7 +90,7 @@ def _of_recipe(path: Path, store: Store, cache: Cache, reporter: Reporter) -> li
 def _of_artifact(artifact: Artifact) -> EstimateSubject:
     manifest = artifact.manifest
     kind = find_format(manifest.format)
-    path = kind.layout.main_file(artifact.folder) or artifact.folder
+    path = kind.model_path(artifact.folder)
     return _of_path(f"{manifest.name}/{manifest.variant}", kind, path, manifest.name)
 
 

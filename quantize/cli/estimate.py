@@ -29,8 +29,8 @@ from quantize.estimate.vram import (
     RUNTIMES,
     Estimate,
     EstimateSettings,
-    kv_bytes_per_token,
-    vram_table,
+    MemoryTable,
+    memory_table,
 )
 from quantize.store.store import Store
 from quantize.system.machine import detect
@@ -46,8 +46,7 @@ class _EstimateAnswer:
     """Everything about one subject: the table, and for the case that was asked for the verdict with advice."""
 
     subject: EstimateSubject
-    settings: EstimateSettings
-    table: tuple[Estimate, ...]
+    table: MemoryTable
     card: GraphicsCard | None
     context: int
     concurrency: int
@@ -104,7 +103,7 @@ def _answer(
             hint=f"use --context {longest} or less",
         )
     settings = EstimateSettings(runtime or subject.profile.runtime, kv_type)
-    table = vram_table(
+    table = memory_table(
         subject.shape, subject.weights_bytes, profile=subject.profile, settings=settings,
         contexts=[context] if context else CONTEXTS, concurrencies=[concurrency] if concurrency else CONCURRENCIES,
     )  # fmt: skip
@@ -114,22 +113,21 @@ def _answer(
         variants = {item.name: (item.weights_bytes, item.profile) for item in others if item.name != subject.name}
         workload = Workload(subject.shape, subject.weights_bytes, subject.profile, settings, asked, at_once)
         verdict = advise(workload, card.vram_bytes, variants)
-    return _EstimateAnswer(subject, settings, table, card, asked, at_once, verdict)
+    return _EstimateAnswer(subject, table, card, asked, at_once, verdict)
 
 
 def _print(item: _EstimateAnswer) -> None:
-    subject, settings, first = item.subject, item.settings, item.table[0]
-    kv = kv_bytes_per_token(subject.shape, settings.kv_type, expanded=settings.runtime == "transformers")
+    subject, table, first = item.subject, item.table, item.table.cells[0]
     click.echo(
-        f"{subject.name}: {subject.format} in {settings.runtime}, weights {memory_text(subject.weights_bytes)}, "
-        f"KV cache {kv / 1024:.1f} KiB a token ({settings.kv_type}), RAM for loading "
+        f"{subject.name}: {subject.format} in {table.runtime}, weights {memory_text(table.weights_bytes)}, "
+        f"KV cache {table.kv_bytes_per_token / 1024:.1f} KiB a token ({table.kv_type}), RAM for loading "
         f"{memory_text(first.loading_ram_bytes)}, safe {memory_text(first.loading_ram_upper_bytes)}"
     )
-    concurrencies = sorted({cell.concurrency for cell in item.table})
+    concurrencies = sorted({cell.concurrency for cell in table.cells})
     columns = [("CONTEXT", "right"), *((f"{count} AT ONCE", "right") for count in concurrencies)]
     rows = []
-    for context in sorted({cell.context for cell in item.table}):
-        cells = [cell for cell in item.table if cell.context == context]
+    for context in sorted({cell.context for cell in table.cells}):
+        cells = [cell for cell in table.cells if cell.context == context]
         rows.append([f"{context:,}", *(_cell(cell, item.card) for cell in cells)])
     print_table(columns, rows, empty="nothing to estimate")
     if item.card is not None and item.verdict is not None:
@@ -151,20 +149,18 @@ def _print_verdict(item: _EstimateAnswer, card: GraphicsCard, verdict: Fit) -> N
 
 
 def _as_json(item: _EstimateAnswer) -> dict[str, Any]:
-    subject, settings = item.subject, item.settings
+    subject, table = item.subject, item.table
     return {
         "name": subject.name,
         "format": subject.format,
         "architecture": subject.shape.architecture,
-        "runtime": settings.runtime,
-        "kv_type": settings.kv_type,
-        "weights_bytes": subject.weights_bytes,
-        "kv_bytes_per_token": kv_bytes_per_token(
-            subject.shape, settings.kv_type, expanded=settings.runtime == "transformers"
-        ),
+        "runtime": table.runtime,
+        "kv_type": table.kv_type,
+        "weights_bytes": table.weights_bytes,
+        "kv_bytes_per_token": table.kv_bytes_per_token,
         "cells": [
             {**asdict(cell), "verdict": judge(cell, item.card.vram_bytes).word if item.card else None}
-            for cell in item.table
+            for cell in table.cells
         ],
         "card": {"name": item.card.name, "vram_bytes": item.card.vram_bytes} if item.card else None,
         "asked": {"context": item.context, "concurrency": item.concurrency},

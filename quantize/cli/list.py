@@ -20,10 +20,14 @@ from quantize.cli.common import (
 from quantize.errors import RecipeError
 from quantize.evaluate.metric import Detail
 from quantize.evaluate.record import source_lines
+from quantize.formats.memory import memory_of
 from quantize.store.artifact import Artifact
 from quantize.store.store import Store
 from quantize.system.lookup import PREFIX, RECIPES, builtin_files, local_recipes
 from quantize.system.sizes import memory_text, size_text
+
+LISTED_CONTEXT = 4096  # tokens that VRAM is shown at
+UNKNOWN = "-"
 
 
 @click.group("list")
@@ -128,18 +132,18 @@ def list_formats(as_json: bool) -> None:
 def _row(item: Artifact) -> list[str]:
     manifest = item.manifest
     built = str(item.measurements().get("built_at", ""))[:16].replace("T", " ")
+    memory = vram_bytes(item, LISTED_CONTEXT)
     return [
         manifest.name, manifest.variant, manifest.format, size_text(manifest.size_bytes),
-        f"{manifest.bits_per_weight:.2f}", memory_text(vram_bytes(item, 4096)), *quality(item).cells(),
+        f"{manifest.bits_per_weight:.2f}", UNKNOWN if memory is None else memory_text(memory), *quality(item).cells(),
         manifest.short_digest, built,
     ]  # fmt: skip
 
 
-def vram_bytes(item: Artifact, context: int) -> int:
-    """The expected estimate for one sequence at the largest context in the table up to `context`."""
-    cells = [cell for cell in item.manifest.estimate["vram_bytes"] if cell["concurrency"] == 1]
-    fitting = [cell for cell in cells if cell["context"] <= context] or cells[:1]
-    return int(fitting[-1]["expected_bytes"])
+def vram_bytes(item: Artifact, context: int) -> int | None:
+    """The expected estimate for one sequence at the largest context in the table up to `context`; None: not known."""
+    table = memory_of(item)
+    return None if table is None else table.up_to(context).expected_bytes
 
 
 def _as_json(store: Store, item: Artifact) -> dict[str, Any]:
@@ -150,7 +154,7 @@ def _as_json(store: Store, item: Artifact) -> dict[str, Any]:
         "format": manifest.format,
         "size_bytes": manifest.size_bytes,
         "bits_per_weight": manifest.bits_per_weight,
-        "vram_bytes": vram_bytes(item, 4096),
+        "vram_bytes": vram_bytes(item, LISTED_CONTEXT),
         "evaluation": quality(item).as_json(),
         "digest": manifest.digest,
         "current": store.is_current(item),

@@ -79,6 +79,9 @@ def _print(result: Rebuild) -> None:
             click.echo(f"  and {len(item.tensors) - SHOWN_TENSORS} more tensors; --json has them all")
     word = "identical" if result.identical else "different"
     digest = result.artifact.manifest.digest if result.same_digest else "the digests differ"
+    old, new = result.artifact.manifest.schema_version, result.rebuilt.manifest.schema_version
+    if old != new:
+        digest = f"the digests differ, as its manifest is of schema {old} and is written in schema {new} now"
     click.echo(f"{result.artifact.ref}: {word} ({result.files} files, {digest}, {result.seconds:.0f} s)")
 
 

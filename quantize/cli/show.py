@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import click
@@ -15,6 +16,7 @@ from quantize.cli.common import (
 )
 from quantize.evaluate.metrics import readings
 from quantize.evaluate.record import read_record
+from quantize.formats.memory import memory_of
 from quantize.store.artifact import Artifact
 from quantize.store.store import Store
 from quantize.system.sizes import memory_text, size_text
@@ -30,7 +32,9 @@ def command(artifact: str, store: Store, as_json: bool) -> None:
     found = store.find(artifact)
     manifest = found.manifest
     if as_json:
-        print_json({"manifest": manifest.to_data(), "measurements": found.measurements()})
+        memory = memory_of(found)
+        estimate = dataclasses.asdict(memory) if memory is not None else None
+        print_json({"manifest": manifest.to_data(), "measurements": found.measurements(), "estimate": estimate})
         return
     click.echo(f"{found.ref}\n{manifest.digest}\n{found.folder}\n")
     before = f" (was {manifest.source.quantized_before} once)" if manifest.source.quantized_before else ""
@@ -48,7 +52,7 @@ def command(artifact: str, store: Store, as_json: bool) -> None:
             ("calibration", f"{manifest.calibration.sequences} sequences, {manifest.calibration.tokens:,} tokens")
         )
     if manifest.device is not None:
-        facts.append(("calibrated on", manifest.device))
+        facts.append(("computed on", manifest.device))
     if manifest.accepted_risk is not None:
         facts.append(("risk accepted", f"{manifest.accepted_risk.reason} ({', '.join(manifest.accepted_risk.gates)})"))
     for name, value in facts:
@@ -56,18 +60,13 @@ def command(artifact: str, store: Store, as_json: bool) -> None:
     _print_evaluation(found)
     files = [[entry.path, size_text(entry.size_bytes), entry.sha256] for entry in manifest.files]
     print_table([("FILE", "left"), ("SIZE", "right"), ("SHA256", "left")], files, empty="no files")
-    cells = manifest.estimate["vram_bytes"]
+    memory = memory_of(found)
     rows = [
-        [
-            f"{cell['context']:,}",
-            str(cell["concurrency"]),
-            memory_text(cell["expected_bytes"]),
-            memory_text(cell["upper_bytes"]),
-        ]
-        for cell in cells
+        [f"{cell.context:,}", str(cell.concurrency), memory_text(cell.expected_bytes), memory_text(cell.upper_bytes)]
+        for cell in (memory.cells if memory is not None else ())
     ]
     columns = [("CONTEXT", "right"), ("SEQUENCES", "right"), ("MEMORY", "right"), ("TO BE SAFE", "right")]
-    print_table(columns, rows, empty="no estimate")
+    print_table(columns, rows, empty="no estimate: the format is not installed here, or its files can't be read")
     reasons: dict[str, int] = {}
     for item in manifest.kept_in_high_precision:
         reasons[f"{item.type}: {item.reason}"] = reasons.get(f"{item.type}: {item.reason}", 0) + 1

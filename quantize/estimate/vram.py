@@ -1,17 +1,16 @@
 """Memory arithmetic: what a model takes in its runtime, at a context length and a concurrency.
 
 In: a ModelShape, the bytes of the weights, a runtime, a KV type. Out: bytes, all integers, the same on every machine:
-weights, KV cache, overhead, an expected figure and a safe-upper one; a table; what the manifest keeps.
-Nothing is read or measured here, and nothing heavy is imported. Whether it fits a card is for fit.py;
-docs/estimates.md holds these formulas against llama.cpp's own log.
+weights, KV cache, overhead, an expected figure and a safe-upper one; a table. They are opinions: made anew for whoever
+asks, and in no manifest. Nothing is read or measured here, and nothing heavy is imported. Whether it fits a card is for
+fit.py; docs/estimates.md holds these formulas against llama.cpp's own log.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Any
 
 from quantize.errors import UsageError
 from quantize.model.shape import KvLayer, ModelShape
@@ -26,13 +25,14 @@ __all__ = [
     "Estimate",
     "EstimateSettings",
     "KvLayer",
+    "MemoryTable",
     "ModelShape",
     "VramProfile",
     "compute_buffer_bytes",
     "estimate",
     "kv_bytes",
     "kv_bytes_per_token",
-    "manifest_estimate",
+    "memory_table",
     "repacked_bytes",
     "vram_table",
 ]  # fmt: skip
@@ -100,6 +100,24 @@ class Estimate:
     upper_bytes: int
     loading_ram_bytes: int
     loading_ram_upper_bytes: int
+
+
+@dataclass(frozen=True)
+class MemoryTable:
+    """What one model takes in one runtime, at contexts x concurrencies, contexts first. kv_bytes_per_token: of one
+    sequence, while no window is full.
+    """
+
+    runtime: str
+    kv_type: str
+    weights_bytes: int
+    kv_bytes_per_token: int
+    cells: tuple[Estimate, ...]
+
+    def up_to(self, context: int) -> Estimate:
+        """For one sequence, or the fewest in it, at the largest context up to this one; at the smallest if none is."""
+        first = [cell for cell in self.cells if cell.concurrency == self.cells[0].concurrency]
+        return ([cell for cell in first if cell.context <= context] or first[:1])[-1]
 
 
 @dataclass(frozen=True)
@@ -251,36 +269,26 @@ def vram_table(
     )  # fmt: skip
 
 
-def manifest_estimate(
+def memory_table(
     shape: ModelShape,
     weights_bytes: int,
     *,
     profile: VramProfile = IN_LLAMA_CPP,
     settings: EstimateSettings | None = None,
-) -> Mapping[str, Any]:
-    """What the manifest keeps: integers and names only, the same for the same inputs on every machine.
-
-    `overhead_bytes` is the expected one at the smallest context and one sequence.
-    """
+    contexts: Iterable[int] = CONTEXTS,
+    concurrencies: Iterable[int] = CONCURRENCIES,
+) -> MemoryTable:
+    """The table of one model in one runtime. settings: None is the format's own runtime, with a 16-bit KV cache."""
     settings = settings or EstimateSettings(runtime=profile.runtime)
-    table = vram_table(shape, weights_bytes, profile=profile, settings=settings)
-    return {
-        "runtime": settings.runtime,
-        "kv_type": settings.kv_type,
-        "weights_bytes": weights_bytes,
-        "kv_bytes_per_token": kv_bytes_per_token(shape, settings.kv_type, expanded=settings.runtime == "transformers"),
-        "overhead_bytes": table[0].overhead_bytes,
-        "loading_ram_bytes": table[0].loading_ram_bytes,
-        "vram_bytes": [
-            {
-                "context": cell.context,
-                "concurrency": cell.concurrency,
-                "expected_bytes": cell.expected_bytes,
-                "upper_bytes": cell.upper_bytes,
-            }
-            for cell in table
-        ],
-    }
+    return MemoryTable(
+        runtime=settings.runtime,
+        kv_type=settings.kv_type,
+        weights_bytes=weights_bytes,
+        kv_bytes_per_token=kv_bytes_per_token(shape, settings.kv_type, expanded=settings.runtime == "transformers"),
+        cells=vram_table(
+            shape, weights_bytes, profile=profile, settings=settings, contexts=contexts, concurrencies=concurrencies
+        ),
+    )
 
 
 def _overhead(

@@ -110,7 +110,8 @@ class Context:
     """All that a builder is given. Picklable: steps run in processes of their own.
 
     staging: the artifact to be; everything in it is published. scratch: a folder of this build, removed afterwards.
-    calibration: what the pass saw; None before it, and for variants that need none.
+    calibration: what the pass saw; None before it, and for variants that need none. device: the kind of processor or
+    GPU that the pass ran on.
     """
 
     variant: str
@@ -122,11 +123,16 @@ class Context:
     scratch: Path
     limits: RunLimits = field(default_factory=RunLimits)
     calibration: CalibrationEntry | None = None
+    device: str | None = None
 
 
 @dataclass(frozen=True)
 class BuildResult:
-    """What a builder wrote into staging. `measurements` goes to measurements.json, the rest to the manifest."""
+    """What a builder wrote into staging. `measurements` goes to measurements.json, the rest to the manifest.
+
+    device: the kind of processor or GPU (system.processor.device_name) that numbers were computed on outside of the
+    calibration pass, where another kind might give other bits.
+    """
 
     files: tuple[str, ...]
     weights_bytes: int
@@ -135,6 +141,7 @@ class BuildResult:
     bits_per_weight: float
     kept: tuple[KeptTensor, ...]
     measurements: Mapping[str, Any] = field(default_factory=dict)
+    device: str | None = None
 
 
 class Collector(Resumable, Protocol):

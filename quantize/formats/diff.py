@@ -9,7 +9,7 @@ from typing import Any
 from quantize.formats import known_format
 from quantize.store.artifact import Artifact
 
-SUMMARIZED = ("files", "digest", "build_key", "kept_in_high_precision", "estimate", "schema_version")
+SUMMARIZED = ("files", "build_key", "kept_in_high_precision")
 
 
 @dataclass(frozen=True)
@@ -38,9 +38,8 @@ def tensor_types(artifact: Artifact) -> dict[str, str]:
 
 
 def _settings(artifact: Artifact) -> dict[str, Any]:
-    data = artifact.manifest.model_dump(mode="json")
     flat: dict[str, Any] = {}
-    for key, value in data.items():
+    for key, value in artifact.manifest.facts().items():
         if key in SUMMARIZED:
             continue
         if isinstance(value, dict):

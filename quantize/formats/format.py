@@ -155,6 +155,10 @@ class Format:
     quantization: Callable[[Options], str] | None = None
     probes: tuple[Probe, ...] = ()
 
+    def model_path(self, folder: Path) -> Path:
+        """What a runtime opens of an artifact: its main file, or the folder. Raises VerifyError: it is not there."""
+        return self.layout.main_file(folder) or folder
+
     def quantized_as(self, options: Options) -> str:
         """What ModelPack calls the quantization."""
         return self.quantization(options) if self.quantization is not None else self.name

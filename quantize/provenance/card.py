@@ -156,5 +156,6 @@ def _provenance(manifest: Manifest) -> str:
         f"- digest: `{manifest.digest}`",
         f"- build key: `{manifest.build_key}`",
         *(f"- {name} {version}" for name, version in manifest.tools.items()),
+        *([f"- computed on {manifest.device}"] if manifest.device else []),
     ]
     return "## Made from\n\n" + "\n".join(lines)

@@ -64,6 +64,7 @@ def _model(artifact: Artifact, licence: Licence | None) -> dict[str, Any]:
             {"name": "quantize:format", "value": manifest.format},
             {"name": "quantize:bits_per_weight", "value": f"{manifest.bits_per_weight:.4f}"},
             {"name": "quantize:size_bytes", "value": str(manifest.size_bytes)},
+            *([{"name": "quantize:device", "value": manifest.device}] if manifest.device else []),
         ],
     }
 

@@ -15,7 +15,9 @@ from pydantic import ValidationError
 
 from quantize.bench.result import BenchResult
 from quantize.errors import RecipeError, UsageError
+from quantize.estimate.vram import MemoryTable
 from quantize.evaluate.record import EvaluationRecord, GoldenRecord, Quality, read_record
+from quantize.formats.memory import memory_of
 from quantize.recipe.gates import GateLimits
 from quantize.recipe.yaml import read_document
 from quantize.store.artifact import Artifact
@@ -39,7 +41,7 @@ class Layer:
 class MeasuredArtifact:
     """One artifact and what was measured of it.
 
-    called: what other commands find it by. refused: a gate refused it, and it is kept aside.
+    called: what other commands find it by. refused: a gate refused it, and it is kept aside. memory: as estimated now.
     """
 
     artifact: Artifact
@@ -49,6 +51,7 @@ class MeasuredArtifact:
     bench: BenchResult | None
     layers: tuple[Layer, ...]
     measurements: Mapping[str, Any]
+    memory: MemoryTable | None = None
 
     @property
     def variant(self) -> str:
@@ -131,6 +134,7 @@ def _entry(artifact: Artifact, called: str, *, refused: bool) -> MeasuredArtifac
         _bench(measurements.get("bench")),
         tuple(_layers(measurements.get("layers"))),
         measurements,
+        memory_of(artifact),
     )
 
 

@@ -116,8 +116,9 @@ def with_serving(entry: MeasuredArtifact) -> Evidence:
     manifest, bench = entry.artifact.manifest, entry.bench
     evidence: Evidence | None = entry.evaluation
     if evidence is None:
-        weights = manifest.estimate.get("weights_bytes", manifest.size_bytes)
-        evidence = Evidence(figures=Figures(size_bytes=weights, source_bytes=manifest.source.weights_bytes))
+        evidence = Evidence(
+            figures=Figures(size_bytes=manifest.weights_bytes, source_bytes=manifest.source.weights_bytes)
+        )
     if bench is None:
         return evidence
     slowest = bench.slowest

@@ -51,6 +51,7 @@ def provenance(entries: Sequence[MeasuredArtifact]) -> Table:
         ("weights", _files),
         ("calibration", _calibration),
         ("tools", lambda entry: _pairs(entry.artifact.manifest.tools)),
+        ("computed on", lambda entry: entry.artifact.manifest.device or "–"),
         ("built", _built),
         ("quality measured with", _evaluated),
         ("held-out text", _text),

@@ -195,9 +195,9 @@ def _quality_note(entries: Sequence[MeasuredArtifact]) -> str:
 def _memory(entries: Sequence[MeasuredArtifact]) -> Table:
     cells: dict[tuple[int, int], dict[str, str]] = {}
     for entry in entries:
-        for cell in entry.artifact.manifest.estimate.get("vram_bytes", ()):
-            key = (int(cell["context"]), int(cell["concurrency"]))
-            text = f"{cell['expected_bytes'] / 2**30:.2f} – {cell['upper_bytes'] / 2**30:.2f}"
+        for cell in entry.memory.cells if entry.memory is not None else ():
+            key = (cell.context, cell.concurrency)
+            text = f"{cell.expected_bytes / 2**30:.2f} – {cell.upper_bytes / 2**30:.2f}"
             cells.setdefault(key, {})[entry.variant] = text
     variants = tuple(entry.variant for entry in entries)
     rows = [
@@ -215,10 +215,11 @@ def _measured_peak(bench: BenchResult | None) -> str:
 
 
 def _memory_note(entries: Sequence[MeasuredArtifact]) -> str:
-    runtimes = sorted({str(entry.artifact.manifest.estimate.get("runtime", "")) for entry in entries} - {""})
-    note = (
-        f"GiB on the device, expected – safe upper, estimated for {', '.join(runtimes)} with the KV cache at 16 bits."
-    )
+    runtimes = sorted({entry.memory.runtime for entry in entries if entry.memory is not None})
+    note = "Not estimated: the formats are not installed here, or the files can't be read."
+    if runtimes:
+        how = f"estimated for {', '.join(runtimes)} with the KV cache at 16 bits"
+        note = f"GiB on the device, expected – safe upper, {how}."
     benches = [entry.bench for entry in entries if entry.bench is not None and entry.bench.peak_bytes is not None]
     if benches:
         where = "GPU memory" if benches[0].vram else "RAM, on a machine without a GPU"

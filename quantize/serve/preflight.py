@@ -94,7 +94,7 @@ def _siblings(target: LocalTarget, store: Store) -> dict[str, tuple[int, VramPro
     own = target.artifact.manifest
     return {
         f"{item.manifest.name}/{item.manifest.variant}": (
-            item.manifest.size_bytes,
+            item.manifest.weights_bytes,
             known_format(item.manifest.format).vram,
         )
         for item in store.artifacts()

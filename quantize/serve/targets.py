@@ -100,7 +100,7 @@ def _upstream(name: str | None, ref: str) -> UpstreamTarget:
 def _artifact(name: str | None, artifact: Artifact) -> LocalTarget:
     manifest = artifact.manifest
     kind = find_format(manifest.format)
-    path = kind.layout.main_file(artifact.folder) or artifact.folder
+    path = kind.model_path(artifact.folder)
     return replace(_local(name or f"{manifest.name}/{manifest.variant}", kind, path), artifact=artifact)
 
 

@@ -1,26 +1,28 @@
 """manifest.json: what an artifact is, from what, with what. The same inputs give the same bytes.
 
 In: plain facts. Out: a frozen Manifest, its JSON, its digest. Nothing that differs from run to run belongs here:
-times, hosts, speeds and measured memory are in measurements.json.
+times, hosts, speeds and measured memory are in measurements.json. Nor do opinions: estimates are made when asked for.
 """
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Iterable, Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, PrivateAttr, ValidationError
 
 from quantize import __version__
-from quantize.errors import VerifyError, first_line
+from quantize.errors import NewerSchemaError, VerifyError, first_line
+from quantize.store.schema_1 import upgrade
 from quantize.system.digest import document_digest, short
 from quantize.system.untrusted import parse_json, read_limited
 
 OWN = "quantize"  # this program among the tools
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 FILE_NAME = "manifest.json"
 MEASUREMENTS_NAME = "measurements.json"
 RECIPE_NAME = "recipe.yaml"
@@ -83,17 +85,13 @@ class SourceEntry(_Frozen):
 
 
 class CalibrationEntry(_Frozen):
-    """The text that was shown: `hash` is the sha256 over the token ids, in order.
-
-    device: the kind of processor or GPU that saw it, on which the bits depend; None in older manifests.
-    """
+    """The text that was shown: `hash` is the sha256 over the token ids, in order."""
 
     spec: dict[str, Any]
     hash: str
     sequences: int
     tokens: int
     seed: int
-    device: str | None = None
 
 
 class KeptEntry(_Frozen):
@@ -114,8 +112,9 @@ class AcceptedRisk(_Frozen):
 class Manifest(_Frozen):
     """All that is pinned about an artifact. `digest` is the sha256 of the canonical JSON of the other fields.
 
-    `accepted_risk` is there only where a risk was accepted, and `calibration.device` only where it is known: the digest
-    of every other artifact is what it would be without that field.
+    weights_bytes: of all tensors. device: the kind of processor or GPU that torch computed the numbers on, on which
+    their bits may depend; None where they depend on none, or it was not recorded. schema_version: of the data that it
+    was read from; one of an older schema has today's fields here, and is written as it was.
     """
 
     schema_version: int
@@ -126,36 +125,40 @@ class Manifest(_Frozen):
     bits: int | None
     group_size: int | None
     bits_per_weight: float
+    weights_bytes: int
     source: SourceEntry
     calibration: CalibrationEntry | None
     tools: dict[str, str]
+    device: str | None
     files: tuple[FileEntry, ...]
     kept_in_high_precision: tuple[KeptEntry, ...]
     size_bytes: int
-    estimate: dict[str, Any]
     build_key: str
     accepted_risk: AcceptedRisk | None = None
     digest: str = ""
+    _stored: dict[str, Any] | None = PrivateAttr(None)  # the data of an older schema that it was read from
 
     def sealed(self) -> Manifest:
-        """The same manifest with its digest filled in."""
-        return self.model_copy(update={"digest": self.computed_digest()})
+        """The same facts as a manifest of today's schema, with its digest filled in."""
+        fresh = self.model_copy(update={"schema_version": SCHEMA_VERSION})
+        fresh._stored = None
+        return fresh.model_copy(update={"digest": fresh.computed_digest()})
+
+    def with_risk(self, risk: AcceptedRisk | None) -> Manifest:
+        """The manifest that says so; another digest, so that whoever pulls it can't miss it."""
+        return self.model_copy(update={"accepted_risk": risk}).sealed()
 
     def computed_digest(self) -> str:
-        """sha256 of the RFC 8785 form of every field but `digest`."""
+        """sha256 of the RFC 8785 form of every field but `digest`, by the schema that it was written in."""
         return document_digest(self.to_data())
 
     def to_data(self) -> dict[str, Any]:
         """Plain JSON data: what manifest.json holds."""
-        exclude: dict[str, Any] = {} if self.accepted_risk else {"accepted_risk": True}
-        if self.device is None:
-            exclude["calibration"] = {"device"}
-        return self.model_dump(mode="json", exclude=exclude)
+        return copy.deepcopy(self._stored) if self._stored is not None else self.model_dump(mode="json")
 
-    @property
-    def device(self) -> str | None:
-        """The kind of device that its bits depend on; None where they depend on none, or it is not known."""
-        return self.calibration.device if self.calibration else None
+    def facts(self) -> dict[str, Any]:
+        """What it says, under today's names whatever its schema: to compare two of them by."""
+        return self.model_dump(mode="json", exclude={"schema_version", "digest"})
 
     @property
     def short_digest(self) -> str:
@@ -168,22 +171,17 @@ class Manifest(_Frozen):
 
 
 def read_manifest(path: Path) -> Manifest:
-    """Read and check a manifest.json. Raises VerifyError: not there, not ours, newer than this program, altered."""
+    """Read and check a manifest.json, of this schema or an older one.
+
+    Raises VerifyError: not there, not ours, altered. NewerSchemaError: of a schema that this program does not know.
+    """
     try:
         data = parse_json(read_limited(path, MAX_BYTES))
     except OSError as exc:
         raise VerifyError(f"{path}: {exc.strerror}", hint="is this the folder of an artifact?") from exc
     except ValueError as exc:
         raise VerifyError(f"{path}: not JSON ({first_line(exc, 80)})", hint="build the artifact again") from exc
-    data = upgrade(data, path)
-    try:
-        manifest = Manifest.model_validate(data)
-    except ValidationError as exc:
-        first = exc.errors()[0]
-        where = ".".join(str(step) for step in first["loc"])
-        raise VerifyError(
-            f"{path}: `{where}`: {first['msg'].removeprefix('Value error, ')}", hint="build the artifact again"
-        ) from exc
+    manifest = _parsed(data, _version(data, path), path)
     try:
         digest = manifest.computed_digest()
     except ValueError as exc:  # NaN, or a number that JSON has no exact words for
@@ -193,18 +191,35 @@ def read_manifest(path: Path) -> Manifest:
     return manifest
 
 
-def upgrade(data: Any, path: Path) -> Any:
-    """Bring an older schema version up to this one. Raises VerifyError if it is newer than this program."""
+def _version(data: Any, path: Path) -> int:
+    """The schema of a stored manifest. Raises VerifyError: none, or NewerSchemaError."""
     version = data.get("schema_version") if isinstance(data, Mapping) else None
-    if not isinstance(version, int) or version < 1:
+    if type(version) is not int or version < 1:
         raise VerifyError(f"{path}: no `schema_version`", hint="is this the manifest of an artifact?")
     if version > SCHEMA_VERSION:
-        raise VerifyError(f"{path}: schema version {version} is newer than this program", hint="upgrade quantize")
-    return data
+        newest = f"newer than this program, which knows up to {SCHEMA_VERSION}"
+        raise NewerSchemaError(f"{path}: schema version {version} is {newest}")
+    return version
+
+
+def _parsed(data: dict[str, Any], version: int, path: Path) -> Manifest:
+    """The manifest, of whichever schema. Raises VerifyError: a field is not what it must be."""
+    hint = "build the artifact again"
+    try:
+        manifest = Manifest.model_validate(data if version == SCHEMA_VERSION else upgrade(data))
+    except ValidationError as exc:
+        first = exc.errors()[0]
+        where = ".".join(str(step) for step in first["loc"])
+        raise VerifyError(f"{path}: `{where}`: {first['msg'].removeprefix('Value error, ')}", hint=hint) from exc
+    except ValueError as exc:
+        raise VerifyError(f"{path}: {exc}", hint=hint) from exc
+    if version != SCHEMA_VERSION:
+        manifest._stored = data
+    return manifest
 
 
 def manifest_schema() -> dict[str, Any]:
-    """The JSON Schema (draft 2020-12) of manifest.json."""
+    """The JSON Schema (draft 2020-12) of manifest.json, as it is written now."""
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **Manifest.model_json_schema()}
 
 

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from quantize.errors import RecipeError, UsageError, VerifyError
+from quantize.errors import NewerSchemaError, RecipeError, UsageError, VerifyError
 from quantize.recipe.yaml import read_document
 from quantize.store.artifact import (
     ASIDE,
@@ -37,10 +37,11 @@ def default_store_root() -> Path:
 
 @dataclass(frozen=True)
 class Broken:
-    """A folder in the store that is no artifact that can be read, and why."""
+    """A folder in the store that is no artifact that can be read, and why. newer: made by a later program."""
 
     folder: Path
     reason: str
+    newer: bool = False
 
 
 class Store:
@@ -64,7 +65,7 @@ class Store:
         return [item for item in map(_open, self.folders()) if isinstance(item, Artifact)]
 
     def broken(self) -> list[Broken]:
-        """Folders whose manifest is missing or altered."""
+        """Folders whose manifest is missing, altered, or newer than this program."""
         return [item for item in map(_open, self.folders()) if isinstance(item, Broken)]
 
     def is_current(self, artifact: Artifact) -> bool:
@@ -92,7 +93,7 @@ class Store:
     def find(self, ref: str) -> Artifact:
         """The artifact that `ref` means: a folder, name/variant, name/variant@digest, or the start of a digest.
 
-        Raises UsageError: none, or more than one.
+        Raises UsageError: none, or more than one. NewerSchemaError: there is one that this program can't read.
         """
         path = Path(ref)
         if os.path.isfile(path / FILE_NAME):
@@ -108,6 +109,7 @@ class Store:
             return found[0]
         if found:
             raise UsageError(f"{ref!r} means {len(found)} artifacts", hint="give more of the digest")
+        self._refuse_newer(name.strip("/"), start)
         names = sorted({f"{item.manifest.name}/{item.manifest.variant}" for item in self.artifacts()})
         hint = f"there are: {', '.join(names[:12])}" if names else f"the store {self.root} is empty"
         raise UsageError(f"no artifact {ref!r}", hint=hint)
@@ -143,7 +145,8 @@ class Store:
         return found
 
     def removable(self, *, newer: bool = False) -> list[tuple[Path, str]]:
-        """What gc would remove: (folder, why). Never a current artifact, nor one pinned in artifacts.lock.
+        """What gc would remove: (folder, why). Never what is current, pinned in artifacts.lock, or of a schema that a
+        later program wrote.
 
         newer: also what newer_than_pulled has.
         """
@@ -156,7 +159,7 @@ class Store:
             and item.folder not in kept
             and not any(item.manifest.digest.startswith(pin) for pin in pinned)
         ]
-        found += [(item.folder, item.reason) for item in self.broken()]
+        found += [(item.folder, item.reason) for item in self.broken() if not item.newer]
         found += [
             (item.folder, "refused by its gates")
             for item in self.refused()
@@ -214,6 +217,15 @@ class Store:
         lock.release()
         return False
 
+    def _refuse_newer(self, name: str, start: str) -> None:
+        """Say of what was not found that it is there, where that is so. Raises NewerSchemaError."""
+        text = start if "/" in name else start or name
+        for item in self.broken():
+            variant = f"{item.folder.parents[1].name}/{item.folder.parent.name}"
+            meant = variant == name if "/" in name else digest.is_start(text)
+            if item.newer and meant and item.folder.name.startswith(digest.digits(text)[: digest.SHORT_DIGITS]):
+                raise NewerSchemaError(item.reason)
+
     def _by_name(self, name: str, start: str) -> list[Artifact]:
         same = [item for item in self.artifacts() if f"{item.manifest.name}/{item.manifest.variant}" == name]
         if start:
@@ -232,7 +244,7 @@ def _open(folder: Path) -> Artifact | Broken:
     try:
         artifact = open_artifact(folder)
     except VerifyError as exc:
-        return Broken(folder, exc.message)
+        return Broken(folder, exc.message, newer=isinstance(exc, NewerSchemaError))
     if artifact.manifest.short_digest != folder.name:
         return Broken(folder, "the folder's name is not its manifest's digest")
     return artifact

@@ -121,13 +121,19 @@ def manifest() -> bytes:
         "parameters": 3, "weights_bytes": 6, "quantized_before": None, "files": [entry],
     }  # fmt: skip
     data = {
-        "schema_version": 1, "name": "tiny", "variant": "q8_0", "format": "gguf", "options": {"type": "Q8_0"},
+        "schema_version": 2, "name": "tiny", "variant": "q8_0", "format": "gguf", "options": {"type": "Q8_0"},
         "bits": 8, "group_size": None, "bits_per_weight": 8.5, "source": source, "tools": {"quantize": "0"},
         "calibration": {"spec": {}, "hash": "ab", "sequences": 1, "tokens": 2, "seed": 0}, "files": [entry],
+        "device": "cpu AVX2", "weights_bytes": 3,
         "kept_in_high_precision": [{"tensor": "a", "type": "F32", "reason": "norm"}], "size_bytes": 3,
-        "estimate": {"weights_bytes": 3}, "build_key": "k",
+        "build_key": "k",
     }  # fmt: skip
     return Manifest.model_validate(data).sealed().to_json().encode()
+
+
+def older_manifest() -> bytes:
+    """One that was stored in schema 1."""
+    return (Path(__file__).parents[1] / "older" / "gptq.json").read_bytes()
 
 
 def recipe_lock() -> bytes:

@@ -214,7 +214,7 @@ TARGETS: dict[str, Target] = {
     "calibration spec": Target("yaml", _plain(seeds.CALIBRATION), _calibration),
     "calibration rows": Target("lines", _plain(seeds.ROWS), _rows),
     "golden prompts": Target("yaml", _plain(seeds.GOLDEN, seeds.GOLDEN_SCHEMA, seeds.GOLDEN_PATTERN), _golden),
-    "manifest.json": Target("json", lambda _: [seeds.manifest()], _manifest),
+    "manifest.json": Target("json", lambda _: [seeds.manifest(), seeds.older_manifest()], _manifest),
     "artifacts.lock": Target("yaml", _plain(seeds.PINS), _pins),
     "recipe lock": Target("yaml", lambda _: [seeds.recipe_lock()], _recipe_lock),
     "ModelPack manifest": Target("json", lambda _: [seeds.pack()], _pack),

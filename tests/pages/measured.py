@@ -116,8 +116,7 @@ def keep(
     if found is not None:
         manifest = artifact.manifest
         limits = limits or GateThresholds(max_size_ratio=1.1)  # as the gates have it for a 16-bit file
-        weights = int(manifest.estimate["weights_bytes"])
-        measured = evidence(found, size_bytes=weights, source_bytes=manifest.source.weights_bytes)
+        measured = evidence(found, size_bytes=manifest.weights_bytes, source_bytes=manifest.source.weights_bytes)
         record = decided(measured, limits, artifact=f"{manifest.name}/{manifest.variant}", source=manifest.source.name)
         changes["evaluation"] = record.to_data()
     if load is not None:

@@ -21,7 +21,7 @@ from quantize.publish.send import Published, Wanted, publish
 from quantize.publish.transfer import Session
 from quantize.recipe.model import PublishPolicy
 from quantize.store.artifact import Artifact, commit, describe_files, write_measurements
-from quantize.store.manifest import Manifest, SourceEntry
+from quantize.store.manifest import SCHEMA_VERSION, Manifest, SourceEntry
 from quantize.store.store import Store
 from quantize.system.files import write_text
 from tests.publish.proxy import Proxy, proxy_before
@@ -101,8 +101,6 @@ SOURCE = SourceEntry(
     parameters=200_000, weights_bytes=400_000, quantized_before=None, files=(),
 )  # fmt: skip
 
-ESTIMATE = {"vram_bytes": [{"context": 2048, "concurrency": 1, "expected_bytes": 1 << 20, "upper_bytes": 2 << 20}]}
-
 
 def place(store: Path, variant: str, seed: int) -> Artifact:
     """An artifact like a build's, without the build: weights that are noise, and all papers."""
@@ -113,10 +111,10 @@ def place(store: Path, variant: str, seed: int) -> Artifact:
     (folder / "recipe.yaml").write_text("name: tiny\nsource: {model: /models/tiny}\nvariants: [{format: gguf}]\n")
     files = describe_files(folder, ("LICENSE", f"tiny-{variant}.gguf"))
     manifest = Manifest(
-        schema_version=1, name="tiny", variant=variant, format="gguf", options={"type": variant.upper()}, bits=8,
-        group_size=None, bits_per_weight=8.5, source=SOURCE, calibration=None, tools={"quantize": "0"}, files=files,
-        kept_in_high_precision=(), size_bytes=sum(entry.size_bytes for entry in files), estimate=ESTIMATE,
-        build_key="0" * 64,
+        schema_version=SCHEMA_VERSION, name="tiny", variant=variant, format="gguf",
+        options={"type": variant.upper()}, bits=8, group_size=None, bits_per_weight=8.5, weights_bytes=199_000,
+        source=SOURCE, calibration=None, tools={"quantize": "0"}, device=None, files=files,
+        kept_in_high_precision=(), size_bytes=sum(entry.size_bytes for entry in files), build_key="0" * 64,
     ).sealed()  # fmt: skip
     write_measurements(folder, {"built_at": "2026-01-01T00:00:00+00:00", "build_seconds": 1.0})
     write_text(folder / "README.md", render_card(manifest))

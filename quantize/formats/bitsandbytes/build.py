@@ -72,14 +72,16 @@ class BitsandbytesBuilder(UncalibratedBuilder):
         options: BitsandbytesOptions = context.options
         layout = _layout(context.checkpoint, options)
         status(reporter, context.variant, f"quantizing to {options.type}")
-        files = run_step(
+        files, device = run_step(
             f"quantizing to {options.type}", reporter, write_quantized, context.checkpoint, context.staging,
             context.scratch, layout.table, layout.packed, options.type, context.variant,
         )  # fmt: skip
         beside = write_beside(context, _config(context.checkpoint, options))
         size = _size(context.checkpoint, options)
         bits, block = (8, None) if options.type == "int8" else (4, NF4_BLOCK)
-        return BuildResult((*files, *beside), size.weights_bytes, bits, block, size.bits_per_weight, size.kept)
+        return BuildResult(
+            (*files, *beside), size.weights_bytes, bits, block, size.bits_per_weight, size.kept, device=device
+        )
 
     def verify(self, folder: Path, checkpoint: Checkpoint, limits: RunLimits, reporter: Reporter) -> Mapping[str, Any]:
         """Load with transformers + bitsandbytes and generate."""

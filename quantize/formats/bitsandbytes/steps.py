@@ -17,6 +17,7 @@ from quantize.formats.folder_build import DTYPE_NAMES
 from quantize.model.checkpoint import Checkpoint
 from quantize.store.staging import RESUME_NAME, read_json
 from quantize.system.files import write_durable
+from quantize.system.processor import device_name
 
 if TYPE_CHECKING:
     import torch
@@ -28,8 +29,10 @@ SAVE_BYTES = 256 << 20
 def write_quantized(
     reporter: Reporter, checkpoint: Checkpoint, staging: Path, scratch: Path, table: Table, packed: frozenset[str],
     kind: str, variant: str,
-) -> tuple[str, ...]:  # fmt: skip
-    """Write every tensor of `table` in order; the linears in `packed` become INT8 or NF4. Returns the file names.
+) -> tuple[tuple[str, ...], str]:  # fmt: skip
+    """Write every tensor of `table` in order; the linears in `packed` become INT8 or NF4.
+
+    Returns the file names, and the kind of processor that the rounding was computed on.
 
     What is written is recorded in `scratch` every SAVE_BYTES; a build that was stopped goes on there.
     """
@@ -47,7 +50,7 @@ def write_quantized(
                 with disk_errors(scratch):
                     write_durable(journal, json.dumps({"shards": writer.state()}) + "\n")
             progress(reporter, variant, f"quantizing to {kind}, tensors", writer.written, len(table))
-        return writer.finish()
+        return writer.finish(), device_name("cpu")
 
 
 def check_loaded(reporter: Reporter, folder: Path, threads: int) -> dict[str, Any]:
