@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import click
 
 from quantize.bench.client import parse_endpoint
+from quantize.bench.page import check_page, write_page
 from quantize.bench.prompts import SHAPES, parse_shape
 from quantize.bench.result import BenchResult, Cell, MemoryUse, Percentiles
 from quantize.bench.server import KINDS, Kind
@@ -28,6 +30,7 @@ from quantize.store.artifact import Artifact, update_measurements
 from quantize.store.store import Store
 from quantize.system.machine import usable_cores
 
+RESULTS_NAME = "results.md"
 COLUMNS = [
     ("SHAPE", "left"), ("IN", "right"), ("OUT", "right"), ("LOAD", "right"), ("REQUESTS", "right"),
     ("TTFT P50", "right"), ("TTFT P95", "right"), ("P50", "right"), ("P95", "right"), ("P99", "right"),
@@ -79,6 +82,11 @@ def _numbers(kind: type[int] | type[float]) -> Callable[[click.Context, click.Pa
     help="Seconds to wait for each token before a request has failed.",
 )  # fmt: skip
 @click.option("--seed", type=int, default=0, show_default=True, help="Of prompts and arrival times.")
+@click.option(
+    "--results", type=click.Path(path_type=Path, dir_okay=False), default=RESULTS_NAME, show_default=True,
+    help="File to write the results to, as Markdown.",
+)  # fmt: skip
+@click.option("--no-results", is_flag=True, help="Write no such file.")
 @click.option("--model", default="", help="Model to ask a URL for.  [default: the first that it lists]")
 @click.option("--api-key-env", metavar="NAME", help="Environment variable that holds the key of a URL.")
 @click.option(
@@ -95,17 +103,21 @@ def _numbers(kind: type[int] | type[float]) -> Callable[[click.Context, click.Pa
 @verbose_option
 def command(
     target: str, shapes: tuple[str, ...], concurrency: tuple[int, ...], rates: tuple[float, ...], requests: int,
-    max_seconds: float, warm_up: int | None, timeout: float, seed: int, model: str, api_key_env: str | None, body: str,
+    max_seconds: float, warm_up: int | None, timeout: float, seed: int, results: Path, no_results: bool, model: str,
+    api_key_env: str | None, body: str,
     server: Kind, context: int | None, threads: int | None, store: Store, as_json: bool, quiet: bool,
 ) -> None:  # fmt: skip
     """Load a server and time its answers.
 
     URL: any OpenAI-compatible server (http://127.0.0.1:8000), or a /chat endpoint (http://127.0.0.1:8000/chat).
     ARTIFACT: a server is started for it and stopped at the end, and the result is kept in its measurements.json.
+    A table of it is written to results.md.
     """
     chosen = tuple(parse_shape(text) for text in shapes) or SHAPES
     settings = LoadSettings(chosen, concurrency, rates, requests, max_seconds, warm_up, timeout, seed)
     check_settings(settings)
+    if not no_results:
+        check_page(results)
     extra = _fields(body)
     is_url = "://" in target
     artifact = None if is_url else store.find(target)
@@ -120,6 +132,10 @@ def command(
         print_json(result.as_json())
     else:
         _print(result)
+    if not no_results:
+        write_page(results, result)
+        if not (quiet or as_json):
+            click.echo(f"results are in {results}", err=True)
     if not result.succeeded:
         kinds = ", ".join(f"{count} x {kind}" for kind, count in result.errors.items())
         raise BenchError(f"no request succeeded: {kinds}", hint=_example(result))

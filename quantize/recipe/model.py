@@ -25,6 +25,7 @@ from pydantic import (
 
 from quantize.errors import RecipeError
 from quantize.recipe.gates import GateLimits
+from quantize.recipe.serving import ServingContext
 from quantize.recipe.yaml import STRICT, Document, Location, in_time, read_document, suggest, validate
 from quantize.system.lookup import CALIBRATION, builtin_files, find_data, find_path, is_path_text
 
@@ -168,6 +169,7 @@ class _RecipeFile(BaseModel):
     variants: Annotated[list[dict[str, Any]], Field(min_length=1)]
     evaluation: EvaluationSpec = EvaluationSpec()
     gates: GateLimits | None = None
+    serving: ServingContext = ServingContext()
     publish: PublishPolicy = PublishPolicy()
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from pydantic import ValidationError
@@ -19,6 +19,7 @@ from quantize.estimate.vram import MemoryTable
 from quantize.evaluate.record import EvaluationRecord, GoldenRecord, Quality, read_record
 from quantize.formats.memory import memory_of
 from quantize.recipe.gates import GateLimits
+from quantize.recipe.serving import ServingContext
 from quantize.recipe.yaml import read_document
 from quantize.store.artifact import Artifact
 from quantize.store.manifest import RECIPE_NAME, SourceEntry
@@ -71,12 +72,13 @@ class MeasuredArtifact:
 
 @dataclass(frozen=True)
 class PageSubject:
-    """What a page is about: a recipe's artifacts, or one of them. gates: the recipe's own, as in its file."""
+    """What a page is about: a recipe's artifacts, or one of them. gates, serving: the recipe's own, as in its file."""
 
     name: str
     entries: tuple[MeasuredArtifact, ...]
     gates: GateLimits
     description: str
+    serving: ServingContext = field(default_factory=ServingContext)
 
     @property
     def source(self) -> SourceEntry:
@@ -121,6 +123,7 @@ def _subject(name: str, entries: list[MeasuredArtifact]) -> PageSubject:
         tuple(entries),
         _gates(recipe.get("gates")),
         description if isinstance(description, str) else "",
+        _serving(recipe.get("serving")),
     )
 
 
@@ -170,6 +173,13 @@ def _gates(data: Any) -> GateLimits:
         return GateLimits.model_validate({} if data is None else data)
     except ValidationError:
         return GateLimits()
+
+
+def _serving(data: Any) -> ServingContext:
+    try:
+        return ServingContext.model_validate(data)
+    except ValidationError:
+        return ServingContext()
 
 
 def _built(item: Artifact) -> str:

@@ -12,17 +12,26 @@ from quantize.evaluate.decision import GateThresholds, Verdict
 from quantize.evaluate.gates import MeasuredBy, error_rate_limit, gates
 from quantize.evaluate.metrics import metric
 from quantize.report.collect import MeasuredArtifact, PageSubject
+from quantize.report.operation import load_table, quality_table, runbook, serving_rows
 from quantize.report.production import Choice, ServingVerdict
+from quantize.report.table import Table
 
 
 @dataclass(frozen=True)
 class DecisionText:
-    """headline: one sentence. word: of the headline, for its colour. limits: name and value."""
+    """headline: one sentence. word: of the headline, for its colour. serving, limits: name and value.
+
+    quality, load: of each artifact, in a row. runbook: what has happened, and what to do then, in order.
+    """
 
     word: Verdict
     headline: str
     why: str
     context: tuple[str, ...]
+    serving: tuple[tuple[str, str], ...]
+    quality: Table
+    load: Table
+    runbook: tuple[tuple[str, tuple[str, ...]], ...]
     limits: tuple[tuple[str, str], ...]
     conditions: tuple[str, ...]
     rollback: tuple[str, ...]
@@ -37,6 +46,10 @@ def decision_text(subject: PageSubject, choice: Choice) -> DecisionText:
         headline=title,
         why=why,
         context=_context(subject),
+        serving=serving_rows(subject, choice),
+        quality=quality_table(choice),
+        load=load_table(choice),
+        runbook=runbook(choice),
         limits=_limits(limits),
         conditions=tuple(_conditions(choice.serve, subject)) if choice.serve else (),
         rollback=_rollback(choice, subject),

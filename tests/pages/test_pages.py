@@ -169,7 +169,7 @@ def test_the_decision_is_the_same_on_each_page(pages: dict[str, str]) -> None:
     assert "**Serve q8_0.**" in pages[DECISION]
     assert "**Serve q8_0.**" in pages[MARKDOWN]
     assert "Serve q8_0." in pages[HTML]
-    for part in ("## Context", "## Figures", "## Decision", "## Conditions", "## Rollback"):
+    for part in ("## Context", "## Quality", "## Load", "## Findings", "## Decision", "## Conditions", "## Rollback"):
         assert part in pages[DECISION]
     assert "KL divergence | refused | mean 0.0900 nats is over the limit of 0.05" in pages[DECISION]
     assert "insufficient evidence" in pages[DECISION]
