@@ -4,7 +4,8 @@
 
 llama.cpp's server runs through xllamacpp, a binding with prebuilt wheels, in an environment below the cache; ours is
 `quantize serve`. Both have 16 sequences of 512 tokens, the same threads, flash attention off, greedy sampling. Each
-client asks for 48 tokens after a prompt of its own, again and again; rounds take turns between the two. Prints JSON:
+client asks for 48 tokens after a prompt that was never there before (their server keeps old prompts in memory), again
+and again; rounds take turns between the two. Prints JSON:
 tokens of answers a second of the clock, and of the processor time of all the server's processes (a busy machine does
 little to that one), the median over the rounds.
 """
@@ -91,7 +92,7 @@ def one_round(process: psutil.Process, port: int, clients: int, number: int) -> 
     """Tokens a second of the clock, and of processor time."""
     words = WORDS.split()
     prompts = [
-        f"Tell a long story, number {number}.{item}, about "
+        f"{number}, {clients}, {item}: tell a long story about "
         + " and ".join(words[(item * 7 + k) % 16] for k in range(12))
         for item in range(ASKED)
     ]
