@@ -64,5 +64,7 @@ def test_every_option_it_names_is_there() -> None:
     from quantize.cli.serve import command
 
     options = {name for parameter in command.params for name in parameter.opts}
+    printed = (ROOT / "quantize" / "serve" / "handover.py").read_text()
+    options |= set(re.findall(r'"(--[a-z-]+)"', printed))  # of the programs that --print writes for
     named = set(re.findall(r"--[a-z][a-z-]+", (ROOT / "docs" / "gateway.md").read_text()))
     assert named <= options
