@@ -226,6 +226,20 @@ def test_gates_that_change_move_what_is_built(
     assert "max_kl" not in (Path(back["folder"]) / "recipe.yaml").read_text()
 
 
+def test_a_record_of_fewer_figures_stays_as_it_is(write: Write, run: Run, no_measuring: Callable[[], None]) -> None:
+    """As an older version wrote it: a figure that came later makes no build write it anew and undo a signature."""
+    item, _ = outcome(run, write())
+    path = Path(item["folder"]) / "measurements.json"
+    measured = json.loads(path.read_text())
+    del measured["evaluation"]["quality"]["max_kl"]
+    path.write_text(json.dumps(measured))
+    before = path.read_bytes()
+    no_measuring()
+    again, code = outcome(run, write())
+    assert (again["state"], code) == ("up to date", 0)
+    assert path.read_bytes() == before
+
+
 def test_a_forced_build_that_is_refused_takes_the_good_one_with_it(write: Write, run: Run, store: Store) -> None:
     outcome(run, write())
     item, _ = outcome(run, write(gates=IMPOSSIBLE), "--force")

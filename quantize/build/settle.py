@@ -12,7 +12,7 @@ from quantize.build.judge import NOT_RUNNING, Judge
 from quantize.errors import BuildError, GateError, VerifyError
 from quantize.evaluate.decision import RUNS, Decision
 from quantize.evaluate.page import render_page
-from quantize.evaluate.record import NAME, EvaluationRecord
+from quantize.evaluate.record import NAME, EvaluationRecord, read_record
 from quantize.events import Reporter, note, status, warn
 from quantize.model.checkpoint import Checkpoint
 from quantize.provenance.card import render_card
@@ -52,7 +52,8 @@ class GateKeeper:
         is_aside, known = artifact.folder.parent.name in ASIDE, self.judge.known(artifact)
         if known is None:
             return None if is_aside or self.measures(artifact.manifest.format) else Settled(artifact, None)
-        if self._takes(artifact, known.decision) == is_aside or artifact.measurements()[NAME] != known.to_data():
+        recorded = read_record(artifact.measurements())  # by another version maybe, which kept fewer figures
+        if self._takes(artifact, known.decision) == is_aside or recorded is None or not recorded.is_same(known):
             return None
         return Settled(artifact, known, refusal(artifact, known.decision) if is_aside else None)
 

@@ -37,7 +37,7 @@ LATENCY, ERROR_RATE, MEMORY = "latency", "error rate", "memory"
 """Gates on what a load test measures, which knows more about a figure than its value."""
 
 
-def _of(read: Callable[[Quality], float]) -> Callable[[Evidence], float | None]:
+def _of(read: Callable[[Quality], float | None]) -> Callable[[Evidence], float | None]:
     return lambda found: None if found.quality is None else read(found.quality)
 
 

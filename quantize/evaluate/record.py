@@ -247,6 +247,10 @@ class EvaluationRecord(Evidence):
         found = {"verdict": decision.verdict, "findings": decision.findings, "limits": limits}
         return self.model_copy(update=found)
 
+    def is_same(self, other: EvaluationRecord) -> bool:
+        """Whether all figures and the decision are equal; a figure that is no number is equal to itself."""
+        return self.to_data() == other.to_data()
+
     def to_data(self) -> dict[str, Any]:
         """Plain data, as measurements.json keeps it."""
         return self.model_dump(mode="json")
