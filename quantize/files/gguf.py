@@ -30,6 +30,7 @@ MAX_FIELDS = 65_536
 MAX_VALUES = 1_000_000  # in arrays that are read
 MAX_STRINGS = 5_000_000  # in arrays that are skipped
 MAX_TENSORS = 100_000
+LENGTH = struct.Struct("<Q")
 CHUNK_BYTES = 1 << 20
 
 # enum ggml_type -> (name, values a block, bytes a block), as in ggml.c and the gguf package's GGML_QUANT_SIZES.
@@ -198,12 +199,25 @@ class _Parser:
             self.skipped += count
             if self.skipped > MAX_STRINGS:
                 raise ValueError(f"more than {MAX_STRINGS:,} strings in arrays")
-            for _ in range(count):
-                length = self.bounded(self.unpack("<Q")[0], 1)
-                self.at += length
+            self.skip_strings(count)
         else:
             self.at += count * item_bytes
         return None
+
+    def skip_strings(self, count: int) -> None:
+        """Pass over strings: by itself, since a vocabulary has hundreds of thousands."""
+        at, data, read = self.at, self.data, LENGTH.unpack_from
+        for _ in range(count):
+            if at + LENGTH.size > len(data):
+                self.at = at
+                self.need(LENGTH.size)
+            (length,) = read(data, at)
+            at += LENGTH.size
+            if length > self.size - at:
+                self.at = at
+                self.bounded(length, 1)
+            at += length
+        self.at = at
 
     def tensor(self) -> GgufTensor:
         name = self.string()
