@@ -220,6 +220,16 @@ def test_a_build_with_the_same_key_finds_it_up_to_date(older: Artifact, built: B
     assert store.is_current(older)
 
 
+def test_of_two_with_the_same_build_key_the_current_one_is_found(older: Artifact, built: Built) -> None:
+    new = built.store.find("tiny/q8_0")
+    beside = Path(shutil.copytree(new.folder, older.folder.with_name(new.folder.name)))
+    for folder in (older.folder, beside):
+        point_current(folder)
+        found = Store(older.folder.parents[2]).find_build("tiny", "q8_0", new.manifest.build_key)
+        assert found is not None
+        assert found.folder == folder
+
+
 def test_a_forced_build_puts_one_in_today_s_schema_beside_it(
     share: Path, tmp_path: Path, fake: FakeBuilder, run: Run
 ) -> None:

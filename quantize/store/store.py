@@ -115,12 +115,15 @@ class Store:
         raise UsageError(f"no artifact {ref!r}", hint=hint)
 
     def find_build(self, name: str, variant: str, build_key: str) -> Artifact | None:
-        """The artifact of this variant with this build key whose files are all there with their sizes."""
+        """The artifact of this variant with this build key whose files are all there with their sizes.
+
+        The current one, if it is such; there may be others, with an accepted risk or a manifest of an older schema.
+        """
         folder = self.root / name / variant
-        for candidate in sorted(folder.iterdir()) if folder.is_dir() else []:
-            if not digest.is_short(candidate.name):
-                continue
-            item = _open(candidate)
+        rest = (
+            (_open(item) for item in sorted(folder.iterdir()) if digest.is_short(item.name)) if folder.is_dir() else ()
+        )
+        for item in (self.current(name, variant), *rest):
             if isinstance(item, Artifact) and item.manifest.build_key == build_key and _complete(item):
                 return item
         return None
