@@ -26,6 +26,7 @@ from quantize.store.artifact import Artifact
 from quantize.store.store import Store
 from quantize.system.cache import Cache, default_cache_root
 from quantize.system.lookup import find_recipe
+from quantize.targets import find_artifact
 
 PathText = str | os.PathLike[str]
 
@@ -104,7 +105,7 @@ def rebuild(
     Raises errors.UsageError: no such artifact. errors.VerifyError: the artifact is damaged, or its source or text is
     another. errors.CheckpointError, errors.RecipeError: they are not found. errors.PlanError: no room for it.
     """
-    found = artifact if isinstance(artifact, Artifact) else _store(store).find(os.fspath(artifact))
+    found = artifact if isinstance(artifact, Artifact) else find_artifact(os.fspath(artifact), _store(store))
     given = Given(_path(source), _path(calibration))
     limits = RunLimits.of(threads, device, memory_budget)
     with rebuild_folders(_path(keep)) as (folder, work):

@@ -104,7 +104,7 @@ def test_this_machine_s_gpu_is_taken_if_none_is_named(
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["tiny/none"], "no artifact 'tiny/none'"),
+        (["tiny/none"], "no recipe, model's folder, model's file or artifact 'tiny/none'"),
         (["tiny/q8_0", "--context", "4096"], "4,096 tokens are more than the model's own context of 512"),
         (["tiny/q8_0", "--gpu", "RTX 4600"], "unknown card 'RTX 4600'"),
         (["tiny/q8_0", "--vram", "much"], "'much' is no size"),
@@ -121,5 +121,5 @@ def test_wrong_input(args: list[str], message: str, built_store: Built, run: Run
 
 def test_a_folder_that_is_no_model(run: Run, tmp_path: Path) -> None:
     result = run("estimate", tmp_path)
-    assert result.exit_code == 3
-    assert "config.json" in result.stderr
+    assert result.exit_code == 2
+    assert f"{tmp_path}: a folder with neither manifest.json nor config.json" in result.stderr

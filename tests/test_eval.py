@@ -95,7 +95,7 @@ def test_an_artifact_in_no_store_is_measured_where_it_is(unmeasured: Path, run: 
 @pytest.mark.parametrize(
     ("options", "message", "code"),
     [
-        (["tiny/q9"], "no artifact 'tiny/q9'", 2),
+        (["tiny/q9"], "no artifact or recipe 'tiny/q9'", 2),
         (["none.yaml"], "none.yaml: no such file", 2),
         (["tiny/q8_0", "--text", "none.txt"], "--text none.txt: no such file", 2),
         (["tiny/q8_0", "--text", "EMPTY"], "empty.txt: no text to measure on", 2),

@@ -25,7 +25,6 @@ from quantize.system.lookup import (
     builtin_files,
     find_data,
     find_recipe,
-    find_target,
 )
 from quantize.testing import write_recipe
 from tests.conftest import Run
@@ -109,18 +108,6 @@ def test_what_is_no_name_is_left_to_the_reader(text: str) -> None:
 def test_a_folder_of_that_name_hides_no_recipe(here: Path) -> None:
     (here / "smollm2-135m").mkdir()
     assert find_recipe("smollm2-135m").path.is_relative_to(DATA)
-
-
-def test_where_an_artifact_may_be_meant_it_is(here: Path) -> None:
-    """A folder, and what could be the start of a digest."""
-    assert find_target("smollm2-135m/q8_0") is None
-    found = find_target("smollm2-135m")
-    assert found is not None
-    assert found.path.is_relative_to(DATA)
-    written(here / "recipes", "cafe.yaml", "name: cafe\n")
-    assert find_target("cafe") is None
-    (here / "smollm2-135m").mkdir()
-    assert find_target("smollm2-135m") is None
 
 
 def test_a_calibration_by_name_and_by_the_package_s_path(tiny: Path, here: Path) -> None:

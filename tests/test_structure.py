@@ -29,6 +29,7 @@ ORDER = (
     "estimate",
     "calibration",
     "formats",
+    "targets",
     "evaluate",
     "bench",
     "provenance",

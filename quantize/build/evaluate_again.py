@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from quantize.build.find_source import own_recipe, repin_source
@@ -25,7 +24,7 @@ from quantize.store.staging import variant_lock
 from quantize.store.store import Store
 from quantize.store.verify import check_files
 from quantize.system.cache import Cache
-from quantize.system.lookup import SUFFIXES
+from quantize.targets import ArtifactTarget, RecipeTarget
 
 
 @dataclass(frozen=True)
@@ -36,32 +35,28 @@ class EvaluationTarget:
     recipe: Recipe
 
 
-def find_targets(names: tuple[str, ...], store: Store) -> list[EvaluationTarget]:
-    """Artifacts by name, digest or folder; a recipe stands for its current ones. Raises UsageError: there is none."""
-    found: list[EvaluationTarget] = []
-    for name in names:
-        recipe = _recipe(name)
-        found += [EvaluationTarget(item, recipe or own_recipe(item)) for item in _artifacts(name, recipe, store)]
-    return found
+def to_evaluate(target: RecipeTarget | ArtifactTarget, store: Store) -> list[EvaluationTarget]:
+    """An artifact by the recipe that it carries, or the current ones of a recipe by it. Raises as built_of does."""
+    if isinstance(target, ArtifactTarget):
+        return [EvaluationTarget(target.artifact, own_recipe(target.artifact))]
+    recipe = load_recipe(target.path, option_models())
+    return [EvaluationTarget(item, recipe) for item in _current(recipe, store)]
 
 
-def find_artifacts(names: tuple[str, ...], store: Store) -> list[Artifact]:
-    """The same artifacts, without asking for the recipes that they carry."""
-    return [item for name in names for item in _artifacts(name, _recipe(name), store)]
+def built_of(target: RecipeTarget | ArtifactTarget, store: Store) -> list[Artifact]:
+    """An artifact, or the current ones of a recipe. Raises UsageError: there is none. RecipeError."""
+    if isinstance(target, ArtifactTarget):
+        return [target.artifact]
+    return _current(load_recipe(target.path, option_models()), store)
 
 
-def _recipe(name: str) -> Recipe | None:
-    return load_recipe(Path(name), option_models()) if Path(name).suffix in SUFFIXES else None
-
-
-def _artifacts(name: str, recipe: Recipe | None, store: Store) -> list[Artifact]:
-    if recipe is None:
-        return [store.find(name)]
+def _current(recipe: Recipe, store: Store) -> list[Artifact]:
     wanted = {variant.name for variant in recipe.variants}
     current = [item for item in store.artifacts() if store.is_current(item) and item.manifest.name == recipe.name]
     found = [item for item in current if item.manifest.variant in wanted]
     if not found:
-        raise UsageError(f"nothing of {name} is in {store.root}", hint=f"build it first: quantize build {name}")
+        path = recipe.path
+        raise UsageError(f"nothing of {path} is in {store.root}", hint=f"build it first: quantize build {path}")
     return found
 
 

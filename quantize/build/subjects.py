@@ -1,6 +1,6 @@
 """What `estimate` can be asked about -> the models behind it, from headers alone.
 
-In: a recipe, a checkpoint folder, a GGUF file, or an artifact. Out: Subjects: name, format, shape, bytes of weights.
+In: a recipe, a model's folder or file, or an artifact. Out: Subjects: name, format, shape, bytes of weights.
 Arithmetic is left to estimate/.
 """
 
@@ -10,10 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from quantize.build.plan import make_plan
-from quantize.errors import UsageError
 from quantize.estimate.vram import VramProfile
 from quantize.events import Reporter
-from quantize.formats import find_format, format_of, option_models
+from quantize.formats import find_format, option_models
 from quantize.formats.base import RunLimits
 from quantize.formats.format import Format
 from quantize.formats.safetensors.format import UNQUANTIZED
@@ -21,10 +20,12 @@ from quantize.model.checkpoint import open_checkpoint
 from quantize.model.shape import ModelShape
 from quantize.recipe.model import load_recipe
 from quantize.store.artifact import Artifact
-from quantize.store.manifest import FILE_NAME
 from quantize.store.store import Store
 from quantize.system.cache import Cache
-from quantize.system.lookup import SUFFIXES
+from quantize.targets import ArtifactTarget, FileTarget, FolderTarget, RecipeTarget
+
+Estimable = RecipeTarget | FolderTarget | FileTarget | ArtifactTarget
+ESTIMABLE = (RecipeTarget, FolderTarget, FileTarget, ArtifactTarget)
 
 
 @dataclass(frozen=True)
@@ -43,25 +44,22 @@ class EstimateSubject:
         return find_format(self.format).vram
 
 
-def subjects(target: str, store: Store, cache: Cache, reporter: Reporter) -> list[EstimateSubject]:
-    """What TARGET means: every variant of a recipe, or the one model that it is.
+def subjects(target: Estimable, store: Store, cache: Cache, reporter: Reporter) -> list[EstimateSubject]:
+    """Every variant of a recipe, or the one model that a target is.
 
-    Raises UsageError: nothing of that name. CheckpointError, PlanError: it can't be read, or not be planned.
+    Raises CheckpointError, PlanError: it can't be read, or not be planned.
     """
-    path = Path(target)
-    if path.suffix in SUFFIXES:
-        return _of_recipe(path, store, cache, reporter)
-    if path.is_file() and (found := format_of(path)) is not None:
-        return [_of_path(path.stem, found, path)]
-    if path.is_dir() and not (path / FILE_NAME).is_file():
-        checkpoint = open_checkpoint(path)
-        shape = ModelShape.from_config(checkpoint.config)
-        return [EstimateSubject(path.resolve().name, UNQUANTIZED, shape, checkpoint.weights_bytes)]
-    try:
-        return [_of_artifact(store.find(target))]
-    except UsageError as exc:
-        hint = f"{exc.hint}; a recipe, a checkpoint folder or a .gguf file will do as well"
-        raise UsageError(exc.message, hint=hint) from exc
+    match target:
+        case RecipeTarget():
+            return _of_recipe(target.path, store, cache, reporter)
+        case FileTarget():
+            return [_of_path(target.path.stem, target.format, target.path)]
+        case FolderTarget():
+            checkpoint = open_checkpoint(target.path)
+            shape = ModelShape.from_config(checkpoint.config)
+            return [EstimateSubject(target.path.resolve().name, UNQUANTIZED, shape, checkpoint.weights_bytes)]
+        case ArtifactTarget():
+            return [_of_artifact(target.artifact)]
 
 
 def siblings(subject: EstimateSubject, store: Store) -> list[EstimateSubject]:

@@ -29,6 +29,7 @@ from quantize.errors import BenchError, UsageError
 from quantize.store.artifact import Artifact, update_measurements
 from quantize.store.store import Store
 from quantize.system.machine import usable_cores
+from quantize.targets import AddressTarget, ArtifactTarget, find_target
 
 RESULTS_NAME = "results.md"
 COLUMNS = [
@@ -119,8 +120,8 @@ def command(
     if not no_results:
         check_page(results)
     extra = _fields(body)
-    is_url = "://" in target
-    artifact = None if is_url else store.find(target)
+    found = find_target(target, store, (ArtifactTarget, AddressTarget))
+    artifact = found.artifact if isinstance(found, ArtifactTarget) else None
     with console_reporter(quiet=quiet or as_json) as reporter:
         if artifact is None:
             endpoint = parse_endpoint(target, headers=_key(api_key_env), extra=extra, model=model)

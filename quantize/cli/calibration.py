@@ -8,12 +8,14 @@ from pathlib import Path
 import click
 
 from quantize.calibration.text import CalibrationSet, load_calibration_set, load_tokenizer
-from quantize.cli.common import json_option, open_cache, open_recipe, print_json, quiet_option, verbose_option
+from quantize.cli.common import json_option, noted, open_cache, open_recipe, print_json, quiet_option, verbose_option
 from quantize.cli.progress import console_reporter
 from quantize.errors import UsageError
 from quantize.model.source import open_source, pin_source
 from quantize.recipe.model import Recipe, load_calibration
+from quantize.store.store import Store
 from quantize.system.lookup import CALIBRATION, find_data
+from quantize.targets import RecipeTarget, SpecTarget, find_target
 
 
 @click.group("calibration")
@@ -22,7 +24,7 @@ def command() -> None:
 
 
 @command.command("show")
-@click.argument("spec", type=click.Path(path_type=Path))
+@click.argument("spec")
 @click.option(
     "--recipe", type=click.Path(path_type=Path), help="Recipe whose model tokenizes; needed unless SPEC is one."
 )
@@ -30,7 +32,7 @@ def command() -> None:
 @json_option
 @quiet_option
 @verbose_option
-def show(spec: Path, recipe: Path | None, sequences: int, as_json: bool, quiet: bool) -> None:
+def show(spec: str, recipe: Path | None, sequences: int, as_json: bool, quiet: bool) -> None:
     """Print what the model will really see: counts, the hash, and the first sequences after tokenizing.
 
     SPEC is a calibration/*.yaml file or the name of one, or a recipe with calibration.
@@ -52,25 +54,18 @@ def show(spec: Path, recipe: Path | None, sequences: int, as_json: bool, quiet: 
         click.echo(f"\n--- sequence {number} of {len(found.token_ids)}, {len(ids)} tokens ---\n{text}")
 
 
-def _recipe(spec: Path, recipe: Path | None) -> Recipe:
-    found = find_data(str(spec), Path(), CALIBRATION)
+def _recipe(spec: str, recipe: Path | None) -> Recipe:
     if recipe is not None:
-        return replace(open_recipe(recipe), calibration=load_calibration(found.path if found else spec))
-    if found is not None and _is_calibration_file(found.path):
+        found = find_data(spec, Path(), CALIBRATION)
+        return replace(open_recipe(recipe), calibration=load_calibration(found.path if found else Path(spec)))
+    target = noted(find_target(spec, Store(), (SpecTarget, RecipeTarget)))
+    if isinstance(target, SpecTarget):
         hint = "give the recipe whose model tokenizes: --recipe NAME"
         raise UsageError(f"{spec} is calibration text without a model", hint=hint)
-    parsed = open_recipe(spec)
+    parsed = open_recipe(target.path)
     if parsed.calibration is None:
         raise UsageError(f"{spec}: the recipe has no calibration", hint="name a calibration/*.yaml file and --recipe")
     return parsed
-
-
-def _is_calibration_file(spec: Path) -> bool:
-    try:
-        load_calibration(spec)
-    except UsageError:
-        return False
-    return True
 
 
 def _facts(found: CalibrationSet) -> dict[str, int | str]:

@@ -14,7 +14,6 @@ import click
 from quantize.cli import set_verbose
 from quantize.store.store import Store, default_store_root
 from quantize.system.cache import Cache, default_cache_root
-from quantize.system.lookup import find_recipe, find_target
 
 if TYPE_CHECKING:
     from quantize.evaluate.metric import Detail
@@ -24,6 +23,7 @@ if TYPE_CHECKING:
     from quantize.store.artifact import Artifact
 
 Function = TypeVar("Function", bound=Callable[..., Any])
+Found = TypeVar("Found")
 UNLIMITED_COLUMNS = 10_000  # in a pipe or a file nothing is cut
 
 
@@ -117,20 +117,19 @@ def open_recipe(given: Path) -> Recipe:
     """The recipe that a path or a name means; what there is to say of where it was found is said. Raises UsageError."""
     from quantize.formats import option_models
     from quantize.recipe.model import load_recipe
+    from quantize.targets import RecipeTarget, find_target
 
-    found = find_recipe(str(given))
+    store = click.get_current_context().params.get("store") or Store()
+    found = noted(find_target(str(given), store, (RecipeTarget,)))
     recipe = load_recipe(found.path, option_models())
-    _say(found.note, *recipe.notes)
+    _say(*recipe.notes)
     return recipe
 
 
-def recipe_path(target: str) -> str:
-    """The path of the recipe that a target names; any other target as it is."""
-    found = find_target(target)
-    if found is None:
-        return target
-    _say(found.note)
-    return str(found.path)
+def noted(target: Found) -> Found:
+    """The target that was found; where its name could have meant two, which it is is said."""
+    _say(getattr(target, "note", None))
+    return target
 
 
 def _say(*notes: str | None) -> None:

@@ -11,6 +11,7 @@ from quantize.evaluate.record import EvaluationRecord, read_record
 from quantize.formats.diff import Difference, compare
 from quantize.store.artifact import Artifact
 from quantize.store.store import Store
+from quantize.targets import find_artifact
 
 
 @click.command("diff")
@@ -23,7 +24,7 @@ def command(first: str, second: str, store: Store, as_json: bool) -> None:
     """Compare two artifacts: settings, tools, source, files, tensor types and sizes; and quality, where both were
     measured.
     """
-    one, other = store.find(first), store.find(second)
+    one, other = find_artifact(first, store), find_artifact(second, store)
     differences, figures = compare(one, other), _figures(one, other)
     if as_json:
         found = [Difference(f"evaluation.{ours.metric.key}", ours.data, theirs.data) for ours, theirs in figures]

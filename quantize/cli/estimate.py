@@ -8,14 +8,14 @@ from typing import Any
 
 import click
 
-from quantize.build.subjects import EstimateSubject, siblings, subjects
+from quantize.build.subjects import ESTIMABLE, EstimateSubject, siblings, subjects
 from quantize.cli.common import (
     json_option,
+    noted,
     open_cache,
     print_json,
     print_table,
     quiet_option,
-    recipe_path,
     store_option,
     verbose_option,
 )
@@ -35,6 +35,7 @@ from quantize.estimate.vram import (
 from quantize.store.store import Store
 from quantize.system.machine import detect
 from quantize.system.sizes import memory_text
+from quantize.targets import find_target
 
 KV_TYPES = {"16": "f16", "8": "q8_0", "4": "q4_0"}
 DEFAULT_CONTEXT = 4096
@@ -77,7 +78,7 @@ def command(
     """
     card = card_of(gpu, vram) or _own_card()
     with console_reporter(quiet=quiet or as_json) as reporter:
-        found = subjects(recipe_path(target), store, open_cache(), reporter)
+        found = subjects(noted(find_target(target, store, ESTIMABLE)), store, open_cache(), reporter)
     others = found if len(found) > 1 else [*found, *siblings(found[0], store)] if found[0].family else found
     answers = [_answer(item, others, card, context, concurrency, KV_TYPES[kv_bits], runtime) for item in found]
     if as_json:

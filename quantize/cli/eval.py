@@ -7,18 +7,18 @@ from typing import Any
 
 import click
 
-from quantize.build.evaluate_again import find_targets, reevaluate
+from quantize.build.evaluate_again import reevaluate, to_evaluate
 from quantize.build.settle import Settled
 from quantize.calibration.datasets import find_held_out
 from quantize.cli.common import (
     json_option,
     make_limits,
+    noted,
     open_cache,
     print_json,
     print_table,
     quality_columns,
     quiet_option,
-    recipe_path,
     store_option,
     threads_option,
     verbose_option,
@@ -30,6 +30,7 @@ from quantize.evaluate.metrics import cells, golden_count
 from quantize.evaluate.record import source_lines
 from quantize.store.store import Store
 from quantize.system.lookup import GOLDEN, builtin_files, find_data
+from quantize.targets import ArtifactTarget, RecipeTarget, find_target
 
 
 @click.command("eval")
@@ -61,7 +62,8 @@ def command(
     if golden or no_golden:
         named = [] if no_golden else golden
         changes["golden"] = [str(path.absolute() if path.exists() else path) for path in named]
-    found = find_targets(tuple(map(recipe_path, targets)), store)
+    meant = [noted(find_target(word, store, (ArtifactTarget, RecipeTarget))) for word in targets]
+    found = [item for target in meant for item in to_evaluate(target, store)]
     _check_files(text, () if no_golden else golden, {Path(), *(item.recipe.path.parent for item in found)})
     cache, limits, results = open_cache(), make_limits(threads, "cpu", None), []
     with console_reporter(quiet=quiet or as_json) as reporter:

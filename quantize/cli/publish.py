@@ -8,12 +8,12 @@ from typing import Any
 
 import click
 
-from quantize.build.evaluate_again import find_targets
+from quantize.build.evaluate_again import built_of
 from quantize.cli.common import (
     json_option,
+    noted,
     print_json,
     quiet_option,
-    recipe_path,
     store_option,
     verbose_option,
 )
@@ -26,8 +26,8 @@ from quantize.publish.policy import own_policy, read_policy
 from quantize.publish.send import Published, Wanted, publish
 from quantize.publish.transfer import Session
 from quantize.store.store import PINS_NAME, Store
-from quantize.system.lookup import SUFFIXES
 from quantize.system.sizes import size_text
+from quantize.targets import ArtifactTarget, RecipeTarget, find_target
 
 
 @click.command("publish")
@@ -76,12 +76,11 @@ def command(
 
 def _wanted(word: str, store: Store) -> list[Wanted]:
     """An artifact by the policy in the recipe that it carries, or a recipe's by its own."""
-    word = recipe_path(word)
-    if Path(word).suffix in SUFFIXES:
-        policy = read_policy(Path(word))
-        return [Wanted(found.artifact, policy) for found in find_targets((word,), store)]
-    artifact = store.find(word)
-    return [Wanted(artifact, own_policy(artifact))]
+    target = noted(find_target(word, store, (ArtifactTarget, RecipeTarget)))
+    if isinstance(target, ArtifactTarget):
+        return [Wanted(target.artifact, own_policy(target.artifact))]
+    policy = read_policy(target.path)
+    return [Wanted(found, policy) for found in built_of(target, store)]
 
 
 def _as_json(done: Published) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from quantize.cli.common import (
 from quantize.cli.progress import console_reporter
 from quantize.errors import RefusedError
 from quantize.store.store import Store
+from quantize.targets import find_artifact
 
 SHOWN_TENSORS = 20
 
@@ -51,7 +52,7 @@ def command(
     are not the manifest's come first. Nothing in the store or the cache is used or changed; the scratch folder is under
     $TMPDIR.
     """
-    found = store.find(artifact)
+    found = find_artifact(artifact, store)
     limits = make_limits(threads, device, memory_budget)
     with rebuild_folders(keep) as (folder, work), console_reporter(quiet=quiet or as_json) as reporter:
         result = rebuild(found, folder, work, open_cache(), reporter, limits, Given(source, calibration))

@@ -20,6 +20,7 @@ from quantize.formats.memory import memory_of
 from quantize.store.artifact import Artifact
 from quantize.store.store import Store
 from quantize.system.sizes import memory_text, size_text
+from quantize.targets import find_artifact
 
 
 @click.command("show")
@@ -29,7 +30,7 @@ from quantize.system.sizes import memory_text, size_text
 @verbose_option
 def command(artifact: str, store: Store, as_json: bool) -> None:
     """Show ARTIFACT (name/variant, name/variant@digest, a digest, or a folder)."""
-    found = store.find(artifact)
+    found = find_artifact(artifact, store)
     manifest = found.manifest
     if as_json:
         memory = memory_of(found)

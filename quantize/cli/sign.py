@@ -8,8 +8,8 @@ from pathlib import Path
 
 import click
 
-from quantize.build.evaluate_again import find_artifacts
-from quantize.cli.common import json_option, print_json, store_option, verbose_option
+from quantize.build.evaluate_again import built_of
+from quantize.cli.common import json_option, noted, print_json, store_option, verbose_option
 from quantize.errors import UsageError
 from quantize.provenance.documents import write_documents
 from quantize.provenance.signature import PASSWORD_VARIABLE, sign, sign_with_sigstore
@@ -17,6 +17,7 @@ from quantize.provenance.statement import RunDetails, known_run
 from quantize.store.artifact import Artifact
 from quantize.store.staging import store_errors, variant_lock
 from quantize.store.store import Store
+from quantize.targets import ArtifactTarget, RecipeTarget, find_target
 
 
 @click.command("sign")
@@ -38,8 +39,10 @@ def command(
     if (key is None) == (not sigstore):
         raise UsageError("give --key FILE, or --sigstore", hint="a signature is by one of the two")
     run = known_run(os.environ) if run_details else None
+    named = [noted(find_target(word, store, (ArtifactTarget, RecipeTarget))) for word in artifacts]
+    found = [item for target in named for item in built_of(target, store)]
     results = []
-    for artifact in find_artifacts(artifacts, store):
+    for artifact in found:
         with _held(store, artifact), store_errors(store.root):
             names = write_documents(artifact, run=run)
             if key is not None:

@@ -23,6 +23,7 @@ from quantize.formats import builders
 from quantize.provenance.signature import Trust
 from quantize.store.store import Store
 from quantize.store.verify import check_files
+from quantize.targets import find_artifact
 
 
 @click.command("verify")
@@ -45,7 +46,8 @@ def command(
     With --public-key, or --identity and --issuer, its signature must be there and cover every file.
     """
     trust = Trust.of(public_key, identity, issuer)
-    found = [store.find(ref) for ref in artifacts] or [item for item in store.artifacts() if store.is_current(item)]
+    named = [find_artifact(ref, store) for ref in artifacts]
+    found = named or [item for item in store.artifacts() if store.is_current(item)]
     if not found:
         raise UsageError(f"no artifacts in {store.root}", hint="build some first")
     results = []

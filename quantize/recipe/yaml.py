@@ -18,6 +18,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from quantize.errors import RecipeError, first_line
+from quantize.system.lookup import is_yaml
 from quantize.system.untrusted import read_limited, time_limit
 
 STRICT = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
@@ -326,7 +327,7 @@ def _error(path: str, lines: tuple[str, ...], where: tuple[int, int], message: s
 
 def _similar_file(path: Path) -> str | None:
     try:
-        names = [item.name for item in path.parent.iterdir() if item.suffix in {".yaml", ".yml"}]
+        names = [item.name for item in path.parent.iterdir() if is_yaml(item)]
     except OSError:
         return f"the folder {path.parent} is not there either"
     near = difflib.get_close_matches(path.name, names, n=1)

@@ -24,6 +24,7 @@ from quantize.recipe.yaml import read_document
 from quantize.store.artifact import Artifact
 from quantize.store.manifest import RECIPE_NAME, SourceEntry
 from quantize.store.store import Store
+from quantize.targets import find_artifact
 
 BLOCK_TENSOR = re.compile(r"(?:^|\.)(\d{1,5})\.(.+)$")
 
@@ -103,7 +104,7 @@ def collect(store: Store, name: str | None) -> PageSubject:
             raise UsageError(f"{store.root}/ has {len(names)} recipes", hint=f"name one: {', '.join(names)}")
         name = names[0]
     if name not in names:
-        return _subject(name, [_entry(store.find(name), name, refused=False)])
+        return _subject(name, [_entry(find_artifact(name, store), name, refused=False)])
     mine = {item.manifest.variant: item for item in current if item.manifest.name == name}
     aside: dict[str, Artifact] = {}
     for item in sorted((item for item in refused if item.manifest.name == name), key=_built):

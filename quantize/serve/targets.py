@@ -18,9 +18,9 @@ from quantize.formats.folder import quantization_method
 from quantize.formats.format import Format
 from quantize.model.shape import ModelShape
 from quantize.runtimes.base import RuntimeKind
-from quantize.store.artifact import Artifact, open_artifact
-from quantize.store.manifest import FILE_NAME
+from quantize.store.artifact import Artifact
 from quantize.store.store import Store
+from quantize.targets import ADDRESS, AddressTarget, ArtifactTarget, FileTarget, FolderTarget, find_target
 
 NAMED = re.compile(r"([A-Za-z0-9][\w./:@-]{0,99})=(.+)", re.DOTALL)
 KEY_VARIABLE = "QUANTIZE_UPSTREAM_KEY"
@@ -72,22 +72,18 @@ class LocalTarget:
 
 def resolve(text: str, store: Store) -> LocalTarget | UpstreamTarget:
     """What `text` means."""
-    match = NAMED.fullmatch(text)
-    is_url = re.match(r"https?://", text) is not None
-    name, ref = (match[1], match[2]) if match and not is_url and not Path(text).exists() else (None, text)
-    if re.match(r"https?://", ref):
-        return _upstream(name, ref)
-    path = Path(ref)
-    if path.is_file():
-        kind = format_of(path)
-        if kind is None:
-            hint = "give an artifact, a .gguf file or a model's folder"
-            raise UsageError(f"{path}: not a file of any installed format", hint=hint)
-        return _local(name or path.stem, kind, path)
-    if path.is_dir() and not (path / FILE_NAME).is_file() and (path / "config.json").is_file():
-        return _local(name or path.resolve().name, _format_of_folder(path), path)
-    artifact = open_artifact(path) if (path / FILE_NAME).is_file() else store.find(ref)
-    return _artifact(name, artifact)
+    named = NAMED.fullmatch(text)
+    is_url = ADDRESS.match(text)
+    name, ref = (named[1], named[2]) if named and not is_url and not os.path.exists(text) else (None, text)
+    match find_target(ref, store, (ArtifactTarget, FileTarget, FolderTarget, AddressTarget)):
+        case AddressTarget(address):
+            return _upstream(name, address)
+        case FileTarget(path, kind):
+            return _local(name or path.stem, kind, path)
+        case FolderTarget(path):
+            return _local(name or path.resolve().name, _format_of_folder(path), path)
+        case ArtifactTarget(artifact):
+            return _artifact(name, artifact)
 
 
 def _upstream(name: str | None, ref: str) -> UpstreamTarget:

@@ -22,7 +22,6 @@ from quantize.store.artifact import (
     Artifact,
     open_artifact,
 )
-from quantize.store.manifest import FILE_NAME
 from quantize.store.staging import LOCKS, STAGING, staged_variant, store_errors, variant_lock
 from quantize.system import digest
 from quantize.system.flock import file_lock
@@ -91,28 +90,31 @@ class Store:
         return found
 
     def find(self, ref: str) -> Artifact:
-        """The artifact that `ref` means: a folder, name/variant, name/variant@digest, or the start of a digest.
+        """The artifact that a reference means: name/variant, name/variant@digest, or the start of a digest.
 
         Raises UsageError: none, or more than one. NewerSchemaError: there is one that this program can't read.
         """
-        path = Path(ref)
-        if os.path.isfile(path / FILE_NAME):
-            return open_artifact(path)
-        name, _, start = ref.partition("@")
-        if "/" in name:
-            found = self._by_name(name.strip("/"), start)
-        else:
-            text = start or name
-            known = self.artifacts() if digest.is_start(text) else []
-            found = [item for item in known if digest.starts(item.manifest.digest, text)]
+        found = self.matches(ref)
         if len(found) == 1:
             return found[0]
         if found:
             raise UsageError(f"{ref!r} means {len(found)} artifacts", hint="give more of the digest")
-        self._refuse_newer(name.strip("/"), start)
+        self.refuse_newer(ref)
+        raise UsageError(f"no artifact {ref!r}", hint=self.contents())
+
+    def matches(self, ref: str) -> list[Artifact]:
+        """Every artifact that a reference may mean."""
+        name, _, start = ref.partition("@")
+        if "/" in name:
+            return self._by_name(name.strip("/"), start)
+        text = start or name
+        known = self.artifacts() if digest.is_start(text) else []
+        return [item for item in known if digest.starts(item.manifest.digest, text)]
+
+    def contents(self) -> str:
+        """What there is, by name, as the hint of an error has it."""
         names = sorted({f"{item.manifest.name}/{item.manifest.variant}" for item in self.artifacts()})
-        hint = f"there are: {', '.join(names[:12])}" if names else f"the store {self.root} is empty"
-        raise UsageError(f"no artifact {ref!r}", hint=hint)
+        return f"there are: {', '.join(names[:12])}" if names else f"the store {self.root} is empty"
 
     def find_build(self, name: str, variant: str, build_key: str) -> Artifact | None:
         """The artifact of this variant with this build key whose files are all there with their sizes.
@@ -220,8 +222,10 @@ class Store:
         lock.release()
         return False
 
-    def _refuse_newer(self, name: str, start: str) -> None:
+    def refuse_newer(self, ref: str) -> None:
         """Say of what was not found that it is there, where that is so. Raises NewerSchemaError."""
+        name, _, start = ref.partition("@")
+        name = name.strip("/")
         text = start if "/" in name else start or name
         for item in self.broken():
             variant = f"{item.folder.parents[1].name}/{item.folder.parent.name}"

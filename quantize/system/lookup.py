@@ -16,7 +16,6 @@ from pathlib import Path
 
 import quantize
 from quantize.errors import UsageError
-from quantize.system import digest
 
 DATA = Path(quantize.__path__[0]) / "_data"
 RECIPES, CALIBRATION, GOLDEN = "recipes", "calibration", "calibration/golden"  # folders, in DATA and of users
@@ -48,6 +47,11 @@ def is_path_text(text: str) -> bool:
     return text.startswith((".", "/", "~")) or text.endswith((".gguf", ".jsonl", ".txt", ".parquet", ".json"))
 
 
+def is_yaml(path: Path | str) -> bool:
+    """Whether a path is written as that of a YAML file, as recipes are."""
+    return Path(path).suffix in SUFFIXES
+
+
 def builtin_files(kind: str) -> dict[str, Path]:
     """What comes with the package of a kind (RECIPES, CALIBRATION or GOLDEN): name -> file, by name."""
     return {path.stem: path for path in sorted((DATA / kind).glob("*.yaml"))}
@@ -64,26 +68,23 @@ def find_recipe(text: str) -> NamedFile:
     Raises UsageError: no recipe has that name.
     """
     path = Path(text)
-    if os.path.isfile(path) or path.suffix in SUFFIXES:
+    if os.path.isfile(path) or is_yaml(path):
         return NamedFile(path)
     found = _named(text, RECIPES, [Path()])
     if found is not None:
         return found
     if os.path.lexists(path) or not (_NAME.fullmatch(text) or text.startswith(PREFIX)):
         return NamedFile(path)  # what is wrong with it is for its reader to say
-    known = [*builtin_files(RECIPES), *(item.stem for item in local_recipes(Path(RECIPES)))]
-    near = difflib.get_close_matches(text.removeprefix(PREFIX), known, n=1)
-    hint = f"did you mean `{near[0]}`? " if near else ""
+    near = similar_recipe(text)
+    hint = f"did you mean `{near}`? " if near is not None else ""
     raise UsageError(f"no recipe {text!r}", hint=f"{hint}`quantize list recipes` shows all; or give the path of a file")
 
 
-def find_target(text: str) -> NamedFile | None:
-    """The recipe that is meant where an artifact may be meant as well; None: an artifact, or nothing."""
-    if Path(text).suffix in SUFFIXES:
-        return NamedFile(Path(text))
-    if os.path.lexists(text) or digest.is_start(text):
-        return None
-    return _named(text, RECIPES, [Path()])
+def similar_recipe(text: str) -> str | None:
+    """The name of a recipe that is nearly `text`."""
+    known = [*builtin_files(RECIPES), *(item.stem for item in local_recipes(Path(RECIPES)))]
+    near = difflib.get_close_matches(text.removeprefix(PREFIX), known, n=1)
+    return near[0] if near else None
 
 
 def local_recipes(folder: Path) -> list[Path]:

@@ -171,7 +171,7 @@ def test_only_gguf_is_served_by_llama_cpp() -> None:
         (["http://127.0.0.1:9"], 1, "no server at http://127.0.0.1:9/v1"),
         (["http://127.0.0.1:9/chat"], 1, "no server at http://127.0.0.1:9"),
         (["ftp://127.0.0.1"], 2, "is no URL of a server"),
-        (["nothing/here"], 2, "no artifact 'nothing/here'"),
+        (["nothing/here"], 2, "no artifact or address 'nothing/here'"),
         (["http://127.0.0.1:9", "--concurrency", "0"], 2, "is no list of numbers above 0"),
         (["http://127.0.0.1:9", "--concurrency", ""], 2, "nothing to measure"),
         (["http://127.0.0.1:9", "--rate", "two"], 2, "is no list of numbers above 0"),

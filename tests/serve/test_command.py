@@ -134,7 +134,7 @@ def test_keys_that_can_not_be_taken(tmp_path: Path, text: str | None, message: s
     ("arguments", "code", "message"),
     [
         ([], 2, "no artifact to serve"),
-        (["x/y"], 2, "no artifact 'x/y'"),
+        (["x/y"], 2, "no artifact, model's file, model's folder or address 'x/y'"),
         (["http://127.0.0.1:9/v1", "--host", "0.0.0.0"], 2, "there are no API keys"),
         (["http://127.0.0.1:9/v1", "http://127.0.0.1:8/v1"], 2, "two models have the same name"),
         (["http://127.0.0.1:9/v1", "--canary", "x"], 2, "is not NAME=PERCENT%"),
