@@ -152,7 +152,7 @@ def raising(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
     def find(*_: object) -> None:
         raise error
 
-    monkeypatch.setattr("quantize.store.store.Store.find", find)
+    monkeypatch.setattr("quantize.store.store.Store.matches", find)
 
 
 @pytest.mark.parametrize(
@@ -204,7 +204,7 @@ def test_an_interrupt_ends_a_real_process_with_130(tmp_path: Path) -> None:
         "import os, signal, sys\n"
         "from quantize.cli import main\n"
         "from quantize.store.store import Store\n"
-        "Store.find = lambda *_: os.kill(os.getpid(), signal.SIGINT)\n"
+        "Store.matches = lambda *_: os.kill(os.getpid(), signal.SIGINT)\n"
         "main(['show', 'x'], prog_name='quantize')\n"
     )
     result = fresh(code=code)

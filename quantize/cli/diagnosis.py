@@ -17,7 +17,7 @@ from pathlib import Path
 from quantize import __version__
 from quantize.build.disk import disk_free_bytes
 from quantize.cli.requirements import plugin_of, required, required_by, unknown, unmet, version_of
-from quantize.cli.trials import Trial, try_engines
+from quantize.cli.trials import Trial, TrialState, try_engines
 from quantize.errors import install_line
 from quantize.formats import formats
 from quantize.formats.format import Format
@@ -76,7 +76,7 @@ def examine(store: Path, cache: Path, *, quick: bool = False) -> Diagnosis:
     kinds = [kind for _, kind in sorted(formats().items())]
     probes = {probe.package: probe for kind in kinds for probe in kind.probes}
     trials = None if quick else try_engines([*probes.values()])
-    broken = {trial.package: trial.engine for trial in trials or () if trial.state != "works"}
+    broken = {trial.package: trial.engine for trial in trials or () if trial.state is not TrialState.WORKS}
     versions: dict[str, str | None] = {"python": platform.python_version(), "quantize": __version__}
     plugins = filter(None, map(plugin_of, kinds))
     needed = [item for kind in kinds for item in required_by(kind)] + required([ALSO_SHOWN])

@@ -10,7 +10,7 @@ import click
 
 from quantize.cli.common import json_option, print_json, print_table, store_option, verbose_option
 from quantize.cli.diagnosis import Ability, Diagnosis, examine
-from quantize.cli.trials import Trial
+from quantize.cli.trials import Trial, TrialState
 from quantize.store.store import Store
 from quantize.system.cache import default_cache_root
 from quantize.system.sizes import memory_text, size_text
@@ -64,7 +64,7 @@ def _show_trials(trials: Sequence[Trial], *, verbose: bool) -> None:
     columns = [("ENGINE", "left"), ("STATE", "left"), ("SECONDS", "right"), ("RAN", "left")]
     print_table(columns, rows, empty="no engine is installed")
     for item in trials:
-        if item.state != "works":
+        if item.state is not TrialState.WORKS:
             click.echo(f"\n{item.engine} {item.version} {item.state}: {item.problem}\n  {item.repair}")
             if verbose and item.evidence:
                 click.echo(item.evidence, err=True)

@@ -22,7 +22,7 @@ from quantize.cli.common import (
 from quantize.cli.progress import console_reporter
 from quantize.errors import UsageError
 from quantize.estimate.cards import GraphicsCard, card_of
-from quantize.estimate.fit import Fit, Workload, advise, judge
+from quantize.estimate.fit import Fit, FitWord, Workload, advise, judge
 from quantize.estimate.vram import (
     CONCURRENCIES,
     CONTEXTS,
@@ -39,7 +39,7 @@ from quantize.targets import find_target
 
 KV_TYPES = {"16": "f16", "8": "q8_0", "4": "q4_0"}
 DEFAULT_CONTEXT = 4096
-SHORT = {"fits": "fits", "tight": "tight", "does not fit": "NO"}
+SHORT = {FitWord.FITS: "fits", FitWord.TIGHT: "tight", FitWord.DOES_NOT_FIT: "NO"}
 
 
 @dataclass(frozen=True)

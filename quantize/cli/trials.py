@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from enum import StrEnum
 from importlib import metadata
 
 from quantize.errors import BuildError, QuantizeError, VerifyError, WorkerDied
@@ -25,17 +26,22 @@ from quantize.system.process import run_step
 MOST_SECONDS = 300  # of one engine: what takes longer hangs
 
 
+class TrialState(StrEnum):
+    """What became of a trial. DIED: its process, of a signal."""
+
+    WORKS = "works"
+    DIED = "died"
+    FAILS = "fails"
+
+
 @dataclass(frozen=True)
 class Trial:
-    """One engine. state: "works", "died" (of a signal) or "fails". ran: what it did; problem, repair: where it did not.
-
-    evidence: what the process wrote last.
-    """
+    """One engine. ran: what it did; problem, repair: where it did not. evidence: what the process wrote last."""
 
     engine: str
     package: str
     version: str
-    state: str
+    state: TrialState
     seconds: float
     ran: str | None = None
     problem: str | None = None
@@ -77,9 +83,9 @@ def try_engine(probe: Probe) -> Trial:
     with tempfile.TemporaryDirectory(prefix="quantize-doctor-") as folder:
         try:
             ran = run_step(engine, SilentReporter(), _run, probe.run, folder, most_seconds=MOST_SECONDS)
-            return Trial(engine, package, version, "works", _since(started), ran)
+            return Trial(engine, package, version, TrialState.WORKS, _since(started), ran)
         except QuantizeError as exc:
-            state = "died" if isinstance(exc, WorkerDied) else "fails"
+            state = TrialState.DIED if isinstance(exc, WorkerDied) else TrialState.FAILS
             problem = exc.message.removeprefix(f"{engine}: ")
             evidence = str(exc.__cause__) if exc.__cause__ else None
             return Trial(

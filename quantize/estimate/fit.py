@@ -1,13 +1,14 @@
 """Does it fit the card, and what to change so that it does.
 
-In: an Estimate (or what one is made from) and the bytes of a card. Out: a Fit, "fits", "tight" or "does not fit",
-with the figures it rests on, and suggestions that were each tried first. The arithmetic is estimate.py's.
+In: an Estimate (or what one is made from) and the bytes of a card. Out: a Fit: a word, the figures that it rests on,
+and suggestions that were each tried first. The arithmetic is vram.py's.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from enum import StrEnum
 
 from quantize.estimate.vram import CONTEXTS, Estimate, EstimateSettings, VramProfile, estimate
 from quantize.model.shape import ModelShape
@@ -20,11 +21,19 @@ driver's and the allocator's; vLLM's own default reservation is 90 % too."""
 MAX_SUGGESTIONS = 4
 
 
+class FitWord(StrEnum):
+    """FITS: the safe-upper figure is within the usable bytes. TIGHT: only the expected one is."""
+
+    FITS = "fits"
+    TIGHT = "tight"
+    DOES_NOT_FIT = "does not fit"
+
+
 @dataclass(frozen=True)
 class Fit:
-    """fits: the safe-upper figure is within the usable bytes. tight: only the expected one is. Else: does not fit."""
+    """What came of holding an estimate against a card."""
 
-    word: str
+    word: FitWord
     card_bytes: int
     usable_bytes: int
     expected_bytes: int
@@ -61,15 +70,15 @@ def judge(cell: Estimate, card_bytes: int) -> Fit:
     """The verdict for one Estimate, without suggestions."""
     usable = usable_bytes(card_bytes)
     if cell.upper_bytes <= usable:
-        word, comparison = "fits", f"at most {_gib(cell.upper_bytes)} of {_gib(usable)} usable"
+        word, comparison = FitWord.FITS, f"at most {_gib(cell.upper_bytes)} of {_gib(usable)} usable"
     elif cell.expected_bytes <= usable:
-        word = "tight"
+        word = FitWord.TIGHT
         comparison = (
             f"{_gib(cell.expected_bytes)} expected, but up to {_gib(cell.upper_bytes)} of {_gib(usable)} usable"
         )
     else:
         word, comparison = (
-            "does not fit",
+            FitWord.DOES_NOT_FIT,
             f"{_gib(cell.expected_bytes)} expected of {_gib(usable)} usable",
         )
     reason = f"{comparison} ({USABLE_PERCENT} % of {_gib(card_bytes)})"
@@ -81,7 +90,7 @@ def advise(workload: Workload, card_bytes: int, variants: Mapping[str, tuple[int
     each kind the gentlest that is enough. variants: other builds of the model, name -> (bytes, profile).
     """
     verdict = judge(workload.estimate(), card_bytes)
-    if verdict.word == "fits":
+    if verdict.word is FitWord.FITS:
         return verdict
     single = list(_changes(workload, variants or {}))
     found = [text for text, changed in single if _fits(changed, card_bytes)]
@@ -112,7 +121,7 @@ def _changes(workload: Workload, variants: Mapping[str, tuple[int, VramProfile]]
 
 
 def _fits(workload: Workload, card_bytes: int) -> bool:
-    return judge(workload.estimate(), card_bytes).word == "fits"
+    return judge(workload.estimate(), card_bytes).word is FitWord.FITS
 
 
 def _knob(text: str) -> str:

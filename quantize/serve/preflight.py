@@ -1,7 +1,7 @@
 """Does it fit, before it is loaded: the estimate against the memory that is free now.
 
 In: a target, how it is to be run, this machine. Out: a Placement (device, context), or RefusedError with the numbers
-and what would fit. The arithmetic is estimate.py's, the verdict fit.py's.
+and what would fit. The arithmetic is vram.py's, the verdict fit.py's.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from quantize.errors import RefusedError, UsageError
-from quantize.estimate.fit import Fit, Workload, advise
+from quantize.estimate.fit import Fit, FitWord, Workload, advise
 from quantize.estimate.vram import EstimateSettings, VramProfile
 from quantize.formats import find_format, known_format
 from quantize.runtimes.base import ModelRef, runtime_version
@@ -59,7 +59,7 @@ def place(target: LocalTarget, options: ServeOptions, machine: Machine, store: S
     workload = Workload(target.shape, weights, find_format(target.format).vram, settings, context, options.concurrency)
     free, what = _free(device, machine)
     verdict = advise(workload, free, _siblings(target, store))
-    if verdict.word == "does not fit" and not options.force:
+    if verdict.word is FitWord.DOES_NOT_FIT and not options.force:
         tries = "; ".join(verdict.suggestions)
         message = f"{target.name} does not fit: {verdict.reason}, which is what is free {what}"
         raise RefusedError(message, hint=f"what would fit: {tries}; or load it all the same with --force")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass, field
+from enum import StrEnum
 from typing import Any, Protocol
 
 from quantize.runtimes.base import ModelRef, ServingKind
@@ -16,14 +17,21 @@ from quantize.runtimes.served import Serving
 from quantize.serve.protocol import AnyRequest, ChatRequest, EmbeddingRequest
 
 
+class EngineState(StrEnum):
+    """Where an engine is on its way."""
+
+    LOADING = "loading"
+    READY = "ready"
+    RESTARTING = "restarting"
+    FAILED = "failed"
+    STOPPED = "stopped"
+
+
 @dataclass
 class Status:
-    """Where an engine is: loading, ready, restarting, failed or stopped.
+    """Where an engine is. percent: of loading. reason: why it is not ready. details: what it said of itself."""
 
-    percent: of loading. reason: why it is not ready. details: what it said of itself.
-    """
-
-    state: str = "loading"
+    state: EngineState = EngineState.LOADING
     percent: int = 0
     reason: str = "loading"
     details: dict[str, Any] = field(default_factory=dict)
@@ -31,7 +39,7 @@ class Status:
     @property
     def ready(self) -> bool:
         """Whether it answers."""
-        return self.state == "ready"
+        return self.state is EngineState.READY
 
 
 @dataclass

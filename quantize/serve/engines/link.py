@@ -16,7 +16,7 @@ from typing import Any, BinaryIO, Protocol
 
 import orjson
 
-from quantize.serve.engines.base import EngineTarget, Status
+from quantize.serve.engines.base import EngineState, EngineTarget, Status
 from quantize.serve.engines.child import load_order
 from quantize.serve.failures import Failure, not_ready
 from quantize.system.deaths import TAIL_BYTES, explain, last_words, oom_kills
@@ -120,7 +120,7 @@ class Link:
 
     async def stop(self) -> None:
         """End the child."""
-        self.status = Status("stopped", 0, "the gateway is stopping", self.status.details)
+        self.status = Status(EngineState.STOPPED, 0, "the gateway is stopping", self.status.details)
         if self._task is not None:
             self._task.cancel()
             with contextlib.suppress(asyncio.CancelledError):
@@ -159,12 +159,14 @@ class Link:
             ever_ready = ever_ready or was_ready
             deaths = 0 if was_ready else deaths + 1
             pause = FIRST_PAUSE if was_ready else min(pause * 2, LONGEST_PAUSE)
-            if not ever_ready and (self.status.state == "failed" or deaths >= DEATHS_WHILE_LOADING):
-                self.status = Status("failed", 0, self.status.reason if self.status.state == "failed" else reason)
-                self._tell("engine_failed", {"reason": self.status.reason})
+            failed = self.status.state is EngineState.FAILED
+            reason = self.status.reason if failed else reason
+            if not ever_ready and (failed or deaths >= DEATHS_WHILE_LOADING):
+                self.status = Status(EngineState.FAILED, 0, reason)
+                self._tell("engine_failed", {"reason": reason})
                 return
-            reason = self.status.reason if self.status.state == "failed" else reason
-            self.status = Status("restarting", 0, f"{reason}; starting again in {pause:g} s", self.status.details)
+            waiting = f"{reason}; starting again in {pause:g} s"
+            self.status = Status(EngineState.RESTARTING, 0, waiting, self.status.details)
             self._tell("engine_died", {"reason": reason, "restart_in_seconds": pause})
             await asyncio.sleep(pause)
 
@@ -175,7 +177,7 @@ class Link:
         except OSError as exc:
             return False, f"the model's process does not start: {exc.strerror or exc}"
         self._child = child
-        self.status = Status("loading", 0, "starting")
+        self.status = Status(EngineState.LOADING, 0, "starting")
         self._tell("engine_starting", {"pid": child.pid, "device": self.target.serving.device})
         was_ready, self._unanswered = False, 0.0
         watch = asyncio.create_task(self._watch(child))
@@ -187,7 +189,7 @@ class Link:
                     self._take(orjson.loads(line))
                     was_ready = was_ready or self.status.ready
             if self.status.ready:
-                self.status = Status("restarting", 0, "the model's process ended", self.status.details)
+                self.status = Status(EngineState.RESTARTING, 0, "the model's process ended", self.status.details)
             reason = await child.wait()
             hung = self._unanswered >= HANG_SECONDS
             return was_ready, f"the model's process did not answer for {HANG_SECONDS:g} s" if hung else reason
@@ -218,13 +220,13 @@ class Link:
                 inbox.put_nowait(frame)
         elif "progress" in frame:
             percent = int(frame["progress"])
-            self.status = Status("loading", percent, f"loading, {percent} %")
+            self.status = Status(EngineState.LOADING, percent, f"loading, {percent} %")
             self._tell("engine_loading", {"percent": percent})
         elif "ready" in frame:
-            self.status = Status("ready", 100, "", frame["ready"])
+            self.status = Status(EngineState.READY, 100, "", frame["ready"])
             self._tell("engine_ready", frame["ready"])
         elif "failed" in frame:
-            self.status = Status("failed", 0, frame["failed"])
+            self.status = Status(EngineState.FAILED, 0, frame["failed"])
 
     def _lose_orders(self) -> None:
         message = "the model's process ended while it was answering"

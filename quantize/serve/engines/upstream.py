@@ -15,7 +15,7 @@ from typing import Any
 import aiohttp
 import orjson
 
-from quantize.serve.engines.base import Call, Status
+from quantize.serve.engines.base import Call, EngineState, Status
 from quantize.serve.engines.link import Listener
 from quantize.serve.failures import Failure, not_ready
 from quantize.serve.targets import UpstreamTarget
@@ -41,7 +41,7 @@ class UpstreamEngine:
     def __init__(self, upstream: UpstreamTarget, tell: Listener) -> None:
         self.name = upstream.name
         self.runtime = f"upstream {upstream.host}"
-        self.status = Status("loading", 0, "not asked yet")
+        self.status = Status(EngineState.LOADING, 0, "not asked yet")
         self._upstream = upstream
         self._base = upstream.url.rstrip("/")
         self._model = upstream.model
@@ -66,7 +66,7 @@ class UpstreamEngine:
 
     async def stop(self) -> None:
         """See Engine."""
-        self.status = Status("stopped", 0, "the gateway is stopping")
+        self.status = Status(EngineState.STOPPED, 0, "the gateway is stopping")
         if self._poll is not None:
             self._poll.cancel()
             with contextlib.suppress(asyncio.CancelledError):
@@ -216,7 +216,8 @@ class UpstreamEngine:
         """Ask for the upstream's models again and again; the status is what the last answer says."""
         while True:
             reason = await self._reason_not_ready()
-            state = "loading" if reason and not self.status.details else ("restarting" if reason else "ready")
+            away = EngineState.RESTARTING if self.status.details else EngineState.LOADING
+            state = away if reason else EngineState.READY
             details = self.status.details if reason else {"runtime": self.runtime, "model": self._model}
             was = self.status
             self.status = Status(state, 0 if reason else 100, reason, details)
