@@ -22,6 +22,7 @@ from quantize.provenance.documents import Signing
 from quantize.provenance.signature import PASSWORD_VARIABLE
 from quantize.provenance.statement import known_run
 from quantize.publish.pins import pin
+from quantize.publish.places import forms
 from quantize.publish.policy import own_policy, read_policy
 from quantize.publish.send import Published, Wanted, publish
 from quantize.publish.transfer import Session
@@ -32,7 +33,7 @@ from quantize.targets import ArtifactTarget, RecipeTarget, find_target
 
 @click.command("publish")
 @click.argument("words", nargs=-1, required=True, metavar="ARTIFACT|RECIPE...")
-@click.option("--to", "target", required=True, metavar="TARGET", help="A folder, oci://…, hf://…, s3://… and the like.")
+@click.option("--to", "target", required=True, metavar="TARGET", help=f"{forms()}.")
 @click.option("--move-tag", is_flag=True, help="Have a tag that means something else mean this publication.")
 @click.option("--sign-key", type=click.Path(path_type=Path, dir_okay=False), help="Sign with this private key, a PEM.")
 @click.option("--run-details", is_flag=True, help="Say in provenance.json who ran the build, and when, as CI knows it.")
@@ -52,9 +53,9 @@ def command(
 ) -> None:  # fmt: skip
     """Publish each ARTIFACT, or the current ones of a RECIPE, to TARGET, and pin them by digest.
 
-    TARGET is a folder, oci://HOST/REPOSITORY[:TAG], hf://ORG[/NAME], or a URL that fsspec knows. Without a tag or name,
-    each artifact gets its own place below it. What is there is not sent again, and the tag is put last. Logins are
-    those of docker and hf. What its gates refused, or was never evaluated, needs a `publish` section in the recipe.
+    Without a tag or name in TARGET, each artifact gets its own place below it. What is there is not sent again, and the
+    tag is put last. Logins are those of docker and hf. What its gates refused, or was never evaluated, needs a
+    `publish` section in the recipe.
     """
     run = known_run(os.environ) if run_details else None
     signing = Signing(sign_key, os.environ.get(PASSWORD_VARIABLE), run)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,9 +17,45 @@ from quantize.system.sizes import parse_size
 
 if TYPE_CHECKING:
     from quantize.provenance.signature import Trust
+    from quantize.serve.router import Rules
     from quantize.serve.targets import LocalTarget, UpstreamTarget
 
 RUNTIMES = ("vllm", "docker", "ollama", "llama-server", "compose")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServeFlags:
+    """What the command was told, as it is used: each flag by its name."""
+
+    host: str
+    port: int
+    grace: int
+    log_level: str
+    log_format: str
+    settings: tuple[str, ...]
+    default: str | None
+    fallback: str | None
+    canary: str | None
+    root_path: str
+    cors: tuple[str, ...]
+    device: str
+    context: int | None
+    threads: int | None
+    gpu_layers: int | None
+    concurrency: int
+    force: bool
+    queue: int
+    timeout: float
+    max_input_tokens: int | None
+    max_output_tokens: int | None
+    max_body: str
+    rate: int
+    keys: Path | None
+    no_auth: bool
+    require_signature: bool
+    public_key: Path | None
+    identity: str | None
+    issuer: str | None
 
 
 @click.command("serve")
@@ -58,7 +95,7 @@ RUNTIMES = ("vllm", "docker", "ollama", "llama-server", "compose")
 @verbose_option
 def command(
     artifacts: tuple[str, ...], store: Store, new_key: str | None, hand_over: str | None, locked: bool, lock: Path,
-    **options: Any,
+    **flags: Any,
 ) -> None:  # fmt: skip
     """Serve each ARTIFACT over HTTP, as OpenAI's API does.
 
@@ -75,9 +112,9 @@ def command(
     if not artifacts:
         raise UsageError("no artifact to serve", hint="name one; `quantize list artifacts` shows them")
     if hand_over is not None:
-        _print_hand_over(hand_over, artifacts, store, options)
+        _print_hand_over(hand_over, artifacts, store, ServeFlags(**flags))
         return
-    _serve(artifacts, store, options)
+    _serve(artifacts, store, ServeFlags(**flags))
 
 
 def _print_new_key(name: str) -> None:
@@ -89,7 +126,7 @@ def _print_new_key(name: str) -> None:
     click.echo(f"line for --keys:  {line}")
 
 
-def _print_hand_over(runtime: str, artifacts: tuple[str, ...], store: Store, options: dict[str, Any]) -> None:
+def _print_hand_over(runtime: str, artifacts: tuple[str, ...], store: Store, flags: ServeFlags) -> None:
     from quantize.serve.handover import ContainerSettings, HandOver, render
     from quantize.serve.targets import LocalTarget, resolve
 
@@ -100,15 +137,16 @@ def _print_hand_over(runtime: str, artifacts: tuple[str, ...], store: Store, opt
             raise UsageError(f"{text}: already runs elsewhere")
         targets.append(target)
     wanted = HandOver(
-        options["host"], options["port"], options["device"], options["context"], options["concurrency"],
-        ContainerSettings.of(options["settings"]),
+        flags.host, flags.port, flags.device, flags.context, flags.concurrency,
+        ContainerSettings.of(flags.settings),
     )  # fmt: skip
     click.echo(render(runtime, targets, wanted))
 
 
-def _serve(artifacts: tuple[str, ...], store: Store, options: dict[str, Any]) -> None:
+def _serve(artifacts: tuple[str, ...], store: Store, flags: ServeFlags) -> None:
+    from quantize.runtimes.served import Serving
     from quantize.serve.limits import load_keys
-    from quantize.serve.preflight import ServeOptions, engine_target, place
+    from quantize.serve.preflight import engine_target, place
     from quantize.serve.targets import UpstreamTarget, resolve
     from quantize.system.machine import detect
 
@@ -121,16 +159,13 @@ def _serve(artifacts: tuple[str, ...], store: Store, options: dict[str, Any]) ->
     except ImportError as exc:
         raise MissingExtraError("serving", "serve") from exc
 
-    keys = load_keys(options["keys"], os.environ)
-    front = Front.of(options["root_path"], options["cors"])
-    if not keys and not options["no_auth"] and not is_loopback(options["host"]):
+    keys = load_keys(flags.keys, os.environ)
+    front = Front.of(flags.root_path, flags.cors)
+    if not keys and not flags.no_auth and not is_loopback(flags.host):
         hint = "make one with --new-key and give it with --keys, or say --no-auth"
-        raise UsageError(f"--host {options['host']} would let anyone in: there are no API keys", hint=hint)
-    wanted = ServeOptions(
-        options["device"], options["context"], options["concurrency"], options["threads"], options["gpu_layers"],
-        options["force"],
-    )  # fmt: skip
-    trust = _trust(options)
+        raise UsageError(f"--host {flags.host} would let anyone in: there are no API keys", hint=hint)
+    wanted = Serving(flags.context or 0, flags.concurrency, flags.device, flags.threads, flags.gpu_layers)
+    trust = _trust(flags)
     machine = detect()
     targets: list[EngineTarget | UpstreamTarget] = []
     for text in artifacts:
@@ -140,27 +175,27 @@ def _serve(artifacts: tuple[str, ...], store: Store, options: dict[str, Any]) ->
         if isinstance(found, UpstreamTarget):
             targets.append(found)
             continue
-        placement = place(found, wanted, machine, store)
+        placement = place(found, wanted, machine, store, force=flags.force)
         click.echo(f"{found.name}: {placement.verdict.word}: {placement.verdict.reason}", err=True)
         targets.append(engine_target(found, wanted, placement))
     names = [target.name for target in targets]
     if len(set(names)) < len(names):
         raise UsageError("two models have the same name", hint="give them names: NAME=ARTIFACT")
     limits = RequestLimits(
-        parse_size(options["max_body"]), options["max_input_tokens"], options["max_output_tokens"],
-        options["timeout"], requests_per_minute=options["rate"], concurrency=options["concurrency"],
-        queue=options["queue"],
+        parse_size(flags.max_body), flags.max_input_tokens, flags.max_output_tokens,
+        flags.timeout, requests_per_minute=flags.rate, concurrency=flags.concurrency,
+        queue=flags.queue,
     )  # fmt: skip
-    address = Address(options["host"], options["port"], options["grace"])
-    run(targets, _rules(names, options), limits, keys, address, front, options["log_level"], options["log_format"])
+    address = Address(flags.host, flags.port, flags.grace)
+    run(targets, _rules(names, flags), limits, keys, address, front, flags.log_level, flags.log_format)
 
 
-def _trust(options: dict[str, Any]) -> Trust | None:
+def _trust(flags: ServeFlags) -> Trust | None:
     """Whose signature counts; None if none is required. Raises UsageError: required, and of nobody."""
     from quantize.provenance.signature import Trust
 
-    trust = Trust.of(options["public_key"], options["identity"], options["issuer"])
-    if (trust is not None) != options["require_signature"]:
+    trust = Trust.of(flags.public_key, flags.identity, flags.issuer)
+    if (trust is not None) != flags.require_signature:
         hint = "give --require-signature with --public-key FILE, or with --identity and --issuer"
         raise UsageError("--require-signature and whose signature it is go together", hint=hint)
     return trust
@@ -180,18 +215,18 @@ def _check_signature(target: LocalTarget | UpstreamTarget, trust: Trust) -> None
     click.echo(f"{target.name}: signature good", err=True)
 
 
-def _rules(names: list[str], options: dict[str, Any]) -> Any:
+def _rules(names: list[str], flags: ServeFlags) -> Rules:
     from quantize.serve.router import Rules
 
     canary = None
-    if options["canary"]:
-        name, _, percent = options["canary"].rpartition("=")
+    if flags.canary:
+        name, _, percent = flags.canary.rpartition("=")
         number = percent.removesuffix("%")
         try:
             share = float(number) / 100
         except ValueError:
             share = -1.0
         if not name or not 0 <= share <= 1:
-            raise UsageError(f"--canary {options['canary']!r} is not NAME=PERCENT%", hint="such as --canary new=5%")
+            raise UsageError(f"--canary {flags.canary!r} is not NAME=PERCENT%", hint="such as --canary new=5%")
         canary = (name, share)
-    return Rules(options["default"] or names[0], options["fallback"], canary)
+    return Rules(flags.default or names[0], flags.fallback, canary)

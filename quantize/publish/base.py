@@ -1,18 +1,24 @@
 """What a target is to those who send and fetch: one place in it, for one artifact.
 
 In: blobs and a manifest. Out: a publication that is complete before anything names it. Whether to send, what to check
-and what to say is for `send` and `receive`; a place moves bytes, and tries again while that may help.
+and what to say is for `send` and `receive`; a place moves bytes, and tries again while that may help. A new kind of
+place is a module with a class of this form, and a line in KINDS of `places`.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 from quantize.errors import RefusedError, VerifyError
 from quantize.publish.pack import Blob, Pack
+from quantize.publish.retry import Retry
+from quantize.system.digest import WHOLE
 
+DIGEST_END = re.compile(rf"@({WHOLE})$")
 Count = Callable[[int], None]
 """Told how many more bytes have moved; fewer than none where a blob starts over. May raise, to end the work."""
 
@@ -24,6 +30,17 @@ class Place(Protocol):
     """
 
     by_content: bool
+
+    @classmethod
+    def to_publish(cls, target: str, name: str, variant: str, retry: Retry) -> Place:
+        """Where an artifact goes in a target; below it, at a place of its own, if the target names none.
+
+        Raises UsageError: not a target of this kind.
+        """
+
+    @classmethod
+    def to_fetch(cls, reference: str, retry: Retry) -> Found:
+        """What a reference means. Raises UsageError: not one of this kind."""
 
     @property
     def name(self) -> str:
@@ -77,6 +94,21 @@ def moved_meanwhile(name: str, meant: str | None, now: str | None) -> RefusedErr
         f"{name} was moved by someone else meanwhile: it meant {meant or 'nothing'}, now {now or 'nothing'}",
         hint="see who else publishes there, then run the same command again",
     )
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a reference means. digest: the one in it; and_name: it gives a tag beside the digest, which must agree."""
+
+    place: Place
+    digest: str | None
+    and_name: bool = False
+
+
+def split_digest(reference: str) -> tuple[str, str | None]:
+    """A reference without the digest at its end, and the digest; None if it has none."""
+    match = DIGEST_END.search(reference)
+    return (reference[: match.start()], match[1]) if match else (reference, None)
 
 
 def size_of(path: Path) -> int:

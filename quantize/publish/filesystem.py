@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from quantize.errors import MissingExtraError, TransferError, UsageError, VerifyError, first_line
-from quantize.publish.base import Count, moved_meanwhile, size_of, write_stream
-from quantize.publish.folder import CURRENT, READ_BYTES, checked_digest, missing
+from quantize.publish.base import Count, Found, moved_meanwhile, size_of, write_stream
+from quantize.publish.folder import CURRENT, READ_BYTES, checked_digest, find_in_tree, missing
 from quantize.publish.pack import MANIFEST_NAME, Blob, Pack
 from quantize.publish.retry import Again, Retry, persist
 from quantize.system.digest import short
@@ -37,9 +37,19 @@ class FilesystemPlace:
         try:
             self._system, self._root = fsspec.core.url_to_fs(self._url)
         except (ValueError, ImportError) as exc:
-            hint = "targets are a folder, oci://, hf://, or a URL that fsspec knows"
+            hint = "is the scheme one that fsspec knows? `quantize publish --help` names the others"
             raise UsageError(f"{url!r} can't be opened: {first_line(exc)}", hint=hint) from exc
         self._system.invalidate_cache()
+
+    @classmethod
+    def to_publish(cls, target: str, name: str, variant: str, retry: Retry) -> FilesystemPlace:
+        """See Place."""
+        return cls(f"{target.rstrip('/')}/{name}/{variant}", retry)
+
+    @classmethod
+    def to_fetch(cls, reference: str, retry: Retry) -> Found:
+        """See Place."""
+        return find_in_tree(reference, lambda text: cls(text, retry))
 
     def close(self) -> None:
         """Nothing is open."""

@@ -12,14 +12,15 @@ import contextlib
 import hashlib
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from quantize.errors import TransferError, VerifyError
-from quantize.publish.base import Count, moved_meanwhile, size_of, write_stream
+from quantize.publish.base import Count, Found, Place, moved_meanwhile, size_of, split_digest, write_stream
 from quantize.publish.pack import MANIFEST_NAME, Blob, Pack
+from quantize.publish.retry import Retry
 from quantize.system.cache import hash_file
-from quantize.system.digest import is_whole, short
+from quantize.system.digest import digest_of, from_digits, is_short, is_whole, short
 from quantize.system.flock import NO_LOCKS, NO_LOCKS_HINT, file_lock
 
 CURRENT = "current"
@@ -34,6 +35,16 @@ class FolderPlace:
 
     def __init__(self, root: Path) -> None:
         self._root = root
+
+    @classmethod
+    def to_publish(cls, target: str, name: str, variant: str, retry: Retry) -> FolderPlace:  # noqa: ARG003 - copies once
+        """See Place."""
+        return cls(_path(target) / name / variant)
+
+    @classmethod
+    def to_fetch(cls, reference: str, retry: Retry) -> Found:  # noqa: ARG003 - copies once
+        """See Place."""
+        return find_in_tree(reference, lambda text: cls(_path(text)))
 
     def close(self) -> None:
         """Nothing is open."""
@@ -212,3 +223,31 @@ def _errors(root: Path) -> Iterator[None]:
     except OSError as exc:
         hint = "run the same command again when that is put right: what has arrived is not sent again"
         raise TransferError(f"{root}: {exc.strerror or exc} ({exc.filename or 'no file'})", hint=hint) from exc
+
+
+def _path(text: str) -> Path:
+    return Path(text.removeprefix("file://")).expanduser()
+
+
+def find_in_tree(reference: str, open_place: Callable[[str], Place]) -> Found:
+    """What a reference to a tree of folders means: a variant's folder, with or without a digest, or one publication's,
+    as a share shows it. Raises VerifyError: the folder's manifest is not the one that it is named by.
+    """
+    above, _, folder = reference.rstrip("/").rpartition("/")
+    found = _one_publication(open_place(above), folder) if above and is_short(folder) else None
+    if found is not None:
+        return found
+    text, digest = split_digest(reference)
+    return Found(open_place(text), digest)
+
+
+def _one_publication(place: Place, folder: str) -> Found | None:
+    try:
+        digest = digest_of(place.manifest(from_digits(folder)))
+    except VerifyError:  # a variant that is called so
+        return None
+    if short(digest) != folder:
+        hint = "publish the artifact again, or name another publication"
+        where = f"{place.name}/{folder}"
+        raise VerifyError(f"{where}: its manifest is not the one that the folder is named by", hint=hint)
+    return Found(place, digest)

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from quantize.errors import MissingExtraError, TransferError, UsageError, VerifyError, first_line
-from quantize.publish.base import Count, moved_meanwhile
+from quantize.publish.base import Count, Found, moved_meanwhile
 from quantize.publish.pack import MANIFEST_NAME, Blob, Pack
 from quantize.publish.retry import Again, Retry, persist
 from quantize.system.digest import PREFIX, WHOLE, digest_of
@@ -77,6 +77,20 @@ class HubPlace:
         from huggingface_hub.utils.tqdm import disable_progress_bars
 
         disable_progress_bars()
+
+    @classmethod
+    def to_publish(cls, target: str, name: str, variant: str, retry: Retry) -> HubPlace:
+        """See Place."""
+        repository = parse(target)
+        if "/" not in repository.repository:
+            repository = parse(f"hf://{repository.repository}/{name}-{variant}")
+        return cls(repository, retry, write=True)
+
+    @classmethod
+    def to_fetch(cls, reference: str, retry: Retry) -> Found:
+        """See Place."""
+        repository = parse(reference)
+        return Found(cls(repository, retry, write=False), repository.digest)
 
     def close(self) -> None:
         """Remove scratch files."""

@@ -20,10 +20,10 @@ from quantize.evaluate.decision import Verdict
 from quantize.evaluate.metrics import Summary
 from quantize.evaluate.record import NAME
 from quantize.events import Reporter, note, status, warn
-from quantize.publish.base import Count, Place, size_of
+from quantize.publish.base import Count, Found, Place, size_of
 from quantize.publish.pack import Blob, Pack, check_config, check_contents, manifest_blob, read_pack
 from quantize.publish.pins import Pin
-from quantize.publish.places import Found, find_place
+from quantize.publish.places import find_place
 from quantize.publish.transfer import Progress, Session, run_all
 from quantize.store.artifact import (
     MAX_MEASUREMENTS_BYTES,

@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path
 
 from quantize.errors import TransferError, UsageError, VerifyError, first_line
-from quantize.publish.base import Count, size_of, write_stream
+from quantize.publish.base import Count, Found, size_of, write_stream
 from quantize.publish.claims import Turn, may_move
 from quantize.publish.credentials import DOCKER_HUB, credential_for
 from quantize.publish.pack import MANIFEST_TYPE, MAX_MANIFEST_BYTES, Blob, Pack
@@ -97,6 +97,21 @@ class RegistryPlace:
         self._base = f"{reference.url}/v2/{reference.repository}"
         self._write = write
         self._seen: set[str] | None = None  # tags that were there when this first asked
+
+    @classmethod
+    def to_publish(cls, target: str, name: str, variant: str, retry: Retry) -> RegistryPlace:
+        """See Place."""
+        place = parse(target)
+        if place.tag is None:
+            place = parse(f"{target.rstrip('/')}/{name.lower()}:{variant}")
+        return cls(place, retry, write=True)
+
+    @classmethod
+    def to_fetch(cls, reference: str, retry: Retry) -> Found:
+        """See Place."""
+        found = parse(reference)
+        place = cls(found, retry, write=False)
+        return Found(place, found.digest, found.tag is not None and found.digest is not None)
 
     def close(self) -> None:
         """Close its connections."""

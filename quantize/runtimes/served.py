@@ -63,10 +63,12 @@ class Serving:
     """How a model is loaded to be served: context: tokens of each of so many sequences at once (slots).
 
     device: cpu or cuda[:N]. threads: None leaves it to the runtime. gpu_layers: None is all, where a runtime can split.
+    As a user asks for it, before preflight has decided: context 0 is the model's own, up to 4,096, and device may be
+    "auto".
     """
 
-    context: int
-    slots: int
+    context: int = 0
+    slots: int = 2
     device: str = "cpu"
     threads: int | None = None
     gpu_layers: int | None = None

@@ -7,7 +7,7 @@ and what would fit. The arithmetic is vram.py's, the verdict fit.py's.
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from quantize.errors import RefusedError, UsageError
@@ -26,18 +26,6 @@ DEFAULT_CONTEXT = 4096
 
 
 @dataclass(frozen=True)
-class ServeOptions:
-    """How to run local models. device: auto, cpu or cuda[:N]. context: None is the model's own, up to 4096."""
-
-    device: str = "auto"
-    context: int | None = None
-    concurrency: int = 2
-    threads: int | None = None
-    gpu_layers: int | None = None
-    force: bool = False
-
-
-@dataclass(frozen=True)
 class Placement:
     """Where a model goes, with how much context for each of its sequences, and what was estimated."""
 
@@ -46,20 +34,23 @@ class Placement:
     verdict: Fit
 
 
-def place(target: LocalTarget, options: ServeOptions, machine: Machine, store: Store) -> Placement:
-    """Decide, and refuse what does not fit. Raises UsageError: no such device, or more context than the model has."""
-    device = _device(options.device, machine)
-    if options.context is not None and options.context > target.shape.max_context:
-        message = f"{target.name}: {options.context} tokens are more than its context of {target.shape.max_context}"
+def place(target: LocalTarget, wanted: Serving, machine: Machine, store: Store, *, force: bool = False) -> Placement:
+    """Decide, and refuse what does not fit unless it is forced.
+
+    Raises UsageError: no such device, or more context than the model has.
+    """
+    device = _device(wanted.device, machine)
+    if wanted.context > target.shape.max_context:
+        message = f"{target.name}: {wanted.context} tokens are more than its context of {target.shape.max_context}"
         raise UsageError(message, hint=f"use --context {target.shape.max_context} or less")
-    context = options.context or min(DEFAULT_CONTEXT, target.shape.max_context)
+    context = wanted.context or min(DEFAULT_CONTEXT, target.shape.max_context)
     on_gpu = device != "cpu"
     settings = EstimateSettings(target.kind.memory, device="gpu" if on_gpu else "cpu", flash_attention=False)
     weights = target.weights_bytes + (0 if on_gpu else target.repacked_bytes)
-    workload = Workload(target.shape, weights, find_format(target.format).vram, settings, context, options.concurrency)
+    workload = Workload(target.shape, weights, find_format(target.format).vram, settings, context, wanted.slots)
     free, what = _free(device, machine)
     verdict = advise(workload, free, _siblings(target, store))
-    if verdict.word is FitWord.DOES_NOT_FIT and not options.force:
+    if verdict.word is FitWord.DOES_NOT_FIT and not force:
         tries = "; ".join(verdict.suggestions)
         message = f"{target.name} does not fit: {verdict.reason}, which is what is free {what}"
         raise RefusedError(message, hint=f"what would fit: {tries}; or load it all the same with --force")
@@ -102,11 +93,9 @@ def _siblings(target: LocalTarget, store: Store) -> dict[str, tuple[int, VramPro
     }
 
 
-def engine_target(target: LocalTarget, options: ServeOptions, placement: Placement) -> EngineTarget:
+def engine_target(target: LocalTarget, wanted: Serving, placement: Placement) -> EngineTarget:
     """What the model's process is told. Raises MissingExtraError: the target's runtime is not installed."""
-    serving = Serving(
-        placement.context, options.concurrency, placement.device, options.threads, options.gpu_layers
-    )  # fmt: skip
+    serving = replace(wanted, context=placement.context, device=placement.device)
     path = Path(os.path.abspath(target.path))  # parts of a model are found by their names: no link is followed
     model = ModelRef(path.parent, target.format, path.name) if path.is_file() else ModelRef(path, target.format)
     return EngineTarget(target.name, target.kind, model, serving, runtime_name(target))

@@ -14,12 +14,14 @@ import pytest
 
 from quantize.errors import RefusedError, TransferError, UsageError, VerifyError
 from quantize.events import EventKind, ListReporter
+from quantize.publish import places
 from quantize.publish.pack import MANIFEST_NAME
 from quantize.publish.receive import pull
 from quantize.publish.send import Published, Wanted, publish
 from quantize.publish.transfer import Session
 from quantize.store.artifact import PULLED_NAME, Artifact
 from quantize.store.store import Store
+from tests.publish import drawer
 from tests.publish.conftest import POLICY, Registry, publish_one
 from tests.publish.hub_server import TOKEN, Hub
 
@@ -103,7 +105,21 @@ def make_hub(request: pytest.FixtureRequest, tmp_path: Path) -> Target:
     return Target("hf://team", alter)
 
 
-MAKERS = {"folder": make_folder, "memory": make_memory, "registry": make_registry, "hub": make_hub}
+def make_own(request: pytest.FixtureRequest, tmp_path: Path) -> Target:
+    """A kind of place that is not this program's: a module, and a line in KINDS."""
+    monkeypatch: pytest.MonkeyPatch = request.getfixturevalue("monkeypatch")
+    line = places.PlaceKind(("drawer",), "drawer://NAME", "tests.publish.drawer:DrawerPlace")
+    monkeypatch.setattr(places, "KINDS", (*places.KINDS, line))
+    monkeypatch.setattr(drawer, "DRAWERS", {})
+
+    def alter(done: Published, path: str, change: Callable[[bytes], bytes]) -> None:
+        kept = drawer.DRAWERS[done.name].files
+        kept[done.digest, path] = change(kept[done.digest, path])
+
+    return Target(f"drawer://{tmp_path.name}", alter)
+
+
+MAKERS = {"folder": make_folder, "memory": make_memory, "registry": make_registry, "hub": make_hub, "own": make_own}
 
 
 @pytest.fixture(params=MAKERS)
@@ -225,6 +241,11 @@ def test_two_artifacts_for_one_place(shelf: Store, session: Session, registry: R
     target = f"oci://127.0.0.1:{registry.port}/one:tag"
     with pytest.raises(UsageError, match="would both be"):
         list(publish(found, target, shelf.root, session))
+
+
+def test_a_new_kind_is_named_where_the_others_are(request: pytest.FixtureRequest, tmp_path: Path) -> None:
+    make_own(request, tmp_path)
+    assert places.forms().endswith("hf://ORG[/NAME], drawer://NAME, or a URL that fsspec knows")
 
 
 @pytest.mark.parametrize(

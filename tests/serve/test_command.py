@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
 
+from quantize.cli.serve import ServeFlags, command
 from quantize.errors import RefusedError, UsageError
 from quantize.runtimes.served import Serving
 from quantize.serve.limits import KEYS_VARIABLE, load_keys
-from quantize.serve.preflight import ServeOptions, engine_target, place
+from quantize.serve.preflight import engine_target, place
 from quantize.serve.targets import LocalTarget, UpstreamTarget, resolve
 from quantize.store.store import Store
 from quantize.system.gpus import LocalGpu
@@ -18,6 +19,7 @@ from quantize.system.machine import Machine
 from tests.conftest import Built, Run
 
 GIB = 2**30
+WANTED = Serving(device="auto")
 ROOMY = Machine((), 16 * GIB, 15 * GIB, 4)
 
 
@@ -69,33 +71,33 @@ def test_what_does_not_fit_is_refused_with_numbers_and_what_would(built: Built) 
     card = LocalGpu("RTX 4060", 8 * GIB, GIB)
     machine = replace(ROOMY, gpus=(card,))
     with pytest.raises(RefusedError, match=r"tiny/f16 does not fit: 9\.\d+ GiB expected of 6\.30 GiB usable") as caught:
-        place(big, ServeOptions(), machine, built.store)
+        place(big, WANTED, machine, built.store)
     assert "on the RTX 4060 of 8.0 GiB" in caught.value.message
     assert "variant tiny/q8_0" in str(caught.value.hint)
     assert "--force" in str(caught.value.hint)
-    assert place(big, ServeOptions(force=True), machine, built.store).device == "cuda:0"
-    assert place(target, ServeOptions(), machine, built.store).verdict.word == "fits"
+    assert place(big, WANTED, machine, built.store, force=True).device == "cuda:0"
+    assert place(target, WANTED, machine, built.store).verdict.word == "fits"
 
 
 def test_free_memory_counts_not_all_of_it(built: Built) -> None:
     target = local("tiny/q8_0", built.store)
-    assert place(target, ServeOptions(device="cpu"), ROOMY, built.store).verdict.word == "fits"
+    assert place(target, Serving(), ROOMY, built.store).verdict.word == "fits"
     with pytest.raises(RefusedError, match=r"free of 16\.0 GiB RAM"):
-        place(target, ServeOptions(device="cpu"), replace(ROOMY, available_ram_bytes=GIB // 50), built.store)
+        place(target, Serving(), replace(ROOMY, available_ram_bytes=GIB // 50), built.store)
 
 
 def test_device_and_context(built: Built) -> None:
     target = local("tiny/q8_0", built.store)
-    placed = place(target, ServeOptions(), ROOMY, built.store)
+    placed = place(target, WANTED, ROOMY, built.store)
     assert (placed.device, placed.context) == ("cpu", 512)
-    told = engine_target(target, ServeOptions(), placed)
+    told = engine_target(target, WANTED, placed)
     assert (told.model.path, told.serving) == (target.path.resolve(), Serving(512, slots=2))
     with pytest.raises(UsageError, match="513 tokens are more than its context of 512"):
-        place(target, ServeOptions(context=513), ROOMY, built.store)
+        place(target, Serving(513, device="auto"), ROOMY, built.store)
     with pytest.raises(UsageError, match=r"there is no cuda:0 here \(GPUs: none\)"):
-        place(target, ServeOptions(device="cuda:0"), ROOMY, built.store)
+        place(target, Serving(device="cuda:0"), ROOMY, built.store)
     with pytest.raises(UsageError, match="'tpu' is no device"):
-        place(target, ServeOptions(device="tpu"), ROOMY, built.store)
+        place(target, Serving(device="tpu"), ROOMY, built.store)
 
 
 def test_keys_from_a_file_and_the_environment(tmp_path: Path, run: Run) -> None:
@@ -158,3 +160,10 @@ def test_a_port_that_is_taken(run: Run) -> None:
         done = run("serve", "http://127.0.0.1:9/v1", "--port", taken.getsockname()[1])
     assert done.exit_code == 2
     assert "can't listen on 127.0.0.1" in done.stderr
+
+
+def test_a_flag_is_an_option_and_a_field_of_its_name() -> None:
+    """Beside the words and what ends the command early; one without the other would be seen only when it is run."""
+    other = {"artifacts", "store", "new_key", "hand_over", "locked", "lock"}
+    given = {str(option.name) for option in command.params if option.expose_value} - other
+    assert given == {field.name for field in fields(ServeFlags)}
