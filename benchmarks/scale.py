@@ -21,7 +21,7 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ from typing import Any
 from quantize.build.calibrate import run_pass
 from quantize.build.execute import BuildOptions
 from quantize.build.spread.cost import BlockCost, block_costs
-from quantize.build.spread.trace import Span, overlap_seconds, read_trace
+from quantize.build.spread.trace import Span, read_trace
 from quantize.calibration.spread import PassSpread
 from quantize.cluster.units import ClusterOptions, build_on_cluster
 from quantize.events import SilentReporter
@@ -65,6 +65,19 @@ class Rates:
     network: float = 40e9  # of 50: 400 Gbit/s
     store: float = 10e9
     storage: float = 5e9
+
+
+def overlap_seconds(one: Sequence[Span], other: Sequence[Span]) -> float:
+    """Time in which at least one span of each kind was under way."""
+    moments = [(span.start, 0, 1) for span in one] + [(span.end, 0, -1) for span in one]
+    moments += [(span.start, 1, 1) for span in other] + [(span.end, 1, -1) for span in other]
+    running, before, total = [0, 0], 0.0, 0.0
+    for moment, which, change in sorted(moments):
+        if min(running) > 0:
+            total += moment - before
+        running[which] += change
+        before = moment
+    return total
 
 
 @contextlib.contextmanager

@@ -115,7 +115,7 @@ def quantization_config_is_text(folder: Path) -> None:
     change_json(folder / "config.json", quantization_config="int8")
 
 
-@says("config.json: `vocab_size` is not a number")
+@says("config.json: `vocab_size` must be a whole number")
 def vocabulary_is_text(folder: Path) -> None:
     change_json(folder / "config.json", vocab_size="many")
 

@@ -30,7 +30,7 @@ from quantize.files.gguf import read_gguf
 from quantize.files.imatrix import read_imatrix
 from quantize.files.safetensors import INDEX_NAME, read_header
 from quantize.formats import option_models
-from quantize.model.architecture import block_layout, tensor_role
+from quantize.model.architecture import block_layout
 from quantize.model.checkpoint import check_finite, open_checkpoint, read_chat_template, tensor_table
 from quantize.model.shape import ModelShape
 from quantize.model.source import card_metadata
@@ -458,8 +458,6 @@ def test_layouts_that_can_not_be(changes: dict[str, Any]) -> None:
     config = {**seeds.MIXTURE, "mlp_only_layers": [], **changes}
     with pytest.raises(CheckpointError):
         block_layout(config, 1)
-    with pytest.raises(CheckpointError):
-        tensor_role(config, "model.layers.1.mlp.gate.weight")
 
 
 def test_a_chat_template_that_is_no_text(own_tiny: Path) -> None:

@@ -21,6 +21,7 @@ from quantize.evaluate.text import load_text
 from quantize.formats import formats
 from quantize.model.architecture import block_count
 from quantize.model.checkpoint import CARRIED_FILES, Checkpoint
+from quantize.model.config import number_or
 from quantize.model.source import PinnedSource
 from quantize.recipe.model import Recipe
 from quantize.store.staging import PASS, STAGING, leftovers
@@ -109,8 +110,8 @@ def needs(
     passed, blocks = sum(size.pass_bytes for size in sizes), block_count(checkpoint.config) if calibrated else 1
     return Needs(
         source=source_bytes,
-        baseline=baseline_bytes(recipe, int(checkpoint.config.get("vocab_size") or LIKELIEST)) if measured else 0,
-        states=states_bytes(recipe, int(checkpoint.config.get("hidden_size", 0))) if calibrated else 0,
+        baseline=baseline_bytes(recipe, number_or(checkpoint.config, "vocab_size", LIKELIEST)) if measured else 0,
+        states=states_bytes(recipe, number_or(checkpoint.config, "hidden_size", 0)) if calibrated else 0,
         passed=passed,
         before_last=passed * (blocks - 1) // blocks,
         artifacts=sum(size.file_bytes + carried_bytes(checkpoint) + PAPERS_BYTES for size in sizes),

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 from quantize.errors import PlanError
 from quantize.model.architecture import block_count, block_index, block_layout
 from quantize.model.checkpoint import Checkpoint
+from quantize.model.config import number_or
 from quantize.numerics.constants import BATCH_TOKENS, GPU_BATCH_TOKENS, GPU_SOLVED_VALUES, SHARES
 
 BASE_BYTES = 420 << 20  # Python, torch and transformers, loaded and warm
@@ -63,7 +64,7 @@ def least_bytes(checkpoint: Checkpoint, solvers: Sequence[int]) -> int:
     copying = 2 * max(outside, default=0)  # the pages that are read, and a copy in FP16
     solving = [SOLVER_BYTES + size for size in solvers if size]
     others = PART_BYTES * max(0, len(solving) - 1)
-    vocabulary = TOKEN_BYTES * int(checkpoint.config.get("vocab_size") or 0)
+    vocabulary = TOKEN_BYTES * number_or(checkpoint.config, "vocab_size", 0)
     beside = max(recording, copying, max(solving, default=0) + others)
     return BASE_BYTES + vocabulary + block.weights + grams + beside
 

@@ -33,7 +33,7 @@ from quantize.targets import ArtifactTarget, RecipeTarget, find_target
 
 @click.command("publish")
 @click.argument("words", nargs=-1, required=True, metavar="ARTIFACT|RECIPE...")
-@click.option("--to", "target", required=True, metavar="TARGET", help=f"{forms()}.")
+@click.option("--to", "target", required=True, metavar="TARGET", help=f"{forms().capitalize()}.")
 @click.option("--move-tag", is_flag=True, help="Have a tag that means something else mean this publication.")
 @click.option("--sign-key", type=click.Path(path_type=Path, dir_okay=False), help="Sign with this private key, a PEM.")
 @click.option("--run-details", is_flag=True, help="Say in provenance.json who ran the build, and when, as CI knows it.")

@@ -7,28 +7,15 @@ Left to others: reading tensors (checkpoint), running blocks (activations), fold
 
 from __future__ import annotations
 
-import enum
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 from quantize.errors import CheckpointError
-from quantize.model.shape import MAX_NUMBER
+from quantize.model.config import number, optional_number
 
 Config = Mapping[str, Any]
-
-
-class Role(enum.Enum):
-    """What a tensor does in the model."""
-
-    EMBEDDING = "embedding"
-    HEAD = "head"
-    NORM = "norm"
-    LINEAR = "linear"
-    ROUTER = "router"
-    BIAS = "bias"
-    OTHER = "other"
 
 
 @dataclass(frozen=True)
@@ -220,7 +207,7 @@ def architecture_of(config: Config) -> Architecture:
 
 def block_count(config: Config) -> int:
     """How many decoder blocks the model has."""
-    return _integer(config, "num_hidden_layers", MAX_BLOCKS)
+    return number(config, "num_hidden_layers", MAX_BLOCKS)
 
 
 def block_layouts(config: Config) -> Iterator[BlockLayout]:
@@ -245,25 +232,6 @@ def block_layout(config: Config, index: int) -> BlockLayout:
     return BlockLayout(index, prefix, (*attention, *_expert_groups(row, mixture, config, experts)), experts, renames)
 
 
-def tensor_role(config: Config, tensor: str) -> Role:
-    """What a tensor of the checkpoint is, by its full name."""
-    if tensor == "model.embed_tokens.weight":
-        return Role.EMBEDDING
-    if tensor == "lm_head.weight":
-        return Role.HEAD
-    if tensor.endswith("norm.weight"):
-        return Role.NORM
-    if tensor.endswith(".bias"):
-        return Role.BIAS
-    match = _BLOCK.match(tensor)
-    if match is None:
-        return Role.OTHER
-    layout = block_layout(config, int(match.group(1)))
-    if any(tensor == linear.tensor for linear in layout.linears):
-        return Role.LINEAR
-    return Role.ROUTER if any(tensor in group.passengers for group in layout.groups) else Role.OTHER
-
-
 def block_index(tensor: str) -> int | None:
     """The block that a tensor belongs to, None outside the blocks."""
     match = _BLOCK.match(tensor)
@@ -271,9 +239,9 @@ def block_index(tensor: str) -> int | None:
 
 
 def _attention_groups(row: Architecture, config: Config, prefix: str) -> tuple[FoldGroup, ...]:
-    heads = _integer(config, "num_attention_heads")
-    kv_heads = _optional(config, "num_key_value_heads") or heads
-    head_dim = _optional(config, "head_dim") or _integer(config, "hidden_size") // heads
+    heads = number(config, "num_attention_heads")
+    kv_heads = optional_number(config, "num_key_value_heads") or heads
+    head_dim = optional_number(config, "head_dim") or number(config, "hidden_size") // heads
     names = ("qkv_proj",) if row.fused else ("q_proj", "k_proj", "v_proj")
     readers = tuple(_linear(prefix, f"self_attn.{name}", "attention") for name in names)
     output = _linear(prefix, "self_attn.o_proj", "attention_output")
@@ -288,7 +256,7 @@ def _dense_groups(row: Architecture, config: Config, prefix: str) -> tuple[FoldG
     names = ("gate_up_proj",) if row.fused else ("gate_proj", "up_proj")
     readers = tuple(_linear(prefix, f"mlp.{name}", "mlp") for name in names)
     down = _linear(prefix, "mlp.down_proj", "mlp_output")
-    width = _integer(config, "intermediate_size")
+    width = number(config, "intermediate_size")
     first = width if row.fused else 0
     source = RowsSource(readers[-1].tensor, first, first + width)
     return FoldGroup("mlp", readers, norm), FoldGroup("mlp_output", (down,), source)
@@ -304,9 +272,9 @@ def _expert_groups(row: Architecture, mixture: Mixture, config: Config, experts:
         readers += [_linear(prefix, f"{base}.{name}", "mlp") for name in ("gate_proj", "up_proj")]
         passengers.append(f"{prefix}{base}_gate.weight")
         down = _linear(prefix, f"{base}.down_proj", "shared_expert_output")
-        width = _integer(config, "shared_expert_intermediate_size")
+        width = number(config, "shared_expert_intermediate_size")
         outputs.append(FoldGroup("shared_expert_output", (down,), RowsSource(readers[-1].tensor, 0, width)))
-    width = _optional(config, "moe_intermediate_size") or _integer(config, "intermediate_size")
+    width = optional_number(config, "moe_intermediate_size") or number(config, "intermediate_size")
     for expert in range(experts.count):
         key, output = experts.expert_input.format(expert=expert), experts.output.format(expert=expert)
         gate, up, down_name = (name.format(expert=expert) for name in (experts.gate, experts.up, experts.down))
@@ -322,7 +290,7 @@ def _experts(mixture: Mixture, config: Config, prefix: str) -> Experts:
     names = [f"{base}.experts.{{expert}}.{name}.weight" for name in (mixture.gate, mixture.up, mixture.down)]
     return Experts(
         module="mlp.experts",
-        count=_integer(config, next((key for key in _COUNT_KEYS if key in config), _COUNT_KEYS[0]), MAX_EXPERTS),
+        count=number(config, next((key for key in _COUNT_KEYS if key in config), _COUNT_KEYS[0]), MAX_EXPERTS),
         gate=names[0],
         up=names[1],
         down=names[2],
@@ -338,7 +306,7 @@ def _has_experts(row: Architecture, config: Config, index: int) -> bool:
         return False
     if not row.mixture.dense_layers:
         return True
-    step, dense = _optional(config, "decoder_sparse_step") or 1, config.get("mlp_only_layers") or []
+    step, dense = optional_number(config, "decoder_sparse_step") or 1, config.get("mlp_only_layers") or []
     if not isinstance(dense, list):
         raise CheckpointError(f"config.json: mlp_only_layers must be a list, found {dense!r}")
     return index not in dense and (index + 1) % step == 0
@@ -350,17 +318,3 @@ def _linear(prefix: str, module: str, key: str) -> Linear:
 
 def _expert_linear(prefix: str, tensor: str, key: str, expert: int) -> Linear:
     return Linear(tensor, tensor.removeprefix(prefix).removesuffix(".weight"), key, expert)
-
-
-def _integer(config: Config, key: str, most: int = MAX_NUMBER) -> int:
-    value = config.get(key)
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise CheckpointError(f"config.json: {key} must be a positive whole number, found {value!r}")
-    if value > most:
-        raise CheckpointError(f"config.json: {key} is more than {most:,}", hint="is this the config of a decoder?")
-    return value
-
-
-def _optional(config: Config, key: str) -> int | None:
-    """A number that may be missing, null or 0."""
-    return _integer(config, key) if config.get(key) else None

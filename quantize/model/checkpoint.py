@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from quantize.errors import CheckpointError, first_line
 from quantize.files.safetensors import INDEX_NAME, MAX_TENSORS, TensorInfo, read_header
+from quantize.model.config import number_or
 from quantize.system.untrusted import open_regular, parse_json, read_limited
 
 if TYPE_CHECKING:
@@ -304,8 +305,7 @@ def _check_dtypes(tensors: Mapping[str, TensorInfo], config: Mapping[str, Any]) 
             )
     if not any("embed" in name or "wte" in name for name in tensors):
         raise CheckpointError("the weights have no embedding tensor", hint="is this a whole model, not an adapter?")
-    if config.get("vocab_size") is not None and not isinstance(config["vocab_size"], int):
-        raise CheckpointError("config.json: `vocab_size` is not a number")
+    number_or(config, "vocab_size", 0)
 
 
 def _check_tokenizer(checkpoint: Checkpoint) -> None:

@@ -12,9 +12,9 @@ from typing import Any
 
 from quantize.errors import CheckpointError
 from quantize.files.gguf import GgufFile
+from quantize.model.config import MAX_NUMBER, first_number, number_or, text_part
 
 MAX_LAYERS = 10_000
-MAX_NUMBER = 1 << 40
 _NO_KV_LAYER_TYPES = frozenset({"linear_attention", "mamba", "mamba2", "recurrent", "conv", "mlp", "moe", "ffn"})
 _SLIDING_LAYER_TYPES = frozenset({"sliding_attention", "chunked_attention", "local_attention", "local"})
 _EXPERTS_USED = ("num_experts_per_tok", "num_experts_per_token", "moe_top_k")
@@ -59,7 +59,6 @@ class ModelShape:
     vocab_size: int
     intermediate_size: int
     max_context: int
-    tied_embeddings: bool
     kv_layers: tuple[KvLayer, ...] = field(repr=False)
     latent_attention: bool = False
     experts: int = 0
@@ -68,13 +67,12 @@ class ModelShape:
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> ModelShape:
         """Parse a Hugging Face config, or its text part. Raises CheckpointError on a missing or impossible number."""
-        inner = config.get("text_config")
-        config = inner if isinstance(inner, Mapping) and inner else config
+        config = text_part(config)
         layers, hidden, heads = (_number(config, name) for name in ("layers", "hidden_size", "heads"))
-        kv_heads = _first(config, ("num_key_value_heads", "num_kv_heads", "n_head_kv"))
+        kv_heads = first_number(config, ("num_key_value_heads", "num_kv_heads", "n_head_kv"))
         if kv_heads is None:
             kv_heads = 1 if config.get("multi_query") else heads
-        head_dim = _first(config, ("head_dim", "attention_head_size")) or hidden // heads
+        head_dim = first_number(config, ("head_dim", "attention_head_size")) or hidden // heads
         latent = config.get("kv_lora_rank") is not None
         names = config.get("architectures")
         architectures = names if isinstance(names, list) and names else [config.get("model_type", "unknown")]
@@ -87,12 +85,11 @@ class ModelShape:
             head_dim=int(head_dim),
             vocab_size=_number(config, "vocab_size"),
             intermediate_size=_intermediate(config, hidden),
-            max_context=_first(config, _NAMES["max_context"]) or 2048,
-            tied_embeddings=bool(config.get("tie_word_embeddings", False)),
+            max_context=first_number(config, _NAMES["max_context"]) or 2048,
             kv_layers=_kv_layers(config, layers, heads, int(kv_heads), int(head_dim)),
             latent_attention=latent,
-            experts=_first(config, ("num_local_experts", "num_experts", "n_routed_experts")) or 0,
-            experts_used=_first(config, _EXPERTS_USED) or 0,
+            experts=first_number(config, ("num_local_experts", "num_experts", "n_routed_experts")) or 0,
+            experts_used=first_number(config, _EXPERTS_USED) or 0,
         )
 
     @classmethod
@@ -120,7 +117,6 @@ class ModelShape:
             "num_local_experts": key("expert_count", 0),
             "moe_intermediate_size": key("expert_feed_forward_length"),
             "num_experts_per_tok": key("expert_used_count", 0),
-            "tie_word_embeddings": False,
         }
         if key("attention.sliding_window"):
             config["sliding_window"] = key("attention.sliding_window")
@@ -135,25 +131,8 @@ class ModelShape:
         return cls.from_config(config)
 
 
-def _first(config: Mapping[str, Any], names: tuple[str, ...]) -> int | None:
-    for name in names:
-        value = config.get(name)
-        if isinstance(value, int) and not isinstance(value, bool):
-            if not 0 <= value <= MAX_NUMBER:
-                raise CheckpointError(f"config.json: impossible `{name}`", hint="is this the config of a decoder?")
-            return value
-    return None
-
-
-def _whole(config: Mapping[str, Any], name: str, default: int) -> int:
-    """A number that may be missing or null, but nothing else."""
-    if config.get(name) is not None and not isinstance(config[name], int):
-        raise CheckpointError(f"config.json: `{name}` must be a whole number", hint="check the folder's config.json")
-    return _first(config, (name,)) or default
-
-
 def _number(config: Mapping[str, Any], name: str) -> int:
-    value = _first(config, _NAMES[name])
+    value = first_number(config, _NAMES[name])
     if value is None or not 1 <= value <= (MAX_LAYERS if name == "layers" else MAX_NUMBER):
         raise CheckpointError(
             f"config.json has no usable {' or '.join(_NAMES[name])}",
@@ -163,9 +142,9 @@ def _number(config: Mapping[str, Any], name: str) -> int:
 
 
 def _intermediate(config: Mapping[str, Any], hidden: int) -> int:
-    dense = _first(config, _NAMES["intermediate_size"]) or 4 * hidden
-    used = _first(config, _EXPERTS_USED) or 0
-    expert = _first(config, ("moe_intermediate_size",)) or dense
+    dense = first_number(config, _NAMES["intermediate_size"]) or 4 * hidden
+    used = first_number(config, _EXPERTS_USED) or 0
+    expert = first_number(config, ("moe_intermediate_size",)) or dense
     return max(dense, used * expert)
 
 
@@ -180,20 +159,20 @@ def _layer_types(config: Mapping[str, Any], layers: int) -> list[str]:
     pattern = config.get("sliding_window_pattern") or config.get("_sliding_window_pattern")
     if isinstance(pattern, int) and pattern > 0:
         return ["full_attention" if (i + 1) % pattern == 0 else "sliding_attention" for i in range(layers)]
-    first_sliding = _whole(config, "max_window_layers", 0) if config.get("use_sliding_window") else 0
+    first_sliding = number_or(config, "max_window_layers", 0) if config.get("use_sliding_window") else 0
     return ["sliding_attention" if i >= first_sliding else "full_attention" for i in range(layers)]
 
 
 def _kv_layers(config: Mapping[str, Any], layers: int, heads: int, kv_heads: int, head_dim: int) -> tuple[KvLayer, ...]:
     window = config.get("sliding_window") or config.get("attention_chunk_size")
-    own_cache = max(0, layers - _whole(config, "num_kv_shared_layers", 0))
+    own_cache = max(0, layers - number_or(config, "num_kv_shared_layers", 0))
     values = expanded = 2 * kv_heads * head_dim
     if (
         config.get("kv_lora_rank") is not None
     ):  # DeepSeek-V2, arXiv:2405.04434, section 2.1: the latent and the shared key
-        rope, nope = _whole(config, "qk_rope_head_dim", 64), _whole(config, "qk_nope_head_dim", head_dim)
-        value_dim = _whole(config, "v_head_dim", head_dim)
-        values, expanded = _whole(config, "kv_lora_rank", 0) + rope, heads * (nope + rope + value_dim)
+        rope, nope = number_or(config, "qk_rope_head_dim", 64), number_or(config, "qk_nope_head_dim", head_dim)
+        value_dim = number_or(config, "v_head_dim", head_dim)
+        values, expanded = number_or(config, "kv_lora_rank", 0) + rope, heads * (nope + rope + value_dim)
     kept = []
     for kind in _layer_types(config, layers)[:own_cache]:
         if kind in _NO_KV_LAYER_TYPES:

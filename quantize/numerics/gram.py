@@ -1,6 +1,6 @@
 """Gram matrices of a linear's inputs: all that GPTQ, AWQ and the importance matrix need to know of the data.
 
-In: activations, a few thousand rows at a time. Out: Gram (XᵀX, token count) and the importance vector.
+In: activations, a few thousand rows at a time. Out: Gram: XᵀX and the number of tokens.
 Left to others: where the activations come from (activations), what is done with the statistics (gptq, awq, builders).
 """
 
@@ -31,11 +31,6 @@ class Gram:
     matrix: Tensor
     tokens: int
     note: str = ""
-
-
-def importance(gram: Gram) -> Tensor:
-    """The importance of each input channel as llama.cpp's imatrix has it: mean of squared activations, [in] float32."""
-    return gram.matrix.diagonal() / max(gram.tokens, 1)
 
 
 class GramAccumulator:

@@ -8,11 +8,12 @@ from unittest.mock import MagicMock
 
 import pytest
 
+from benchmarks.scale import overlap_seconds
 from quantize.build.spread.cost import block_costs
 from quantize.build.spread.passwork import deal
 from quantize.build.spread.pool import Pool, PoolWorker, WorkerMachine
 from quantize.build.spread.run import MOST_IN_FLIGHT, SpreadPass
-from quantize.build.spread.trace import Span, check_trace, overlap_seconds, read_trace, write_trace
+from quantize.build.spread.trace import Span, check_trace, read_trace, write_trace
 from quantize.calibration.block_runner import ROUND_BATCHES
 from quantize.calibration.spread import PassSpread
 from quantize.errors import BuildError, PlanError, UsageError

@@ -11,9 +11,10 @@ from typing import Any
 
 import pytest
 
+from benchmarks.scale import overlap_seconds
 from quantize.build import calibrate as calibrated
 from quantize.build.spread.schedule import FORWARD, SOLVE
-from quantize.build.spread.trace import overlap_seconds, read_trace
+from quantize.build.spread.trace import read_trace
 from quantize.calibration.spread import PassSpread
 from quantize.errors import Stopped
 from quantize.events import Event, ListReporter, SilentReporter

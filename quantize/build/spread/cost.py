@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from quantize.model.architecture import BlockLayout, block_count, block_layout
+from quantize.model.config import number, number_or
 from quantize.numerics.constants import RATIOS, REFINEMENT, SEARCHED_ROWS, WEIGHT_RATIOS
 
 if TYPE_CHECKING:
@@ -62,10 +63,10 @@ def pass_costs(plan: PassPlan) -> list[BlockCost]:
 def _block_cost(
     config: Mapping[str, Any], layout: BlockLayout, shapes: Mapping[str, tuple[int, ...]], tokens: int
 ) -> BlockCost:
-    hidden = int(config["hidden_size"])
+    hidden = number(config, "hidden_size")
     used = 1.0
     if layout.experts is not None:
-        used = int(config.get("num_experts_per_tok", 1)) / layout.experts.count
+        used = number_or(config, "num_experts_per_tok", 1) / layout.experts.count
     forward = gram = gptq = awq = clip = 0.0
     gram_bytes = 0
     for linears in layout.inputs.values():

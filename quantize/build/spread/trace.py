@@ -6,7 +6,7 @@ In: spans. Out: JSON in Chrome's trace event format: a process for each node, a 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -74,16 +74,3 @@ def read_trace(path: Path) -> list[Span]:
     """The spans of a trace that `write_trace` wrote."""
     data = json.loads(path.read_text(encoding="utf-8"))
     return [Span(**event["args"]) for event in data["traceEvents"] if event["ph"] == "X"]
-
-
-def overlap_seconds(one: Sequence[Span], other: Sequence[Span]) -> float:
-    """Time in which at least one span of each kind was under way."""
-    moments = [(span.start, 0, 1) for span in one] + [(span.end, 0, -1) for span in one]
-    moments += [(span.start, 1, 1) for span in other] + [(span.end, 1, -1) for span in other]
-    running, before, total = [0, 0], 0.0, 0.0
-    for moment, which, change in sorted(moments):
-        if min(running) > 0:
-            total += moment - before
-        running[which] += change
-        before = moment
-    return total

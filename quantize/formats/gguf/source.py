@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from quantize.errors import CheckpointError, VerifyError, first_line
 from quantize.events import Reporter, status
 from quantize.model.checkpoint import Checkpoint
+from quantize.model.config import first_number, text_part
 from quantize.runtimes.token_lines import token_lines
 from quantize.system.machine import ram
 
@@ -189,9 +190,8 @@ def _sampled(info: Any) -> ExpectedTensor:
 
 def _probe(tokenizer: Any, ids: list[list[int]], checkpoint: Checkpoint) -> tuple[int, ...]:
     """Token ids of prose, as many as the model's context has room for, begun as the tokenizer begins a sequence."""
-    config = checkpoint.config.get("text_config") or checkpoint.config
-    limit = config.get("max_position_embeddings")
-    count = min(PROBE_TOKENS, limit) if isinstance(limit, int) and limit > 0 else PROBE_TOKENS
+    limit = first_number(text_part(checkpoint.config), ("max_position_embeddings",))
+    count = min(PROBE_TOKENS, limit or PROBE_TOKENS)
     start = [tokenizer.bos_token_id] if isinstance(tokenizer.bos_token_id, int) else []
     return tuple([*start, *(number for line in ids[PROBE_LINES] for number in line)][:count])
 
