@@ -25,9 +25,9 @@ from quantize.formats import option_models
 from quantize.formats.base import RunLimits
 from quantize.model.source import pin_source
 from quantize.recipe.model import CalibrationSpec, load_recipe
-from quantize.store.manifest import canonical_hash
 from quantize.store.store import Store
 from quantize.system.cache import Cache
+from quantize.system.digest import canonical_hash
 from quantize.testing import write_recipe
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # transformers warns on import
