@@ -19,12 +19,12 @@ from quantize.bench.session import LoadSettings, bench_artifact, bench_url, chec
 from quantize.cli.common import (
     json_option,
     print_json,
-    print_table,
     quiet_option,
     store_option,
     verbose_option,
 )
 from quantize.cli.progress import console_reporter
+from quantize.cli.table import Column, print_table, wide_option
 from quantize.errors import BenchError, UsageError
 from quantize.store.artifact import Artifact, update_measurements
 from quantize.store.store import Store
@@ -33,9 +33,10 @@ from quantize.targets import AddressTarget, ArtifactTarget, find_target
 
 RESULTS_NAME = "results.md"
 COLUMNS = [
-    ("SHAPE", "left"), ("IN", "right"), ("OUT", "right"), ("LOAD", "right"), ("REQUESTS", "right"),
-    ("TTFT P50", "right"), ("TTFT P95", "right"), ("P50", "right"), ("P95", "right"), ("P99", "right"),
-    ("TOKENS/S", "right"), ("REQUESTS/S", "right"), ("ERRORS", "right"), ("KINDS", "left"),
+    Column("SHAPE"), Column("IN", "right", rank=7), Column("OUT", "right", rank=6), Column("LOAD", "right"),
+    Column("REQUESTS", "right", rank=8), Column("TTFT P50", "right", rank=4), Column("TTFT P95", "right", rank=3),
+    Column("P50", "right"), Column("P95", "right"), Column("P99", "right"), Column("TOKENS/S", "right", rank=2),
+    Column("REQUESTS/S", "right", rank=1), Column("ERRORS", "right"), Column("KINDS"),
 ]  # fmt: skip
 
 
@@ -99,6 +100,7 @@ def _numbers(kind: type[int] | type[float]) -> Callable[[click.Context, click.Pa
     "--threads", type=click.IntRange(min=1), default=None, help="Of an artifact's server.  [default: all cores]"
 )
 @store_option
+@wide_option
 @json_option
 @quiet_option
 @verbose_option
@@ -176,7 +178,12 @@ def _example(result: BenchResult) -> str:
 def _print(result: BenchResult) -> None:
     print_table(COLUMNS, [_row(cell) for cell in result.cells], empty="nothing was measured")
     memory = [_memory_row(name, use) for name, use in (("RAM", result.ram), ("VRAM", result.vram)) if use]
-    columns = [("MEMORY", "left"), ("BEFORE LOAD", "right"), ("AFTER WARM-UP", "right"), ("PEAK", "right")]
+    columns = [
+        Column("MEMORY"),
+        Column("BEFORE LOAD", "right"),
+        Column("AFTER WARM-UP", "right"),
+        Column("PEAK", "right"),
+    ]
     print_table(columns, memory, empty="memory: not measured (the server's process is not one of this machine's)\n")
     used = result.measured_with
     facts = [f"{used.model or 'model unknown'}", f"{used.server} {_versions(used.runtime)}".strip()]

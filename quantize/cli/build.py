@@ -18,7 +18,6 @@ from quantize.cli.common import (
     open_cache,
     open_recipe,
     print_json,
-    print_table,
     quality,
     quality_columns,
     quiet_option,
@@ -26,6 +25,7 @@ from quantize.cli.common import (
     verbose_option,
 )
 from quantize.cli.progress import console_reporter
+from quantize.cli.table import Column, print_table, wide_option
 from quantize.errors import QuantizeError, UsageError, WorkerDied
 from quantize.evaluate.metric import Detail
 from quantize.evaluate.metrics import cells
@@ -63,6 +63,7 @@ if TYPE_CHECKING:
 )  # fmt: skip
 @store_option
 @limits_options
+@wide_option
 @json_option
 @quiet_option
 @verbose_option
@@ -126,16 +127,16 @@ def _show(found: list[tuple[Recipe, Outcome]], *, as_json: bool, several: bool) 
         print_json([{"recipe": recipe.name, **_as_json(item)} for recipe, item in found])
         return
     columns = [
-        ("VARIANT", "left"),
-        ("STATE", "left"),
-        ("SIZE", "right"),
-        ("SECONDS", "right"),
+        Column("VARIANT"),
+        Column("STATE"),
+        Column("SIZE", "right"),
+        Column("SECONDS", "right", rank=4),
         *quality_columns(Detail.LIST),
-        ("ARTIFACT", "left"),
+        Column("ARTIFACT", rank=3),
     ]
     rows = [_row(item) for _, item in found]
     if several:
-        columns = [("RECIPE", "left"), *columns]
+        columns = [Column("RECIPE"), *columns]
         rows = [[recipe.name, *row] for (recipe, _), row in zip(found, rows, strict=True)]
     print_table(columns, rows, empty="nothing to build")
     measured = [(recipe.name, quality(item.artifact).golden) for recipe, item in found if item.artifact is not None]

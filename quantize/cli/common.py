@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
 from quantize.cli import set_verbose
+from quantize.cli.table import Column
 from quantize.store.store import Store, default_store_root
 from quantize.system.cache import Cache, default_cache_root
 
@@ -24,7 +24,6 @@ if TYPE_CHECKING:
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 Found = TypeVar("Found")
-UNLIMITED_COLUMNS = 10_000  # in a pipe or a file nothing is cut
 
 
 def verbose_option(function: Function) -> Function:
@@ -106,11 +105,15 @@ def quality(artifact: Artifact) -> Summary:
     return dataclasses.replace(found, verdict=Verdict.RISK_ACCEPTED)
 
 
-def quality_columns(detail: Detail) -> list[tuple[str, str]]:
+def quality_columns(detail: Detail) -> list[Column]:
     """Columns of a table for the figures that are shown there, and for the verdict of the gates."""
-    from quantize.evaluate.metrics import headings
+    from quantize.evaluate.metric import Detail
+    from quantize.evaluate.metrics import metrics
 
-    return [*((text.upper(), "right") for text in headings(detail)), ("GATES", "left")]
+    found = [
+        Column(item.short.upper(), "right", rank=2 if item.detail is Detail.LIST else 4) for item in metrics(detail)
+    ]
+    return [*found, Column("GATES")]
 
 
 def open_recipe(given: Path) -> Recipe:
@@ -146,31 +149,3 @@ def open_cache() -> Cache:
 def print_json(data: Any) -> None:
     """Print data as JSON on stdout."""
     click.echo(json.dumps(data, indent=2, ensure_ascii=False))
-
-
-def print_markdown(columns: Sequence[tuple[str, str]], rows: Sequence[Sequence[str]], *, empty: str) -> None:
-    """Print a Markdown table on stdout; columns as print_table has them."""
-    if not rows:
-        click.echo(empty)
-        return
-    sides = ["---:" if side == "right" else "---" for _, side in columns]
-    for cells in ([title.lower() for title, _ in columns], sides, *rows):
-        click.echo("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
-
-
-def print_table(columns: Sequence[tuple[str, str]], rows: Sequence[Sequence[str]], *, empty: str) -> None:
-    """Print a table on stdout; columns are (title, "left" or "right")."""
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
-
-    if not rows:
-        click.echo(empty)
-        return
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for title, side in columns:
-        table.add_column(title, justify="right" if side == "right" else "left", no_wrap=True)
-    for row in rows:
-        table.add_row(*row)
-    width = None if sys.stdout.isatty() else UNLIMITED_COLUMNS
-    Console(width=width, markup=False, emoji=False, highlight=False).print(table)  # cells are text, brackets and all

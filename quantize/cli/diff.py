@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import click
 
-from quantize.cli.common import json_option, print_json, print_table, store_option, verbose_option
+from quantize.cli.common import json_option, print_json, store_option, verbose_option
+from quantize.cli.table import Column, print_table, wide_option
 from quantize.evaluate.metric import Reading
 from quantize.evaluate.metrics import readings
 from quantize.evaluate.record import EvaluationRecord, read_record
@@ -18,6 +19,7 @@ from quantize.targets import find_artifact
 @click.argument("first")
 @click.argument("second")
 @store_option
+@wide_option
 @json_option
 @verbose_option
 def command(first: str, second: str, store: Store, as_json: bool) -> None:
@@ -32,7 +34,7 @@ def command(first: str, second: str, store: Store, as_json: bool) -> None:
         return
     rows = [_row(item) for item in differences]
     rows += [[ours.metric.title_with_unit, ours.text, theirs.text] for ours, theirs in figures]
-    columns = [("WHAT", "left"), ("FIRST", "left"), ("SECOND", "left")]
+    columns = [Column("WHAT"), Column("FIRST"), Column("SECOND")]
     print_table(columns, rows, empty="no difference")
     if figures and _text_of(one) != _text_of(other):
         click.echo("the two were measured on different text: their figures can't be compared")
@@ -63,5 +65,4 @@ def _row(item: Difference) -> list[str]:
 
 
 def _text(value: object) -> str:
-    text = "-" if value is None else f"{value:,}" if isinstance(value, int) else str(value)
-    return text if len(text) <= 72 else text[:69] + "..."
+    return "-" if value is None else f"{value:,}" if isinstance(value, int) else str(value)

@@ -8,8 +8,9 @@ from typing import Any
 
 import click
 
-from quantize.cli.common import json_option, print_json, print_table, store_option, verbose_option
+from quantize.cli.common import json_option, print_json, store_option, verbose_option
 from quantize.cli.diagnosis import Ability, Diagnosis, examine
+from quantize.cli.table import Column, print_table, wide_option
 from quantize.cli.trials import Trial, TrialState
 from quantize.store.store import Store
 from quantize.system.cache import default_cache_root
@@ -19,6 +20,7 @@ from quantize.system.sizes import memory_text, size_text
 @click.command("doctor")
 @click.option("--quick", is_flag=True, help="Start no engine: what is installed and broken looks well.")
 @store_option
+@wide_option
 @json_option
 @verbose_option
 @click.pass_context
@@ -43,14 +45,14 @@ def command(context: click.Context, quick: bool, store: Store, as_json: bool) ->
     for name, value in facts:
         click.echo(f"{name:>14}  {value}")
     rows = [[name, version or "not installed"] for name, version in report.versions.items()]
-    print_table([("PACKAGE", "left"), ("VERSION", "left")], rows, empty="")
+    print_table([Column("PACKAGE"), Column("VERSION")], rows, empty="")
     rows = [
         [item.what, str(item.path), size_text(item.free_bytes), "yes" if item.writable else "NO"]
         for item in report.folders
     ]
-    print_table([("FOLDER", "left"), ("PATH", "left"), ("FREE", "right"), ("WRITABLE", "left")], rows, empty="")
+    print_table([Column("FOLDER"), Column("PATH"), Column("FREE", "right"), Column("WRITABLE")], rows, empty="")
     rows = [_row(item) for item in report.abilities]
-    columns = [("FORMAT", "left"), ("BUILD", "left"), ("SERVE", "left"), ("TO INSTALL", "left")]
+    columns = [Column("FORMAT"), Column("BUILD"), Column("SERVE"), Column("TO INSTALL")]
     print_table(columns, rows, empty="no formats")
     if report.trials is None:
         click.echo("engines were not started; without --quick something tiny runs in each")
@@ -61,7 +63,7 @@ def command(context: click.Context, quick: bool, store: Store, as_json: bool) ->
 def _show_trials(trials: Sequence[Trial], *, verbose: bool) -> None:
     """A table of all; then, for each that does not work, what happened and what to do, whole lines to copy."""
     rows = [[item.engine, item.state, f"{item.seconds:.1f}", item.ran or "see below"] for item in trials]
-    columns = [("ENGINE", "left"), ("STATE", "left"), ("SECONDS", "right"), ("RAN", "left")]
+    columns = [Column("ENGINE"), Column("STATE"), Column("SECONDS", "right"), Column("RAN")]
     print_table(columns, rows, empty="no engine is installed")
     for item in trials:
         if item.state is not TrialState.WORKS:

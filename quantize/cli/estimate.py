@@ -14,12 +14,12 @@ from quantize.cli.common import (
     noted,
     open_cache,
     print_json,
-    print_table,
     quiet_option,
     store_option,
     verbose_option,
 )
 from quantize.cli.progress import console_reporter
+from quantize.cli.table import Column, print_table, wide_option
 from quantize.errors import UsageError
 from quantize.estimate.cards import GraphicsCard, card_of
 from quantize.estimate.fit import Fit, FitWord, Workload, advise, judge
@@ -63,6 +63,7 @@ class _EstimateAnswer:
 @click.option("--kv-bits", type=click.Choice([*KV_TYPES]), default="16", show_default=True, help="Of the KV cache.")
 @click.option("--runtime", type=click.Choice(RUNTIMES), help="[default: llama.cpp for GGUF, vllm for AWQ and GPTQ]")
 @store_option
+@wide_option
 @json_option
 @quiet_option
 @verbose_option
@@ -125,7 +126,10 @@ def _print(item: _EstimateAnswer) -> None:
         f"{memory_text(first.loading_ram_bytes)}, safe {memory_text(first.loading_ram_upper_bytes)}"
     )
     concurrencies = sorted({cell.concurrency for cell in table.cells})
-    columns = [("CONTEXT", "right"), *((f"{count} AT ONCE", "right") for count in concurrencies)]
+    columns = [
+        Column("CONTEXT", "right"),
+        *(Column(f"{count} AT ONCE", "right", wraps=True) for count in concurrencies),
+    ]
     rows = []
     for context in sorted({cell.context for cell in table.cells}):
         cells = [cell for cell in table.cells if cell.context == context]

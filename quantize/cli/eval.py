@@ -16,7 +16,6 @@ from quantize.cli.common import (
     noted,
     open_cache,
     print_json,
-    print_table,
     quality_columns,
     quiet_option,
     store_option,
@@ -24,6 +23,7 @@ from quantize.cli.common import (
     verbose_option,
 )
 from quantize.cli.progress import console_reporter
+from quantize.cli.table import Column, print_table, wide_option
 from quantize.errors import UsageError
 from quantize.evaluate.metric import Detail
 from quantize.evaluate.metrics import cells, golden_count
@@ -43,6 +43,7 @@ from quantize.targets import ArtifactTarget, RecipeTarget, find_target
 @click.option("--no-golden", is_flag=True, help="Ask no golden prompts.")
 @threads_option
 @store_option
+@wide_option
 @json_option
 @quiet_option
 @verbose_option
@@ -72,7 +73,7 @@ def command(
     if as_json:
         print_json([_as_json(item, recorded=not changes) for item in results])
     else:
-        columns = [("ARTIFACT", "left"), *quality_columns(Detail.TABLE)]
+        columns = [Column("ARTIFACT"), *quality_columns(Detail.TABLE)]
         print_table(columns, [_row(item) for item in results], empty="nothing to measure")
         for note in source_lines((item.artifact.manifest.name, golden_count(item.record)) for item in results):
             click.echo(note)

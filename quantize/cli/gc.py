@@ -7,7 +7,8 @@ from pathlib import Path
 
 import click
 
-from quantize.cli.common import json_option, print_json, print_table, store_option, verbose_option
+from quantize.cli.common import json_option, print_json, store_option, verbose_option
+from quantize.cli.table import Column, print_table, wide_option
 from quantize.store.store import Store
 from quantize.system.sizes import size_text
 
@@ -16,6 +17,7 @@ from quantize.system.sizes import size_text
 @click.option("--delete", is_flag=True, help="Remove what is shown; without it nothing is touched.")
 @click.option("--newer", is_flag=True, help="Builds of yours too that an older, pulled one has replaced.")
 @store_option
+@wide_option
 @json_option
 @verbose_option
 def command(delete: bool, newer: bool, store: Store, as_json: bool) -> None:
@@ -37,7 +39,7 @@ def command(delete: bool, newer: bool, store: Store, as_json: bool) -> None:
         print_json([{"folder": str(f), "reason": r, "size_bytes": s, "removed": delete} for f, r, s in rows])
         return
     table = [[str(folder), reason, size_text(size)] for folder, reason, size in rows]
-    print_table([("FOLDER", "left"), ("WHY", "left"), ("SIZE", "right")], table, empty="nothing to remove")
+    print_table([Column("FOLDER"), Column("WHY"), Column("SIZE", "right")], table, empty="nothing to remove")
     for item in [] if newer else store.newer_than_pulled():
         click.echo(f"kept: {item.folder}: built here, and newer than the pulled one that is current; see --newer")
     if rows:

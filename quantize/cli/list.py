@@ -10,13 +10,12 @@ import click
 from quantize.cli.common import (
     json_option,
     print_json,
-    print_markdown,
-    print_table,
     quality,
     quality_columns,
     store_option,
     verbose_option,
 )
+from quantize.cli.table import Column, print_markdown, print_table, wide_option
 from quantize.errors import RecipeError
 from quantize.evaluate.metric import Detail
 from quantize.evaluate.record import source_lines
@@ -39,6 +38,7 @@ def command() -> None:
 @click.option("--all", "everything", is_flag=True, help="Superseded and refused builds too, not only the current ones.")
 @click.option("--markdown", is_flag=True, help="Print a Markdown table, such as for the page of a CI job.")
 @store_option
+@wide_option
 @json_option
 @verbose_option
 def artifacts(everything: bool, markdown: bool, store: Store, as_json: bool) -> None:
@@ -49,16 +49,21 @@ def artifacts(everything: bool, markdown: bool, store: Store, as_json: bool) -> 
         print_json([_as_json(store, item) for item in found])
     else:
         columns = [
-            ("NAME", "left"),
-            ("VARIANT", "left"),
-            ("FORMAT", "left"),
-            ("SIZE", "right"),
-            ("BITS/WEIGHT", "right"),
+            Column("NAME"),
+            Column("VARIANT"),
+            Column("FORMAT", rank=6),
+            Column("SIZE", "right"),
+            Column("BITS/WEIGHT", "right", rank=5),
         ]
-        columns += [("VRAM 4K", "right"), *quality_columns(Detail.LIST), ("DIGEST", "left"), ("BUILT", "left")]
+        columns += [
+            Column("VRAM 4K", "right", rank=3),
+            *quality_columns(Detail.LIST),
+            Column("DIGEST", rank=7),
+            Column("BUILT", rank=8),
+        ]
         rows = [_row(item) for item in found]
         if everything:
-            columns.append(("CURRENT", "left"))
+            columns.append(Column("CURRENT"))
             rows = [[*row, "yes" if store.is_current(item) else ""] for row, item in zip(rows, found, strict=True)]
         show = print_markdown if markdown else print_table
         show(columns, rows, empty=f"no artifacts in {store.root}/; see `quantize build`")
@@ -73,6 +78,7 @@ def artifacts(everything: bool, markdown: bool, store: Store, as_json: bool) -> 
 
 @command.command("recipes")
 @click.argument("folder", type=click.Path(path_type=Path, file_okay=False, exists=True), required=False)
+@wide_option
 @json_option
 @verbose_option
 def recipes(folder: Path | None, as_json: bool) -> None:
@@ -91,7 +97,7 @@ def recipes(folder: Path | None, as_json: bool) -> None:
         print_json(rows)
         return
     table = [[row["path"], row["name"], row["model"], row["error"] or ", ".join(row["variants"])] for row in rows]
-    columns = [("RECIPE", "left"), ("NAME", "left"), ("MODEL", "left"), ("VARIANTS", "left")]
+    columns = [Column("RECIPE"), Column("NAME"), Column("MODEL", rank=1), Column("VARIANTS")]
     print_table(columns, table, empty=f"no recipes in {folder}/")
 
 
@@ -111,6 +117,7 @@ def _recipe_row(path: Path, shown: str) -> dict[str, Any]:
 
 
 @command.command("formats")
+@wide_option
 @json_option
 @verbose_option
 def list_formats(as_json: bool) -> None:
@@ -124,7 +131,7 @@ def list_formats(as_json: bool) -> None:
     if as_json:
         print_json(rows)
         return
-    columns = [("FORMAT", "left"), ("EXTRA", "left"), ("OPTIONS", "left")]
+    columns = [Column("FORMAT"), Column("EXTRA"), Column("OPTIONS")]
     table = [[str(row["format"]), str(row["extra"]), ", ".join(row["options"])] for row in rows]
     print_table(columns, table, empty="no formats")
 

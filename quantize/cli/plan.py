@@ -17,12 +17,12 @@ from quantize.cli.common import (
     open_cache,
     open_recipe,
     print_json,
-    print_table,
     quiet_option,
     store_option,
     verbose_option,
 )
 from quantize.cli.progress import console_reporter
+from quantize.cli.table import Column, print_table, wide_option
 from quantize.store.store import Store
 from quantize.system.sizes import size_text
 
@@ -31,6 +31,7 @@ from quantize.system.sizes import size_text
 @click.argument("recipe", type=click.Path(path_type=Path))
 @store_option
 @limits_options
+@wide_option
 @json_option
 @quiet_option
 @verbose_option
@@ -53,8 +54,13 @@ def command(
 
 
 def _print(plan: Plan) -> None:
-    columns = [("VARIANT", "left"), ("FORMAT", "left"), ("TENSORS", "right"), ("SIZE", "right")]
-    columns += [("BYTES", "right"), ("BITS/WEIGHT", "right"), ("KEPT HIGHER", "right"), ("STATE", "left")]
+    columns = [Column("VARIANT"), Column("FORMAT", rank=3), Column("TENSORS", "right", rank=5), Column("SIZE", "right")]
+    columns += [
+        Column("BYTES", "right", rank=4),
+        Column("BITS/WEIGHT", "right", rank=2),
+        Column("KEPT HIGHER", "right", rank=6),
+        Column("STATE"),
+    ]
     print_table(columns, [_row(job) for job in plan.jobs], empty="nothing to build")
     click.echo(f"source  {plan.source.uri}  sha256 {plan.source.digest[:12]}")
     if plan.memory_bytes:

@@ -15,12 +15,12 @@ from quantize.cli.common import (
     make_limits,
     open_cache,
     print_json,
-    print_table,
     quiet_option,
     store_option,
     verbose_option,
 )
 from quantize.cli.progress import console_reporter
+from quantize.cli.table import Column, print_table, wide_option
 from quantize.errors import RefusedError
 from quantize.store.store import Store
 from quantize.targets import find_artifact
@@ -39,6 +39,7 @@ SHOWN_TENSORS = 20
 @click.option("--keep", type=click.Path(path_type=Path), metavar="DIR", help="Build into this new folder, and keep it.")
 @store_option
 @limits_options
+@wide_option
 @json_option
 @quiet_option
 @verbose_option
@@ -67,7 +68,7 @@ def command(
 def _print(result: Rebuild) -> None:
     if result.tools:
         rows = [[item.tool, item.manifest or "-", item.here or "not installed"] for item in result.tools]
-        print_table([("TOOL", "left"), ("MANIFEST", "left"), ("HERE", "left")], rows, empty="")
+        print_table([Column("TOOL"), Column("MANIFEST"), Column("HERE")], rows, empty="")
     if result.device is not None:
         click.echo(result.device)
     for field in result.fields:

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import click
 
-from quantize.cli.common import json_option, print_json, print_table, store_option, verbose_option
+from quantize.cli.common import json_option, print_json, store_option, verbose_option
+from quantize.cli.table import Column, print_table, wide_option
 from quantize.evaluate.decision import Decision
 from quantize.report.decision_text import headline
 from quantize.report.render import choice_data, write_report
@@ -20,6 +21,7 @@ from quantize.store.store import Store
     help="Folder for the pages.  [default: reports/NAME/]",
 )  # fmt: skip
 @store_option
+@wide_option
 @json_option
 @verbose_option
 def command(name: str | None, output: Path | None, store: Store, as_json: bool) -> None:
@@ -33,7 +35,7 @@ def command(name: str | None, output: Path | None, store: Store, as_json: bool) 
         print_json({**choice_data(choice), "files": [str(path) for path in paths]})
         return
     rows = [[item.entry.variant, item.word.value, _why(item.decision)] for item in choice.verdicts]
-    print_table([("VARIANT", "left"), ("VERDICT", "left"), ("WHY", "left")], rows, empty="nothing to report")
+    print_table([Column("VARIANT"), Column("VERDICT"), Column("WHY")], rows, empty="nothing to report")
     click.echo(f"serve: {choice.serve.entry.artifact.ref}" if choice.serve else "serve: none of these")
     click.echo(f"why: {headline(choice)[2]}")
     for path in paths:

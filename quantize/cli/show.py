@@ -10,10 +10,10 @@ import click
 from quantize.cli.common import (
     json_option,
     print_json,
-    print_table,
     store_option,
     verbose_option,
 )
+from quantize.cli.table import Column, print_table, wide_option
 from quantize.evaluate.metrics import readings
 from quantize.evaluate.record import read_record
 from quantize.formats.memory import memory_of
@@ -26,6 +26,7 @@ from quantize.targets import find_artifact
 @click.command("show")
 @click.argument("artifact")
 @store_option
+@wide_option
 @json_option
 @verbose_option
 def command(artifact: str, store: Store, as_json: bool) -> None:
@@ -60,20 +61,27 @@ def command(artifact: str, store: Store, as_json: bool) -> None:
         click.echo(f"{name:>14}  {value}")
     _print_evaluation(found)
     files = [[entry.path, size_text(entry.size_bytes), entry.sha256] for entry in manifest.files]
-    print_table([("FILE", "left"), ("SIZE", "right"), ("SHA256", "left")], files, empty="no files")
+    print_table(
+        [Column("FILE"), Column("SIZE", "right"), Column("SHA256", rank=1, wraps=False)], files, empty="no files"
+    )
     memory = memory_of(found)
     rows = [
         [f"{cell.context:,}", str(cell.concurrency), memory_text(cell.expected_bytes), memory_text(cell.upper_bytes)]
         for cell in (memory.cells if memory is not None else ())
     ]
-    columns = [("CONTEXT", "right"), ("SEQUENCES", "right"), ("MEMORY", "right"), ("TO BE SAFE", "right")]
+    columns = [
+        Column("CONTEXT", "right"),
+        Column("SEQUENCES", "right"),
+        Column("MEMORY", "right"),
+        Column("TO BE SAFE", "right"),
+    ]
     print_table(columns, rows, empty="no estimate: the format is not installed here, or its files can't be read")
     reasons: dict[str, int] = {}
     for item in manifest.kept_in_high_precision:
         reasons[f"{item.type}: {item.reason}"] = reasons.get(f"{item.type}: {item.reason}", 0) + 1
     kept = [[str(count), reason] for reason, count in sorted(reasons.items())]
     print_table(
-        [("TENSORS", "right"), ("KEPT IN HIGHER PRECISION", "left")], kept, empty="nothing kept in higher precision"
+        [Column("TENSORS", "right"), Column("KEPT IN HIGHER PRECISION")], kept, empty="nothing kept in higher precision"
     )
 
 
@@ -84,12 +92,12 @@ def _print_evaluation(artifact: Artifact) -> None:
         return
     rows = [[item.gate, item.outcome.value, item.reason] for item in record.findings]
     click.echo(f"\n{record.verdict}")
-    print_table([("GATE", "left"), ("OUTCOME", "left"), ("WHY", "left")], rows, empty="no gates")
+    print_table([Column("GATE"), Column("OUTCOME"), Column("WHY")], rows, empty="no gates")
     quality, machine = record.quality, record.machine
     if quality is None:
         return
     figures = [[item.title, item.text_with_unit, item.source_text] for item in readings(record)]
-    print_table([("FIGURE", "left"), ("ARTIFACT", "right"), ("SOURCE", "right")], figures, empty="no figures")
+    print_table([Column("FIGURE"), Column("ARTIFACT", "right"), Column("SOURCE", "right")], figures, empty="no figures")
     facts = [
         ("measured on", f"{quality.text_name}, {quality.predictions:,} tokens, sha256 {quality.text_hash[:12]}"),
         ("in", f"{quality.runtime} ({quality.runtime_version})"),
