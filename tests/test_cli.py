@@ -229,7 +229,7 @@ def recipe(tiny: Path, tmp_path: Path) -> Path:
 def test_build_and_build_again(recipe: Path, run: Run) -> None:
     first = run("build", recipe)
     assert first.exit_code == 0
-    assert [line.split()[:2] for line in first.stdout.splitlines() if line.startswith(" int")] == [
+    assert [line.split()[:2] for line in first.stdout.splitlines() if line.startswith("int")] == [
         ["int8", "built"], ["int4", "built"],
     ]  # fmt: skip
     assert "int8: hashing and writing the manifest\n" in first.stderr
