@@ -6,8 +6,10 @@ Only light imports: this is loaded before any runtime.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from multiprocessing.connection import Connection
 from typing import Any, NamedTuple, Protocol
 
 from quantize.runtimes.detokenizer import Detokenizer
@@ -54,8 +56,35 @@ class Sampling:
     frequency_penalty: float = 0.0
     repetition_penalty: float = 1.0
     logprobs: int | None = None
-    json_schema: Mapping[str, Any] | None = None
-    grammar: str | None = None
+
+
+class NextTokens(Protocol):
+    """Which tokens may come next in an answer that must fit something."""
+
+    pipe: Connection
+    param: str  # the field that says so
+
+    def poll(self) -> bytes | None:
+        """A byte for each token of the vocabulary, 0 where it may come next; None: not known yet. Raises Refused."""
+
+    def accept(self, token: int) -> None:
+        """Go on with a token."""
+
+    def close(self) -> None:
+        """The answer is over."""
+
+
+@dataclass
+class PromptTokens:
+    """A request that has been read. masks: what the answer must keep to, if anything."""
+
+    tokens: list[int]
+    masks: NextTokens | None = None
+
+    def close(self) -> None:
+        """It is not wanted any more."""
+        if self.masks is not None:
+            self.masks.close()
 
 
 @dataclass(frozen=True)
@@ -63,6 +92,7 @@ class Serving:
     """How a model is loaded to be served: context: tokens of each of so many sequences at once (slots).
 
     device: cpu or cuda[:N]. threads: None leaves it to the runtime. gpu_layers: None is all, where a runtime can split.
+    named: the device was asked for by name, and nothing else will do.
     As a user asks for it, before preflight has decided: context 0 is the model's own, up to 4,096, and device may be
     "auto".
     """
@@ -72,6 +102,7 @@ class Serving:
     device: str = "cpu"
     threads: int | None = None
     gpu_layers: int | None = None
+    named: bool = False
 
 
 @dataclass
@@ -92,29 +123,27 @@ class Description:
 
 
 class ServedModel(Protocol):
-    """A loaded model. Not for two threads at once."""
+    """A loaded model. Not for two threads at once, but for `read`."""
 
     description: Description
 
-    def chat_tokens(
-        self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] = (), lead: str = ""
-    ) -> list[int]:
-        """Token ids of a conversation, up to where the answer begins, and of `lead`, which it begins with.
+    def read(self, order: Mapping[str, Any], cancelled: threading.Event) -> PromptTokens:
+        """The tokens of a request, and what its answer must fit; called in a thread of its own, others meanwhile.
 
-        Raises Refused.
+        order: a conversation (messages, tools, and lead, which the answer begins with) or a prompt, as text or as token
+        ids; and fit: {"json_schema", "param"} or {"grammar"}. Raises Refused.
         """
 
-    def text_tokens(self, text: str) -> list[int]:
-        """Token ids of a plain text."""
-
-    def begin(self, tokens: Sequence[int], sampling: Sampling) -> int:
+    def begin(self, prompt: PromptTokens, sampling: Sampling) -> int:
         """Take a free slot for a sequence; returns its number. Raises Refused."""
 
     def begin_embedding(self, tokens: Sequence[int]) -> int:
         """Take a free slot for a text that is only read; returns its number. Raises Refused."""
 
-    def step(self) -> Mapping[int, Chosen | Embedding]:
-        """Go one step on with every sequence; the next token of those that have one, or what was to be made of it."""
+    def step(self) -> Mapping[int, Chosen | Embedding | Refused]:
+        """Go one step on with every sequence: the next token of those that have one, what was to be made of it, or why
+        it can't go on.
+        """
 
     def end(self, slot: int) -> None:
         """Give a slot back."""
@@ -133,6 +162,9 @@ class ServedModel(Protocol):
 
     def memory(self) -> dict[str, Any]:
         """gpu (its name or None), vram_allocated, vram_reserved, in bytes."""
+
+    def close(self) -> None:
+        """End what runs beside it."""
 
 
 Progress = Callable[[float], None]

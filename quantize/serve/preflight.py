@@ -95,7 +95,8 @@ def _siblings(target: LocalTarget, store: Store) -> dict[str, tuple[int, VramPro
 
 def engine_target(target: LocalTarget, wanted: Serving, placement: Placement) -> EngineTarget:
     """What the model's process is told. Raises MissingExtraError: the target's runtime is not installed."""
-    serving = replace(wanted, context=placement.context, device=placement.device)
+    named = wanted.device != "auto"
+    serving = replace(wanted, context=placement.context, device=placement.device, named=named)
     path = Path(os.path.abspath(target.path))  # parts of a model are found by their names: no link is followed
     model = ModelRef(path.parent, target.format, path.name) if path.is_file() else ModelRef(path, target.format)
     return EngineTarget(target.name, target.kind, model, serving, runtime_name(target))

@@ -15,9 +15,7 @@ import pytest
 
 from quantize.runtimes.base import ModelRef
 from quantize.runtimes.llama_cpp.kind import LLAMA_CPP
-from quantize.runtimes.llama_cpp.log import log_text
 from quantize.runtimes.llama_cpp.model import ModelSettings, OpenModel
-from quantize.runtimes.llama_cpp.served import buffers
 from quantize.runtimes.served import Serving
 from quantize.serve.engines.base import EngineTarget
 from quantize.serve.engines.local import LocalEngine
@@ -165,11 +163,12 @@ def test_where_the_layers_are_is_told(served: Running) -> None:
 def test_buffers_of_the_real_log(weights: Path) -> None:
     model = OpenModel(weights, ModelSettings(CONTEXT, threads=1))
     try:
-        found = buffers(log_text())
+        found = model.placed.buffer_bytes
     finally:
         model.close()
     assert sum(found.values()) > 500_000
     assert all(name.startswith("CPU") for name in found)
+    assert model.placed.gpu_bytes == 0
 
 
 def test_a_gateway_that_is_killed_leaves_no_process_behind(weights: Path, tmp_path: Path) -> None:

@@ -13,9 +13,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from quantize.runtimes.chat_template import ChatTemplate
 from quantize.runtimes.detokenizer import BytePieces
-from quantize.runtimes.llama_cpp.chat_template import ChatTemplate
-from quantize.runtimes.llama_cpp.served import buffers
+from quantize.runtimes.llama_cpp.placement import Placed
 from quantize.runtimes.served import Refused
 from quantize.serve.engines.text import StopFilter
 from quantize.serve.failures import Failure
@@ -187,9 +187,11 @@ llama_context:  CUDA_Host  output buffer size =     0.50 MiB
 sched_reserve:      CUDA0 compute buffer size =   256.50 MiB
 sched_reserve:        CPU compute buffer size =    12.00 MiB
 """
-    found = buffers(log)
-    assert found["CUDA0"] == int(2622.75 * 2**20)
-    assert {name for name in found if not name.startswith("CPU")} == {"CUDA0"}
+    placed = Placed()
+    for line in log.splitlines():
+        placed.line(line)
+    assert placed.buffer_bytes["CUDA0"] == placed.gpu_bytes == int(2622.75 * 2**20)
+    assert {name for name in placed.buffer_bytes if not name.startswith("CPU")} == {"CUDA0"}
 
 
 def test_the_memory_line_with_a_card_and_without() -> None:

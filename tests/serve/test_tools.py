@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from quantize.runtimes.llama_cpp.chat_template import ChatTemplate
+from quantize.runtimes.chat_template import ChatTemplate
 from quantize.runtimes.tool_style import FAMILIES, tool_style
 from quantize.serve.engines.tools import TOOL_STYLES, CallReader, wish_of
 from quantize.serve.protocol import ChatRequest

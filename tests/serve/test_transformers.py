@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import json
 import struct
+import threading
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from quantize.runtimes.base import ModelRef
-from quantize.runtimes.served import Refused, Sampling, Serving
+from quantize.runtimes.intake import Intake
+from quantize.runtimes.served import PromptTokens, Refused, Sampling, Serving
 from quantize.runtimes.transformers.kind import Transformers
-from quantize.runtimes.transformers.served import TransformersModel, _sample
+from quantize.runtimes.transformers.served import DESK, TransformersModel, _desk_options, _sample
 from tests.serve.test_tools import HERMES, WEATHER
 
 torch = pytest.importorskip("torch")
@@ -22,18 +25,23 @@ PROMPT = "The quick brown fox jumps"
 
 
 @pytest.fixture(scope="module")
-def model(tiny: Path) -> TransformersModel:
+def model(tiny: Path) -> Iterator[TransformersModel]:
     seen: list[float] = []
     serving = Serving(context=256, slots=2, threads=1)
     made = TransformersModel(Transformers(chooses_dtype=True), ModelRef(tiny, "safetensors"), serving, seen.append)
     assert seen
     assert seen == sorted(seen)
     assert seen[-1] == 1.0
-    return made
+    yield made
+    made.close()
+
+
+def read(model: TransformersModel, prompt: str) -> PromptTokens:
+    return model.read({"prompt": prompt}, threading.Event())
 
 
 def generate(model: TransformersModel, prompt: str, count: int, **sampling: Any) -> list[int]:
-    slot = model.begin(model.text_tokens(prompt), Sampling(**sampling))
+    slot = model.begin(read(model, prompt), Sampling(**sampling))
     tokens: list[int] = []
     while len(tokens) < count:
         chosen = model.step()
@@ -68,7 +76,7 @@ def test_a_vector_is_the_mean_of_the_last_layer(model: TransformersModel, tiny: 
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     monkeypatch.setattr("quantize.runtimes.transformers.served.PREFILL_TOKENS", 7)
-    slot = model.begin_embedding(model.text_tokens(PROMPT))
+    slot = model.begin_embedding(read(model, PROMPT).tokens)
     found: dict[int, Any] = {}
     while slot not in found:
         found.update(model.step())
@@ -87,7 +95,10 @@ def test_tools_reach_the_template_and_control_tokens_are_known(
     tokenizer = model._tokenizer
     monkeypatch.setattr(tokenizer, "chat_template", HERMES)
     messages = [{"role": "user", "content": "rain?"}]
-    bare, told = model.chat_tokens(messages), model.chat_tokens(messages, [WEATHER], "<tool_call>\n")
+    intake = Intake(DESK, _desk_options(tokenizer))
+    asked = ({}, {"tools": [WEATHER], "lead": "<tool_call>\n"})
+    bare, told = (intake.read({"messages": messages, **more}, threading.Event()).tokens for more in asked)
+    intake.close()
     text = tokenizer.decode(told)
     assert json.dumps(WEATHER) in text
     assert text.endswith("<|im_start|>assistant\n<tool_call>\n")
@@ -106,7 +117,7 @@ def test_a_prompt_in_parts_gives_what_it_gives_whole(model: TransformersModel, m
 
 def test_two_at_once_do_not_disturb_each_other(model: TransformersModel) -> None:
     alone = [generate(model, prompt, 6, temperature=0) for prompt in (PROMPT, "dog")]
-    slots = [model.begin(model.text_tokens(prompt), Sampling(temperature=0)) for prompt in (PROMPT, "dog")]
+    slots = [model.begin(read(model, prompt), Sampling(temperature=0)) for prompt in (PROMPT, "dog")]
     together: dict[int, list[int]] = {slot: [] for slot in slots}
     for _ in range(6):
         for slot, chosen in model.step().items():
@@ -119,7 +130,7 @@ def test_two_at_once_do_not_disturb_each_other(model: TransformersModel) -> None
 def test_seeds_and_log_probabilities(model: TransformersModel) -> None:
     assert generate(model, PROMPT, 8, seed=5) == generate(model, PROMPT, 8, seed=5)
     assert len({tuple(generate(model, PROMPT, 8, seed=seed)) for seed in range(4)}) > 1
-    slot = model.begin(model.text_tokens(PROMPT), Sampling(temperature=0, logprobs=3))
+    slot = model.begin(read(model, PROMPT), Sampling(temperature=0, logprobs=3))
     chosen = model.step()[slot]
     model.end(slot)
     assert chosen.logprob == chosen.top[0][1]
@@ -130,7 +141,7 @@ def test_seeds_and_log_probabilities(model: TransformersModel) -> None:
 def test_text_streams_as_it_decodes(model: TransformersModel, tiny: Path) -> None:
     from transformers import AutoTokenizer
 
-    pieces, tokens = model.detokenizer(), model.text_tokens(PROMPT + " é 漢")
+    pieces, tokens = model.detokenizer(), read(model, PROMPT + " é 漢").tokens
     assert "".join(pieces.add(token) for token in tokens) == AutoTokenizer.from_pretrained(tiny).decode(tokens)
 
 
@@ -140,12 +151,12 @@ def test_a_chat_uses_the_folders_template(model: TransformersModel, tiny: Path) 
     messages = [{"role": "user", "content": "Which fox?"}]
     tokenizer = AutoTokenizer.from_pretrained(tiny)
     wanted = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
-    assert model.chat_tokens(messages) == wanted
+    assert model.read({"messages": messages}, threading.Event()).tokens == wanted
 
 
 def test_tokens_that_are_none(model: TransformersModel) -> None:
     with pytest.raises(Refused, match="vocabulary"):
-        model.begin([10**6], Sampling())
+        model.begin(PromptTokens([10**6]), Sampling())
 
 
 @pytest.mark.parametrize(

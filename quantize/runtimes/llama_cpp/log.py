@@ -1,7 +1,8 @@
 """llama.cpp's log, kept instead of printed.
 
-In: the functions of llama_cpp. Out: what it said since. llama.cpp stores the address of the function that takes its
-log, for the whole process: that function is made here once and never freed, and what changes is where it writes.
+In: the functions of llama_cpp. Out: what it said since, and each line to who watches it pass by. llama.cpp stores the
+address of the function that takes its log, for the whole process: that function is made here once and never freed, and
+what changes is where it writes.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import ctypes
 import re
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from quantize.errors import says_out_of_memory
@@ -21,14 +22,19 @@ CAUSE = re.compile(r"\b(found|invalid|missing|unknown|expected|corrupt\w*|nan|in
 
 _callback: Any = None
 _lines: deque[str] = deque()
+_watch: Callable[[str], None] | None = None
+_begun = ""  # of a line that has not ended
 
 
-def keep_log(library: Any, most: int | None = None) -> deque[str]:
-    """Let llama.cpp's log go to a new list, of the last `most` pieces, and return it."""
-    global _callback, _lines
+def keep_log(library: Any, most: int | None = None, watch: Callable[[str], None] | None = None) -> deque[str]:
+    """Let llama.cpp's log go to a new list, of the last `most` pieces, and return it.
+
+    watch: is shown every line as it comes. A model has thousands: what counts is looked for here, not in the last ones.
+    """
+    global _callback, _lines, _watch, _begun
     if _callback is None:
         _callback = library.llama_log_callback(_keep)
-    _lines = deque(maxlen=most)
+    _lines, _watch, _begun = deque(maxlen=most), watch, ""
     library.llama_log_set(_callback, ctypes.c_void_p(0))
     return _lines
 
@@ -56,4 +62,10 @@ def telling_line(log: Iterable[str]) -> str:
 
 
 def _keep(_level: int, text: bytes, _data: Any) -> None:
-    _lines.append(text.decode("utf-8", "replace"))
+    global _begun
+    piece = text.decode("utf-8", "replace")
+    _lines.append(piece)
+    if _watch is not None:
+        *lines, _begun = (_begun + piece).split("\n")
+        for line in lines:
+            _watch(line)

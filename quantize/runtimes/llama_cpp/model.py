@@ -6,24 +6,19 @@ logits. What to ask it, and how to choose tokens, is left to evaluate and serve.
 
 from __future__ import annotations
 
-import ctypes
 import os
-import sys
-import types
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from quantize.errors import MissingExtraError, UsageError, VerifyError
-from quantize.files.gguf import EXTRA
-from quantize.runtimes.llama_cpp.log import keep_log, log_text, telling_line
+from quantize.errors import UsageError, VerifyError
+from quantize.runtimes.llama_cpp.library import last_log_line, load_library
+from quantize.runtimes.llama_cpp.placement import Placed
+from quantize.runtimes.llama_cpp.words import NOT_LOADED, Words
 from quantize.system.machine import usable_cores
 
 MICRO_BATCH_TOKENS = 512
-LOG_LINES = 2000
-NOT_LOADED = "the file is damaged, or of a kind that this llama-cpp-python does not know: build or pull it again"
 NOT_RUN = "free memory, or take a shorter context; another llama-cpp-python may run it"
 POOLING_NONE = 0  # llama.cpp's LLAMA_POOLING_TYPE_NONE: each token's own output; pooling is the caller's
 SPLIT_NONE = 0  # llama.cpp's LLAMA_SPLIT_MODE_NONE: the whole model on main_gpu
@@ -58,7 +53,7 @@ class BatchToken(NamedTuple):
     logits: bool
 
 
-class OpenModel:
+class OpenModel(Words):
     """A loaded model with one context. Not for two threads at once."""
 
     def __init__(
@@ -69,30 +64,13 @@ class OpenModel:
 
         Raises VerifyError: llama.cpp can't load it. UsageError: more context than the model has. MissingExtraError.
         """
-        self.library = _load_library(feature)
-        self._name = path.name
-        self._settings = settings
-        self.model: Any = None
-        self.context: Any = None
-        self._open_model(path, progress)
-        self._open_context()
-
-    def _open_model(self, path: Path, progress: Callable[[float], None] | None) -> None:
-        library, settings = self.library, self._settings
-        params = library.llama_model_default_params()
-        params.check_tensors = settings.check_tensors
-        if settings.gpu_layers is not None:
-            params.n_gpu_layers = settings.gpu_layers
-        if settings.main_gpu is not None:
-            params.split_mode, params.main_gpu = SPLIT_NONE, settings.main_gpu
-        if progress is not None:
-            params.progress_callback = library.llama_progress_callback(lambda share, _: (progress(share), True)[1])
-        self.model = library.llama_model_load_from_file(os.fsencode(path), params)
-        if not self.model:
-            raise VerifyError(f"{self._name}: llama.cpp does not load it: {_last_log_line()}", hint=NOT_LOADED)
-        self.vocab = library.llama_model_get_vocab(self.model)
-        self.vocabulary = int(library.llama_vocab_n_tokens(self.vocab))
+        self.placed = Placed()
+        library = load_library(feature, self.placed.line)
+        super().__init__(library, _load(library, path, settings, progress), path.name)
         self.trained_context = int(library.llama_model_n_ctx_train(self.model))
+        self._settings = settings
+        self.context: Any = None
+        self._open_context()
 
     def _open_context(self) -> None:
         library, settings = self.library, self._settings
@@ -115,7 +93,7 @@ class OpenModel:
         self.context = library.llama_init_from_model(self.model, params)
         if not self.context:
             self.close()
-            raise VerifyError(f"{self._name}: llama.cpp makes no context for it: {_last_log_line()}", hint=NOT_RUN)
+            raise VerifyError(f"{self._name}: llama.cpp makes no context for it: {last_log_line()}", hint=NOT_RUN)
         self._memory = library.llama_get_memory(self.context)
 
     def decode(self, entries: Iterable[BatchToken]) -> None:
@@ -131,7 +109,7 @@ class OpenModel:
                 batch.n_seq_id[index], batch.seq_id[index][0] = 1, row.sequence
                 batch.logits[index] = row.logits
             if self.library.llama_decode(self.context, batch) != 0:
-                raise VerifyError(f"{self._name}: llama.cpp can't run it: {_last_log_line()}", hint=NOT_RUN)
+                raise VerifyError(f"{self._name}: llama.cpp can't run it: {last_log_line()}", hint=NOT_RUN)
         finally:
             self.library.llama_batch_free(batch)
 
@@ -165,45 +143,6 @@ class OpenModel:
         """Keep only the first `position` tokens of a sequence; False where this kind of model can't."""
         return bool(self.library.llama_memory_seq_rm(self._memory, sequence, position, -1))
 
-    def tokenize(self, text: str, *, special: bool, start: bool) -> list[int]:
-        """Token ids. special: <|names|> in the text are control tokens. start: begin as the model's sequences do."""
-        raw = text.encode("utf-8")
-        room = len(raw) + 8
-        tokens = (ctypes.c_int32 * room)()
-        count = self.library.llama_tokenize(self.vocab, raw, len(raw), tokens, room, start, special)
-        if count < 0:
-            raise VerifyError(f"{self._name}: its tokenizer makes more tokens of a text than the text has bytes")
-        return tokens[:count]
-
-    def piece(self, token: int) -> bytes:
-        """The bytes that a token writes; control tokens write none."""
-        size = 64
-        while True:
-            buffer = ctypes.create_string_buffer(size)
-            count = self.library.llama_token_to_piece(self.vocab, token, buffer, size, 0, False)
-            if count >= 0:
-                return buffer.raw[:count]
-            size = -count
-
-    def token_text(self, token: int) -> str:
-        """The piece of a token as the file has it, control tokens too."""
-        raw = self.library.llama_vocab_get_text(self.vocab, token)
-        return raw.decode("utf-8", "replace") if raw else ""
-
-    def ends(self, token: int) -> bool:
-        """Whether a token ends an answer."""
-        return bool(self.library.llama_vocab_is_eog(self.vocab, token))
-
-    def metadata(self, key: str) -> str | None:
-        """A key-value of the file as text."""
-        size = 4096
-        while True:
-            buffer = ctypes.create_string_buffer(size)
-            count = self.library.llama_model_meta_val_str(self.model, key.encode(), buffer, size)
-            if count < size:
-                return buffer.value.decode("utf-8", "replace") if count >= 0 else None
-            size = count + 1
-
     def close(self) -> None:
         """Give the memory back."""
         if self.context:
@@ -213,29 +152,17 @@ class OpenModel:
         self.context = self.model = None
 
 
-def import_bindings_only() -> None:
-    """Let llama_cpp's C bindings be imported without the rest of the package, and so without numpy.
-
-    For a process of its own that uses nothing else of it: saves 24 MB and a tenth of a second.
-    """
-    found = find_spec("llama_cpp")
-    if found is None or "llama_cpp" in sys.modules:
-        return
-    package = types.ModuleType("llama_cpp")
-    package.__path__ = list(found.submodule_search_locations or [])
-    sys.modules["llama_cpp"] = package
-
-
-def _load_library(feature: str) -> Any:
-    """llama.cpp's C functions, with its log kept instead of printed."""
-    try:
-        import llama_cpp.llama_cpp as library
-    except ImportError as exc:
-        raise MissingExtraError(feature, EXTRA) from exc
-    keep_log(library, LOG_LINES)
-    library.llama_backend_init()
-    return library
-
-
-def _last_log_line() -> str:
-    return telling_line(log_text().splitlines()) or "llama.cpp gave no message"
+def _load(library: Any, path: Path, settings: ModelSettings, progress: Callable[[float], None] | None) -> Any:
+    """llama.cpp's pointer to the model."""
+    params = library.llama_model_default_params()
+    params.check_tensors = settings.check_tensors
+    if settings.gpu_layers is not None:
+        params.n_gpu_layers = settings.gpu_layers
+    if settings.main_gpu is not None:
+        params.split_mode, params.main_gpu = SPLIT_NONE, settings.main_gpu
+    if progress is not None:
+        params.progress_callback = library.llama_progress_callback(lambda share, _: (progress(share), True)[1])
+    model = library.llama_model_load_from_file(os.fsencode(path), params)
+    if not model:
+        raise VerifyError(f"{path.name}: llama.cpp does not load it: {last_log_line()}", hint=NOT_LOADED)
+    return model

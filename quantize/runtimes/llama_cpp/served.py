@@ -6,28 +6,41 @@ automatic choice of it changes answers. What a slot still holds of an earlier co
 
 from __future__ import annotations
 
-import re
-from collections import Counter
+import os
+import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from multiprocessing.connection import wait
 from typing import Any
 
 from quantize.errors import VerifyError
 from quantize.runtimes.base import ModelRef
 from quantize.runtimes.detokenizer import BytePieces
-from quantize.runtimes.llama_cpp.chat_template import ChatTemplate
-from quantize.runtimes.llama_cpp.log import log_text
-from quantize.runtimes.llama_cpp.model import BatchToken, ModelSettings, OpenModel, import_bindings_only
+from quantize.runtimes.intake import Intake
+from quantize.runtimes.llama_cpp.choice import choose_fitting, logits_of, with_logprobs
+from quantize.runtimes.llama_cpp.library import import_bindings_only
+from quantize.runtimes.llama_cpp.model import BatchToken, ModelSettings, OpenModel
 from quantize.runtimes.llama_cpp.reading import Readings
-from quantize.runtimes.served import Chosen, Description, Embedding, Progress, Refused, Sampling, Serving
+from quantize.runtimes.served import (
+    Chosen,
+    Description,
+    Embedding,
+    NextTokens,
+    Progress,
+    PromptTokens,
+    Refused,
+    Sampling,
+    Serving,
+)
 from quantize.runtimes.tool_style import tool_style
 
 PREFILL_TOKENS = 256  # of one step: longer prompts take turns with answers that are under way
 ALL_LAYERS = -1
 PENALTY_TOKENS = 64  # llama.cpp's own default for how far penalties look back
 SUPPORTS = ("top_k", "min_p", "penalties", "repetition_penalty", "logprobs", "json", "grammar")
-_BUFFER = re.compile(r"\s(\S+)\s+(?:model|KV|RS|compute|output) buffer size\s*=\s*([\d.]+) MiB")
-_ASSIGNED = re.compile(r"layer\s+\d+ assigned to device (\S+?),?\s")
+CPU = "cpu"
+DESK = "quantize.runtimes.llama_cpp.desk:open_desk"
+WAIT_SECONDS = 0.05
 
 
 @dataclass
@@ -38,6 +51,13 @@ class LlamaAnswer:
     position: int
     sampler: Any
     sampling: Sampling
+    masks: NextTokens | None = None
+    logits: Any = None  # of the next token, while it is not known what may come
+
+    @property
+    def has_logits(self) -> bool:
+        """Whether all that is there has been computed."""
+        return self.logits is not None
 
 
 class LlamaCppModel:
@@ -45,7 +65,7 @@ class LlamaCppModel:
 
     def __init__(self, model: ModelRef, serving: Serving, progress: Progress) -> None:
         import_bindings_only()
-        slots, gpu, layers = serving.slots, serving.device != "cpu", serving.gpu_layers
+        slots, gpu, layers = serving.slots, serving.device != CPU, serving.gpu_layers
         settings = ModelSettings(
             context=serving.context,
             sequences=slots,
@@ -55,62 +75,47 @@ class LlamaCppModel:
             gpu_layers=(ALL_LAYERS if layers is None else layers) if gpu else 0,
             main_gpu=int(serving.device.partition(":")[2] or 0) if gpu else None,
         )
+        self._intake = Intake(DESK, os.fsencode(model.path), {"CUDA_VISIBLE_DEVICES": ""})
         self._open = OpenModel(model.path, settings, progress=progress, feature="serving a GGUF file")
         self._library = self._open.library
         self._sequences: dict[int, LlamaAnswer] = {}
         self._readings = Readings(self._open)
         self._kept: dict[int, list[int]] = {slot: [] for slot in range(slots)}
-        self._template_text = self._open.metadata("tokenizer.chat_template")
-        self._template: ChatTemplate | None = None
-        self.description = self._describe(serving, gpu)
+        self.description = self._describe(serving)
         self._memory = self._gpu_memory(settings.main_gpu or 0) if gpu else {"gpu": None}
 
-    def _describe(self, serving: Serving, gpu: bool) -> Description:
-        devices = dict(Counter(_ASSIGNED.findall(log_text())))
-        warnings = []
-        if gpu and serving.gpu_layers is None and "CPU" in devices:
-            why = "" if self._library.llama_supports_gpu_offload() else ": this llama-cpp-python is built without CUDA"
-            warnings.append(f"{devices['CPU']} of {sum(devices.values())} layers are on the CPU, not on the GPU{why}")
-        if not self._template_text:
-            warnings.append("the file has no chat template: only /v1/completions and /v1/generate answer")
+    def _describe(self, serving: Serving) -> Description:
+        placed, warnings = self._open.placed, []
+        astray = placed.astray(serving.device, serving.gpu_layers)
+        if astray:
+            if serving.device != CPU and not self._library.llama_supports_gpu_offload():
+                astray += ": this llama-cpp-python is built without support for GPUs"
+            if serving.named:
+                raise Refused(503, "not_on_device", f"{astray}; --device auto takes what there is")
+            warnings.append(astray)
+        if template := self._intake.warning():
+            warnings.append(template)
         return Description(
             "llama.cpp", self._open.size, serving.slots, serving.device,
-            SUPPORTS + (("embeddings",) if self._readings.pooling else ()), devices, warnings,
-            tool_style(self._template_text or ""),
+            SUPPORTS + (("embeddings",) if self._readings.pooling else ()), placed.layers, warnings,
+            tool_style(self._open.metadata("tokenizer.chat_template") or ""),
         )  # fmt: skip
 
-    def _chat_template(self) -> ChatTemplate:
-        """Read when it is first needed: until then the process is without jinja2."""
-        if not self._template_text:
-            raise Refused(422, "no_chat_template", "the model has no chat template: use /v1/completions")
-        if self._template is None:
-            names = {"bos_token": self._library.llama_vocab_bos, "eos_token": self._library.llama_vocab_eos}
-            numbers = {name: int(get(self._open.vocab)) for name, get in names.items()}
-            special = {name: self._open.token_text(token) if token >= 0 else "" for name, token in numbers.items()}
-            self._template = ChatTemplate(self._template_text, special)
-        return self._template
-
-    def chat_tokens(
-        self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] = (), lead: str = ""
-    ) -> list[int]:
+    def read(self, order: Mapping[str, Any], cancelled: threading.Event) -> PromptTokens:
         """See ServedModel."""
-        return self._open.tokenize(self._chat_template().render(messages, tools) + lead, special=True, start=False)
+        return self._intake.read(order, cancelled)
 
-    def text_tokens(self, text: str) -> list[int]:
+    def begin(self, prompt: PromptTokens, sampling: Sampling) -> int:
         """See ServedModel."""
-        return self._open.tokenize(text, special=True, start=True)
-
-    def begin(self, tokens: Sequence[int], sampling: Sampling) -> int:
-        """See ServedModel."""
+        tokens = prompt.tokens
         self._check(tokens)
-        sampler = self._sampler(sampling)
         slot = max(self._free(), key=lambda item: _common(self._kept[item], tokens))
         keep = min(_common(self._kept[slot], tokens), len(tokens) - 1)
         if not self._open.forget_after(slot, keep):
             self._open.forget_after(slot, 0)
             keep = 0
         self._kept[slot] = []
-        self._sequences[slot] = LlamaAnswer(list(tokens), keep, sampler, sampling)
+        self._sequences[slot] = LlamaAnswer(list(tokens), keep, self._sampler(sampling), sampling, prompt.masks)
         return slot
 
     def begin_embedding(self, tokens: Sequence[int]) -> int:
@@ -128,41 +133,69 @@ class LlamaCppModel:
         if any(not 0 <= token < self._open.vocabulary for token in tokens):
             raise Refused(422, "invalid_value", "the prompt has a token that the vocabulary lacks", "prompt")
 
-    def step(self) -> Mapping[int, Chosen | Embedding]:
+    def step(self) -> Mapping[int, Chosen | Embedding | Refused]:
         """See ServedModel. Two batches where texts are read beside answers: one batch is all of one kind."""
-        read: Mapping[int, Chosen | Embedding] = self._readings.step() if self._readings else {}
+        read: Mapping[int, Chosen | Embedding | Refused] = self._readings.step() if self._readings else {}
         return {**read, **self._write_on()} if self._sequences else read
 
-    def _write_on(self) -> dict[int, Chosen]:
-        """One batch: the next token of each answer, and as much of the prompts as there is room for."""
+    def _write_on(self) -> dict[int, Chosen | Refused]:
+        """One batch: the next token of each answer, and as much of the prompts as there is room for.
+
+        An answer that must fit something takes its token as soon as it is known what may come: the batch after this one
+        does not wait for it.
+        """
         entries: list[BatchToken] = []
         rows: dict[int, int] = {}
         pending = sorted(self._sequences.items(), key=lambda item: len(item[1].tokens) - item[1].position)
         for slot, item in pending:
             stop = min(len(item.tokens), item.position + self._open.batch_tokens - len(entries))
+            if stop == item.position:  # its token is being chosen
+                continue
             last = len(item.tokens) - 1
             entries += [BatchToken(item.tokens[p], p, slot, p == last) for p in range(item.position, stop)]
             item.position = stop
             if stop == len(item.tokens):
                 rows[slot] = len(entries) - 1
-        try:
-            self._open.decode(entries)
-        except VerifyError as exc:
-            raise RuntimeError(exc.message) from exc
-        return {slot: self._choose(self._sequences[slot], row) for slot, row in rows.items()}
+        if entries:
+            try:
+                self._open.decode(entries)
+            except VerifyError as exc:
+                raise RuntimeError(exc.message) from exc
+        chosen: dict[int, Chosen | Refused] = {}
+        for slot, row in rows.items():
+            item = self._sequences[slot]
+            if item.masks is None:
+                chosen[slot] = self._choose(item, row)
+            else:
+                item.logits = logits_of(self._open, row)
+        return {**chosen, **self._choose_fitting(idle=not entries)}
 
     def _choose(self, item: LlamaAnswer, row: int) -> Chosen:
         token = int(self._library.llama_sampler_sample(item.sampler, self._open.context, row))
         item.tokens.append(token)
         if item.sampling.logprobs is None:
             return Chosen(token)
-        return _with_logprobs(token, self._logits(row), item.sampling.logprobs)
+        return with_logprobs(token, logits_of(self._open, row), item.sampling.logprobs)
 
-    def _logits(self, row: int) -> Any:
-        import numpy as np
-
-        pointer = self._library.llama_get_logits_ith(self._open.context, row)
-        return np.ctypeslib.as_array(pointer, (self._open.vocabulary,)).astype(np.float64)
+    def _choose_fitting(self, *, idle: bool) -> dict[int, Chosen | Refused]:
+        """Of the answers that must fit something, those where it is known what may come. idle: nothing else to do."""
+        waiting = {slot: item for slot, item in self._sequences.items() if item.masks is not None and item.has_logits}
+        if waiting and idle and not self._readings:
+            wait([item.masks.pipe for item in waiting.values() if item.masks is not None], WAIT_SECONDS)
+        chosen: dict[int, Chosen | Refused] = {}
+        for slot, item in waiting.items():
+            try:
+                token = choose_fitting(self._open, item.sampler, item.masks, item.logits)
+            except Refused as exc:
+                chosen[slot] = exc
+                continue
+            if token is None:
+                continue
+            item.tokens.append(token)
+            count = item.sampling.logprobs
+            chosen[slot] = Chosen(token) if count is None else with_logprobs(token, item.logits, count)
+            item.logits = None
+        return chosen
 
     def end(self, slot: int) -> None:
         """See ServedModel."""
@@ -171,6 +204,8 @@ class LlamaCppModel:
             return
         item = self._sequences.pop(slot)
         self._library.llama_sampler_free(item.sampler)
+        if item.masks is not None:
+            item.masks.close()
         self._kept[slot] = item.tokens[: item.position]
 
     def ends(self, token: int) -> bool:
@@ -194,29 +229,27 @@ class LlamaCppModel:
         """See ServedModel; llama.cpp allocates everything while loading and reserves no more."""
         return self._memory
 
+    def close(self) -> None:
+        """See ServedModel."""
+        self._intake.close()
+        self._open.close()
+
     def _gpu_memory(self, number: int) -> dict[str, Any]:
         from quantize.system.machine import detect
 
         gpus = detect().gpus
-        size = sum(size for name, size in buffers(log_text()).items() if not name.startswith("CPU"))
+        size = self._open.placed.gpu_bytes
         name = gpus[number].name if number < len(gpus) else f"GPU {number}"
         return {"gpu": name, "vram_allocated": size, "vram_reserved": size}
 
     def _sampler(self, sampling: Sampling) -> Any:
-        """llama.cpp's samplers in the order of its own tools. Raises Refused: the grammar can't be read."""
+        """llama.cpp's samplers in the order of its own tools."""
         library = self._library
         chain = library.llama_sampler_chain_init(library.llama_sampler_chain_default_params())
 
         def add(sampler: Any) -> None:
             library.llama_sampler_chain_add(chain, sampler)
 
-        grammar = _grammar(sampling)
-        if grammar is not None:
-            made = library.llama_sampler_init_grammar(self._open.vocab, grammar.encode(), b"root")
-            if not made:
-                library.llama_sampler_free(chain)
-                raise Refused(422, "invalid_grammar", "llama.cpp can't read the grammar", "grammar")
-            add(made)
         penalties = (sampling.repetition_penalty, sampling.frequency_penalty, sampling.presence_penalty)
         if penalties != (1.0, 0.0, 0.0):
             add(library.llama_sampler_init_penalties(self._open.vocabulary, PENALTY_TOKENS, *penalties))
@@ -237,43 +270,9 @@ class LlamaCppModel:
         return chain
 
 
-def buffers(log: str) -> dict[str, int]:
-    """Bytes of all buffers on each device, by llama.cpp's log. Memory that is the host's, for copying, is CPU."""
-    found: Counter[str] = Counter()
-    for device, mebibytes in _BUFFER.findall(log):
-        found["CPU" if device.endswith("_Host") else device] += round(float(mebibytes) * 2**20)
-    return dict(found)
-
-
-def _grammar(sampling: Sampling) -> str | None:
-    """GBNF of what an answer must fit. Raises Refused: the schema can't be expressed."""
-    if sampling.json_schema is None:
-        return sampling.grammar
-    import json
-
-    from llama_cpp.llama_grammar import JSON_GBNF, json_schema_to_gbnf
-
-    if not sampling.json_schema:
-        return str(JSON_GBNF)
-    try:
-        return str(json_schema_to_gbnf(json.dumps(sampling.json_schema)))
-    except Exception as exc:
-        message = f"the JSON schema can't be made a grammar ({type(exc).__name__})"
-        raise Refused(422, "invalid_json_schema", message, "response_format") from exc
-
-
 def _common(first: Sequence[int], second: Sequence[int]) -> int:
     """Length of the common beginning."""
     for index, (one, other) in enumerate(zip(first, second, strict=False)):
         if one != other:
             return index
     return min(len(first), len(second))
-
-
-def _with_logprobs(token: int, logits: Any, count: int) -> Chosen:
-    import numpy as np
-
-    highest = float(logits.max())
-    logprobs = logits - highest - np.log(np.exp(logits - highest).sum())
-    best = np.argsort(logprobs)[::-1][:count].tolist()
-    return Chosen(token, float(logprobs[token]), tuple((item, float(logprobs[item])) for item in best))

@@ -6,18 +6,23 @@ turn. Weights are read straight to the device; where each layer ended up is look
 
 from __future__ import annotations
 
+import threading
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import orjson
+
 from quantize.runtimes.base import ModelRef
-from quantize.runtimes.served import Chosen, Description, Embedding, Progress, Refused, Sampling, Serving
+from quantize.runtimes.intake import Intake
+from quantize.runtimes.served import Chosen, Description, Embedding, Progress, PromptTokens, Refused, Sampling, Serving
 from quantize.runtimes.tool_style import tool_style
 from quantize.runtimes.transformers.load import TransformersLoader
 from quantize.system.machine import usable_cores
 
+DESK = "quantize.runtimes.transformers.desk:open_desk"
 PREFILL_TOKENS = 512
 SUPPORTS = ("top_k", "min_p", "penalties", "repetition_penalty", "logprobs", "embeddings")
 
@@ -55,6 +60,7 @@ class TransformersModel:
         if self._device.startswith("cuda") and not self._torch.cuda.is_available():
             raise Refused(503, "no_gpu", "this torch sees no GPU: install one built for CUDA, or use --device cpu")
         self._tokenizer = _open_tokenizer(model.folder)
+        self._intake = Intake(DESK, _desk_options(self._tokenizer))
         with Reporting(progress):
             self._model = loader.load(model, self._device)
         self._ends = _end_tokens(self._model, self._tokenizer)
@@ -64,46 +70,35 @@ class TransformersModel:
         self.description = self._describe(loader.name, serving)
 
     def _describe(self, runtime: str, serving: Serving) -> Description:
-        devices = _devices(self._model)
+        devices, warnings = _devices(self._model), []
         elsewhere = {name: count for name, count in devices.items() if name != self._device}
-        warnings = [f"{count} layers are on {name}, not on {self._device}" for name, count in elsewhere.items()]
-        template = getattr(self._tokenizer, "chat_template", None)
-        if template is None:
-            warnings.append("the model has no chat template: only /v1/completions and /v1/generate answer")
+        if elsewhere:
+            where = " and ".join(f"{count} on {name}" for name, count in elsewhere.items())
+            astray = f"of {sum(devices.values())} layers, {where} instead of {self._device}"
+            if serving.named:
+                raise Refused(503, "not_on_device", f"{astray}; --device auto takes what there is")
+            warnings.append(astray)
+        if template := self._intake.warning():
+            warnings.append(template)
         return Description(
             runtime, serving.context, serving.slots, self._device, SUPPORTS, devices, warnings,
-            tool_style(template if isinstance(template, str) else ""),
+            tool_style(_template_of(self._tokenizer) or ""),
         )  # fmt: skip
 
-    def chat_tokens(
-        self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] = (), lead: str = ""
-    ) -> list[int]:
+    def read(self, order: Mapping[str, Any], cancelled: threading.Event) -> PromptTokens:
         """See ServedModel."""
-        if getattr(self._tokenizer, "chat_template", None) is None:
-            raise Refused(422, "no_chat_template", "the model has no chat template: use /v1/completions")
-        try:
-            text = self._tokenizer.apply_chat_template(
-                [dict(item) for item in messages], tools=list(tools) or None, tokenize=False, add_generation_prompt=True
-            )
-        except Exception as exc:
-            message = "the model's chat template refuses these messages"
-            raise Refused(422, "chat_template", message, "messages") from exc
-        return list(self._tokenizer(text + lead, add_special_tokens=False)["input_ids"])
+        return self._intake.read(order, cancelled)
 
-    def text_tokens(self, text: str) -> list[int]:
+    def begin(self, prompt: PromptTokens, sampling: Sampling) -> int:
         """See ServedModel."""
-        return list(self._tokenizer(text)["input_ids"])
-
-    def begin(self, tokens: Sequence[int], sampling: Sampling) -> int:
-        """See ServedModel."""
-        self._check(tokens)
+        self._check(prompt.tokens)
         generator = self._torch.Generator()
         if sampling.seed is None:
             generator.seed()
         else:
             generator.manual_seed(sampling.seed % (1 << 63))
         slot = self._free()
-        self._running[slot] = TransformersAnswer(list(tokens), sampling, generator, len(tokens))
+        self._running[slot] = TransformersAnswer(list(prompt.tokens), sampling, generator, len(prompt.tokens))
         return slot
 
     def begin_embedding(self, tokens: Sequence[int]) -> int:
@@ -182,6 +177,10 @@ class TransformersModel:
         """See ServedModel."""
         return str(self._tokenizer.decode([token])).encode("utf-8")
 
+    def close(self) -> None:
+        """See ServedModel."""
+        self._intake.close()
+
     def memory(self) -> dict[str, Any]:
         """See ServedModel."""
         if not self._device.startswith("cuda"):
@@ -259,6 +258,24 @@ def _open_tokenizer(folder: Path) -> Any:
     from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+
+
+def _template_of(tokenizer: Any) -> str | None:
+    """The template of plain chats; None: there is none."""
+    try:
+        found: str = tokenizer.get_chat_template()
+    except ValueError:
+        return None
+    return found
+
+
+def _desk_options(tokenizer: Any) -> bytes:
+    """The tokenizer as it was loaded, for the process that reads requests."""
+    return orjson.dumps({
+        "tokenizer": tokenizer.backend_tokenizer.to_str(),
+        "template": _template_of(tokenizer),
+        "special": tokenizer.special_tokens_map,
+    })  # fmt: skip
 
 
 def _end_tokens(model: Any, tokenizer: Any) -> frozenset[int]:

@@ -26,12 +26,12 @@ import orjson
 
 from quantize.errors import QuantizeError, first_line
 from quantize.runtimes.base import ModelRef, ServingKind
-from quantize.runtimes.served import Chosen, Embedding, Refused, Sampling, ServedModel, Serving
+from quantize.runtimes.served import Chosen, Embedding, PromptTokens, Refused, Sampling, ServedModel, Serving
 from quantize.serve.engines.text import StopFilter
 from quantize.system.process import spin_briefly
 
 PROGRESS_SECONDS = 0.1
-PROBE_TOKENS = 48  # long enough for the kernels of whole batches: one token, or a few, take others
+PROBE_TOKENS = 64  # long enough for the kernels of whole batches: one token, or up to 50, take others
 Inbox = queue.SimpleQueue[dict[str, Any] | None]
 OUT_OF_MEMORY = ("out of memory", "OutOfMemory", "cannot allocate", "can't allocate", "failed to allocate")
 
@@ -93,7 +93,8 @@ class AnswerLoop:
         self._model = model
         self._inbox = inbox
         self._jobs: dict[int, AnswerJob] = {}  # by slot
-        self._waiting: deque[dict[str, Any]] = deque()
+        self._being_read: dict[int, threading.Event] = {}  # what tells each that nobody waits for it any more
+        self._waiting: deque[tuple[dict[str, Any], PromptTokens]] = deque()
 
     def run(self) -> None:
         """Until the gateway closes the socket."""
@@ -105,44 +106,67 @@ class AnswerLoop:
                 self._take(order)
             frames: list[dict[str, Any]] = []
             while self._waiting and len(self._jobs) < self._model.description.slots:
-                self._begin(self._waiting.popleft(), frames)
+                self._begin(*self._waiting.popleft(), frames)
             if self._jobs:
                 self._step(frames)
             send(self._connection, *frames)
 
     def _take(self, order: dict[str, Any]) -> None:
+        number = order.get("id", 0)
         if order["op"] == "generate":
-            self._waiting.append(order)
+            cancelled = self._being_read[number] = threading.Event()
+            threading.Thread(target=self._read, args=(order, cancelled), daemon=True).start()
+        elif order["op"] == "read":
+            prompt, fail = order["prompt"], order["fail"]
+            if self._being_read.pop(number, None) is None:
+                if prompt is not None:
+                    prompt.close()
+            elif prompt is None:
+                send(self._connection, {"id": number, "fail": fail})
+            else:
+                self._waiting.append((order["order"], prompt))
         elif order["op"] == "ping":
             send(self._connection, {"pong": True})
         elif order["op"] == "cancel":
-            number = order["id"]
-            self._waiting = deque(item for item in self._waiting if item["id"] != number)
-            for slot in [slot for slot, job in self._jobs.items() if job.number == number]:
-                self._end(slot)
+            self._cancel(number)
 
-    def _begin(self, order: dict[str, Any], frames: list[dict[str, Any]]) -> None:
-        number = order["id"]
+    def _read(self, order: dict[str, Any], cancelled: threading.Event) -> None:
+        """Have a request read, in a thread of its own: answers under way don't wait for it."""
+        prompt, fail = None, None
+        try:
+            prompt = self._model.read(order, cancelled)
+        except Refused as exc:
+            fail = exc.fields
+        except Exception as exc:  # noqa: BLE001 - whatever went wrong, the gateway must hear it
+            fail = _failed(exc)
+        self._inbox.put({"op": "read", "id": order["id"], "order": order, "prompt": prompt, "fail": fail})
+
+    def _cancel(self, number: int) -> None:
+        cancelled = self._being_read.pop(number, None)
+        if cancelled is not None:
+            cancelled.set()
+        for order, prompt in [item for item in self._waiting if item[0]["id"] == number]:
+            self._waiting.remove((order, prompt))
+            prompt.close()
+        for slot in [slot for slot, job in self._jobs.items() if job.number == number]:
+            self._end(slot)
+
+    def _begin(self, order: dict[str, Any], prompt: PromptTokens, frames: list[dict[str, Any]]) -> None:
+        number, tokens = order["id"], prompt.tokens
         try:
             job = AnswerJob(number, self._model, order)
-            tokens = self._tokens(order)
             job.tokens_left = self._room(len(tokens), order)
             if "sampling" in order:
-                slot = self._model.begin(tokens, Sampling(**order["sampling"]))
+                slot = self._model.begin(prompt, Sampling(**order["sampling"]))
             else:
                 slot = self._model.begin_embedding(tokens)
         except Refused as exc:
+            prompt.close()
             frames.append({"id": number, "fail": exc.fields})
             return
         job.prompt_tokens = len(tokens)
         self._jobs[slot] = job
         frames.append({"id": number, "start": {"prompt_tokens": len(tokens), "memory": self._model.memory()}})
-
-    def _tokens(self, order: Mapping[str, Any]) -> list[int]:
-        if "messages" in order:
-            return self._model.chat_tokens(order["messages"], order.get("tools") or (), order.get("lead", ""))
-        prompt = order["prompt"]
-        return prompt if isinstance(prompt, list) else self._model.text_tokens(prompt)
 
     def _room(self, prompt: int, order: Mapping[str, Any]) -> int:
         """Tokens that the answer may have. Raises Refused: the prompt or both together are too long."""
@@ -164,18 +188,17 @@ class AnswerLoop:
         try:
             chosen = self._model.step()
         except Exception as exc:  # noqa: BLE001 - whatever went wrong, the gateway must hear it
-            memory = isinstance(exc, MemoryError) or any(
-                word in f"{type(exc).__name__} {exc}" for word in OUT_OF_MEMORY
-            )
-            code = "out_of_memory" if memory else "engine_failed"
-            message = "the model ran out of memory" if memory else f"the model failed ({type(exc).__name__})"
-            fail = {"status": 503, "code": code, "message": message, "param": None}
+            fail = _failed(exc)
             for slot in list(self._jobs):
                 frames.append({"id": self._jobs[slot].number, "fail": fail})
                 self._end(slot)
             return
         for slot, token in chosen.items():
             job = self._jobs[slot]
+            if isinstance(token, Refused):
+                self._end(slot)
+                frames.append({"id": job.number, "fail": token.fields})
+                continue
             if isinstance(token, Embedding):
                 self._end(slot)
                 values = base64.b64encode(token.values).decode()
@@ -194,6 +217,14 @@ class AnswerLoop:
     def _end(self, slot: int) -> None:
         del self._jobs[slot]
         self._model.end(slot)
+
+
+def _failed(exc: Exception) -> dict[str, Any]:
+    """What the gateway is told of an exception that nobody foresaw: its kind, not its message."""
+    memory = isinstance(exc, MemoryError) or any(word in f"{type(exc).__name__} {exc}" for word in OUT_OF_MEMORY)
+    code = "out_of_memory" if memory else "engine_failed"
+    message = "the model ran out of memory" if memory else f"the model failed ({type(exc).__name__})"
+    return {"status": 503, "code": code, "message": message, "param": None}
 
 
 def send(connection: socket.socket, *frames: dict[str, Any]) -> None:
@@ -244,8 +275,9 @@ def _load(order: Mapping[str, Any], progress: Any) -> ServedModel:
 
 def _answer_once(model: ServedModel) -> None:
     """A token after a prompt as real ones are, so that "ready" means that it answers; also touches all weights."""
-    tokens = model.text_tokens("a") * PROBE_TOKENS
-    slot = model.begin(tokens[: min(PROBE_TOKENS, model.description.context - 1)], Sampling(temperature=0))
+    tokens = model.read({"prompt": "a"}, threading.Event()).tokens * PROBE_TOKENS
+    probe = PromptTokens(tokens[: min(PROBE_TOKENS, model.description.context - 1)])
+    slot = model.begin(probe, Sampling(temperature=0))
     while slot not in model.step():
         pass
     model.end(slot)

@@ -23,7 +23,7 @@ from typing import Any
 from quantize.errors import VerifyError
 from quantize.runtimes.base import ModelRef
 from quantize.runtimes.detokenizer import BytePieces
-from quantize.runtimes.served import Chosen, Description, Embedding, Progress, Refused, Sampling, Serving
+from quantize.runtimes.served import Chosen, Description, Embedding, Progress, PromptTokens, Refused, Sampling, Serving
 from quantize.serve.engines.base import EngineTarget
 from quantize.serve.engines.child import serve
 from quantize.serve.engines.link import Listener
@@ -66,18 +66,16 @@ class FakeModel:
         self._answers: dict[int, list[int]] = {}
         self._texts: dict[int, list[float]] = {}
 
-    def chat_tokens(
-        self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] = (), lead: str = ""
-    ) -> list[int]:
+    def read(self, order: Mapping[str, Any], cancelled: threading.Event) -> PromptTokens:
         """See ServedModel. It is told nothing of tools: what a test wants it to call is in the messages."""
-        return [token for message in messages for token in self.text_tokens(message["content"])]
+        given = order.get("prompt", "")
+        texts = [message["content"] for message in order["messages"]] if "messages" in order else [given]
+        tokens = given if isinstance(given, list) else [self._number(word) for text in texts for word in text.split()]
+        return PromptTokens(tokens)
 
-    def text_tokens(self, text: str) -> list[int]:
+    def begin(self, prompt: PromptTokens, sampling: Sampling) -> int:
         """See ServedModel."""
-        return [self._number(word) for word in text.split()]
-
-    def begin(self, tokens: Sequence[int], sampling: Sampling) -> int:
-        """See ServedModel."""
+        tokens = prompt.tokens
         words = self._known(tokens)
         if "abort!" in words:
             os.write(2, b"a line with the prompt\nfake.c:1: GGML_ASSERT(all is well) failed\n")
@@ -147,6 +145,9 @@ class FakeModel:
     def memory(self) -> dict[str, Any]:
         """See ServedModel."""
         return {"gpu": None}
+
+    def close(self) -> None:
+        """See ServedModel."""
 
     def _number(self, word: str) -> int:
         if word not in self._numbers:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import os
 import socket
 import sys
@@ -150,7 +151,11 @@ class Link:
 
     def _write(self, order: Mapping[str, Any]) -> None:
         if self._writer is not None:
-            self._writer.write(orjson.dumps(order) + b"\n")
+            try:
+                line = orjson.dumps(order)
+            except orjson.JSONEncodeError:  # a whole number of more than 64 bits, say in the schema of a tool
+                line = json.dumps(order).encode()
+            self._writer.write(line + b"\n")
 
     async def _keep_running(self) -> None:
         pause, deaths, ever_ready = FIRST_PAUSE, 0, False

@@ -5,6 +5,7 @@ In: a Call. Out: dicts and server-sent events. Fields that the model can't honou
 
 from __future__ import annotations
 
+import json
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from typing import Any
@@ -150,10 +151,11 @@ class LocalEngine:
                 "frequency_penalty": request.frequency_penalty or 0.0,
                 "repetition_penalty": request.repetition_penalty or 1.0,
                 "logprobs": _logprobs(request),
-                "json_schema": wish.schema() if wish is not None and wish.forced else _json_schema(request),
-                "grammar": request.grammar,
             },
         }
+        fit = _fit(request, wish)
+        if fit:
+            order["fit"] = fit
         if isinstance(request, ChatRequest):
             knows_tools = bool(self.status.details.get("tool_style"))
             order["messages"] = [
@@ -287,8 +289,18 @@ def _logprobs(request: ChatRequest | CompletionRequest) -> int | None:
     return request.logprobs
 
 
+def _fit(request: ChatRequest | CompletionRequest, wish: ToolWish | None) -> dict[str, Any]:
+    """What the answer must fit, and the field that says so."""
+    if request.grammar is not None:
+        return {"grammar": request.grammar, "param": "grammar"}
+    if wish is not None and wish.forced:
+        return {"json_schema": json.dumps(wish.schema()), "param": "tools"}
+    schema = _json_schema(request)
+    return {} if schema is None else {"json_schema": json.dumps(schema), "param": "response_format"}
+
+
 def _json_schema(request: ChatRequest | CompletionRequest) -> dict[str, Any] | None:
-    """The schema of the answer; {} for any JSON object; None for text."""
+    """The schema of the answer; None for text."""
     if not isinstance(request, ChatRequest) or request.response_format is None:
         return None
     chosen = request.response_format
@@ -297,7 +309,7 @@ def _json_schema(request: ChatRequest | CompletionRequest) -> dict[str, Any] | N
             message = "response_format.json_schema.schema is missing"
             raise Failure(422, "invalid_value", message, param="response_format")
         return chosen.json_schema.schema_
-    return {} if chosen.type == "json_object" else None
+    return {"type": "object"} if chosen.type == "json_object" else None
 
 
 def _prompt(request: CompletionRequest) -> str | list[int]:

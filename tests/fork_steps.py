@@ -1,0 +1,43 @@
+"""What the copies of a test's process do: echo, count processor time, take memory, crash, or never come back."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from multiprocessing.connection import Connection
+
+from quantize.system import forks
+
+
+def set_up(options: bytes) -> tuple[forks.Serve, bytes]:
+    """Answers b"pid" and b"ppid", and obeys b"hang", b"sleep", b"crash", b"memory"; all else comes back as it was."""
+
+    def serve(pipe: Connection) -> None:
+        while True:
+            asked = pipe.recv_bytes()
+            if asked == b"hang":
+                with forks.seconds(0.3):
+                    while True:
+                        pass
+            if asked == b"sleep":
+                time.sleep(60)
+            if asked == b"crash":
+                os.kill(os.getpid(), signal.SIGSEGV)
+            if asked == b"leave":
+                return
+            if asked == b"memory":
+                forks.more_memory(64 << 20)
+                try:
+                    bytearray(1 << 30)
+                except MemoryError:
+                    asked = b"none left"
+            numbers = {b"pid": os.getpid(), b"ppid": os.getppid()}
+            pipe.send_bytes(str(numbers[asked]).encode() if asked in numbers else asked)
+
+    return serve, options
+
+
+def broken(options: bytes) -> tuple[forks.Serve, bytes]:
+    """Does not come up."""
+    raise OSError("no")
