@@ -27,11 +27,12 @@ from pathlib import Path
 from typing import Any
 
 from quantize.build.calibrate import run_pass
-from quantize.build.execute import BuildOptions
+from quantize.build.execution import RunOptions
+from quantize.build.plan import make_plan
 from quantize.build.spread.cost import BlockCost, block_costs
 from quantize.build.spread.trace import Span, read_trace
 from quantize.calibration.spread import PassSpread
-from quantize.cluster.units import ClusterOptions, build_on_cluster
+from quantize.cluster.units import ClusterOptions, execute_on_cluster
 from quantize.events import SilentReporter
 from quantize.formats import builders, option_models
 from quantize.formats.base import Context, RunLimits
@@ -39,6 +40,7 @@ from quantize.model.source import open_source, pin_source
 from quantize.recipe.model import Recipe, load_recipe
 from quantize.store.staging import RESUME_NAME
 from quantize.store.store import Store
+from quantize.store.workspace import Workspace
 from quantize.system.cache import Cache, default_cache_root, hash_file
 from quantize.testing import TinyModel, make_checkpoint, write_recipe
 
@@ -178,8 +180,9 @@ def measure_recipes(asked: argparse.Namespace, work: Path) -> dict[str, Any]:
     with cluster_of(asked.nodes) as address:
         started = time.time()
         options = ClusterOptions(address, trace=trace)
-        run = BuildOptions(evaluate=False)
-        pairs = build_on_cluster(recipes, Store(work / "store"), Cache(work / "cache"), SilentReporter(), run, options)
+        workspace = Workspace(Store(work / "store"), Cache(work / "cache"), SilentReporter())
+        plans = [make_plan(recipe, workspace, evaluate=False) for recipe in recipes]
+        pairs = execute_on_cluster(plans, workspace, RunOptions(), options)
         command = time.time() - started
     failed = [str(outcome.error) for _, outcome in pairs if outcome.error is not None]
     if failed:

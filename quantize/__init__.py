@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from quantize import errors
     from quantize.api import build, load_recipe, plan, rebuild
-    from quantize.build.outcome import Outcome
+    from quantize.build.outcome import Outcome, OutcomeState
     from quantize.build.plan import Plan
     from quantize.build.rebuild import Rebuild
-    from quantize.events import Event, Reporter
+    from quantize.build.size import SizedPlan
+    from quantize.events import Event, EventKind, Reporter
     from quantize.recipe.model import Recipe
     from quantize.store.artifact import Artifact
     from quantize.store.store import Store
@@ -26,11 +27,14 @@ DISTRIBUTION = "quantize-models"  # what pip installs: `quantize` is another pro
 __all__ = [
     "Artifact",
     "Event",
+    "EventKind",
     "Outcome",
+    "OutcomeState",
     "Plan",
     "Rebuild",
     "Recipe",
     "Reporter",
+    "SizedPlan",
     "Store",
     "__version__",
     "build",
@@ -44,11 +48,14 @@ __all__ = [
 _HOMES = {
     "Artifact": "quantize.store.artifact",
     "Event": "quantize.events",
+    "EventKind": "quantize.events",
     "Outcome": "quantize.build.outcome",
+    "OutcomeState": "quantize.build.outcome",
     "Plan": "quantize.build.plan",
     "Rebuild": "quantize.build.rebuild",
     "Recipe": "quantize.recipe.model",
     "Reporter": "quantize.events",
+    "SizedPlan": "quantize.build.size",
     "Store": "quantize.store.store",
     "build": "quantize.api",
     "load_recipe": "quantize.api",

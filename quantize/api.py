@@ -11,12 +11,13 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from quantize.build.execute import BuildOptions
-from quantize.build.execute import build as run_build
+from quantize.build.execute import execute
+from quantize.build.execution import RunOptions
 from quantize.build.outcome import Outcome
-from quantize.build.plan import Plan, make_plan
+from quantize.build.plan import Plan, confirm, make_plan, wanted
 from quantize.build.rebuild import Given, Rebuild, rebuild_folders
 from quantize.build.rebuild import rebuild as run_rebuild
+from quantize.build.size import SizedPlan, size_plan
 from quantize.events import Reporter, SilentReporter
 from quantize.formats import option_models
 from quantize.formats.base import RunLimits
@@ -24,6 +25,7 @@ from quantize.recipe.model import Recipe
 from quantize.recipe.model import load_recipe as read_recipe
 from quantize.store.artifact import Artifact
 from quantize.store.store import Store
+from quantize.store.workspace import Workspace
 from quantize.system.cache import Cache, default_cache_root
 from quantize.system.lookup import find_recipe
 from quantize.targets import find_artifact
@@ -47,10 +49,11 @@ def plan(
     recipe: Recipe | PathText, *, store: Store | PathText | None = None, cache: PathText | None = None,
     threads: int | None = None, device: str = "cpu", memory_budget: int | str | None = None, evaluate: bool = True,
     reporter: Reporter | None = None,
-) -> Plan:  # fmt: skip
+) -> SizedPlan:  # fmt: skip
     """What a build would do: one job a variant, with its exact size in bytes, and the disk and memory that it takes.
 
-    Reads headers and writes nothing into the store. A variant that can't be built has its `refusal`, no size.
+    Reads headers and writes nothing into the store. A variant that can't be built has its `refusal`, no size. `build`
+    takes the plan, here or, pickled, elsewhere.
 
     store: folder of the artifacts; by default $QUANTIZE_STORE, else artifacts/. cache: folder of the cache; by default
     $QUANTIZE_CACHE, else the user's. threads: by default one for each core. device: of the calibration pass: cpu, or
@@ -60,18 +63,20 @@ def plan(
     errors.UsageError; and what load_recipe raises.
     """
     limits = RunLimits.of(threads, device, memory_budget)
-    return make_plan(
-        _recipe(recipe), _store(store), _cache(cache), reporter or SilentReporter(), limits, measured=evaluate
-    )
+    workspace = _workspace(store, cache, reporter)
+    return size_plan(make_plan(_recipe(recipe), workspace, evaluate=evaluate), workspace, limits)
 
 
 def build(
-    recipe: Recipe | PathText, *, only: Sequence[str] = (), force: bool = False, evaluate: bool = True,
+    recipe: Plan | Recipe | PathText, *, only: Sequence[str] = (), force: bool = False, evaluate: bool = True,
     accept_risk: str | None = None, keep_going: bool = True, store: Store | PathText | None = None,
     cache: PathText | None = None, threads: int | None = None, device: str = "cpu",
     memory_budget: int | str | None = None, reporter: Reporter | None = None,
 ) -> list[Outcome]:  # fmt: skip
     """Build, verify and measure every variant that is not up to date, and hold the recipe's gates.
+
+    recipe: what to build, or a plan of it, which is held against what is here now: another source, text or tool than
+    was planned is refused, and what was built meanwhile is up to date.
 
     One Outcome a variant, in the recipe's order. A variant that failed, or that its gates refused, has its `error`
     there: it is not raised, and does not end the others.
@@ -82,11 +87,15 @@ def build(
 
     Raises what stops all variants: as plan does, and errors.UsageError: `only` names no variant of the recipe.
     """
-    run = BuildOptions(
-        RunLimits.of(threads, device, memory_budget), keep_going, force, tuple(only), evaluate=evaluate,
-        accept_risk=accept_risk,
-    )  # fmt: skip
-    return run_build(_recipe(recipe), _store(store), _cache(cache), reporter or SilentReporter(), run)
+    run = RunOptions(RunLimits.of(threads, device, memory_budget), keep_going, accept_risk=accept_risk)
+    workspace = _workspace(store, cache, reporter)
+    if isinstance(recipe, Plan):
+        chosen = wanted([job.variant for job in recipe.jobs], only)
+        part = recipe.part(job for job in recipe.jobs if job.variant in chosen)
+        changed = replace(part, force=force or part.force, evaluate=evaluate and part.evaluate)
+        return execute(confirm(changed, workspace), workspace, run)
+    plan = make_plan(_recipe(recipe), workspace, only=only, force=force, evaluate=evaluate)
+    return execute(plan, workspace, run)
 
 
 def rebuild(
@@ -109,7 +118,11 @@ def rebuild(
     given = Given(_path(source), _path(calibration))
     limits = RunLimits.of(threads, device, memory_budget)
     with rebuild_folders(_path(keep)) as (folder, work):
-        return run_rebuild(found, folder, work, _cache(cache), reporter or SilentReporter(), limits, given)
+        return run_rebuild(found, folder, work, _workspace(store, cache, reporter), limits, given)
+
+
+def _workspace(store: Store | PathText | None, cache: PathText | None, reporter: Reporter | None) -> Workspace:
+    return Workspace(_store(store), _cache(cache), reporter or SilentReporter())
 
 
 def _recipe(given: Recipe | PathText) -> Recipe:

@@ -6,19 +6,22 @@ import os
 import shutil
 import signal
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import click.testing
 import pytest
 
-from quantize.build.execute import BuildOptions, build
+from quantize.build.execute import execute
+from quantize.build.execution import RunOptions
 from quantize.build.outcome import Outcome
+from quantize.build.plan import make_plan
 from quantize.cli import main
-from quantize.events import ListReporter
+from quantize.events import ListReporter, SilentReporter
 from quantize.formats import option_models
 from quantize.recipe.model import Recipe, load_recipe
 from quantize.store.store import Store
+from quantize.store.workspace import Workspace
 from quantize.system.cache import Cache
 from quantize.system.processor import settle_products
 from quantize.testing import FakeBuilder, installed_formats, make_checkpoint, plain_format, write_recipe
@@ -32,7 +35,6 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as behind a shell's &: 
 settle_products()  # as in a worker: some tests multiply in this process
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when the hub client is first imported: no test may fetch anything
 
-UNMEASURED = BuildOptions(evaluate=False)  # for tests that are about the files
 BUILT_TYPES = ("Q4_K_M", "Q8_0", "F16", "Q5_K_S", "IQ4_XS", "Q4_0")
 
 
@@ -68,11 +70,22 @@ def cache(tmp_path: Path) -> Cache:
 
 
 @pytest.fixture
+def workspace(store: Store, cache: Cache) -> Workspace:
+    """Both, and a reporter that says nothing."""
+    return Workspace(store, cache, SilentReporter())
+
+
+@pytest.fixture
 def fake() -> Iterator[FakeBuilder]:
     """The fake format, installed as the only one."""
     builder = FakeBuilder()
     with installed_formats(plain_format(builder)):
         yield builder
+
+
+def build(recipe: Recipe, workspace: Workspace, run: RunOptions | None = None, **choice: Any) -> list[Outcome]:
+    """Plan a recipe and execute the plan. choice: only, force, evaluate."""
+    return execute(make_plan(recipe, workspace, **choice), workspace, run)
 
 
 class Built:
@@ -93,8 +106,8 @@ def built(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Buil
     root = tmp_path_factory.mktemp("built")
     path = write_recipe(root / "tiny.yaml", tiny, [{"format": "gguf", "types": list(BUILT_TYPES)}])
     recipe = load_recipe(path, option_models())
-    run = replace(UNMEASURED, keep_intermediates=True)
-    outcomes = build(recipe, Store(root / "artifacts"), Cache(root / "cache"), ListReporter(), run)
+    workspace = Workspace(Store(root / "artifacts"), Cache(root / "cache"), ListReporter())
+    outcomes = build(recipe, workspace, RunOptions(keep_intermediates=True), evaluate=False)
     assert [item.error for item in outcomes if item.error] == []
     made = Built(root, recipe, outcomes)
     (entry,) = [path for path in (made.cache.root / "gguf").iterdir() if path.is_dir()]

@@ -82,7 +82,7 @@ def test_build_is_the_function_and_the_folder(first: str) -> None:
     code = (
         f"{first}\nimport quantize\nfrom quantize import build, plan, rebuild\n"
         "import quantize.build.execute as module\n"
-        "assert module.build and build is quantize.build\n"
+        "assert module.execute and build is quantize.build\n"
         "try:\n    build('no-such-recipe')\n"
         "except quantize.errors.UsageError as error:\n    print(error.message)\n"
         "print(plan.__module__, rebuild.__module__)"

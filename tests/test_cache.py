@@ -10,13 +10,15 @@ from pathlib import Path
 
 import pytest
 
-from quantize.build.execute import BuildOptions, build
+from quantize.build.execution import RunOptions
 from quantize.events import SilentReporter
 from quantize.formats import option_models
 from quantize.recipe.model import load_recipe
 from quantize.store.store import Store
+from quantize.store.workspace import Workspace
 from quantize.system.cache import Cache
 from quantize.testing import write_recipe
+from tests.conftest import build
 
 
 def fill(folder: Path) -> None:
@@ -74,7 +76,8 @@ def test_users_and_removers_at_once_never_lose_a_file_in_use(cache: Cache) -> No
 @pytest.mark.parametrize("keep", [False, True])
 def test_the_16_bit_file_goes_when_its_variants_are_built(keep: bool, tiny: Path, tmp_path: Path, cache: Cache) -> None:
     path = write_recipe(tmp_path / "tiny.yaml", tiny, [{"format": "gguf", "types": ["Q8_0", "Q4_0"]}])
-    run = BuildOptions(keep_intermediates=keep, evaluate=False)
-    outcomes = build(load_recipe(path, option_models()), Store(tmp_path / "store"), cache, SilentReporter(), run)
+    workspace = Workspace(Store(tmp_path / "store"), cache, SilentReporter())
+    run = RunOptions(keep_intermediates=keep)
+    outcomes = build(load_recipe(path, option_models()), workspace, run, evaluate=False)
     assert [item.state for item in outcomes] == ["built", "built"]
     assert len([*(cache.root / "gguf").glob("*/*.gguf")]) == keep

@@ -19,8 +19,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from quantize.build.execute import BuildOptions, build
+from quantize.build.execution import RunOptions
 from quantize.build.plan import make_plan
+from quantize.build.size import size_plan
 from quantize.calibration.budget import pass_bytes
 from quantize.cli import main
 from quantize.errors import VerifyError
@@ -31,10 +32,11 @@ from quantize.model.checkpoint import open_checkpoint
 from quantize.recipe.model import Recipe, load_recipe
 from quantize.store.artifact import Artifact
 from quantize.store.store import Store
+from quantize.store.workspace import Workspace
 from quantize.system.cache import Cache
 from quantize.system.processor import MKL_MODE, device_name, strict_mode
 from quantize.testing import TinyModel, make_checkpoint, write_recipe, write_weights
-from tests.conftest import UNMEASURED
+from tests.conftest import build
 from tests.elsewhere import rebuild_elsewhere
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # transformers and its plugins warn on import
@@ -75,8 +77,8 @@ def run_all(checkpoint: Path, root: Path, threads: int, only: tuple[str, ...] = 
         write_recipe(root / "tiny.yaml", checkpoint, VARIANTS, calibration=CALIBRATION), option_models()
     )
     run = Run(recipe, Store(root / "artifacts"), Cache(root / "cache"), ListReporter())
-    options = BuildOptions(RunLimits(threads=threads), evaluate=False, only=only)
-    outcomes = build(recipe, run.store, run.cache, run.reporter, options)
+    workspace, options = Workspace(run.store, run.cache, run.reporter), RunOptions(RunLimits(threads=threads))
+    outcomes = build(recipe, workspace, options, only=only, evaluate=False)
     assert {item.variant: str(item.error) for item in outcomes if item.error} == {}
     return run
 
@@ -203,7 +205,8 @@ def test_weights_beyond_fp16_are_an_error_that_names_them(tmp_path: Path) -> Non
     (tmp_path / "text.txt").write_text("The quick brown fox jumps over the lazy dog. " * 40)
     path = write_recipe(tmp_path / "wide.yaml", checkpoint, VARIANTS[:1], calibration=CALIBRATION)
     store = Store(tmp_path / "artifacts")
-    (outcome,) = build(load_recipe(path, option_models()), store, Cache(tmp_path / "cache"), ListReporter(), UNMEASURED)
+    workspace = Workspace(store, Cache(tmp_path / "cache"), ListReporter())
+    (outcome,) = build(load_recipe(path, option_models()), workspace, evaluate=False)
     assert outcome.error is not None
     assert f"tensor {tensor} does not fit FP16" in outcome.error.message
     assert "beyond its range of 65,504" in str(outcome.error.hint)
@@ -211,7 +214,8 @@ def test_weights_beyond_fp16_are_an_error_that_names_them(tmp_path: Path) -> Non
 
 
 def test_size_equals_plan(run: Run, tmp_path: Path) -> None:
-    plan = make_plan(run.recipe, Store(tmp_path / "empty"), run.cache, ListReporter())
+    workspace = Workspace(Store(tmp_path / "empty"), run.cache, ListReporter())
+    plan = size_plan(make_plan(run.recipe, workspace), workspace, RunLimits())
     assert [str(job.refusal) for job in plan.jobs if job.refusal] == []
     for job in plan.jobs:
         assert job.size is not None
@@ -315,9 +319,8 @@ def test_the_importance_matrix_is_the_mean_square_of_what_each_linear_reads(run:
 
 def test_llama_cpp_used_the_importance_matrix(run: Run, checkpoint: Path, tmp_path: Path) -> None:
     path = write_recipe(tmp_path / "plain.yaml", checkpoint, [{"format": "gguf", "type": "Q4_K_M"}])
-    (plain,) = build(
-        load_recipe(path, option_models()), Store(tmp_path / "plain"), run.cache, ListReporter(), UNMEASURED
-    )
+    workspace = Workspace(Store(tmp_path / "plain"), run.cache, ListReporter())
+    (plain,) = build(load_recipe(path, option_models()), workspace, evaluate=False)
     assert plain.artifact is not None
     weighted = run.artifact("q4_k_m-imatrix").folder
     (first,) = plain.artifact.folder.glob("*.gguf")

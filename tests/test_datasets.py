@@ -26,6 +26,7 @@ from quantize.formats.base import RunLimits
 from quantize.model.source import pin_source
 from quantize.recipe.model import CalibrationSpec, load_recipe
 from quantize.store.store import Store
+from quantize.store.workspace import Workspace
 from quantize.system.cache import Cache
 from quantize.system.digest import canonical_hash
 from quantize.testing import write_recipe
@@ -114,12 +115,13 @@ def test_a_kind_that_is_registered_is_known_everywhere(
         Judge(recipe, source, cache, RunLimits())
     monkeypatch.setattr(datasets, "KINDS", (Numbers, *KINDS))
 
-    plan = make_plan(recipe, store, cache, reporter)
+    plan = make_plan(recipe, Workspace(store, cache, reporter))
     (job,) = plan.jobs
     pinned = {**recipe.calibration.model_dump(mode="json"), "revision": "counted", "content": "7"}
     assert (job.refusal, job.inputs["calibration"]) == (None, pinned)
     other = write_recipe(tmp_path / "o.yaml", tiny, IMATRIX, calibration={**calibration, "dataset": "numbers:8"})
-    (changed,) = identify_jobs(load_recipe(other, option_models()), source, store)
+    changed_recipe = load_recipe(other, option_models())
+    (changed,) = identify_jobs(changed_recipe, source, changed_recipe.variants)
     assert changed.build_key != job.build_key
 
     found = load_calibration_set(plan.recipe.calibration, tmp_path, tiny)

@@ -15,7 +15,6 @@ import llama_cpp
 import numpy as np
 import pytest
 
-from quantize.build.execute import build
 from quantize.events import SilentReporter
 from quantize.formats import option_models
 from quantize.formats.gguf.types import ELEMENT_TYPES, FTYPES
@@ -23,9 +22,10 @@ from quantize.recipe.model import load_recipe
 from quantize.runtimes.llama_cpp.log import keep_log
 from quantize.store.artifact import Artifact
 from quantize.store.store import Store
+from quantize.store.workspace import Workspace
 from quantize.system.cache import Cache
 from quantize.testing import CHAT_TEMPLATE, TinyModel, make_checkpoint, write_recipe
-from tests.conftest import BUILT_TYPES, UNMEASURED, Built
+from tests.conftest import BUILT_TYPES, Built, build
 
 
 def reader_of(artifact: Artifact) -> gguf.GGUFReader:
@@ -45,9 +45,8 @@ def artifact_of(store: Store, variant: str) -> Artifact:
 def built_with(built: Built, tmp_path: Path, *variants: dict[str, Any]) -> list[Artifact]:
     """More variants of the tiny checkpoint, in a store of their own, from the 16-bit file that is there."""
     path = write_recipe(tmp_path / "more.yaml", Path(str(built.recipe.source.model)), variants)
-    outcomes = build(
-        load_recipe(path, option_models()), Store(tmp_path / "more"), built.cache, SilentReporter(), UNMEASURED
-    )
+    workspace = Workspace(Store(tmp_path / "more"), built.cache, SilentReporter())
+    outcomes = build(load_recipe(path, option_models()), workspace, evaluate=False)
     assert [item.error for item in outcomes if item.error] == []
     return [item.artifact for item in outcomes if item.artifact]
 
@@ -109,15 +108,14 @@ def test_bytes_are_those_of_llama_cpp_called_directly(kind: str, threads: int, b
 
 def test_the_same_inputs_elsewhere_give_the_same_digests(built: Built, tmp_path: Path) -> None:
     """Another folder, store, cache, recipe file and number of threads: nothing of them may be in the bytes."""
-    from quantize.build.execute import BuildOptions
+    from quantize.build.execution import RunOptions
     from quantize.formats.base import RunLimits
 
     model = Path(shutil.copytree(str(built.recipe.source.model), tmp_path / "elsewhere" / "tiny"))
     path = write_recipe(tmp_path / "tiny.yaml", model, [{"format": "gguf", "types": ["Q4_K_M", "Q8_0"]}])
-    run = BuildOptions(RunLimits(threads=3), evaluate=False)
-    outcomes = build(
-        load_recipe(path, option_models()), Store(tmp_path / "s"), Cache(tmp_path / "c"), SilentReporter(), run
-    )
+    workspace = Workspace(Store(tmp_path / "s"), Cache(tmp_path / "c"), SilentReporter())
+    run = RunOptions(RunLimits(threads=3))
+    outcomes = build(load_recipe(path, option_models()), workspace, run, evaluate=False)
     for outcome in outcomes:
         assert outcome.artifact is not None, outcome.error
         first, second = artifact_of(built.store, outcome.variant), outcome.artifact
@@ -174,7 +172,9 @@ def test_everything_above_the_type_is_named_with_a_reason(kind: str, built: Buil
     assert all(entry.reason for entry in item.manifest.kept_in_high_precision)
 
 
-def test_rows_that_are_no_multiple_of_256_fall_back_and_say_so(tmp_path: Path, store: Store, cache: Cache) -> None:
+def test_rows_that_are_no_multiple_of_256_fall_back_and_say_so(
+    tmp_path: Path, store: Store, workspace: Workspace
+) -> None:
     """And, in one conversion: BF16 source, tied head, shards, name and licence of the recipe."""
     model = TinyModel(hidden=96, intermediate=192, blocks=1, heads=2, kv_heads=1, tied=True)
     folder = make_checkpoint(tmp_path / "narrow", model, dtype="BF16", shards=2)
@@ -184,7 +184,7 @@ def test_rows_that_are_no_multiple_of_256_fall_back_and_say_so(tmp_path: Path, s
         "source: {model: ./narrow, name: Narrow-1B-v2, base_model: org/Narrow-1B, license: mit}\n"
         "variants: [{format: gguf, types: [Q4_K_M, BF16]}]\n"
     )
-    outcomes = build(load_recipe(path, option_models()), store, cache, SilentReporter(), UNMEASURED)
+    outcomes = build(load_recipe(path, option_models()), workspace, evaluate=False)
     assert [item.error for item in outcomes if item.error] == []
     mixed, plain = artifact_of(store, "q4_k_m"), artifact_of(store, "bf16")
     assert [entry.path for entry in mixed.manifest.files if entry.path.endswith(".gguf")] == [

@@ -19,9 +19,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from quantize.build.execute import build
+from quantize.build.execution import RunOptions
 from quantize.build.find_source import find_source
 from quantize.build.plan import make_plan
+from quantize.build.size import size_plan
 from quantize.errors import CheckpointError, RefusedError, VerifyError
 from quantize.events import SilentReporter
 from quantize.files.gguf import ALIGNMENT, read_gguf
@@ -34,9 +35,10 @@ from quantize.recipe.model import load_recipe
 from quantize.serve.targets import LocalTarget, resolve
 from quantize.store.artifact import Artifact
 from quantize.store.store import Store
+from quantize.store.workspace import Workspace
 from quantize.system.cache import Cache
 from quantize.testing import write_recipe
-from tests.conftest import UNMEASURED, Built, Run
+from tests.conftest import Built, Run, build
 from tests.test_containers import write_gguf
 
 LIMIT = 300 << 10
@@ -53,8 +55,9 @@ class Cut:
     def __init__(self, built: Built, root: Path) -> None:
         path = write_recipe(root / "cut.yaml", Path(str(built.recipe.source.model)), VARIANTS)
         self.recipe, self.store = load_recipe(path, option_models()), Store(root / "store")
-        self.planned = make_plan(self.recipe, self.store, Cache(root / "cache"), SilentReporter())
-        outcomes = build(self.recipe, self.store, built.cache, SilentReporter(), UNMEASURED)
+        empty = Workspace(self.store, Cache(root / "cache"), SilentReporter())
+        self.planned = size_plan(make_plan(self.recipe, empty), empty, RunLimits())
+        outcomes = build(self.recipe, replace(empty, cache=built.cache), evaluate=False)
         assert [item.error for item in outcomes if item.error] == []
         self.artifacts = [item.artifact for item in outcomes if item.artifact]
 
@@ -138,8 +141,9 @@ def test_it_was_loaded_by_its_first_file(cut: Cut) -> None:
 
 def test_a_rebuild_is_identical(cut: Cut, built: Built, tmp_path: Path) -> None:
     other = write_recipe(tmp_path / "again.yaml", Path(str(built.recipe.source.model)), VARIANTS[:1], name="cut")
-    run = replace(UNMEASURED, limits=RunLimits(threads=2))
-    (outcome,) = build(load_recipe(other, option_models()), Store(tmp_path / "s"), built.cache, SilentReporter(), run)
+    workspace = Workspace(Store(tmp_path / "s"), built.cache, SilentReporter())
+    run = RunOptions(RunLimits(threads=2))
+    (outcome,) = build(load_recipe(other, option_models()), workspace, run, evaluate=False)
     assert outcome.artifact is not None
     ours = {item.path: item.sha256 for item in outcome.artifact.manifest.files if item.path.endswith(".gguf")}
     first = {item.path: item.sha256 for item in cut.artifacts[0].manifest.files if item.path.endswith(".gguf")}
@@ -289,9 +293,10 @@ def test_a_source_in_several_files_gives_what_the_one_file_gives(cut: Cut, tmp_p
     made: dict[str, Artifact] = {}
     for name, source in sources.items():
         path = write_recipe(tmp_path / f"{name}.yaml", source, [{"format": "gguf", "type": "Q4_0"}], name=name)
-        recipe, store = load_recipe(path, option_models()), Store(tmp_path / "store")
-        (job,) = make_plan(recipe, store, cache, SilentReporter()).jobs
-        (outcome,) = build(recipe, store, cache, SilentReporter(), UNMEASURED)
+        workspace = Workspace(Store(tmp_path / "store"), cache, SilentReporter())
+        recipe = load_recipe(path, option_models())
+        (job,) = size_plan(make_plan(recipe, workspace), workspace, RunLimits()).jobs
+        (outcome,) = build(recipe, workspace, evaluate=False)
         assert outcome.artifact is not None, outcome.error
         assert job.size is not None
         assert job.size.file_bytes == weights(outcome.artifact)[0].stat().st_size

@@ -16,9 +16,11 @@ import yaml
 
 from quantize.build.lockfile import Lock, hold, lock_path, make_lock, read_lock
 from quantize.calibration.text import load_calibration_set
-from quantize.events import EventKind, ListReporter, SilentReporter
+from quantize.events import EventKind, ListReporter
 from quantize.formats import option_models
 from quantize.recipe.model import load_recipe
+from quantize.store.store import Store
+from quantize.store.workspace import Workspace
 from quantize.system.cache import Cache
 from quantize.system.processor import device_name
 from quantize.testing import FakeBuilder, make_checkpoint, write_recipe
@@ -223,20 +225,20 @@ def test_numbers_that_json_has_not_are_an_edit(locked: Path, run: Run) -> None:
 
 
 def test_a_branch_that_moved_on_is_built_at_its_locked_commit(
-    tiny: Path, tmp_path: Path, cache: Cache, fake: FakeBuilder, monkeypatch: pytest.MonkeyPatch
+    tiny: Path, tmp_path: Path, workspace: Workspace, fake: FakeBuilder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The lock says which commit `main` was; the hub is not even asked again. Another branch is another thing."""
     hub = FakeHub(monkeypatch, tiny)
     path = tmp_path / "hub.yaml"
     path.write_text("name: hub\nsource: {model: org/tiny}\nvariants: [{format: fake}]\n")
     recipe = load_recipe(path, option_models())
-    lock = make_lock(recipe, cache, SilentReporter())
+    lock = make_lock(recipe, workspace)
     assert (lock.source.asked, lock.source.revision, hub.asked) == (None, COMMIT, ["org/tiny@main"])
-    assert hold(lock, recipe, cache, SilentReporter()).source.revision == COMMIT
+    assert hold(lock, recipe, workspace).source.revision == COMMIT
     assert len(hub.asked) == 1
     path.write_text(path.read_text().replace("org/tiny", "org/tiny, revision: v2"))
     with pytest.raises(Exception, match=r"source\.asked: nothing in the lock, v2 now"):
-        hold(lock, load_recipe(path, option_models()), cache, SilentReporter())
+        hold(lock, load_recipe(path, option_models()), workspace)
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -288,7 +290,8 @@ def test_another_kind_of_processor_is_told_and_refuses_nothing(tmp_path: Path, r
     for device, words in ((here, []), ("another", [f"{told}; calibrated variants may get other bytes"]), (None, [])):
         write(path, lock.model_copy(update={"calibration": lock.calibration.model_copy(update={"device": device})}))
         reporter = ListReporter()
-        hold(read_lock(lock_path(path)), recipe, Cache(tmp_path / "cache"), reporter, device="cpu")
+        workspace = Workspace(Store(tmp_path / "artifacts"), Cache(tmp_path / "cache"), reporter)
+        hold(read_lock(lock_path(path)), recipe, workspace, device="cpu")
         assert [event.text for event in reporter.events if event.kind is EventKind.WARNING] == words
 
 

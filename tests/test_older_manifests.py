@@ -17,7 +17,6 @@ from typing import Any
 import pytest
 import rfc8785
 
-from quantize.build.execute import build
 from quantize.build.outcome import OutcomeState
 from quantize.errors import NewerSchemaError, VerifyError
 from quantize.estimate import vram
@@ -35,11 +34,12 @@ from quantize.serve.targets import LocalTarget, resolve
 from quantize.store.artifact import Artifact, open_artifact, point_current, variant_folder
 from quantize.store.manifest import SCHEMA_VERSION, AcceptedRisk, read_manifest
 from quantize.store.store import Store
+from quantize.store.workspace import Workspace
 from quantize.system.cache import Cache
 from quantize.system.digest import short
 from quantize.system.machine import Machine
 from quantize.testing import FakeBuilder, TinyModel, make_checkpoint, write_recipe
-from tests.conftest import UNMEASURED, Built, Run
+from tests.conftest import Built, Run, build
 from tests.publish.conftest import publish_one
 from tests.serve.conftest import gateways
 
@@ -94,7 +94,8 @@ def share(tmp_path: Path, fake: FakeBuilder) -> Path:
     """The publication, whole again."""
     model = make_checkpoint(tmp_path / "tiny", TinyModel(blocks=1))
     recipe = load_recipe(write_recipe(tmp_path / "new.yaml", model, [{"format": "fake"}]), option_models())
-    (made,) = build(recipe, Store(tmp_path / "new"), Cache(tmp_path / "cache"), ListReporter(), UNMEASURED)
+    workspace = Workspace(Store(tmp_path / "new"), Cache(tmp_path / "cache"), ListReporter())
+    (made,) = build(recipe, workspace, evaluate=False)
     assert made.artifact is not None
     to = Path(shutil.copytree(OLDER / "share", tmp_path / "share"))
     shutil.copyfile(made.artifact.folder / "model.safetensors", to / "older/int8/bca2e449af26/model.safetensors")
@@ -214,8 +215,8 @@ def test_it_is_served(older: Artifact) -> None:
 def test_a_build_with_the_same_key_finds_it_up_to_date(older: Artifact, built: Built, tmp_path: Path) -> None:
     """What a manifest looks like is no input of a build: no weights are computed again to word it anew."""
     store = Store(older.folder.parents[2])
-    only = replace(UNMEASURED, only=("q8_0",))
-    (outcome,) = build(built.recipe, store, built.cache, ListReporter(), only)
+    workspace = Workspace(store, built.cache, ListReporter())
+    (outcome,) = build(built.recipe, workspace, only=("q8_0",), evaluate=False)
     assert (outcome.state, outcome.artifact) == (OutcomeState.UP_TO_DATE, older)
     assert store.is_current(older)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -11,12 +10,15 @@ from unittest import mock
 import pytest
 
 from quantize.build.disk import PAPERS_BYTES, disk_free_bytes
-from quantize.build.plan import Plan, make_plan
+from quantize.build.plan import make_plan
+from quantize.build.size import SizedPlan, size_plan
 from quantize.errors import PlanError, UsageError
 from quantize.events import SilentReporter
 from quantize.formats import builders, option_models
+from quantize.formats.base import RunLimits
 from quantize.recipe.model import load_recipe
 from quantize.store.store import Store
+from quantize.store.workspace import Workspace
 from quantize.system.cache import Cache
 from quantize.testing import FakeBuilder, TinyModel, installed_formats, make_checkpoint, plain_format, write_recipe
 from tests.conftest import BUILT_TYPES, Built, Run
@@ -24,8 +26,9 @@ from tests.conftest import BUILT_TYPES, Built, Run
 FAKE = [{"format": "fake"}, {"format": "fake", "bits": 4}]
 
 
-def plan_for(path: Path, store: Store, cache: Cache) -> Plan:
-    return make_plan(load_recipe(path, option_models()), store, cache, SilentReporter())
+def plan_for(path: Path, store: Store, cache: Cache) -> SizedPlan:
+    workspace = Workspace(store, cache, SilentReporter())
+    return size_plan(make_plan(load_recipe(path, option_models()), workspace), workspace, RunLimits())
 
 
 def test_planned_sizes_are_the_built_sizes(built: Built, tiny: Path, store: Store, cache: Cache) -> None:
@@ -93,7 +96,7 @@ def test_a_disk_that_is_too_small_refuses(
     tiny: Path, tmp_path: Path, run: Run, store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("quantize.build.disk.disk_free_bytes", lambda _: 1_000_000)
-    monkeypatch.setattr(import_module("quantize.build.execute"), "disk_free_bytes", lambda _: 1_000_000)
+    monkeypatch.setattr("quantize.build.size.disk_free_bytes", lambda _: 1_000_000)
     path = write_recipe(tmp_path / "demo.yaml", tiny, FAKE)
     result = run("plan", path, "--json")
     assert result.exit_code == 3

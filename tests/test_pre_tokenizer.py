@@ -10,7 +10,6 @@ from typing import Any
 import gguf
 import pytest
 
-from quantize.build.execute import build
 from quantize.events import SilentReporter
 from quantize.formats import option_models
 from quantize.formats.base import RunLimits
@@ -21,10 +20,11 @@ from quantize.recipe.model import load_recipe
 from quantize.runtimes.llama_cpp.vocabulary import PRE_TOKENIZERS, _tokenized, names, source_ends, turn_ends
 from quantize.runtimes.token_lines import token_lines
 from quantize.store.store import Store
+from quantize.store.workspace import Workspace
 from quantize.system.cache import Cache
 from quantize.testing import TinyModel, make_checkpoint, write_json, write_recipe
 from tests.bad_checkpoints import change_json
-from tests.conftest import UNMEASURED, Run
+from tests.conftest import Run, build
 
 VOCABULARY = 1500
 MODEL = TinyModel(hidden=64, intermediate=96, blocks=1, heads=2, kv_heads=1, vocabulary=VOCABULARY)
@@ -66,7 +66,7 @@ def test_plan_names_the_hash_and_the_nearest(byte_level: Path, tmp_path: Path, r
 
 def test_the_chosen_one_is_built_and_written(byte_level: Path, tmp_path: Path, store: Store, cache: Cache) -> None:
     path = recipe(tmp_path, byte_level, pre_tokenizer="gpt-2")
-    (outcome,) = build(load_recipe(path, option_models()), store, cache, SilentReporter(), UNMEASURED)
+    (outcome,) = build(load_recipe(path, option_models()), Workspace(store, cache, SilentReporter()), evaluate=False)
     assert outcome.artifact is not None, outcome.error
     assert outcome.variant == "q8_0"
     (file,) = outcome.artifact.folder.glob("*.gguf")
@@ -92,9 +92,8 @@ def test_two_choices_share_no_16_bit_file(byte_level: Path, tmp_path: Path, cach
     """A wrong one that was tried before must not be what the right one is made of."""
     for choice in ("qwen2", "gpt-2"):
         path = recipe(tmp_path, byte_level, pre_tokenizer=choice)
-        (outcome,) = build(
-            load_recipe(path, option_models()), Store(tmp_path / choice), cache, SilentReporter(), UNMEASURED
-        )
+        workspace = Workspace(Store(tmp_path / choice), cache, SilentReporter())
+        (outcome,) = build(load_recipe(path, option_models()), workspace, evaluate=False)
         assert (outcome.error is None) == (choice == "gpt-2"), outcome.error
 
 
@@ -196,7 +195,7 @@ def test_the_template_is_what_transformers_finds(
 
 def fields_of(own_tiny: Path, tmp_path: Path, store: Store, cache: Cache) -> tuple[dict[str, Any], dict[str, Any]]:
     path = write_recipe(tmp_path / "t.yaml", own_tiny, [{"format": "gguf", "type": "F16"}])
-    (outcome,) = build(load_recipe(path, option_models()), store, cache, SilentReporter(), UNMEASURED)
+    (outcome,) = build(load_recipe(path, option_models()), Workspace(store, cache, SilentReporter()), evaluate=False)
     assert outcome.artifact is not None, outcome.error
     (file,) = outcome.artifact.folder.glob("*.gguf")
     fields = {name: field.contents() for name, field in gguf.GGUFReader(file).fields.items()}

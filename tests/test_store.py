@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import yaml
 
-from quantize.build.execute import BuildOptions, build
+from quantize.build.execution import RunOptions
 from quantize.build.outcome import Outcome
 from quantize.errors import BuildError, DiskFullError, GateError, PlanError, StoreError, UsageError, VerifyError
 from quantize.events import EventKind, ListReporter, SilentReporter
@@ -28,9 +28,10 @@ from quantize.store.artifact import commit, point_current
 from quantize.store.manifest import Manifest, manifest_schema, read_manifest
 from quantize.store.staging import RESUME_NAME, variant_lock, workplace
 from quantize.store.store import Store
+from quantize.store.workspace import Workspace
 from quantize.system.cache import Cache
 from quantize.testing import FakeBuilder, write_recipe
-from tests.conftest import UNMEASURED, Built, Run
+from tests.conftest import Built, Run, build
 
 Variants = list[dict[str, object]]
 INT8: Variants = [{"format": "fake"}]
@@ -56,8 +57,10 @@ def snapshot(root: Path) -> dict[str, tuple[int, bytes]]:
     }
 
 
-def build_all(recipe: Recipe, store: Store, cache: Cache, **options: object) -> list[Outcome]:
-    return build(recipe, store, cache, SilentReporter(), BuildOptions(**options))  # type: ignore[arg-type]
+def build_all(
+    recipe: Recipe, store: Store, cache: Cache, run: RunOptions | None = None, **choice: Any
+) -> list[Outcome]:
+    return build(recipe, Workspace(store, cache, SilentReporter()), run, **choice)
 
 
 # --- build and commit -------------------------------------------------------------------------------------------------
@@ -114,7 +117,7 @@ def test_one_failure_does_not_end_the_others(
 
 def test_fail_fast_skips_the_rest(recipe: Callable[[Variants], Recipe], store: Store, cache: Cache) -> None:
     failing: dict[str, object] = {"format": "fake", "bits": 4, "fail": "build"}
-    outcomes = build_all(recipe([failing, *INT8]), store, cache, keep_going=False)
+    outcomes = build_all(recipe([failing, *INT8]), store, cache, RunOptions(keep_going=False))
     assert [item.state for item in outcomes] == ["failed", "skipped"]
     assert not store.root.exists()
 
@@ -517,7 +520,7 @@ def test_a_manifest_that_was_changed(
 
 def test_events_of_a_build(recipe: Callable[[Variants], Recipe], store: Store, cache: Cache) -> None:
     events = ListReporter()
-    build(recipe(INT8), store, cache, events)
+    build(recipe(INT8), Workspace(store, cache, events))
     kinds = [event.kind for event in events.events if event.subject == "int8"]
     assert kinds[-2:] == [EventKind.NOTE, EventKind.DONE], "the last word before the end: nothing was measured"
 
@@ -553,7 +556,7 @@ def test_an_up_to_date_build_makes_good_what_a_kill_after_its_commit_left(built:
     lock.parent.mkdir()
     lock.touch()
     (artifact.folder.parent / "current").unlink()
-    build(built.recipe, store, built.cache, SilentReporter(), UNMEASURED)
+    build_all(built.recipe, store, built.cache, evaluate=False)
     assert store.is_current(artifact)
     assert not scratch.exists()
     assert not lock.exists()

@@ -104,8 +104,8 @@ class Inline(Command):
 
         self.disk.resize(full_at or ROOM)
         with _steps_inline(), self._watched(), mock.patch.dict(os.environ, self._environment):
-            builder = import_module("quantize.build.execute")._Build
-            unchecked = mock.patch.object(builder, "_check_room") if full_at else contextlib.nullcontext()
+            steps = import_module("quantize.build.execute")
+            unchecked = mock.patch.object(steps, "check_room") if full_at else contextlib.nullcontext()
             with unchecked, contextlib.redirect_stderr(io.StringIO()):
                 result = click.testing.CliRunner().invoke(main, self._command[3:], prog_name="quantize")
         return result.exit_code, result.stderr

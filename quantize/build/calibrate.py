@@ -15,6 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from quantize.build.job import no_calibration
 from quantize.calibration.budget import gpu_pass_bytes, host_bytes, pass_bytes
 from quantize.calibration.journal import PassJournal
 from quantize.calibration.spread import PassSpread
@@ -69,12 +70,13 @@ class _Part:
 
 
 def run_pass(recipe: Recipe, variants: Sequence[tuple[str, Context]], folder: Path, reporter: Reporter) -> PassResult:
-    """Run the pass for (builder name, context) pairs; `folder` is where it leaves what a stopped one goes on from.
+    """Run the pass for (format, context) pairs; `folder` is where it leaves what a stopped one goes on from.
 
     Raises PlanError, BuildError, WorkerDied if it ends early; Stopped if the user asked it to end.
     """
-    assert recipe.calibration is not None
     names = ", ".join(context.variant for _, context in variants)
+    if recipe.calibration is None:
+        raise no_calibration(names)
     status(reporter, "", f"calibration pass for {names}")
     arguments = (recipe.calibration, recipe.path.parent, list(variants), folder)
     return run_step("the calibration pass", reporter, _pass, *arguments, stops=True)

@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING
 from quantize.errors import DiskFullError, PlanError, StoreError
 from quantize.evaluate.baseline import LIKELIEST
 from quantize.evaluate.text import load_text
-from quantize.formats import formats
 from quantize.model.architecture import block_count
 from quantize.model.checkpoint import CARRIED_FILES, Checkpoint
 from quantize.model.config import number_or
@@ -105,8 +104,8 @@ def needs(
         return Needs()
     sizes = [job.size for job in todo if job.size is not None]
     shared = {size.intermediate_key: size.intermediate_bytes for size in sizes}
-    measured = measured and any(formats()[job.variant.format].runtime is not None for job in todo)
-    calibrated = any(job.builder.needs_calibration(job.variant.options) for job in todo)
+    measured = measured and any(job.is_measurable for job in todo)
+    calibrated = any(job.is_calibrated for job in todo)
     passed, blocks = sum(size.pass_bytes for size in sizes), block_count(checkpoint.config) if calibrated else 1
     return Needs(
         source=source_bytes,

@@ -14,7 +14,6 @@ from quantize.build.find_source import own_recipe, repin_source
 from quantize.build.judge import Judge
 from quantize.build.settle import GateKeeper, Settled, refusal
 from quantize.errors import UsageError
-from quantize.events import Reporter
 from quantize.formats import option_models
 from quantize.formats.base import RunLimits
 from quantize.model.source import open_source
@@ -23,7 +22,7 @@ from quantize.store.artifact import Artifact
 from quantize.store.staging import variant_lock
 from quantize.store.store import Store
 from quantize.store.verify import check_files
-from quantize.system.cache import Cache
+from quantize.store.workspace import Workspace
 from quantize.targets import ArtifactTarget, RecipeTarget
 
 
@@ -60,14 +59,13 @@ def _current(recipe: Recipe, store: Store) -> list[Artifact]:
     return found
 
 
-def reevaluate(
-    target: EvaluationTarget, store: Store, cache: Cache, reporter: Reporter, run: RunLimits, changes: Mapping[str, Any]
-) -> Settled:
+def reevaluate(target: EvaluationTarget, workspace: Workspace, run: RunLimits, changes: Mapping[str, Any]) -> Settled:
     """Measure anew. changes: fields of the recipe's `evaluation` that are to be others; with any, nothing is written.
 
     Raises UsageError: no runtime is known for the format; wrong text or prompts. VerifyError: the files are not those
     of the manifest, or the source is not the one that they were made from.
     """
+    store, cache, reporter = workspace.store, workspace.cache, workspace.reporter
     artifact, recipe = target.artifact, target.recipe
     manifest = artifact.manifest
     if not Judge.can_measure(manifest.format):
@@ -82,7 +80,7 @@ def reevaluate(
         judged = judge.measure(artifact, checkpoint, reporter)
         error = None if judged.decision.accepted else refusal(artifact, judged.decision)
         return Settled(artifact, judged, error)
-    gates = GateKeeper(judge, store.root, reporter, evaluate=True)
+    gates = GateKeeper(judge, workspace, evaluate=True)
     if not artifact.folder.absolute().is_relative_to(store.root.absolute()):
         return gates.record(artifact, checkpoint)
     with variant_lock(store.root, manifest.name, manifest.variant):

@@ -9,10 +9,11 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from quantize.errors import QuantizeError
+from quantize.errors import PlanError, QuantizeError
+from quantize.formats import builders, known_format
 from quantize.formats.base import Builder, SizePlan
 from quantize.recipe.model import Variant
-from quantize.store.artifact import Artifact
+from quantize.store.artifact import ASIDE, Artifact
 from quantize.system.digest import canonical_hash
 
 
@@ -20,11 +21,11 @@ from quantize.system.digest import canonical_hash
 class VariantJob:
     """One variant of the recipe: its identity, and what is known before any work.
 
-    inputs: all that goes into the build key, {} where there is none.
+    inputs: all that goes into the build key, {} where there is none. existing: a build of that key, in its place or
+    aside, that stands for it.
     """
 
     variant: Variant
-    builder: Builder[Any]
     inputs: dict[str, Any]
     tools: dict[str, str]
     existing: Artifact | None = None
@@ -32,11 +33,44 @@ class VariantJob:
     refusal: QuantizeError | None = None
 
     @property
+    def name(self) -> str:
+        """The variant's."""
+        return self.variant.name
+
+    @property
+    def builder(self) -> Builder[Any]:
+        """Who builds it."""
+        return builders()[self.variant.format]
+
+    @property
+    def is_calibrated(self) -> bool:
+        """Whether it takes part in the calibration pass."""
+        return self.builder.needs_calibration(self.variant.options)
+
+    @property
+    def is_measurable(self) -> bool:
+        """Whether a runtime is known to measure it in."""
+        return known_format(self.variant.format).runtime is not None
+
+    @property
     def is_open(self) -> bool:
         """Neither built nor refused."""
         return self.existing is None and self.refusal is None
+
+    @property
+    def is_up_to_date(self) -> bool:
+        """Built, and in its place: not refused by its gates, nor still to be held to them."""
+        return self.existing is not None and self.existing.folder.parent.name not in ASIDE
 
     @cached_property
     def build_key(self) -> str:
         """Hex sha256 of the inputs; "" where there are none."""
         return canonical_hash(self.inputs) if self.inputs else ""
+
+
+def no_calibration(variant: str) -> PlanError:
+    """The refusal of a variant that needs calibration text, of a recipe that has none."""
+    return PlanError(
+        f"variant {variant} needs calibration, and the recipe has none",
+        hint="add `calibration: {dataset: python-docs, samples: 32, sequence_length: 512}`",
+    )

@@ -27,7 +27,7 @@ from quantize.evaluate.record import (
 from quantize.evaluate.session import CalibratedOn, EvaluationJob, evaluate, evidence, prepare_source
 from quantize.evaluate.structure import Intended
 from quantize.events import Event, Reporter, note
-from quantize.formats import find_format, formats
+from quantize.formats import find_format, known_format
 from quantize.formats.base import RunLimits as RunLimits
 from quantize.formats.safetensors.format import UNQUANTIZED
 from quantize.model.checkpoint import Checkpoint
@@ -73,7 +73,7 @@ class Judge:
     @staticmethod
     def can_measure(format: str) -> bool:
         """Whether a runtime is known for a format; plugins may bring formats of which none is."""
-        return format in formats() and find_format(format).runtime is not None
+        return known_format(format).runtime is not None
 
     def known(self, artifact: Artifact) -> EvaluationRecord | None:
         """Judged by figures that were measured by the present protocol; None if they must be measured."""

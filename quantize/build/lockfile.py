@@ -7,7 +7,7 @@ inputs give the same bytes: no time and no path of this machine is in it.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,19 +15,15 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
-from quantize.build.job import VariantJob
-from quantize.build.plan import identify_jobs, pin_calibration
-from quantize.calibration.datasets import find_dataset
+from quantize.build.plan import Plan, make_plan
 from quantize.calibration.text import TokenSummary, summarize_tokens
 from quantize.errors import LockError, StoreError, UsageError
 from quantize.events import Reporter, warn
-from quantize.formats import builders
-from quantize.model.source import COMMIT, PinnedSource, dequantized_key, open_source, pin_source
-from quantize.recipe.model import CalibrationSpec, Recipe
+from quantize.model.source import COMMIT, dequantized_key, open_source
+from quantize.recipe.model import Recipe
 from quantize.recipe.yaml import read_document, validate
 from quantize.store.manifest import FileEntry, tool_versions
-from quantize.store.store import Store
-from quantize.system.cache import Cache
+from quantize.store.workspace import Workspace
 from quantize.system.digest import canonical_hash, document_digest
 from quantize.system.lookup import is_builtin
 from quantize.system.process import run_step
@@ -36,7 +32,6 @@ from quantize.system.processor import name_device
 SCHEMA_VERSION = 1
 SUFFIX = ".lock"
 TOKENIZER_TOOLS = ("transformers", "tokenizers", "torch")
-NO_STORE = Store(Path(os.devnull))  # what is built already has no say in what a build would be made of
 HEADER = "# Written by `quantize lock`; `quantize build --locked` refuses anything else. Not to be edited.\n"
 MAX_TEXT = 60  # of a value in a message
 
@@ -153,37 +148,38 @@ def write_lock(path: Path, lock: Lock) -> None:
         raise StoreError(f"{path}: can't be written: {exc.strerror}", hint="check the folder's permissions") from exc
 
 
-def make_lock(recipe: Recipe, cache: Cache, reporter: Reporter) -> Lock:
+def make_lock(recipe: Recipe, workspace: Workspace) -> Lock:
     """Pin a recipe as it is now, the text tokenized. Raises what planning raises."""
-    current = _pinned(recipe, recipe, cache, reporter)
-    device = run_step("looking at the processor", reporter, name_device, "cpu") if current.spec is not None else None
-    return current.lock(current.tokens(cache, reporter), device)
+    plan, device = _sound(make_plan(recipe, workspace)), None
+    if plan.calibrated:
+        device = run_step("looking at the processor", workspace.reporter, name_device, "cpu")
+    return _lock_of(plan, recipe, _tokens(plan, workspace), device)
 
 
 def hold(
-    lock: Lock, recipe: Recipe, cache: Cache, reporter: Reporter, only: Sequence[str] = (), device: str | None = None
-) -> Recipe:
-    """The recipe at the commits of its lock. only: variants that count; all if none is named. device: what it is to be
-    built on, which is only told if it is of another kind; None where that is not known here.
+    lock: Lock, recipe: Recipe, workspace: Workspace, *, only: Collection[str] = (), force: bool = False,
+    evaluate: bool = True, device: str | None = None,
+) -> Plan:  # fmt: skip
+    """The plan of a recipe at the commits of its lock, made as make_plan does; only the wanted variants count.
 
-    Raises LockError with everything that is not as the lock says.
+    device: what it is to be built on, which is only told if it is of another kind; None where that is not known here.
+    Raises LockError with everything that is not as the lock says; what planning raises.
     """
     if lock.recipe != recipe.name:
         hint = f"write one for it: {_command(recipe)}"
         raise LockError(f"the lock is of another recipe: of {lock.recipe}, not {recipe.name}", hint=hint)
     at_commits = _at_commits(lock, recipe)
-    wanted = tuple(item for item in recipe.variants if not only or item.name in only)
-    current = _pinned(recipe, replace(at_commits, variants=wanted), cache, reporter)
+    plan = _sound(make_plan(at_commits, workspace, only=only, force=force, evaluate=evaluate))
     names = set(only) or {*lock.variants, *(item.name for item in recipe.variants)}
     expected = lock.model_copy(update={"variants": {key: lock.variants[key] for key in lock.variants if key in names}})
-    if current.spec is None:  # no wanted variant looks at the text
+    if not plan.calibrated:  # no wanted variant looks at the text
         expected = expected.model_copy(update={"calibration": None})
     known = expected.calibration.device if expected.calibration is not None else None
-    _refuse(differences(expected, current.lock(lock.calibration, known)), recipe)
-    _refuse(differences(expected, current.lock(current.tokens(cache, reporter), known)), recipe)
+    _refuse(differences(expected, _lock_of(plan, recipe, lock.calibration, known)), recipe)
+    _refuse(differences(expected, _lock_of(plan, recipe, _tokens(plan, workspace), known)), recipe)
     if known is not None and device is not None:
-        _tell_device(known, device, reporter)
-    return at_commits
+        _tell_device(known, device, workspace.reporter)
+    return plan
 
 
 def _tell_device(locked: str, device: str, reporter: Reporter) -> None:
@@ -203,73 +199,60 @@ def differences(lock: Lock, other: Lock) -> list[LockDifference]:
     return explained or found
 
 
-@dataclass(frozen=True)
-class _Pinned:
-    """A recipe whose source and text are found and hashed. spec: of the text, None where no variant looks at it."""
-
-    asked: Recipe
-    recipe: Recipe
-    source: PinnedSource
-    jobs: tuple[VariantJob, ...]
-    spec: CalibrationSpec | None
-
-    def lock(self, tokens: TokenSummary | LockedCalibration | None, device: str | None) -> Lock:
-        """The lock; tokens: what is known of the text; device: the kind that it is read on."""
-        calibration, asked = None, self.asked.calibration
-        if self.spec is not None and tokens is not None and asked is not None:
-            identity = find_dataset(self.spec, self.recipe.path.parent).identify()
-            calibration = LockedCalibration(
-                identity=identity, asked=asked.revision, hash=tokens.hash,
-                sequences=tokens.sequences, tokens=tokens.tokens, device=device,
-            )  # fmt: skip
-        source = self.source
-        files = (FileEntry(path=item.path, size_bytes=item.size_bytes, sha256=item.sha256) for item in source.files)
-        lock = Lock(
-            schema_version=SCHEMA_VERSION,
-            recipe=self.recipe.name,
-            source=LockedSource(
-                uri=source.uri, revision=source.revision, asked=self.asked.source.revision, name=source.name,
-                base_model=source.base_model, license=source.license, files=tuple(files),
-            ),
-            calibration=calibration,
-            variants={
-                job.variant.name: LockedVariant(
-                    options=job.variant.normalized(), tools=job.tools, build_key=job.build_key
-                )
-                for job in self.jobs
-            },
-        )  # fmt: skip
-        return lock.model_copy(update={"digest": lock.computed_digest()})
-
-    def tokens(self, cache: Cache, reporter: Reporter) -> TokenSummary | None:
-        """The text as the model's tokenizer reads it; remembered by all that it depends on."""
-        if self.spec is None:
-            return None
-        spec = self.spec
-        key = canonical_hash(
-            {
-                "source": dequantized_key(self.source) if self.source.is_gguf else self.source.digest,
-                "text": find_dataset(spec, self.recipe.path.parent).identify(),
-                "tools": tool_versions(TOKENIZER_TOOLS),
-            }
-        )
-
-        def read() -> dict[str, Any]:
-            folder = open_source(self.source, cache, reporter).folder
-            return vars(summarize_tokens(spec, self.recipe.path.parent, folder, reporter))
-
-        return TokenSummary(**cache.fact(f"tokens:{key}", read))
-
-
-def _pinned(asked: Recipe, recipe: Recipe, cache: Cache, reporter: Reporter) -> _Pinned:
-    recipe = pin_calibration(recipe, reporter)
-    source = pin_source(recipe, cache, reporter)
-    jobs = identify_jobs(recipe, source, NO_STORE)
-    for job in jobs:
+def _sound(plan: Plan) -> Plan:
+    """A plan all of whose jobs have a build key. Raises their refusal."""
+    for job in plan.jobs:
         if job.refusal is not None:
             raise job.refusal
-    calibrated = any(builders()[item.format].needs_calibration(item.options) for item in recipe.variants)
-    return _Pinned(asked, recipe, source, tuple(jobs), recipe.calibration if calibrated else None)
+    return plan
+
+
+def _lock_of(plan: Plan, asked: Recipe, tokens: TokenSummary | LockedCalibration | None, device: str | None) -> Lock:
+    """What a plan is made of. asked: its recipe as it is written. tokens: what is known of the text. device: the kind
+    that it is read on.
+    """
+    source, spec = plan.source, asked.calibration
+    calibration = None
+    if plan.calibrated and tokens is not None and spec is not None:
+        calibration = LockedCalibration(
+            identity=plan.calibrated[0].inputs["calibration"], asked=spec.revision, hash=tokens.hash,
+            sequences=tokens.sequences, tokens=tokens.tokens, device=device,
+        )  # fmt: skip
+    files = (FileEntry(path=item.path, size_bytes=item.size_bytes, sha256=item.sha256) for item in source.files)
+    lock = Lock(
+        schema_version=SCHEMA_VERSION,
+        recipe=plan.recipe.name,
+        source=LockedSource(
+            uri=source.uri, revision=source.revision, asked=asked.source.revision, name=source.name,
+            base_model=source.base_model, license=source.license, files=tuple(files),
+        ),
+        calibration=calibration,
+        variants={
+            job.name: LockedVariant(options=job.variant.normalized(), tools=job.tools, build_key=job.build_key)
+            for job in plan.jobs
+        },
+    )  # fmt: skip
+    return lock.model_copy(update={"digest": lock.computed_digest()})
+
+
+def _tokens(plan: Plan, workspace: Workspace) -> TokenSummary | None:
+    """The text as the model's tokenizer reads it, remembered by all that it depends on; None where none looks at it."""
+    recipe, source, spec = plan.recipe, plan.source, plan.recipe.calibration
+    if spec is None or not plan.calibrated:
+        return None
+    key = canonical_hash(
+        {
+            "source": dequantized_key(source) if source.is_gguf else source.digest,
+            "text": plan.calibrated[0].inputs["calibration"],
+            "tools": tool_versions(TOKENIZER_TOOLS),
+        }
+    )
+
+    def read() -> dict[str, Any]:
+        folder = open_source(source, workspace.cache, workspace.reporter).folder
+        return vars(summarize_tokens(spec, recipe.path.parent, folder, workspace.reporter))
+
+    return TokenSummary(**workspace.cache.fact(f"tokens:{key}", read))
 
 
 def _at_commits(lock: Lock, recipe: Recipe) -> Recipe:

@@ -13,31 +13,31 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from pydantic import ValidationError
 
-from quantize.build.assemble import Made, assemble
-from quantize.build.calibrate import run_pass
 from quantize.build.disk import disk_free_bytes, disk_short
+from quantize.build.execute import execute
+from quantize.build.execution import RunOptions
 from quantize.build.find_source import find_source
 from quantize.build.job import VariantJob
-from quantize.build.plan import identify_jobs
+from quantize.build.plan import Plan, identify_jobs
 from quantize.calibration.datasets import find_dataset
 from quantize.calibration.text import summarize_tokens
-from quantize.errors import PlanError, RecipeError, StoreError, UsageError, VerifyError
-from quantize.events import Reporter, note, status, warn
+from quantize.errors import BuildError, DiskFullError, PlanError, RecipeError, StoreError, UsageError, VerifyError
+from quantize.events import Event, EventKind, Reporter, note, status, warn
 from quantize.files.compare import TensorDifference, compare_metadata, compare_weights
 from quantize.formats import builders, find_format
-from quantize.formats.base import Context, RunLimits
-from quantize.model.checkpoint import Checkpoint
+from quantize.formats.base import RunLimits
 from quantize.model.source import PinnedSource, open_source
 from quantize.recipe.gates import GateLimits
 from quantize.recipe.model import CalibrationSpec, EvaluationSpec, Recipe, Source, Variant
 from quantize.store.artifact import Artifact
 from quantize.store.manifest import FILE_NAME, RECIPE_NAME, FileEntry, Manifest
+from quantize.store.staging import store_errors
 from quantize.store.store import Store
 from quantize.store.verify import check_files
+from quantize.store.workspace import Workspace
 from quantize.system.cache import Cache
 from quantize.system.files import write_text
 from quantize.system.lookup import CALIBRATION, DATA, find_path
@@ -46,6 +46,7 @@ from quantize.system.processor import name_device
 
 DECIDED_LATER = ("files", "accepted_risk", "device")  # fields of a manifest that are not compared by themselves
 OF_VERSIONS = ("tools", "build_key")  # those that differ wherever versions do
+MORE_ROOM = "set TMPDIR, or name another folder with --keep; raise --memory-budget if you gave one"
 TEXT_BYTES = 32 << 20  # a file up to this is looked into for the first byte that differs
 
 
@@ -115,38 +116,34 @@ class Rebuild:
 
 
 def rebuild(
-    artifact: Artifact, folder: Path, work: Path, known: Cache, reporter: Reporter, limits: RunLimits, given: Given
+    artifact: Artifact, folder: Path, work: Path, workspace: Workspace, limits: RunLimits, given: Given
 ) -> Rebuild:
     """Build an artifact again into the empty `folder`, working in the empty `work`, and compare.
 
-    known: the user's cache, which knows where files were; only asked, never built from. Raises VerifyError: the
-    artifact is damaged, its source or text is another. CheckpointError, RecipeError: they are not found.
+    workspace: the user's, whose cache knows where files were; it is only asked, and nothing is built from it or into
+    it. Raises VerifyError: the artifact is damaged, its source or text is another. CheckpointError, RecipeError: they
+    are not found.
     """
-    started = time.perf_counter()
+    started, reporter, manifest = time.perf_counter(), workspace.reporter, artifact.manifest
     check_files(artifact, reporter)
-    cache, manifest = Cache(work / "cache"), artifact.manifest
-    variant = _variant(manifest)
-    source = find_source(artifact, cache, reporter, given=given.source, known=known)
-    _check_disk(manifest, source, folder)
-    recipe = _recipe(artifact, variant, work, given)
-    job, recipe = _job(recipe, source, manifest, Store(work / "store"))
+    scratch = Workspace(Store(work / "store"), Cache(work / "cache"), _StepsOnly(reporter))
+    plan = plan_of(artifact, scratch, work, workspace.cache, given)
+    (job,) = plan.jobs
+    _check_disk(manifest, plan.source, folder)
     tools = _tool_differences(manifest.tools, job.tools)
     for item in tools:
-        warn(reporter, variant.name, f"{item.tool} is {item.here or 'not installed'}, it was {item.manifest or 'none'}")
+        warn(reporter, job.name, f"{item.tool} is {item.here or 'not installed'}, it was {item.manifest or 'none'}")
     device = _device_difference(manifest, _pass_device(manifest, limits, reporter))
     if device is not None:
-        warn(reporter, variant.name, f"{device}; its bytes may differ")
-    checkpoint = open_source(source, cache, reporter)
-    _check_text(recipe, job, artifact, checkpoint, reporter)
-    scratch = work / "scratch"
-    scratch.mkdir()
-    context = Context(variant.name, variant.options, source, checkpoint, cache, folder, scratch, limits)
-    rebuilt = Artifact(folder, _build(recipe, job, context, manifest, reporter))
-    status(reporter, variant.name, "comparing")
-    device = _device_difference(manifest, rebuilt.manifest.device)
+        warn(reporter, job.name, f"{device}; its bytes may differ")
+    _check_text(plan, artifact, scratch)
+    made = _taken(_executed(plan, scratch, limits), folder, manifest)
+    note(reporter, job.name, f"rebuilt as {made.manifest.short_digest}")
+    status(reporter, job.name, "comparing")
+    device = _device_difference(manifest, made.manifest.device)
     return Rebuild(
-        artifact, rebuilt, tools, device, _fields(manifest, rebuilt.manifest, OF_VERSIONS if tools else ()),
-        tuple(_differences(artifact, rebuilt)), len(manifest.files), time.perf_counter() - started,
+        artifact, made, tools, device, _fields(manifest, made.manifest, OF_VERSIONS if tools else ()),
+        tuple(_differences(artifact, made)), len(manifest.files), time.perf_counter() - started,
     )  # fmt: skip
 
 
@@ -168,6 +165,30 @@ def rebuild_folders(keep: Path | None) -> Iterator[tuple[Path, Path]]:
         yield keep or scratch / "artifact", scratch / "work"
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+@dataclass(frozen=True)
+class _StepsOnly:
+    """Passes on what a build says, but for how it ended: that is only half of a rebuild."""
+
+    reporter: Reporter
+
+    def emit(self, event: Event) -> None:
+        if event.kind not in {EventKind.DONE, EventKind.FAILED}:
+            self.reporter.emit(event)
+
+
+def plan_of(artifact: Artifact, scratch: Workspace, work: Path, known: Cache, given: Given) -> Plan:
+    """The plan that an artifact's manifest stands for: its one variant, of its own source, whose figures are not asked.
+
+    scratch: whose cache may be filled. work: for the recipe's folder. known: the cache that has seen files of this
+    machine. Raises as rebuild does.
+    """
+    manifest = artifact.manifest
+    variant = _variant(manifest)
+    source = find_source(artifact, scratch.cache, scratch.reporter, given=given.source, known=known)
+    recipe = _recipe(artifact, variant, work, given)
+    return Plan(recipe, source, (_job(recipe, source, manifest),), evaluate=False)
 
 
 def _variant(manifest: Manifest) -> Variant:
@@ -223,29 +244,28 @@ def _calibration(artifact: Artifact, folder: Path, given: Path | None) -> Calibr
     return spec.model_copy(update={"dataset": str(folder / name)})
 
 
-def _job(recipe: Recipe, source: PinnedSource, manifest: Manifest, store: Store) -> tuple[VariantJob, Recipe]:
-    """The job, and the recipe with the precision that the manifest has.
+def _job(recipe: Recipe, source: PinnedSource, manifest: Manifest) -> VariantJob:
+    """The job under the manifest's build key, if there is a way to it.
 
     The manifest says in which precision the pass ran, the build key what the recipe asked for: `auto`, or the same.
     """
-    (job,) = identify_jobs(recipe, source, store)
+    (job,) = identify_jobs(recipe, source, recipe.variants)
     if job.refusal is not None:
         raise job.refusal
     if job.build_key != manifest.build_key and recipe.calibration is not None:
         automatic = replace(recipe, calibration=recipe.calibration.model_copy(update={"precision": "auto"}))
-        (other,) = identify_jobs(automatic, source, store)
-        job = other if other.build_key == manifest.build_key else job
-    return job, recipe
+        (other,) = identify_jobs(automatic, source, recipe.variants)
+        return other if other.build_key == manifest.build_key else job
+    return job
 
 
-def _check_text(
-    recipe: Recipe, job: VariantJob, artifact: Artifact, checkpoint: Checkpoint, reporter: Reporter
-) -> None:
+def _check_text(plan: Plan, artifact: Artifact, scratch: Workspace) -> None:
     """Before the long work: is it the same text? The same build key says so already. Raises VerifyError."""
-    entry, spec = artifact.manifest.calibration, recipe.calibration
+    entry, spec, (job,) = artifact.manifest.calibration, plan.recipe.calibration, plan.jobs
     if entry is None or spec is None or job.build_key == artifact.manifest.build_key:
         return
-    found = summarize_tokens(spec, recipe.path.parent, checkpoint.folder, reporter)
+    folder = open_source(plan.source, scratch.cache, scratch.reporter).folder
+    found = summarize_tokens(spec, plan.recipe.path.parent, folder, scratch.reporter)
     if found.hash == entry.hash:
         return
     raise VerifyError(
@@ -260,7 +280,7 @@ def _check_disk(manifest: Manifest, source: PinnedSource, folder: Path) -> None:
     copies = int(source.is_gguf) + builders()[manifest.format].source_copies
     needed, free = manifest.size_bytes + copies * manifest.source.weights_bytes, disk_free_bytes(folder)
     if needed > free:
-        raise PlanError(disk_short(needed, free).message, hint="set TMPDIR, or name another folder with --keep")
+        raise PlanError(disk_short(needed, free).message, hint=MORE_ROOM)
 
 
 def _tool_differences(wanted: dict[str, str], here: dict[str, str]) -> tuple[ToolDifference, ...]:
@@ -285,26 +305,28 @@ def _device_difference(manifest: Manifest, here: str | None) -> DeviceDifference
     return DeviceDifference(manifest.device, here)
 
 
-def _build(recipe: Recipe, job: VariantJob, context: Context, wanted: Manifest, reporter: Reporter) -> Manifest:
-    """Fill the folder as a build does; the accepted risk is a person's word, and is taken over."""
-    started = time.perf_counter()
-    job.builder.check(context.checkpoint, context.options)
-    measured: dict[str, Any] = {}
-    if job.builder.needs_calibration(context.options):
-        folder = context.scratch / "pass"
-        folder.mkdir()
-        passed = run_pass(recipe, [(job.builder.name, context)], folder, reporter)
-        if context.variant in passed.errors:
-            raise passed.errors[context.variant]
-        context = replace(context, calibration=passed.entry, device=passed.device)
-        measured = {"calibration_pass": passed.measurements}
-    result = job.builder.build(context, reporter)
-    status(reporter, context.variant, "hashing")
-    manifest = assemble(recipe, job, context, Made(result, measured, time.perf_counter() - started))
-    manifest = manifest.with_risk(wanted.accepted_risk)
-    write_text(context.staging / FILE_NAME, manifest.to_json())
-    note(reporter, context.variant, f"rebuilt as {manifest.short_digest}")
-    return manifest
+def _executed(plan: Plan, scratch: Workspace, limits: RunLimits) -> Artifact:
+    """What the plan gives, in the scratch store. Raises what ended the build."""
+    try:
+        (outcome,) = execute(plan, scratch, RunOptions(limits, judge=False))
+    except PlanError as exc:
+        raise PlanError(exc.message, hint=MORE_ROOM) from exc
+    if outcome.artifact is not None:
+        return outcome.artifact
+    error = outcome.error or BuildError(f"{outcome.variant}: {outcome.state}")
+    if isinstance(error, DiskFullError):
+        error.hint = MORE_ROOM
+    raise error
+
+
+def _taken(made: Artifact, folder: Path, wanted: Manifest) -> Artifact:
+    """The artifact moved into a folder; the accepted risk is a person's word, and is taken over. Raises StoreError."""
+    manifest = made.manifest.with_risk(wanted.accepted_risk)
+    with store_errors(folder):
+        for path in made.folder.iterdir():
+            shutil.move(path, folder / path.name)
+        write_text(folder / FILE_NAME, manifest.to_json())
+    return Artifact(folder, manifest)
 
 
 def _fields(wanted: Manifest, found: Manifest, explained: Sequence[str]) -> tuple[str, ...]:

@@ -5,20 +5,23 @@ In: an artifact and its Judge. Out: where it is now, with its record and its err
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from typing import Protocol
 
+from quantize.build.job import VariantJob
 from quantize.build.judge import NOT_RUNNING, Judge
 from quantize.errors import BuildError, GateError, VerifyError
 from quantize.evaluate.decision import RUNS, Decision
 from quantize.evaluate.page import render_page
 from quantize.evaluate.record import NAME, EvaluationRecord, read_record
-from quantize.events import Reporter, note, status, warn
+from quantize.events import note, status, warn
 from quantize.model.checkpoint import Checkpoint
 from quantize.provenance.card import render_card
 from quantize.store.artifact import ASIDE, REFUSED, Artifact, commit, set_aside, write_measurements
 from quantize.store.manifest import CARD_NAME, EVALUATION_NAME, RECIPE_NAME, AcceptedRisk, Manifest
 from quantize.store.staging import store_errors
+from quantize.store.workspace import Workspace
 from quantize.system.files import write_text
 
 
@@ -31,21 +34,64 @@ class Settled:
     error: GateError | None = None
 
 
+class Gates(Protocol):
+    """Who says what becomes of complete artifacts."""
+
+    def settled(self, artifact: Artifact) -> Settled | None:
+        """An artifact that is where it belongs, so that nothing is left to do; None if something is."""
+
+    def prepare(self, jobs: Sequence[VariantJob], checkpoint: Checkpoint) -> None:
+        """What measuring these jobs needs of the source, before anything is built."""
+
+    def settle(
+        self, artifact: Artifact, checkpoint: Checkpoint, *, failure: VerifyError | None = None, anew: bool = False
+    ) -> Settled:
+        """Put a complete artifact where it belongs. Only call under its variant's lock."""
+
+
+class NoGates:
+    """Takes every complete artifact as it is: for whoever compares it with one that passed its gates."""
+
+    def __init__(self, workspace: Workspace) -> None:
+        self._store = workspace.store.root
+
+    def settled(self, artifact: Artifact) -> Settled | None:
+        """None is ever left to do."""
+        return Settled(artifact, None)
+
+    def prepare(self, jobs: Sequence[VariantJob], checkpoint: Checkpoint) -> None:
+        """Nothing is measured."""
+
+    def settle(
+        self, artifact: Artifact, checkpoint: Checkpoint, *, failure: VerifyError | None = None, anew: bool = False
+    ) -> Settled:
+        """Put it in its place."""
+        return Settled(commit(self._store, artifact.folder, artifact.manifest), None)
+
+
 class GateKeeper:
     """Holds the gates over artifacts of one store. evaluate: measure what is not known; else it passes unmeasured.
 
     accept_risk: why an artifact that is refused is taken all the same, unless it does not even run.
     """
 
-    def __init__(
-        self, judge: Judge, store: Path, reporter: Reporter, *, evaluate: bool, accept_risk: str | None = None
-    ) -> None:
-        self.judge, self._store, self._reporter = judge, store, reporter
+    def __init__(self, judge: Judge, workspace: Workspace, *, evaluate: bool, accept_risk: str | None = None) -> None:
+        self.judge, self._store, self._reporter = judge, workspace.store.root, workspace.reporter
         self._evaluate, self._accept_risk = evaluate, accept_risk
 
     def measures(self, format: str) -> bool:
         """Whether artifacts of a format are measured where their figures are not known."""
         return self._evaluate and self.judge.can_measure(format)
+
+    def prepare(self, jobs: Sequence[VariantJob], checkpoint: Checkpoint) -> None:
+        """The source's side of measuring those whose figures are not known. Raises as Judge.prepare does."""
+        measured = [job for job in jobs if self.measures(job.variant.format) and not self._is_known(job.existing)]
+        if measured:
+            calibrated = any(job.is_calibrated for job in measured)
+            self.judge.prepare(checkpoint, self._reporter, calibrated=calibrated)
+
+    def _is_known(self, artifact: Artifact | None) -> bool:
+        return artifact is not None and self.judge.known(artifact) is not None
 
     def settled(self, artifact: Artifact) -> Settled | None:
         """An artifact that is where its known figures put it, so that nothing is left to do; None if something is."""

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from quantize.build.plan import make_plan
+from quantize.build.size import size_plan
 from quantize.estimate.vram import VramProfile
-from quantize.events import Reporter
 from quantize.formats import find_format, option_models
 from quantize.formats.base import RunLimits
 from quantize.formats.format import Format
@@ -21,7 +21,7 @@ from quantize.model.shape import ModelShape
 from quantize.recipe.model import load_recipe
 from quantize.store.artifact import Artifact
 from quantize.store.store import Store
-from quantize.system.cache import Cache
+from quantize.store.workspace import Workspace
 from quantize.targets import ArtifactTarget, FileTarget, FolderTarget, RecipeTarget
 
 Estimable = RecipeTarget | FolderTarget | FileTarget | ArtifactTarget
@@ -44,14 +44,14 @@ class EstimateSubject:
         return find_format(self.format).vram
 
 
-def subjects(target: Estimable, store: Store, cache: Cache, reporter: Reporter) -> list[EstimateSubject]:
+def subjects(target: Estimable, workspace: Workspace) -> list[EstimateSubject]:
     """Every variant of a recipe, or the one model that a target is.
 
     Raises CheckpointError, PlanError: it can't be read, or not be planned.
     """
     match target:
         case RecipeTarget():
-            return _of_recipe(target.path, store, cache, reporter)
+            return _of_recipe(target.path, workspace)
         case FileTarget():
             return [_of_path(target.path.stem, target.format, target.path)]
         case FolderTarget():
@@ -68,9 +68,9 @@ def siblings(subject: EstimateSubject, store: Store) -> list[EstimateSubject]:
     return [_of_artifact(item) for item in found if f"{item.manifest.name}/{item.manifest.variant}" != subject.name]
 
 
-def _of_recipe(path: Path, store: Store, cache: Cache, reporter: Reporter) -> list[EstimateSubject]:
+def _of_recipe(path: Path, workspace: Workspace) -> list[EstimateSubject]:
     recipe = load_recipe(path, option_models())
-    plan = make_plan(recipe, store, cache, reporter, RunLimits())
+    plan = size_plan(make_plan(recipe, workspace), workspace, RunLimits())
     found = [
         EstimateSubject(
             f"{recipe.name}/{job.variant.name}", job.variant.format, ModelShape.from_config(plan.config),

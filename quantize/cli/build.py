@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import traceback
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from quantize.build.execute import BuildOptions, build
+from quantize.build.execute import execute
+from quantize.build.execution import RunOptions
 from quantize.build.lockfile import hold, lock_path, read_lock
 from quantize.build.outcome import Outcome, OutcomeState
+from quantize.build.plan import Plan, make_plan
 from quantize.cli.common import (
     json_option,
     limits_options,
@@ -32,6 +35,7 @@ from quantize.evaluate.metrics import cells
 from quantize.evaluate.record import source_lines
 from quantize.recipe.model import Recipe
 from quantize.store.store import Store
+from quantize.store.workspace import Workspace
 from quantize.system.sizes import size_text
 
 if TYPE_CHECKING:
@@ -80,19 +84,25 @@ def command(
     options = _cluster_options(cluster, device, threads, watch, trace)
     parsed = [open_recipe(recipe) for recipe in recipes]
     limits = make_limits(threads, device, memory_budget, here=options is None)
-    run = BuildOptions(
-        limits, keep_going, force, only, keep_intermediates, evaluate=not no_eval, accept_risk=accept_risk
-    )
+    run = RunOptions(limits, keep_going, keep_intermediates, accept_risk)
     with console_reporter(quiet=quiet or as_json) as reporter:
-        if locked:
-            cache, kind = open_cache(), device if options is None else None
-            parsed = [hold(read_lock(lock_path(item.path)), item, cache, reporter, only, kind) for item in parsed]
-        if options is not None:
-            from quantize.cluster.units import build_on_cluster
+        workspace = Workspace(store, open_cache(), reporter)
 
-            found = build_on_cluster(parsed, store, open_cache(), reporter, run, options)
+        def planned(recipe: Recipe) -> Plan:
+            if not locked:
+                return make_plan(recipe, workspace, only=only, force=force, evaluate=not no_eval)
+            lock, kind = read_lock(lock_path(recipe.path)), device if options is None else None
+            return hold(lock, recipe, workspace, only=only, force=force, evaluate=not no_eval, device=kind)
+
+        plans: Iterable[Plan] = map(planned, parsed)
+        if locked:
+            plans = [*plans]  # all are held to their locks before anything is built
+        if options is not None:
+            from quantize.cluster.units import execute_on_cluster
+
+            found = execute_on_cluster([*plans], workspace, run, options)
         else:
-            found = [(item, outcome) for item in parsed for outcome in build(item, store, open_cache(), reporter, run)]
+            found = [(plan.recipe, outcome) for plan in plans for outcome in execute(plan, workspace, run)]
     _show(found, as_json=as_json, several=len(recipes) > 1)
     failed = [outcome.error for _, outcome in found if outcome.error is not None]
     if failed:

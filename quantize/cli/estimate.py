@@ -33,6 +33,7 @@ from quantize.estimate.vram import (
     memory_table,
 )
 from quantize.store.store import Store
+from quantize.store.workspace import Workspace
 from quantize.system.machine import detect
 from quantize.system.sizes import memory_text
 from quantize.targets import find_target
@@ -79,7 +80,7 @@ def command(
     """
     card = card_of(gpu, vram) or _own_card()
     with console_reporter(quiet=quiet or as_json) as reporter:
-        found = subjects(noted(find_target(target, store, ESTIMABLE)), store, open_cache(), reporter)
+        found = subjects(noted(find_target(target, store, ESTIMABLE)), Workspace(store, open_cache(), reporter))
     others = found if len(found) > 1 else [*found, *siblings(found[0], store)] if found[0].family else found
     answers = [_answer(item, others, card, context, concurrency, KV_TYPES[kv_bits], runtime) for item in found]
     if as_json:

@@ -29,6 +29,7 @@ from quantize.evaluate.metric import Detail
 from quantize.evaluate.metrics import cells, golden_count
 from quantize.evaluate.record import source_lines
 from quantize.store.store import Store
+from quantize.store.workspace import Workspace
 from quantize.system.lookup import GOLDEN, builtin_files, find_data
 from quantize.targets import ArtifactTarget, RecipeTarget, find_target
 
@@ -66,10 +67,11 @@ def command(
     meant = [noted(find_target(word, store, (ArtifactTarget, RecipeTarget))) for word in targets]
     found = [item for target in meant for item in to_evaluate(target, store)]
     _check_files(text, () if no_golden else golden, {Path(), *(item.recipe.path.parent for item in found)})
-    cache, limits, results = open_cache(), make_limits(threads, "cpu", None), []
+    limits, results = make_limits(threads, "cpu", None), []
     with console_reporter(quiet=quiet or as_json) as reporter:
+        workspace = Workspace(store, open_cache(), reporter)
         for target in found:
-            results.append(reevaluate(target, store, cache, reporter, limits, changes))
+            results.append(reevaluate(target, workspace, limits, changes))
     if as_json:
         print_json([_as_json(item, recorded=not changes) for item in results])
     else:

@@ -10,6 +10,8 @@ from quantize.build.lockfile import Lock, LockDifference, differences, lock_path
 from quantize.cli.common import json_option, open_cache, open_recipe, print_json, quiet_option, verbose_option
 from quantize.cli.progress import console_reporter
 from quantize.errors import UsageError
+from quantize.store.store import Store
+from quantize.store.workspace import Workspace
 
 
 @click.command("lock")
@@ -24,7 +26,7 @@ def command(recipe: Path, as_json: bool, quiet: bool) -> None:
     parsed = open_recipe(recipe)
     path = lock_path(parsed.path)
     with console_reporter(quiet=quiet or as_json) as reporter:
-        lock = make_lock(parsed, open_cache(), reporter)
+        lock = make_lock(parsed, Workspace(Store(), open_cache(), reporter))
     before = _before(path)
     changes = differences(before, lock) if before is not None else []
     write_lock(path, lock)

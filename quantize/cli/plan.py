@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import click
 
 from quantize.build.job import VariantJob
-from quantize.build.plan import Plan, make_plan
+from quantize.build.plan import make_plan
+from quantize.build.size import SizedPlan, size_plan
 from quantize.cli.common import (
     json_option,
     limits_options,
@@ -23,7 +22,9 @@ from quantize.cli.common import (
 )
 from quantize.cli.progress import console_reporter
 from quantize.cli.table import Column, print_table, wide_option
+from quantize.store.artifact import REFUSED, UNJUDGED
 from quantize.store.store import Store
+from quantize.store.workspace import Workspace
 from quantize.system.sizes import size_text
 
 
@@ -43,9 +44,10 @@ def command(
     """
     parsed = open_recipe(recipe)
     with console_reporter(quiet=quiet or as_json) as reporter:
-        plan = make_plan(parsed, store, open_cache(), reporter, make_limits(threads, device, memory_budget))
+        workspace = Workspace(store, open_cache(), reporter)
+        plan = size_plan(make_plan(parsed, workspace), workspace, make_limits(threads, device, memory_budget))
     if as_json:
-        print_json(_as_json(plan))
+        print_json(plan.to_data())
     else:
         _print(plan)
     refused = [job.refusal for job in plan.jobs if job.refusal is not None]
@@ -53,7 +55,7 @@ def command(
         raise refused[0]
 
 
-def _print(plan: Plan) -> None:
+def _print(plan: SizedPlan) -> None:
     columns = [Column("VARIANT"), Column("FORMAT", rank=3), Column("TENSORS", "right", rank=5), Column("SIZE", "right")]
     columns += [
         Column("BYTES", "right", rank=4),
@@ -74,43 +76,18 @@ def _print(plan: Plan) -> None:
 
 def _row(job: VariantJob) -> list[str]:
     name, size = job.variant.name, job.size
-    state = f"up to date ({job.existing.manifest.short_digest})" if job.existing else "to build"
-    state = f"refused: {job.refusal.message.splitlines()[0]}" if job.refusal else state
+    state = _state(job)
     if size is None:
         return [name, job.variant.format, "", "", "", "", "", state]
     numbers = [str(size.tensors), size_text(size.file_bytes), f"{size.file_bytes:,}", f"{size.bits_per_weight:.2f}"]
     return [name, job.variant.format, *numbers, str(len(size.kept)), state]
 
 
-def _as_json(plan: Plan) -> dict[str, Any]:
-    return {
-        "recipe": plan.recipe.name,
-        "source": {"uri": plan.source.uri, "sha256": plan.source.digest},
-        "disk_needed_bytes": plan.disk.peak_bytes,
-        "disk_free_bytes": min(room.free_bytes for room in plan.rooms),
-        "disk_parts": asdict(plan.disk),
-        "pass_memory_bytes": plan.memory_bytes,
-        "disks": [
-            {
-                "what": room.what,
-                "needed_bytes": room.needed_bytes,
-                "free_bytes": room.free_bytes,
-                "missing_bytes": room.missing_bytes,
-            }
-            for room in plan.rooms
-        ],
-        "variants": [
-            {
-                "name": job.variant.name,
-                "format": job.variant.format,
-                "build_key": job.build_key,
-                "up_to_date": job.existing is not None,
-                "file_bytes": job.size.file_bytes if job.size else None,
-                "weights_bytes": job.size.weights_bytes if job.size else None,
-                "bits_per_weight": job.size.bits_per_weight if job.size else None,
-                "tensors": job.size.tensors if job.size else None,
-                "refusal": str(job.refusal) if job.refusal else None,
-            }
-            for job in plan.jobs
-        ],
-    }
+def _state(job: VariantJob) -> str:
+    if job.refusal is not None:
+        return f"refused: {job.refusal.message.splitlines()[0]}"
+    if job.existing is None:
+        return "to build"
+    words = {UNJUDGED: "built, to be evaluated", REFUSED: "built, refused by its gates"}
+    word = words.get(job.existing.folder.parent.name, "up to date")
+    return f"{word} ({job.existing.manifest.short_digest})"

@@ -23,6 +23,7 @@ from quantize.cli.progress import console_reporter
 from quantize.cli.table import Column, print_table, wide_option
 from quantize.errors import RefusedError
 from quantize.store.store import Store
+from quantize.store.workspace import Workspace
 from quantize.targets import find_artifact
 
 SHOWN_TENSORS = 20
@@ -56,7 +57,8 @@ def command(
     found = find_artifact(artifact, store)
     limits = make_limits(threads, device, memory_budget)
     with rebuild_folders(keep) as (folder, work), console_reporter(quiet=quiet or as_json) as reporter:
-        result = rebuild(found, folder, work, open_cache(), reporter, limits, Given(source, calibration))
+        workspace = Workspace(store, open_cache(), reporter)
+        result = rebuild(found, folder, work, workspace, limits, Given(source, calibration))
     if as_json:
         print_json(_as_json(result, keep))
     else:

@@ -1,7 +1,7 @@
 """Recipes side by side on a cluster: each group of variants that share work is a task of Ray's for one node.
 
-In: recipes, a store and a cache that all nodes see. Out: Outcomes, as `build` gives them. On its node a task is the
-ordinary build; one calibration pass is spread over several nodes where there are more nodes than passes.
+In: plans, a store and a cache that all nodes see. Out: Outcomes, as `execute` gives them. On its node a task executes
+a part of a plan; one calibration pass is spread over several nodes where there are more nodes than passes.
 """
 
 from __future__ import annotations
@@ -13,18 +13,19 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from quantize.build.execute import BuildOptions, build, drop_intermediates
+from quantize.build.execute import drop_intermediates, execute
+from quantize.build.execution import RunOptions
+from quantize.build.job import VariantJob
 from quantize.build.outcome import Outcome, OutcomeState
-from quantize.build.plan import pin_calibration
+from quantize.build.plan import Plan, confirm
 from quantize.build.spread.session import Node, able_nodes, cause_of, connected, working_nodes
 from quantize.build.spread.trace import Span, check_trace, read_trace, write_trace
 from quantize.calibration.spread import PassSpread
 from quantize.errors import BuildError, QuantizeError, UsageError, first_line
-from quantize.events import Event, Reporter, note, status
-from quantize.formats import builders
-from quantize.model.source import pin_source
+from quantize.events import Event, note, status
 from quantize.recipe.model import Recipe
 from quantize.store.store import Store
+from quantize.store.workspace import Workspace
 from quantize.system.cache import Cache
 
 WORKERS_A_NODE = 4  # of a spread pass, on nodes without GPUs: each holds a block
@@ -45,17 +46,21 @@ class ClusterOptions:
 
 @dataclass(frozen=True)
 class Unit:
-    """Variants of one recipe that are built together. work: in bytes to go through, for sorting only."""
+    """The part of a plan whose variants are built together. work: in bytes to go through, for sorting only."""
 
-    recipe: Recipe
-    variants: tuple[str, ...]
+    plan: Plan
     calibrated: bool
     work: float
 
     @property
+    def variants(self) -> tuple[str, ...]:
+        """By name."""
+        return tuple(job.name for job in self.plan.jobs)
+
+    @property
     def name(self) -> str:
         """For people."""
-        return f"{self.recipe.name}: {', '.join(self.variants)}"
+        return f"{self.plan.recipe.name}: {', '.join(self.variants)}"
 
 
 @dataclass(frozen=True)
@@ -94,63 +99,53 @@ class Sizes:
         return cls(cores, 0, places, worker_cores, workers)
 
 
-def build_on_cluster(
-    recipes: Sequence[Recipe],
-    store: Store,
-    cache: Cache,
-    reporter: Reporter,
-    run: BuildOptions,
-    cluster: ClusterOptions,
+def execute_on_cluster(
+    plans: Sequence[Plan], workspace: Workspace, run: RunOptions, cluster: ClusterOptions
 ) -> list[tuple[Recipe, Outcome]]:
-    """Build the variants of all recipes that are not up to date, on the nodes of a cluster; outcomes in recipes' order.
+    """Make what the plans say on the nodes of a cluster; outcomes in their order.
 
-    A recipe that is given twice is built once; what one recipe can't, is in its outcomes. Raises UsageError: no cluster
-    answers, a variant is not in its recipe, the trace can't be written.
+    A recipe that is given twice is built once; what one plan can't, is in its outcomes. Raises UsageError: no cluster
+    answers, the trace can't be written.
     """
     if cluster.trace is not None:
         check_trace(cluster.trace)
-    store, cache = Store(store.root.absolute()), Cache(cache.root.absolute())
-    found = {item.path.absolute(): item for item in recipes}
-    recipes = [pin_calibration(replace(item, path=path), reporter) for path, item in found.items()]
-    units = sorted(
-        (unit for recipe in recipes for unit in _units(recipe, cache, reporter, run.only)), key=lambda unit: -unit.work
-    )
+    store, cache = Store(workspace.store.root.absolute()), Cache(workspace.cache.root.absolute())
+    workspace = Workspace(store, cache, workspace.reporter)
+    found = {plan.recipe.path.absolute(): plan for plan in plans}
+    plans = [replace(plan, recipe=replace(plan.recipe, path=path)) for path, plan in found.items()]
+    units = sorted((unit for plan in plans for unit in _units(plan)), key=lambda unit: -unit.work)
     with connected(cluster.address) as ray:
-        flight = _Flight(ray, units, store, cache, reporter, run, cluster)
-        outcomes = flight.all()
+        outcomes = _Flight(ray, units, workspace, run, cluster).all()
     if not run.keep_intermediates:
         worked = {path for (path, _), outcome in outcomes.items() if outcome.state is not OutcomeState.UP_TO_DATE}
-        for recipe in recipes:
-            if recipe.path in worked:
-                drop_intermediates(recipe, cache, reporter)
-    names = [(recipe, variant.name) for recipe in recipes for variant in recipe.variants]
+        for plan in plans:
+            if plan.recipe.path in worked:
+                drop_intermediates(plan, workspace)
+    names = [(plan.recipe, job.name) for plan in plans for job in plan.jobs]
     return [(recipe, outcomes[recipe.path, name]) for recipe, name in names if (recipe.path, name) in outcomes]
 
 
-def _units(recipe: Recipe, cache: Cache, reporter: Reporter, only: Sequence[str]) -> Iterator[Unit]:
+def _units(plan: Plan) -> Iterator[Unit]:
     """All calibrated variants share a pass; others share what their format makes for them."""
-    source_bytes = sum(item.size_bytes for item in pin_source(recipe, cache, reporter).files)
-    groups: dict[str, list[str]] = {}
-    for variant in recipe.variants:
-        calibrated = builders()[variant.format].needs_calibration(variant.options)
-        if not only or variant.name in only:
-            groups.setdefault("" if calibrated else variant.format, []).append(variant.name)
-    spec = recipe.calibration
+    source_bytes = sum(item.size_bytes for item in plan.source.files)
+    groups: dict[str, list[VariantJob]] = {}
+    for job in plan.jobs:
+        groups.setdefault("" if job.is_calibrated else job.variant.format, []).append(job)
+    spec = plan.recipe.calibration
     tokens = spec.samples * spec.sequence_length if spec is not None else 0
-    for key, names in groups.items():
-        passes = len(names) + (tokens / 1000 if key == "" else 0)
-        yield Unit(recipe, tuple(names), key == "", source_bytes * passes)
+    for key, jobs in groups.items():
+        passes = len(jobs) + (tokens / 1000 if key == "" else 0)
+        yield Unit(plan.part(jobs), key == "", source_bytes * passes)
 
 
 class _Flight:
     """The units on their way through one cluster."""
 
     def __init__(
-        self, ray: Any, units: Sequence[Unit], store: Store, cache: Cache, reporter: Reporter, run: BuildOptions,
-        cluster: ClusterOptions,
-    ) -> None:  # fmt: skip
-        self._ray, self._units, self._reporter, self._run, self._cluster = ray, units, reporter, run, cluster
-        self._store, self._cache = store, cache
+        self, ray: Any, units: Sequence[Unit], workspace: Workspace, run: RunOptions, cluster: ClusterOptions
+    ) -> None:
+        self._ray, self._units, self._run, self._cluster = ray, units, run, cluster
+        self._workspace, self._reporter = workspace, workspace.reporter
         gpu = run.limits.device != "cpu"
         found = working_nodes(ray, gpu=gpu)
         self._sizes = Sizes.of(found, gpu=gpu, threads=cluster.threads)
@@ -159,7 +154,7 @@ class _Flight:
         self._workers_each = max(1, self._sizes.workers // max(1, calibrated))
         cores = sum(node.cpus for node in found)
         counts = f"nodes: {len(found)}, cores: {cores}, builds: {len(units)}, at a time: {self._sizes.places}"
-        note(reporter, "", counts)
+        note(self._reporter, "", counts)
         self._mailbox = ray.remote(Mailbox).options(num_cpus=0).remote()
         self._running: dict[Any, Unit] = {}
         self._spans: list[Span] = []
@@ -172,8 +167,9 @@ class _Flight:
         for number, unit in enumerate(self._units):
             options, limits = self._needs(unit, number)
             task = run_unit.options(max_retries=RETRIES, scheduling_strategy="SPREAD", **options)
-            run = replace(self._run, limits=limits, only=unit.variants, keep_intermediates=True)
-            reference = task.remote(unit.recipe, self._store.root, self._cache.root, run, self._mailbox)
+            run = replace(self._run, limits=limits, keep_intermediates=True)
+            places = self._workspace.store.root, self._workspace.cache.root
+            reference = task.remote(unit.plan, *places, run, self._mailbox)
             self._running[reference] = unit
         while self._running:
             done, _ = self._ray.wait([*self._running], num_returns=1, timeout=POLL_SECONDS)
@@ -217,12 +213,12 @@ class _Flight:
         self._spans.append(Span(f"node {done.node[:6]}", "build", "build", unit.name, done.started, done.ended))
         self._work_done += unit.work
         for outcome in done.outcomes:
-            self._outcomes[unit.recipe.path, outcome.variant] = outcome
+            self._outcomes[unit.plan.recipe.path, outcome.variant] = outcome
         if not self._run.keep_going and any(item.error for item in done.outcomes):
             for reference, waiting in self._running.items():
                 self._ray.cancel(reference)
                 for name in waiting.variants:
-                    self._outcomes[waiting.recipe.path, name] = Outcome(name, OutcomeState.SKIPPED)
+                    self._outcomes[waiting.plan.recipe.path, name] = Outcome(name, OutcomeState.SKIPPED)
             self._running.clear()
 
     def _relay(self) -> None:
@@ -284,8 +280,11 @@ class MailReporter:
         self._mailbox.put.remote(self._recipe, event)
 
 
-def run_unit_here(recipe: Recipe, store: Path, cache: Path, run: BuildOptions, mailbox: Any) -> Done:
-    """A unit, on the node that Ray has chosen: the ordinary build, whose pass may be spread over others."""
+def run_unit_here(plan: Plan, store: Path, cache: Path, run: RunOptions, mailbox: Any) -> Done:
+    """A part of a plan, executed on the node that Ray has chosen; its pass may be spread over others.
+
+    Raises BuildError, PlanError: what the plan was made of is not on the node.
+    """
     import ray
 
     here = ray.get_runtime_context()
@@ -293,9 +292,10 @@ def run_unit_here(recipe: Recipe, store: Path, cache: Path, run: BuildOptions, m
     if run.limits.spread is not None:
         spread = replace(run.limits.spread, address=here.gcs_address)
         run = replace(run, limits=replace(run.limits, spread=spread))
-    if not recipe.path.is_file():
+    if not plan.recipe.path.is_file():
         hint = "put recipes, sources, cache and store on storage that every node has under the same path"
-        raise BuildError(f"node {here.get_node_id()[:6]} does not see {recipe.path}", hint=hint)
+        raise BuildError(f"node {here.get_node_id()[:6]} does not see {plan.recipe.path}", hint=hint)
+    workspace = Workspace(Store(store), Cache(cache), MailReporter(mailbox, plan.recipe.name))
     started = time.time()
-    outcomes = build(recipe, Store(store), Cache(cache), MailReporter(mailbox, recipe.name), run)
+    outcomes = execute(confirm(plan, workspace), workspace, run)
     return Done(tuple(outcomes), here.get_node_id(), started, time.time())

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 from quantize.calibration.budget import BlockMemory
 from quantize.calibration.journal import Resumable
 from quantize.calibration.spread import PassSpread
-from quantize.errors import QuantizeError, UsageError
+from quantize.errors import BuildError, QuantizeError, UsageError
 from quantize.events import Reporter
 from quantize.model.checkpoint import Checkpoint
 from quantize.model.source import PinnedSource
@@ -124,6 +124,13 @@ class Context:
     limits: RunLimits = field(default_factory=RunLimits)
     calibration: CalibrationEntry | None = None
     device: str | None = None
+
+    @property
+    def calibrated_on(self) -> CalibrationEntry:
+        """What the pass saw, for a variant that needs one. Raises BuildError: there was none."""
+        if self.calibration is None:
+            raise BuildError(f"{self.variant}: there was no calibration pass", hint="give the recipe a `calibration`")
+        return self.calibration
 
 
 @dataclass(frozen=True)

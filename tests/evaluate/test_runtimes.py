@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-from quantize.build.execute import build
 from quantize.errors import UsageError, VerifyError
 from quantize.evaluate.baseline import record
 from quantize.evaluate.decision import RUNS, GateThresholds
@@ -28,10 +27,11 @@ from quantize.formats import open_runtime, option_models
 from quantize.recipe.model import load_recipe
 from quantize.runtimes.base import ModelRef, Prompted
 from quantize.store.store import Store
+from quantize.store.workspace import Workspace
 from quantize.system.cache import Cache
 from quantize.system.process import run_step
 from quantize.testing import TinyModel, make_checkpoint, write_recipe, write_weights
-from tests.conftest import Built
+from tests.conftest import Built, build
 
 pytest.importorskip("torch")
 pytest.importorskip("llama_cpp")
@@ -278,7 +278,7 @@ def test_packed_formats_in_their_real_runtime(tiny: Path, job: EvaluationJob, tm
     recipe = load_recipe(
         write_recipe(tmp_path / "packed.yaml", tiny, variants, calibration=calibration), option_models()
     )
-    for outcome in build(recipe, Store(tmp_path / "artifacts"), Cache(tmp_path / "cache"), QUIET):
+    for outcome in build(recipe, Workspace(Store(tmp_path / "artifacts"), Cache(tmp_path / "cache"), QUIET)):
         assert outcome.artifact is not None, outcome.error
         artifact = ModelRef(outcome.artifact.folder, outcome.artifact.manifest.format)
         found = run_step("evaluate", QUIET, evaluate, dataclasses.replace(job, artifact=artifact))

@@ -11,17 +11,17 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat
 
-from quantize.build.execute import build
 from quantize.events import ListReporter
 from quantize.formats import option_models
 from quantize.recipe.model import load_recipe
 from quantize.store.artifact import Artifact, write_measurements
 from quantize.store.manifest import FILE_NAME, CalibrationEntry
 from quantize.store.store import Store
+from quantize.store.workspace import Workspace
 from quantize.system.cache import Cache
 from quantize.system.files import write_text
 from quantize.testing import FakeBuilder, write_recipe
-from tests.conftest import UNMEASURED
+from tests.conftest import build
 from tests.records import evaluation_record
 
 MEASURED = {
@@ -52,7 +52,7 @@ MEASURED = {
 def artifact(fake: FakeBuilder, tiny: Path, store: Store, cache: Cache, tmp_path: Path) -> Artifact:
     """One build of the fake format, in the test's own store."""
     recipe = write_recipe(tmp_path / "tiny.yaml", tiny, [{"format": "fake"}])
-    outcome = build(load_recipe(recipe, option_models()), store, cache, ListReporter(), UNMEASURED)[0]
+    outcome = build(load_recipe(recipe, option_models()), Workspace(store, cache, ListReporter()), evaluate=False)[0]
     assert outcome.artifact is not None
     return outcome.artifact
 

@@ -82,7 +82,7 @@ class Pool:
         self._plan: Any = None
         self._kind: tuple[str, ...] | None = None
         self._waiting: dict[Any, PoolWorker] = {}  # the reference of a worker's answer -> the worker
-        self._early: list[PoolWorker] = []  # that have answered before there was a plan
+        self._early: list[tuple[PoolWorker, WorkerMachine]] = []  # that have answered before there was a plan
         self._present: set[str] = set()
         self._count = 0
         (folder / PROBE_NAME).write_text("for other nodes to see", encoding="utf-8")
@@ -98,14 +98,12 @@ class Pool:
         """What the first worker to answer says of itself; those that differ from it take no part."""
         while not self._early:
             self.wait(POLL_SECONDS)
-        found = self._early[0].machine
-        assert found is not None
-        return found
+        return self._early[0][1]
 
     def begin(self, plan: PassPlan) -> None:
         """Give all workers, also those to come, the plan of the pass."""
         self._plan = self._ray.put(plan)
-        for worker in self._early:
+        for worker, _ in self._early:
             self.call(worker, None, "begin", (self._plan,), 1)
 
     def call(self, worker: PoolWorker, task: Any, method: str, arguments: Sequence[Any], results: int) -> None:
@@ -159,7 +157,7 @@ class Pool:
     def _answer(self, worker: PoolWorker, reference: Any) -> WorkerMachine | WorkerReport | Lost | None:
         errors = self._ray.exceptions
         try:
-            answer = self._ray.get(reference)
+            answer: WorkerMachine | WorkerReport | None = self._ray.get(reference)
         except errors.RayActorError as exc:
             self._present.discard(worker.name)
             self._add()
@@ -171,7 +169,6 @@ class Pool:
             if isinstance(cause, QuantizeError):
                 raise cause from None
             raise BuildError(f"{worker.name}: {type(cause).__name__}: {first_line(cause)}") from exc
-        assert answer is None or isinstance(answer, WorkerMachine | WorkerReport)
         return answer
 
     def _welcome(self, worker: PoolWorker, machine: WorkerMachine) -> None:
@@ -196,7 +193,7 @@ class Pool:
         worker.machine = machine
         self._present.add(worker.name)
         if self._plan is None:
-            self._early.append(worker)
+            self._early.append((worker, machine))
         else:
             self.call(worker, None, "begin", (self._plan,), 1)
 

@@ -264,20 +264,18 @@ def _file_name(intermediate: Path, options: GgufOptions) -> str:
 def _write_imatrix(context: Context, intermediate: Path, out: Path) -> None:
     from quantize.formats.gguf.imatrix import write_from_scratch
 
-    assert context.calibration is not None  # the build runs the pass before it calls us
     architecture = str(read_gguf(intermediate).fields["general.architecture"])
     scratch = context.scratch / "imatrix.safetensors"
-    write_from_scratch(scratch, out, architecture, context.checkpoint, context.calibration)
+    write_from_scratch(scratch, out, architecture, context.checkpoint, context.calibrated_on)
 
 
 def _imatrix_bytes(context: Context, architecture: str) -> int:
     """Size of the importance matrix file, found by writing one of zeros."""
     from quantize.formats.gguf.imatrix import write_from_scratch, write_zeros
 
-    assert context.calibration is not None  # a recipe without calibration was refused before
     scratch, out = context.scratch / "zeros.safetensors", context.scratch / "zeros.gguf"
     write_zeros(scratch, context.checkpoint)
-    write_from_scratch(scratch, out, architecture, context.checkpoint, context.calibration)
+    write_from_scratch(scratch, out, architecture, context.checkpoint, context.calibrated_on)
     return out.stat().st_size
 
 

@@ -1,0 +1,189 @@
+"""Plan -> SizedPlan: how large each artifact will be, the disk and memory that a build takes, and whether it is there.
+
+In: a plan, a store, a cache. Out: the plan with exact sizes, from headers alone; the refusal of a build that would fill
+a disk or its memory. Writes nothing into the store.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from quantize.build.disk import Needs, Room, disk_free_bytes, most_bytes, needs, refusal, rooms, temporary_root
+from quantize.build.job import VariantJob
+from quantize.build.plan import Plan
+from quantize.calibration.budget import memory_short, pass_bytes
+from quantize.calibration.datasets import find_dataset
+from quantize.errors import DiskFullError, PlanError, QuantizeError
+from quantize.events import Reporter, SilentReporter, status
+from quantize.formats.base import Context, RunLimits, SizePlan
+from quantize.model.checkpoint import Checkpoint, open_checkpoint
+from quantize.model.source import PinnedSource, dequantized_key, open_source
+from quantize.recipe.model import Recipe
+from quantize.store.manifest import CalibrationEntry
+from quantize.store.workspace import Workspace
+from quantize.system.cache import Cache
+from quantize.system.process import run_step
+
+
+@dataclass(frozen=True, kw_only=True)
+class SizedPlan(Plan):
+    """A plan whose jobs have their sizes, the disk that they take, and where. config: config.json of the source.
+
+    memory_bytes: the least that the calibration pass takes of this machine's, with its hidden states on disk; 0 where
+    there is no pass, or it runs on another device.
+    """
+
+    disk: Needs
+    rooms: tuple[Room, ...]
+    memory_bytes: int
+    config: Mapping[str, Any]
+
+    def shortage(self, limits: RunLimits) -> PlanError | None:
+        """Why there is not enough disk for it, or memory; None if there is."""
+        budget = limits.memory_budget_bytes
+        if budget is not None and self.memory_bytes > budget:
+            return memory_short(self.memory_bytes, budget)
+        return refusal(self.rooms)
+
+    def to_data(self) -> dict[str, Any]:
+        """Plain JSON data, for people and programs."""
+        return super().to_data() | {
+            "disk_needed_bytes": self.disk.peak_bytes,
+            "disk_free_bytes": min(room.free_bytes for room in self.rooms),
+            "disk_parts": asdict(self.disk),
+            "pass_memory_bytes": self.memory_bytes,
+            "disks": [
+                {
+                    "what": room.what,
+                    "needed_bytes": room.needed_bytes,
+                    "free_bytes": room.free_bytes,
+                    "missing_bytes": room.missing_bytes,
+                }
+                for room in self.rooms
+            ],
+        }
+
+
+def size_plan(plan: Plan, workspace: Workspace, limits: RunLimits) -> SizedPlan:
+    """The plan with exact sizes; what there is no room for is refused.
+
+    Raises CheckpointError, PlanError, MissingExtraError.
+    """
+    sized = measure_plan(plan, workspace, limits)
+    refused = sized.shortage(limits) if sized.todo else None
+    if refused is None:
+        return sized
+    jobs = tuple(replace(job, refusal=refused) if job.is_open else job for job in sized.jobs)
+    return replace(sized, jobs=jobs)
+
+
+def measure_plan(plan: Plan, workspace: Workspace, limits: RunLimits) -> SizedPlan:
+    """The plan with exact sizes, whether there is room for it or not. Raises as size_plan does."""
+    source, cache, reporter = plan.source, workspace.cache, workspace.reporter
+    with tempfile.TemporaryDirectory(prefix="quantize-plan-", dir=temporary_root()) as scratch:
+        checkpoint = _checkpoint_headers(source, cache, Path(scratch) / "checkpoint", reporter)
+        context = Context("", None, source, checkpoint, cache, Path(scratch), Path(scratch), limits,
+                          _expected(plan.recipe))  # fmt: skip
+        jobs = _size_jobs(plan.jobs, context, reporter)
+        dequantized = _dequantized_bytes(source, checkpoint, cache)
+    disk = needs(jobs, plan.recipe, checkpoint, measured=plan.evaluate, source_bytes=dequantized)
+    found = rooms(disk, workspace.store.root, cache.root, plan.recipe.name, [job.name for job in jobs])
+    return SizedPlan(
+        plan.recipe, source, jobs, plan.force, plan.evaluate, disk=disk, rooms=found,
+        memory_bytes=_pass_memory(jobs, checkpoint, limits), config=checkpoint.config,
+    )  # fmt: skip
+
+
+def check_room(plan: Plan, workspace: Workspace, limits: RunLimits) -> None:
+    """Refuse a build that would fill a disk or its memory, before it has written anything. Raises PlanError."""
+    most = most_bytes(plan.jobs, plan.recipe, plan.source, measured=bool(plan.measured))
+    roomy = all(disk_free_bytes(root) >= most for root in (workspace.store.root, workspace.cache.root))
+    if roomy and limits.memory_budget_bytes is None:
+        return
+    refused = measure_plan(plan, workspace, limits).shortage(limits)
+    if refused is not None:
+        raise refused
+
+
+def say_what_is_missing(error: DiskFullError, plan: Plan, workspace: Workspace, limits: RunLimits) -> None:
+    """Put into the hint how much more space the plan needs than there is."""
+    try:
+        found = measure_plan(plan, replace(workspace, reporter=SilentReporter()), limits).rooms
+    except (QuantizeError, OSError):  # no room even for that
+        return
+    short = [room for room in found if room.missing_bytes]
+    if short:
+        missing = " and ".join(f"{room.missing_bytes:,} bytes are missing for the {room.what}" for room in short)
+        error.hint = f"{missing}: free them and run the same build again, it goes on where it stopped"
+
+
+def _checkpoint_headers(source: PinnedSource, cache: Cache, scratch: Path, reporter: Reporter) -> Checkpoint:
+    """The checkpoint, or for a GGUF source that was not dequantized yet a stand-in with the same headers."""
+    if not source.is_gguf or cache.entry("checkpoints", dequantized_key(source)).is_dir():
+        return open_source(source, cache, reporter)
+    from quantize.model.from_gguf import skeleton_of_gguf
+
+    status(reporter, "", f"reading the headers of {source.location.name}")
+    scratch.mkdir()
+    run_step("reading the GGUF source", reporter, skeleton_of_gguf, source.location, scratch)
+    return open_checkpoint(scratch)
+
+
+def _expected(recipe: Recipe) -> CalibrationEntry | None:
+    """What the manifest will say of the calibration text, as far as the spec tells: enough to size what names it."""
+    spec = recipe.calibration
+    if spec is None:
+        return None
+    stated = find_dataset(spec, recipe.path.parent).stated()
+    return CalibrationEntry(spec=stated, hash="", sequences=spec.samples, tokens=0, seed=spec.seed)
+
+
+def _size_jobs(jobs: Sequence[VariantJob], context: Context, reporter: Reporter) -> tuple[VariantJob, ...]:
+    """Fill in sizes, one call for each format; a variant that can't be sized gets its refusal instead."""
+    result = {job.name: job for job in jobs}
+    for format_name in dict.fromkeys(job.variant.format for job in jobs):
+        group = [job for job in jobs if job.variant.format == format_name]
+        status(reporter, "", f"sizing {len(group)} {format_name} variants")
+        for job, outcome in _size_group(group, context, reporter):
+            filled = replace(job, refusal=outcome) if isinstance(outcome, QuantizeError) else replace(job, size=outcome)
+            result[job.name] = filled
+    return tuple(result[job.name] for job in jobs)
+
+
+def _pass_memory(jobs: Sequence[VariantJob], checkpoint: Checkpoint, limits: RunLimits) -> int:
+    parts = [(job.builder, job.variant.options) for job in jobs if job.is_open and job.is_calibrated]
+    if not parts or limits.device != "cpu":
+        return 0
+    return pass_bytes(checkpoint, parts, limits.threads)
+
+
+def _size_group(
+    group: Sequence[VariantJob], context: Context, reporter: Reporter
+) -> list[tuple[VariantJob, SizePlan | QuantizeError]]:
+    builder = group[0].builder
+    checked = [(job, job.refusal or _refusal(job, context.checkpoint)) for job in group]
+    refused = [(job, error) for job, error in checked if error is not None]
+    good = [job for job, error in checked if error is None]
+    try:
+        sizes = builder.sizes(context, [job.variant.options for job in good], reporter) if good else []
+    except QuantizeError as exc:
+        sizes = [exc] * len(good)
+    return [*refused, *zip(good, sizes, strict=True)]
+
+
+def _refusal(job: VariantJob, checkpoint: Checkpoint) -> QuantizeError | None:
+    try:
+        job.builder.check(checkpoint, job.variant.options)
+    except QuantizeError as exc:
+        return exc
+    return None
+
+
+def _dequantized_bytes(source: PinnedSource, checkpoint: Checkpoint, cache: Cache) -> int:
+    if not source.is_gguf or cache.entry("checkpoints", dequantized_key(source)).is_dir():
+        return 0
+    return sum(path.stat().st_size for path in checkpoint.folder.iterdir())  # weights as sparse files, the rest whole
