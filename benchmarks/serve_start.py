@@ -113,7 +113,7 @@ class Staged(OpenModel):
 engine.import_bindings_only()
 import llama_cpp.llama_cpp
 peak()
-Staged(Path(sys.argv[1]), ModelSettings(int(sys.argv[2]), flash_attention=False, gpu_layers=0))
+Staged(Path(sys.argv[1]), ModelSettings(int(sys.argv[2]), flash_attention=False))
 peak()
 """
 

@@ -100,7 +100,7 @@ def logits_of(reporter: Reporter, files: Iterable[Path]) -> list[Any]:
     """llama.cpp's logits of the prompt, float32 [places, vocabulary], of each file. For a worker: it may abort."""
     found = []
     for file in files:
-        model = OpenModel(file, ModelSettings(context=64, threads=1, gpu_layers=0))
+        model = OpenModel(file, ModelSettings(context=64, threads=1))
         model.decode(BatchToken(token, place, 0, True) for place, token in enumerate(PROMPT))
         found.append(model.logits(len(PROMPT)).copy())
         model.close()

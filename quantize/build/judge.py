@@ -150,6 +150,7 @@ class Judge:
             source=ModelRef(checkpoint.folder, UNQUANTIZED), source_digest=self._source_key(), artifact=artifact,
             cache=self._cache.root, text=self._text, column=spec.column, window=spec.window,
             windows_limit=spec.windows, golden=self.golden, context=spec.context, threads=self._run.threads,
+            device=self._run.device,
         )  # fmt: skip
 
     def _calibrated_on(self, manifest: Manifest) -> CalibratedOn | None:

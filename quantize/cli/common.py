@@ -65,7 +65,9 @@ def limits_options(function: Function) -> Function:
     """--threads, --device, --memory-budget: how to run, never what to build."""
     options = [
         threads_option,
-        click.option("--device", default="cpu", show_default=True, help="cpu, or cuda[:N] for the calibration pass."),
+        click.option(
+            "--device", default="cpu", show_default=True, help="cpu, or cuda[:N]: of the pass and evaluation."
+        ),
         click.option("--memory-budget", default=None, metavar="SIZE", help="Memory to stay under, such as 6GiB."),
     ]
     for option in reversed(options):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from quantize.errors import UsageError
 from quantize.evaluate.metric import Detail
 from quantize.evaluate.metrics import cells, golden_count
 from quantize.evaluate.record import source_lines
+from quantize.runtimes.devices import check_name
 from quantize.store.store import Store
 from quantize.store.workspace import Workspace
 from quantize.system.lookup import GOLDEN, builtin_files, find_data
@@ -43,6 +45,7 @@ from quantize.targets import ArtifactTarget, RecipeTarget, find_target
 @click.option("--golden", multiple=True, type=click.Path(path_type=Path), help="Other golden prompts.")
 @click.option("--no-golden", is_flag=True, help="Ask no golden prompts.")
 @threads_option
+@click.option("--device", default="auto", show_default=True, help="auto, cpu, or a GPU such as cuda:0 or vulkan:0.")
 @store_option
 @wide_option
 @json_option
@@ -50,7 +53,8 @@ from quantize.targets import ArtifactTarget, RecipeTarget, find_target
 @verbose_option
 def command(
     targets: tuple[str, ...], text: str | None, column: str | None, window: int | None, windows: int | None,
-    golden: tuple[Path, ...], no_golden: bool, threads: int | None, store: Store, as_json: bool, quiet: bool,
+    golden: tuple[Path, ...], no_golden: bool, threads: int | None, device: str, store: Store, as_json: bool,
+    quiet: bool,
 ) -> None:  # fmt: skip
     """Measure artifacts in their real runtimes against their full-precision source, and hold the recipe's gates.
 
@@ -67,7 +71,7 @@ def command(
     meant = [noted(find_target(word, store, (ArtifactTarget, RecipeTarget))) for word in targets]
     found = [item for target in meant for item in to_evaluate(target, store)]
     _check_files(text, () if no_golden else golden, {Path(), *(item.recipe.path.parent for item in found)})
-    limits, results = make_limits(threads, "cpu", None), []
+    limits, results = replace(make_limits(threads, "cpu", None), device=check_name(device)), []
     with console_reporter(quiet=quiet or as_json) as reporter:
         workspace = Workspace(store, open_cache(), reporter)
         for target in found:

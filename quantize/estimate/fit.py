@@ -44,7 +44,7 @@ class Fit:
 
 @dataclass(frozen=True)
 class Workload:
-    """A model and how it is to be run: what the suggestions vary."""
+    """A model and how it is to be run: what the suggestions vary. gpu_layers: on the GPU; None is all of them."""
 
     shape: ModelShape
     weights_bytes: int
@@ -52,13 +52,27 @@ class Workload:
     settings: EstimateSettings
     context: int
     concurrency: int
+    gpu_layers: int | None = None
 
     def estimate(self) -> Estimate:
-        """Its Estimate."""
-        return estimate(
+        """Its Estimate: of what is on the device, where some layers are elsewhere."""
+        whole = estimate(
             self.shape, self.weights_bytes,
             profile=self.profile, settings=self.settings, context=self.context, concurrency=self.concurrency,
         )  # fmt: skip
+        if self.gpu_layers is None or self.gpu_layers > self.shape.layers:
+            return whole
+        return _part(whole, self.gpu_layers, self.shape.layers)
+
+
+def _part(whole: Estimate, layers: int, of: int) -> Estimate:
+    """Some of all layers, each with its part of the weights and the KV cache; the overhead is the same."""
+    weights, kv = -(-whole.weights_bytes * layers // of), -(-whole.kv_bytes * layers // of)
+    left = whole.weights_bytes - weights + whole.kv_bytes - kv
+    return replace(
+        whole, weights_bytes=weights, kv_bytes=kv,
+        expected_bytes=whole.expected_bytes - left, upper_bytes=whole.upper_bytes - left,
+    )  # fmt: skip
 
 
 def usable_bytes(card_bytes: int) -> int:

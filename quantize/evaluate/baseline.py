@@ -115,7 +115,11 @@ def blocks(
 
 
 def baseline_key(source_digest: str, windows: Windows, tools: Mapping[str, str], *, keep: int = LIKELIEST) -> str:
-    """Hex sha256 that names a baseline: the source by content, the token ids, what it runs in, and what is kept."""
+    """Hex sha256 that names a baseline: the source by content, the token ids, what is kept, and what it runs in.
+
+    tools: the runtime's name and version, the kind of device and the type that it computes in: another one gives
+    figures that differ by as much as the best artifacts do.
+    """
     pinned = {"format": FORMAT, "source": source_digest, "windows": windows.hash, "tools": dict(tools), "keep": keep}
     return hashlib.sha256(json.dumps(pinned, sort_keys=True).encode()).hexdigest()
 

@@ -19,6 +19,7 @@ from quantize.errors import CheckpointError, VerifyError
 from quantize.evaluate.answers import compare_answers
 from quantize.evaluate.baseline import KIND, LIKELIEST, Baseline, baseline_key, find, record, save
 from quantize.evaluate.decision import RUNS
+from quantize.evaluate.device import Wanted, on_device
 from quantize.evaluate.golden import GoldenSet, load_golden
 from quantize.evaluate.metrics import check_same_vocabulary, measure
 from quantize.evaluate.prompts import Asked, PromptTokenizer, ask
@@ -31,6 +32,7 @@ from quantize.model.checkpoint import read_json
 from quantize.model.shape import ModelShape
 from quantize.recipe.model import CalibrationSpec
 from quantize.runtimes.base import ModelRef, Runtime, runtime_version
+from quantize.runtimes.devices import AUTO, Place
 from quantize.system.cache import Cache
 
 ANSWERS_KIND = "golden-answers"
@@ -56,6 +58,7 @@ class EvaluationJob:
     windows_limit: at most so many windows, 0 for all. golden: files or folders; none asks nothing. context: tokens of a
     golden prompt and its answer, 0 for the smaller of 2,048 and the model's own. calibrated_on: the text that the
     artifact has seen, which the held-out text must not share. intended: what its weights must be; None looks at none.
+    device: auto, or the name of what to run on where a runtime has it and a model fits; else it is the CPU.
     """
 
     source: ModelRef
@@ -70,6 +73,7 @@ class EvaluationJob:
     golden: tuple[Path, ...] = ()
     context: int = 0
     threads: int = 0
+    device: str = AUTO
     calibrated_on: CalibratedOn | None = None
     intended: Intended | None = None
 
@@ -113,14 +117,20 @@ def evaluate(reporter: Reporter, job: EvaluationJob) -> Evaluation:
     material = _material(job)
     baseline, source_answers = _source_side(reporter, job, material)
     checks = check_structure(reporter, job.artifact, job.source.folder, job.intended) if job.intended else {}
-    status(reporter, "", f"loading the {job.artifact.format} artifact")
-    with closing(open_runtime(job.artifact, context=_longest(job, material), threads=job.threads)) as runtime:
-        check_same_vocabulary(runtime.vocabulary, baseline.vocabulary, material.windows)
-        _check_same_tokens(runtime, job.artifact, material)
-        quality = measure(runtime, material.windows, baseline, reporter)
-        if material.golden is None or material.asked is None:
-            return Evaluation(quality, None, checks, material.held_out)
-        answers = _answers(reporter, runtime, material, "artifact")
+    wanted = Wanted(job.artifact, job.device, _longest(job, material))
+
+    def run(place: Place) -> tuple[Quality, list[str]]:
+        status(reporter, "", f"loading the {job.artifact.format} artifact")
+        with closing(_open(job, wanted, place)) as runtime:
+            check_same_vocabulary(runtime.vocabulary, baseline.vocabulary, material.windows)
+            _check_same_tokens(runtime, job.artifact, material)
+            return measure(runtime, material.windows, baseline, reporter), _answers(
+                reporter, runtime, material, "artifact"
+            )
+
+    quality, answers = on_device(reporter, wanted, run)
+    if material.golden is None or material.asked is None:
+        return Evaluation(quality, None, checks, material.held_out)
     prompts, context = material.asked.prompts, material.context
     golden = compare_answers(material.golden, prompts, source_answers, answers, context)
     return Evaluation(quality, golden, checks, material.held_out)
@@ -179,16 +189,26 @@ def _longest(job: EvaluationJob, material: _Material) -> int:
 
 def _source_side(reporter: Reporter, job: EvaluationJob, material: _Material) -> tuple[Baseline, tuple[str, ...]]:
     """The source's baseline and golden answers; the source is only loaded for what is not in the cache."""
+    wanted = Wanted(job.source, job.device, _longest(job, material))
+    return on_device(reporter, wanted, lambda place: _source_side_on(reporter, job, material, wanted, place))
+
+
+def _source_side_on(
+    reporter: Reporter, job: EvaluationJob, material: _Material, wanted: Wanted, place: Place
+) -> tuple[Baseline, tuple[str, ...]]:
     cache = Cache(job.cache)
     kind = runtime_kind(job.source.format)
-    tools = {"name": kind.name, "version": runtime_version(kind, f"evaluating a {job.source.format} model")}
+    tools = {
+        "name": kind.name, "version": runtime_version(kind, f"evaluating a {job.source.format} model"),
+        "device": place.kind, "dtype": kind.computes_in(place),
+    }  # fmt: skip
     key = baseline_key(job.source_digest, material.windows, tools, keep=LIKELIEST)
     answers_key = _answers_key(job, material, tools)
     baseline, answers = find(cache, key), _find_answers(cache, answers_key)
     if baseline is not None and answers is not None:
         return baseline, answers
     status(reporter, "", "loading the source")
-    with closing(open_runtime(job.source, context=_longest(job, material), threads=job.threads)) as runtime:
+    with closing(_open(job, wanted, place)) as runtime:
         if baseline is None:
             baseline = made = record(runtime, material.windows, reporter)
             cache.make(KIND, key, lambda folder: save(made, folder))
@@ -196,6 +216,10 @@ def _source_side(reporter: Reporter, job: EvaluationJob, material: _Material) ->
             answers = texts = tuple(_answers(reporter, runtime, material, "source"))
             cache.make(ANSWERS_KIND, answers_key, lambda folder: _save_answers(texts, folder))
     return baseline, answers
+
+
+def _open(job: EvaluationJob, wanted: Wanted, place: Place) -> Runtime:
+    return open_runtime(wanted.model, context=wanted.context, threads=job.threads, place=place)
 
 
 def _answers(reporter: Reporter, runtime: Runtime, material: _Material, side: str) -> list[str]:

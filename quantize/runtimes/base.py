@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from quantize.errors import MissingExtraError, VerifyError
+from quantize.runtimes.devices import Accelerator, Place
 from quantize.runtimes.served import Progress, ServedModel, Serving
 
 if TYPE_CHECKING:
@@ -87,7 +88,7 @@ class RuntimeKind(ServingKind, Protocol):
 
     packages: distributions whose versions say which runtime it is. extra: of this program, that installs them.
     memory: the runtime of estimate/vram.py that takes as much memory. devices: what it can compute on, in words, told
-    without loading it.
+    without loading it. splits: a model can be on several GPUs, or in part on the CPU.
     """
 
     @property
@@ -98,8 +99,19 @@ class RuntimeKind(ServingKind, Protocol):
     def memory(self) -> str: ...
     @property
     def devices(self) -> str: ...
+    @property
+    def splits(self) -> bool: ...
 
-    def open(self, model: ModelRef, *, context: int, threads: int) -> Runtime:
+    def find_gpus(self) -> tuple[Accelerator, ...]:
+        """The GPUs that it can use here. It loads the runtime: call it in a process of its own.
+
+        Raises MissingExtraError: its runtime is not installed.
+        """
+
+    def computes_in(self, place: Place) -> str:
+        """The type of the numbers that it computes in at a place, as far as that is known before loading."""
+
+    def open(self, model: ModelRef, *, context: int, threads: int, place: Place) -> Runtime:
         """Load a model; see formats.open_runtime."""
 
 

@@ -58,7 +58,9 @@ def placed(*devices: str) -> Placed:
         (["CUDA0"] * 3, "cuda:0", 99, ""),
         (["CUDA0", "CUDA1"], "cuda:1", None, "of 2 layers, 1 on CUDA0 instead of cuda:1"),
         (["CUDA0", "CPU"], "cpu", None, "of 2 layers, 1 on CUDA0 instead of cpu"),
-        (["Metal", "Metal"], "cuda:0", None, ""),
+        (["Metal", "Metal"], "metal:0", None, ""),
+        (["Vulkan0"], "cuda:0", None, "of 1 layers, 1 on Vulkan0 instead of cuda:0"),
+        (["CUDA0", "CUDA1"], "cuda", None, ""),
         ([], "cpu", None, "llama.cpp does not say where the layers are"),
     ],
 )
@@ -81,12 +83,11 @@ def engine(weights: Path, *, named: bool) -> Any:
 
 
 def test_a_device_that_was_named_and_is_not_there_is_not_ready(weights: Path, start: Start) -> None:
-    """This llama.cpp has no GPU to put a layer on, and loads all the same."""
+    """This llama.cpp has no GPU to put a layer on, and would load all the same, on the CPU."""
     gateway = start(engine(weights, named=True), rules=Rules("tiny"), ready=False)
     gateway.wait(lambda: gateway.ask("GET", "/ready").json["models"]["tiny"]["state"] == "failed", 60)
     reason = gateway.ask("GET", "/ready").json["reason"]
-    assert reason.startswith("tiny: of 3 layers, 3 on CPU instead of cuda:0: this llama-cpp-python is built without")
-    assert reason.endswith("; --device auto takes what there is")
+    assert "this llama.cpp has no cuda:0 (GPUs: none, by its build or its driver)" in reason
 
 
 def test_a_device_that_was_taken_because_it_is_there_is_a_warning(weights: Path, start: Start) -> None:

@@ -45,7 +45,7 @@ def try_out(
     room = min(CONTEXT, trained) if isinstance(trained, int) and trained > 0 else CONTEXT
     size = sum(tensor.size_bytes for tensor in file.tensors.values())
     settings = ModelSettings(
-        room, threads=threads if size > LARGE_BYTES else 1, flash_attention=False, gpu_layers=0,
+        room, threads=threads if size > LARGE_BYTES else 1, flash_attention=False,
         check_tensors=expected is None or gguf_check.is_finite(expected),
     )  # fmt: skip
     model = OpenModel(path, settings, feature=FEATURE)
@@ -67,7 +67,7 @@ def _header(path: Path) -> GgufFile:
     try:
         return read_model(path)
     except CheckpointError as exc:
-        OpenModel(path, ModelSettings(16, threads=1, gpu_layers=0), feature=FEATURE).close()
+        OpenModel(path, ModelSettings(16, threads=1), feature=FEATURE).close()
         raise VerifyError(exc.message, hint=exc.hint) from exc
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from quantize.errors import UsageError
 from quantize.files.gguf import EXTRA
 from quantize.runtimes.base import ModelRef, Runtime, runtime_version
+from quantize.runtimes.devices import Accelerator, Place
 from quantize.runtimes.served import Progress, ServedModel, Serving
 
 GPU_LIBRARIES = {"cuda": "CUDA", "hip": "ROCm", "vulkan": "Vulkan", "metal": "Metal", "sycl": "SYCL"}
@@ -34,14 +35,31 @@ class LlamaCpp:
         found = [word for key, word in GPU_LIBRARIES.items() if any(f"ggml-{key}" in name for name in names)]
         return f"CPU and {', '.join(found)}" if found else "CPU only, by its build"
 
-    def open(self, model: ModelRef, *, context: int, threads: int) -> Runtime:
+    @property
+    def splits(self) -> bool:
+        """It deals layers out."""
+        return True
+
+    def find_gpus(self) -> tuple[Accelerator, ...]:
+        """See RuntimeKind; a build without libraries for GPUs is not loaded."""
+        if "CPU and" not in self.devices:
+            return ()
+        from quantize.runtimes.llama_cpp.devices import find_gpus
+
+        return find_gpus()
+
+    def computes_in(self, place: Place) -> str:
+        """See RuntimeKind; its kernels choose."""
+        return "auto"
+
+    def open(self, model: ModelRef, *, context: int, threads: int, place: Place) -> Runtime:
         """See RuntimeKind. Raises UsageError: the model names no file."""
         from quantize.runtimes.llama_cpp.runtime import LlamaCppRuntime
 
         if model.main_file is None:
             raise UsageError("a GGUF model needs the name of its file")
         known = self.name, runtime_version(self, "evaluating a GGUF file")
-        return LlamaCppRuntime(model.path, known, context=context, threads=threads)
+        return LlamaCppRuntime(model.path, known, context=context, threads=threads, place=place)
 
     def serve(self, model: ModelRef, serving: Serving, progress: Progress) -> ServedModel:
         """See RuntimeKind."""

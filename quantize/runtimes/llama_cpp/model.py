@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from quantize.errors import UsageError, VerifyError
+from quantize.runtimes.devices import ON_CPU, Place
+from quantize.runtimes.llama_cpp.devices import put_on
 from quantize.runtimes.llama_cpp.library import last_log_line, load_library
 from quantize.runtimes.llama_cpp.placement import Placed
 from quantize.runtimes.llama_cpp.words import NOT_LOADED, Words
@@ -21,7 +23,6 @@ from quantize.system.machine import usable_cores
 MICRO_BATCH_TOKENS = 512
 NOT_RUN = "free memory, or take a shorter context; another llama-cpp-python may run it"
 POOLING_NONE = 0  # llama.cpp's LLAMA_POOLING_TYPE_NONE: each token's own output; pooling is the caller's
-SPLIT_NONE = 0  # llama.cpp's LLAMA_SPLIT_MODE_NONE: the whole model on main_gpu
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,7 @@ class ModelSettings:
 
     context: tokens of each of `sequences`. batch: most tokens of one decode, given the size of the vocabulary.
     threads: 0 leaves one core to others.
-    flash_attention: None is llama.cpp's own choice. gpu_layers: -1 is all; None is llama.cpp's own choice.
+    flash_attention: None is llama.cpp's own choice.
     check_tensors: look at every value for NaN and Inf while loading.
     """
 
@@ -39,8 +40,7 @@ class ModelSettings:
     batch: Callable[[int], int] = lambda _: MICRO_BATCH_TOKENS
     threads: int = 0
     flash_attention: bool | None = None
-    gpu_layers: int | None = None
-    main_gpu: int | None = None
+    place: Place = ON_CPU
     check_tensors: bool = False
 
 
@@ -62,7 +62,8 @@ class OpenModel(Words):
     ) -> None:  # fmt: skip
         """progress: called with 0..1 while loading. feature: what the missing package would be needed for.
 
-        Raises VerifyError: llama.cpp can't load it. UsageError: more context than the model has. MissingExtraError.
+        Raises VerifyError: llama.cpp can't load it. UsageError: more context than the model has, or a GPU that is not
+        there. MissingExtraError.
         """
         self.placed = Placed()
         library = load_library(feature, self.placed.line)
@@ -156,13 +157,11 @@ def _load(library: Any, path: Path, settings: ModelSettings, progress: Callable[
     """llama.cpp's pointer to the model."""
     params = library.llama_model_default_params()
     params.check_tensors = settings.check_tensors
-    if settings.gpu_layers is not None:
-        params.n_gpu_layers = settings.gpu_layers
-    if settings.main_gpu is not None:
-        params.split_mode, params.main_gpu = SPLIT_NONE, settings.main_gpu
+    kept = put_on(params, settings.place)
     if progress is not None:
         params.progress_callback = library.llama_progress_callback(lambda share, _: (progress(share), True)[1])
     model = library.llama_model_load_from_file(os.fsencode(path), params)
+    del kept  # what the parameters point to
     if not model:
         raise VerifyError(f"{path.name}: llama.cpp does not load it: {last_log_line()}", hint=NOT_LOADED)
     return model

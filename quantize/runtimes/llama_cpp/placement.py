@@ -8,6 +8,8 @@ from __future__ import annotations
 import re
 from collections import Counter
 
+from quantize.runtimes.llama_cpp.devices import device_name, is_device
+
 CPU = "CPU"
 _BUFFER = re.compile(r"\s(\S+)\s+(?:model|KV|RS|compute|output) buffer size\s*=\s*([\d.]+) MiB")
 _ASSIGNED = re.compile(r"layer\s+(\d+) assigned to device (\S+?)(?:,|\s|$)")
@@ -38,13 +40,13 @@ class Placed:
 
     @property
     def gpu_bytes(self) -> int:
-        """Of all buffers that are not the CPU's."""
-        return sum(size for name, size in self.buffer_bytes.items() if not name.startswith(CPU))
+        """Of all buffers on GPUs, which are known by name: what a CPU keeps for itself has names of its own."""
+        return sum(size for name, size in self.buffer_bytes.items() if device_name(name) is not None)
 
     def astray(self, device: str, gpu_layers: int | None) -> str:
         """What is not where it was asked to be, in words; "" if all is.
 
-        device: cpu, or cuda:N. gpu_layers: how many layers were to be on the GPU; None for all.
+        device: cpu, cuda:N, or cuda for several. gpu_layers: how many layers were to be on the GPU; None for all.
         """
         total = len(self._layers)
         if not total:
@@ -57,8 +59,6 @@ class Placed:
 
 
 def _is(name: str, device: str) -> bool:
-    """Whether a device of llama.cpp's (CPU, CUDA0, ROCm1, Vulkan0, Metal) is the one that was asked for."""
-    if device == "cpu":
-        return name == CPU
-    number = re.search(r"\d+$", name)
-    return name != CPU and (number is None or int(number[0]) == int(device.partition(":")[2] or 0))
+    """Whether a device of llama.cpp's (CPU, CUDA0, ROCm1, Vulkan0, MTL0) is the one that was asked for."""
+    known = device_name(name)
+    return name == CPU if device == "cpu" else known is not None and is_device(known, device)

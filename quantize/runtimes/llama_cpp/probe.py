@@ -6,6 +6,7 @@ import tempfile
 from pathlib import Path
 
 from quantize.events import SilentReporter
+from quantize.runtimes.devices import ON_CPU, Place
 from quantize.runtimes.probe import Probe, check_alike
 
 PROMPT_TOKENS = 48  # the kernels of whole batches begin at 32
@@ -25,20 +26,20 @@ def try_llama_cpp() -> str:
     files = {"F16": source, **{kind: folder / f"{kind}.gguf" for kind in LLAMA_TYPES}}
     for kind in LLAMA_TYPES:
         quantize(SilentReporter(), source, files[kind], QuantizeSettings(kind))
-    import llama_cpp
+    from quantize.runtimes.llama_cpp.devices import find_gpus
 
-    places = {"CPU": 0, **({"GPU": -1} if llama_cpp.llama_supports_gpu_offload() else {})}
-    for place, layers in places.items():
+    places = [ON_CPU, *(Place(gpu.device) for gpu in find_gpus())]
+    for place in places:
         for kind, path in files.items():
-            _prompt_llama_cpp(path, layers, f"{kind} on the {place}")
-        _prompt_llama_cpp(source, layers, f"flash attention on the {place}", flash_attention=True)
-    return f"{PROMPT_TOKENS} tokens in {', '.join(files)} on the {' and the '.join(places)}"
+            _prompt_llama_cpp(path, place, f"{kind} on {place.device}")
+        _prompt_llama_cpp(source, place, f"flash attention on {place.device}", flash_attention=True)
+    return f"{PROMPT_TOKENS} tokens in {', '.join(files)} on {', '.join(place.device for place in places)}"
 
 
-def _prompt_llama_cpp(path: Path, gpu_layers: int, what: str, *, flash_attention: bool = False) -> None:
+def _prompt_llama_cpp(path: Path, place: Place, what: str, *, flash_attention: bool = False) -> None:
     from quantize.runtimes.llama_cpp.model import BatchToken, ModelSettings, OpenModel
 
-    settings = ModelSettings(2 * PROMPT_TOKENS, threads=1, flash_attention=flash_attention, gpu_layers=gpu_layers)
+    settings = ModelSettings(2 * PROMPT_TOKENS, threads=1, flash_attention=flash_attention, place=place)
     model = OpenModel(path, settings)
     tokens = [(7 * index) % model.vocabulary for index in range(PROMPT_TOKENS)]
     last = PROMPT_TOKENS - 1

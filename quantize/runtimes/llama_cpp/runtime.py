@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from quantize.errors import UsageError
 from quantize.runtimes.base import Prompted, block_rows, log_softmax
+from quantize.runtimes.devices import ON_CPU, Place
 from quantize.runtimes.llama_cpp.model import BatchToken, ModelSettings, OpenModel
 
 if TYPE_CHECKING:
@@ -24,10 +25,12 @@ FEATURE = "evaluating a GGUF file"
 class LlamaCppRuntime:
     """A GGUF file in llama.cpp; `token_text` is the file's own piece, to hold against the source's tokenizer."""
 
-    def __init__(self, path: Path, known: tuple[str, str], *, context: int, threads: int = 0) -> None:
+    def __init__(
+        self, path: Path, known: tuple[str, str], *, context: int, threads: int = 0, place: Place = ON_CPU
+    ) -> None:
         self.name, self.version = known
         self._file = path.name
-        settings = ModelSettings(context, batch=block_rows, threads=threads, flash_attention=False)
+        settings = ModelSettings(context, batch=block_rows, threads=threads, flash_attention=False, place=place)
         self._model = OpenModel(path, settings, feature=FEATURE)
         self.vocabulary = self._model.vocabulary
         self._rows, self._size = self._model.batch_tokens, self._model.size

@@ -16,8 +16,10 @@ from typing import Any
 from quantize.errors import VerifyError
 from quantize.runtimes.base import ModelRef
 from quantize.runtimes.detokenizer import BytePieces
+from quantize.runtimes.devices import ON_CPU
 from quantize.runtimes.intake import Intake
 from quantize.runtimes.llama_cpp.choice import choose_fitting, logits_of, with_logprobs
+from quantize.runtimes.llama_cpp.devices import find_gpus, is_there
 from quantize.runtimes.llama_cpp.library import import_bindings_only
 from quantize.runtimes.llama_cpp.model import BatchToken, ModelSettings, OpenModel
 from quantize.runtimes.llama_cpp.reading import Readings
@@ -35,7 +37,6 @@ from quantize.runtimes.served import (
 from quantize.runtimes.tool_style import tool_style
 
 PREFILL_TOKENS = 256  # of one step: longer prompts take turns with answers that are under way
-ALL_LAYERS = -1
 PENALTY_TOKENS = 64  # llama.cpp's own default for how far penalties look back
 SUPPORTS = ("top_k", "min_p", "penalties", "repetition_penalty", "logprobs", "json", "grammar")
 CPU = "cpu"
@@ -65,15 +66,14 @@ class LlamaCppModel:
 
     def __init__(self, model: ModelRef, serving: Serving, progress: Progress) -> None:
         import_bindings_only()
-        slots, gpu, layers = serving.slots, serving.device != CPU, serving.gpu_layers
+        slots, there = serving.slots, serving.named or is_there(serving.place)
         settings = ModelSettings(
             context=serving.context,
             sequences=slots,
             batch=lambda _: max(PREFILL_TOKENS, slots),
             threads=serving.threads or 0,
             flash_attention=False,
-            gpu_layers=(ALL_LAYERS if layers is None else layers) if gpu else 0,
-            main_gpu=int(serving.device.partition(":")[2] or 0) if gpu else None,
+            place=serving.place if there else ON_CPU,
         )
         self._intake = Intake(DESK, os.fsencode(model.path), {"CUDA_VISIBLE_DEVICES": ""})
         self._open = OpenModel(model.path, settings, progress=progress, feature="serving a GGUF file")
@@ -82,7 +82,7 @@ class LlamaCppModel:
         self._readings = Readings(self._open)
         self._kept: dict[int, list[int]] = {slot: [] for slot in range(slots)}
         self.description = self._describe(serving)
-        self._memory = self._gpu_memory(settings.main_gpu or 0) if gpu else {"gpu": None}
+        self._memory = self._gpu_memory(serving.device) if settings.place != ON_CPU else {"gpu": None}
 
     def _describe(self, serving: Serving) -> Description:
         placed, warnings = self._open.placed, []
@@ -234,13 +234,10 @@ class LlamaCppModel:
         self._intake.close()
         self._open.close()
 
-    def _gpu_memory(self, number: int) -> dict[str, Any]:
-        from quantize.system.machine import detect
-
-        gpus = detect().gpus
+    def _gpu_memory(self, device: str) -> dict[str, Any]:
         size = self._open.placed.gpu_bytes
-        name = gpus[number].name if number < len(gpus) else f"GPU {number}"
-        return {"gpu": name, "vram_allocated": size, "vram_reserved": size}
+        names = [gpu.name for gpu in find_gpus() if gpu.device.startswith(device)]
+        return {"gpu": " and ".join(names) or device, "vram_allocated": size, "vram_reserved": size}
 
     def _sampler(self, sampling: Sampling) -> Any:
         """llama.cpp's samplers in the order of its own tools."""

@@ -15,8 +15,10 @@ from typing import Any
 
 from quantize.errors import MissingExtraError
 from quantize.runtimes.base import ModelRef, Runtime, runtime_version
+from quantize.runtimes.devices import CPU, Accelerator, Place
 from quantize.runtimes.served import Progress, ServedModel, Serving
 from quantize.runtimes.transformers.load import load_causal_lm, quiet
+from quantize.system.gpus import nvidia_gpus
 
 
 @dataclass(frozen=True)
@@ -51,11 +53,23 @@ class Transformers:
             return "CPU only, by its build"
         return f"CPU and {build}, by its build" if build else "CPU; CUDA where a driver is (its version does not tell)"
 
-    def open(self, model: ModelRef, *, context: int, threads: int) -> Runtime:
+    @property
+    def splits(self) -> bool:
+        """A model is on one device."""
+        return False
+
+    def find_gpus(self) -> tuple[Accelerator, ...]:
+        """See RuntimeKind; a torch that is built for the CPU is not loaded."""
+        if self.devices.startswith("CPU only"):
+            return ()
+        return visible_gpus(self.import_torch("looking for GPUs"))
+
+    def open(self, model: ModelRef, *, context: int, threads: int, place: Place) -> Runtime:
         """See RuntimeKind."""
         from quantize.runtimes.transformers.runtime import TransformersRuntime
 
-        return TransformersRuntime(self, model, runtime_version(self, f"evaluating a {model.format} model"), threads)
+        known = runtime_version(self, f"evaluating a {model.format} model")
+        return TransformersRuntime(self, model, known, threads, place.device)
 
     def serve(self, model: ModelRef, serving: Serving, progress: Progress) -> ServedModel:
         """See RuntimeKind."""
@@ -65,7 +79,7 @@ class Transformers:
 
     def load(self, model: ModelRef, device: str) -> Any:
         """See TransformersLoader; a format that transformers does not read by itself overrides this."""
-        return load_causal_lm(model.folder, device, dtype=self.dtype(device))
+        return load_causal_lm(model.folder, device, dtype=self.computes_in(Place(device)))
 
     def import_torch(self, feature: str) -> Any:
         """See TransformersLoader."""
@@ -84,8 +98,22 @@ class Transformers:
         transformers.logging.disable_progress_bar()
         return torch
 
-    def dtype(self, device: str) -> Any:
-        """The dtype to compute in: a CPU is fastest in float32, where the format leaves the choice."""
-        import torch
+    def computes_in(self, place: Place) -> str:
+        """See RuntimeKind: a CPU is fastest in float32, where the format leaves the choice; auto is the folder's."""
+        return "float32" if place.kind == CPU and self.chooses_dtype else "auto"
 
-        return torch.float32 if device == "cpu" and self.chooses_dtype else "auto"
+
+def visible_gpus(torch: Any) -> tuple[Accelerator, ...]:
+    """The GPUs that torch sees, with what is free on them: by the driver, which takes no memory, or by torch."""
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    known = nvidia_gpus()
+    if len(known) == count and all(gpu.vram_bytes for gpu in known):
+        return tuple(
+            Accelerator(f"cuda:{index}", gpu.name, gpu.vram_bytes, gpu.vram_bytes - gpu.used_bytes)
+            for index, gpu in enumerate(known)
+        )
+    found = []
+    for index in range(count):
+        free, total = torch.cuda.mem_get_info(index)
+        found.append(Accelerator(f"cuda:{index}", str(torch.cuda.get_device_name(index)), int(total), int(free)))
+    return tuple(found)

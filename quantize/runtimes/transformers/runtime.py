@@ -20,16 +20,18 @@ BATCH_TOKENS = 4096  # prompts of one batch, padding included: keeps prefill mem
 
 
 class TransformersRuntime:
-    """A model in transformers, on a GPU if there is one, else on the CPU."""
+    """A model in transformers, on one device."""
 
-    def __init__(self, loader: TransformersLoader, model: ModelRef, version: str, threads: int = 0) -> None:
+    def __init__(
+        self, loader: TransformersLoader, model: ModelRef, version: str, threads: int = 0, device: str = "cpu"
+    ) -> None:
         torch = loader.import_torch(f"evaluating a {model.format} model")
         self._label = model.folder.name
         self.name, self.version = loader.name, version
         if threads:
             torch.set_num_threads(threads)
         self._torch = torch
-        self._device = "cuda" if torch.cuda.is_available() else "cpu"
+        self._device = device
         self._model = loader.load(model, self._device)
         self.vocabulary = int(self._model.get_output_embeddings().weight.shape[0])
 
