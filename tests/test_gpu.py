@@ -11,11 +11,12 @@ import torch
 from quantize.calibration.stream import stream_blocks
 from quantize.numerics.gptq import factorize, solve
 from quantize.testing import write_recipe
-from tests.architectures import save, tiny_model, token_ids
+from tests.architectures import CONFIGS, save, tiny_model, token_ids
 from tests.conftest import Run
 
 VARIANTS = [{"format": "gptq", "bits": 4, "group_size": 32}, {"format": "awq", "bits": 4, "group_size": 32}]
 CALIBRATION = {"dataset": "python-docs", "samples": 4, "sequence_length": 64}
+MODEL = "LlamaForCausalLM"
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 
 
@@ -31,10 +32,14 @@ def test_a_device_that_is_not_there_is_refused_before_any_work(
     assert not (tmp_path / "artifacts").exists()
 
 
+def test_the_model_of_these_tests_is_there_before_a_gpu_is() -> None:
+    assert MODEL in CONFIGS
+
+
 @pytest.mark.gpu
 @needs_cuda
 def test_the_pass_on_the_gpu_finds_what_the_cpu_finds(tmp_path: Path) -> None:
-    checkpoint, ids = save(tiny_model("llama"), tmp_path), token_ids()
+    checkpoint, ids = save(tiny_model(MODEL), tmp_path), token_ids()
     for one, two in zip(stream_blocks(checkpoint, ids), stream_blocks(checkpoint, ids, device="cuda"), strict=True):
         for key, gram in one.grams.items():
             torch.testing.assert_close(two.grams[key].matrix.cpu(), gram.matrix, rtol=1e-3, atol=1e-3)

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from quantize.estimate.fit import Fit, FitWord, Workload, judge
-from quantize.runtimes.devices import Accelerator, Place
+from quantize.runtimes.devices import Accelerator, DevicePlace
 from quantize.system.sizes import memory_text
 
 
@@ -19,7 +19,7 @@ from quantize.system.sizes import memory_text
 class Placing:
     """A place, and how the estimate stands to what is free there. note: what of it is not the whole on one GPU."""
 
-    place: Place
+    place: DevicePlace
     fit: Fit
     note: str = ""
 
@@ -33,7 +33,7 @@ def place_on_gpu(
     """
     fit = judge(workload.estimate(), meant.free_bytes)
     if fit.word is not FitWord.DOES_NOT_FIT:
-        return Placing(Place(meant.device, workload.gpu_layers), fit)
+        return Placing(DevicePlace(meant.device, workload.gpu_layers), fit)
     if not splits or workload.gpu_layers is not None:
         return None
     return _over_several(workload, gpus, meant) or _in_part(workload, meant)
@@ -64,7 +64,7 @@ def _over_several(workload: Workload, gpus: Sequence[Accelerator], meant: Accele
         return None
     shares = tuple(round(gpu.free_bytes / free, 4) for gpu in alike)
     names = ", ".join(f"{share:.0%} on {gpu.device}" for share, gpu in zip(shares, alike, strict=True))
-    return Placing(Place(kind, None, shares), fit, f"too large for one GPU: {names}")
+    return Placing(DevicePlace(kind, None, shares), fit, f"too large for one GPU: {names}")
 
 
 def _in_part(workload: Workload, meant: Accelerator) -> Placing | None:
@@ -74,7 +74,7 @@ def _in_part(workload: Workload, meant: Accelerator) -> Placing | None:
     fit = judge(replace(workload, gpu_layers=layers).estimate(), meant.free_bytes)
     total = workload.shape.layers
     return Placing(
-        Place(meant.device, layers), fit,
+        DevicePlace(meant.device, layers), fit,
         f"{layers} of {total} layers on {meant.device} ({meant.name}), the others on the CPU: "
         f"{memory_text(meant.free_bytes)} are free there",
     )  # fmt: skip

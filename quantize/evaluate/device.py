@@ -1,7 +1,7 @@
 """Which device a model is measured on: the one that was asked for where it fits, else the CPU, said.
 
-In: a model, the device that is wanted, the context. Out: a Place, and what a function makes of it; where the card runs
-out of memory all the same, once more on the CPU.
+In: a model, the device that is wanted, the context. Out: a DevicePlace, and what a function makes of it; where the card
+runs out of memory all the same, once more on the CPU.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from quantize.estimate.vram import EstimateSettings
 from quantize.events import Reporter, status, warn
 from quantize.formats import find_format, runtime_kind
 from quantize.runtimes.base import ModelRef
-from quantize.runtimes.devices import CPU, ON_CPU, Place, choose
+from quantize.runtimes.devices import CPU, ON_CPU, DevicePlace, choose
 from quantize.system.sizes import memory_text
 
 Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
-class Wanted:
+class ModelRun:
     """A model to run, the device that is wanted (a word as in runtimes/devices.py), and tokens of the longest text."""
 
     model: ModelRef
@@ -33,7 +33,7 @@ class Wanted:
     context: int
 
 
-def on_device(reporter: Reporter, wanted: Wanted, run: Callable[[Place], Result]) -> Result:
+def on_device(reporter: Reporter, wanted: ModelRun, run: Callable[[DevicePlace], Result]) -> Result:
     """What `run` gives at the place that is found. Raises what it raises, and UsageError: no name of a device."""
     place = find_place(reporter, wanted)
     try:
@@ -47,7 +47,7 @@ def on_device(reporter: Reporter, wanted: Wanted, run: Callable[[Place], Result]
     return run(ON_CPU)
 
 
-def find_place(reporter: Reporter, wanted: Wanted) -> Place:
+def find_place(reporter: Reporter, wanted: ModelRun) -> DevicePlace:
     """By estimate on the memory that is free now; what is not as wanted is said. Raises UsageError: no such name."""
     if wanted.device == CPU:
         return ON_CPU
@@ -63,7 +63,7 @@ def find_place(reporter: Reporter, wanted: Wanted) -> Place:
         return ON_CPU
     workload = _workload(wanted, kind.memory)
     if workload is None:  # nothing to estimate by: it is tried
-        return Place(meant.device)
+        return DevicePlace(meant.device)
     placing = place_on_gpu(workload, gpus, meant, splits=kind.splits)
     if placing is None:
         need, free = memory_text(workload.estimate().expected_bytes), memory_text(meant.free_bytes)
@@ -75,7 +75,7 @@ def find_place(reporter: Reporter, wanted: Wanted) -> Place:
     return placing.place
 
 
-def _workload(wanted: Wanted, runtime: str) -> Workload | None:
+def _workload(wanted: ModelRun, runtime: str) -> Workload | None:
     found = find_format(wanted.model.format)
     try:
         disk = found.layout.measure(wanted.model.path)

@@ -19,7 +19,7 @@ from quantize.errors import CheckpointError, VerifyError
 from quantize.evaluate.answers import compare_answers
 from quantize.evaluate.baseline import KIND, LIKELIEST, Baseline, baseline_key, find, record, save
 from quantize.evaluate.decision import RUNS
-from quantize.evaluate.device import Wanted, on_device
+from quantize.evaluate.device import ModelRun, on_device
 from quantize.evaluate.golden import GoldenSet, load_golden
 from quantize.evaluate.metrics import check_same_vocabulary, measure
 from quantize.evaluate.prompts import Asked, PromptTokenizer, ask
@@ -32,7 +32,7 @@ from quantize.model.checkpoint import read_json
 from quantize.model.shape import ModelShape
 from quantize.recipe.model import CalibrationSpec
 from quantize.runtimes.base import ModelRef, Runtime, runtime_version
-from quantize.runtimes.devices import AUTO, Place
+from quantize.runtimes.devices import AUTO, DevicePlace
 from quantize.system.cache import Cache
 
 ANSWERS_KIND = "golden-answers"
@@ -117,9 +117,9 @@ def evaluate(reporter: Reporter, job: EvaluationJob) -> Evaluation:
     material = _material(job)
     baseline, source_answers = _source_side(reporter, job, material)
     checks = check_structure(reporter, job.artifact, job.source.folder, job.intended) if job.intended else {}
-    wanted = Wanted(job.artifact, job.device, _longest(job, material))
+    wanted = ModelRun(job.artifact, job.device, _longest(job, material))
 
-    def run(place: Place) -> tuple[Quality, list[str]]:
+    def run(place: DevicePlace) -> tuple[Quality, list[str]]:
         status(reporter, "", f"loading the {job.artifact.format} artifact")
         with closing(_open(job, wanted, place)) as runtime:
             check_same_vocabulary(runtime.vocabulary, baseline.vocabulary, material.windows)
@@ -189,12 +189,12 @@ def _longest(job: EvaluationJob, material: _Material) -> int:
 
 def _source_side(reporter: Reporter, job: EvaluationJob, material: _Material) -> tuple[Baseline, tuple[str, ...]]:
     """The source's baseline and golden answers; the source is only loaded for what is not in the cache."""
-    wanted = Wanted(job.source, job.device, _longest(job, material))
+    wanted = ModelRun(job.source, job.device, _longest(job, material))
     return on_device(reporter, wanted, lambda place: _source_side_on(reporter, job, material, wanted, place))
 
 
 def _source_side_on(
-    reporter: Reporter, job: EvaluationJob, material: _Material, wanted: Wanted, place: Place
+    reporter: Reporter, job: EvaluationJob, material: _Material, wanted: ModelRun, place: DevicePlace
 ) -> tuple[Baseline, tuple[str, ...]]:
     cache = Cache(job.cache)
     kind = runtime_kind(job.source.format)
@@ -218,7 +218,7 @@ def _source_side_on(
     return baseline, answers
 
 
-def _open(job: EvaluationJob, wanted: Wanted, place: Place) -> Runtime:
+def _open(job: EvaluationJob, wanted: ModelRun, place: DevicePlace) -> Runtime:
     return open_runtime(wanted.model, context=wanted.context, threads=job.threads, place=place)
 
 

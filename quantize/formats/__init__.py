@@ -16,7 +16,7 @@ from quantize.formats.folder import FolderLayout
 from quantize.formats.format import Format
 from quantize.recipe.model import FormatOptions
 from quantize.runtimes.base import ModelRef, Runtime, RuntimeKind
-from quantize.runtimes.devices import ON_CPU, Place
+from quantize.runtimes.devices import ON_CPU, DevicePlace
 
 GROUP = "quantize.formats"
 
@@ -91,7 +91,7 @@ def runtime_kind(name: str) -> RuntimeKind:
     return found.runtime
 
 
-def open_runtime(model: ModelRef, *, context: int, threads: int = 0, place: Place = ON_CPU) -> Runtime:
+def open_runtime(model: ModelRef, *, context: int, threads: int = 0, place: DevicePlace = ON_CPU) -> Runtime:
     """Load a model. context: the longest window or prompt and answer, in tokens. threads: 0 leaves it to the runtime.
 
     Raises VerifyError: it does not load. MissingExtraError: its runtime is not installed. UsageError: no such file, or

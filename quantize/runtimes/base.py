@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from quantize.errors import MissingExtraError, VerifyError
-from quantize.runtimes.devices import Accelerator, Place
+from quantize.runtimes.devices import Accelerator, DevicePlace
 from quantize.runtimes.served import Progress, ServedModel, Serving
 
 if TYPE_CHECKING:
@@ -108,10 +108,10 @@ class RuntimeKind(ServingKind, Protocol):
         Raises MissingExtraError: its runtime is not installed.
         """
 
-    def computes_in(self, place: Place) -> str:
+    def computes_in(self, place: DevicePlace) -> str:
         """The type of the numbers that it computes in at a place, as far as that is known before loading."""
 
-    def open(self, model: ModelRef, *, context: int, threads: int, place: Place) -> Runtime:
+    def open(self, model: ModelRef, *, context: int, threads: int, place: DevicePlace) -> Runtime:
         """Load a model; see formats.open_runtime."""
 
 

@@ -28,7 +28,7 @@ class Accelerator:
 
 
 @dataclass(frozen=True)
-class Place:
+class DevicePlace:
     """Where a model is computed. device: cpu or a GPU's name. gpu_layers: None is all, where a runtime can split.
 
     shares: how the layers are dealt to all the GPUs that the runtime sees, in their order; () for one GPU.
@@ -44,7 +44,7 @@ class Place:
         return self.device.partition(":")[0]
 
 
-ON_CPU = Place()
+ON_CPU = DevicePlace()
 
 
 def check_name(wanted: str) -> str:

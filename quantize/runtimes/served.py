@@ -13,7 +13,7 @@ from multiprocessing.connection import Connection
 from typing import Any, NamedTuple, Protocol
 
 from quantize.runtimes.detokenizer import Detokenizer
-from quantize.runtimes.devices import Place
+from quantize.runtimes.devices import DevicePlace
 
 
 class Refused(Exception):
@@ -92,8 +92,8 @@ class PromptTokens:
 class Serving:
     """How a model is loaded to be served: context: tokens of each of so many sequences at once (slots).
 
-    device, gpu_layers, shares: see devices.Place. threads: None leaves it to the runtime. named: the device was asked
-    for by name, and nothing else will do.
+    device, gpu_layers, shares: see DevicePlace. threads: None leaves it to the runtime. named: the device was asked for
+    by name, and nothing else will do.
     As a user asks for it, before preflight has decided: context 0 is the model's own, up to 4,096, and device may be
     "auto".
     """
@@ -107,9 +107,9 @@ class Serving:
     shares: tuple[float, ...] = ()
 
     @property
-    def place(self) -> Place:
+    def place(self) -> DevicePlace:
         """Where, once preflight has decided."""
-        return Place(self.device, self.gpu_layers, self.shares)
+        return DevicePlace(self.device, self.gpu_layers, self.shares)
 
 
 @dataclass

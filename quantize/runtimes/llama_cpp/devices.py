@@ -12,7 +12,7 @@ from importlib.metadata import version
 from typing import Any
 
 from quantize.errors import UsageError
-from quantize.runtimes.devices import CPU, ON_CPU, Accelerator, Place
+from quantize.runtimes.devices import CPU, ON_CPU, Accelerator, DevicePlace
 
 IS_GPU = (1, 2)  # GGML_BACKEND_DEVICE_TYPE_GPU, and _IGPU: one that shares the machine's memory
 KIND_OF = {"cuda": "cuda", "rocm": "rocm", "vulkan": "vulkan", "sycl": "sycl", "metal": "metal", "mtl": "metal"}
@@ -56,12 +56,12 @@ def is_device(name: str, wanted: str) -> bool:
     return wanted in (name, name.partition(":")[0])
 
 
-def is_there(place: Place) -> bool:
+def is_there(place: DevicePlace) -> bool:
     """Whether this llama.cpp has what a place is on."""
     return place.device == CPU or bool(_meant(_gpus(_library()), place))
 
 
-def put_on(params: Any, place: Place) -> Any:
+def put_on(params: Any, place: DevicePlace) -> Any:
     """Have a model loaded at a place, and on no other device; what is given back must live until it is loaded.
 
     Raises UsageError: this llama.cpp has no such GPU. It would take the CPU without a word.
@@ -94,7 +94,7 @@ def _gpus(library: Any) -> list[tuple[str, int]]:
     return found
 
 
-def _meant(gpus: list[tuple[str, int]], place: Place) -> list[int]:
+def _meant(gpus: list[tuple[str, int]], place: DevicePlace) -> list[int]:
     """Of the GPUs the one of that name, or as many of its kind as layers are dealt to; [] where they are not there."""
     meant = [device for name, device in gpus if is_device(name, place.device)]
     return meant if len(meant) == (len(place.shares) or 1) else []

@@ -9,7 +9,7 @@ from pathlib import Path
 from quantize.errors import UsageError
 from quantize.files.gguf import EXTRA
 from quantize.runtimes.base import ModelRef, Runtime, runtime_version
-from quantize.runtimes.devices import Accelerator, Place
+from quantize.runtimes.devices import Accelerator, DevicePlace
 from quantize.runtimes.served import Progress, ServedModel, Serving
 
 GPU_LIBRARIES = {"cuda": "CUDA", "hip": "ROCm", "vulkan": "Vulkan", "metal": "Metal", "sycl": "SYCL"}
@@ -48,11 +48,11 @@ class LlamaCpp:
 
         return find_gpus()
 
-    def computes_in(self, place: Place) -> str:
+    def computes_in(self, place: DevicePlace) -> str:
         """See RuntimeKind; its kernels choose."""
         return "auto"
 
-    def open(self, model: ModelRef, *, context: int, threads: int, place: Place) -> Runtime:
+    def open(self, model: ModelRef, *, context: int, threads: int, place: DevicePlace) -> Runtime:
         """See RuntimeKind. Raises UsageError: the model names no file."""
         from quantize.runtimes.llama_cpp.runtime import LlamaCppRuntime
 

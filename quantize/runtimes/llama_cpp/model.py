@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from quantize.errors import UsageError, VerifyError
-from quantize.runtimes.devices import ON_CPU, Place
+from quantize.runtimes.devices import ON_CPU, DevicePlace
 from quantize.runtimes.llama_cpp.devices import put_on
 from quantize.runtimes.llama_cpp.library import last_log_line, load_library
 from quantize.runtimes.llama_cpp.placement import Placed
@@ -40,7 +40,7 @@ class ModelSettings:
     batch: Callable[[int], int] = lambda _: MICRO_BATCH_TOKENS
     threads: int = 0
     flash_attention: bool | None = None
-    place: Place = ON_CPU
+    place: DevicePlace = ON_CPU
     check_tensors: bool = False
 
 

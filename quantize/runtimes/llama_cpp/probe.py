@@ -6,7 +6,7 @@ import tempfile
 from pathlib import Path
 
 from quantize.events import SilentReporter
-from quantize.runtimes.devices import ON_CPU, Place
+from quantize.runtimes.devices import ON_CPU, DevicePlace
 from quantize.runtimes.probe import Probe, check_alike
 
 PROMPT_TOKENS = 48  # the kernels of whole batches begin at 32
@@ -28,7 +28,7 @@ def try_llama_cpp() -> str:
         quantize(SilentReporter(), source, files[kind], QuantizeSettings(kind))
     from quantize.runtimes.llama_cpp.devices import find_gpus
 
-    places = [ON_CPU, *(Place(gpu.device) for gpu in find_gpus())]
+    places = [ON_CPU, *(DevicePlace(gpu.device) for gpu in find_gpus())]
     for place in places:
         for kind, path in files.items():
             _prompt_llama_cpp(path, place, f"{kind} on {place.device}")
@@ -36,7 +36,7 @@ def try_llama_cpp() -> str:
     return f"{PROMPT_TOKENS} tokens in {', '.join(files)} on {', '.join(place.device for place in places)}"
 
 
-def _prompt_llama_cpp(path: Path, place: Place, what: str, *, flash_attention: bool = False) -> None:
+def _prompt_llama_cpp(path: Path, place: DevicePlace, what: str, *, flash_attention: bool = False) -> None:
     from quantize.runtimes.llama_cpp.model import BatchToken, ModelSettings, OpenModel
 
     settings = ModelSettings(2 * PROMPT_TOKENS, threads=1, flash_attention=flash_attention, place=place)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from quantize.errors import UsageError
 from quantize.runtimes.base import Prompted, block_rows, log_softmax
-from quantize.runtimes.devices import ON_CPU, Place
+from quantize.runtimes.devices import ON_CPU, DevicePlace
 from quantize.runtimes.llama_cpp.model import BatchToken, ModelSettings, OpenModel
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ class LlamaCppRuntime:
     """A GGUF file in llama.cpp; `token_text` is the file's own piece, to hold against the source's tokenizer."""
 
     def __init__(
-        self, path: Path, known: tuple[str, str], *, context: int, threads: int = 0, place: Place = ON_CPU
+        self, path: Path, known: tuple[str, str], *, context: int, threads: int = 0, place: DevicePlace = ON_CPU
     ) -> None:
         self.name, self.version = known
         self._file = path.name

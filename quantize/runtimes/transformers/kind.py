@@ -15,7 +15,7 @@ from typing import Any
 
 from quantize.errors import MissingExtraError
 from quantize.runtimes.base import ModelRef, Runtime, runtime_version
-from quantize.runtimes.devices import CPU, Accelerator, Place
+from quantize.runtimes.devices import CPU, Accelerator, DevicePlace
 from quantize.runtimes.served import Progress, ServedModel, Serving
 from quantize.runtimes.transformers.load import load_causal_lm, quiet
 from quantize.system.gpus import nvidia_gpus
@@ -64,7 +64,7 @@ class Transformers:
             return ()
         return visible_gpus(self.import_torch("looking for GPUs"))
 
-    def open(self, model: ModelRef, *, context: int, threads: int, place: Place) -> Runtime:
+    def open(self, model: ModelRef, *, context: int, threads: int, place: DevicePlace) -> Runtime:
         """See RuntimeKind."""
         from quantize.runtimes.transformers.runtime import TransformersRuntime
 
@@ -79,7 +79,7 @@ class Transformers:
 
     def load(self, model: ModelRef, device: str) -> Any:
         """See TransformersLoader; a format that transformers does not read by itself overrides this."""
-        return load_causal_lm(model.folder, device, dtype=self.computes_in(Place(device)))
+        return load_causal_lm(model.folder, device, dtype=self.computes_in(DevicePlace(device)))
 
     def import_torch(self, feature: str) -> Any:
         """See TransformersLoader."""
@@ -98,7 +98,7 @@ class Transformers:
         transformers.logging.disable_progress_bar()
         return torch
 
-    def computes_in(self, place: Place) -> str:
+    def computes_in(self, place: DevicePlace) -> str:
         """See RuntimeKind: a CPU is fastest in float32, where the format leaves the choice; auto is the folder's."""
         return "float32" if place.kind == CPU and self.chooses_dtype else "auto"
 
