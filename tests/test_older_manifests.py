@@ -27,8 +27,9 @@ from quantize.formats.memory import memory_of
 from quantize.publish.receive import pull
 from quantize.publish.transfer import Session
 from quantize.recipe.model import load_recipe
+from quantize.runtimes.served import Serving
 from quantize.serve.engines.local import LocalEngine
-from quantize.serve.preflight import ServeOptions, engine_target, place
+from quantize.serve.preflight import engine_target, place
 from quantize.serve.router import Rules
 from quantize.serve.targets import LocalTarget, resolve
 from quantize.store.artifact import Artifact, open_artifact, point_current, variant_folder
@@ -201,9 +202,8 @@ def test_it_is_served(older: Artifact) -> None:
     target = resolve("tiny/q8_0", store)
     assert isinstance(target, LocalTarget)
     assert target.artifact == older
-    options = ServeOptions(device="cpu", concurrency=1, threads=1)
-    placed = place(target, options, Machine((), 16 * GIB, 15 * GIB, 4), store)
-    engine = engine_target(target, options, placed)
+    wanted = Serving(device="cpu", slots=1, threads=1)
+    engine = engine_target(target, wanted, place(target, wanted, Machine((), 16 * GIB, 15 * GIB, 4), store))
     with gateways() as served:
         name = target.name
         running = served(lambda watcher: {name: LocalEngine(engine, watcher.about(name))}, rules=Rules(name))
@@ -315,12 +315,13 @@ def newer(older: Artifact) -> Artifact:
 
 def test_a_newer_artifact_is_told_from_a_broken_one(newer: Artifact, run: Run) -> None:
     said = f"schema version 3 is newer than this program, which knows up to {SCHEMA_VERSION}"
-    for word in ("tiny/q8_0", f"tiny/q8_0@{newer.folder.name}", newer.folder.name, f"@sha256:{newer.folder.name}"):
+    digest = newer.folder.name
+    for word in ("tiny/q8_0", f"tiny/q8_0@{digest}", digest, f"@sha256:{digest}", newer.folder):
         result = run("show", word)
         assert (result.exit_code, said in result.stderr) == (3, True), word
         assert "upgrade quantize: the artifact itself is not damaged" in result.stderr
-    with pytest.raises(NewerSchemaError, match="newer than this program"):
-        Store(newer.folder.parents[2]).find(str(newer.folder))
+    with pytest.raises(NewerSchemaError, match=said):
+        Store(newer.folder.parents[2]).find("tiny/q8_0")
     assert f"warning: {newer.folder}: {newer.folder}/manifest.json: {said}" in run("list", "artifacts").stderr
     assert "no artifact 'tiny/q8'" in run("show", "tiny/q8").stderr
 
