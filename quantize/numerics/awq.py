@@ -17,7 +17,7 @@ from quantize.numerics.constants import RATIOS, REFINEMENT, SEARCHED_ROWS, WEIGH
 from quantize.numerics.gptq import DAMPING, Solution, factorize, row_losses, solve
 from quantize.numerics.gram import Gram
 from quantize.numerics.rtn import Quantized, check_shape, encode, round_to_nearest
-from quantize.numerics.scales import ScaleSearch
+from quantize.numerics.scales import GPU_SEARCHED_VALUES, ScaleSearch
 
 BITS = 4
 
@@ -133,14 +133,32 @@ def quantize_scaled(
     importance = energy / scales.square()
     if float(importance.sum()) <= 0:
         importance = torch.ones_like(importance)
+    steps, zeros = _clip(stacked, importance, group_size)
+    encoded = encode(stacked, steps, zeros, bits=BITS, group_size=group_size)
+    return list(encoded.split([each.shape[0] for each in weights]))
+
+
+def _clip(stacked: Tensor, importance: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
+    """Scales and zero points that lose least, [out, in / group_size] each.
+
+    Groups don't depend on one another: a GPU searches as many at once as fill it, a CPU one after the other.
+    """
     search = ScaleSearch(BITS, symmetric=False)
     out, groups = stacked.shape[0], stacked.shape[1] // group_size
     steps, zeros = stacked.new_empty(out, groups), stacked.new_empty(out, groups)
-    for group in range(groups):
-        part = slice(group * group_size, (group + 1) * group_size)
-        steps[:, group], zeros[:, group] = search.best(stacked[:, part].T.contiguous(), importance[part])
-    encoded = encode(stacked, steps, zeros, bits=BITS, group_size=group_size)
-    return list(encoded.split([each.shape[0] for each in weights]))
+    if not stacked.is_cuda:
+        for group in range(groups):
+            part = slice(group * group_size, (group + 1) * group_size)
+            steps[:, group], zeros[:, group] = search.best(stacked[:, part].T.contiguous(), importance[part])
+        return steps, zeros
+    at_once = max(1, GPU_SEARCHED_VALUES // (out * group_size))
+    for start in range(0, groups, at_once):
+        part = slice(start, start + at_once)
+        values = stacked.view(out, groups, group_size)[:, part].permute(2, 1, 0).reshape(group_size, -1)
+        weights = importance.view(groups, group_size)[part].T.repeat_interleave(out, 1)
+        found = search.best(values, weights)
+        steps[:, part], zeros[:, part] = (each.view(-1, out).T for each in found)
+    return steps, zeros
 
 
 def quantize_compensated(

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from quantize.errors import BuildError
 from quantize.numerics.constants import GPU_SOLVED_VALUES, SOLVED_ROWS
+from quantize.numerics.kernels import kernels_for
 from quantize.numerics.rtn import Quantized, check_shape, round_to_nearest
 from quantize.numerics.scales import ScaleSearch
 from quantize.system.threads import without_gil
@@ -200,7 +201,8 @@ def _sweep(weight: Tensor, factor: Factor, search: ScaleSearch) -> Quantized:
     codes = torch.empty(width, out, dtype=torch.uint8, device=weight.device)
     scales = torch.empty(width // group_size, out, device=weight.device)  # in visiting order, as codes
     zeros = torch.empty_like(scales)
-    round_block = without_gil(_round_block)
+    kernels = kernels_for(weight)
+    round_block = without_gil(_round_block) if kernels is None else kernels.round_block
     for place in range(width // group_size):
         start, stop = place * group_size, (place + 1) * group_size
         target = original[start:stop].clone()

@@ -14,12 +14,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from quantize.numerics.kernels import kernels_for
 from quantize.numerics.rtn import stored_scale
 from quantize.system.threads import without_gil
 
 SYMMETRIC_GRID = tuple(step / 100 for step in range(110, 60, -7))  # of max |w| / 2**(bits - 1)
 ASYMMETRIC_GRID = tuple(step / 20 for step in range(20, 9, -1))  # of (max - min) / (2**bits - 1)
-_CHUNK, _CUDA_CHUNK = 2**17, 2**25  # values searched at a time: what caches hold, what fills a GPU
+_CHUNK = 2**17  # values searched at a time: what caches hold
+GPU_SEARCHED_VALUES = 2**25  # what fills a GPU
 
 
 @dataclass(frozen=True)
@@ -33,21 +35,24 @@ class ScaleSearch:
     def best(self, values: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
         """The scale and zero point of each column that lose least.
 
-        values: float32 [group_size, n]. weights: float32 [group_size], not negative.
+        values: float32 [group_size, n]. weights: float32 [group_size], not negative; [group_size, n] where each column
+        has its own.
         Returns float32 [n] scales (float16 values, never 0) and float32 [n] zero points (whole numbers).
         """
         size, count = values.shape
         scales, zeros = values.new_empty(count), values.new_empty(count)
-        step = max(1, (_CUDA_CHUNK if values.is_cuda else _CHUNK) // size)
+        step = max(1, (GPU_SEARCHED_VALUES if values.is_cuda else _CHUNK) // size)
+        kernels = kernels_for(values)
+        symmetric = without_gil(_symmetric) if kernels is None else kernels.symmetric
+        asymmetric = without_gil(_asymmetric) if kernels is None else kernels.asymmetric
         for start in range(0, count, step):
             part = slice(start, start + step)
+            tried, important = values[:, part], weights if weights.dim() == 1 else weights[:, part]
             if self.symmetric:
-                scales[part] = without_gil(_symmetric)(values[:, part], weights, self.bits, [*SYMMETRIC_GRID])
+                scales[part] = symmetric(tried, important, self.bits, [*SYMMETRIC_GRID])
                 zeros[part] = 2.0 ** (self.bits - 1)
             else:
-                found = without_gil(_asymmetric)(
-                    values[:, part], weights, self.bits, float(self.smallest_zero), [*ASYMMETRIC_GRID]
-                )
+                found = asymmetric(tried, important, self.bits, float(self.smallest_zero), [*ASYMMETRIC_GRID])
                 scales[part], zeros[part] = found
         return scales, zeros
 
@@ -67,7 +72,7 @@ def _symmetric(values: Tensor, weights: Tensor, bits: int, grid: list[float]) ->
         squared = candidate * candidate
         for sign in (1.0, -1.0):
             torch.clamp(rounded, -half if sign > 0 else 1 - half, half - 1 if sign > 0 else half, out=error)
-            tried = torch.mv(error.sub_(exact).square_().t(), weights).mul_(squared)
+            tried = _summed(error.sub_(exact).square_(), weights).mul_(squared)
             better = tried < loss
             loss = torch.where(better, tried, loss)
             scale = torch.where(better, candidate * sign, scale)
@@ -100,16 +105,21 @@ def _asymmetric(
     return scale, zero
 
 
+def _summed(values: Tensor, weights: Tensor) -> Tensor:
+    """The weighted sum of each column, [n]."""
+    return torch.mv(values.t(), weights) if weights.dim() == 1 else torch.linalg.vecdot(values, weights, dim=0)
+
+
 def _loss(values: Tensor, weights: Tensor, scale: Tensor, low: Tensor, high: Tensor) -> Tensor:
     """Squared error of each column, weighted; low and high: the limits of codes less zero point, [n]."""
     exact = values * scale.reciprocal()
     error = torch.clamp(exact.round(), low, high).sub_(exact)
-    return torch.mv(error.square_().t(), weights).mul_(scale * scale)
+    return _summed(error.square_(), weights).mul_(scale * scale)
 
 
 def _refit(values: Tensor, weights: Tensor, scale: Tensor, low: Tensor, high: Tensor) -> Tensor:
     """The least-squares scale for the codes that a scale gives; the scale itself where there is none."""
     steps = torch.clamp((values * scale.reciprocal()).round_(), low, high)
-    below = torch.mv((steps * steps).t(), weights)
-    fitted = torch.mv(steps.mul_(values).t(), weights) / below
+    below = _summed(steps * steps, weights)
+    fitted = _summed(steps.mul_(values), weights) / below
     return stored_scale(torch.where(torch.isfinite(fitted) & (below > 0), fitted, scale))
