@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -11,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from quantize.build import calibrate
+from quantize.build import calibrate, size
 from quantize.calibration import block_runner
 from quantize.calibration.hidden_states import FileStates, HiddenStates, MemoryStates
 from quantize.calibration.stream import Block, Spill, open_states, stream_blocks
@@ -23,9 +24,12 @@ from quantize.formats.base import RunLimits
 from quantize.formats.gptq.build import GptqOptions
 from quantize.formats.gptq.build import solve_block as solve_gptq
 from quantize.numerics import scales
+from quantize.numerics.awq import quantize_scaled
 from quantize.numerics.gram import GramAccumulator
 from quantize.numerics.scales import ScaleSearch
 from quantize.system.cache import hash_file
+from quantize.system.gpus import LocalGpu
+from quantize.system.process import run_step
 from quantize.system.threads import without_gil
 from quantize.testing import write_recipe
 from tests.architectures import CONFIGS, SavedCheckpoint, save, tiny_model, token_ids
@@ -188,18 +192,40 @@ def test_launches_and_waits_of_a_block_stay_within_a_budget(llama: SavedCheckpoi
     assert syncs < 40
 
 
+def test_awq_searches_all_groups_at_once_on_a_gpu() -> None:
+    """With the scales that the CPU finds one group after the other."""
+    torch.manual_seed(0)
+    weight, energy = torch.randn(48, 512), torch.rand(512)
+    (expected,) = quantize_scaled([weight], energy, torch.ones(512), group_size=32)
+    with emulated_gpu() as ledger:
+        (found,) = quantize_scaled([weight.to("cuda")], energy.to("cuda"), torch.ones(512).to("cuda"), group_size=32)
+        assert (found.codes.cpu() == expected.codes).float().mean() > 0.999
+        assert ledger.launches < 600, "of one search, not of sixteen"
+        few = ledger.launches
+        quantize_scaled([weight.to("cuda")], energy.to("cuda"), torch.ones(512).to("cuda"), group_size=128)
+        assert ledger.launches - few < 1.2 * few
+
+
 VARIANTS = [{"format": "gptq", "bits": 4, "group_size": 32}, {"format": "awq", "bits": 4, "group_size": 32}]
 CALIBRATION = {"dataset": "python-docs", "samples": 4, "sequence_length": 64}
+
+
+def in_this_process(name: str, reporter: Reporter, function: Callable[..., Any], *arguments: Any, **_: Any) -> Any:
+    """A step that needs the emulated GPU, which other processes don't have."""
+    return function(reporter, *arguments)
+
+
+def asked_in_this_process(name: str, reporter: Reporter, function: Callable[..., Any], *arguments: Any) -> Any:
+    """Only the question to the GPU; what else a plan does runs where it always does."""
+    where = in_this_process if function is size.ask_gpu else run_step
+    return where(name, reporter, function, *arguments)
 
 
 def build_in_process(run: Run, recipe: Path, monkeypatch: pytest.MonkeyPatch, **gpu: Any) -> tuple[list[str], Ledger]:
     """Build with the pass on an emulated GPU; what was said, and the ledger."""
     step = calibrate.run_step
-
-    def here(name: str, reporter: Reporter, function: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
-        return function(reporter, *arguments)
-
-    monkeypatch.setattr(calibrate, "run_step", here)
+    monkeypatch.setattr(calibrate, "run_step", in_this_process)
+    monkeypatch.setattr(size, "run_step", asked_in_this_process)
     with emulated_gpu(**gpu) as ledger:
         result = run("build", recipe, "--device", "cuda", "--no-eval", "--threads", "2")
     monkeypatch.setattr(calibrate, "run_step", step)
@@ -215,7 +241,12 @@ def test_out_of_gpu_memory_the_pass_goes_on_with_its_states_elsewhere(
     tiny: Path, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe = write_recipe(tmp_path / "demo.yaml", tiny, VARIANTS, calibration=CALIBRATION)
-    build_in_process(run, recipe, monkeypatch)
+    said, _ = build_in_process(run, recipe, monkeypatch, peak_bytes=12345)
+    assert sum("GPTQ and clip searches run in many small steps" in line for line in said) == 1
+    for path in tmp_path.glob("artifacts/*/*/current/measurements.json"):
+        measured = json.loads(path.read_text())["calibration_pass"]
+        assert measured["peak_gpu_memory_bytes"] == measured["peak_gpu_reserved_bytes"] == 12345
+        assert measured["kernels"] == "plain"
     expected = digests(tmp_path)
     assert len(expected) == 2
     forward, times = block_runner.BlockRunner.run, iter([True])
@@ -243,3 +274,53 @@ def test_a_pass_that_does_not_fit_a_gpu_says_so(
     monkeypatch.setattr(block_runner.BlockRunner, "run", full)
     with pytest.raises(AssertionError, match=r"(?s)ran out of the GPU's memory.*close what else uses the GPU"):
         build_in_process(run, recipe, monkeypatch)
+
+
+@pytest.mark.parametrize(("budget", "where"), [((), "in memory"), (("--memory-budget", "1MiB"), None)])
+def test_a_plan_says_what_the_pass_takes_of_the_gpu(
+    budget: Sequence[str], where: str | None, tiny: Path, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = write_recipe(tmp_path / "demo.yaml", tiny, VARIANTS, calibration=CALIBRATION)
+    monkeypatch.setattr(size, "run_step", asked_in_this_process)
+    with emulated_gpu(vram_bytes=8 << 30):
+        data = json.loads(run("plan", recipe, "--device", "cuda", "--json").stdout)["pass_gpu"]
+        roomy = run("plan", recipe, "--device", "cuda")
+    assert roomy.exit_code == 0, roomy.stderr
+    assert "8,192 MiB free" in roomy.stdout
+    assert "on the GPU" in roomy.stdout
+    hidden = json.loads((tiny / "config.json").read_text())["hidden_size"]
+    assert data["state_bytes"] == 4 * 4 * 64 * hidden
+    with emulated_gpu(vram_bytes=data["pass_bytes"] + data["state_bytes"] - 1):
+        tight = run("plan", recipe, "--device", "cuda", *budget)
+    if where is None:
+        assert tight.exit_code == 3
+        assert "the memory budget is too small" in tight.stderr
+    else:
+        assert tight.exit_code == 0
+        assert where in tight.stdout
+
+
+def test_a_gpu_that_is_too_small_for_the_pass_is_refused_before_any_work(
+    tiny: Path, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = write_recipe(tmp_path / "demo.yaml", tiny, VARIANTS, calibration=CALIBRATION)
+    monkeypatch.setattr(size, "run_step", asked_in_this_process)
+    for command in ("plan", "build"):
+        with emulated_gpu(vram_bytes=1 << 20):
+            result = run(command, recipe, "--device", "cuda")
+        assert result.exit_code == 3, result.stderr
+        assert "MiB of the GPU cuda, which has 1 MiB free" in result.stderr
+        assert "close what else uses the GPU" in result.stderr
+        assert not (tmp_path / "artifacts").exists()
+
+
+def test_a_build_on_the_cpu_says_once_that_a_gpu_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(calibrate, "nvidia_gpus", lambda: (LocalGpu("GeForce", 8 << 30, 0),))
+    reporter = ListReporter()
+    with emulated_gpu():
+        calibrate._say_how(RunLimits(), reporter)
+    assert [event.text for event in reporter.events] == [
+        "a GPU is there (GeForce), and the pass runs on the CPU: --device cuda is faster"
+    ]
+    calibrate._say_how(RunLimits(), reporter)
+    assert len(reporter.events) == 1, "torch sees none"

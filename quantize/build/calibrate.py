@@ -35,6 +35,7 @@ from quantize.formats.base import Builder, Collector, Context, RunLimits
 from quantize.model.architecture import block_count, block_layout
 from quantize.recipe.model import CalibrationSpec, Recipe
 from quantize.store.manifest import CalibrationEntry, tool_versions
+from quantize.system.gpus import nvidia_gpus
 from quantize.system.memory import free_gpu_bytes, give_back_gpu
 from quantize.system.process import peak_memory_bytes, run_step, stop_asked
 
@@ -94,6 +95,7 @@ def _pass(
 
     context = variants[0][1]
     torch.set_num_threads(context.limits.threads)
+    _say_how(context.limits, reporter)
     _import_transformers(context.checkpoint.folder)
     status(reporter, "", "reading the calibration text")
     started = time.perf_counter()
@@ -131,8 +133,39 @@ def _pass(
         "text_seconds": round(text_seconds, 2),
         "solve_seconds": seconds,
         "peak_memory_bytes": peak_memory_bytes(os.getpid()),
+        **_measured_on_gpu(context.limits),
     }
     return PassResult(entry, device, errors, measured)
+
+
+def _say_how(limits: RunLimits, reporter: Reporter) -> None:
+    """Where there is a faster way than the one that the pass takes."""
+    import torch
+
+    from quantize.numerics.kernels import trouble
+
+    if limits.spread is not None:
+        return
+    if limits.device != "cpu":
+        if (why := trouble(torch.device(limits.device))) is not None:
+            warn(reporter, "", f"{why}: GPTQ and clip searches run in many small steps, several times slower")
+    elif torch.cuda.is_available() and (gpus := nvidia_gpus()):
+        note(reporter, "", f"a GPU is there ({gpus[0].name}), and the pass runs on the CPU: --device cuda is faster")
+
+
+def _measured_on_gpu(limits: RunLimits) -> dict[str, Any]:
+    """The most of a GPU's memory that was in use, and that was held, and what solved; nothing on a CPU."""
+    import torch
+
+    from quantize.numerics.kernels import kernels_name
+
+    if limits.device == "cpu" or limits.spread is not None:
+        return {}
+    return {
+        "peak_gpu_memory_bytes": torch.cuda.max_memory_allocated(limits.device),
+        "peak_gpu_reserved_bytes": torch.cuda.max_memory_reserved(limits.device),
+        "kernels": kernels_name(torch.device(limits.device)),
+    }
 
 
 @dataclass(frozen=True)
@@ -291,7 +324,14 @@ def _import_transformers(folder: Path) -> None:
 
 def _identity(context: Context, entry: CalibrationEntry, device: str) -> dict[str, Any]:
     """All that the statistics depend on, but for what goes into each variant's build key."""
+    import torch
+
+    from quantize.numerics.kernels import kernels_name
+
+    on_gpu = context.limits.device != "cpu" and context.limits.spread is None
+    solved_by = {"kernels": kernels_name(torch.device(context.limits.device))} if on_gpu else {}
     return {
+        **solved_by,
         "source": context.source.digest,
         "calibration": entry.model_dump(mode="json"),
         "device": device,

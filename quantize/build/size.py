@@ -15,17 +15,18 @@ from typing import Any
 from quantize.build.disk import Needs, Room, disk_free_bytes, most_bytes, needs, refusal, rooms, temporary_root
 from quantize.build.job import VariantJob
 from quantize.build.plan import Plan
-from quantize.calibration.budget import memory_short, pass_bytes
+from quantize.calibration.budget import GpuNeed, gpu_pass_bytes, host_bytes, memory_short, pass_bytes, state_bytes
 from quantize.calibration.datasets import find_dataset
 from quantize.errors import DiskFullError, PlanError, QuantizeError
 from quantize.events import Reporter, SilentReporter, status
-from quantize.formats.base import Context, RunLimits, SizePlan
+from quantize.formats.base import Builder, Context, RunLimits, SizePlan
 from quantize.model.checkpoint import Checkpoint, open_checkpoint
 from quantize.model.source import PinnedSource, dequantized_key, open_source
 from quantize.recipe.model import Recipe
 from quantize.store.manifest import CalibrationEntry
 from quantize.store.workspace import Workspace
 from quantize.system.cache import Cache
+from quantize.system.memory import free_gpu_bytes
 from quantize.system.process import run_step
 
 
@@ -33,13 +34,14 @@ from quantize.system.process import run_step
 class SizedPlan(Plan):
     """A plan whose jobs have their sizes, the disk that they take, and where. config: config.json of the source.
 
-    memory_bytes: the least that the calibration pass takes of this machine's, with its hidden states on disk; 0 where
-    there is no pass, or it runs on another device.
+    memory_bytes: the least that the calibration pass takes of this machine's, with its hidden states on disk or on a
+    GPU; 0 where there is no pass. gpu: what it takes of one; None if it does not run there.
     """
 
     disk: Needs
     rooms: tuple[Room, ...]
     memory_bytes: int
+    gpu: GpuNeed | None
     config: Mapping[str, Any]
 
     def shortage(self, limits: RunLimits) -> PlanError | None:
@@ -47,7 +49,12 @@ class SizedPlan(Plan):
         budget = limits.memory_budget_bytes
         if budget is not None and self.memory_bytes > budget:
             return memory_short(self.memory_bytes, budget)
-        return refusal(self.rooms)
+        return (self.gpu.shortage() if self.gpu is not None else None) or refusal(self.rooms)
+
+    def states_are(self, limits: RunLimits) -> str:
+        """Where a pass on a GPU keeps its hidden states; empty if there is none."""
+        budget = limits.memory_budget_bytes
+        return self.gpu.states_are(None if budget is None else budget - self.memory_bytes) if self.gpu else ""
 
     def to_data(self) -> dict[str, Any]:
         """Plain JSON data, for people and programs."""
@@ -56,6 +63,7 @@ class SizedPlan(Plan):
             "disk_free_bytes": min(room.free_bytes for room in self.rooms),
             "disk_parts": asdict(self.disk),
             "pass_memory_bytes": self.memory_bytes,
+            "pass_gpu": None if self.gpu is None else asdict(self.gpu),
             "disks": [
                 {
                     "what": room.what,
@@ -90,11 +98,13 @@ def measure_plan(plan: Plan, workspace: Workspace, limits: RunLimits) -> SizedPl
                           _expected(plan.recipe))  # fmt: skip
         jobs = _size_jobs(plan.jobs, context, reporter)
         dequantized = _dequantized_bytes(source, checkpoint, cache)
+        parts = [(job.builder, job.variant.options) for job in jobs if job.is_open and job.is_calibrated]
+        gpu = _gpu_need(parts, plan.recipe, checkpoint, limits, reporter)
     disk = needs(jobs, plan.recipe, checkpoint, measured=plan.evaluate, source_bytes=dequantized)
     found = rooms(disk, workspace.store.root, cache.root, plan.recipe.name, [job.name for job in jobs])
     return SizedPlan(
         plan.recipe, source, jobs, plan.force, plan.evaluate, disk=disk, rooms=found,
-        memory_bytes=_pass_memory(jobs, checkpoint, limits), config=checkpoint.config,
+        memory_bytes=_pass_memory(parts, checkpoint, limits), gpu=gpu, config=checkpoint.config,
     )  # fmt: skip
 
 
@@ -102,7 +112,8 @@ def check_room(plan: Plan, workspace: Workspace, limits: RunLimits) -> None:
     """Refuse a build that would fill a disk or its memory, before it has written anything. Raises PlanError."""
     most = most_bytes(plan.jobs, plan.recipe, plan.source, measured=bool(plan.measured))
     roomy = all(disk_free_bytes(root) >= most for root in (workspace.store.root, workspace.cache.root))
-    if roomy and limits.memory_budget_bytes is None:
+    on_gpu = limits.device != "cpu" and bool(plan.calibrated)
+    if roomy and limits.memory_budget_bytes is None and not on_gpu:
         return
     refused = measure_plan(plan, workspace, limits).shortage(limits)
     if refused is not None:
@@ -154,11 +165,29 @@ def _size_jobs(jobs: Sequence[VariantJob], context: Context, reporter: Reporter)
     return tuple(result[job.name] for job in jobs)
 
 
-def _pass_memory(jobs: Sequence[VariantJob], checkpoint: Checkpoint, limits: RunLimits) -> int:
-    parts = [(job.builder, job.variant.options) for job in jobs if job.is_open and job.is_calibrated]
-    if not parts or limits.device != "cpu":
+def _pass_memory(parts: Sequence[tuple[Builder[Any], Any]], checkpoint: Checkpoint, limits: RunLimits) -> int:
+    if not parts:
         return 0
-    return pass_bytes(checkpoint, parts, limits.threads)
+    return pass_bytes(checkpoint, parts, limits.threads) if limits.device == "cpu" else host_bytes(checkpoint)
+
+
+def _gpu_need(
+    parts: Sequence[tuple[Builder[Any], Any]], recipe: Recipe, checkpoint: Checkpoint, limits: RunLimits,
+    reporter: Reporter,
+) -> GpuNeed | None:  # fmt: skip
+    """What the pass takes of this machine's GPU; a process of its own asks it, which pays for the driver's part."""
+    spec = recipe.calibration
+    if not parts or spec is None or limits.device == "cpu" or limits.spread is not None:
+        return None
+    free = run_step("asking the GPU for its free memory", reporter, ask_gpu, limits.device)
+    tokens = spec.samples * spec.sequence_length
+    taken = gpu_pass_bytes(checkpoint, parts)
+    return GpuNeed(limits.device, taken, state_bytes(checkpoint.config, tokens), free)
+
+
+def ask_gpu(_reporter: Reporter, device: str) -> int:
+    """Free bytes of a GPU."""
+    return free_gpu_bytes(device)
 
 
 def _size_group(

@@ -7,14 +7,14 @@ process that runs the pass, its hidden states on disk. The shares are those meas
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from quantize.errors import PlanError
 from quantize.model.architecture import block_count, block_index, block_layout
 from quantize.model.checkpoint import Checkpoint
-from quantize.model.config import number_or
+from quantize.model.config import number, number_or
 from quantize.numerics.constants import BATCH_TOKENS, GPU_BATCH_TOKENS, GPU_SOLVED_VALUES, SHARES
 
 BASE_BYTES = 420 << 20  # Python, torch and transformers, loaded and warm
@@ -91,6 +91,39 @@ def gpu_pass_bytes(checkpoint: Checkpoint, parts: Sequence[tuple[Solver, Any]]) 
     solvers = [builder.solver_bytes(block, options, 1) for builder, options in parts]
     solving = max(solvers, default=0) + ROW_COPIES * rows
     return block.weights + sum(block.grams) + max(recording, solving)
+
+
+@dataclass(frozen=True)
+class GpuNeed:
+    """A pass on a GPU. pass_bytes: what it takes of the card, beside the driver's own. state_bytes: of all its hidden
+    states. free_bytes: what the card has left once the driver has its own.
+    """
+
+    device: str
+    pass_bytes: int
+    state_bytes: int
+    free_bytes: int
+
+    def states_are(self, host_budget: int | None) -> str:
+        """Where the hidden states go. host_budget: bytes of the computer's memory for them, None for any number."""
+        if self.state_bytes <= self.free_bytes - self.pass_bytes:
+            return "on the GPU"
+        return "in memory" if host_budget is None or self.state_bytes <= host_budget else "in files"
+
+    def shortage(self) -> PlanError | None:
+        """The refusal of a pass that does not fit even with its hidden states elsewhere; None if it fits."""
+        if self.pass_bytes <= self.free_bytes:
+            return None
+        return PlanError(
+            f"the calibration pass takes {self.pass_bytes / 2**20:,.0f} MiB of the GPU {self.device}, which has "
+            f"{self.free_bytes / 2**20:,.0f} MiB free: {self.pass_bytes - self.free_bytes:,} bytes are missing",
+            hint="close what else uses the GPU, build fewer variants at once with --only, or use --device cpu",
+        )
+
+
+def state_bytes(config: Mapping[str, Any], tokens: int) -> int:
+    """Of the hidden states of so many tokens. Raises CheckpointError."""
+    return FLOAT_BYTES * tokens * number(config, "hidden_size")
 
 
 def memory_short(least: int, budget: int) -> PlanError:

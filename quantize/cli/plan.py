@@ -22,6 +22,7 @@ from quantize.cli.common import (
 )
 from quantize.cli.progress import console_reporter
 from quantize.cli.table import Column, print_table, wide_option
+from quantize.formats.base import RunLimits
 from quantize.store.artifact import REFUSED, UNJUDGED
 from quantize.store.store import Store
 from quantize.store.workspace import Workspace
@@ -45,17 +46,18 @@ def command(
     parsed = open_recipe(recipe)
     with console_reporter(quiet=quiet or as_json) as reporter:
         workspace = Workspace(store, open_cache(), reporter)
-        plan = size_plan(make_plan(parsed, workspace), workspace, make_limits(threads, device, memory_budget))
+        limits = make_limits(threads, device, memory_budget)
+        plan = size_plan(make_plan(parsed, workspace), workspace, limits)
     if as_json:
         print_json(plan.to_data())
     else:
-        _print(plan)
+        _print(plan, limits)
     refused = [job.refusal for job in plan.jobs if job.refusal is not None]
     if refused:
         raise refused[0]
 
 
-def _print(plan: SizedPlan) -> None:
+def _print(plan: SizedPlan, limits: RunLimits) -> None:
     columns = [Column("VARIANT"), Column("FORMAT", rank=3), Column("TENSORS", "right", rank=5), Column("SIZE", "right")]
     columns += [
         Column("BYTES", "right", rank=4),
@@ -67,6 +69,10 @@ def _print(plan: SizedPlan) -> None:
     click.echo(f"source  {plan.source.uri}  sha256 {plan.source.digest[:12]}")
     if plan.memory_bytes:
         click.echo(f"memory  {plan.memory_bytes / 2**20:,.0f} MiB at the least for the calibration pass")
+    if plan.gpu:
+        taken, left, held = plan.gpu.pass_bytes / 2**20, plan.gpu.free_bytes / 2**20, plan.gpu.state_bytes / 2**20
+        click.echo(f"gpu     {taken:,.0f} MiB of {plan.gpu.device} for the calibration pass, {left:,.0f} MiB free")
+        click.echo(f"        hidden states: up to {held:,.0f} MiB, {plan.states_are(limits)}")
     for room in plan.rooms:
         missing = f", {size_text(room.missing_bytes)} missing" if room.missing_bytes else ""
         needed, free = size_text(room.needed_bytes), size_text(room.free_bytes)

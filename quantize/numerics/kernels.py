@@ -31,18 +31,23 @@ class Kernels:
 
 def kernels_for(tensor: Tensor) -> Kernels | None:
     """What runs in the place of the plain path where this tensor is; None on a CPU, or if there is nothing."""
-    return settled(tensor.device)[0] if tensor.is_cuda else None
+    return _settled(tensor.device)[0] if tensor.is_cuda else None
 
 
 def trouble(device: torch.device) -> str | None:
     """Why a GPU runs the plain path; None where it does not, and on a CPU."""
-    return settled(device)[1] if device.type == "cuda" else None
+    return _settled(device)[1] if device.type == "cuda" else None
 
 
 def kernels_name(device: torch.device) -> str:
     """What solves on a device: bits may depend on it."""
-    found = settled(device)[0] if device.type == "cuda" else None
+    found = _settled(device)[0] if device.type == "cuda" else None
     return PLAIN if found is None else found.name
+
+
+def _settled(device: torch.device) -> tuple[Kernels | None, str | None]:
+    """For a GPU by its number, or for the current one."""
+    return settled(device if device.index is not None else torch.device("cuda", torch.cuda.current_device()))
 
 
 @cache

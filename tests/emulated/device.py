@@ -224,7 +224,7 @@ def _load_guard() -> ctypes.CDLL:
 
 
 @contextmanager
-def emulated_gpu(*, vram_bytes: int = 8 << 30, name: str = "Emulated GPU") -> Iterator[Ledger]:
+def emulated_gpu(*, vram_bytes: int = 8 << 30, peak_bytes: int = 0, name: str = "Emulated GPU") -> Iterator[Ledger]:
     """Have torch see one CUDA device in this block; tensors of it must not outlive the block."""
     global _ledger
     _load_guard()
@@ -232,7 +232,8 @@ def emulated_gpu(*, vram_bytes: int = 8 << 30, name: str = "Emulated GPU") -> It
         "is_available": True, "device_count": 1, "current_device": 0, "get_device_name": name,
         "is_bf16_supported": True,
         "mem_get_info": (vram_bytes, vram_bytes), "empty_cache": None, "synchronize": None, "_lazy_init": None,
-        "max_memory_allocated": 0, "max_memory_reserved": 0, "memory_allocated": 0, "memory_reserved": 0,
+        "max_memory_allocated": peak_bytes, "max_memory_reserved": peak_bytes,
+        "memory_allocated": 0, "memory_reserved": 0,
         "reset_peak_memory_stats": None, "get_device_capability": (9, 0), "is_initialized": True,
     }  # fmt: skip
     with ExitStack() as stack:
