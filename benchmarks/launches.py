@@ -21,7 +21,7 @@ from unittest import mock
 import torch
 
 from benchmarks.blocks import SHAPES, Shape
-from quantize.numerics import awq, gptq, kernels, scales
+from quantize.numerics import awq, gptq, kernels, loops, scales
 from quantize.numerics.constants import GPU_SOLVED_VALUES, SOLVED_ROWS
 from quantize.numerics.gram import Gram
 from tests.emulated import Ledger, emulated_gpu
@@ -103,9 +103,7 @@ def stand_ins(ledger: Ledger) -> Iterator[None]:
 
         return run
 
-    found = kernels.Kernels(
-        "counted", on_host(gptq._round_block), on_host(scales._symmetric), on_host(scales._asymmetric)
-    )
+    found = kernels.Kernels("counted", on_host(loops.round_block), on_host(loops.symmetric), on_host(loops.asymmetric))
     with mock.patch.object(kernels, "settled", return_value=(found, None)):
         yield
 

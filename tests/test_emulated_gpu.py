@@ -23,7 +23,7 @@ from quantize.formats.awq.build import solve_block as solve_awq
 from quantize.formats.base import RunLimits
 from quantize.formats.gptq.build import GptqOptions
 from quantize.formats.gptq.build import solve_block as solve_gptq
-from quantize.numerics import scales
+from quantize.numerics import loops
 from quantize.numerics.awq import quantize_scaled
 from quantize.numerics.gram import GramAccumulator
 from quantize.numerics.scales import ScaleSearch
@@ -126,11 +126,11 @@ def test_gram_matrices_take_tf32_and_nothing_else_does(llama: SavedCheckpoint, m
 def test_small_loops_are_torchscript_on_the_cpu_alone() -> None:
     """On a GPU it fuses operations from the second call on, and the bits change."""
     values, weights = torch.randn(32, 8), torch.rand(32)
-    assert isinstance(without_gil(scales._symmetric).__wrapped__, type(lambda: 0))  # type: ignore[attr-defined]
+    assert isinstance(without_gil(loops.symmetric).__wrapped__, type(lambda: 0))  # type: ignore[attr-defined]
     with emulated_gpu() as ledger:
         ScaleSearch(4, symmetric=True).best(values.to("cuda"), weights.to("cuda"))
-        assert any(line.startswith("numerics/scales.py") for line in ledger.launched_by), "Python's own lines launch"
-    rows = {line for line in ledger.launched_by if line.startswith("numerics/scales.py")}
+        assert any(line.startswith("numerics/loops.py") for line in ledger.launched_by), "Python's own lines launch"
+    rows = {line for line in ledger.launched_by if line.startswith("numerics/loops.py")}
     assert len(rows) > 5, "not one script, called from one line"
 
 

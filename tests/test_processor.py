@@ -21,9 +21,8 @@ from torch.nn import functional
 
 from quantize.build.spread.pool import Actor
 from quantize.events import SilentReporter
-from quantize.numerics.gptq import _round_block
 from quantize.numerics.gram import GramAccumulator
-from quantize.numerics.scales import _symmetric
+from quantize.numerics.loops import round_block, symmetric
 from quantize.system.process import run_step
 from quantize.system.processor import CHOOSERS, MKL_MODE, device_name, name_device, strict_mode
 from quantize.system.threads import without_gil
@@ -172,9 +171,9 @@ def test_loops_in_torchscript() -> None:
 
     def rounded() -> Tensor:
         inside, errors = steps.clone(), torch.empty_like(steps)
-        without_gil(_round_block)(inside, steps, errors, feedback, low, high)
+        without_gil(round_block)(inside, steps, errors, feedback, low, high)
         return torch.cat((inside, errors))
 
     assert_same_on_threads(gram)
     assert_same_on_threads(rounded)
-    assert_same_on_threads(lambda: without_gil(_symmetric)(steps, torch.ones(64), 4, [0.9, 0.8]))
+    assert_same_on_threads(lambda: without_gil(symmetric)(steps, torch.ones(64), 4, [0.9, 0.8]))

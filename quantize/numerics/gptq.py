@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from quantize.errors import BuildError
+from quantize.numerics import loops
 from quantize.numerics.constants import GPU_SOLVED_VALUES, SOLVED_ROWS
 from quantize.numerics.kernels import kernels_for
 from quantize.numerics.rtn import Quantized, check_shape, round_to_nearest
@@ -202,7 +203,7 @@ def _sweep(weight: Tensor, factor: Factor, search: ScaleSearch) -> Quantized:
     scales = torch.empty(width // group_size, out, device=weight.device)  # in visiting order, as codes
     zeros = torch.empty_like(scales)
     kernels = kernels_for(weight)
-    round_block = without_gil(_round_block) if kernels is None else kernels.round_block
+    round_block = without_gil(loops.round_block) if kernels is None else kernels.round_block
     for place in range(width // group_size):
         start, stop = place * group_size, (place + 1) * group_size
         target = original[start:stop].clone()
@@ -228,17 +229,6 @@ def _sweep(weight: Tensor, factor: Factor, search: ScaleSearch) -> Quantized:
 
     scales, zeros = stored(scales.half(), groups), stored(zeros.to(torch.uint8), groups)
     return Quantized(stored(codes, order), scales, zeros, search.bits, group_size)
-
-
-def _round_block(steps: Tensor, exact: Tensor, errors: Tensor, feedback: Tensor, low: Tensor, high: Tensor) -> None:
-    """Round a block's columns in turn, in units of the scale: `steps` in place; fills `errors` (exact - rounded)."""
-    earlier = feedback.t().contiguous()
-    for column in range(steps.shape[0]):
-        step = steps[column]
-        if column > 0:
-            step.addmv_(errors[:column].t(), earlier[column, :column])
-        torch.clamp(step.round_(), low, high, out=step)
-        torch.sub(exact[column], step, out=errors[column])
 
 
 def _nearest(rows: Tensor, factor: Factor, kind: ScaleSearch) -> Quantized:

@@ -1,6 +1,6 @@
 """GPTQ's column loop and the clip search as one kernel each, on GPUs where Triton is; elsewhere the plain path runs.
 
-In: the tensors of the plain functions (gptq, scales), which are the reference. Out: the same, from a launch where the
+In: the tensors of the plain functions (loops), which are the reference. Out: the same, from a launch where the
 plain path has hundreds. A kernel is used once it has given the plain path's codes on this very device; if Triton can't
 be imported, compiles nothing here, or gives other codes, `trouble` says so and the plain path runs.
 """
@@ -16,12 +16,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from quantize.numerics import loops
+
 PLAIN = "plain"
+_GRID = (1.1, 1.0, 0.9, 0.75, 0.6)  # of a trial
 
 
 @dataclass(frozen=True)
 class Kernels:
-    """Kernels in the place of gptq._round_block, scales._symmetric and scales._asymmetric. name: with its version."""
+    """Kernels in the place of loops.round_block, loops.symmetric and loops.asymmetric. name: with its version."""
 
     name: str
     round_block: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], None]
@@ -67,8 +70,6 @@ def settled(device: torch.device) -> tuple[Kernels | None, str | None]:
 
 def _differences(found: Kernels, device: torch.device) -> str:
     """What kernels give otherwise than the plain path on random values; nothing if they agree."""
-    from quantize.numerics import gptq, scales
-
     made = torch.Generator().manual_seed(0)
 
     def drawn(*shape: int) -> Tensor:
@@ -76,11 +77,11 @@ def _differences(found: Kernels, device: torch.device) -> str:
 
     values, weights = drawn(64, 96), drawn(64).square()
     arguments: Any
-    arguments = values, weights, 4, [*scales.SYMMETRIC_GRID]
-    if not _alike(found.symmetric(*arguments), scales._symmetric(*arguments)):
+    arguments = values, weights, 4, [*_GRID]
+    if not _alike(found.symmetric(*arguments), loops.symmetric(*arguments)):
         return "symmetric scales"
-    arguments = values, weights, 4, 0.0, [*scales.ASYMMETRIC_GRID]
-    pairs = zip(found.asymmetric(*arguments), scales._asymmetric(*arguments), strict=True)
+    arguments = values, weights, 4, 0.0, [*_GRID]
+    pairs = zip(found.asymmetric(*arguments), loops.asymmetric(*arguments), strict=True)
     if not all(_alike(one, two) for one, two in pairs):
         return "asymmetric scales"
     feedback = torch.triu(drawn(64, 64) / 8, 1)
@@ -88,7 +89,7 @@ def _differences(found: Kernels, device: torch.device) -> str:
     steps = [drawn(64, 96) * 4]
     steps.append(steps[0].clone())
     exact = steps[0].clone()
-    for round_block, target in zip((found.round_block, gptq._round_block), steps, strict=True):
+    for round_block, target in zip((found.round_block, loops.round_block), steps, strict=True):
         round_block(target, exact, torch.empty_like(exact), feedback, low, high)
     return "" if _alike(*steps) else "codes"
 

@@ -35,7 +35,7 @@ def _stored(scale):
 
 @triton.jit
 def _error(values, weights, scale, low, high):
-    """See scales._loss."""
+    """See loops._loss."""
     exact = values * tl.div_rn(tl.full(scale.shape, 1.0, tl.float32), scale)[None, :]
     wrong = _nearest(tl.minimum(tl.maximum(exact, low[None, :]), high[None, :])) - exact
     return tl.sum(wrong * wrong * weights, 0) * (scale * scale)
@@ -43,7 +43,7 @@ def _error(values, weights, scale, low, high):
 
 @triton.jit
 def _fitted(values, weights, scale, low, high):
-    """See scales._refit."""
+    """See loops._refit."""
     exact = values * tl.div_rn(tl.full(scale.shape, 1.0, tl.float32), scale)[None, :]
     steps = _nearest(tl.minimum(tl.maximum(exact, low[None, :]), high[None, :]))
     below = tl.sum(steps * steps * weights, 0)
@@ -141,7 +141,7 @@ def _round_kernel(
 
 
 def round_block(steps: Tensor, exact: Tensor, errors: Tensor, feedback: Tensor, low: Tensor, high: Tensor) -> None:
-    """See gptq._round_block; each [columns, out] tensor has rows without gaps."""
+    """See loops.round_block; each [columns, out] tensor has rows without gaps."""
     size, count = steps.shape
     assert all(tensor.stride(1) == 1 for tensor in (steps, exact, errors, feedback))
     _round_kernel[(triton.cdiv(count, TILE),)](
@@ -152,7 +152,7 @@ def round_block(steps: Tensor, exact: Tensor, errors: Tensor, feedback: Tensor, 
 
 
 def symmetric(values: Tensor, weights: Tensor, bits: int, grid: list[float]) -> Tensor:
-    """See scales._symmetric."""
+    """See loops.symmetric."""
     half, scales = 2.0 ** (bits - 1), torch.empty_like(values[0])
     _symmetric_kernel[(triton.cdiv(values.shape[1], TILE),)](
         *_placed(values, weights, scales), half, 2 * half / (2 * half - 1),
@@ -164,7 +164,7 @@ def symmetric(values: Tensor, weights: Tensor, bits: int, grid: list[float]) -> 
 def asymmetric(
     values: Tensor, weights: Tensor, bits: int, smallest_zero: float, grid: list[float]
 ) -> tuple[Tensor, Tensor]:
-    """See scales._asymmetric."""
+    """See loops.asymmetric."""
     top, scales, zeros = 2.0**bits - 1, torch.empty_like(values[0]), torch.empty_like(values[0])
     _asymmetric_kernel[(triton.cdiv(values.shape[1], TILE),)](
         *_placed(values, weights, scales, zeros), top, smallest_zero, GRID=tuple(grid),

@@ -18,7 +18,7 @@ needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, re
 
 COMPARED = """
 import torch
-from quantize.numerics import gptq, scales
+from quantize.numerics import loops, scales
 from quantize.numerics.triton_kernels import KERNELS
 from quantize.numerics.kernels import _differences
 
@@ -32,16 +32,16 @@ own = torch.rand(size, count)
 for weights in (own[:, 0].contiguous(), own):
     for bits in (2, 4, 8):
         arguments = values, weights, bits, [*scales.SYMMETRIC_GRID]
-        assert torch.equal(KERNELS.symmetric(*arguments), scales._symmetric(*arguments)), bits
+        assert torch.equal(KERNELS.symmetric(*arguments), loops.symmetric(*arguments)), bits
         for least in (0.0, 1.0):
             arguments = values, weights, bits, least, [*scales.ASYMMETRIC_GRID]
-            for one, two in zip(KERNELS.asymmetric(*arguments), scales._asymmetric(*arguments), strict=True):
+            for one, two in zip(KERNELS.asymmetric(*arguments), loops.asymmetric(*arguments), strict=True):
                 assert torch.equal(one, two), (bits, least)
 feedback = torch.triu(torch.randn(size, size) / 8, 1)
 low = torch.randint(-12, -4, (count,)).float()
 found = []
 steps, exact = torch.randn(size, count) * 5, torch.randn(size, count) * 5
-for round_block in (KERNELS.round_block, gptq._round_block):
+for round_block in (KERNELS.round_block, loops.round_block):
     rounded, errors = steps.clone(), torch.empty(size, count)
     round_block(rounded, exact, errors, feedback, low, low + 15)
     found.append((rounded, errors))
