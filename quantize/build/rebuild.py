@@ -9,7 +9,7 @@ from __future__ import annotations
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,18 +22,26 @@ from quantize.build.execution import RunOptions
 from quantize.build.find_source import find_source
 from quantize.build.job import VariantJob
 from quantize.build.plan import Plan, identify_jobs
+from quantize.build.rebuilt import (
+    DeviceDifference,
+    FileDifference,
+    ToolDifference,
+    device_difference,
+    file_differences,
+    manifest_differences,
+    tool_differences,
+)
 from quantize.calibration.datasets import find_dataset
 from quantize.calibration.text import summarize_tokens
 from quantize.errors import BuildError, DiskFullError, PlanError, RecipeError, StoreError, UsageError, VerifyError
 from quantize.events import Event, EventKind, Reporter, note, status, warn
-from quantize.files.compare import TensorDifference, compare_metadata, compare_weights
-from quantize.formats import builders, find_format
+from quantize.formats import builders
 from quantize.formats.base import RunLimits
 from quantize.model.source import PinnedSource, open_source
 from quantize.recipe.gates import GateLimits
 from quantize.recipe.model import CalibrationSpec, EvaluationSpec, Recipe, Source, Variant
 from quantize.store.artifact import Artifact
-from quantize.store.manifest import FILE_NAME, RECIPE_NAME, FileEntry, Manifest
+from quantize.store.manifest import FILE_NAME, RECIPE_NAME, Manifest
 from quantize.store.staging import store_errors
 from quantize.store.store import Store
 from quantize.store.verify import check_files
@@ -44,10 +52,7 @@ from quantize.system.lookup import CALIBRATION, DATA, find_path
 from quantize.system.process import run_step
 from quantize.system.processor import name_device
 
-DECIDED_LATER = ("files", "accepted_risk", "device")  # fields of a manifest that are not compared by themselves
-OF_VERSIONS = ("tools", "build_key")  # those that differ wherever versions do
 MORE_ROOM = "set TMPDIR, or name another folder with --keep; raise --memory-budget if you gave one"
-TEXT_BYTES = 32 << 20  # a file up to this is looked into for the first byte that differs
 
 
 @dataclass(frozen=True)
@@ -56,35 +61,6 @@ class Given:
 
     source: Path | None = None
     calibration: Path | None = None
-
-
-@dataclass(frozen=True)
-class ToolDifference:
-    """A version that is not the manifest's; here is None where it is not installed."""
-
-    tool: str
-    manifest: str | None
-    here: str | None
-
-
-@dataclass(frozen=True)
-class DeviceDifference:
-    """The kind of device that the manifest names, and another one that is here: the same work may give other bits."""
-
-    manifest: str
-    here: str
-
-    def __str__(self) -> str:
-        return f"made on another kind of processor: {self.manifest} there, {self.here} here"
-
-
-@dataclass(frozen=True)
-class FileDifference:
-    """A file that is not the same: in words, and by tensor where it holds any."""
-
-    path: str
-    what: str
-    tensors: tuple[TensorDifference, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -130,20 +106,20 @@ def rebuild(
     plan = plan_of(artifact, scratch, work, workspace.cache, given)
     (job,) = plan.jobs
     _check_disk(manifest, plan.source, folder)
-    tools = _tool_differences(manifest.tools, job.tools)
+    tools = tool_differences(manifest.tools, job.tools)
     for item in tools:
         warn(reporter, job.name, f"{item.tool} is {item.here or 'not installed'}, it was {item.manifest or 'none'}")
-    device = _device_difference(manifest, _pass_device(manifest, limits, reporter))
+    device = device_difference(manifest, _pass_device(manifest, limits, reporter))
     if device is not None:
         warn(reporter, job.name, f"{device}; its bytes may differ")
     _check_text(plan, artifact, scratch)
     made = _taken(_executed(plan, scratch, limits), folder, manifest)
     note(reporter, job.name, f"rebuilt as {made.manifest.short_digest}")
     status(reporter, job.name, "comparing")
-    device = _device_difference(manifest, made.manifest.device)
+    device = device_difference(manifest, made.manifest.device)
     return Rebuild(
-        artifact, made, tools, device, _fields(manifest, made.manifest, OF_VERSIONS if tools else ()),
-        tuple(_differences(artifact, made)), len(manifest.files), time.perf_counter() - started,
+        artifact, made, tools, device, manifest_differences(manifest, made.manifest, other_versions=bool(tools)),
+        file_differences(artifact, made), len(manifest.files), time.perf_counter() - started,
     )  # fmt: skip
 
 
@@ -283,26 +259,11 @@ def _check_disk(manifest: Manifest, source: PinnedSource, folder: Path) -> None:
         raise PlanError(disk_short(needed, free).message, hint=MORE_ROOM)
 
 
-def _tool_differences(wanted: dict[str, str], here: dict[str, str]) -> tuple[ToolDifference, ...]:
-    return tuple(
-        ToolDifference(name, wanted.get(name), here.get(name))
-        for name in sorted({*wanted, *here})
-        if wanted.get(name) != here.get(name)
-    )
-
-
 def _pass_device(manifest: Manifest, limits: RunLimits, reporter: Reporter) -> str | None:
     """The kind of device that a calibration pass here would run on, to tell before the long work; None: no pass."""
     if manifest.calibration is None or manifest.device is None:
         return None
     return run_step("looking at the processor", reporter, name_device, limits.device)
-
-
-def _device_difference(manifest: Manifest, here: str | None) -> DeviceDifference | None:
-    """None too where the bits depend on no device, or the manifest is older than its record."""
-    if manifest.device is None or here is None or here == manifest.device:
-        return None
-    return DeviceDifference(manifest.device, here)
 
 
 def _executed(plan: Plan, scratch: Workspace, limits: RunLimits) -> Artifact:
@@ -327,47 +288,3 @@ def _taken(made: Artifact, folder: Path, wanted: Manifest) -> Artifact:
             shutil.move(path, folder / path.name)
         write_text(folder / FILE_NAME, manifest.to_json())
     return Artifact(folder, manifest)
-
-
-def _fields(wanted: Manifest, found: Manifest, explained: Sequence[str]) -> tuple[str, ...]:
-    one, two = wanted.facts(), found.facts()
-    skipped = {*DECIDED_LATER, *explained}
-    return tuple(key for key in sorted({*one, *two} - skipped) if one.get(key) != two.get(key))
-
-
-def _differences(artifact: Artifact, rebuilt: Artifact) -> list[FileDifference]:
-    wanted = {entry.path: entry for entry in artifact.manifest.files}
-    found = {entry.path: entry for entry in rebuilt.manifest.files}
-    differences = []
-    for path in sorted({*wanted, *found}):
-        if path not in found:
-            differences.append(FileDifference(path, "is missing in the rebuilt artifact"))
-        elif path not in wanted:
-            differences.append(FileDifference(path, "is new in the rebuilt artifact"))
-        elif wanted[path].sha256 != found[path].sha256:
-            differences.append(_difference(artifact, rebuilt.folder, wanted[path], found[path]))
-    return differences
-
-
-def _difference(artifact: Artifact, rebuilt: Path, wanted: FileEntry, found: FileEntry) -> FileDifference:
-    one, two = artifact.folder / wanted.path, rebuilt / found.path
-    layout = find_format(artifact.manifest.format).layout
-    sizes = f"{found.size_bytes:,} bytes, the artifact's has {wanted.size_bytes:,}"
-    what = "differs" if found.size_bytes == wanted.size_bytes else f"has {sizes}"
-    if not layout.weight_names([wanted.path]):
-        return FileDifference(wanted.path, f"{what}{_first_byte(one, two)}")
-    files = layout.read(one), layout.read(two)
-    tensors, keys = compare_weights(*files), compare_metadata(*files)
-    if keys:
-        what += f", metadata {', '.join(keys)}"
-    if not tensors and not keys:
-        what += ", in its header or the order of its tensors"
-    return FileDifference(wanted.path, what, tuple(tensors))
-
-
-def _first_byte(one: Path, two: Path) -> str:
-    if max(one.stat().st_size, two.stat().st_size) > TEXT_BYTES:
-        return ""
-    pairs = zip(one.read_bytes(), two.read_bytes(), strict=False)
-    at = next((index for index, (left, right) in enumerate(pairs) if left != right), None)
-    return "" if at is None else f" from byte {at:,}"

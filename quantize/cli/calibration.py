@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
 import click
@@ -12,7 +11,7 @@ from quantize.cli.common import json_option, noted, open_cache, open_recipe, pri
 from quantize.cli.progress import console_reporter
 from quantize.errors import UsageError
 from quantize.model.source import open_source, pin_source
-from quantize.recipe.model import Recipe, load_calibration
+from quantize.recipe.model import CalibrationSpec, Recipe, load_calibration
 from quantize.store.store import Store
 from quantize.system.lookup import CALIBRATION, find_data
 from quantize.targets import RecipeTarget, SpecTarget, find_target
@@ -37,12 +36,11 @@ def show(spec: str, recipe: Path | None, sequences: int, as_json: bool, quiet: b
 
     SPEC is a calibration/*.yaml file or the name of one, or a recipe with calibration.
     """
-    parsed = _recipe(spec, recipe)
-    assert parsed.calibration is not None
+    parsed, text = _recipe(spec, recipe)
     with console_reporter(quiet=quiet or as_json) as reporter:
         cache = open_cache()
         checkpoint = open_source(pin_source(parsed, cache, reporter), cache, reporter)
-        found = load_calibration_set(parsed.calibration, parsed.path.parent, checkpoint.folder)
+        found = load_calibration_set(text, parsed.path.parent, checkpoint.folder)
     tokenizer = load_tokenizer(checkpoint.folder)
     texts = [tokenizer.decode(ids) for ids in found.token_ids[:sequences]]
     if as_json:
@@ -54,10 +52,11 @@ def show(spec: str, recipe: Path | None, sequences: int, as_json: bool, quiet: b
         click.echo(f"\n--- sequence {number} of {len(found.token_ids)}, {len(ids)} tokens ---\n{text}")
 
 
-def _recipe(spec: str, recipe: Path | None) -> Recipe:
+def _recipe(spec: str, recipe: Path | None) -> tuple[Recipe, CalibrationSpec]:
+    """A recipe whose model tokenizes, and the text."""
     if recipe is not None:
         found = find_data(spec, Path(), CALIBRATION)
-        return replace(open_recipe(recipe), calibration=load_calibration(found.path if found else Path(spec)))
+        return open_recipe(recipe), load_calibration(found.path if found else Path(spec))
     target = noted(find_target(spec, Store(), (SpecTarget, RecipeTarget)))
     if isinstance(target, SpecTarget):
         hint = "give the recipe whose model tokenizes: --recipe NAME"
@@ -65,7 +64,7 @@ def _recipe(spec: str, recipe: Path | None) -> Recipe:
     parsed = open_recipe(target.path)
     if parsed.calibration is None:
         raise UsageError(f"{spec}: the recipe has no calibration", hint="name a calibration/*.yaml file and --recipe")
-    return parsed
+    return parsed, parsed.calibration
 
 
 def _facts(found: CalibrationSet) -> dict[str, int | str]:

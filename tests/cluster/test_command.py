@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 import json
+import re
 import socket
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from quantize.build.execution import RunOptions
+from quantize.build.outcome import OutcomeState
+from quantize.build.plan import make_plan
 from quantize.build.spread.session import Node
 from quantize.build.spread.trace import read_trace
-from quantize.cluster.units import Sizes
-from quantize.errors import UsageError
+from quantize.cluster.units import ClusterOptions, Sizes, execute_on_cluster
+from quantize.errors import PlanError, UsageError
+from quantize.formats import option_models
+from quantize.recipe.model import load_recipe
+from quantize.store.workspace import Workspace
 from quantize.testing import TinyModel, make_checkpoint, write_recipe
 from tests.cluster.conftest import Nodes
 from tests.conftest import Built, Run
@@ -142,3 +150,19 @@ def test_what_a_build_takes_of_the_nodes() -> None:
     assert Sizes.of([node(96, 8)] * 2, gpu=True, threads=None) == Sizes(12, 1, 16, 12, 16)
     with pytest.raises(UsageError, match="no node has 5 cores; the largest has 4"):
         Sizes.of([node(4)], gpu=False, threads=5)
+
+
+def test_a_node_refuses_what_is_not_what_was_planned(
+    nodes: Nodes, recipe: Path, workspace: Workspace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    nodes.ensure(1)
+    monkeypatch.setenv("RAY_ADDRESS", nodes.address)
+    plan = make_plan(load_recipe(recipe, option_models()), workspace, evaluate=False)
+    (job,) = plan.jobs
+    other = replace(job, inputs={**job.inputs, "tools": {**job.inputs["tools"], "gguf": "0.0"}})
+    changed = plan.part([other])
+    ((_, outcome),) = execute_on_cluster([changed], workspace, RunOptions(), ClusterOptions("auto"))
+    assert outcome.state is OutcomeState.FAILED
+    assert isinstance(outcome.error, PlanError)
+    assert re.fullmatch(r'q8_0 is not what was planned: tools\.gguf was "0\.0", is "[\d.]+"', outcome.error.message)
+    assert workspace.store.artifacts() == []
