@@ -203,7 +203,7 @@ def test_it_is_served(older: Artifact) -> None:
     assert isinstance(target, LocalTarget)
     assert target.artifact == older
     wanted = Serving(device="cpu", slots=1, threads=1)
-    engine = engine_target(target, wanted, place(target, wanted, Machine((), 16 * GIB, 15 * GIB, 4), store))
+    engine = engine_target(target, wanted, place(target, wanted, Machine((), 16 * GIB, 15 * GIB, 4), (), store))
     with gateways() as served:
         name = target.name
         running = served(lambda watcher: {name: LocalEngine(engine, watcher.about(name))}, rules=Rules(name))

@@ -65,7 +65,7 @@ class ServeFlags:
 @click.option("--default", "default", metavar="NAME", help="Model of requests that name none.  [default: the first]")
 @click.option("--fallback", metavar="NAME", help="Model that answers when another times out, is out of memory or dies.")
 @click.option("--canary", metavar="NAME=PERCENT%", help="Send this share of the default model's requests to NAME.")
-@click.option("--device", default="auto", show_default=True, help="auto, cpu or cuda:N.")
+@click.option("--device", default="auto", show_default=True, help="auto, cpu, gpu, or one such as cuda:0, vulkan:0.")
 @click.option("--context", type=click.IntRange(min=16), help="Tokens of a sequence.  [default: the model's, to 4096]")
 @click.option("--threads", type=click.IntRange(min=1), help="CPU threads of each model.  [default: all cores but one]")
 @click.option("--gpu-layers", type=click.IntRange(min=0), help="Layers of a GGUF file on the GPU.  [default: all]")
@@ -146,7 +146,7 @@ def _print_hand_over(runtime: str, artifacts: tuple[str, ...], store: Store, fla
 def _serve(artifacts: tuple[str, ...], store: Store, flags: ServeFlags) -> None:
     from quantize.runtimes.served import Serving
     from quantize.serve.limits import load_keys
-    from quantize.serve.preflight import engine_target, place
+    from quantize.serve.preflight import engine_target, find_gpus, place
     from quantize.serve.targets import UpstreamTarget, resolve
     from quantize.system.machine import detect
 
@@ -175,8 +175,11 @@ def _serve(artifacts: tuple[str, ...], store: Store, flags: ServeFlags) -> None:
         if isinstance(found, UpstreamTarget):
             targets.append(found)
             continue
-        placement = place(found, wanted, machine, store, force=flags.force)
+        gpus = find_gpus(found.kind, flags.device)
+        placement = place(found, wanted, machine, gpus, store, force=flags.force)
         click.echo(f"{found.name}: {placement.verdict.word}: {placement.verdict.reason}", err=True)
+        if placement.note:
+            click.echo(f"{found.name}: {placement.note}", err=True)
         targets.append(engine_target(found, wanted, placement))
     names = [target.name for target in targets]
     if len(set(names)) < len(names):

@@ -88,7 +88,8 @@ class RuntimeKind(ServingKind, Protocol):
 
     packages: distributions whose versions say which runtime it is. extra: of this program, that installs them.
     memory: the runtime of estimate/vram.py that takes as much memory. devices: what it can compute on, in words, told
-    without loading it. splits: a model can be on several GPUs, or in part on the CPU.
+    without loading it. knows_gpus: its build may have a GPU to use here, told without loading it. for_gpus: the line
+    that installs a build that does. splits: a model can be on several GPUs, or in part on the CPU.
     """
 
     @property
@@ -99,6 +100,10 @@ class RuntimeKind(ServingKind, Protocol):
     def memory(self) -> str: ...
     @property
     def devices(self) -> str: ...
+    @property
+    def knows_gpus(self) -> bool: ...
+    @property
+    def for_gpus(self) -> str: ...
     @property
     def splits(self) -> bool: ...
 

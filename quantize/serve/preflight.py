@@ -1,25 +1,31 @@
 """Does it fit, before it is loaded: the estimate against the memory that is free now.
 
-In: a target, how it is to be run, this machine. Out: a Placement (device, context), or RefusedError with the numbers
-and what would fit. The arithmetic is vram.py's, the verdict fit.py's.
+In: a target, how it is to be run, this machine, the GPUs that the target's runtime can use. Out: a Placement (device,
+context), or RefusedError with the numbers and what would fit. The arithmetic is vram.py's, the verdict fit.py's, what
+goes where placing.py's.
 """
 
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from quantize.errors import RefusedError, UsageError
 from quantize.estimate.fit import Fit, FitWord, Workload, advise
+from quantize.estimate.placing import Placing, layers_that_fit, place_on_gpu
 from quantize.estimate.vram import EstimateSettings, VramProfile
+from quantize.events import Reporter, SilentReporter
 from quantize.formats import find_format, known_format
-from quantize.runtimes.base import ModelRef, runtime_version
+from quantize.runtimes.base import ModelRef, RuntimeKind, runtime_version
+from quantize.runtimes.devices import AUTO, CPU, ON_CPU, Accelerator, DevicePlace, check_name, choose
 from quantize.runtimes.served import Serving
 from quantize.serve.engines.base import EngineTarget
 from quantize.serve.targets import LocalTarget
 from quantize.store.store import Store
 from quantize.system.machine import Machine
+from quantize.system.process import run_step
 from quantize.system.sizes import GIB
 
 DEFAULT_CONTEXT = 4096
@@ -27,55 +33,99 @@ DEFAULT_CONTEXT = 4096
 
 @dataclass(frozen=True)
 class Placement:
-    """Where a model goes, with how much context for each of its sequences, and what was estimated."""
+    """Where a model goes, with how much context for each of its sequences, and what was estimated.
 
-    device: str
+    note: what of it is not the whole on a GPU that is there.
+    """
+
+    where: DevicePlace
     context: int
     verdict: Fit
+    note: str = ""
 
 
-def place(target: LocalTarget, wanted: Serving, machine: Machine, store: Store, *, force: bool = False) -> Placement:
-    """Decide, and refuse what does not fit unless it is forced.
+def find_gpus(kind: RuntimeKind, device: str) -> tuple[Accelerator, ...]:
+    """The GPUs that a runtime can use, asked in a process of its own, which takes no memory of them afterwards.
 
+    Raises UsageError: no name of a device. QuantizeError: the runtime can't be asked.
+    """
+    if check_name(device) == CPU or not kind.knows_gpus:
+        return ()
+    return run_step(f"looking for GPUs with {kind.name}", SilentReporter(), _found, kind)
+
+
+def _found(_reporter: Reporter, kind: RuntimeKind) -> tuple[Accelerator, ...]:
+    return kind.find_gpus()
+
+
+def place(
+    target: LocalTarget, wanted: Serving, machine: Machine, gpus: Sequence[Accelerator], store: Store, *,
+    force: bool = False,
+) -> Placement:  # fmt: skip
+    """Decide, and refuse what does not fit unless it is forced. gpus: that the target's runtime can use.
+
+    A GPU that is named takes all of a model, or it is refused. `auto` takes what fits, of a runtime that splits.
     Raises UsageError: no such device, or more context than the model has.
     """
-    device = _device(wanted.device, machine)
     if wanted.context > target.shape.max_context:
         message = f"{target.name}: {wanted.context} tokens are more than its context of {target.shape.max_context}"
         raise UsageError(message, hint=f"use --context {target.shape.max_context} or less")
     context = wanted.context or min(DEFAULT_CONTEXT, target.shape.max_context)
-    on_gpu = device != "cpu"
-    settings = EstimateSettings(target.kind.memory, device="gpu" if on_gpu else "cpu", flash_attention=False)
-    weights = target.weights_bytes + (0 if on_gpu else target.repacked_bytes)
-    workload = Workload(target.shape, weights, find_format(target.format).vram, settings, context, wanted.slots)
-    free, what = _free(device, machine)
+    gpu = _gpu(target.kind, wanted.device, machine, gpus)
+    settings = EstimateSettings(target.kind.memory, device="gpu" if gpu else "cpu", flash_attention=False)
+    weights = target.weights_bytes + (0 if gpu else target.repacked_bytes)
+    profile = find_format(target.format).vram
+    layers = wanted.gpu_layers if gpu and target.kind.splits else None
+    workload = Workload(target.shape, weights, profile, settings, context, wanted.slots, layers)
+    if gpu is None:
+        free, what = machine.available_ram_bytes, f"of {machine.ram_bytes / GIB:.1f} GiB RAM"
+        fit = _checked(target, workload, free, what, store, force=force)
+        return Placement(ON_CPU, context, fit, _unused(target.kind, wanted.device, machine))
+    splits = target.kind.splits and wanted.device == AUTO and not force
+    placing = place_on_gpu(workload, gpus, gpu, splits=splits)
+    if placing is not None and _rest_bytes(workload, placing) <= machine.available_ram_bytes:
+        fit = advise(workload, gpu.free_bytes) if not placing.note else placing.fit
+        return Placement(placing.place, context, fit, placing.note)
+    what = f"on the {gpu.name} of {gpu.total_bytes / GIB:.1f} GiB"
+    fit = _checked(target, workload, gpu.free_bytes, what, store, force=force)
+    return Placement(DevicePlace(gpu.device, layers), context, fit)
+
+
+def _gpu(kind: RuntimeKind, wanted: str, machine: Machine, gpus: Sequence[Accelerator]) -> Accelerator | None:
+    try:
+        return choose(wanted, gpus)
+    except LookupError as exc:
+        found = ", ".join(f"{gpu.device} {gpu.name}" for gpu in gpus) or "none"
+        hint = "use --device cpu"
+        if machine.gpus and not gpus:
+            found = f"{kind.name} can use none of {', '.join(gpu.name for gpu in machine.gpus)}"
+            hint = f"use --device cpu, or install one that can: {kind.for_gpus}"
+        raise UsageError(f"there is no {check_name(wanted)} here (GPUs: {found})", hint=hint) from exc
+
+
+def _unused(kind: RuntimeKind, wanted: str, machine: Machine) -> str:
+    """That a card is there, and the model is not on it."""
+    if wanted == CPU or not machine.gpus:
+        return ""
+    return f"on the CPU: {kind.name} can't use the {machine.gpus[0].name}; one that can: {kind.for_gpus}"
+
+
+def _rest_bytes(workload: Workload, placing: Placing) -> int:
+    """Weights that stay in RAM."""
+    part = replace(workload, gpu_layers=placing.place.gpu_layers).estimate()
+    return replace(workload, gpu_layers=None).estimate().weights_bytes - part.weights_bytes
+
+
+def _checked(target: LocalTarget, workload: Workload, free: int, what: str, store: Store, *, force: bool) -> Fit:
+    """The verdict. Raises RefusedError: it does not fit, and is not forced, with what would."""
     verdict = advise(workload, free, _siblings(target, store))
-    if verdict.word is FitWord.DOES_NOT_FIT and not force:
-        tries = "; ".join(verdict.suggestions)
-        message = f"{target.name} does not fit: {verdict.reason}, which is what is free {what}"
-        raise RefusedError(message, hint=f"what would fit: {tries}; or load it all the same with --force")
-    return Placement(device, context, verdict)
-
-
-def _device(wanted: str, machine: Machine) -> str:
-    if wanted == "auto":
-        return "cuda:0" if machine.gpus else "cpu"
-    if wanted == "cpu":
-        return wanted
-    kind, _, number = wanted.partition(":")
-    if kind != "cuda" or not (number or "0").isdigit():
-        raise UsageError(f"{wanted!r} is no device", hint="use auto, cpu or cuda:0")
-    if int(number or 0) >= len(machine.gpus):
-        found = ", ".join(gpu.name for gpu in machine.gpus) or "none"
-        raise UsageError(f"there is no {wanted} here (GPUs: {found})", hint="use --device cpu")
-    return f"cuda:{int(number or 0)}"
-
-
-def _free(device: str, machine: Machine) -> tuple[int, str]:
-    if device == "cpu":
-        return machine.available_ram_bytes, f"of {machine.ram_bytes / GIB:.1f} GiB RAM"
-    gpu = machine.gpus[int(device.partition(":")[2])]
-    return gpu.vram_bytes - gpu.used_bytes, f"on the {gpu.name} of {gpu.vram_bytes / GIB:.1f} GiB"
+    if verdict.word is not FitWord.DOES_NOT_FIT or force:
+        return verdict
+    tries = [text for text in verdict.suggestions if not text.startswith("KV cache")]  # which serve has at f16 only
+    layers = layers_that_fit(workload, free) if workload.settings.device == "gpu" and target.kind.splits else 0
+    tries += [f"--gpu-layers {layers}, the others on the CPU"] if layers else []
+    message = f"{target.name} does not fit: {verdict.reason}, which is what is free {what}"
+    raise RefusedError(message, hint=f"what would fit: {'; '.join(tries)}; or load it all the same with --force")
 
 
 def _siblings(target: LocalTarget, store: Store) -> dict[str, tuple[int, VramProfile]]:
@@ -96,7 +146,10 @@ def _siblings(target: LocalTarget, store: Store) -> dict[str, tuple[int, VramPro
 def engine_target(target: LocalTarget, wanted: Serving, placement: Placement) -> EngineTarget:
     """What the model's process is told. Raises MissingExtraError: the target's runtime is not installed."""
     named = wanted.device != "auto"
-    serving = replace(wanted, context=placement.context, device=placement.device, named=named)
+    serving = replace(
+        wanted, context=placement.context, device=placement.where.device, named=named,
+        gpu_layers=placement.where.gpu_layers, shares=placement.where.shares,
+    )  # fmt: skip
     path = Path(os.path.abspath(target.path))  # parts of a model are found by their names: no link is followed
     model = ModelRef(path.parent, target.format, path.name) if path.is_file() else ModelRef(path, target.format)
     return EngineTarget(target.name, target.kind, model, serving, runtime_name(target))

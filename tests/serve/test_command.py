@@ -9,9 +9,11 @@ import pytest
 
 from quantize.cli.serve import ServeFlags, command
 from quantize.errors import RefusedError, UsageError
+from quantize.formats import runtime_kind
+from quantize.runtimes.devices import ON_CPU, Accelerator, DevicePlace
 from quantize.runtimes.served import Serving
 from quantize.serve.limits import KEYS_VARIABLE, load_keys
-from quantize.serve.preflight import engine_target, place
+from quantize.serve.preflight import engine_target, find_gpus, place
 from quantize.serve.targets import LocalTarget, UpstreamTarget, resolve
 from quantize.store.store import Store
 from quantize.system.gpus import LocalGpu
@@ -20,6 +22,7 @@ from tests.conftest import Built, Run
 
 GIB = 2**30
 WANTED = Serving(device="auto")
+CARD = Accelerator("cuda:0", "RTX 4060", 8 * GIB, 7 * GIB)
 ROOMY = Machine((), 16 * GIB, 15 * GIB, 4)
 
 
@@ -68,36 +71,96 @@ def test_what_is_no_target(built: Built, own_tiny: Path, tmp_path: Path) -> None
 def test_what_does_not_fit_is_refused_with_numbers_and_what_would(built: Built) -> None:
     target = local("tiny/f16", built.store)
     big = replace(target, weights_bytes=9 * GIB)
-    card = LocalGpu("RTX 4060", 8 * GIB, GIB)
-    machine = replace(ROOMY, gpus=(card,))
+    named = replace(WANTED, device="cuda:0")
     with pytest.raises(RefusedError, match=r"tiny/f16 does not fit: 9\.\d+ GiB expected of 6\.30 GiB usable") as caught:
-        place(big, WANTED, machine, built.store)
+        place(big, named, ROOMY, [CARD], built.store)
     assert "on the RTX 4060 of 8.0 GiB" in caught.value.message
     assert "variant tiny/q8_0" in str(caught.value.hint)
+    assert "--gpu-layers 1, the others on the CPU" in str(caught.value.hint)
+    assert "KV cache at" not in str(caught.value.hint), "which serve can't do"
     assert "--force" in str(caught.value.hint)
-    assert place(big, WANTED, machine, built.store, force=True).device == "cuda:0"
-    assert place(target, WANTED, machine, built.store).verdict.word == "fits"
+    assert place(big, named, ROOMY, [CARD], built.store, force=True).where == DevicePlace("cuda:0")
+    assert place(target, named, ROOMY, [CARD], built.store).verdict.word == "fits"
+
+
+def test_auto_takes_the_layers_that_fit_and_says_so(built: Built) -> None:
+    big = replace(local("tiny/f16", built.store), weights_bytes=9 * GIB)
+    placed = place(big, WANTED, ROOMY, [CARD], built.store)
+    assert placed.where == DevicePlace("cuda:0", 1)
+    assert placed.note.startswith("1 of 2 layers on cuda:0 (RTX 4060), the others on the CPU: 7.00 GiB are free there")
+    serving = engine_target(big, WANTED, placed).serving
+    assert (serving.device, serving.gpu_layers, serving.named) == ("cuda:0", 1, False)
+    two = place(big, WANTED, ROOMY, [CARD, replace(CARD, device="cuda:1")], built.store)
+    assert engine_target(big, WANTED, two).serving.place == DevicePlace("cuda", None, (0.5, 0.5))
+    with pytest.raises(RefusedError, match="does not fit"):
+        place(big, WANTED, replace(ROOMY, available_ram_bytes=GIB), [CARD], built.store)
+
+
+def test_gpu_layers_are_in_the_estimate(built: Built) -> None:
+    big = replace(local("tiny/f16", built.store), weights_bytes=9 * GIB)
+    one = place(big, replace(WANTED, device="cuda:0", gpu_layers=1), ROOMY, [CARD], built.store)
+    assert one.where == DevicePlace("cuda:0", 1)
+    assert one.verdict.expected_bytes < 6 * GIB
+    with pytest.raises(RefusedError, match="does not fit"):
+        place(big, replace(WANTED, device="cuda:0", gpu_layers=2), ROOMY, [CARD], built.store)
+
+
+@pytest.mark.parametrize(("device", "wanted"), [("vulkan:0", "vulkan:0"), ("metal:0", "gpu"), ("rocm:1", "auto")])
+def test_a_gpu_of_any_maker_is_a_gpu(built: Built, device: str, wanted: str) -> None:
+    card = replace(CARD, device=device)
+    placed = place(local("tiny/q8_0", built.store), replace(WANTED, device=wanted), ROOMY, [card], built.store)
+    assert placed.where == DevicePlace(device)
+
+
+def test_a_card_that_llama_cpp_is_not_built_for(built: Built) -> None:
+    """A driver that knows a card, and a llama.cpp for the CPU: nothing is on the card, and that is said."""
+    target = local("tiny/q8_0", built.store)
+    beside = replace(ROOMY, gpus=(LocalGpu("RTX 4060", 8 * GIB, GIB),))
+    assert find_gpus(target.kind, "cuda:0") == ()
+    line = 'CMAKE_ARGS="-DGGML_CUDA=on" pip install --force-reinstall --no-deps --no-cache-dir'
+    with pytest.raises(UsageError, match=r"no cuda:0 here \(GPUs: llama.cpp can use none of RTX 4060\)") as caught:
+        place(target, replace(WANTED, device="cuda:0"), beside, (), built.store)
+    assert line in str(caught.value.hint)
+    placed = place(target, WANTED, beside, (), built.store)
+    assert placed.where == ON_CPU
+    assert placed.note.startswith("on the CPU: llama.cpp can't use the RTX 4060; one that can: ")
+    assert line in placed.note
+    with pytest.raises(RefusedError, match=r"free of 16\.0 GiB RAM"):
+        place(target, WANTED, replace(beside, available_ram_bytes=GIB // 50), (), built.store)
+
+
+def test_a_torch_for_the_cpu_beside_a_card_takes_the_cpu(built: Built, monkeypatch: pytest.MonkeyPatch) -> None:
+    card = LocalGpu("RTX 4060", 8 * GIB, GIB)
+    monkeypatch.setattr("quantize.runtimes.transformers.kind.nvidia_gpus", lambda: (card,))
+    monkeypatch.setattr("quantize.runtimes.transformers.kind.version", lambda _: "2.13.0+cpu")
+    kind = runtime_kind("safetensors")
+    assert not kind.knows_gpus
+    assert find_gpus(kind, "auto") == ()
+    monkeypatch.setattr("quantize.runtimes.transformers.kind.version", lambda _: "2.13.0")
+    assert kind.knows_gpus
+    monkeypatch.setattr("quantize.runtimes.transformers.kind.nvidia_gpus", tuple)
+    assert not kind.knows_gpus, "torch is not started to look for a card that the driver does not know"
 
 
 def test_free_memory_counts_not_all_of_it(built: Built) -> None:
     target = local("tiny/q8_0", built.store)
-    assert place(target, Serving(), ROOMY, built.store).verdict.word == "fits"
+    assert place(target, Serving(), ROOMY, (), built.store).verdict.word == "fits"
     with pytest.raises(RefusedError, match=r"free of 16\.0 GiB RAM"):
-        place(target, Serving(), replace(ROOMY, available_ram_bytes=GIB // 50), built.store)
+        place(target, Serving(), replace(ROOMY, available_ram_bytes=GIB // 50), (), built.store)
 
 
 def test_device_and_context(built: Built) -> None:
     target = local("tiny/q8_0", built.store)
-    placed = place(target, WANTED, ROOMY, built.store)
-    assert (placed.device, placed.context) == ("cpu", 512)
+    placed = place(target, WANTED, ROOMY, (), built.store)
+    assert (placed.where, placed.context, placed.note) == (ON_CPU, 512, "")
     told = engine_target(target, WANTED, placed)
     assert (told.model.path, told.serving) == (target.path.resolve(), Serving(512, slots=2))
     with pytest.raises(UsageError, match="513 tokens are more than its context of 512"):
-        place(target, Serving(513, device="auto"), ROOMY, built.store)
+        place(target, Serving(513, device="auto"), ROOMY, (), built.store)
     with pytest.raises(UsageError, match=r"there is no cuda:0 here \(GPUs: none\)"):
-        place(target, Serving(device="cuda:0"), ROOMY, built.store)
+        place(target, Serving(device="cuda:0"), ROOMY, (), built.store)
     with pytest.raises(UsageError, match="'tpu' is no device"):
-        place(target, Serving(device="tpu"), ROOMY, built.store)
+        place(target, Serving(device="tpu"), ROOMY, (), built.store)
 
 
 def test_keys_from_a_file_and_the_environment(tmp_path: Path, run: Run) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from quantize.runtimes.base import ModelRef
+from quantize.runtimes.devices import DevicePlace
 from quantize.runtimes.llama_cpp.kind import LLAMA_CPP
 from quantize.runtimes.llama_cpp.model import ModelSettings, OpenModel
 from quantize.runtimes.llama_cpp.placement import Placed
@@ -102,7 +103,7 @@ def test_a_device_that_was_taken_because_it_is_there_is_a_warning(weights: Path,
 @pytest.mark.parametrize("device", ["auto", "cpu", "cuda:0"])
 def test_a_device_is_named_unless_it_is_auto(weights: Path, device: str) -> None:
     target: Any = SimpleNamespace(name="tiny", kind=LLAMA_CPP, path=weights, format="gguf")
-    placement: Any = SimpleNamespace(context=64, device="cuda:0")
+    placement: Any = SimpleNamespace(context=64, where=DevicePlace("cuda:0"))
     assert engine_target(target, Serving(device=device), placement).serving.named is (device != "auto")
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import re
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from quantize.errors import UsageError
@@ -35,7 +35,10 @@ def build_line(library: str = "CUDA") -> str:
 
     Without --no-cache-dir pip takes the wheel that it has built before, for the CPU.
     """
-    pinned = f"{PACKAGE}=={version(PACKAGE)}"
+    try:
+        pinned = f"{PACKAGE}=={version(PACKAGE)}"
+    except PackageNotFoundError:
+        pinned = PACKAGE
     options = f"--force-reinstall --no-deps --no-cache-dir --no-binary {PACKAGE}"
     return f'CMAKE_ARGS="-DGGML_{library}=on" pip install {options} {pinned}'
 

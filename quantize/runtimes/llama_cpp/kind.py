@@ -10,6 +10,7 @@ from quantize.errors import UsageError
 from quantize.files.gguf import EXTRA
 from quantize.runtimes.base import ModelRef, Runtime, runtime_version
 from quantize.runtimes.devices import Accelerator, DevicePlace
+from quantize.runtimes.llama_cpp.devices import build_line, find_gpus
 from quantize.runtimes.served import Progress, ServedModel, Serving
 
 GPU_LIBRARIES = {"cuda": "CUDA", "hip": "ROCm", "vulkan": "Vulkan", "metal": "Metal", "sycl": "SYCL"}
@@ -36,17 +37,23 @@ class LlamaCpp:
         return f"CPU and {', '.join(found)}" if found else "CPU only, by its build"
 
     @property
+    def knows_gpus(self) -> bool:
+        """By the libraries beside it."""
+        return self.devices.startswith("CPU and")
+
+    @property
+    def for_gpus(self) -> str:
+        """It is compiled where it is installed."""
+        return build_line()
+
+    @property
     def splits(self) -> bool:
         """It deals layers out."""
         return True
 
     def find_gpus(self) -> tuple[Accelerator, ...]:
         """See RuntimeKind; a build without libraries for GPUs is not loaded."""
-        if "CPU and" not in self.devices:
-            return ()
-        from quantize.runtimes.llama_cpp.devices import find_gpus
-
-        return find_gpus()
+        return find_gpus() if self.knows_gpus else ()
 
     def computes_in(self, place: DevicePlace) -> str:
         """See RuntimeKind; its kernels choose."""

@@ -1,7 +1,8 @@
 """llama.cpp as a ServedModel: continuous batching over one context, sampling by llama.cpp's own samplers.
 
-In: a GGUF file and how to serve it. Out: tokens for several sequences at once. Flash attention is off: llama.cpp's
-automatic choice of it changes answers. What a slot still holds of an earlier conversation is not computed again.
+In: a GGUF file and how to serve it. Out: tokens for several sequences at once. Flash attention is off on the CPU, where
+llama.cpp's automatic choice of it changes answers; on a GPU the choice is llama.cpp's. What a slot still holds of an
+earlier conversation is not computed again.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ from quantize.runtimes.served import (
 from quantize.runtimes.tool_style import tool_style
 
 PREFILL_TOKENS = 256  # of one step: longer prompts take turns with answers that are under way
+GPU_PREFILL_TOKENS = 512  # a whole micro-batch of llama.cpp's: with less a GPU waits for its own launches
 PENALTY_TOKENS = 64  # llama.cpp's own default for how far penalties look back
 SUPPORTS = ("top_k", "min_p", "penalties", "repetition_penalty", "logprobs", "json", "grammar")
 CPU = "cpu"
@@ -67,13 +69,15 @@ class LlamaCppModel:
     def __init__(self, model: ModelRef, serving: Serving, progress: Progress) -> None:
         import_bindings_only()
         slots, there = serving.slots, serving.named or is_there(serving.place)
+        place = serving.place if there else ON_CPU
+        prefill = PREFILL_TOKENS if place == ON_CPU else GPU_PREFILL_TOKENS
         settings = ModelSettings(
             context=serving.context,
             sequences=slots,
-            batch=lambda _: max(PREFILL_TOKENS, slots),
+            batch=lambda _: max(prefill, slots),
             threads=serving.threads or 0,
-            flash_attention=False,
-            place=serving.place if there else ON_CPU,
+            flash_attention=False if place == ON_CPU else None,
+            place=place,
         )
         self._intake = Intake(DESK, os.fsencode(model.path), {"CUDA_VISIBLE_DEVICES": ""})
         self._open = OpenModel(model.path, settings, progress=progress, feature="serving a GGUF file")
@@ -82,7 +86,7 @@ class LlamaCppModel:
         self._readings = Readings(self._open)
         self._kept: dict[int, list[int]] = {slot: [] for slot in range(slots)}
         self.description = self._describe(serving)
-        self._memory = self._gpu_memory(serving.device) if settings.place != ON_CPU else {"gpu": None}
+        self._memory = self._gpu_memory(serving.device) if place != ON_CPU else {"gpu": None}
 
     def _describe(self, serving: Serving) -> Description:
         placed, warnings = self._open.placed, []

@@ -54,15 +54,24 @@ class Transformers:
         return f"CPU and {build}, by its build" if build else "CPU; CUDA where a driver is (its version does not tell)"
 
     @property
+    def knows_gpus(self) -> bool:
+        """A build for the CPU has none; one for CUDA only where a driver is."""
+        build = self.devices
+        return not build.startswith(("CPU only", "not")) and ("rocm" in build or bool(nvidia_gpus()))
+
+    @property
+    def for_gpus(self) -> str:
+        """Its wheels are of CUDA, but where an index of CPU builds was named."""
+        return "pip install --force-reinstall --no-cache-dir torch"
+
+    @property
     def splits(self) -> bool:
         """A model is on one device."""
         return False
 
     def find_gpus(self) -> tuple[Accelerator, ...]:
-        """See RuntimeKind; a torch that is built for the CPU is not loaded."""
-        if self.devices.startswith("CPU only"):
-            return ()
-        return visible_gpus(self.import_torch("looking for GPUs"))
+        """See RuntimeKind; a torch that can have none is not loaded."""
+        return visible_gpus(self.import_torch("looking for GPUs")) if self.knows_gpus else ()
 
     def open(self, model: ModelRef, *, context: int, threads: int, place: DevicePlace) -> Runtime:
         """See RuntimeKind."""
