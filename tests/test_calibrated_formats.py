@@ -30,14 +30,17 @@ from quantize.formats import builders, option_models
 from quantize.formats.base import RunLimits
 from quantize.model.checkpoint import open_checkpoint
 from quantize.recipe.model import Recipe, load_recipe
+from quantize.runtimes.base import ModelRef
 from quantize.store.artifact import Artifact
 from quantize.store.store import Store
 from quantize.store.workspace import Workspace
 from quantize.system.cache import Cache
+from quantize.system.process import run_step
 from quantize.system.processor import MKL_MODE, device_name, strict_mode
 from quantize.testing import TinyModel, make_checkpoint, write_recipe, write_weights
 from tests.conftest import build
 from tests.elsewhere import rebuild_elsewhere
+from tests.kernel_steps import load_without_compiler
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # transformers and its plugins warn on import
 
@@ -349,3 +352,16 @@ def test_a_damaged_tensor_is_refused(
     builder = builders()[artifact.manifest.format]
     with pytest.raises(VerifyError, match=message):
         builder.verify(folder, open_checkpoint(checkpoint), RunLimits(), ListReporter())
+
+
+@pytest.mark.parametrize(("variant", "instead"), [("gptq-int4-g64", "TorchLinear"), ("awq-int4-g64", "AwqTorchLinear")])
+def test_a_kernel_that_can_not_be_compiled_is_replaced_and_said(run: Run, variant: str, instead: str) -> None:
+    """As on a machine with a GPU and its driver, and no nvcc: gptqmodel's first choice raises ModuleNotFoundError."""
+    artifact = run.artifact(variant)
+    assert artifact.measurements()["verify"]["kernel"]
+    model = ModelRef(artifact.folder, artifact.manifest.format)
+    first, second, warnings, same = run_step("loading", run.reporter, load_without_compiler, model)
+    assert (first != second, second) == (True, instead)
+    (said,) = warnings
+    assert said.startswith(f"{instead} computes, slower than what could: the torch.ops kernels are not installed")
+    assert same

@@ -14,7 +14,9 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from importlib import metadata
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -22,10 +24,16 @@ import pytest
 import quantize.cli.diagnosis
 import quantize.cli.requirements
 from quantize.cli import trials
+from quantize.cli.gpu_advice import advise_on_gpus
 from quantize.cli.requirements import required, unknown, unmet
 from quantize.cli.trials import Trial
+from quantize.errors import VerifyError
+from quantize.formats import formats, runtime_kind
 from quantize.runtimes.llama_cpp.probe import try_llama_cpp
 from quantize.runtimes.probe import Probe, check_alike
+from quantize.runtimes.transformers.probe import _check_architectures
+from quantize.system.gpus import LocalGpu
+from quantize.system.machine import Machine
 from tests.conftest import Run
 
 ROOT = Path(__file__).parent.parent
@@ -238,3 +246,48 @@ def test_nothing_heavy_is_loaded() -> None:
     command = [sys.executable, "-c", code]
     result = subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=ROOT, check=True)
     assert result.stdout.rpartition("HEAVY")[2] == "\n"
+
+
+BESIDE = Machine((LocalGpu("RTX 4060", 8 * 2**30, 2**30),), 2**34, 2**33, 4)
+
+
+def test_a_card_that_nothing_here_is_built_for_is_told_with_the_lines(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("quantize.runtimes.transformers.kind.version", lambda _: "2.13.0+cpu")
+    monkeypatch.setattr("shutil.which", lambda name: "/usr/bin/g++" if name == "g++" else None)
+    runtimes = [kind.runtime for kind in formats().values() if kind.runtime is not None]
+    assert advise_on_gpus(replace(BESIDE, gpus=()), runtimes, quick=False) == ()
+    text = "\n".join(advise_on_gpus(BESIDE, runtimes, quick=False))
+    assert "llama.cpp can't use the RTX 4060 (CPU only, by its build)" in text
+    line = "pip install --force-reinstall --no-deps --no-cache-dir --no-binary llama-cpp-python llama-cpp-python=="
+    assert f'CMAKE_ARGS="-DGGML_CUDA=on" {line}{version("llama-cpp-python")}' in text
+    assert "-DGGML_VULKAN=on" in text
+    assert "transformers can't use the RTX 4060 (CPU only, by its build). A build that can: pip install" in text
+    assert "nvcc, ninja not found" in text
+
+
+def test_a_driver_that_torch_does_not_work_with_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch is built for CUDA, the driver knows a card, and torch in a process of its own sees none."""
+    monkeypatch.setattr("quantize.runtimes.transformers.kind.version", lambda _: "2.13.0")
+    monkeypatch.setattr("quantize.runtimes.transformers.kind.nvidia_gpus", lambda: BESIDE.gpus)
+    monkeypatch.setattr("quantize.cli.gpu_advice.driver_version", lambda: "535.104")
+    text = "\n".join(advise_on_gpus(BESIDE, [runtime_kind("safetensors")], quick=False))
+    assert "transformers sees no GPU, though it is built for some and the driver (535.104) knows the RTX 4060" in text
+
+
+@pytest.mark.parametrize(
+    ("capability", "fails"), [((8, 9), False), ((7, 5), False), ((6, 1), True), ((12, 0), False), ((13, 0), False)]
+)
+def test_a_card_that_torch_has_no_code_for_is_told(
+    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], fails: bool
+) -> None:
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: ["sm_75", "sm_80", "sm_90", "sm_120"])
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "GTX 1080")
+    if fails:
+        with pytest.raises(VerifyError, match=r"no code for the GTX 1080 \(compute capability 6\.1"):
+            _check_architectures(torch)
+    else:
+        _check_architectures(torch)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,9 +13,11 @@ from quantize.errors import UsageError
 from quantize.estimate.cards import _CARDS_GIB, GraphicsCard, card_of, find_card
 from quantize.estimate.fit import Workload, advise, judge, usable_bytes
 from quantize.estimate.vram import IN_LLAMA_CPP, EstimateSettings, ModelShape, VramProfile, estimate
+from quantize.events import Reporter, SilentReporter
 from quantize.system import machine as hardware
 from quantize.system.gpus import Gpus, nvidia_gpus
 from quantize.system.machine import detect
+from quantize.system.process import run_step
 from quantize.system.sizes import GIB, memory_text, parse_size, size_text
 
 LLAMA_8B = ModelShape.from_config(
@@ -153,12 +156,22 @@ class FakeDriver:
     def nvmlDeviceGetHandleByIndex(self, index: int) -> int:  # noqa: N802
         return index
 
+    def nvmlDeviceGetUUID(self, handle: int) -> str:  # noqa: N802
+        return f"GPU-{handle}a-b"
+
+    def nvmlDeviceGetHandleByUUID(self, uuid: str) -> int:  # noqa: N802
+        if uuid != "MIG-a":
+            raise self.NVMLError("not found")
+        return 5
+
     def nvmlDeviceGetName(self, handle: int) -> str:  # noqa: N802
         return "NVIDIA GeForce RTX 4060"
 
     def nvmlDeviceGetMemoryInfo(self, handle: int) -> SimpleNamespace:  # noqa: N802
         if handle == 1:
             raise self.NVMLError("not supported")
+        if handle == 5:
+            return SimpleNamespace(total=4096 * 2**20, used=0)
         return SimpleNamespace(total=8188 * 2**20, used=512 * 2**20)
 
     def nvmlDeviceGetComputeRunningProcesses(self, handle: int) -> list[SimpleNamespace]:  # noqa: N802
@@ -169,10 +182,37 @@ class FakeDriver:
 
 def test_gpus_are_asked_of_the_driver(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "pynvml", FakeDriver())
-    (gpu,) = nvidia_gpus()
+    gpu, shared = nvidia_gpus()
     assert (gpu.name, gpu.vram_bytes, gpu.used_bytes) == ("NVIDIA GeForce RTX 4060", 8188 * 2**20, 512 * 2**20)
+    assert (shared.vram_bytes, shared.used_bytes) == (0, 0), "it is there, and is cuda:1"
+    machine = detect()
+    assert machine.gpus[1].vram_bytes == machine.ram_bytes, "it shares the machine's memory"
     assert Gpus().used({7}) == (2**20, 512 * 2**20)
     assert Gpus().used({8}) == (None, 512 * 2**20)
+
+
+@pytest.mark.parametrize(
+    ("visible", "sizes"),
+    [
+        ("1", [0]), ("1,0", [0, 8188]), ("", []), ("-1", []), ("0,7,1", [8188]),
+        ("GPU-1", [0]), ("GPU-", []), ("MIG-a", [4096]), ("MIG-b", []),
+    ],
+)  # fmt: skip
+def test_cards_are_numbered_as_cuda_shows_them(monkeypatch: pytest.MonkeyPatch, visible: str, sizes: list[int]) -> None:
+    monkeypatch.setitem(sys.modules, "pynvml", FakeDriver())
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert [gpu.vram_bytes // 2**20 for gpu in nvidia_gpus()] == sizes
+
+
+def test_processes_of_ours_number_cards_by_address(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CUDA_DEVICE_ORDER", raising=False)
+    assert run_step("looking", SilentReporter(), order_of_cards) == "PCI_BUS_ID"
+    monkeypatch.setenv("CUDA_DEVICE_ORDER", "FASTEST_FIRST")
+    assert run_step("looking", SilentReporter(), order_of_cards) == "FASTEST_FIRST", "what the user has set stands"
+
+
+def order_of_cards(reporter: Reporter) -> str | None:
+    return os.environ.get("CUDA_DEVICE_ORDER")
 
 
 def test_a_driver_that_fails_is_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:

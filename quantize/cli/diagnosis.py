@@ -16,11 +16,13 @@ from pathlib import Path
 
 from quantize import __version__
 from quantize.build.disk import disk_free_bytes
+from quantize.cli.gpu_advice import advise_on_gpus
 from quantize.cli.requirements import plugin_of, required, required_by, unknown, unmet, version_of
 from quantize.cli.trials import Trial, TrialState, try_engines
 from quantize.errors import install_line
 from quantize.formats import formats
 from quantize.formats.format import Format
+from quantize.system.gpus import driver_version
 from quantize.system.machine import Machine, detect, processor_name
 
 ALSO_SHOWN = "hub"  # the extra whose versions are shown beside those that formats need
@@ -55,7 +57,8 @@ class Ability:
 class Diagnosis:
     """All that was found. versions: None for what is not installed. devices: what each runtime can compute on.
 
-    trials: of each engine that is installed; None if none was started.
+    trials: of each engine that is installed; None if none was started. gpu_advice: what keeps runtimes from the GPUs
+    that are there. driver: NVIDIA's, by version.
     """
 
     versions: dict[str, str | None]
@@ -66,6 +69,8 @@ class Diagnosis:
     folders: tuple[Folder, ...]
     abilities: tuple[Ability, ...]
     trials: tuple[Trial, ...] | None = None
+    gpu_advice: tuple[str, ...] = ()
+    driver: str | None = None
 
 
 def examine(store: Path, cache: Path, *, quick: bool = False) -> Diagnosis:
@@ -82,17 +87,21 @@ def examine(store: Path, cache: Path, *, quick: bool = False) -> Diagnosis:
     needed = [item for kind in kinds for item in required_by(kind)] + required([ALSO_SHOWN])
     versions |= {name: version_of(name) for name in (*plugins, *(item.name for item in needed))}
     places = (("store", store), ("cache", cache), ("scratch", Path(tempfile.gettempdir())))
+    machine = detect()
+    runtimes = [kind.runtime for kind in kinds if kind.runtime is not None]
     return Diagnosis(
         versions=versions,
         system=f"{platform.system()} {platform.release()} {platform.machine()}",
         processor=processor_name(),
-        machine=detect(),
+        machine=machine,
         devices={kind.runtime.name: kind.runtime.devices for kind in kinds if kind.runtime is not None},
         folders=tuple(
             Folder(what, path.absolute(), disk_free_bytes(path), _is_writable(path)) for what, path in places
         ),
         abilities=tuple(_ability(item, broken) for item in kinds if item.builder is not None),
         trials=trials,
+        gpu_advice=advise_on_gpus(machine, runtimes, quick=quick),
+        driver=driver_version() if machine.gpus else None,
     )
 
 

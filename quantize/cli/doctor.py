@@ -14,6 +14,7 @@ from quantize.cli.table import Column, print_table, wide_option
 from quantize.cli.trials import Trial, TrialState
 from quantize.store.store import Store
 from quantize.system.cache import default_cache_root
+from quantize.system.gpus import LocalGpu
 from quantize.system.sizes import memory_text, size_text
 
 
@@ -38,8 +39,8 @@ def command(context: click.Context, quick: bool, store: Store, as_json: bool) ->
         ("system", report.system),
         ("processor", f"{report.processor}, {machine.cores} cores"),
         ("memory", f"{memory_text(machine.ram_bytes)}, {memory_text(machine.available_ram_bytes)} available"),
-        *(("gpu", f"{item.name}, {memory_text(item.vram_bytes)}") for item in machine.gpus),
-        *([] if machine.gpus else [("gpu", "none that nvidia-smi knows")]),
+        *(("gpu", _gpu(item, report.driver)) for item in machine.gpus),
+        *([] if machine.gpus else [("gpu", "none that the NVIDIA driver knows")]),
         *((f"{name} on", devices) for name, devices in report.devices.items()),
     ]
     for name, value in facts:
@@ -54,10 +55,17 @@ def command(context: click.Context, quick: bool, store: Store, as_json: bool) ->
     rows = [_row(item) for item in report.abilities]
     columns = [Column("FORMAT"), Column("BUILD"), Column("SERVE"), Column("TO INSTALL")]
     print_table(columns, rows, empty="no formats")
+    for text in report.gpu_advice:
+        click.echo(f"GPU: {text}\n")
     if report.trials is None:
         click.echo("engines were not started; without --quick something tiny runs in each")
     else:
         _show_trials(report.trials, verbose=bool(context.meta.get("quantize.verbose")))
+
+
+def _gpu(gpu: LocalGpu, driver: str | None) -> str:
+    free = memory_text(gpu.vram_bytes - gpu.used_bytes)
+    return f"{gpu.name}, {memory_text(gpu.vram_bytes)}, {free} free, driver {driver or 'of an unknown version'}"
 
 
 def _show_trials(trials: Sequence[Trial], *, verbose: bool) -> None:

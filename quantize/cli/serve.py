@@ -144,6 +144,7 @@ def _print_hand_over(runtime: str, artifacts: tuple[str, ...], store: Store, fla
 
 
 def _serve(artifacts: tuple[str, ...], store: Store, flags: ServeFlags) -> None:
+    from quantize.runtimes.devices import ON_CPU
     from quantize.runtimes.served import Serving
     from quantize.serve.limits import load_keys
     from quantize.serve.preflight import engine_target, find_gpus, place
@@ -178,6 +179,8 @@ def _serve(artifacts: tuple[str, ...], store: Store, flags: ServeFlags) -> None:
         gpus = find_gpus(found.kind, flags.device)
         placement = place(found, wanted, machine, gpus, store, force=flags.force)
         click.echo(f"{found.name}: {placement.verdict.word}: {placement.verdict.reason}", err=True)
+        if placement.where != ON_CPU and found.kind.first_load:
+            click.echo(f"{found.name}: {found.kind.first_load}", err=True)
         if placement.note:
             click.echo(f"{found.name}: {placement.note}", err=True)
         targets.append(engine_target(found, wanted, placement))

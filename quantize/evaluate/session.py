@@ -26,13 +26,13 @@ from quantize.evaluate.prompts import Asked, PromptTokenizer, ask
 from quantize.evaluate.record import Evidence, Figures, GoldenRecord, Quality
 from quantize.evaluate.structure import Intended, check_structure
 from quantize.evaluate.text import DEFAULT_WINDOW, Windows, check_disjoint, cut_windows, load_text
-from quantize.events import Reporter, status
+from quantize.events import Reporter, status, warn
 from quantize.formats import open_runtime, runtime_kind
 from quantize.model.checkpoint import read_json
 from quantize.model.shape import ModelShape
 from quantize.recipe.model import CalibrationSpec
 from quantize.runtimes.base import ModelRef, Runtime, runtime_version
-from quantize.runtimes.devices import AUTO, DevicePlace
+from quantize.runtimes.devices import AUTO, ON_CPU, DevicePlace
 from quantize.system.cache import Cache
 
 ANSWERS_KIND = "golden-answers"
@@ -120,8 +120,11 @@ def evaluate(reporter: Reporter, job: EvaluationJob) -> Evaluation:
     wanted = ModelRun(job.artifact, job.device, _longest(job, material))
 
     def run(place: DevicePlace) -> tuple[Quality, list[str]]:
-        status(reporter, "", f"loading the {job.artifact.format} artifact")
+        first = runtime_kind(job.artifact.format).first_load if place != ON_CPU else ""
+        status(reporter, "", f"loading the {job.artifact.format} artifact{f'; {first}' if first else ''}")
         with closing(_open(job, wanted, place)) as runtime:
+            for text in runtime.warnings:
+                warn(reporter, "", text)
             check_same_vocabulary(runtime.vocabulary, baseline.vocabulary, material.windows)
             _check_same_tokens(runtime, job.artifact, material)
             return measure(runtime, material.windows, baseline, reporter), _answers(

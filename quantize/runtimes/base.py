@@ -50,11 +50,15 @@ class Prompted:
 
 
 class Runtime(Protocol):
-    """A loaded model. name and version say what it runs in; `vocabulary` is the width of its distribution."""
+    """A loaded model. name and version say what it runs in; `vocabulary` is the width of its distribution.
+
+    warnings: what is not as its library would have it.
+    """
 
     name: str
     version: str
     vocabulary: int
+    warnings: tuple[str, ...]
 
     def log_probs(self, window: Sequence[int]) -> Iterator[LogProbs]:
         """Blocks of rows, in order, float32 [rows, vocabulary]: row i is the distribution of token i + 1.
@@ -89,7 +93,8 @@ class RuntimeKind(ServingKind, Protocol):
     packages: distributions whose versions say which runtime it is. extra: of this program, that installs them.
     memory: the runtime of estimate/vram.py that takes as much memory. devices: what it can compute on, in words, told
     without loading it. knows_gpus: its build may have a GPU to use here, told without loading it. for_gpus: the line
-    that installs a build that does. splits: a model can be on several GPUs, or in part on the CPU.
+    that installs a build that does. splits: a model can be on several GPUs, or in part on the CPU. first_load: what
+    takes long the first time that a model is loaded on a GPU, in words; "" for nothing.
     """
 
     @property
@@ -106,6 +111,8 @@ class RuntimeKind(ServingKind, Protocol):
     def for_gpus(self) -> str: ...
     @property
     def splits(self) -> bool: ...
+    @property
+    def first_load(self) -> str: ...
 
     def find_gpus(self) -> tuple[Accelerator, ...]:
         """The GPUs that it can use here. It loads the runtime: call it in a process of its own.

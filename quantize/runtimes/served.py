@@ -116,7 +116,8 @@ class Serving:
 class Description:
     """What a model says of itself once it is loaded. devices: how many layers are where.
 
-    tool_style: how it writes tool calls (see tool_style.py), "" for not at all.
+    tool_style: how it writes tool calls (see tool_style.py), "" for not at all. kernel: what computes quantized
+    linears, a class's name, where there are several.
     """
 
     runtime: str
@@ -127,6 +128,7 @@ class Description:
     devices: dict[str, int] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
     tool_style: str = ""
+    kernel: str = ""
 
 
 class ServedModel(Protocol):

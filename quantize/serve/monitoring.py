@@ -111,7 +111,30 @@ class _State:
         size, available = ram()
         used.add_metric([], size - available)
         total.add_metric([], size)
-        return (ready, queue, active, memory, info, used, total)
+        return (ready, queue, active, memory, info, used, total, *_vram())
+
+
+def _vram() -> Iterable[Metric]:
+    """Of each card, by the driver: what all processes have of it, the context of each among it."""
+    used = GaugeMetricFamily(
+        "quantize_vram_used_bytes", "Memory of a GPU in use, by any process", labels=["gpu", "name"]
+    )
+    total = GaugeMetricFamily("quantize_vram_bytes", "Memory of a GPU", labels=["gpu", "name"])
+    for index, gpu in enumerate(nvidia_gpus()):
+        if gpu.vram_bytes:
+            used.add_metric([str(index), gpu.name], gpu.used_bytes)
+            total.add_metric([str(index), gpu.name], gpu.vram_bytes)
+    return (used, total)
+
+
+def on_gpus(engines: Iterable[Engine]) -> dict[str, Any]:
+    """What all models take of GPUs, by their own accounts once they are loaded; {"gpu": None} where none is on one."""
+    told = [engine.status.details.get("memory") or {} for engine in engines]
+    told = [item for item in told if item.get("gpu")]
+    if not told:
+        return {"gpu": None}
+    sums = {name: sum(item.get(name, 0) for item in told) for name in ("vram_allocated", "vram_reserved")}
+    return {"gpu": ", ".join(dict.fromkeys(item["gpu"] for item in told)), **sums}
 
 
 def memory_line(moment: str, gpu: Mapping[str, Any]) -> str:
@@ -131,10 +154,11 @@ def memory_line(moment: str, gpu: Mapping[str, Any]) -> str:
 
 def nothing_on(device: str) -> dict[str, Any]:
     """What a model takes of a device before it is loaded, as it will say itself: nothing, of which card."""
-    if not device.startswith("cuda"):
+    kind, _, number = device.partition(":")
+    if kind == "cpu":
         return {"gpu": None}
-    number, gpus = int(device.partition(":")[2] or 0), nvidia_gpus()
-    return {"gpu": gpus[number].name if number < len(gpus) else f"GPU {number}"}
+    gpus = nvidia_gpus() if kind == "cuda" else ()
+    return {"gpu": gpus[int(number)].name if number and int(number) < len(gpus) else device}
 
 
 class Watcher:

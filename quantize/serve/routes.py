@@ -18,7 +18,7 @@ from quantize.serve import protocol
 from quantize.serve.edge import STATE, Receive, RequestState, Scope, Send
 from quantize.serve.engines.base import Call, Engine
 from quantize.serve.failures import ClientGone, Failure
-from quantize.serve.monitoring import memory_line
+from quantize.serve.monitoring import memory_line, on_gpus
 from quantize.serve.protocol import (
     AnyRequest,
     ChatRequest,
@@ -106,7 +106,7 @@ def _add_state(router: APIRouter, service: Service, started: float) -> None:
             "active_requests": active,
             "waiting_requests": waiting,
             "memory_rss_mb": _memory_mb(list(service.router.engines.values())),
-            "memory": memory_line("Now", {"gpu": None}),
+            "memory": memory_line("Now", on_gpus(service.router.engines.values())),
         })  # fmt: skip
 
     @router.get("/ready", response_model=None, responses={503: {"description": "a model does not answer, with why"}})
@@ -265,7 +265,7 @@ def _memory_mb(engines: list[Engine]) -> float:
 
 
 def _models(service: Service) -> dict[str, Any]:
-    kept = ("device", "devices", "context", "slots", "load_seconds", "warnings", "model")
+    kept = ("device", "devices", "kernel", "context", "slots", "load_seconds", "warnings", "model")
     return {
         name: {
             "state": engine.status.state,

@@ -29,7 +29,8 @@ class Machine:
 def detect() -> Machine:
     """Look at this machine; parts that can't be read are left out, never guessed."""
     total, available = ram()
-    return Machine(gpus=nvidia_gpus(), ram_bytes=total, available_ram_bytes=available, cores=usable_cores())
+    gpus = tuple(gpu if gpu.vram_bytes else LocalGpu(gpu.name, total, total - available) for gpu in nvidia_gpus())
+    return Machine(gpus=gpus, ram_bytes=total, available_ram_bytes=available, cores=usable_cores())
 
 
 def ram() -> tuple[int, int]:

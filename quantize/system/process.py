@@ -37,6 +37,7 @@ from quantize.errors import (
 )
 from quantize.events import Event, Reporter, warn
 from quantize.system.deaths import TAIL_BYTES, evidence, explain, oom_kills
+from quantize.system.gpus import number_by_address
 from quantize.system.processor import settle_products
 
 P = ParamSpec("P")
@@ -156,6 +157,7 @@ def settle_libraries() -> None:
     """Set what numerical libraries read from the environment; call before the first of them loads."""
     spin_briefly()
     settle_products()
+    number_by_address()
 
 
 def spin_briefly() -> None:

@@ -8,12 +8,14 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from quantize.serve.limits import KEYS_VARIABLE
 from quantize.serve.logs import LogWriter, make_log
-from quantize.serve.monitoring import Metrics, Watcher
+from quantize.serve.monitoring import Metrics, Watcher, memory_line, on_gpus
 from quantize.system.gpus import LocalGpu
 from tests.serve.conftest import Start, fakes, keys_of
 
@@ -117,3 +119,17 @@ def test_the_whole_command_in_a_process_of_its_own(form: str, tmp_path: Path) ->
     last = stderr.splitlines()[-1]
     assert last.endswith("| stopped") if form == "text" else json.loads(last)["event"] == "stopped"
     assert KEY not in stderr
+
+
+def test_health_and_metrics_say_which_gpu_and_how_much_of_it(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("quantize.serve.monitoring.nvidia_gpus", lambda: (LocalGpu("RTX 4060", 8 * 10**9, 10**9),))
+    gateway = start(fakes())
+    assert "GPU: none | RAM: " in gateway.ask("GET", "/health").json["memory"]
+    text = gateway.ask("GET", "/metrics").body.decode()
+    assert 'quantize_vram_used_bytes{gpu="0",name="RTX 4060"} 1e+09' in text
+    assert 'quantize_vram_bytes{gpu="0",name="RTX 4060"} 8e+09' in text
+    card = {"gpu": "RTX 4060", "vram_allocated": 2 * 10**9, "vram_reserved": 3 * 10**9}
+    told: list[Any] = [SimpleNamespace(status=SimpleNamespace(details={"memory": memory}))
+                       for memory in (card, card, {"gpu": None}, None)]  # fmt: skip
+    line = memory_line("Now", on_gpus(told))
+    assert "GPU: RTX 4060 - VRAM: 4.00 GB (allocated) / 6.00 GB (reserved)" in line

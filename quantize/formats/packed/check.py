@@ -14,7 +14,7 @@ from quantize.events import Reporter
 from quantize.formats.packed.runtime import GPTQMODEL
 from quantize.formats.packed.weights import open_packed
 from quantize.runtimes.transformers.generate import generate_twice, read_prompt
-from quantize.runtimes.transformers.load import load_causal_lm
+from quantize.runtimes.transformers.load import kernels, load_causal_lm
 from quantize.system.memory import give_back_freed, give_back_mapped
 
 ROWS = 256  # of a linear that are compared at once
@@ -32,6 +32,7 @@ def check_packed(reporter: Reporter, folder: Path, method: str, threads: int) ->
     started = time.perf_counter()
     model = load_causal_lm(folder)
     seconds = time.perf_counter() - started
+    kernel = kernels(model)
     compared = _compare_weights(model, folder, method)
     _first_use(model, folder)
     tokens = generate_twice(model, folder, prompt)
@@ -40,6 +41,7 @@ def check_packed(reporter: Reporter, folder: Path, method: str, threads: int) ->
         "linears": compared,
         "tokens": tokens,
         "load_seconds": round(seconds, 2),
+        "kernel": kernel,
     }
 
 

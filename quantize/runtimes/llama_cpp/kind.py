@@ -24,6 +24,7 @@ class LlamaCpp:
     packages: tuple[str, ...] = ("llama-cpp-python",)
     extra: str = EXTRA
     memory: str = "llama.cpp"
+    first_load: str = ""
 
     @property
     def devices(self) -> str:

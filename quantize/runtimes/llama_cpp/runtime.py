@@ -29,6 +29,7 @@ class LlamaCppRuntime:
         self, path: Path, known: tuple[str, str], *, context: int, threads: int = 0, place: DevicePlace = ON_CPU
     ) -> None:
         self.name, self.version = known
+        self.warnings: tuple[str, ...] = ()
         self._file = path.name
         settings = ModelSettings(context, batch=block_rows, threads=threads, flash_attention=False, place=place)
         self._model = OpenModel(path, settings, feature=FEATURE)

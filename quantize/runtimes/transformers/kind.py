@@ -8,16 +8,18 @@ from __future__ import annotations
 
 import importlib
 import os
+import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 
 from quantize.errors import MissingExtraError
 from quantize.runtimes.base import ModelRef, Runtime, runtime_version
 from quantize.runtimes.devices import CPU, Accelerator, DevicePlace
 from quantize.runtimes.served import Progress, ServedModel, Serving
-from quantize.runtimes.transformers.load import load_causal_lm, quiet
+from quantize.runtimes.transformers.load import LoadedModel, load_with_any_kernel, quiet
 from quantize.system.gpus import nvidia_gpus
 
 
@@ -27,13 +29,16 @@ class Transformers:
 
     helper: the library that transformers needs to read the format, as a distribution and a module. environment: what
     that library wants to find, where the user has not set it. chooses_dtype: whether the folder leaves open in which
-    dtype to compute.
+    dtype to compute. kernels: by format, what computes instead where the helper's first choice can't be compiled.
+    first_load: what takes long the first time that a model is loaded on a GPU, in words; "" for nothing.
     """
 
     extra: str = "torch"
     helper: str | None = None
     environment: Mapping[str, str] = field(default_factory=dict)
     chooses_dtype: bool = False
+    kernels: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    first_load: str = ""
     name: str = "transformers"
     memory: str = "transformers"
 
@@ -86,13 +91,14 @@ class Transformers:
 
         return TransformersModel(self, model, serving, progress)
 
-    def load(self, model: ModelRef, device: str) -> Any:
+    def load(self, model: ModelRef, device: str) -> LoadedModel:
         """See TransformersLoader; a format that transformers does not read by itself overrides this."""
-        return load_causal_lm(model.folder, device, dtype=self.computes_in(DevicePlace(device)))
+        dtype, backends = self.computes_in(DevicePlace(device)), self.kernels.get(model.format, ())
+        return load_with_any_kernel(model.folder, device, dtype=dtype, backends=backends)
 
     def import_torch(self, feature: str) -> Any:
         """See TransformersLoader."""
-        for name, value in self.environment.items():
+        for name, value in {**self.environment, **_caches()}.items():
             os.environ.setdefault(name, value)
         try:
             with quiet():
@@ -110,6 +116,14 @@ class Transformers:
     def computes_in(self, place: DevicePlace) -> str:
         """See RuntimeKind: a CPU is fastest in float32, where the format leaves the choice; auto is the folder's."""
         return "float32" if place.kind == CPU and self.chooses_dtype else "auto"
+
+
+def _caches() -> dict[str, str]:
+    """Where compiled kernels are kept, for a user whose home can't be written to, as in a container."""
+    if os.access(Path.home(), os.W_OK | os.X_OK):
+        return {}
+    folder = Path(tempfile.gettempdir()) / f"quantize-kernels-{os.getuid() if hasattr(os, 'getuid') else 0}"
+    return {name: str(folder / name.lower()) for name in ("GPTQMODEL_TORCH_EXTENSIONS_DIR", "TRITON_CACHE_DIR")}
 
 
 def visible_gpus(torch: Any) -> tuple[Accelerator, ...]:

@@ -8,15 +8,22 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
-from quantize.errors import VerifyError, first_line
+from quantize.errors import VerifyError, first_line, is_out_of_memory
 from quantize.runtimes.base import ModelRef
 
 LOAD_ERRORS = (ValueError, OSError, RuntimeError, KeyError, TypeError, AttributeError, NotImplementedError)
+
+
+class LoadedModel(NamedTuple):
+    """A model that is ready to answer. warnings: what is not as its library would have it."""
+
+    model: Any
+    warnings: tuple[str, ...] = ()
 
 
 class TransformersLoader(Protocol):
@@ -28,22 +35,59 @@ class TransformersLoader(Protocol):
     def import_torch(self, feature: str) -> Any:
         """torch, with what transformers needs for the format. Raises MissingExtraError, which names the feature."""
 
-    def load(self, model: ModelRef, device: str) -> Any:
+    def load(self, model: ModelRef, device: str) -> LoadedModel:
         """The model, ready to answer, all of it on one device. Raises VerifyError."""
 
 
-def load_causal_lm(folder: Path, device: str = "cpu", *, dtype: Any = "auto") -> Any:
-    """The model in a folder, ready to answer, all of it on one device. Raises VerifyError."""
-    from transformers import AutoModelForCausalLM
+def load_causal_lm(folder: Path, device: str = "cpu", *, dtype: Any = "auto", backend: str | None = None) -> Any:
+    """The model in a folder, ready to answer, all of it on one device. backend: of the library that reads the format.
 
+    Raises VerifyError, with the library's ImportError as its cause where something is not installed that it runs with.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    chosen: dict[str, Any] = {}
     try:
         with quiet():
+            if backend is not None:
+                chosen["config"] = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+                chosen["config"].quantization_config["backend"] = backend
             loaded = AutoModelForCausalLM.from_pretrained(
-                folder, local_files_only=True, trust_remote_code=False, device_map=device, dtype=dtype
+                folder, local_files_only=True, trust_remote_code=False, device_map=device, dtype=dtype, **chosen
             )
-    except LOAD_ERRORS as exc:
+    except (*LOAD_ERRORS, ImportError) as exc:
         raise VerifyError(f"{folder.name}: transformers does not load it: {first_line(exc)}") from exc
     return loaded.eval()
+
+
+def load_with_any_kernel(folder: Path, device: str, *, dtype: Any, backends: Sequence[str]) -> LoadedModel:
+    """The model, with the kernel that its library chooses, or where that can't be had the first of `backends` that can.
+
+    A kernel that is compiled on the machine needs a compiler: without one the library raises ImportError.
+    Raises VerifyError: the first reason, if none works.
+    """
+    try:
+        return LoadedModel(load_causal_lm(folder, device, dtype=dtype))
+    except VerifyError as exc:
+        if not isinstance(exc.__cause__, ImportError) or not backends:
+            raise
+        first = exc
+    for backend in backends:
+        try:
+            model = load_causal_lm(folder, device, dtype=dtype, backend=backend)
+        except VerifyError as exc:
+            if is_out_of_memory(exc):
+                raise
+            continue
+        reason = first_line(first.__cause__ or first)
+        warning = f"{kernels(model) or backend} computes, slower than what could: {reason}; `quantize doctor` says more"
+        return LoadedModel(model, (warning,))
+    raise first
+
+
+def kernels(model: Any) -> str:
+    """The classes that compute a model's quantized linears, such as "MarlinLinear"; "" where it has none."""
+    return ", ".join(sorted({type(module).__name__ for module in model.modules() if hasattr(module, "qweight")}))
 
 
 @contextmanager

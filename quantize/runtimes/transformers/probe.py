@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import tempfile
 from pathlib import Path
+from typing import Any
 
+from quantize.errors import VerifyError
 from quantize.runtimes.probe import Probe, check_alike
 
 WORDS = 48
@@ -17,6 +19,7 @@ def try_torch() -> str:
     generator = torch.Generator().manual_seed(0)
     left, right = torch.randn(2, 256, 256, generator=generator, dtype=torch.float64)
     wanted = left @ right
+    _check_architectures(torch)
     devices = ["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]
     for device in devices:
         for dtype in (torch.float32, torch.bfloat16):
@@ -26,6 +29,19 @@ def try_torch() -> str:
         factor = torch.linalg.cholesky(square)
         check_alike((factor @ factor.T).cpu(), square.cpu(), f"a Cholesky factorization on {device}")
     return f"products in float32 and bfloat16, a factorization on {', '.join(devices)}"
+
+
+def _check_architectures(torch: Any) -> None:
+    """Raises VerifyError: torch's build has no code for a GPU that it sees."""
+    built = [tuple(divmod(int("".join(filter(str.isdigit, name))), 10)) for name in torch.cuda.get_arch_list()]
+    for index in range(torch.cuda.device_count() if built else 0):
+        major, minor = torch.cuda.get_device_capability(index)
+        if not any(found[0] == major and found[1] <= minor for found in built) and (major, minor) < max(built):
+            raise VerifyError(
+                f"torch {torch.__version__} has no code for the {torch.cuda.get_device_name(index)} "
+                f"(compute capability {major}.{minor}; it has {', '.join(torch.cuda.get_arch_list())})",
+                hint="use --device cpu, or an older torch, for an older CUDA",
+            )
 
 
 def try_transformers() -> str:

@@ -32,7 +32,7 @@ class TransformersRuntime:
             torch.set_num_threads(threads)
         self._torch = torch
         self._device = device
-        self._model = loader.load(model, self._device)
+        self._model, self.warnings = loader.load(model, self._device)
         self.vocabulary = int(self._model.get_output_embeddings().weight.shape[0])
 
     def log_probs(self, window: Sequence[int]) -> Iterator[LogProbs]:

@@ -19,7 +19,7 @@ from quantize.runtimes.base import ModelRef
 from quantize.runtimes.intake import Intake
 from quantize.runtimes.served import Chosen, Description, Embedding, Progress, PromptTokens, Refused, Sampling, Serving
 from quantize.runtimes.tool_style import tool_style
-from quantize.runtimes.transformers.load import TransformersLoader
+from quantize.runtimes.transformers.load import TransformersLoader, kernels
 from quantize.system.machine import usable_cores
 
 DESK = "quantize.runtimes.transformers.desk:open_desk"
@@ -62,7 +62,7 @@ class TransformersModel:
         self._tokenizer = _open_tokenizer(model.folder)
         self._intake = Intake(DESK, _desk_options(self._tokenizer))
         with Reporting(progress):
-            self._model = loader.load(model, self._device)
+            self._model, self._warnings = loader.load(model, self._device)
         self._ends = _end_tokens(self._model, self._tokenizer)
         self._vocabulary = int(self._model.get_output_embeddings().weight.shape[0])
         self._running: dict[int, TransformersAnswer] = {}
@@ -70,7 +70,7 @@ class TransformersModel:
         self.description = self._describe(loader.name, serving)
 
     def _describe(self, runtime: str, serving: Serving) -> Description:
-        devices, warnings = _devices(self._model), []
+        devices, warnings = _devices(self._model), [*self._warnings]
         elsewhere = {name: count for name, count in devices.items() if name != self._device}
         if elsewhere:
             where = " and ".join(f"{count} on {name}" for name, count in elsewhere.items())
@@ -82,7 +82,7 @@ class TransformersModel:
             warnings.append(template)
         return Description(
             runtime, serving.context, serving.slots, self._device, SUPPORTS, devices, warnings,
-            tool_style(_template_of(self._tokenizer) or ""),
+            tool_style(_template_of(self._tokenizer) or ""), kernels(self._model),
         )  # fmt: skip
 
     def read(self, order: Mapping[str, Any], cancelled: threading.Event) -> PromptTokens:

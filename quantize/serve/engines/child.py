@@ -28,6 +28,7 @@ from quantize.errors import QuantizeError, first_line
 from quantize.runtimes.base import ModelRef, ServingKind
 from quantize.runtimes.served import Chosen, Embedding, PromptTokens, Refused, Sampling, ServedModel, Serving
 from quantize.serve.engines.text import StopFilter
+from quantize.system.gpus import number_by_address
 from quantize.system.process import spin_briefly
 
 PROGRESS_SECONDS = 0.1
@@ -317,6 +318,7 @@ def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the gateway decides
     faulthandler.enable()  # a crash leaves where it was, and deaths.py reads which library that is
     spin_briefly()
+    number_by_address()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     serve(socket.socket(fileno=int(sys.argv[1])))
