@@ -29,6 +29,7 @@ from quantize.cli.requirements import required, unknown, unmet
 from quantize.cli.trials import Trial
 from quantize.errors import VerifyError
 from quantize.formats import formats, runtime_kind
+from quantize.runtimes.llama_cpp.devices import build_line
 from quantize.runtimes.llama_cpp.probe import try_llama_cpp
 from quantize.runtimes.probe import Probe, check_alike
 from quantize.runtimes.transformers.probe import _check_architectures
@@ -291,3 +292,9 @@ def test_a_card_that_torch_has_no_code_for_is_told(
             _check_architectures(torch)
     else:
         _check_architectures(torch)
+
+
+@pytest.mark.parametrize("library", ["CUDA", "VULKAN"])
+def test_the_page_on_gpus_has_the_lines_that_doctor_prints(library: str) -> None:
+    line = build_line(library).rpartition("==")[0]
+    assert line in (ROOT / "docs" / "gpu.md").read_text(encoding="utf-8")
