@@ -260,7 +260,7 @@ def test_a_card_that_nothing_here_is_built_for_is_told_with_the_lines(monkeypatc
     text = "\n".join(advise_on_gpus(BESIDE, runtimes, quick=False))
     assert "llama.cpp can't use the RTX 4060 (CPU only, by its build)" in text
     line = "pip install --force-reinstall --no-deps --no-cache-dir --no-binary llama-cpp-python llama-cpp-python=="
-    assert f'CMAKE_ARGS="-DGGML_CUDA=on" {line}{version("llama-cpp-python")}' in text
+    assert f'CMAKE_ARGS="-DGGML_NATIVE=OFF -DGGML_CUDA=on" {line}{version("llama-cpp-python")}' in text
     assert "-DGGML_VULKAN=on" in text
     assert "transformers can't use the RTX 4060 (CPU only, by its build). A build that can: pip install" in text
     assert "nvcc, ninja not found" in text

@@ -117,7 +117,7 @@ def test_a_card_that_llama_cpp_is_not_built_for(built: Built) -> None:
     target = local("tiny/q8_0", built.store)
     beside = replace(ROOMY, gpus=(LocalGpu("RTX 4060", 8 * GIB, GIB),))
     assert find_gpus(target.kind, "cuda:0") == ()
-    line = 'CMAKE_ARGS="-DGGML_CUDA=on" pip install --force-reinstall --no-deps --no-cache-dir'
+    line = 'CMAKE_ARGS="-DGGML_NATIVE=OFF -DGGML_CUDA=on" pip install --force-reinstall --no-deps --no-cache-dir'
     with pytest.raises(UsageError, match=r"no cuda:0 here \(GPUs: llama.cpp can use none of RTX 4060\)") as caught:
         place(target, replace(WANTED, device="cuda:0"), beside, (), built.store)
     assert line in str(caught.value.hint)

@@ -33,14 +33,15 @@ def device_name(ggml_name: str) -> str | None:
 def build_line(library: str = "CUDA") -> str:
     """The line that builds this version of llama.cpp for GPUs: library is CUDA, VULKAN, HIP or METAL.
 
-    Without --no-cache-dir pip takes the wheel that it has built before, for the CPU.
+    Without GGML_NATIVE=OFF it runs on processors, and with CUDA on cards, like this machine's only. Without
+    --no-cache-dir pip takes the wheel that it has built before, for the CPU.
     """
     try:
         pinned = f"{PACKAGE}=={version(PACKAGE)}"
     except PackageNotFoundError:
         pinned = PACKAGE
     options = f"--force-reinstall --no-deps --no-cache-dir --no-binary {PACKAGE}"
-    return f'CMAKE_ARGS="-DGGML_{library}=on" pip install {options} {pinned}'
+    return f'CMAKE_ARGS="-DGGML_NATIVE=OFF -DGGML_{library}=on" pip install {options} {pinned}'
 
 
 def find_gpus() -> tuple[Accelerator, ...]:
