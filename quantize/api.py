@@ -56,7 +56,7 @@ def plan(
     takes the plan, here or, pickled, elsewhere.
 
     store: folder of the artifacts; by default $QUANTIZE_STORE, else artifacts/. cache: folder of the cache; by default
-    $QUANTIZE_CACHE, else the user's. threads: by default one for each core. device: of the calibration pass: cpu, or
+    $QUANTIZE_CACHE, else the user's. threads: by default one for each core. device: of pass and evaluation: cpu, or
     cuda[:N]. memory_budget: to stay under, in bytes, or such as "6GiB". evaluate: what is built is measured too.
 
     Raises errors.CheckpointError: the source is damaged or can't be had. errors.PlanError, errors.MissingExtraError,
