@@ -12,6 +12,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from benchmarks.blocks import SHAPES
+from benchmarks.launches import measure as launches_of
 from quantize.build import calibrate, size
 from quantize.calibration import block_runner
 from quantize.calibration.hidden_states import FileStates, HiddenStates, MemoryStates
@@ -188,8 +190,8 @@ def test_launches_and_waits_of_a_block_stay_within_a_budget(llama: SavedCheckpoi
             del block
     launches, syncs = budget(ledger, 3)
     columns = 3 * 64 + 96  # of the four inputs
-    assert launches < 300 + 17 * columns
-    assert syncs < 40
+    assert launches < 16.5 * columns  # 4,571: each column has some of its own without a kernel
+    assert syncs < 34
 
 
 def test_awq_searches_all_groups_at_once_on_a_gpu() -> None:
@@ -204,6 +206,21 @@ def test_awq_searches_all_groups_at_once_on_a_gpu() -> None:
         few = ledger.launches
         quantize_scaled([weight.to("cuda")], energy.to("cuda"), torch.ones(512).to("cuda"), group_size=128)
         assert ledger.launches - few < 1.2 * few
+
+
+def test_a_block_of_4096_channels_is_solved_in_a_seventh_of_the_launches_and_with_kernels_in_a_hundredth() -> None:
+    """docs/scale.md has the figures; `before` is counted as the project did it at first."""
+    (_, gptq_before, awq_before), (_, gptq_plain, awq_plain), (_, gptq_kernels, awq_kernels) = launches_of(
+        SHAPES["8B"], 128
+    )
+    assert gptq_before[0] > 1_300_000
+    assert gptq_plain[0] < 200_000
+    assert gptq_kernels[0] < 5_000
+    assert awq_before[0] > 90_000
+    assert awq_plain[0] < 7_500
+    assert awq_kernels[0] < 3_700
+    assert max(gptq_plain[1], gptq_kernels[1]) < 20
+    assert max(awq_plain[1], awq_kernels[1]) < 175
 
 
 VARIANTS = [{"format": "gptq", "bits": 4, "group_size": 32}, {"format": "awq", "bits": 4, "group_size": 32}]
