@@ -46,6 +46,8 @@ class Gateway:
 
     app: App
     service: Service
+    edge: Edge
+    log: Log
 
 
 def make_gateway(
@@ -76,7 +78,7 @@ def make_gateway(
     add_pages(app, front.root_path)
     _describe_bodies(app, front.root_path, needs_key=bool(keys))
     edge = Edge(cast("App", app), keys, Rates(limits.requests_per_minute), metrics, log)
-    return Gateway(FrontApp(edge, front), service)
+    return Gateway(FrontApp(edge, front), service, edge, log)
 
 
 async def _on_failure(request: Request, exc: Exception) -> Response:

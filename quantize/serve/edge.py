@@ -35,9 +35,11 @@ PROTECTED = ("/v1/", "/chat")
 QUIET_ROUTES = frozenset({"/health", "/ready", "/metrics"})
 STATE = "quantize.request"
 INTERNAL = ("internal_error", "the gateway failed; its log has more")
+RETRY_SECONDS = 5  # after a gateway that ends, another may be there
+EVENTS = b"text/event-stream"
 
 
-@dataclass
+@dataclass(eq=False)
 class RequestState:
     """What is known of a request while it runs; routes fill in what they learn."""
 
@@ -51,8 +53,11 @@ class RequestState:
     model: str | None = None
     runtime: str | None = None
     failure: Failure | None = None
+    streams: bool = False
     gone: bool = False
+    stopped: bool = False
     over: bool = False
+    task: asyncio.Task[Any] | None = None
     watcher: asyncio.Task[None] | None = None
 
     def watch(self, receive: Receive) -> None:
@@ -78,6 +83,14 @@ class Edge:
         self._rates = rates
         self._metrics = metrics
         self._log = log
+        self._running: set[RequestState] = set()
+
+    def stop(self) -> None:
+        """End what is under way: each request is told."""
+        for state in [*self._running]:
+            state.stopped = True
+            if state.task is not None:
+                state.task.cancel()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """See ASGI."""
@@ -88,12 +101,15 @@ class Edge:
         given = headers.get(b"x-request-id", b"")
         sane = SANE_ID.fullmatch(given) is not None
         state = RequestState(given.decode("ascii") if sane else uuid.uuid4().hex)
+        state.task = asyncio.current_task()
         scope[STATE] = state
+        self._running.add(state)
         trace = (b"x-request-id", state.trace_id.encode())
 
         async def tell(message: Message) -> None:
             if message["type"] == "http.response.start":
                 state.status = message["status"]
+                state.streams = any(value.startswith(EVENTS) for _, value in message.get("headers", ()))
                 message["headers"] = [*message.get("headers", ()), trace]
             else:
                 state.bytes_out += len(message.get("body", b""))
@@ -105,14 +121,19 @@ class Edge:
         except Failure as exc:
             await self._fail(exc, scope, receive, tell)
         except asyncio.CancelledError:
-            if not state.gone:
+            if not (state.gone or state.stopped):
                 raise
             self._forgive(state)
+            if state.stopped:
+                message = "the gateway is ending: ask again, or another"
+                failure = Failure(503, "stopping", message, retry_after=RETRY_SECONDS)
+                await self._fail(failure, scope, receive, tell)
         except Exception as exc:  # noqa: BLE001 - the last place before the client
             self._log.error("internal_error", trace_id=state.trace_id, error=where(exc))
             await self._fail(Failure(500, *INTERNAL), scope, receive, tell)
         finally:
             state.over = True
+            self._running.discard(state)
             if state.watcher is not None:
                 state.watcher.cancel()
             self._account(scope, state)
@@ -128,14 +149,18 @@ class Edge:
     async def _fail(self, failure: Failure, scope: Scope, receive: Receive, send: Send) -> None:
         state: RequestState = scope[STATE]
         state.failure = failure
-        if not state.status:  # else the answer has begun, and closing it early is all that can be said
+        if not state.status:
             await failure_response(failure, state.trace_id)(scope, receive, send)
+        elif state.streams:  # else the answer has begun, and closing it early is all that can be said
+            event = b"data: " + orjson.dumps(failure.body(state.trace_id)) + b"\n\n"
+            await send({"type": "http.response.body", "body": event, "more_body": False})
 
     def _forgive(self, state: RequestState) -> None:
         task = asyncio.current_task()
         if task is not None:
             task.uncancel()
-        state.status = CLIENT_GONE
+        if state.gone:
+            state.status = CLIENT_GONE
 
     def _account(self, scope: Scope, state: RequestState) -> None:
         route = getattr(scope.get("route"), "path", None) or "unmatched"

@@ -252,6 +252,8 @@ def parse(kind: type[Request], body: bytes) -> Request:
         return kind.model_validate_json(body)
     except ValidationError as exc:
         first = exc.errors(include_input=False, include_url=False, include_context=False)[0]
+        if first["type"] == "json_invalid" and "recursion" in first["msg"]:
+            raise Failure(400, "nested_too_deeply", "the body is nested more than 200 levels deep") from None
         if first["type"] == "json_invalid":
             raise Failure(400, "invalid_json", "the body is not valid JSON in UTF-8") from None
         where = _where(first["loc"])

@@ -9,16 +9,20 @@ import asyncio
 import contextlib
 import gc
 import logging
+import math
 import signal
 import socket
 import sys
+import threading
 from collections.abc import Callable, Generator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import uvicorn
 
 from quantize.serve.address import Address, bind, written
 from quantize.serve.app import Gateway, make_gateway
+from quantize.serve.door import Door, DoorLimits, room_for_connections
 from quantize.serve.engines.base import Engine, EngineTarget
 from quantize.serve.engines.local import LocalEngine
 from quantize.serve.front import Front
@@ -28,8 +32,10 @@ from quantize.serve.monitoring import Watcher
 from quantize.serve.router import Rules
 from quantize.serve.service import RequestLimits
 from quantize.serve.targets import UpstreamTarget
+from quantize.serve.wire import Wire
 
 BACKLOG = 2048
+LAST_SECONDS = 2.0  # for those that are told that it ends to hear of it
 KEEP_ALIVE_SECONDS = 30
 
 
@@ -67,29 +73,56 @@ def _engines(targets: Sequence[EngineTarget | UpstreamTarget], watcher: Watcher)
     return engines
 
 
-def make_config(gateway: Gateway, grace_seconds: int) -> uvicorn.Config:
-    """uvicorn, with nothing on the way of a request that the gateway does itself."""
-    return uvicorn.Config(
-        gateway.app, http="httptools", ws="none", lifespan="on", log_config=None, access_log=False,
-        server_header=False, proxy_headers=False, backlog=BACKLOG, timeout_keep_alive=KEEP_ALIVE_SECONDS,
-        timeout_graceful_shutdown=grace_seconds,
-    )  # fmt: skip
+class GatewayServer(uvicorn.Server):
+    """uvicorn, with nothing on the way of a request that the gateway does itself, and with a door of its own.
 
+    Once it is to end, answers under way have `grace_seconds` to be done, then each is told; it then returns.
+    """
 
-class _Server(uvicorn.Server):
-    """A signal ends it once answers under way are done; it then returns, and the process exits with 0."""
+    def __init__(self, gateway: Gateway, grace_seconds: float, limits: DoorLimits) -> None:
+        self._gateway, self._grace = gateway, grace_seconds
+        self._door = Door(limits, gateway.log)
+        self._doorkeepers: list[asyncio.Task[None]] = []
+        super().__init__(uvicorn.Config(
+            gateway.app, http=partial(Wire, self._door), ws="none", lifespan="on", log_config=None,  # type: ignore[arg-type]
+            access_log=False, server_header=False, proxy_headers=False, timeout_keep_alive=KEEP_ALIVE_SECONDS,
+            timeout_graceful_shutdown=math.ceil(grace_seconds + LAST_SECONDS),
+        ))  # fmt: skip
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """See uvicorn: connections come in by the door."""
+        await super().startup(sockets=[])
+        made: Any = self.config.http_protocol_class
+        make = partial(made, config=self.config, server_state=self.server_state, app_state=self.lifespan.state)
+        for listener in sockets or ():
+            listener.listen(BACKLOG)
+            self._doorkeepers.append(asyncio.create_task(self._door.accept(listener, make)))
+        self._doorkeepers.append(asyncio.create_task(self._door.sweep()))
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """See uvicorn."""
+        for task in self._doorkeepers:
+            task.cancel()
+        await asyncio.gather(*self._doorkeepers, return_exceptions=True)
+        self._door.tell()
+        end = asyncio.get_running_loop().call_later(self._grace, self._gateway.edge.stop)
+        await super().shutdown(sockets)
+        end.cancel()
 
     @contextlib.contextmanager
     def capture_signals(self) -> Generator[None]:
         """See uvicorn: without raising the signal again afterwards."""
-        loop = asyncio.get_running_loop()
-        for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, self.handle_exit, number, None)
+        if threading.current_thread() is threading.main_thread():
+            loop = asyncio.get_running_loop()
+            for number in (signal.SIGTERM, signal.SIGINT):
+                loop.add_signal_handler(number, self.handle_exit, number, None)
         yield
 
 
 async def _serve(gateway: Gateway, listener: socket.socket, address: Address, tell: Callable[[str], None]) -> None:
-    server = _Server(make_config(gateway, address.grace_seconds))
+    upstreams = sum(slots.concurrency for slots in gateway.service.slots.values())
+    limits = DoorLimits(connections=room_for_connections(upstreams))
+    server = GatewayServer(gateway, address.grace_seconds, limits)
     serving = asyncio.create_task(server.serve(sockets=[listener]))
     while not server.started and not serving.done():
         await asyncio.sleep(0.01)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import http.client
 import io
 import json
@@ -22,6 +23,7 @@ import uvicorn
 
 from quantize.errors import UsageError
 from quantize.serve.app import DIRECT, Gateway, make_gateway
+from quantize.serve.door import DoorLimits
 from quantize.serve.engines.base import Engine
 from quantize.serve.engines.fake import fake_engine
 from quantize.serve.front import Front
@@ -29,9 +31,10 @@ from quantize.serve.limits import Keys, key_line, load_keys
 from quantize.serve.logs import LogWriter, make_log
 from quantize.serve.monitoring import Watcher
 from quantize.serve.router import Rules
-from quantize.serve.server import make_config
+from quantize.serve.server import GatewayServer
 from quantize.serve.service import RequestLimits
 
+DOOR = DoorLimits()
 JSON = {"content-type": "application/json"}
 MakeEngines = Callable[[Watcher], Mapping[str, Engine]]
 
@@ -92,6 +95,11 @@ class Running:
             time.sleep(0.01)
         return time.monotonic() - started
 
+    def is_listening(self) -> bool:
+        with contextlib.suppress(ConnectionError), socket.create_connection(("127.0.0.1", self.port), timeout=5):
+            return True
+        return False
+
     def is_ready(self) -> bool:
         return self.ask("GET", "/ready").status == 200
 
@@ -112,6 +120,7 @@ def gateways() -> Iterator[Start]:
     def run(
         engines: MakeEngines, *, rules: Rules | None = None, limits: RequestLimits | None = None, keys: Keys | None =
         None, ready: bool = True, port: int = 0, front: Front = DIRECT,
+        door: DoorLimits = DOOR, grace: float = 3,
     ) -> Running:  # fmt: skip
         log = io.BytesIO()
         writer = LogWriter(log)
@@ -124,7 +133,7 @@ def gateways() -> Iterator[Start]:
             writer.close()
             raise
         listener = socket.create_server(("127.0.0.1", port))
-        server = uvicorn.Server(make_config(gateway, grace_seconds=3))
+        server = GatewayServer(gateway, grace, door)
         server.config.load()
         thread = threading.Thread(target=lambda: asyncio.run(server.serve(sockets=[listener])))
         thread.start()

@@ -90,7 +90,7 @@ def test_ready_follows_the_upstream_within_two_seconds_both_ways(start: Start) -
     assert time.monotonic() - stopped < 2
     assert f"127.0.0.1:{port} does not answer" in front.ask("GET", "/ready").json["reason"]
     assert front.chat("hi").status == 503
-    behind.wait(lambda: not behind.server.started or not behind.server.servers[0].is_serving())
+    behind.wait(lambda: not behind.is_listening())
     again = start(fakes(), port=port)
     back = time.monotonic()
     front.wait(front.is_ready)
