@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -42,10 +43,10 @@ def test_actions_are_pinned_to_the_commits_of_the_other_workflow() -> None:
 def test_no_job_may_do_more_than_read() -> None:
     found = workflow(CI)
     assert found["permissions"] == {}
-    assert [*found["jobs"]] == ["lint", "test", "lowest", "wheel"]
+    assert [*found["jobs"]] == ["lint", "test", "lowest", "wheel", "lavapipe"]
     assert all(job["permissions"] == {"contents": "read"} for job in found["jobs"].values())
     checkouts = [step for step in steps(CI) if "actions/checkout@" in step.get("uses", "")]
-    assert len(checkouts) == 4
+    assert len(checkouts) == 5
     assert all(step["with"]["persist-credentials"] is False for step in checkouts)
 
 
@@ -57,3 +58,23 @@ def test_every_python_that_the_project_is_for_is_tested() -> None:
 
 def test_llama_cpp_is_compiled_for_any_processor() -> None:
     assert workflow(CI)["env"]["CMAKE_ARGS"] == "-DGGML_NATIVE=OFF"
+
+
+def test_the_job_with_a_gpu_that_is_none_runs_apart_and_its_cache_is_of_what_it_compiles(tmp_path: Path) -> None:
+    job = workflow(CI)["jobs"]["lavapipe"]
+    assert job["if"] == "github.event_name == 'schedule' || github.event_name == 'workflow_dispatch'"
+    (cache,) = [step for step in job["steps"] if "actions/cache@" in step.get("uses", "")]
+    assert cache["with"]["key"] == "${{ steps.prepared.outputs.key }}"
+    for name in ("glslc", "c++"):
+        (tmp_path / name).write_text(f"#!/bin/sh\necho {name} ${{VERSION:-1}}\n")
+        (tmp_path / name).chmod(0o755)
+
+    def key(**changed: str) -> str:
+        given = {"PATH": f"{tmp_path}:/usr/bin:/bin", **changed}
+        return subprocess.check_output([ROOT / "ci" / "lavapipe", "--key"], env=given, text=True)
+
+    assert key() == key()
+    assert len({key(), key(VERSION="2"), key(TYPES="F32")}) == 3
+    script = (ROOT / "ci" / "lavapipe").read_text()
+    assert os.access(ROOT / "ci" / "lavapipe", os.X_OK)
+    assert "$here/../constraints.txt" in script  # the release whose library it stands beside

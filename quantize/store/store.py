@@ -20,7 +20,6 @@ from quantize.store.artifact import (
     REFUSED,
     UNJUDGED,
     Artifact,
-    mark_pulled,
     open_artifact,
 )
 from quantize.store.staging import LOCKS, STAGING, staged_variant, store_errors, variant_lock
@@ -200,7 +199,6 @@ class Store:
                 return  # it became the current one while we waited
             with contextlib.suppress(FileNotFoundError):  # a build has moved it while we waited
                 shutil.rmtree(folder)
-            mark_pulled(folder, None)
             if folder.parent != variant:
                 with contextlib.suppress(OSError):
                     folder.parent.rmdir()
