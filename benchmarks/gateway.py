@@ -2,7 +2,8 @@
 
 A mock upstream streams; a load generator asks it directly, through `quantize serve`, and through LiteLLM, all on this
 machine's cores, with API keys, metrics and logs on. First each proxy's most requests a second (closed loop), then, at
-the highest rate that both sustain, the latency that each adds (open loop, in turns). Every stream must be whole.
+the highest rate that both sustain, the latency that each adds (open loop, in turns), then what each adds with
+1, 4, 16 and 64 clients that ask one request after the other. Every stream must be whole.
 LiteLLM is installed into an environment of its own under the temporary folder.
 """
 
@@ -30,6 +31,7 @@ KEY = "sk-0123456789abcdef0123456789abcdef"
 CHUNKS = 16
 FIRST_SECONDS, GAP_SECONDS = 0.010, 0.002
 CLOSED_CLIENTS = 16
+CLIENTS = (1, 4, 16, 64)
 SHARE = 0.7  # of the slower one's most requests a second: queues must not be what is measured
 ROUNDS = 3
 BODY = json.dumps(
@@ -298,6 +300,10 @@ def measure(folder: Path, seconds: float) -> dict[str, object]:
                 sample.first += part.first
                 sample.total += part.total
                 sample.dropped += part.dropped
+        crowds = {
+            clients: {who: run(closed_loop(port, path, seconds, clients)) for who, port in ports.items()}
+            for clients in CLIENTS
+        }
     return {
         "cores": os.cpu_count(),
         "most_requests_per_second": {who: round(value, 1) for who, value in most.items()},
@@ -311,6 +317,18 @@ def measure(folder: Path, seconds: float) -> dict[str, object]:
                 for percent in (50, 95, 99)
             }
             for who, sample in samples.items()
+        },
+        "clients": {
+            clients: {
+                who: {
+                    "requests_per_second": round(len(sample.total) / sample.seconds, 1),
+                    "p50": round(sample.percentile(50), 3),
+                    "p99": round(sample.percentile(99), 3),
+                    "dropped": sample.dropped,
+                }
+                for who, sample in crowd.items()
+            }
+            for clients, crowd in crowds.items()
         },
     }
 
@@ -330,6 +348,18 @@ def report(figures: dict[str, object]) -> None:
         ratio = (own - direct) / (other - direct)
         print(f"{row:<12}{direct:>10.2f}{own:>10.2f}{other:>10.2f}{own - direct:>11.2f}{other - direct:>10.2f}"
               f"{ratio:>8.2f}")  # fmt: skip
+    crowds = figures["clients"]
+    assert isinstance(crowds, dict)
+    print(f"\n{'clients':<9}{'direct p50':>11}{'p99':>8}", end="")
+    print("".join(f"{f'+{who} p50':>15}{'p99':>8}{'req/s':>8}" for who in ("quantize", "litellm")))
+    for clients, found in crowds.items():
+        direct = found["direct"]
+        print(f"{clients:<9}{direct['p50']:>11.2f}{direct['p99']:>8.2f}", end="")
+        for who in ("quantize", "litellm"):
+            other = found[who]
+            print(f"{other['p50'] - direct['p50']:>15.2f}{other['p99'] - direct['p99']:>8.2f}"
+                  f"{other['requests_per_second']:>8.1f}", end="")  # fmt: skip
+        print(f"   dropped {sum(item['dropped'] for item in found.values())}")
 
 
 if __name__ == "__main__":

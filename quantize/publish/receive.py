@@ -27,9 +27,9 @@ from quantize.publish.places import find_place
 from quantize.publish.transfer import Progress, Session, run_all
 from quantize.store.artifact import (
     MAX_MEASUREMENTS_BYTES,
-    PULLED_NAME,
     Artifact,
     commit,
+    mark_pulled,
     point_current,
     read_measurements,
     when_built,
@@ -185,8 +185,8 @@ def _into_store(
         tasks = [partial(_fetch, place, pack, blob, folder / blob.path, counter.count) for blob in pack.files]
         run_all(tasks, session)
         verdict = _verdict(folder)
-        (folder / PULLED_NAME).write_text(f"{reference}\n", encoding="utf-8")
         artifact = commit(store.root, folder, manifest)
+        mark_pulled(artifact.folder, reference)
         _warn_of_gates(artifact, verdict, session.reporter)
         return Pulled(artifact, reference, pack.digest, pack.size_bytes - kept)
 

@@ -45,7 +45,7 @@ CURRENT = "current"
 REFUSED = "refused"  # folder beside a variant's good builds: those that its gates refused
 UNJUDGED = ".unjudged"  # the same for builds that are complete and verified, and have no figures yet
 ASIDE = (UNJUDGED, REFUSED)
-PULLED_NAME = ".pulled"  # in an artifact's folder: it was not built here; holds the reference
+PULLED = ".pulled"  # folder beside a variant's builds: a file for each that was not built here, with its reference
 MAX_MEASUREMENTS_BYTES = 64 << 20
 
 
@@ -64,7 +64,7 @@ class Artifact:
     @property
     def is_pulled(self) -> bool:
         """Whether it came from elsewhere."""
-        return (self.folder / PULLED_NAME).is_file()
+        return _pulled_mark(self.folder).is_file()
 
     @property
     def built_at(self) -> datetime | None:
@@ -175,10 +175,29 @@ def commit(store: Path, folder: Path, manifest: Manifest) -> Artifact:
             _take_figures(folder, final)
         elif folder != final:
             _replace(store, final, folder, manifest)
+        mark_pulled(final, None)
         point_current(final)
         sync(final.parent)
         remove_if_empty(folder.parent, final.parent)
     return Artifact(final, manifest)
+
+
+def mark_pulled(folder: Path, reference: str | None) -> None:
+    """Note that an artifact of the store came from `reference`; None: that it was built here.
+
+    Beside its folder and not in it, where a signature covers every file.
+    """
+    mark = _pulled_mark(folder)
+    if reference is not None:
+        mark.parent.mkdir(exist_ok=True)
+        write_text(mark, f"{reference}\n")
+    else:
+        mark.unlink(missing_ok=True)
+        remove_if_empty(mark.parent)
+
+
+def _pulled_mark(folder: Path) -> Path:
+    return folder.parent / PULLED / folder.name
 
 
 def set_aside(store: Path, folder: Path, manifest: Manifest, place: str) -> Artifact:

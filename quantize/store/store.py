@@ -20,6 +20,7 @@ from quantize.store.artifact import (
     REFUSED,
     UNJUDGED,
     Artifact,
+    mark_pulled,
     open_artifact,
 )
 from quantize.store.staging import LOCKS, STAGING, staged_variant, store_errors, variant_lock
@@ -199,6 +200,7 @@ class Store:
                 return  # it became the current one while we waited
             with contextlib.suppress(FileNotFoundError):  # a build has moved it while we waited
                 shutil.rmtree(folder)
+            mark_pulled(folder, None)
             if folder.parent != variant:
                 with contextlib.suppress(OSError):
                     folder.parent.rmdir()

@@ -19,7 +19,7 @@ from quantize.publish.pack import MANIFEST_NAME
 from quantize.publish.receive import pull
 from quantize.publish.send import Published, Wanted, publish
 from quantize.publish.transfer import Session
-from quantize.store.artifact import PULLED_NAME, Artifact
+from quantize.store.artifact import Artifact
 from quantize.store.store import Store
 from tests.publish import drawer
 from tests.publish.conftest import POLICY, Registry, publish_one
@@ -128,8 +128,7 @@ def target(request: pytest.FixtureRequest, tmp_path: Path) -> Target:
 
 
 def files_of(folder: Path) -> dict[str, bytes]:
-    """Its files, but for the mark that it was pulled."""
-    found = (path for path in sorted(folder.iterdir()) if path.is_file() and path.name != PULLED_NAME)
+    found = (path for path in sorted(folder.iterdir()) if path.is_file())
     return {path.name: path.read_bytes() for path in found}
 
 

@@ -112,7 +112,9 @@ def test_transformers_layers_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
     model._device, model._model, model._tokenizer = "cuda:0", None, SimpleNamespace(chat_template=None)
     model._tokenizer.get_chat_template = lambda: "{{ messages }}"
     model._intake = SimpleNamespace(warning=lambda: "")
+    model._warnings = ()
     monkeypatch.setattr(served, "_devices", lambda _: {"cuda:0": 30, "cpu": 2})
+    monkeypatch.setattr(served, "kernels", lambda _: "")
     assert model._describe("transformers", Serving(64, 1)).warnings == ["of 32 layers, 2 on cpu instead of cuda:0"]
     with pytest.raises(Refused, match="of 32 layers, 2 on cpu instead of cuda:0; --device auto"):
         model._describe("transformers", Serving(64, 1, named=True))
