@@ -13,12 +13,17 @@ Prints a Markdown table.
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import torch
+
+if not __package__:  # started by its path
+    sys.path[0] = str(Path(__file__).parent.parent)
 
 from benchmarks.blocks import SHAPES, Shape
 from quantize.numerics import awq, gptq, kernels, loops, scales

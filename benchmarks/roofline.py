@@ -9,7 +9,12 @@ longest of its operations, its bytes and its launches. Launches are those that b
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
+from pathlib import Path
+
+if not __package__:  # started by its path
+    sys.path[0] = str(Path(__file__).parent.parent)
 
 from benchmarks.blocks import SHAPES, Shape
 from quantize.numerics.constants import GPU_BATCH_TOKENS, GPU_SOLVED_VALUES, SOLVED_ROWS
