@@ -20,6 +20,7 @@ from quantize.system import forks
 
 MEMORY_BYTES = 512 << 20  # of a copy, beside what the process has
 MAX_TEXT_BYTES = 8 << 20
+LONG_TEXT = 64 << 10
 STACK_BYTES = 512  # for each byte of a text: libstdc++'s regular expressions, which llama.cpp uses, recurse for each
 LEAST_STACK = 64 << 20
 # Processor time of each stage, in seconds. An honest request takes a hundredth of it.
@@ -119,6 +120,8 @@ class Desk:
         else:
             return list(order["prompt"])
         size = _check_size(text)
+        if size > LONG_TEXT:
+            forks.step_back()
         _enter(pipe, "tokens")
         return _with_stack(LEAST_STACK + STACK_BYTES * size, lambda: self._tokenize(text, "messages" in order))
 

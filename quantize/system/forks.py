@@ -27,7 +27,7 @@ from pathlib import Path
 Serve = Callable[[Connection], None]
 DIED = b"\0died "  # what a last frame begins with; then comes the number of the signal
 END_SECONDS = 2.0
-NICENESS = 5  # the work is another's who is still unknown: what is under way goes first
+NICENESS = 5
 
 
 class CopyDied(Exception):
@@ -137,6 +137,11 @@ def seconds(limit: float) -> Iterator[None]:
         set_seconds(0)
 
 
+def step_back() -> None:
+    """In a copy whose work may be long: let others go first."""
+    os.nice(NICENESS)
+
+
 def more_memory(size_bytes: int) -> None:
     """In a copy: let it have so much more address space than it has now; past it, allocations fail."""
     with contextlib.suppress(OSError, ValueError):
@@ -157,9 +162,8 @@ def memory(size_bytes: int) -> Iterator[None]:
 
 
 def _settle() -> None:
-    """In a copy, first of all: what it may leave behind, and who goes before it."""
+    """In a copy, first of all: a crash leaves nothing behind."""
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    os.nice(NICENESS)
 
 
 @contextlib.contextmanager
