@@ -7,6 +7,8 @@ import signal
 import time
 from multiprocessing.connection import Connection
 
+import orjson
+
 from quantize.system import forks
 
 
@@ -41,3 +43,19 @@ def set_up(options: bytes) -> tuple[forks.Serve, bytes]:
 def broken(options: bytes) -> tuple[forks.Serve, bytes]:
     """Does not come up."""
     raise OSError("no")
+
+
+def dying_desk(options: bytes) -> tuple[forks.Serve, bytes]:
+    """A desk: it dies in the stage that the prompt names, or at the first mask."""
+
+    def serve(pipe: Connection) -> None:
+        order = orjson.loads(pipe.recv_bytes())
+        pipe.send_bytes(orjson.dumps({"stage": order["prompt"]}))
+        if order["prompt"] != "mask":
+            os.kill(os.getpid(), signal.SIGSEGV)
+        pipe.send_bytes(orjson.dumps({"tokens": [1, 2]}))
+        with forks.seconds(0.2):
+            while True:
+                pass
+
+    return serve, b'{"warning": "watch out"}'

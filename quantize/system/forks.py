@@ -50,7 +50,7 @@ class ForkServer:
     def _launch(self) -> None:
         self._control, theirs = socket.socketpair()
         with theirs:
-            process = subprocess.Popen(
+            process = self._process = subprocess.Popen(
                 [sys.executable, "-m", __name__, str(theirs.fileno()), self._setup], pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=self._environment,
             )  # fmt: skip

@@ -9,11 +9,13 @@ from gguf import GGUFReader, GGUFValueType, GGUFWriter
 TEMPLATE = "tokenizer.chat_template"
 
 
-def rewritten(source: Path, target: Path, *, template: str | None = None, blocks: int | None = None) -> Path:
-    """Write a copy. blocks: so many, each the first one's weights again."""
+def rewritten(
+    source: Path, target: Path, *, template: str | None = None, blocks: int | None = None, pre: str | None = None
+) -> Path:
+    """Write a copy. blocks: so many, each the first one's weights again. pre: the name of a pre-tokenizer."""
     reader = GGUFReader(source)
     architecture = str(reader.fields["general.architecture"].contents())
-    changed = {TEMPLATE: template, f"{architecture}.block_count": blocks}
+    changed = {TEMPLATE: template, f"{architecture}.block_count": blocks, "tokenizer.ggml.pre": pre}
     writer = GGUFWriter(target, architecture)
     for name, item in reader.fields.items():
         if name.startswith("GGUF.") or name == "general.architecture":

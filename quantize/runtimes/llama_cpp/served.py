@@ -43,6 +43,8 @@ PENALTY_TOKENS = 64  # llama.cpp's own default for how far penalties look back
 SUPPORTS = ("top_k", "min_p", "penalties", "repetition_penalty", "logprobs", "json", "grammar")
 CPU = "cpu"
 DESK = "quantize.runtimes.llama_cpp.desk:open_desk"
+# Of the process that reads requests: a vocabulary needs no card, and one that is opened takes its memory.
+NO_GPU = {"CUDA_VISIBLE_DEVICES": "", "HIP_VISIBLE_DEVICES": "-1", "GGML_VK_VISIBLE_DEVICES": ""}
 WAIT_SECONDS = 0.05
 
 
@@ -79,7 +81,7 @@ class LlamaCppModel:
             flash_attention=False if place == ON_CPU else None,
             place=place,
         )
-        self._intake = Intake(DESK, os.fsencode(model.path), {"CUDA_VISIBLE_DEVICES": ""})
+        self._intake = Intake(DESK, os.fsencode(model.path), NO_GPU)
         self._open = OpenModel(model.path, settings, progress=progress, feature="serving a GGUF file")
         self._library = self._open.library
         self._sequences: dict[int, LlamaAnswer] = {}
