@@ -15,7 +15,7 @@ ROOT = Path(__file__).parent.parent
 # The plain C locale without Python's rescue from it (PEP 538, PEP 540): text is ASCII wherever nobody says otherwise.
 ENVIRONMENT = {
     "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONHASHSEED": "4242", "TZ": "Asia/Ho_Chi_Minh",
-    "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "USER": "somebody", "PYTHONPATH": str(ROOT),
+    "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "USER": "somebody",
 }  # fmt: skip
 
 
@@ -26,7 +26,8 @@ def run_elsewhere(work: Path, *args: str) -> subprocess.CompletedProcess[bytes]:
     places = {"HOME": str(here), "TMPDIR": str(here), "QUANTIZE_CACHE": str(here / "cache")}
     places |= {"QUANTIZE_STORE": str(here / "artifacts")}
     inherited = {name: value for name, value in os.environ.items() if name != MKL_MODE}  # the program sets it
-    environment = {**inherited, **ENVIRONMENT, **places}
+    code = os.pathsep.join([str(ROOT), *filter(None, [inherited.get("PYTHONPATH")])])
+    environment = {**inherited, **ENVIRONMENT, **places, "PYTHONPATH": code}
     command = [sys.executable, "-m", "quantize", *args]
     return subprocess.run(command, capture_output=True, env=environment, cwd=here, umask=0o077, check=False)
 

@@ -214,7 +214,6 @@ def test_a_damaged_artifact(
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"format": "exl9"}, "the format 'exl9' is not installed here"),
         ({"options": {"format": "fake", "bits": 99}}, "the manifest's option `bits` is not one that fake has here"),
         ({"options": {"format": "fake", "new": 1}}, "the manifest's option `new` is not one that fake has here"),
         ({"options": {"format": "fake", "bits": 8, "fail": "check"}}, "the fake format refuses this checkpoint"),
@@ -229,6 +228,12 @@ def test_a_manifest_that_asks_for_what_is_not_here(
     assert message in result.stderr
 
 
+def test_a_format_that_is_not_installed(artifact: Artifact, scratch: Path, tmp_path: Path, run: Run) -> None:
+    result = run("rebuild", resealed(artifact, tmp_path / "other", format="exl9"))
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert "the format 'exl9' is not installed here" in result.stderr
+
+
 def test_a_build_that_fails_leaves_no_scratch(
     artifact: Artifact, scratch: Path, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -241,7 +246,7 @@ def test_a_build_that_fails_leaves_no_scratch(
 
 
 def test_a_gguf_file_elsewhere(built: Built, tmp_path: Path) -> None:
-    """The other formats are in test_calibrated_formats.py."""
+    """The other formats are in test_contract.py."""
     artifact = built.store.find("tiny/q4_k_m")
     data = rebuild_elsewhere(artifact.folder, tmp_path)
     assert (data["tools"], data["manifest_fields"], data["differences"]) == ([], [], [])

@@ -35,7 +35,7 @@ from quantize.calibration.datasets import find_dataset
 from quantize.calibration.text import summarize_tokens
 from quantize.errors import BuildError, DiskFullError, PlanError, RecipeError, StoreError, UsageError, VerifyError
 from quantize.events import Event, EventKind, Reporter, note, status, warn
-from quantize.formats import builders
+from quantize.formats import find_builder
 from quantize.formats.base import RunLimits
 from quantize.model.source import PinnedSource, open_source
 from quantize.recipe.gates import GateLimits
@@ -168,12 +168,10 @@ def plan_of(artifact: Artifact, scratch: Workspace, work: Path, known: Cache, gi
 
 
 def _variant(manifest: Manifest) -> Variant:
-    if manifest.format not in builders():
-        hint = f"install the plugin that brings it; installed are: {', '.join(builders())}"
-        raise PlanError(f"the format {manifest.format!r} is not installed here", hint=hint)
+    builder = find_builder(manifest.format)
     options = {key: value for key, value in manifest.options.items() if key != "format"}
     try:
-        parsed = builders()[manifest.format].Options.model_validate(options)
+        parsed = builder.Options.model_validate(options)
     except ValidationError as exc:
         first = exc.errors()[0]
         where = ".".join(map(str, first["loc"]))
@@ -253,7 +251,7 @@ def _check_text(plan: Plan, artifact: Artifact, scratch: Workspace) -> None:
 
 def _check_disk(manifest: Manifest, source: PinnedSource, folder: Path) -> None:
     """Artifact, dequantized source and what is made on the way all lie there at once. Raises PlanError."""
-    copies = int(source.is_gguf) + builders()[manifest.format].source_copies
+    copies = int(source.is_gguf) + find_builder(manifest.format).source_copies
     needed, free = manifest.size_bytes + copies * manifest.source.weights_bytes, disk_free_bytes(folder)
     if needed > free:
         raise PlanError(disk_short(needed, free).message, hint=MORE_ROOM)

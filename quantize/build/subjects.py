@@ -12,7 +12,7 @@ from pathlib import Path
 from quantize.build.plan import make_plan
 from quantize.build.size import size_plan
 from quantize.estimate.vram import VramProfile
-from quantize.formats import find_format, option_models
+from quantize.formats import find_format, format_of, option_models
 from quantize.formats.base import RunLimits
 from quantize.formats.format import Format
 from quantize.formats.safetensors.format import UNQUANTIZED
@@ -55,6 +55,9 @@ def subjects(target: Estimable, workspace: Workspace) -> list[EstimateSubject]:
         case FileTarget():
             return [_of_path(target.path.stem, target.format, target.path)]
         case FolderTarget():
+            kind = format_of(target.path)
+            if kind is not None and kind.name != UNQUANTIZED:
+                return [_of_path(target.path.resolve().name, kind, kind.model_path(target.path))]
             checkpoint = open_checkpoint(target.path)
             shape = ModelShape.from_config(checkpoint.config)
             return [EstimateSubject(target.path.resolve().name, UNQUANTIZED, shape, checkpoint.weights_bytes)]

@@ -17,10 +17,10 @@ from pathlib import Path
 from quantize import __version__
 from quantize.build.disk import disk_free_bytes
 from quantize.cli.gpu_advice import advise_on_gpus
-from quantize.cli.requirements import plugin_of, required, required_by, unknown, unmet, version_of
+from quantize.cli.requirements import required, required_by, unknown, unmet, version_of
 from quantize.cli.trials import Trial, TrialState, try_engines
 from quantize.errors import install_line
-from quantize.formats import formats
+from quantize.formats import formats, plugin_of
 from quantize.formats.format import Format
 from quantize.system.gpus import driver_version
 from quantize.system.machine import Machine, detect, processor_name
@@ -83,7 +83,7 @@ def examine(store: Path, cache: Path, *, quick: bool = False) -> Diagnosis:
     trials = None if quick else try_engines([*probes.values()])
     broken = {trial.package: trial.engine for trial in trials or () if trial.state is not TrialState.WORKS}
     versions: dict[str, str | None] = {"python": platform.python_version(), "quantize": __version__}
-    plugins = filter(None, map(plugin_of, kinds))
+    plugins = [found.name for kind in kinds if (found := plugin_of(kind.name)) is not None]
     needed = [item for kind in kinds for item in required_by(kind)] + required([ALSO_SHOWN])
     versions |= {name: version_of(name) for name in (*plugins, *(item.name for item in needed))}
     places = (("store", store), ("cache", cache), ("scratch", Path(tempfile.gettempdir())))
@@ -122,7 +122,8 @@ def _ability(kind: Format, broken: Mapping[str, str]) -> Ability:
 
 def _install(kind: Format, extras: Sequence[str]) -> str | None:
     """The pip line; a plugin is named beside the extras: pip looks again at what it requires."""
-    return " ".join([install_line(*dict.fromkeys(extras)), *filter(None, [plugin_of(kind)])]) if extras else None
+    plugin = plugin_of(kind.name)
+    return " ".join([install_line(*dict.fromkeys(extras)), *([plugin.name] if plugin else [])]) if extras else None
 
 
 def _is_writable(path: Path) -> bool:

@@ -13,19 +13,13 @@ from packaging.utils import canonicalize_name
 
 from quantize import DISTRIBUTION
 from quantize.errors import UsageError
-from quantize.formats import brought_by
+from quantize.formats import plugin_of
 from quantize.formats.format import Format
-
-
-def plugin_of(kind: Format) -> str | None:
-    """The distribution that brings a format; None where it is this one."""
-    found = brought_by(kind.name)
-    return None if found is None or canonicalize_name(found.name) == DISTRIBUTION else found.name
 
 
 def required_by(kind: Format, extras: Sequence[str] | None = None) -> list[Requirement]:
     """All that a format takes to be built, or what the given extras take; either with what its plugin requires."""
-    found = brought_by(kind.name) if plugin_of(kind) else None
+    found = plugin_of(kind.name)
     stated = [Requirement(text) for text in (found.requires if found else None) or []]
     mine = [item for item in stated if item.marker is None or item.marker.evaluate({"extra": ""})]
     return [*required([kind.extra] if extras is None else extras), *_followed(mine)]

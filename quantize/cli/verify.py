@@ -19,7 +19,7 @@ from quantize.cli.common import (
 )
 from quantize.cli.progress import console_reporter
 from quantize.errors import UsageError
-from quantize.formats import builders
+from quantize.formats import find_builder
 from quantize.provenance.signature import Trust
 from quantize.store.store import Store
 from quantize.store.verify import check_files
@@ -59,7 +59,7 @@ def command(
                 trust.check(artifact.folder)
             if not hashes_only:
                 checkpoint = reopen_source(artifact, open_cache(), reporter, source)
-                builder = builders()[artifact.manifest.format]
+                builder = find_builder(artifact.manifest.format)
                 limits = make_limits(None, "cpu", None)
                 facts |= builder.verify(artifact.folder, checkpoint, limits, reporter)
         results.append({"artifact": artifact.ref, "digest": artifact.manifest.digest, **facts})

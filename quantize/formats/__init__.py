@@ -10,6 +10,9 @@ from importlib.metadata import Distribution, entry_points
 from pathlib import Path
 from typing import Any
 
+from packaging.utils import canonicalize_name
+
+from quantize import DISTRIBUTION
 from quantize.errors import UsageError
 from quantize.formats.base import Builder
 from quantize.formats.folder import FolderLayout
@@ -26,9 +29,10 @@ def formats() -> dict[str, Format]:
     return {name: item for name, (item, _) in _installed().items()}
 
 
-def brought_by(name: str) -> Distribution | None:
-    """The distribution that brings an installed format; None where the entry point does not tell."""
-    return _installed()[name][1]
+def plugin_of(name: str) -> Distribution | None:
+    """The distribution that brings a format; None where it is this one, or is not installed."""
+    _, found = _installed().get(name, (None, None))
+    return None if found is None or canonicalize_name(found.name) == DISTRIBUTION else found
 
 
 @cache
@@ -71,6 +75,14 @@ def known_format(name: str) -> Format:
 def builders() -> dict[str, Builder[Any]]:
     """Formats that can be built: name -> builder."""
     return {name: item.builder for name, item in formats().items() if item.builder is not None}
+
+
+def find_builder(name: str) -> Builder[Any]:
+    """What builds and checks a format's artifacts. Raises UsageError: it is not installed, or not built here."""
+    found = find_format(name)
+    if found.builder is None:
+        raise UsageError(f"the format {name} is not built here", hint=f"those that are: {', '.join(builders())}")
+    return found.builder
 
 
 def option_models() -> dict[str, type[FormatOptions]]:

@@ -18,7 +18,7 @@ import yaml
 from quantize.errors import RefusedError, UsageError
 from quantize.estimate.fit import USABLE_PERCENT
 from quantize.files.gguf_split import is_part
-from quantize.formats import find_format
+from quantize.formats import find_format, plugin_of
 from quantize.formats.format import No
 from quantize.serve.address import written
 from quantize.serve.preflight import DEFAULT_CONTEXT
@@ -245,6 +245,10 @@ def _service(target: LocalTarget, wanted: HandOver) -> tuple[list[str], dict[str
     ]
     if not in_vllm and wanted.on_cpu and not _in_llama_cpp(target):
         note.append("# the cuda image runs on a CPU too; the cpu image has no torch")
+    if not in_vllm and (plugin := plugin_of(target.format)) is not None:
+        note.append(
+            f"# the image needs what brings {target.format}: make one FROM it with RUN pip install {plugin.name}"
+        )
     return note, service
 
 

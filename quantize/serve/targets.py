@@ -81,7 +81,8 @@ def resolve(text: str, store: Store) -> LocalTarget | UpstreamTarget:
         case FileTarget(path, kind):
             return _local(name or path.stem, kind, path)
         case FolderTarget(path):
-            return _local(name or path.resolve().name, _format_of_folder(path), path)
+            kind = _format_of_folder(path)
+            return _local(name or path.resolve().name, kind, kind.model_path(path))
         case ArtifactTarget(artifact):
             return _artifact(name, artifact)
 

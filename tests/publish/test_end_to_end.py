@@ -5,20 +5,14 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import subprocess
-import sys
-import time
-import urllib.request
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from quantize.testing import write_recipe
 from tests.conftest import Run
 from tests.publish.conftest import Registry
+from tests.serving import ask, serving
 
 pytest.importorskip("llama_cpp")
 pytest.importorskip("gptqmodel", reason="needs the gptqmodel extra")
@@ -26,43 +20,6 @@ VARIANTS = [{"format": "gguf", "type": "Q8_0"}, {"format": "awq", "group_size": 
 CALIBRATION = {
     "dataset": "text.txt", "samples": 4, "sequence_length": 64, "minimum_tokens": 16, "precision": "float32",
 }  # fmt: skip
-
-
-@contextmanager
-def serving(folder: Path, *arguments: str) -> Iterator[str]:
-    """`quantize serve` on a free port, ready, until the block ends; its address."""
-    log = folder / "serve.log"
-    with log.open("wb") as output:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "quantize", "serve", "--port", "0", "--threads", "1", *arguments], stderr=output
-        )
-    try:
-        give_up = time.monotonic() + 120
-        while time.monotonic() < give_up:
-            assert process.poll() is None, log.read_text()
-            started = [line for line in log.read_text().splitlines() if '"listening"' in line]
-            if started and _ready(json.loads(started[0])["url"]):
-                break
-            time.sleep(0.1)
-        yield json.loads(started[0])["url"]
-    finally:
-        process.terminate()
-        process.wait(40)
-
-
-def _ready(url: str) -> bool:
-    try:
-        with urllib.request.urlopen(f"{url}/ready", timeout=5) as answer:
-            return bool(answer.status == 200)
-    except OSError:
-        return False
-
-
-def ask(url: str, model: str) -> Any:
-    body = json.dumps({"model": model, "prompt": "The quick brown", "max_tokens": 4, "temperature": 0}).encode()
-    request = urllib.request.Request(f"{url}/v1/completions", body, {"Content-Type": "application/json"})
-    with urllib.request.urlopen(request, timeout=60) as answer:
-        return json.load(answer)
 
 
 @pytest.mark.filterwarnings("ignore")  # transformers and its plugins warn on import

@@ -44,6 +44,7 @@ def load_causal_lm(folder: Path, device: str = "cpu", *, dtype: Any = "auto", ba
 
     Raises VerifyError, with the library's ImportError as its cause where something is not installed that it runs with.
     """
+    from safetensors import SafetensorError
     from transformers import AutoConfig, AutoModelForCausalLM
 
     chosen: dict[str, Any] = {}
@@ -55,7 +56,7 @@ def load_causal_lm(folder: Path, device: str = "cpu", *, dtype: Any = "auto", ba
             loaded = AutoModelForCausalLM.from_pretrained(
                 folder, local_files_only=True, trust_remote_code=False, device_map=device, dtype=dtype, **chosen
             )
-    except (*LOAD_ERRORS, ImportError) as exc:
+    except (*LOAD_ERRORS, ImportError, SafetensorError) as exc:
         raise VerifyError(f"{folder.name}: transformers does not load it: {first_line(exc)}") from exc
     return loaded.eval()
 

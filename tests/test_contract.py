@@ -1,13 +1,18 @@
-"""GPTQ, AWQ, bitsandbytes and imatrix GGUF, end to end on a tiny checkpoint: one pass, one contract.
+"""What every format owes, and what some owe beside it, on one build of a tiny checkpoint with one calibration pass.
 
-Oracles: transformers with gptqmodel or bitsandbytes (inside verify, in a worker), transformers' own save_pretrained,
-gguf's reader, safetensors' own reader, and activations recorded from the whole model.
+The formats are those that are installed: GPTQ, AWQ, bitsandbytes, GGUF, and the toy of tests/toy_format, a plugin. What
+is asked of all of them is at the end. Oracles: transformers with gptqmodel or bitsandbytes (inside verify, in a
+worker), transformers' own save_pretrained, gguf's reader, safetensors' own reader, and activations recorded from the
+whole model.
 """
 
 from __future__ import annotations
 
 import json
+import pickle
+import re
 import shutil
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,11 +29,17 @@ from quantize.build.plan import make_plan
 from quantize.build.size import size_plan
 from quantize.calibration.budget import pass_bytes
 from quantize.cli import main
-from quantize.errors import VerifyError
+from quantize.cli.requirements import required_by
+from quantize.errors import RefusedError, VerifyError
+from quantize.estimate.vram import RUNTIMES, estimate
+from quantize.evaluate.structure import NEAR, QUANTIZED, TEMPLATE, Intended, check_structure
 from quantize.events import ListReporter
-from quantize.formats import builders, option_models
+from quantize.formats import builders, find_format, formats, option_models, plugin_of
 from quantize.formats.base import RunLimits
+from quantize.formats.format import Format
 from quantize.model.checkpoint import open_checkpoint
+from quantize.model.shape import ModelShape
+from quantize.provenance.card import render_card
 from quantize.recipe.model import Recipe, load_recipe
 from quantize.runtimes.base import ModelRef
 from quantize.store.artifact import Artifact
@@ -39,8 +50,10 @@ from quantize.system.process import run_step
 from quantize.system.processor import MKL_MODE, device_name, strict_mode
 from quantize.testing import TinyModel, make_checkpoint, write_recipe, write_weights
 from tests.conftest import build
+from tests.contract_steps import compute
 from tests.elsewhere import rebuild_elsewhere
 from tests.kernel_steps import load_without_compiler
+from tests.toy import toy_installed
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # transformers and its plugins warn on import
 
@@ -53,7 +66,15 @@ VARIANTS: list[dict[str, Any]] = [
     {"format": "gguf", "type": "IQ2_XXS", "imatrix": True},
     {"format": "bitsandbytes", "type": "int8"},
     {"format": "bitsandbytes", "type": "nf4"},
+    {"format": "toy"},
+    {"format": "toy", "search": True},
 ]
+# One variant of each format, for what is asked of its facets.
+OF_FORMAT = {
+    "gptq": "gptq-int4-g64", "awq": "awq-int4-g64", "gguf": "q4_k_m-imatrix", "bitsandbytes": "bnb-nf4",
+    "toy": "toy-int8-searched",
+}  # fmt: skip
+UNCALIBRATED = ("bnb-int8", "bnb-nf4", "toy-int8")
 CALIBRATION = {
     "dataset": "text.txt", "samples": 8, "sequence_length": 64, "minimum_tokens": 16, "precision": "float32",
 }  # fmt: skip
@@ -92,11 +113,13 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def run(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
+def run(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
     """A build on two threads, in an environment that says nothing of MKL's mode."""
-    with pytest.MonkeyPatch.context() as patch:
+    with toy_installed(), pytest.MonkeyPatch.context() as patch:
         patch.delenv(MKL_MODE)
-        return run_all(checkpoint, tmp_path_factory.mktemp("first") / "run", threads=2)
+        made = run_all(checkpoint, tmp_path_factory.mktemp("first") / "run", threads=2)
+        patch.undo()
+        yield made
 
 
 def tensors_of(artifact: Artifact) -> dict[str, torch.Tensor]:
@@ -107,7 +130,7 @@ def test_every_variant_is_built_and_named(run: Run) -> None:
     names = {item.manifest.variant for item in run.store.artifacts()}
     assert names == {
         "gptq-int4-g64", "gptq-int8-g32-asym", "awq-int4-g64", "awq-int4-g64-gptq", "q4_k_m-imatrix", "iq2_xxs-imatrix",
-        "bnb-int8", "bnb-nf4",
+        "bnb-int8", "bnb-nf4", "toy-int8", "toy-int8-searched",
     }  # fmt: skip
 
 
@@ -119,7 +142,7 @@ def test_one_pass_served_all_calibrated_variants(run: Run) -> None:
         for item in run.store.artifacts()
         if item.manifest.calibration is not None
     ]
-    assert len(measured) == 6
+    assert len(measured) == 7
     assert len(set(measured)) == 1
 
 
@@ -132,8 +155,7 @@ def test_the_pass_took_no_more_memory_than_the_plan_says_it_needs(run: Run, chec
 
 def test_the_manifest_has_the_text_by_hash(run: Run) -> None:
     entries = {item.manifest.variant: item.manifest.calibration for item in run.store.artifacts()}
-    assert entries.pop("bnb-int8") is None
-    assert entries.pop("bnb-nf4") is None
+    assert [entries.pop(name) for name in UNCALIBRATED] == [None] * 3
     (entry,) = {json.dumps(item.model_dump(), sort_keys=True) for item in entries.values() if item}
     data = json.loads(entry)
     assert data["sequences"] == 8
@@ -145,6 +167,7 @@ def test_the_manifest_has_the_text_by_hash(run: Run) -> None:
 def test_the_manifest_has_the_kind_of_processor_that_the_pass_ran_on(run: Run) -> None:
     """And what is not calibrated, that its numbers were computed on; the GGUF types here are calibrated too."""
     kinds = {item.manifest.variant: item.manifest.device for item in run.store.artifacts()}
+    assert kinds.pop("toy-int8") is None, "numpy rounds it, on any processor alike"
     assert {"bnb-int8", "bnb-nf4", "q4_k_m-imatrix"} < set(kinds)
     assert set(kinds.values()) == {device_name("cpu")}
     tools = {item.manifest.variant for item in run.store.artifacts() if "torch" in item.manifest.tools}
@@ -153,7 +176,8 @@ def test_the_manifest_has_the_kind_of_processor_that_the_pass_ran_on(run: Run) -
 
 
 @pytest.mark.parametrize(
-    "variant", ["gptq-int4-g64", "awq-int4-g64", "awq-int4-g64-gptq", "q4_k_m-imatrix", "bnb-int8"]
+    "variant",
+    ["gptq-int4-g64", "awq-int4-g64", "awq-int4-g64-gptq", "q4_k_m-imatrix", "bnb-int8", "toy-int8-searched"],
 )
 def test_the_same_digest_from_the_manifest_alone_elsewhere(run: Run, variant: str, tmp_path: Path) -> None:
     """One of each solver, each in a pass of its own, on one thread, with other locale, umask, hash seed and folders."""
@@ -228,10 +252,10 @@ def test_size_equals_plan(run: Run, tmp_path: Path) -> None:
         assert job.size.bits_per_weight == manifest.bits_per_weight
 
 
-def test_every_kept_tensor_has_its_reason(run: Run, checkpoint: Path) -> None:
-    kept = {item.tensor: item.reason for item in run.artifact("gptq-int4-g64").manifest.kept_in_high_precision}
-    assert set(kept) == {name for name in open_checkpoint(checkpoint).tensors if "proj" not in name}
-    assert all(kept.values())
+@pytest.mark.parametrize("variant", ["gptq-int4-g64", "bnb-int8", "toy-int8"])
+def test_what_is_kept_is_all_but_the_linears(run: Run, checkpoint: Path, variant: str) -> None:
+    kept = {item.tensor for item in run.artifact(variant).manifest.kept_in_high_precision}
+    assert kept == {name for name in open_checkpoint(checkpoint).tensors if "proj" not in name}
 
 
 @pytest.mark.parametrize("variant", ["gptq-int4-g64", "gptq-int8-g32-asym", "awq-int4-g64", "awq-int4-g64-gptq"])
@@ -365,3 +389,124 @@ def test_a_kernel_that_can_not_be_compiled_is_replaced_and_said(run: Run, varian
     (said,) = warnings
     assert said.startswith(f"{instead} computes, slower than what could: the torch.ops kernels are not installed")
     assert same
+
+
+# --- every format, facet by facet -------------------------------------------------------------------------------------
+
+
+@pytest.fixture(params=OF_FORMAT)
+def made(request: pytest.FixtureRequest, run: Run) -> Artifact:
+    """One artifact of each format."""
+    return run.artifact(OF_FORMAT[request.param])
+
+
+@pytest.fixture
+def kind(made: Artifact) -> Format:
+    return find_format(made.manifest.format)
+
+
+@pytest.fixture
+def model(made: Artifact, kind: Format) -> ModelRef:
+    main = kind.layout.main_file(made.folder)
+    return ModelRef(made.folder, kind.name, main.name if main else None)
+
+
+def test_no_format_is_left_out(run: Run) -> None:
+    """A new one is held to all that follows as soon as it is installed: give it a variant above."""
+    assert set(OF_FORMAT) == set(builders())
+    assert {item["format"] for item in VARIANTS} == set(builders())
+
+
+def test_what_it_needs_is_known(kind: Format) -> None:
+    needed = {item.name for item in required_by(kind)}
+    assert kind.runtime is not None
+    plugin = plugin_of(kind.name)
+    assert {*kind.runtime.packages, *(item.package for item in kind.probes)} - needed <= {plugin and plugin.name}
+    assert kind.runtime.devices.startswith("CPU")
+    assert kind.revision >= 1
+
+
+def test_its_parts_go_to_other_processes(kind: Format) -> None:
+    for part in (kind.builder, kind.runtime, *kind.probes):
+        assert type(pickle.loads(pickle.dumps(part))) is type(part)
+
+
+def test_only_it_knows_its_artifacts(made: Artifact, kind: Format, model: ModelRef) -> None:
+    assert [name for name, item in formats().items() if item.layout.recognizes(model.path)] == [kind.name]
+    assert kind.layout.main_name(entry.path for entry in made.manifest.files) == model.main_file
+    assert not kind.layout.recognizes(made.folder / "manifest.json")
+
+
+def test_headers_say_what_the_manifest_says(made: Artifact, kind: Format, model: ModelRef, checkpoint: Path) -> None:
+    found = kind.layout.measure(model.path)
+    source = ModelShape.from_config(open_checkpoint(checkpoint).config)
+    assert (found.shape.layers, found.shape.vocab_size) == (source.layers, source.vocab_size)
+    assert found.shape.kv_layers == source.kv_layers
+    names = kind.layout.weight_names(entry.path for entry in made.manifest.files)
+    tensors = [item for name in names for item in kind.layout.read(made.folder / name).tensors.values()]
+    assert found.weights_bytes == sum(item.size_bytes for item in tensors)
+    assert 8 * found.weights_bytes / made.manifest.source.parameters == pytest.approx(
+        made.manifest.bits_per_weight, abs=1e-4
+    )
+
+
+def test_its_chat_template_is_the_sources(kind: Format, model: ModelRef, checkpoint: Path) -> None:
+    assert kind.layout.chat_template(model.path) == open_checkpoint(checkpoint).chat_template is not None
+
+
+def test_nothing_is_left_and_every_group_is_near(made: Artifact, model: ModelRef, checkpoint: Path) -> None:
+    manifest = made.manifest
+    intended = Intended(manifest.bits, manifest.group_size, manifest.options)
+    checks = check_structure(ListReporter(), model, checkpoint, intended)
+    assert checks == dict.fromkeys((TEMPLATE, QUANTIZED, NEAR), "")
+
+
+def test_the_runtime_computes_with_the_weights_that_are_read(kind: Format, model: ModelRef, checkpoint: Path) -> None:
+    """Both as evaluation opens it and as the gateway does."""
+    found = run_step("computing", ListReporter(), compute, model, checkpoint)
+    assert kind.runtime is not None
+    assert found.runtime == (kind.runtime.name, kind.runtime.name)
+    assert found.answered == found.served
+    assert found.from_weights < 0.1 * found.from_source
+
+
+def test_its_memory_is_that_of_a_runtime_that_is_known(made: Artifact, kind: Format, model: ModelRef) -> None:
+    assert kind.runtime is not None
+    assert {kind.runtime.memory, kind.vram.runtime} <= set(RUNTIMES)
+    found = kind.layout.measure(model.path)
+    guess = estimate(found.shape, found.weights_bytes, profile=kind.vram, context=256)
+    assert found.weights_bytes < guess.expected_bytes <= guess.upper_bytes
+
+
+def test_its_card_says_how_it_is_run(made: Artifact, kind: Format) -> None:
+    ways = kind.card.ways(made.manifest.options)
+    text = render_card(made.manifest)
+    assert ways
+    for way in ways:
+        assert f"\n{way.runtime}:\n\n```{way.language}\n" in text
+    assert "{file}" not in text
+    assert "{name}" not in text
+    assert all(f"- {sentence}\n" in text for sentence in kind.card.limits(made.manifest.options))
+    assert all(sentence.endswith(".") for sentence in kind.card.limits(made.manifest.options))
+
+
+def test_what_else_takes_it_is_said_or_refused(made: Artifact, kind: Format, model: ModelRef) -> None:
+    answer = kind.handover.vllm(made.manifest.options)
+    assert isinstance(answer, str) or (answer.reason and answer.hint)
+    assert not kind.handover.llama_cpp_file or model.main_file is not None
+    assert re.fullmatch(r"[A-Za-z0-9_.-]+", kind.quantized_as(made.manifest.options))
+
+
+def test_every_tensor_in_high_precision_has_its_reason(made: Artifact) -> None:
+    assert made.manifest.kept_in_high_precision
+    assert all(item.reason and item.type for item in made.manifest.kept_in_high_precision)
+
+
+def test_what_is_cut_short_is_refused(made: Artifact, kind: Format, checkpoint: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(made.folder, tmp_path / "short"))
+    (name, *_) = kind.layout.weight_names(entry.path for entry in made.manifest.files)
+    whole = (folder / name).read_bytes()
+    (folder / name).write_bytes(whole[: len(whole) // 2])
+    assert kind.builder is not None
+    with pytest.raises(RefusedError):
+        kind.builder.verify(folder, open_checkpoint(checkpoint), RunLimits(), ListReporter())
