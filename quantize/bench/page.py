@@ -10,6 +10,7 @@ from pathlib import Path
 from quantize.bench.result import BenchResult, Cell, MemoryUse, Percentiles
 from quantize.errors import UsageError, disk_errors
 from quantize.system.files import write_text
+from quantize.system.sizes import mebibytes_text
 
 TITLE = "# Load, measured by quantize bench"
 COLUMNS = ("config", "p50", "p95", "p99", "requests/s", "error rate", "RAM peak", "VRAM peak", "note")
@@ -83,7 +84,7 @@ def _note(cell: Cell, result: BenchResult) -> str:
 
 
 def _peak(use: MemoryUse | None) -> str:
-    return NOT_SEEN if use is None else f"{use.peak_bytes / 2**20:,.0f} MiB"
+    return NOT_SEEN if use is None else mebibytes_text(use.peak_bytes)
 
 
 def _seconds(spread: Percentiles | None, name: str) -> str:

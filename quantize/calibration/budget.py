@@ -16,6 +16,7 @@ from quantize.model.architecture import block_count, block_index, block_layout
 from quantize.model.checkpoint import Checkpoint
 from quantize.model.config import number, number_or
 from quantize.numerics.constants import BATCH_TOKENS, GPU_BATCH_TOKENS, GPU_SOLVED_VALUES, SHARES
+from quantize.system.sizes import mebibytes_text
 
 BASE_BYTES = 420 << 20  # Python, torch and transformers, loaded and warm
 TOKEN_BYTES = 1 << 10  # of a tokenizer's tables, for each token of the vocabulary
@@ -129,8 +130,8 @@ def state_bytes(config: Mapping[str, Any], tokens: int) -> int:
 def memory_short(least: int, budget: int) -> PlanError:
     """The refusal of a pass that can't stay under its budget."""
     return PlanError(
-        f"the memory budget is too small: the calibration pass takes at least {least / 2**20:,.0f} MiB, the budget is "
-        f"{budget / 2**20:,.0f} MiB, {least - budget:,} bytes are missing",
+        f"the memory budget is too small: the calibration pass takes at least {mebibytes_text(least)}, the budget is "
+        f"{mebibytes_text(budget)}, {least - budget:,} bytes are missing",
         hint="raise --memory-budget, lower --threads, or build fewer of the calibrated variants with --only",
     )
 

@@ -29,6 +29,7 @@ from quantize.errors import BenchError, UsageError
 from quantize.store.artifact import Artifact, update_measurements
 from quantize.store.store import Store
 from quantize.system.machine import usable_cores
+from quantize.system.sizes import mebibytes_text
 from quantize.targets import AddressTarget, ArtifactTarget, find_target
 
 RESULTS_NAME = "results.md"
@@ -222,7 +223,7 @@ def _memory_row(name: str, use: MemoryUse) -> list[str]:
     title = name if use.scope == "process" else f"{name} (whole GPU)"
     return [
         title,
-        *(f"{size / 2**20:,.0f} MiB" for size in (use.before_load_bytes, use.after_warm_up_bytes, use.peak_bytes)),
+        *(mebibytes_text(size) for size in (use.before_load_bytes, use.after_warm_up_bytes, use.peak_bytes)),
     ]
 
 

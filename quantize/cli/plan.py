@@ -26,7 +26,7 @@ from quantize.formats.base import RunLimits
 from quantize.store.artifact import REFUSED, UNJUDGED
 from quantize.store.store import Store
 from quantize.store.workspace import Workspace
-from quantize.system.sizes import size_text
+from quantize.system.sizes import mebibytes_text, size_text
 
 
 @click.command("plan")
@@ -68,11 +68,11 @@ def _print(plan: SizedPlan, limits: RunLimits) -> None:
     print_table(columns, [_row(job) for job in plan.jobs], empty="nothing to build")
     click.echo(f"source  {plan.source.uri}  sha256 {plan.source.digest[:12]}")
     if plan.memory_bytes:
-        click.echo(f"memory  {plan.memory_bytes / 2**20:,.0f} MiB at the least for the calibration pass")
-    if plan.gpu:
-        taken, left, held = plan.gpu.pass_bytes / 2**20, plan.gpu.free_bytes / 2**20, plan.gpu.state_bytes / 2**20
-        click.echo(f"gpu     {taken:,.0f} MiB of {plan.gpu.device} for the calibration pass, {left:,.0f} MiB free")
-        click.echo(f"        hidden states: up to {held:,.0f} MiB, {plan.states_are(limits)}")
+        click.echo(f"memory  {mebibytes_text(plan.memory_bytes)} at the least for the calibration pass")
+    if (gpu := plan.gpu) is not None:
+        taken, free, states = map(mebibytes_text, (gpu.pass_bytes, gpu.free_bytes, gpu.state_bytes))
+        click.echo(f"gpu     {taken} of {gpu.device} for the calibration pass, {free} free")
+        click.echo(f"        hidden states: up to {states}, {plan.states_are(limits)}")
     for room in plan.rooms:
         missing = f", {size_text(room.missing_bytes)} missing" if room.missing_bytes else ""
         needed, free = size_text(room.needed_bytes), size_text(room.free_bytes)

@@ -12,7 +12,7 @@ from quantize.evaluate.metrics import cells, headings
 from quantize.report.collect import PageSubject
 from quantize.report.production import Choice, ServingVerdict
 from quantize.report.table import Table
-from quantize.system.sizes import size_text
+from quantize.system.sizes import mebibytes_text, size_text
 
 OPEN = "to be filled in"
 MISSING = "not measured"
@@ -70,7 +70,7 @@ def _load(cell: Cell, verdict: ServingVerdict) -> tuple[str, ...]:
     times = [MISSING] * 3 if spread is None else [f"{value:.3f} s" for value in (spread.p50, spread.p95, spread.p99)]
     return (
         f"{cell.shape} {cell.load}", *times, f"{cell.requests_per_second:.2f}", f"{cell.error_rate:.1%}",
-        MISSING if peak is None else f"{peak / 2**20:,.0f} MiB",
+        MISSING if peak is None else mebibytes_text(peak),
     )  # fmt: skip
 
 

@@ -17,6 +17,7 @@ from importlib import metadata
 from pathlib import Path
 
 from quantize.errors import LOWER_MEMORY
+from quantize.system.processor import cpu_field
 
 TAIL_BYTES = 1 << 16  # of what a process wrote: Python's traceback of all its threads fits
 TOLD_CHARACTERS = 2000
@@ -222,11 +223,7 @@ def reinstall_line(library: Library) -> str:
 
 def cmake_arguments(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
     """How to compile llama.cpp for this processor and all later ones; an old one lacks what is usual by now."""
-    try:
-        found = re.search(r"^flags\s*:(.*)$", cpuinfo.read_text("utf-8"), re.MULTILINE)
-    except (OSError, ValueError):
-        found = None
-    has = set(found[1].split()) if found else set(BASE_INSTRUCTIONS)
+    has = set(cpu_field("flags", cpuinfo).split()) or set(BASE_INSTRUCTIONS)
     lacks = [f"-DGGML_{switch}=OFF" for name, switch in BASE_INSTRUCTIONS.items() if name not in has]
     return " ".join(["-DGGML_NATIVE=OFF", *lacks])
 

@@ -6,7 +6,6 @@ In: nothing, or a process id. Out: the Machine, or its parts. No torch: psutil, 
 from __future__ import annotations
 
 import platform
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from typing import Any
 import psutil
 
 from quantize.system.gpus import LocalGpu, nvidia_gpus
+from quantize.system.processor import cpu_field
 
 
 @dataclass(frozen=True)
@@ -57,11 +57,7 @@ def describe_machine() -> dict[str, Any]:
 
 def processor_name() -> str:
     """The processor as it calls itself, or its architecture where the system does not say."""
-    try:
-        names = re.findall(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text("utf-8"), re.MULTILINE)
-    except OSError:
-        names = []
-    return str(names[0]) if names else platform.processor() or platform.machine()
+    return cpu_field("model name") or platform.processor() or platform.machine()
 
 
 def _cgroup_memory(root: Path = Path("/sys/fs/cgroup")) -> tuple[int | None, int]:

@@ -39,6 +39,7 @@ from quantize.events import Event, Reporter, warn
 from quantize.system.deaths import TAIL_BYTES, evidence, explain, oom_kills
 from quantize.system.gpus import number_by_address
 from quantize.system.processor import settle_products
+from quantize.system.sizes import mebibytes_text
 
 P = ParamSpec("P")
 Result = TypeVar("Result")
@@ -257,7 +258,7 @@ def _tail(log: Any) -> str:
 
 
 def _had(peak: int) -> str:
-    return f"; it had {peak / 2**20:,.0f} MiB of memory" if peak else ""
+    return f"; it had {mebibytes_text(peak)} of memory" if peak else ""
 
 
 def _too_long(step: str, seconds: float) -> WorkerDied:

@@ -42,7 +42,7 @@ def strict_mode(cpuinfo: Path = _CPUINFO) -> str | None:
     """
     if platform.machine().lower() not in {"x86_64", "amd64"}:
         return None
-    flags = set(_first("flags", cpuinfo).split())
+    flags = set(cpu_field("flags", cpuinfo).split())
     return "AVX512,STRICT" if flags >= _AVX512 else "AVX2,STRICT"
 
 
@@ -60,7 +60,7 @@ def device_name(device: str) -> str:
 
     if torch.device(device).type == "cuda":
         return f"cuda {torch.cuda.get_device_name(torch.device(device))}"
-    parts, maker = [f"cpu {torch.backends.cpu.get_cpu_capability()}"], _first("vendor_id", _CPUINFO)
+    parts, maker = [f"cpu {torch.backends.cpu.get_cpu_capability()}"], cpu_field("vendor_id")
     if maker:
         parts[0] += f" ({_MAKERS.get(maker, maker)})"
     if torch.cpu._is_amx_tile_supported():
@@ -73,10 +73,10 @@ def device_name(device: str) -> str:
     return ", ".join(parts)
 
 
-def _first(field: str, cpuinfo: Path) -> str:
+def cpu_field(field: str, cpuinfo: Path = _CPUINFO) -> str:
     """A field of the first processor in /proc/cpuinfo; "" where the system does not tell."""
     try:
         found = re.search(rf"^{field}\s*:\s*(.*)$", cpuinfo.read_text("utf-8"), re.MULTILINE)
-    except OSError:
+    except (OSError, ValueError):
         return ""
     return found.group(1).strip() if found else ""

@@ -41,6 +41,11 @@ def size_text(size_bytes: int) -> str:
     return f"{value:.{digits}f} {unit}"
 
 
+def mebibytes_text(size_bytes: int) -> str:
+    """Bytes that a process took, or must be given: `1,234 MiB`."""
+    return f"{size_bytes / 2**20:,.0f} MiB"
+
+
 def memory_text(size_bytes: int) -> str:
     """Bytes of memory for people, in binary units as cards are sold: `7.50 GiB`."""
     return f"{size_bytes / GIB:.2f} GiB"
