@@ -18,8 +18,7 @@ from quantize.formats import option_models
 from quantize.formats.base import RunLimits
 from quantize.model.source import open_source
 from quantize.recipe.model import Recipe, load_recipe
-from quantize.store.artifact import Artifact
-from quantize.store.staging import variant_lock
+from quantize.store.artifact import Artifact, artifact_lock, is_inside
 from quantize.store.store import Store
 from quantize.store.verify import check_files
 from quantize.store.workspace import Workspace
@@ -51,8 +50,7 @@ def built_of(target: RecipeTarget | ArtifactTarget, store: Store) -> list[Artifa
 
 def _current(recipe: Recipe, store: Store) -> list[Artifact]:
     wanted = {variant.name for variant in recipe.variants}
-    current = [item for item in store.artifacts() if store.is_current(item) and item.manifest.name == recipe.name]
-    found = [item for item in current if item.manifest.variant in wanted]
+    found = [item for item in store.current_artifacts(recipe.name) if item.manifest.variant in wanted]
     if not found:
         path = recipe.path
         raise UsageError(f"nothing of {path} is in {store.root}", hint=f"build it first: quantize build {path}")
@@ -81,7 +79,7 @@ def reevaluate(target: EvaluationTarget, workspace: Workspace, run: RunLimits, c
         error = None if judged.decision.accepted else refusal(artifact, judged.decision)
         return Settled(artifact, judged, error)
     gates = GateKeeper(judge, workspace, evaluate=True)
-    if not artifact.folder.absolute().is_relative_to(store.root.absolute()):
+    if not is_inside(store.root, artifact):
         return gates.record(artifact, checkpoint)
-    with variant_lock(store.root, manifest.name, manifest.variant):
+    with artifact_lock(store.root, artifact):
         return gates.settle(artifact, checkpoint, anew=True)

@@ -67,7 +67,7 @@ def subjects(target: Estimable, workspace: Workspace) -> list[EstimateSubject]:
 
 def siblings(subject: EstimateSubject, store: Store) -> list[EstimateSubject]:
     """The other current artifacts of the same recipe."""
-    found = [item for item in store.artifacts() if store.is_current(item) and item.manifest.name == subject.family]
+    found = store.current_artifacts(subject.family)
     return [_of_artifact(item) for item in found if f"{item.manifest.name}/{item.manifest.variant}" != subject.name]
 
 

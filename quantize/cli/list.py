@@ -43,7 +43,7 @@ def command() -> None:
 @verbose_option
 def artifacts(everything: bool, markdown: bool, store: Store, as_json: bool) -> None:
     """List the artifacts in the store: size, bits a weight, VRAM estimate, quality against the source, digest."""
-    found = [item for item in store.artifacts() if everything or store.is_current(item)]
+    found = store.artifacts() if everything else store.current_artifacts()
     found += store.refused() if everything else []
     if as_json:
         print_json([_as_json(store, item) for item in found])

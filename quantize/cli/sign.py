@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 from pathlib import Path
 
@@ -14,8 +13,8 @@ from quantize.errors import UsageError
 from quantize.provenance.documents import write_documents
 from quantize.provenance.signature import PASSWORD_VARIABLE, sign, sign_with_sigstore
 from quantize.provenance.statement import RunDetails, known_run
-from quantize.store.artifact import Artifact
-from quantize.store.staging import store_errors, variant_lock
+from quantize.store.artifact import artifact_lock
+from quantize.store.staging import store_errors
 from quantize.store.store import Store
 from quantize.targets import ArtifactTarget, RecipeTarget, find_target
 
@@ -43,7 +42,7 @@ def command(
     found = [item for target in named for item in built_of(target, store)]
     results = []
     for artifact in found:
-        with _held(store, artifact), store_errors(store.root):
+        with artifact_lock(store.root, artifact), store_errors(store.root):
             names = write_documents(artifact, run=run)
             if key is not None:
                 signed = sign(artifact.folder, key, os.environ.get(PASSWORD_VARIABLE))
@@ -55,10 +54,3 @@ def command(
             click.echo(f"{artifact.ref}: {'signed' if signed else 'signed already by this key'}")
     if as_json:
         print_json(results)
-
-
-def _held(store: Store, artifact: Artifact) -> contextlib.AbstractContextManager[None]:
-    """The lock of an artifact's variant, if it is in the store: an evaluation may be writing beside it."""
-    if not artifact.folder.absolute().is_relative_to(store.root.absolute()):
-        return contextlib.nullcontext()
-    return variant_lock(store.root, artifact.manifest.name, artifact.manifest.variant)

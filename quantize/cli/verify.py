@@ -47,7 +47,7 @@ def command(
     """
     trust = Trust.of(public_key, identity, issuer)
     named = [find_artifact(ref, store) for ref in artifacts]
-    found = named or [item for item in store.artifacts() if store.is_current(item)]
+    found = named or store.current_artifacts()
     if not found:
         raise UsageError(f"no artifacts in {store.root}", hint="build some first")
     results = []

@@ -5,7 +5,6 @@ In: artifacts, a target, a policy. Out: one Published each, when its publication
 
 from __future__ import annotations
 
-import contextlib
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -21,8 +20,8 @@ from quantize.publish.places import place_for
 from quantize.publish.policy import required_notice
 from quantize.publish.transfer import Progress, Session, run_all
 from quantize.recipe.model import PublishPolicy
-from quantize.store.artifact import Artifact
-from quantize.store.staging import store_errors, variant_lock
+from quantize.store.artifact import Artifact, artifact_lock
+from quantize.store.staging import store_errors
 from quantize.store.verify import check_files
 from quantize.system.sizes import size_text
 
@@ -100,11 +99,8 @@ def publish(
 
 def _prepare(store: Path, artifact: Artifact, title: str, notice: str, signing: Signing | None) -> None:
     """Have the licence checked, and the papers written and signed, while no evaluation writes beside them."""
-    manifest = artifact.manifest
-    inside = artifact.folder.absolute().is_relative_to(store.absolute())
-    held = variant_lock(store, manifest.name, manifest.variant) if inside else contextlib.nullcontext()
-    with held, store_errors(store):
-        prepare(artifact, manifest.name, title, remark=notice, signing=signing)
+    with artifact_lock(store, artifact), store_errors(store):
+        prepare(artifact, artifact.manifest.name, title, remark=notice, signing=signing)
 
 
 def _check_apart(artifacts: Sequence[Artifact], places: Sequence[Place]) -> None:

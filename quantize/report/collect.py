@@ -94,7 +94,7 @@ def collect(store: Store, name: str | None) -> PageSubject:
 
     Raises UsageError: nothing of that name, or several recipes and none named.
     """
-    current = [item for item in store.artifacts() if store.is_current(item)]
+    current = store.current_artifacts()
     refused = store.refused()
     names = sorted({item.manifest.name for item in (*current, *refused)})
     if name is None:

@@ -138,8 +138,8 @@ def _siblings(target: LocalTarget, store: Store) -> dict[str, tuple[int, VramPro
             item.manifest.weights_bytes,
             known_format(item.manifest.format).vram,
         )
-        for item in store.artifacts()
-        if item.manifest.name == own.name and item.manifest.variant != own.variant and store.is_current(item)
+        for item in store.current_artifacts(own.name)
+        if item.manifest.variant != own.variant
     }
 
 

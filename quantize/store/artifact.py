@@ -152,11 +152,22 @@ def write_measurements(folder: Path, measurements: Mapping[str, Any]) -> None:
     write_text(folder / MEASUREMENTS_NAME, text)
 
 
+def is_inside(store: Path, artifact: Artifact) -> bool:
+    """Whether an artifact is one of the store's, not a folder elsewhere."""
+    return artifact.folder.absolute().is_relative_to(store.absolute())
+
+
+def artifact_lock(store: Path, artifact: Artifact) -> contextlib.AbstractContextManager[None]:
+    """The lock of an artifact's variant, if it is in the store: something else may be writing beside it."""
+    manifest = artifact.manifest
+    return (
+        variant_lock(store, manifest.name, manifest.variant) if is_inside(store, artifact) else contextlib.nullcontext()
+    )
+
+
 def update_measurements(store: Path, artifact: Artifact, changes: Mapping[str, Any]) -> None:
     """Put some keys into an artifact's measurements.json, the others stay. Raises StoreError."""
-    name, variant = artifact.manifest.name, artifact.manifest.variant
-    inside = artifact.folder.absolute().is_relative_to(store.absolute())
-    with variant_lock(store, name, variant) if inside else contextlib.nullcontext(), store_errors(store):
+    with artifact_lock(store, artifact), store_errors(store):
         write_measurements(artifact.folder, {**artifact.measurements(), **changes})
 
 

@@ -64,6 +64,10 @@ class Store:
         """Every artifact with a good manifest, by name, variant and digest."""
         return [item for item in map(_open, self.folders()) if isinstance(item, Artifact)]
 
+    def current_artifacts(self, recipe: str | None = None) -> list[Artifact]:
+        """Those that `current` of their variant points at; recipe: only those of the recipe of that name."""
+        return [item for item in self.artifacts() if recipe in (None, item.manifest.name) and self.is_current(item)]
+
     def broken(self) -> list[Broken]:
         """Folders whose manifest is missing, altered, or newer than this program."""
         return [item for item in map(_open, self.folders()) if isinstance(item, Broken)]

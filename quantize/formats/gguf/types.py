@@ -1,18 +1,21 @@
 """Tables of llama.cpp's types: file types that a recipe may name, and the bits a weight of each tensor type.
 
-Figures: ggml block sizes as in the gguf package (GGML_QUANT_SIZES); file types as in llama.h (enum llama_ftype).
+Bits follow from the block sizes of files/gguf; file types as in llama.h (enum llama_ftype).
 A test holds both tables against the installed packages.
 """
 
 from __future__ import annotations
 
-# Tensor type -> bits a weight, scales included.
-ELEMENT_TYPES: dict[str, float] = {
-    "F32": 32.0, "F16": 16.0, "BF16": 16.0, "Q8_0": 8.5, "Q6_K": 6.5625, "Q5_1": 6.0, "Q5_0": 5.5, "Q5_K": 5.5,
-    "Q4_1": 5.0, "Q4_0": 4.5, "Q4_K": 4.5, "IQ4_NL": 4.5, "NVFP4": 4.5, "IQ4_XS": 4.25, "MXFP4": 4.25,
-    "Q3_K": 3.4375, "IQ3_S": 3.4375, "IQ3_XXS": 3.0625, "Q2_K": 2.625, "IQ2_S": 2.5625, "IQ2_XS": 2.3125,
-    "IQ2_XXS": 2.0625, "TQ2_0": 2.0625, "IQ1_M": 1.75, "TQ1_0": 1.6875, "IQ1_S": 1.5625, "Q1_0": 1.125,
-}  # fmt: skip
+from quantize.files.gguf import TENSOR_TYPES
+
+_CHOICES = (
+    "F32", "F16", "BF16", "Q8_0", "Q6_K", "Q5_1", "Q5_0", "Q5_K", "Q4_1", "Q4_0", "Q4_K", "IQ4_NL", "NVFP4", "IQ4_XS",
+    "MXFP4", "Q3_K", "IQ3_S", "IQ3_XXS", "Q2_K", "IQ2_S", "IQ2_XS", "IQ2_XXS", "TQ2_0", "IQ1_M", "TQ1_0", "IQ1_S",
+    "Q1_0",
+)  # fmt: skip
+_BITS = {name: 8 * block_bytes / values for name, values, block_bytes in TENSOR_TYPES.values()}
+# Tensor type that a recipe may name -> bits a weight, scales included.
+ELEMENT_TYPES: dict[str, float] = {name: _BITS[name] for name in _CHOICES}
 
 UNQUANTIZED_TYPES = ("F32", "F16", "BF16")
 
