@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from quantize.build.spread.pool import Actor
+from quantize.build.spread.ray_cluster import RayInside
 from quantize.events import SilentReporter
 from quantize.numerics.gram import GramAccumulator
 from quantize.numerics.loops import round_block, symmetric
@@ -78,7 +79,7 @@ def test_what_the_user_has_set_stands_and_is_recorded(monkeypatch: pytest.Monkey
 
 @pytest.mark.usefixtures("unset")
 def test_a_worker_of_a_cluster_has_the_mode_too() -> None:
-    Actor()
+    Actor(RayInside())
     assert os.environ[MKL_MODE] == strict_mode()
 
 

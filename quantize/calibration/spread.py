@@ -10,8 +10,8 @@ from pathlib import Path
 class PassSpread:
     """Where a pass finds its workers, and what each takes of its node. None of it may change a bit of the results.
 
-    address: of the cluster's head, as Ray writes it. workers: as many as there may be. cores, gpus, memory_bytes: Ray
-    resources of one. trace: a Chrome trace is written there. watch: say what each worker does.
+    address: at which work on a node connects to the cluster. workers: as many as there may be. cores, gpus,
+    memory_bytes: what one takes of its node. trace: a Chrome trace is written there. watch: say what each worker does.
     """
 
     address: str

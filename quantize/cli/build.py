@@ -14,6 +14,7 @@ from quantize.build.execution import RunOptions
 from quantize.build.lockfile import hold, lock_path, read_lock
 from quantize.build.outcome import Outcome, OutcomeState
 from quantize.build.plan import Plan, make_plan
+from quantize.build.spread.cluster import check_address, forms
 from quantize.cli.common import (
     json_option,
     limits_options,
@@ -58,7 +59,7 @@ if TYPE_CHECKING:
 @click.option(
     "--cluster",
     metavar="ADDRESS",
-    help="Build on a Ray cluster: auto (the one that runs here), local, ray://HOST:PORT.",
+    help=f"Build on a cluster: {forms()}.",
 )
 @click.option("--watch", is_flag=True, help="With --cluster: show nodes, workers, blocks, queue and the time left.")
 @click.option(
@@ -122,13 +123,11 @@ def _cluster_options(
                 f"{'--watch' if watch else '--trace'} is for builds on a cluster", hint="add --cluster local"
             )
         return None
-    from quantize.build.spread.session import check_address, ray_module
     from quantize.cluster.units import ClusterOptions
 
     check_address(address)
     if device not in {"cpu", "cuda"}:
         raise UsageError(f"--device {device!r} is none of a cluster's", hint="use --device cpu or --device cuda")
-    ray_module()
     return ClusterOptions(address, threads, trace, watch)
 
 

@@ -1,4 +1,4 @@
-"""Recipes side by side on a cluster: each group of variants that share work is a task of Ray's for one node.
+"""Recipes side by side on a cluster: each group of variants that share work goes to one node.
 
 In: plans, a store and a cache that all nodes see. Out: Outcomes, as `execute` gives them. On its node a task executes
 a part of a plan; one calibration pass is spread over several nodes where there are more nodes than passes.
@@ -11,18 +11,29 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from quantize.build.execute import drop_intermediates, execute
 from quantize.build.execution import RunOptions
 from quantize.build.job import VariantJob
 from quantize.build.outcome import Outcome, OutcomeState
 from quantize.build.plan import Plan, confirm
-from quantize.build.spread.session import Node, able_nodes, cause_of, connected, working_nodes
+from quantize.build.spread.cluster import (
+    Cluster,
+    Handle,
+    Inside,
+    Lost,
+    Needs,
+    Node,
+    WorkFailed,
+    able_nodes,
+    connected,
+    working_nodes,
+)
 from quantize.build.spread.trace import Span, check_trace, read_trace, write_trace
 from quantize.calibration.spread import PassSpread
 from quantize.errors import BuildError, QuantizeError, UsageError, first_line
 from quantize.events import Event, note, status
+from quantize.formats.base import RunLimits
 from quantize.recipe.model import Recipe
 from quantize.store.store import Store
 from quantize.store.workspace import Workspace
@@ -65,7 +76,7 @@ class Unit:
 
 @dataclass(frozen=True)
 class Done:
-    """What a task brings back. node: Ray's id. Seconds since the epoch, by the node's clock."""
+    """What a task brings back. node: its name. Seconds since the epoch, by the node's clock."""
 
     outcomes: tuple[Outcome, ...]
     node: str
@@ -114,8 +125,8 @@ def execute_on_cluster(
     found = {plan.recipe.path.absolute(): plan for plan in plans}
     plans = [replace(plan, recipe=replace(plan.recipe, path=path)) for path, plan in found.items()]
     units = sorted((unit for plan in plans for unit in _units(plan)), key=lambda unit: -unit.work)
-    with connected(cluster.address) as ray:
-        outcomes = _Flight(ray, units, workspace, run, cluster).all()
+    with connected(cluster.address) as connection:
+        outcomes = _Flight(connection, units, workspace, run, cluster).all()
     if not run.keep_intermediates:
         worked = {path for (path, _), outcome in outcomes.items() if outcome.state is not OutcomeState.UP_TO_DATE}
         for plan in plans:
@@ -142,12 +153,12 @@ class _Flight:
     """The units on their way through one cluster."""
 
     def __init__(
-        self, ray: Any, units: Sequence[Unit], workspace: Workspace, run: RunOptions, cluster: ClusterOptions
+        self, connection: Cluster, units: Sequence[Unit], workspace: Workspace, run: RunOptions, cluster: ClusterOptions
     ) -> None:
-        self._ray, self._units, self._run, self._cluster = ray, units, run, cluster
+        self._connection, self._units, self._run, self._cluster = connection, units, run, cluster
         self._workspace, self._reporter = workspace, workspace.reporter
         gpu = run.limits.device != "cpu"
-        found = working_nodes(ray, gpu=gpu)
+        found = working_nodes(connection, gpu=gpu)
         self._sizes = Sizes.of(found, gpu=gpu, threads=cluster.threads)
         calibrated = sum(unit.calibrated for unit in units)
         self._spread = 0 < calibrated < self._sizes.places
@@ -155,55 +166,52 @@ class _Flight:
         cores = sum(node.cpus for node in found)
         counts = f"nodes: {len(found)}, cores: {cores}, builds: {len(units)}, at a time: {self._sizes.places}"
         note(self._reporter, "", counts)
-        self._mailbox = ray.remote(Mailbox).options(num_cpus=0).remote()
-        self._running: dict[Any, Unit] = {}
+        self._mailbox = connection.start(Mailbox, (), Needs())
+        self._running: dict[Handle, Unit] = {}
         self._spans: list[Span] = []
         self._outcomes: dict[tuple[Path, str], Outcome] = {}
         self._began, self._work_done, self._said = time.monotonic(), 0.0, 0.0
 
     def all(self) -> dict[tuple[Path, str], Outcome]:
         """Outcomes by (recipe's path, variant's name)."""
-        run_unit = self._ray.remote(run_unit_here)
         for number, unit in enumerate(self._units):
-            options, limits = self._needs(unit, number)
-            task = run_unit.options(max_retries=RETRIES, scheduling_strategy="SPREAD", **options)
+            needs, limits = self._needs(unit, number)
             run = replace(self._run, limits=limits, keep_intermediates=True)
             places = self._workspace.store.root, self._workspace.cache.root
-            reference = task.remote(unit.plan, *places, run, self._mailbox)
-            self._running[reference] = unit
+            arguments = (unit.plan, *places, run, self._mailbox, self._connection.inside)
+            self._running[self._connection.submit(run_unit_here, arguments, needs, tries=RETRIES + 1)] = unit
         while self._running:
-            done, _ = self._ray.wait([*self._running], num_returns=1, timeout=POLL_SECONDS)
+            done = self._connection.done([*self._running], POLL_SECONDS)
             self._relay()
-            for reference in done:
-                unit = self._running.pop(reference)
-                self._landed(unit, self._result(unit, reference))
+            for handle in done:
+                unit = self._running.pop(handle)
+                self._landed(unit, self._result(unit, handle))
             self._watch()
         self._relay()
         if self._cluster.trace is not None:
             self._write_trace(self._cluster.trace)
         return self._outcomes
 
-    def _needs(self, unit: Unit, number: int) -> tuple[dict[str, Any], Any]:
-        """Ray resources of a unit, and its limits; one that is spread waits for its workers, which take the cores."""
+    def _needs(self, unit: Unit, number: int) -> tuple[Needs, RunLimits]:
+        """What a unit takes of a node, and its limits; one that is spread waits for its workers, who take cores."""
         limits, sizes = self._run.limits, self._sizes
         device = "cuda" if sizes.gpus else "cpu"
-        memory = {"memory": limits.memory_budget_bytes} if limits.memory_budget_bytes else {}
         if not (self._spread and unit.calibrated):
-            options = {"num_cpus": sizes.cores, "num_gpus": sizes.gpus if unit.calibrated else 0, **memory}
-            return options, replace(limits, threads=sizes.cores, device=device if unit.calibrated else "cpu")
+            needs = Needs(sizes.cores, sizes.gpus if unit.calibrated else 0, limits.memory_budget_bytes or 0)
+            return needs, replace(limits, threads=sizes.cores, device=device if unit.calibrated else "cpu")
         trace = _part_of(self._cluster.trace.absolute(), number) if self._cluster.trace is not None else None
         spread = PassSpread(
             "", self._workers_each, sizes.worker_cores, sizes.gpus, limits.memory_budget_bytes or 0, trace,
             self._cluster.watch,
         )  # fmt: skip
-        return {"num_cpus": 0}, replace(limits, threads=sizes.cores, device=device, spread=spread)
+        return Needs(), replace(limits, threads=sizes.cores, device=device, spread=spread)
 
-    def _result(self, unit: Unit, reference: Any) -> Done:
+    def _result(self, unit: Unit, handle: Handle) -> Done:
         try:
-            found: Done = self._ray.get(reference)
+            found: Done = self._connection.get(handle)
             return found
-        except self._ray.exceptions.RayError as exc:
-            cause = cause_of(exc)
+        except (Lost, WorkFailed) as exc:
+            cause = exc.cause if isinstance(exc, WorkFailed) else exc
             error = cause if isinstance(cause, QuantizeError) else BuildError(f"{unit.name}: {first_line(cause)}")
             now = time.time()
             outcomes = tuple(Outcome(name, OutcomeState.FAILED, error=error) for name in unit.variants)
@@ -215,14 +223,15 @@ class _Flight:
         for outcome in done.outcomes:
             self._outcomes[unit.plan.recipe.path, outcome.variant] = outcome
         if not self._run.keep_going and any(item.error for item in done.outcomes):
-            for reference, waiting in self._running.items():
-                self._ray.cancel(reference)
+            for handle, waiting in self._running.items():
+                self._connection.cancel(handle)
                 for name in waiting.variants:
                     self._outcomes[waiting.plan.recipe.path, name] = Outcome(name, OutcomeState.SKIPPED)
             self._running.clear()
 
     def _relay(self) -> None:
-        for recipe, event in self._ray.get(self._mailbox.take.remote()):
+        (taken,) = self._connection.call(self._mailbox, "take", ())
+        for recipe, event in self._connection.get(taken):
             subject = f"{recipe}/{event.subject}" if event.subject else recipe
             self._reporter.emit(replace(event, subject=subject))
 
@@ -234,7 +243,7 @@ class _Flight:
         total = sum(unit.work for unit in self._units)
         left = f", about {spent * (total - self._work_done) / self._work_done:,.0f} s left" if self._work_done else ""
         busy = min(len(self._running), self._sizes.places)
-        alive = len(able_nodes(self._ray, gpu=self._sizes.gpus > 0))
+        alive = len(able_nodes(self._connection, gpu=self._sizes.gpus > 0))
         counts = f"running {busy}, waiting {len(self._running) - busy}, done {len(self._units) - len(self._running)}"
         status(self._reporter, "cluster", f"nodes {alive}; builds: {counts}{left}")
 
@@ -272,30 +281,28 @@ class Mailbox:
 class MailReporter:
     """Sends events to the mailbox; waits for nothing."""
 
-    def __init__(self, mailbox: Any, recipe: str) -> None:
-        self._mailbox, self._recipe = mailbox, recipe
+    def __init__(self, inside: Inside, mailbox: Handle, recipe: str) -> None:
+        self._inside, self._mailbox, self._recipe = inside, mailbox, recipe
 
     def emit(self, event: Event) -> None:
         """Send one event."""
-        self._mailbox.put.remote(self._recipe, event)
+        self._inside.tell(self._mailbox, "put", self._recipe, event)
 
 
-def run_unit_here(plan: Plan, store: Path, cache: Path, run: RunOptions, mailbox: Any) -> Done:
-    """A part of a plan, executed on the node that Ray has chosen; its pass may be spread over others.
+def run_unit_here(plan: Plan, store: Path, cache: Path, run: RunOptions, mailbox: Handle, inside: Inside) -> Done:
+    """A part of a plan, executed on the node that was chosen for it; its pass may be spread over others.
 
     Raises BuildError, PlanError: what the plan was made of is not on the node.
     """
-    import ray
-
-    here = ray.get_runtime_context()
-    os.environ["OMP_NUM_THREADS"] = str(run.limits.threads)  # Ray has set it to what the task reserves: 1 for none
+    here = inside.here()
+    os.environ["OMP_NUM_THREADS"] = str(run.limits.threads)  # a scheduler may have set it to what the task reserves
     if run.limits.spread is not None:
-        spread = replace(run.limits.spread, address=here.gcs_address)
+        spread = replace(run.limits.spread, address=inside.address())
         run = replace(run, limits=replace(run.limits, spread=spread))
     if not plan.recipe.path.is_file():
         hint = "put recipes, sources, cache and store on storage that every node has under the same path"
-        raise BuildError(f"node {here.get_node_id()[:6]} does not see {plan.recipe.path}", hint=hint)
-    workspace = Workspace(Store(store), Cache(cache), MailReporter(mailbox, plan.recipe.name))
+        raise BuildError(f"node {here.name[:6]} does not see {plan.recipe.path}", hint=hint)
+    workspace = Workspace(Store(store), Cache(cache), MailReporter(inside, mailbox, plan.recipe.name))
     started = time.time()
     outcomes = execute(confirm(plan, workspace), workspace, run)
-    return Done(tuple(outcomes), here.get_node_id(), started, time.time())
+    return Done(tuple(outcomes), here.name, started, time.time())

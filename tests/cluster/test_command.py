@@ -15,7 +15,7 @@ import pytest
 from quantize.build.execution import RunOptions
 from quantize.build.outcome import OutcomeState
 from quantize.build.plan import make_plan
-from quantize.build.spread.session import Node
+from quantize.build.spread.cluster import Node
 from quantize.build.spread.trace import read_trace
 from quantize.cluster.units import ClusterOptions, Sizes, execute_on_cluster
 from quantize.errors import PlanError, UsageError

@@ -9,6 +9,7 @@ from unittest.mock import MagicMock
 import pytest
 
 from benchmarks.scale import overlap_seconds
+from quantize.build.spread.cluster import Node
 from quantize.build.spread.cost import block_costs
 from quantize.build.spread.passwork import deal
 from quantize.build.spread.pool import Pool, PoolWorker, WorkerMachine
@@ -28,7 +29,9 @@ MACHINE = WorkerMachine("cpu AVX512", "bfloat16", ("torch 2.13.0",), "a" * 56, "
 
 @pytest.fixture
 def pool(tmp_path: Path) -> Pool:
-    return Pool(MagicMock(), PassSpread("10.0.0.1:6379", 1, 1), "cpu", tmp_path, ListReporter())
+    cluster = MagicMock()
+    cluster.call.side_effect = lambda *_: (object(),)
+    return Pool(cluster, PassSpread("10.0.0.1:6379", 1, 1), "cpu", tmp_path, ListReporter())
 
 
 def worker(name: str) -> PoolWorker:
@@ -54,10 +57,9 @@ def test_a_node_that_does_not_see_the_store_is_named(pool: Pool, tmp_path: Path)
 
 @pytest.mark.parametrize(("store_bytes", "blocks"), [(16_000, 2), (8_000, 1), (7_999, None), (10**9, MOST_IN_FLIGHT)])
 def test_blocks_under_way_fit_half_of_the_object_stores(pool: Pool, store_bytes: int, blocks: int | None) -> None:
-    ray = MagicMock()
-    node = {"Alive": True, "NodeID": "n", "NodeManagerAddress": "10.0.0.1"}
-    ray.nodes.return_value = [{**node, "Resources": {"CPU": 1, "object_store_memory": store_bytes}}] * 2
-    found = SpreadPass(ray, pool, PassSpread("", 2, 1), ListReporter())
+    cluster = MagicMock()
+    cluster.nodes.return_value = [Node("n", "10.0.0.1", 1, 0, 0, store_bytes)] * 2
+    found = SpreadPass(cluster, pool, PassSpread("", 2, 1), ListReporter())
     found._shares = deal([[1] * 10] * 3, "cpu")
     if blocks is None:
         with pytest.raises(BuildError, match="object stores"):

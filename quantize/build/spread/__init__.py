@@ -1,1 +1,1 @@
-"""One calibration pass over the machines of a Ray cluster."""
+"""One calibration pass over the machines of a cluster."""

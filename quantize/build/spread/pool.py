@@ -1,4 +1,4 @@
-"""The workers of a spread pass: Ray actors that come, work and die.
+"""The workers of a spread pass: objects on a cluster's nodes that come, work and die.
 
 In: how many there may be, calls. Out: their answers, or that they are gone. Left to others: which calls (spread), what
 a call does (passwork).
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from quantize.build.spread.session import cause_of, nodes
+from quantize.build.spread.cluster import Cluster, Handle, Inside, Lost, Needs, WorkFailed
 from quantize.calibration.spread import PassSpread
 from quantize.errors import BuildError, PlanError, QuantizeError, first_line
 from quantize.events import Event, Reporter, note, warn
@@ -28,7 +28,7 @@ POLL_SECONDS = 1.0
 
 @dataclass(frozen=True)
 class WorkerMachine:
-    """What a worker's results depend on beside its inputs, and where it is. node: Ray's id."""
+    """What a worker's results depend on beside its inputs, and where it is. node: its name."""
 
     device: str
     precision: Precision
@@ -57,40 +57,28 @@ class WorkerReport:
 
 @dataclass
 class PoolWorker:
-    """One actor. machine: None until it has answered. task: what it was given last, None while it is free."""
+    """One worker. machine: None until it has answered. task: what it was given last, None while it is free."""
 
     name: str
-    actor: Any
+    actor: Handle
     machine: WorkerMachine | None = None
     task: Any = None
-    results: tuple[Any, ...] = ()
-
-
-class Lost(Exception):
-    """A worker is gone, or data that a call needs. data: it is the data."""
-
-    def __init__(self, reason: str, *, data: bool) -> None:
-        super().__init__(reason)
-        self.data = data
+    results: tuple[Handle, ...] = ()
 
 
 class Pool:
-    """Up to `spread.workers` actors; one that dies is replaced as soon as the cluster has room."""
+    """Up to `spread.workers` workers; one that dies is replaced as soon as the cluster has room."""
 
-    def __init__(self, ray: Any, spread: PassSpread, device: str, folder: Path, reporter: Reporter) -> None:
-        self._ray, self._spread, self._device, self._folder, self._reporter = ray, spread, device, folder, reporter
-        self._plan: Any = None
+    def __init__(self, cluster: Cluster, spread: PassSpread, device: str, folder: Path, reporter: Reporter) -> None:
+        self._cluster, self._device, self._folder, self._reporter = cluster, device, folder, reporter
+        self._plan: Handle | None = None
         self._kind: tuple[str, ...] | None = None
-        self._waiting: dict[Any, PoolWorker] = {}  # the reference of a worker's answer -> the worker
+        self._waiting: dict[Handle, PoolWorker] = {}  # the handle of a worker's answer -> the worker
         self._early: list[tuple[PoolWorker, WorkerMachine]] = []  # that have answered before there was a plan
         self._present: set[str] = set()
         self._count = 0
         (folder / PROBE_NAME).write_text("for other nodes to see", encoding="utf-8")
-        actor = ray.remote(Actor)
-        options: dict[str, Any] = {"num_cpus": spread.cores, "num_gpus": spread.gpus, "max_restarts": 0}
-        if spread.memory_bytes:
-            options["memory"] = spread.memory_bytes
-        self._make = actor.options(scheduling_strategy="SPREAD", **options).remote
+        self._needs = Needs(spread.cores, spread.gpus, spread.memory_bytes)
         for _ in range(spread.workers):
             self._add()
 
@@ -102,29 +90,23 @@ class Pool:
 
     def begin(self, plan: PassPlan) -> None:
         """Give all workers, also those to come, the plan of the pass."""
-        self._plan = self._ray.put(plan)
+        self._plan = self._cluster.put(plan)
         for worker, _ in self._early:
             self.call(worker, None, "begin", (self._plan,), 1)
 
     def call(self, worker: PoolWorker, task: Any, method: str, arguments: Sequence[Any], results: int) -> None:
         """Have a free worker do something; its first result is a WorkerReport."""
-        answers = getattr(worker.actor, method).options(num_returns=results).remote(*arguments)
-        answers = answers if isinstance(answers, list) else [answers]
-        worker.task, worker.results = task, tuple(answers)
-        self._waiting[answers[0]] = worker
+        worker.task, worker.results = task, self._cluster.call(worker.actor, method, arguments, results)
+        self._waiting[worker.results[0]] = worker
 
     def wait(self, seconds: float) -> list[tuple[PoolWorker, WorkerReport | Lost | None]]:
         """Workers that have answered, or are gone; None: it is new, and ready for work."""
         if not self._waiting:
             return []
-        done, _ = self._ray.wait([*self._waiting], num_returns=1, timeout=seconds)
-        if done:
-            more, _ = self._ray.wait([*self._waiting], num_returns=len(self._waiting), timeout=0)
-            done = list(dict.fromkeys([*done, *more]))
         found: list[tuple[PoolWorker, WorkerReport | Lost | None]] = []
-        for reference in done:
-            worker = self._waiting.pop(reference)
-            answer = self._answer(worker, reference)
+        for handle in self._cluster.done([*self._waiting], seconds):
+            worker = self._waiting.pop(handle)
+            answer = self._answer(worker, handle)
             if isinstance(answer, WorkerMachine):
                 self._welcome(worker, answer)
             else:
@@ -136,39 +118,39 @@ class Pool:
         return len(self._present)
 
     def live_nodes(self) -> set[str]:
-        """Ids of the nodes that are alive."""
-        return {node.name for node in nodes(self._ray)}
+        """Names of the nodes that are alive."""
+        return {node.name for node in self._cluster.nodes()}
 
     def close(self) -> None:
         """End all workers."""
         for worker in self._waiting.values():
-            self._ray.kill(worker.actor)
+            self._cluster.end(worker.actor)
         (self._folder / PROBE_NAME).unlink(missing_ok=True)
 
     def release(self, worker: PoolWorker) -> None:
         """End a worker that has nothing left to do: what it took of its node is for others."""
-        self._ray.kill(worker.actor)
+        self._cluster.end(worker.actor)
 
     def _add(self) -> None:
-        worker = PoolWorker(f"worker {self._count}", self._make())
+        actor = self._cluster.start(Actor, (self._cluster.inside,), self._needs)
+        worker = PoolWorker(f"worker {self._count}", actor)
         self._count += 1
-        self._waiting[worker.actor.hello.remote(self._device, str(self._folder / PROBE_NAME))] = worker
+        (answer,) = self._cluster.call(actor, "hello", (self._device, str(self._folder / PROBE_NAME)))
+        self._waiting[answer] = worker
 
-    def _answer(self, worker: PoolWorker, reference: Any) -> WorkerMachine | WorkerReport | Lost | None:
-        errors = self._ray.exceptions
+    def _answer(self, worker: PoolWorker, handle: Handle) -> WorkerMachine | WorkerReport | Lost | None:
         try:
-            answer: WorkerMachine | WorkerReport | None = self._ray.get(reference)
-        except errors.RayActorError as exc:
+            answer: WorkerMachine | WorkerReport | None = self._cluster.get(handle)
+        except Lost as lost:
+            if lost.data:
+                return lost
             self._present.discard(worker.name)
             self._add()
-            return Lost(f"{worker.name} is gone: {first_line(exc)}", data=False)
-        except (errors.ObjectLostError, errors.RayTaskError) as exc:
-            cause = cause_of(exc)
-            if isinstance(exc, errors.ObjectLostError) or isinstance(cause, errors.ObjectLostError):
-                return Lost(first_line(cause), data=True)
-            if isinstance(cause, QuantizeError):
-                raise cause from None
-            raise BuildError(f"{worker.name}: {type(cause).__name__}: {first_line(cause)}") from exc
+            return Lost(f"{worker.name} is gone: {lost}", data=False)
+        except WorkFailed as exc:
+            if isinstance(exc.cause, QuantizeError):
+                raise exc.cause from None
+            raise BuildError(f"{worker.name}: {type(exc.cause).__name__}: {first_line(exc.cause)}") from exc
         return answer
 
     def _welcome(self, worker: PoolWorker, machine: WorkerMachine) -> None:
@@ -199,29 +181,27 @@ class Pool:
 
 
 class Actor:
-    """A PassWorker in a process that Ray started; says when it did what."""
+    """A PassWorker in a process of a node; says when it did what."""
 
-    def __init__(self) -> None:
+    def __init__(self, inside: Inside) -> None:
         from quantize.system.process import settle_libraries
 
         settle_libraries()
+        self._inside = inside
         self._work: Any = None
 
     def hello(self, device: str, probe: str) -> WorkerMachine:
         """What this machine is."""
-        import ray
-
         from quantize import __version__
         from quantize.calibration.stream import fastest_precision
         from quantize.store.manifest import tool_versions
         from quantize.system.processor import device_name
 
-        here = ray.get_runtime_context().get_node_id()
-        address = next(node.address for node in nodes(ray) if node.name == here)
+        here = self._inside.here()
         versions = {"quantize": __version__, **tool_versions(("torch", "transformers"))}
         shown = tuple(f"{name} {version}" for name, version in versions.items())
         name, precision = device_name(device), fastest_precision(device)
-        return WorkerMachine(name, precision, shown, here, address, os.getpid(), Path(probe).is_file())
+        return WorkerMachine(name, precision, shown, here.name, here.address, os.getpid(), Path(probe).is_file())
 
     def begin(self, plan: PassPlan) -> None:
         """Get ready for the pass."""
@@ -240,10 +220,8 @@ class Actor:
 
     def complete(self, block: int, keys: Sequence[str], shares: Sequence[Any]) -> tuple[Any, ...]:
         """See PassWorker; the shares are fetched one after another, and each Gram matrix is a result of its own."""
-        import ray
-
         started = time.time()
-        grams = self._work.complete(block, (ray.get(reference) for reference in shares))
+        grams = self._work.complete(block, map(self._inside.fetch, shares))
         return (self._report(started), *(grams[key] for key in keys))
 
     def solve(self, block: int, part: int, piece: int, keys: Sequence[str], *grams: Any) -> WorkerReport:

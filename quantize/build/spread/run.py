@@ -13,11 +13,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+from quantize.build.spread.cluster import Cluster, Handle, Lost, connected
 from quantize.build.spread.cost import pass_costs
 from quantize.build.spread.passwork import PassPlan, deal, share_folder
-from quantize.build.spread.pool import Lost, Pool, PoolWorker, WorkerMachine, WorkerReport
+from quantize.build.spread.pool import Pool, PoolWorker, WorkerMachine, WorkerReport
 from quantize.build.spread.schedule import COMPLETE, FORWARD, Schedule, Task
-from quantize.build.spread.session import connected, nodes
 from quantize.build.spread.trace import Span, write_trace
 from quantize.build.spread.watch import PassWatch
 from quantize.calibration.hidden_states import SavedStates, remove_before
@@ -49,11 +49,11 @@ class Lacking:
 @contextmanager
 def spread_over(spread: PassSpread, device: str, folder: Any, reporter: Reporter) -> Iterator[SpreadPass]:
     """A pass on the workers of a cluster, as long as the context is open. Raises UsageError: no cluster answers."""
-    with connected(spread.address) as ray:
+    with connected(spread.address) as cluster:
         status(reporter, "", f"waiting for workers: up to {spread.workers} with {spread.cores} cores each")
-        pool = Pool(ray, spread, device, folder, reporter)
+        pool = Pool(cluster, spread, device, folder, reporter)
         try:
-            yield SpreadPass(ray, pool, spread, reporter)
+            yield SpreadPass(cluster, pool, spread, reporter)
         finally:
             pool.close()
 
@@ -61,12 +61,12 @@ def spread_over(spread: PassSpread, device: str, folder: Any, reporter: Reporter
 class SpreadPass:
     """One pass: keeps workers busy until every part has every block."""
 
-    def __init__(self, ray: Any, pool: Pool, spread: PassSpread, reporter: Reporter) -> None:
-        self._ray, self._pool, self._spread, self._reporter = ray, pool, spread, reporter
+    def __init__(self, cluster: Cluster, pool: Pool, spread: PassSpread, reporter: Reporter) -> None:
+        self._cluster, self._pool, self._spread, self._reporter = cluster, pool, spread, reporter
         self._free: list[PoolWorker] = []
         self._saved: dict[tuple[int, int], SavedStates] = {}  # (share, block) -> the block's input
-        self._sums: dict[tuple[int, int], Any] = {}  # (block, share) -> reference
-        self._grams: dict[int, dict[str, Any]] = {}  # block -> references by key
+        self._sums: dict[tuple[int, int], Handle] = {}  # (block, share)
+        self._grams: dict[int, dict[str, Handle]] = {}  # by block and key
         self._solved: dict[int, dict[tuple[int, int], tuple[Any, float]]] = {}
         self._nodes: dict[str, str] = {}  # worker -> node
         self._deaths: dict[Task, int] = {}
@@ -118,11 +118,11 @@ class SpreadPass:
 
     def _in_flight(self, gram_bytes: int) -> int:
         """Blocks between the first forward pass and the last solve, so that their sums fit the object stores."""
-        room = STORE_SHARE * sum(node.store_bytes for node in nodes(self._ray))
+        room = STORE_SHARE * sum(node.store_bytes for node in self._cluster.nodes())
         fitting = int(room // (gram_bytes * (len(self._shares) + 1)))
         if fitting < 1:
             needed = gram_bytes * (len(self._shares) + 1) / STORE_SHARE
-            hint = "start nodes with a larger --object-store-memory, or more nodes"
+            hint = "start nodes with a larger object store, or more nodes"
             raise BuildError(f"a block's sums take {needed / 1e9:.1f} GB of the cluster's object stores", hint=hint)
         return min(MOST_IN_FLIGHT, fitting)
 
