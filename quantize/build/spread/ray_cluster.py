@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from quantize.build.spread.cluster import Handle, Lost, Needs, Node, WorkFailed
+from quantize.build.spread.cluster import Handle, Lost, Node, Reservation, WorkFailed
 from quantize.errors import MissingExtraError, UsageError, first_line
 
 LOCAL, AUTO = "local", "auto"
@@ -108,7 +108,9 @@ class RayCluster:
         found: Handle = self._ray.put(value)
         return found
 
-    def submit(self, function: Callable[..., Any], arguments: Sequence[Any], needs: Needs, *, tries: int) -> Handle:
+    def submit(
+        self, function: Callable[..., Any], arguments: Sequence[Any], needs: Reservation, *, tries: int
+    ) -> Handle:
         """A task."""
         task = self._remote(function).options(max_retries=tries - 1, scheduling_strategy="SPREAD", **_options(needs))
         found: Handle = task.remote(*arguments)
@@ -118,7 +120,7 @@ class RayCluster:
         """Cancel a task."""
         self._ray.cancel(handle)
 
-    def start(self, kind: type, arguments: Sequence[Any], needs: Needs) -> Handle:
+    def start(self, kind: type, arguments: Sequence[Any], needs: Reservation) -> Handle:
         """An actor."""
         made = self._remote(kind).options(max_restarts=0, scheduling_strategy="SPREAD", **_options(needs))
         found: Handle = made.remote(*arguments)
@@ -160,7 +162,7 @@ class RayCluster:
         return self._made[what]
 
 
-def _options(needs: Needs) -> dict[str, Any]:
+def _options(needs: Reservation) -> dict[str, Any]:
     memory = {"memory": needs.memory_bytes} if needs.memory_bytes else {}
     return {"num_cpus": needs.cores, "num_gpus": needs.gpus, **memory}
 
