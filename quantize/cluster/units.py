@@ -23,7 +23,7 @@ from quantize.build.spread.cluster import (
     Inside,
     Lost,
     Node,
-    Reservation,
+    Takes,
     WorkFailed,
     able_nodes,
     connected,
@@ -166,7 +166,7 @@ class _Flight:
         cores = sum(node.cpus for node in found)
         counts = f"nodes: {len(found)}, cores: {cores}, builds: {len(units)}, at a time: {self._sizes.places}"
         note(self._reporter, "", counts)
-        self._mailbox = connection.start(Mailbox, (), Reservation())
+        self._mailbox = connection.start(Mailbox, (), Takes())
         self._running: dict[Handle, Unit] = {}
         self._spans: list[Span] = []
         self._outcomes: dict[tuple[Path, str], Outcome] = {}
@@ -192,19 +192,19 @@ class _Flight:
             self._write_trace(self._cluster.trace)
         return self._outcomes
 
-    def _needs(self, unit: Unit, number: int) -> tuple[Reservation, RunLimits]:
+    def _needs(self, unit: Unit, number: int) -> tuple[Takes, RunLimits]:
         """What a unit takes of a node, and its limits; one that is spread waits for its workers, who take cores."""
         limits, sizes = self._run.limits, self._sizes
         device = "cuda" if sizes.gpus else "cpu"
         if not (self._spread and unit.calibrated):
-            needs = Reservation(sizes.cores, sizes.gpus if unit.calibrated else 0, limits.memory_budget_bytes or 0)
+            needs = Takes(sizes.cores, sizes.gpus if unit.calibrated else 0, limits.memory_budget_bytes or 0)
             return needs, replace(limits, threads=sizes.cores, device=device if unit.calibrated else "cpu")
         trace = _part_of(self._cluster.trace.absolute(), number) if self._cluster.trace is not None else None
         spread = PassSpread(
             "", self._workers_each, sizes.worker_cores, sizes.gpus, limits.memory_budget_bytes or 0, trace,
             self._cluster.watch,
         )  # fmt: skip
-        return Reservation(), replace(limits, threads=sizes.cores, device=device, spread=spread)
+        return Takes(), replace(limits, threads=sizes.cores, device=device, spread=spread)
 
     def _result(self, unit: Unit, handle: Handle) -> Done:
         try:

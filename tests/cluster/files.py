@@ -22,7 +22,7 @@ from multiprocessing.connection import Client, Listener
 from pathlib import Path
 from typing import Any
 
-from quantize.build.spread.cluster import Handle, Lost, Node, Reservation, WorkFailed
+from quantize.build.spread.cluster import Handle, Lost, Node, Takes, WorkFailed
 from quantize.errors import UsageError
 
 NODE = "FILES_NODE"
@@ -96,15 +96,13 @@ class FileCluster:
         handle.write(("value", value))
         return handle
 
-    def submit(
-        self, function: Callable[..., Any], arguments: Sequence[Any], needs: Reservation, *, tries: int
-    ) -> Handle:
+    def submit(self, function: Callable[..., Any], arguments: Sequence[Any], needs: Takes, *, tries: int) -> Handle:
         return self._begin("work", (function, arguments))
 
     def cancel(self, handle: Handle) -> None:
         self.end(handle)
 
-    def start(self, kind: type, arguments: Sequence[Any], needs: Reservation) -> Handle:
+    def start(self, kind: type, arguments: Sequence[Any], needs: Takes) -> Handle:
         return self._begin("worker", (kind, arguments))
 
     def call(self, worker: Handle, method: str, arguments: Sequence[Any], results: int = 1) -> tuple[Handle, ...]:

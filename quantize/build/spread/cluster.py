@@ -35,7 +35,7 @@ class Node:
 
 
 @dataclass(frozen=True)
-class Reservation:
+class Takes:
     """What work takes of its node; memory_bytes 0: nobody has said."""
 
     cores: int = 0
@@ -78,8 +78,8 @@ class Inside(Protocol):
 class Cluster(Protocol):
     """A connection to a cluster.
 
-    A worker is an object in a process of its own, which does one thing after another. Reservation are met by one node; work
-    that needs more than is free waits.
+    A worker is an object in a process of its own, which does one thing after another. Work takes what it needs of one
+    node; where it needs more than is free, it waits.
     """
 
     inside: Inside
@@ -90,15 +90,13 @@ class Cluster(Protocol):
     def put(self, value: Any) -> Handle:
         """Have a value where all nodes get it."""
 
-    def submit(
-        self, function: Callable[..., Any], arguments: Sequence[Any], needs: Reservation, *, tries: int
-    ) -> Handle:
+    def submit(self, function: Callable[..., Any], arguments: Sequence[Any], needs: Takes, *, tries: int) -> Handle:
         """Have a function called on a node, and again on another while its node or process dies."""
 
     def cancel(self, handle: Handle) -> None:
         """Have work not begin, or end."""
 
-    def start(self, kind: type, arguments: Sequence[Any], needs: Reservation) -> Handle:
+    def start(self, kind: type, arguments: Sequence[Any], needs: Takes) -> Handle:
         """A worker: an instance of a class. It is there when it answers its first call."""
 
     def call(self, worker: Handle, method: str, arguments: Sequence[Any], results: int = 1) -> tuple[Handle, ...]:

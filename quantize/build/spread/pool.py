@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from quantize.build.spread.cluster import Cluster, Handle, Inside, Lost, Reservation, WorkFailed
+from quantize.build.spread.cluster import Cluster, Handle, Inside, Lost, Takes, WorkFailed
 from quantize.calibration.spread import PassSpread
 from quantize.errors import BuildError, PlanError, QuantizeError, first_line
 from quantize.events import Event, Reporter, note, warn
@@ -78,7 +78,7 @@ class Pool:
         self._present: set[str] = set()
         self._count = 0
         (folder / PROBE_NAME).write_text("for other nodes to see", encoding="utf-8")
-        self._needs = Reservation(spread.cores, spread.gpus, spread.memory_bytes)
+        self._needs = Takes(spread.cores, spread.gpus, spread.memory_bytes)
         for _ in range(spread.workers):
             self._add()
 

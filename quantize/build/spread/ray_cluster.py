@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from quantize.build.spread.cluster import Handle, Lost, Node, Reservation, WorkFailed
+from quantize.build.spread.cluster import Handle, Lost, Node, Takes, WorkFailed
 from quantize.errors import MissingExtraError, UsageError, first_line
 
 LOCAL, AUTO = "local", "auto"
@@ -108,9 +108,7 @@ class RayCluster:
         found: Handle = self._ray.put(value)
         return found
 
-    def submit(
-        self, function: Callable[..., Any], arguments: Sequence[Any], needs: Reservation, *, tries: int
-    ) -> Handle:
+    def submit(self, function: Callable[..., Any], arguments: Sequence[Any], needs: Takes, *, tries: int) -> Handle:
         """A task."""
         task = self._remote(function).options(max_retries=tries - 1, scheduling_strategy="SPREAD", **_options(needs))
         found: Handle = task.remote(*arguments)
@@ -120,7 +118,7 @@ class RayCluster:
         """Cancel a task."""
         self._ray.cancel(handle)
 
-    def start(self, kind: type, arguments: Sequence[Any], needs: Reservation) -> Handle:
+    def start(self, kind: type, arguments: Sequence[Any], needs: Takes) -> Handle:
         """An actor."""
         made = self._remote(kind).options(max_restarts=0, scheduling_strategy="SPREAD", **_options(needs))
         found: Handle = made.remote(*arguments)
@@ -162,7 +160,7 @@ class RayCluster:
         return self._made[what]
 
 
-def _options(needs: Reservation) -> dict[str, Any]:
+def _options(needs: Takes) -> dict[str, Any]:
     memory = {"memory": needs.memory_bytes} if needs.memory_bytes else {}
     return {"num_cpus": needs.cores, "num_gpus": needs.gpus, **memory}
 
