@@ -116,8 +116,8 @@ class GpuNeed:
         if self.pass_bytes <= self.free_bytes:
             return None
         return PlanError(
-            f"the calibration pass takes {self.pass_bytes / 2**20:,.0f} MiB of the GPU {self.device}, which has "
-            f"{self.free_bytes / 2**20:,.0f} MiB free: {self.pass_bytes - self.free_bytes:,} bytes are missing",
+            f"the calibration pass takes {mebibytes_text(self.pass_bytes)} of the GPU {self.device}, which has "
+            f"{mebibytes_text(self.free_bytes)} free: {self.pass_bytes - self.free_bytes:,} bytes are missing",
             hint="close what else uses the GPU, build fewer variants at once with --only, or use --device cpu",
         )
 
