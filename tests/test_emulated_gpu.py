@@ -145,7 +145,7 @@ def test_hidden_states_are_on_the_gpu_else_in_memory_else_in_files(
 ) -> None:
     with emulated_gpu():
         runner = block_runner.BlockRunner(llama.folder, dict(llama.config), "cuda", "float32")
-        states = open_states(runner, 100, Spill(tmp_path, memory, gpu))
+        states = open_states(runner, 100, Spill(tmp_path, memory, gpu_bytes=gpu))
         assert isinstance(states, kind)
         assert not where or states._states.device.type == where  # type: ignore[attr-defined]
 
@@ -156,7 +156,9 @@ def test_where_hidden_states_are_changes_no_bit(
 ) -> None:
     with emulated_gpu():
         expected = _matrices(stream_blocks(llama, token_ids(), device="cuda"))
-        found = _matrices(stream_blocks(llama, token_ids(), device="cuda", spill=Spill(tmp_path, memory, gpu)))
+        found = _matrices(
+            stream_blocks(llama, token_ids(), device="cuda", spill=Spill(tmp_path, memory, gpu_bytes=gpu))
+        )
     assert all(torch.equal(one, two) for one, two in zip(expected, found, strict=True))
 
 

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from quantize.build.calibrate import _Part, _states_budget
+from quantize.build.calibrate import _Part, _spill
 from quantize.calibration.budget import BASE_BYTES, BlockMemory, largest_block, least_bytes, memory_short, pass_bytes
+from quantize.calibration.journal import PassJournal
 from quantize.errors import PlanError
 from quantize.events import SilentReporter
 from quantize.formats import builders, option_models
@@ -95,7 +96,7 @@ def test_hidden_states_get_what_the_budget_leaves(recipe_path: Path, tmp_path: P
             options = (item.name, item.options, source, checkpoint, cache, tmp_path, tmp_path)
             context, builder = Context(*options, RunLimits(1, "cpu", budget)), builders()[item.format]
             parts.append(_Part(context, builder, builder.collector(context, SilentReporter())))
-        return _states_budget(parts)
+        return _spill(PassJournal(tmp_path, {}, SilentReporter()), parts, tmp_path).budget_bytes
 
     assert [left(None), left(least - 1), left(least), left(least + 99)] == [None, 0, 0, 99]
 

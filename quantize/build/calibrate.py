@@ -262,7 +262,7 @@ def _spill(journal: PassJournal, parts: list[_Part], folder: Path) -> Spill:
     if budget is not None:
         taken = host_bytes(context.checkpoint) if on_gpu else pass_bytes(context.checkpoint, solvers, limits.threads)
         budget = max(0, budget - taken)
-    return Spill(folder, budget, max(0, gpu_bytes), journal.saved, journal.keep)
+    return Spill(folder, budget, journal.saved, journal.keep, max(0, gpu_bytes))
 
 
 def _spread(

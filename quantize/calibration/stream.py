@@ -76,16 +76,16 @@ class Block:
 class Spill:
     """Where hidden states go. folder: on disk. budget_bytes: kept in memory up to that, None for any size.
 
-    gpu_bytes: kept on the GPU up to that, if the pass runs on one; None for any size.
     saved: what an earlier run left there; the pass goes on from it. keep: called after each block but the last with the
-    states that go into the next one, before the block is yielded.
+    states that go into the next one, before the block is yielded. gpu_bytes: kept on the GPU up to that, if the pass
+    runs on one; None for any size.
     """
 
     folder: Path | None = None
     budget_bytes: int | None = None
-    gpu_bytes: int | None = None
     saved: SavedStates | None = None
     keep: Callable[[HiddenStates], None] | None = None
+    gpu_bytes: int | None = None
 
 
 def stream_blocks(
