@@ -59,6 +59,36 @@ CARD = "---\nlicense: mit\nbase_model: org/name\ntags: [a, b]\n---\n\n# A model\
 ROWS = '{"text": "Some words."}\n{"text": [{"role": "user", "content": "Hello"}]}\n'
 
 
+JSON_SCHEMAS: tuple[dict[str, Any], ...] = (
+    {"type": "object", "propertyNames": {"maxLength": 9}, "additionalProperties": {"type": "null"}, "maxProperties": 3},
+    {
+        "type": "object", "required": ["name", "age"], "additionalProperties": False, "minProperties": 2,
+        "properties": {
+            "name": {"type": "string", "minLength": 1, "maxLength": 40, "title": "Name"},
+            "code": {"type": "string", "pattern": "^[A-Z]{2}-(\\d{3}|[^a-z])+$"},
+            "age": {"type": "integer", "minimum": 0, "exclusiveMaximum": 130.5},
+            "when": {"type": "string", "format": "date-time"},
+            "kind": {"enum": ["a", "ab", 3, None, {"x": [1.5]}]},
+            "child": {"$ref": "#"},
+        },
+    },
+    {
+        "$defs": {"leaf": {"$anchor": "leaf", "type": ["number", "null"], "maximum": 1e3}, "pair": {
+            "type": "array", "prefixItems": [{"$ref": "#leaf"}, {"const": "x"}], "items": {"$ref": "#/$defs/pair"}}},
+        "anyOf": [{"$ref": "#/$defs/pair"}, {"type": "array", "items": {"multipleOf": 2, "minimum": -6, "maximum": 6},
+                                             "minItems": 1, "maxItems": 20000, "uniqueItems": False}],
+    },
+    {
+        "allOf": [{"type": "object", "patternProperties": {"^x-": {"type": "boolean"}}}, {"maxProperties": 3}],
+        "unevaluatedProperties": False,
+    },
+    {
+        "oneOf": [{"type": "object", "properties": {"k": {"const": key}, key: {"type": "string"}}, "required": ["k"]}
+                  for key in ("a", "b")],
+    },
+)  # fmt: skip
+
+
 def dumped(data: Any) -> bytes:
     """JSON text, short."""
     return json.dumps(data, separators=(",", ":")).encode()

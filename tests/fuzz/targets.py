@@ -14,6 +14,7 @@ from pathlib import Path
 
 from quantize.build.lockfile import read_lock
 from quantize.calibration.datasets import find_dataset
+from quantize.errors import UsageError
 from quantize.evaluate.gates import decide
 from quantize.evaluate.golden import load_golden
 from quantize.evaluate.metrics import Summary
@@ -31,10 +32,13 @@ from quantize.model.source import card_metadata
 from quantize.publish.pack import read_pack
 from quantize.publish.pins import read_pins
 from quantize.recipe.model import CalibrationSpec, load_calibration, load_recipe
+from quantize.runtimes.llama_cpp.schema.compile import gbnf_of
+from quantize.runtimes.llama_cpp.schema.refused import SchemaRefused
 from quantize.store.artifact import read_measurements
 from quantize.store.manifest import MEASUREMENTS_NAME, read_manifest
 from quantize.store.store import Store
 from quantize.system.digest import canonical_hash
+from quantize.system.untrusted import parse_json
 from tests.fuzz import seeds
 from tests.fuzz.mutate import Form
 
@@ -175,6 +179,24 @@ def _imatrix(folder: Path) -> Read:
     return _reading(folder / "imatrix.gguf", read_imatrix)
 
 
+def _json_schema(folder: Path) -> Read:
+    """Of a request to the gateway: it comes as text, and what is refused is told to a client."""
+
+    def read(data: bytes) -> object:
+        try:
+            schema = parse_json(data)
+        except ValueError as exc:
+            raise UsageError("not JSON") from exc
+        try:
+            return Kind("a grammar" if gbnf_of(schema) else "")
+        except SchemaRefused as exc:
+            raise UsageError(str(exc)) from exc
+        except RecursionError as exc:
+            raise UsageError("nested too deeply") from exc
+
+    return read
+
+
 def _reading(path: Path, read: Callable[[Path], object]) -> Read:
     def run(data: bytes) -> object:
         path.write_bytes(data)
@@ -220,5 +242,6 @@ TARGETS: dict[str, Target] = {
     "recipe lock": Target("yaml", lambda _: [seeds.recipe_lock()], _recipe_lock),
     "ModelPack manifest": Target("json", lambda _: [seeds.pack()], _pack),
     "evaluation record": Target("json", lambda _: [seeds.record()], _record),
+    "JSON schema": Target("json", _plain(*seeds.JSON_SCHEMAS), _json_schema),
     "model card": Target("card", _plain(seeds.CARD), _card),
 }

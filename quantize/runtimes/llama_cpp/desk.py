@@ -76,11 +76,15 @@ class GrammarFit:
 
 def _of_schema(schema: str, param: str) -> str:
     try:
-        return gbnf_of(json.loads(schema))
+        return gbnf_of(json.loads(schema, parse_constant=_refuse_constant))
     except SchemaRefused as exc:
         raise Refused(422, "invalid_json_schema", str(exc), param) from exc
     except RecursionError as exc:
         raise Refused(422, "invalid_json_schema", "the schema is nested too deeply", param) from exc
+
+
+def _refuse_constant(name: str) -> None:
+    raise SchemaRefused((), f"{name} is not JSON")
 
 
 @contextlib.contextmanager

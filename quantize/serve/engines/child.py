@@ -116,7 +116,10 @@ class AnswerLoop:
         number = order.get("id", 0)
         if order["op"] == "generate":
             cancelled = self._being_read[number] = threading.Event()
-            threading.Thread(target=self._read, args=(order, cancelled), daemon=True).start()
+            try:
+                threading.Thread(target=self._read, args=(order, cancelled), daemon=True).start()
+            except RuntimeError as exc:  # no more threads in this process
+                self._inbox.put({"op": "read", "id": number, "order": order, "prompt": None, "fail": _failed(exc)})
         elif order["op"] == "read":
             prompt, fail = order["prompt"], order["fail"]
             if self._being_read.pop(number, None) is None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from fractions import Fraction
+from math import isfinite
 from typing import Any
 
 from quantize.runtimes.llama_cpp.schema.reading import SchemaReader
@@ -29,6 +30,8 @@ def fits(reader: SchemaReader, value: Any, shape: ValueShape) -> bool:
         return _fits_map(reader, value, shape.maps)
     if value is None or isinstance(value, bool):
         return True
+    if isinstance(value, float) and not isfinite(value):  # a number too large to be written
+        return False
     exact = Fraction(str(value))
     return shape.bounds.has(exact) and all((exact / step).denominator == 1 for step, _ in shape.steps)
 

@@ -25,6 +25,7 @@ class Grammar:
     def __init__(self) -> None:
         self._rules: dict[str, tuple[tuple[Item, ...], ...]] = {}
         self._known: dict[tuple[tuple[Item, ...], ...], str] = {}
+        self._counted: dict[tuple[Item, int], str] = {}
         self._parts = 0
 
     def reserve(self) -> Item:
@@ -87,10 +88,12 @@ class Grammar:
             for _ in range(most):
                 chain = (self.rule((item, *chain), EMPTY),)
             return chain[0]
-        half = (most + 1) // 2
-        return self.rule(
-            (*self._exactly(item, half), self._any_more(item, most - half)), (self._any_more(item, half - 1),)
-        )
+        known = self._counted.get((item, most))
+        if known is None:
+            half = (most + 1) // 2
+            more, less = self._any_more(item, most - half), self._any_more(item, half - 1)
+            known = self._counted[item, most] = self.rule((*self._exactly(item, half), more), (less,))
+        return known
 
     def one_of(self, texts: Iterable[str]) -> Item:
         """One of these texts. As a tree of their beginnings: llama.cpp would follow every text at each step."""

@@ -7,6 +7,7 @@ describes: JSON Schema has it so.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from math import isfinite
 from typing import Any
 
 from quantize.runtimes.llama_cpp.schema.numbers import decimals_of
@@ -71,7 +72,9 @@ def _is_count(value: Any) -> bool:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    if isinstance(value, float):
+        return isfinite(value)
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def _is_bound(value: Any) -> bool:
