@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -17,6 +18,7 @@ class Drawer:
 
     files: dict[tuple[str, str], bytes] = field(default_factory=dict)
     meant: str | None = None
+    lock: threading.Lock = field(default_factory=threading.Lock)
 
 
 DRAWERS: dict[str, Drawer] = {}
@@ -77,10 +79,11 @@ class DrawerPlace:
         return sorted(name for name, drawer in DRAWERS.items() if drawer.meant)
 
     def seal(self, pack: Pack, *, move_from: str | None) -> str:
-        if self._drawer.meant not in (move_from, pack.digest):
-            raise moved_meanwhile(self._name, move_from, self._drawer.meant)
-        self._drawer.files[pack.digest, MANIFEST_NAME] = pack.document
-        self._drawer.meant = pack.digest
+        with self._drawer.lock:
+            if self._drawer.meant not in (move_from, pack.digest):
+                raise moved_meanwhile(self._name, move_from, self._drawer.meant)
+            self._drawer.files[pack.digest, MANIFEST_NAME] = pack.document
+            self._drawer.meant = pack.digest
         return self.pinned(pack.digest)
 
     def fetch(self, blob: Blob, target: Path, pack: Pack, count: Count) -> None:
