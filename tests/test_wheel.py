@@ -20,7 +20,7 @@ import pytest
 from quantize.testing import write_recipe
 
 ROOT = Path(__file__).parent.parent
-BUILT_FROM = ("pyproject.toml", "README.md", "LICENSE", "quantize", "recipes", "calibration")
+BUILT_FROM = ("pyproject.toml", "README.md", "LICENSE", "quantize", "recipes", "calibration", "evaluation")
 
 pytestmark = pytest.mark.wheel
 
@@ -76,7 +76,7 @@ def here(tmp_path: Path) -> Path:
 
 def test_the_wheel_carries_what_the_clone_has(wheel: Path) -> None:
     names = set(zipfile.ZipFile(wheel).namelist())
-    wanted = {path.relative_to(ROOT) for folder in ("recipes", "calibration") for path in (ROOT / folder).rglob("*")}
+    wanted = {path.relative_to(ROOT) for folder in BUILT_FROM[-3:] for path in (ROOT / folder).rglob("*")}
     assert {f"quantize/_data/{path}" for path in wanted if (ROOT / path).suffix in (".yaml", ".txt")} <= names
     modules = {str(path.relative_to(ROOT)) for path in (ROOT / "quantize").rglob("*.py")}
     assert modules | {"quantize/py.typed"} <= names
