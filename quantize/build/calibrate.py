@@ -119,8 +119,10 @@ def _pass(
             reporter,
             seconds=SECONDS_BETWEEN_STATES if on_gpu else 0.0,
         )
-        if _resume(journal, parts, reporter) < block_count(context.checkpoint.config):
-            runner.run(journal, parts, found.token_ids, precision, folder, reporter)
+        lacking = _resume(journal, parts, reporter) < block_count(context.checkpoint.config)
+        with journal:
+            if lacking:
+                runner.run(journal, parts, found.token_ids, precision, folder, reporter)
         device = runner.device
     for part in parts:
         _take(part, lambda part: part.collector.finish(), reporter)

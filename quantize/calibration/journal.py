@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, Self
 
 from quantize.errors import disk_errors
 from quantize.events import Reporter, warn
@@ -41,7 +41,8 @@ class PassJournal:
     pass that was spread over a cluster, share by share.
 
     seconds: hidden states are kept no more often than that. A pass that goes on from older ones runs the blocks between
-    again: on a GPU that takes less time than writing the states of each block.
+    again: on a GPU that takes less time than writing the states of each block. A context manager: enter it for the time
+    in which blocks are kept.
     """
 
     def __init__(self, folder: Path, identity: Mapping[str, Any], reporter: Reporter, *, seconds: float = 0.0) -> None:
@@ -62,6 +63,13 @@ class PassJournal:
             states = found.get("states")
             self.saved = SavedStates(**states) if isinstance(states, dict) else None
             self.saved_shares = tuple(SavedStates(**item) for item in found.get("shares", ()))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Wait for what is written or removed beside the pass: whoever comes after finds the folder at rest."""
+        self._saver.shutdown()
 
     def resume(self, scratch: Path, part: Resumable) -> int:
         """Have a part go on from its record in `scratch`; the number of blocks that it has done, 0 for none."""
@@ -102,7 +110,6 @@ class PassJournal:
         """The last block is done: the hidden states are of no more use."""
         from quantize.calibration.hidden_states import remove_before
 
-        self._saver.shutdown()
         self._removed()
         remove_before(self._folder, sys.maxsize)
 
