@@ -10,12 +10,11 @@ import shutil
 from collections.abc import Iterable
 
 from quantize.errors import QuantizeError
-from quantize.events import Reporter, SilentReporter
 from quantize.runtimes.base import RuntimeKind
-from quantize.runtimes.devices import Accelerator
+from quantize.runtimes.devices import AUTO
+from quantize.runtimes.looking import find_gpus
 from quantize.system.gpus import driver_version
 from quantize.system.machine import Machine
-from quantize.system.process import run_step
 
 COMPILERS = ("nvcc", "g++", "ninja")
 VULKAN = "where the CUDA toolkit (nvcc) is not there: the same line with -DGGML_VULKAN=on, which takes Vulkan's headers"
@@ -47,10 +46,6 @@ def advise_on_gpus(machine: Machine, kinds: Iterable[RuntimeKind], *, quick: boo
 
 def _sees_any(kind: RuntimeKind) -> bool:
     try:
-        return bool(run_step(f"looking for GPUs with {kind.name}", SilentReporter(), _found, kind))
+        return bool(find_gpus(kind, AUTO))
     except QuantizeError:
         return False
-
-
-def _found(_reporter: Reporter, kind: RuntimeKind) -> tuple[Accelerator, ...]:
-    return kind.find_gpus()

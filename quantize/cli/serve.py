@@ -17,6 +17,7 @@ from quantize.system.sizes import parse_size
 
 if TYPE_CHECKING:
     from quantize.provenance.signature import Trust
+    from quantize.runtimes.devices import Accelerator
     from quantize.serve.router import Rules
     from quantize.serve.targets import LocalTarget, UpstreamTarget
 
@@ -145,9 +146,10 @@ def _print_hand_over(runtime: str, artifacts: tuple[str, ...], store: Store, fla
 
 def _serve(artifacts: tuple[str, ...], store: Store, flags: ServeFlags) -> None:
     from quantize.runtimes.devices import ON_CPU
+    from quantize.runtimes.looking import find_gpus
     from quantize.runtimes.served import Serving
     from quantize.serve.limits import load_keys
-    from quantize.serve.preflight import engine_target, find_gpus, place
+    from quantize.serve.preflight import engine_target, place
     from quantize.serve.targets import UpstreamTarget, resolve
     from quantize.system.machine import detect
 
@@ -169,6 +171,7 @@ def _serve(artifacts: tuple[str, ...], store: Store, flags: ServeFlags) -> None:
     trust = _trust(flags)
     machine = detect()
     targets: list[EngineTarget | UpstreamTarget] = []
+    seen: dict[str, tuple[Accelerator, ...]] = {}  # by a runtime; nothing is loaded before all have a place
     for text in artifacts:
         found = resolve(text, store)
         if trust is not None:
@@ -176,8 +179,9 @@ def _serve(artifacts: tuple[str, ...], store: Store, flags: ServeFlags) -> None:
         if isinstance(found, UpstreamTarget):
             targets.append(found)
             continue
-        gpus = find_gpus(found.kind, flags.device)
-        placement = place(found, wanted, machine, gpus, store, force=flags.force)
+        if found.kind.name not in seen:
+            seen[found.kind.name] = find_gpus(found.kind, flags.device)
+        placement = place(found, wanted, machine, seen[found.kind.name], store, force=flags.force)
         click.echo(f"{found.name}: {placement.verdict.word}: {placement.verdict.reason}", err=True)
         if placement.where != ON_CPU and found.kind.first_load:
             click.echo(f"{found.name}: {found.kind.first_load}", err=True)

@@ -50,8 +50,7 @@ def layers_that_fit(workload: Workload, free_bytes: int) -> int:
 
 def _over_several(workload: Workload, gpus: Sequence[Accelerator], meant: Accelerator) -> Placing | None:
     """Dealt by the free memory. Each GPU pays the overhead of the runtime for itself."""
-    kind = meant.device.partition(":")[0]
-    alike = [gpu for gpu in gpus if gpu.device.partition(":")[0] == kind]
+    alike = [gpu for gpu in gpus if gpu.kind == meant.kind]
     whole = workload.estimate()
     overhead = whole.overhead_bytes * (len(alike) - 1)
     cell = replace(
@@ -64,7 +63,7 @@ def _over_several(workload: Workload, gpus: Sequence[Accelerator], meant: Accele
         return None
     shares = tuple(round(gpu.free_bytes / free, 4) for gpu in alike)
     names = ", ".join(f"{share:.0%} on {gpu.device}" for share, gpu in zip(shares, alike, strict=True))
-    return Placing(DevicePlace(kind, None, shares), fit, f"too large for one GPU: {names}")
+    return Placing(DevicePlace(meant.kind, None, shares), fit, f"too large for one GPU: {names}")
 
 
 def _in_part(workload: Workload, meant: Accelerator) -> Placing | None:

@@ -26,6 +26,11 @@ class Accelerator:
     total_bytes: int
     free_bytes: int
 
+    @property
+    def kind(self) -> str:
+        """cuda, vulkan: without the number."""
+        return self.device.partition(":")[0]
+
 
 @dataclass(frozen=True)
 class DevicePlace:

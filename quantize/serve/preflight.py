@@ -16,7 +16,6 @@ from quantize.errors import RefusedError, UsageError
 from quantize.estimate.fit import Fit, FitWord, Workload, advise
 from quantize.estimate.placing import Placing, layers_that_fit, place_on_gpu
 from quantize.estimate.vram import EstimateSettings, VramProfile
-from quantize.events import Reporter, SilentReporter
 from quantize.formats import find_format, known_format
 from quantize.runtimes.base import ModelRef, RuntimeKind, runtime_version
 from quantize.runtimes.devices import AUTO, CPU, ON_CPU, Accelerator, DevicePlace, check_name, choose
@@ -25,7 +24,6 @@ from quantize.serve.engines.base import EngineTarget
 from quantize.serve.targets import LocalTarget
 from quantize.store.store import Store
 from quantize.system.machine import Machine
-from quantize.system.process import run_step
 from quantize.system.sizes import GIB
 
 DEFAULT_CONTEXT = 4096
@@ -42,20 +40,6 @@ class Placement:
     context: int
     verdict: Fit
     note: str = ""
-
-
-def find_gpus(kind: RuntimeKind, device: str) -> tuple[Accelerator, ...]:
-    """The GPUs that a runtime can use, asked in a process of its own, which takes no memory of them afterwards.
-
-    Raises UsageError: no name of a device. QuantizeError: the runtime can't be asked.
-    """
-    if check_name(device) == CPU or not kind.knows_gpus:
-        return ()
-    return run_step(f"looking for GPUs with {kind.name}", SilentReporter(), _found, kind)
-
-
-def _found(_reporter: Reporter, kind: RuntimeKind) -> tuple[Accelerator, ...]:
-    return kind.find_gpus()
 
 
 def place(

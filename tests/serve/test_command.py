@@ -11,9 +11,10 @@ from quantize.cli.serve import ServeFlags, command
 from quantize.errors import RefusedError, UsageError
 from quantize.formats import runtime_kind
 from quantize.runtimes.devices import ON_CPU, Accelerator, DevicePlace
+from quantize.runtimes.looking import find_gpus
 from quantize.runtimes.served import Serving
 from quantize.serve.limits import KEYS_VARIABLE, load_keys
-from quantize.serve.preflight import engine_target, find_gpus, place
+from quantize.serve.preflight import engine_target, place
 from quantize.serve.targets import LocalTarget, UpstreamTarget, resolve
 from quantize.store.store import Store
 from quantize.system.gpus import LocalGpu
