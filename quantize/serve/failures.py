@@ -5,7 +5,10 @@ In: where something went wrong. Out: a Failure, raised; the edge writes it. Mess
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
+
+from quantize.serve.neutral import asks_for_nothing
 
 TYPES = {400: "invalid_request_error", 401: "authentication_error", 404: "invalid_request_error",
          405: "invalid_request_error", 408: "timeout_error", 413: "invalid_request_error",
@@ -42,6 +45,18 @@ class ClientGone(Exception):
 def unsupported(param: str, runtime: str, why: str = "") -> Failure:
     """An engine can't do what was asked for."""
     return Failure(422, "unsupported_parameter", f"{param} is not supported by {runtime}{why}", param=param)
+
+
+def field_name(field: str) -> str:
+    """How a field that a client made up is named in an answer."""
+    return field[:40] if field.isidentifier() else "an unknown field"
+
+
+def refuse_unknown(extra: Mapping[str, Any] | None, runtime: str) -> None:
+    """Raise Failure for a field that no engine here knows, unless it asks for nothing."""
+    for field, value in (extra or {}).items():
+        if not asks_for_nothing(field, value):
+            raise unsupported(field_name(field), runtime)
 
 
 def not_ready(model: str, reason: str, *, retry_after: int = 2) -> Failure:

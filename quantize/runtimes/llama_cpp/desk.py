@@ -27,17 +27,21 @@ from quantize.system.forks import Serve
 
 MAX_REASON = 150
 PARSE_ERROR = re.compile(r"error parsing grammar: (.*)")
-LOGIT_HIGH_BYTE = 7  # of the twelve of a llama_token_data: 0 for 0.0, not 0 for what a grammar has made -inf
+CANDIDATE_BYTES = 12  # of a llama_token_data: the token, its logit and its probability
+LOGIT_HIGH_BYTE = 7  # of them: 0 for 0.0, not 0 for what a grammar has made -inf
 
 
 def open_desk(options: bytes) -> tuple[Serve, bytes]:
     """Set up a process: see forks.py."""
     import_bindings_only()
     words = open_words(Path(os.fsdecode(options)), feature="serving a GGUF file")
+    blank = array.array("i", bytes(CANDIDATE_BYTES * words.vocabulary))  # every token, with a logit of 0
+    blank[::3] = array.array("i", range(words.vocabulary))
+    candidates = blank.tobytes()
     desk = Desk(
         lambda text, chat: words.tokenize(text, special=True, start=not chat),
         words.metadata("tokenizer.chat_template"), words.special_tokens(),
-        lambda asked, enter: GrammarFit(words, asked, enter),
+        lambda asked, enter: GrammarFit(words, candidates, asked, enter),
     )  # fmt: skip
     return desk.serve, desk.told()
 
@@ -45,8 +49,11 @@ def open_desk(options: bytes) -> tuple[Serve, bytes]:
 class GrammarFit:
     """See AnswerFit: a grammar of llama.cpp's."""
 
-    def __init__(self, words: Words, asked: Mapping[str, Any], enter: Callable[[str], None]) -> None:
-        """Raises Refused: the schema can't be held by a grammar, or the grammar can't be read."""
+    def __init__(self, words: Words, candidates: bytes, asked: Mapping[str, Any], enter: Callable[[str], None]) -> None:
+        """candidates: llama_token_data of every token, which a mask begins with.
+
+        Raises Refused: the schema can't be held by a grammar, or the grammar can't be read.
+        """
         grammar = asked.get("grammar")
         if grammar is None:
             enter("schema")
@@ -57,7 +64,7 @@ class GrammarFit:
             self._sampler = library.llama_sampler_init_grammar(words.vocab, grammar.encode(), b"root")
             if not self._sampler:
                 raise Refused(422, "invalid_grammar", f"llama.cpp can't read the grammar: {said()}", asked["param"])
-        self._blank = array.array("i", [part for token in range(words.vocabulary) for part in (token, 0, 0)]).tobytes()
+        self._blank = candidates
         self._data = (library.llama_token_data * words.vocabulary)()
 
     def mask(self) -> bytes:

@@ -166,8 +166,9 @@ class TransformersModel:
 
     def token_of(self, text: str) -> int | None:
         """See ServedModel."""
-        token = self._tokenizer.get_vocab().get(text)
-        return token if token in self._tokenizer.all_special_ids else None
+        token = self._tokenizer.convert_tokens_to_ids(text)  # that of unknown text, where there is no such token
+        known = token in self._tokenizer.all_special_ids and self._tokenizer.convert_ids_to_tokens(token) == text
+        return token if known else None
 
     def detokenizer(self) -> StreamPieces:
         """See ServedModel."""

@@ -13,8 +13,7 @@ from typing import Any
 
 from quantize.serve.engines.base import Call
 from quantize.serve.engines.link import Link
-from quantize.serve.failures import Failure, unsupported
-from quantize.serve.neutral import asks_for_nothing
+from quantize.serve.failures import Failure, refuse_unknown, unsupported
 from quantize.serve.protocol import EmbeddingRequest
 
 MAX_TEXTS = 2048  # as OpenAI has it
@@ -26,16 +25,15 @@ async def embed(
     """The whole answer. Raises Failure."""
     if "embeddings" not in supports:
         raise unsupported("input", runtime, ": this model makes no embeddings")
-    for field, value in (request.model_extra or {}).items():
-        if not asks_for_nothing(field, value):
-            raise unsupported(field[:40] if field.isidentifier() else "an unknown field", runtime)
+    refuse_unknown(request.model_extra, runtime)
     data = []
     for index, text in enumerate(_texts(request)):
-        raw = base64.b64decode(await _vector(call, link, text))
+        encoded = await _vector(call, link, text)
+        raw = base64.b64decode(encoded)
         width = len(raw) // 4
         if request.dimensions not in (None, width):
             raise unsupported("dimensions", runtime, f": this model's vectors have {width}")
-        found = list(struct.unpack(f"<{width}f", raw)) if request.encoding_format != "base64" else _base64(raw)
+        found = list(struct.unpack(f"<{width}f", raw)) if request.encoding_format != "base64" else encoded
         data.append({"object": "embedding", "index": index, "embedding": found})
     usage = {"prompt_tokens": call.prompt_tokens, "total_tokens": call.prompt_tokens}
     return {"object": "list", "model": model, "data": data, "usage": usage, "trace_id": call.trace_id}
@@ -62,7 +60,3 @@ def _texts(request: EmbeddingRequest) -> list[str | list[int]]:
     if not all(items):
         raise Failure(422, "invalid_value", "input: a text is empty", param="input")
     return items
-
-
-def _base64(raw: bytes) -> str:
-    return base64.b64encode(raw).decode()

@@ -17,7 +17,7 @@ from quantize.serve.engines.embeddings import embed
 from quantize.serve.engines.link import Link, Listener, ProcessChild
 from quantize.serve.engines.messages import template_message
 from quantize.serve.engines.tools import CallReader, ToolWish, wish_of
-from quantize.serve.failures import Failure, not_ready, unsupported
+from quantize.serve.failures import Failure, not_ready, refuse_unknown, unsupported
 from quantize.serve.neutral import asks_for_nothing
 from quantize.serve.protocol import AnyRequest, ChatRequest, CompletionRequest, EmbeddingRequest
 from quantize.system.machine import resident_bytes
@@ -167,9 +167,7 @@ class LocalEngine:
         return order
 
     def _refuse_what_it_cannot(self, request: ChatRequest | CompletionRequest) -> None:
-        for field, value in (request.model_extra or {}).items():
-            if not asks_for_nothing(field, value):
-                raise unsupported(field[:40] if field.isidentifier() else "an unknown field", self.runtime)
+        refuse_unknown(request.model_extra, self.runtime)
         for field, value in ((request.stream_options and request.stream_options.model_extra) or {}).items():
             if not asks_for_nothing(field, value):
                 raise unsupported("stream_options", self.runtime, f": {field[:40]}" if field.isidentifier() else "")

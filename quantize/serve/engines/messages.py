@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from quantize.serve.failures import Failure, unsupported
+from quantize.serve.failures import Failure, field_name, unsupported
 from quantize.serve.neutral import says_nothing
 from quantize.serve.protocol import Message, TextPart, ToolCall
 
@@ -24,9 +24,7 @@ def template_message(message: Message, runtime: str, *, knows_tools: bool) -> di
     refusal = extra.pop("refusal", None) if message.role == "assistant" else None
     thoughts = [extra.pop(key) for key in THOUGHTS if message.role == "assistant" and isinstance(extra.get(key), str)]
     if extra:
-        field = next(iter(extra))
-        where = field[:40] if field.isidentifier() else "an unknown field"
-        raise unsupported("messages", runtime, f": {where} in a message")
+        raise unsupported("messages", runtime, f": {field_name(next(iter(extra)))} in a message")
     role = {"developer": "system", "function": "tool"}.get(message.role, message.role)
     found: dict[str, Any] = {"role": role, "content": _text(message, runtime) or (refusal or "")}
     if message.name is not None:
