@@ -58,7 +58,7 @@ def page_text(result: BenchResult) -> str:
     memory = (_peak(result.ram), _peak(result.vram))
     rows = [COLUMNS, ("---", *("---:" for _ in COLUMNS[1:-1]), "---")]
     rows += [_row(cell, memory, result) for cell in result.cells]
-    lines = [TITLE, "", "| | |", "|---|---|", *(f"| {name} | {_safe(text)} |" for name, text in facts if text), ""]
+    lines = [TITLE, "", "| | |", "|---|---|", *(f"| {name} | {cell_text(text)} |" for name, text in facts if text), ""]
     lines += [f"| {' | '.join(row)} |" for row in rows]
     return "\n".join([*lines, "", *NOTES]) + "\n"
 
@@ -67,7 +67,7 @@ def _row(cell: Cell, memory: tuple[str, str], result: BenchResult) -> tuple[str,
     times = (_seconds(cell.latency, name) for name in ("p50", "p95", "p99"))
     config = f"{cell.shape} ({cell.prompt_tokens}:{cell.output_tokens}) {cell.load}"
     rate = f"{cell.requests_per_second:.2f}"
-    return (_safe(config), *times, rate, f"{cell.error_rate:.1%}", *memory, _safe(_note(cell, result)))
+    return (cell_text(config), *times, rate, f"{cell.error_rate:.1%}", *memory, cell_text(_note(cell, result)))
 
 
 def _note(cell: Cell, result: BenchResult) -> str:
@@ -91,8 +91,8 @@ def _seconds(spread: Percentiles | None, name: str) -> str:
     return "-" if spread is None else f"{float(getattr(spread, name)):.3f} s"
 
 
-def _safe(text: str) -> str:
-    """Text that can't leave its cell, nor be taken for HTML."""
+def cell_text(text: str) -> str:
+    """Text that can't leave its cell of a Markdown table, nor be taken for HTML."""
     for mark, safe in (("&", "&amp;"), ("<", "&lt;"), ("|", "\\|"), ("\r", " "), ("\n", " ")):
         text = text.replace(mark, safe)
     return text

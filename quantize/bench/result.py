@@ -93,6 +93,11 @@ class With(_ResultModel):
     system: str
     client: str
 
+    @property
+    def machine(self) -> str:
+        """Processor, cores and GPUs, in words."""
+        return ", ".join([self.processor, f"{self.cores} cores", *self.gpus])
+
 
 class BenchResult(_ResultModel):
     """One run of `quantize bench`.

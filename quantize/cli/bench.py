@@ -191,7 +191,7 @@ def _print(result: BenchResult) -> None:
     facts += [f"context {used.context}"] if used.context else []
     facts += [f"{used.threads} threads"] if used.threads else []
     facts += [f"{used.concurrency} answers at once"] if used.concurrency else []
-    click.echo(", ".join([*facts, used.processor, f"{used.cores} cores", *used.gpus]))
+    click.echo(", ".join([*facts, used.machine]))
     tokens = {"usage": "the server", "chunks": "pieces of the stream", None: "nobody"}[result.tokens_counted_by]
     without = sum(cell.without_text for cell in result.cells)
     if without:

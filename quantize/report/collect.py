@@ -9,9 +9,9 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from quantize.bench.result import BenchResult
 from quantize.errors import RecipeError, UsageError
@@ -25,6 +25,8 @@ from quantize.store.artifact import Artifact
 from quantize.store.manifest import RECIPE_NAME, SourceEntry
 from quantize.store.store import Store
 from quantize.targets import find_artifact
+
+Section = TypeVar("Section", bound=BaseModel)
 
 BLOCK_TENSOR = re.compile(r"(?:^|\.)(\d{1,5})\.(.+)$")
 
@@ -122,9 +124,9 @@ def _subject(name: str, entries: list[MeasuredArtifact]) -> PageSubject:
     return PageSubject(
         name,
         tuple(entries),
-        _gates(recipe.get("gates")),
+        _section(GateLimits, recipe.get("gates")),
         description if isinstance(description, str) else "",
-        _serving(recipe.get("serving")),
+        _section(ServingContext, recipe.get("serving")),
     )
 
 
@@ -169,18 +171,12 @@ def _recipe(artifact: Artifact) -> Mapping[str, Any]:
     return data if isinstance(data, dict) else {}
 
 
-def _gates(data: Any) -> GateLimits:
+def _section(model: type[Section], data: Any) -> Section:
+    """A part of a recipe; its defaults where there is none, or it can't be read."""
     try:
-        return GateLimits.model_validate({} if data is None else data)
+        return model.model_validate(data)
     except ValidationError:
-        return GateLimits()
-
-
-def _serving(data: Any) -> ServingContext:
-    try:
-        return ServingContext.model_validate(data)
-    except ValidationError:
-        return ServingContext()
+        return model()
 
 
 def _built(item: Artifact) -> str:

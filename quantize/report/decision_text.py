@@ -160,9 +160,8 @@ def _load_conditions(entry: MeasuredArtifact) -> list[str]:
     if bench is None:
         return []
     used = bench.measured_with
-    machine = ", ".join([f"{used.processor}, {used.cores} cores", *used.gpus])
     context = f", context {used.context:,} tokens" if used.context else ""
-    lines = [f"Latency, errors and memory were measured with {used.server} on {machine}{context}."]
+    lines = [f"Latency, errors and memory were measured with {used.server} on {used.machine}{context}."]
     most = max((cell.concurrency or 0 for cell in bench.cells), default=0)
     if most:
         lines.append(f"At most {most} requests at a time; beyond that nothing is known.")

@@ -11,11 +11,10 @@ from quantize.evaluate.metric import Detail
 from quantize.evaluate.metrics import cells, headings
 from quantize.report.collect import PageSubject
 from quantize.report.production import Choice, ServingVerdict
-from quantize.report.table import Table
+from quantize.report.table import MISSING, Table
 from quantize.system.sizes import mebibytes_text, size_text
 
 OPEN = "to be filled in"
-MISSING = "not measured"
 TITLES = {
     "use_case": "use case", "traffic": "traffic target", "sla": "SLA", "hardware": "hardware", "runtime": "runtime",
 }  # fmt: skip
@@ -36,7 +35,7 @@ def _measured(key: str, choice: Choice) -> str:
         return ""
     used = bench.measured_with
     if key == "hardware":
-        return "; measured on " + ", ".join([used.processor, f"{used.cores} cores", *used.gpus])
+        return f"; measured on {used.machine}"
     return "; measured in " + ", ".join([used.server, *(f"{name} {version}" for name, version in used.runtime.items())])
 
 

@@ -105,7 +105,7 @@ def _benched(entry: MeasuredArtifact) -> str:
     if entry.bench is None:
         return "not measured"
     used = entry.bench.measured_with
-    parts = [used.server, _pairs(used.runtime), f"{used.processor}, {used.cores} cores", *used.gpus, used.system]
+    parts = [used.server, _pairs(used.runtime), used.machine, used.system]
     parts += [f"context {used.context:,}"] if used.context else []
     return ", ".join(part for part in (*parts, entry.bench.measured_at) if part)
 

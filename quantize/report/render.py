@@ -12,6 +12,7 @@ from typing import Any
 import jinja2
 from markupsafe import Markup, escape
 
+from quantize.bench.page import cell_text
 from quantize.evaluate.metrics import figures_data
 from quantize.report.collect import PageSubject, collect
 from quantize.report.decision_text import decision_text, headline
@@ -78,7 +79,7 @@ def _environment() -> jinja2.Environment:
     environment.filters["svg"] = Markup  # charts.py escapes every name that it draws
     environment.filters["code"] = _code
     environment.filters["tone"] = TONES.__getitem__
-    environment.filters["cell"] = _cell
+    environment.filters["cell"] = cell_text
     environment.filters["quoted"] = _quoted
     return environment
 
@@ -91,13 +92,6 @@ def _code(text: str) -> Markup:
     return Markup("").join(
         Markup("<code>{}</code>").format(piece) if number % 2 else escape(piece) for number, piece in enumerate(pieces)
     )
-
-
-def _cell(text: str) -> str:
-    """Text that can't leave its cell of a Markdown table, nor be taken for HTML."""
-    for mark, safe in (("&", "&amp;"), ("<", "&lt;"), ("|", "\\|"), ("\r", " "), ("\n", " ")):
-        text = text.replace(mark, safe)
-    return text
 
 
 def _quoted(text: str) -> str:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+MISSING = "not measured"
+
 
 @dataclass(frozen=True)
 class Table:

@@ -21,10 +21,9 @@ from quantize.report.collect import Layer, MeasuredArtifact, PageSubject
 from quantize.report.golden import GoldenView, PromptState, golden_view
 from quantize.report.production import Choice, ServingVerdict
 from quantize.report.provenance import made, provenance, source_facts
-from quantize.report.table import Table
+from quantize.report.table import MISSING, Table
 from quantize.system.sizes import size_text
 
-MISSING = "not measured"
 TONES: Mapping[StrEnum, str] = {
     Verdict.ACCEPTED: "good", Verdict.FLAGGED: "flag", Verdict.REFUSED: "bad", Verdict.INSUFFICIENT: "open",
     GateOutcome.PASSED: "good", GateOutcome.FLAGGED: "flag", GateOutcome.REFUSED: "bad",
