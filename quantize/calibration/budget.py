@@ -59,15 +59,19 @@ def least_bytes(checkpoint: Checkpoint, solvers: Sequence[int]) -> int:
     """Of the pass, if hidden states go to disk. solvers: what each variant's solve takes, 0 for next to nothing."""
     block = largest_block(checkpoint)
     grams = sum(block.grams)
-    outside = [info.size_bytes for name, info in checkpoint.tensors.items() if block_index(name) is None]
+    base, copying = _beside_blocks(checkpoint)
     working = FLOAT_BYTES * block.width * BATCH_TOKENS * SHARES * ACTIVATIONS
     recording = block.weights // 2 + 2 * grams + working  # a copy in bfloat16, the sums of a round's two shares
-    copying = 2 * max(outside, default=0)  # the pages that are read, and a copy in FP16
     solving = [SOLVER_BYTES + size for size in solvers if size]
     others = PART_BYTES * max(0, len(solving) - 1)
+    return base + block.weights + grams + max(recording, copying, max(solving, default=0) + others)
+
+
+def _beside_blocks(checkpoint: Checkpoint) -> tuple[int, int]:
+    """The process with its vocabulary, and what copying the largest tensor outside of the blocks takes."""
+    outside = [info.size_bytes for name, info in checkpoint.tensors.items() if block_index(name) is None]
     vocabulary = TOKEN_BYTES * number_or(checkpoint.config, "vocab_size", 0)
-    beside = max(recording, copying, max(solving, default=0) + others)
-    return BASE_BYTES + vocabulary + block.weights + grams + beside
+    return BASE_BYTES + vocabulary, 2 * max(outside, default=0)  # the pages that are read, and a copy in FP16
 
 
 def pass_bytes(checkpoint: Checkpoint, parts: Sequence[tuple[Solver, Any]], threads: int) -> int:
@@ -78,10 +82,8 @@ def pass_bytes(checkpoint: Checkpoint, parts: Sequence[tuple[Solver, Any]], thre
 
 def host_bytes(checkpoint: Checkpoint) -> int:
     """Of the memory beside a GPU for a pass on it, without hidden states: a block as it is stored, and the next one."""
-    outside = [info.size_bytes for name, info in checkpoint.tensors.items() if block_index(name) is None]
-    vocabulary = TOKEN_BYTES * int(checkpoint.config.get("vocab_size") or 0)
-    stored = largest_block(checkpoint).weights  # two blocks in 16 bits
-    return BASE_BYTES + vocabulary + stored + 2 * max(outside, default=0)
+    base, copying = _beside_blocks(checkpoint)
+    return base + largest_block(checkpoint).weights + copying  # the two blocks are in 16 bits
 
 
 def gpu_pass_bytes(checkpoint: Checkpoint, parts: Sequence[tuple[Solver, Any]]) -> int:

@@ -14,8 +14,8 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
-from importlib import metadata
 
+from quantize.cli.requirements import version_of
 from quantize.errors import BuildError, QuantizeError, VerifyError, WorkerDied
 from quantize.events import Reporter, SilentReporter
 from quantize.runtimes.probe import Probe
@@ -53,7 +53,7 @@ def try_engines(probes: Sequence[Probe]) -> tuple[Trial, ...]:
     """Run something in each engine that is installed, as many at once as there are cores, the last one first: what a
     format needs beside an engine that is tried before is slower than that.
     """
-    there = [probe for probe in probes if _version(probe.package)]
+    there = [probe for probe in probes if version_of(probe.package)]
     waiting: queue.SimpleQueue[Probe] = queue.SimpleQueue()
     for probe in reversed(there):
         waiting.put(probe)
@@ -79,7 +79,7 @@ def try_engines(probes: Sequence[Probe]) -> tuple[Trial, ...]:
 def try_engine(probe: Probe) -> Trial:
     """Run one probe in a process of its own and say what came of it."""
     started = time.perf_counter()
-    engine, package, version = probe.engine, probe.package, _version(probe.package) or ""
+    engine, package, version = probe.engine, probe.package, version_of(probe.package) or ""
     with tempfile.TemporaryDirectory(prefix="quantize-doctor-") as folder:
         try:
             ran = run_step(engine, SilentReporter(), _run, probe.run, folder, most_seconds=MOST_SECONDS)
@@ -111,10 +111,3 @@ def _repair(error: QuantizeError, package: str) -> str:
 
 def _since(started: float) -> float:
     return round(time.perf_counter() - started, 2)
-
-
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None

@@ -42,15 +42,15 @@ class ScaleSearch:
         scales, zeros = values.new_empty(count), values.new_empty(count)
         step = max(1, (GPU_SEARCHED_VALUES if values.is_cuda else _CHUNK) // size)
         kernels = kernels_for(values)
-        symmetric = without_gil(loops.symmetric) if kernels is None else kernels.symmetric
-        asymmetric = without_gil(loops.asymmetric) if kernels is None else kernels.asymmetric
         for start in range(0, count, step):
             part = slice(start, start + step)
             tried, important = values[:, part], weights if weights.dim() == 1 else weights[:, part]
             if self.symmetric:
+                symmetric = without_gil(loops.symmetric) if kernels is None else kernels.symmetric
                 scales[part] = symmetric(tried, important, self.bits, [*SYMMETRIC_GRID])
                 zeros[part] = 2.0 ** (self.bits - 1)
             else:
+                asymmetric = without_gil(loops.asymmetric) if kernels is None else kernels.asymmetric
                 found = asymmetric(tried, important, self.bits, float(self.smallest_zero), [*ASYMMETRIC_GRID])
                 scales[part], zeros[part] = found
         return scales, zeros
