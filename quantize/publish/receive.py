@@ -29,7 +29,6 @@ from quantize.store.artifact import (
     MAX_MEASUREMENTS_BYTES,
     Artifact,
     commit,
-    mark_pulled,
     point_current,
     read_measurements,
     when_built,
@@ -185,8 +184,7 @@ def _into_store(
         tasks = [partial(_fetch, place, pack, blob, folder / blob.path, counter.count) for blob in pack.files]
         run_all(tasks, session)
         verdict = _verdict(folder)
-        artifact = commit(store.root, folder, manifest)
-        mark_pulled(artifact.folder, reference)
+        artifact = commit(store.root, folder, manifest, pulled_from=reference)
         _warn_of_gates(artifact, verdict, session.reporter)
         return Pulled(artifact, reference, pack.digest, pack.size_bytes - kept)
 

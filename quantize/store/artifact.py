@@ -171,11 +171,11 @@ def update_measurements(store: Path, artifact: Artifact, changes: Mapping[str, A
         write_measurements(artifact.folder, {**artifact.measurements(), **changes})
 
 
-def commit(store: Path, folder: Path, manifest: Manifest) -> Artifact:
+def commit(store: Path, folder: Path, manifest: Manifest, pulled_from: str | None = None) -> Artifact:
     """Put a complete folder, staged or set aside, in its place and point `current` at it.
 
     If the same digest is there already and intact, its weights stay; only what was measured anew goes with it.
-    Raises StoreError.
+    pulled_from: the reference that it came from; one that was pulled before stays so. Raises StoreError.
     """
     with store_errors(store):
         write_text(folder / FILE_NAME, manifest.to_json())
@@ -186,11 +186,20 @@ def commit(store: Path, folder: Path, manifest: Manifest) -> Artifact:
             _take_figures(folder, final)
         elif folder != final:
             _replace(store, final, folder, manifest)
-        mark_pulled(final, None)
+        if folder != final:
+            _move_mark(folder, final, pulled_from)
         point_current(final)
         sync(final.parent)
         remove_if_empty(folder.parent, final.parent)
     return Artifact(final, manifest)
+
+
+def _move_mark(folder: Path, final: Path, pulled_from: str | None = None) -> None:
+    """What was pulled is still so when it gets another place, or another digest by an accepted risk."""
+    mark = _pulled_mark(folder)
+    earlier = mark.read_text(encoding="utf-8").strip() if mark.is_file() else None
+    mark_pulled(folder, None)
+    mark_pulled(final, pulled_from or earlier)
 
 
 def mark_pulled(folder: Path, reference: str | None) -> None:
@@ -226,6 +235,7 @@ def set_aside(store: Path, folder: Path, manifest: Manifest, place: str) -> Arti
             _point_elsewhere(good)
         if final != folder:
             _replace(store, final, folder, manifest)
+            _move_mark(folder, final)
         if place == REFUSED and good.exists():
             shutil.rmtree(good)
         sync(final.parent)

@@ -28,7 +28,8 @@ from quantize.publish.pack import Blob, Pack
 from quantize.publish.receive import pull
 from quantize.publish.send import Published
 from quantize.publish.transfer import Session
-from quantize.store.artifact import Artifact, commit, write_measurements
+from quantize.store.artifact import REFUSED, Artifact, commit, set_aside, write_measurements
+from quantize.store.manifest import AcceptedRisk
 from quantize.store.store import Store
 from tests.conftest import Run
 from tests.publish.conftest import QUICK, Registry, place, publish_one
@@ -346,6 +347,36 @@ def test_a_pull_of_what_is_newer_or_was_pulled_itself_goes_on(
     assert not store.is_current(again.artifact)
     assert any("--replace makes it so" in event.text for event in reporter.events)
     assert store.is_current(pull(done.reference, store, session, replace=True).artifact)
+
+
+def test_what_was_pulled_stays_so_when_it_is_measured_again(
+    artifact: Artifact, session: Session, tmp_path: Path, store: Store
+) -> None:
+    pulled = pull(publish_one(artifact, str(tmp_path / "share"), session).reference, store, session).artifact
+    mark = (pulled.folder.parent / ".pulled" / pulled.folder.name).read_text()
+    measured = commit(store.root, pulled.folder, pulled.manifest)
+    assert measured.is_pulled
+    refused = set_aside(store.root, measured.folder, measured.manifest, REFUSED)
+    assert refused.is_pulled
+    assert not (refused.folder.parents[1] / ".pulled").exists()
+    assert [item.folder for item in store.refused()] == [refused.folder]
+    taken = commit(store.root, refused.folder, refused.manifest)
+    assert (taken.folder.parent / ".pulled" / taken.folder.name).read_text() == mark
+    assert not refused.folder.parent.exists()
+    risk = AcceptedRisk(reason="a test", gates=("runs",))
+    with_risk = taken.manifest.model_copy(update={"accepted_risk": risk}).sealed()
+    kept = commit(store.root, set_aside(store.root, taken.folder, with_risk, REFUSED).folder, with_risk)
+    assert kept.is_pulled
+    assert kept.folder != taken.folder
+
+
+def test_what_was_pulled_and_is_then_built_here_is_no_longer_so(
+    artifact: Artifact, session: Session, tmp_path: Path, store: Store
+) -> None:
+    pulled = pull(publish_one(artifact, str(tmp_path / "share"), session).reference, store, session).artifact
+    built = place(store.root, "q8_0", 0)
+    assert built == pulled
+    assert not built.is_pulled
 
 
 def test_what_was_pulled_is_published_as_it_came(
