@@ -10,6 +10,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 from quantize.errors import NewerSchemaError, RecipeError, UsageError, VerifyError
@@ -127,10 +128,9 @@ class Store:
         The current one, if it is such; there may be others, with an accepted risk or a manifest of an older schema.
         """
         folder = self.root / name / variant
-        rest = (
-            (_open(item) for item in sorted(folder.iterdir()) if digest.is_short(item.name)) if folder.is_dir() else ()
-        )
-        for item in (self.current(name, variant), *rest):
+        names = sorted(folder.iterdir()) if folder.is_dir() else []
+        rest = (_open(item) for item in names if digest.is_short(item.name))
+        for item in chain([self.current(name, variant)], rest):
             if isinstance(item, Artifact) and item.manifest.build_key == build_key and _complete(item):
                 return item
         return None
