@@ -86,10 +86,12 @@ class Store:
 
     def newer_than_pulled(self) -> list[Artifact]:
         """Builds of this store that a pulled one has replaced, though they are newer."""
+        known = self.artifacts()
+        pulled = {item.folder.parent: item for item in known if item.is_pulled and self.is_current(item)}
         found = []
-        for item in self.artifacts():
-            current = self.current(item.manifest.name, item.manifest.variant)
-            if item.is_pulled or current is None or not current.is_pulled or self.is_current(item):
+        for item in known:
+            current = pulled.get(item.folder.parent)
+            if current is None or item.is_pulled:
                 continue
             if current.built_at is None or item.built_at is None or item.built_at > current.built_at:
                 found.append(item)
