@@ -126,8 +126,8 @@ def find_existing(plan: Plan, job: VariantJob, store: Store) -> Artifact | None:
 
 
 def confirm(plan: Plan, workspace: Workspace) -> Plan:
-    """A plan that was made earlier, or on another machine, held against what is here now; what it found is its source
-    here, and what the store has.
+    """A plan that was made earlier, or on another machine, held against what is here now, with its source as it lies
+    here. What the store has, `execute` looks up.
 
     Raises PlanError: the source, the text or a tool is another. CheckpointError: the source is not here.
     """
@@ -142,7 +142,7 @@ def confirm(plan: Plan, workspace: Workspace) -> Plan:
         if planned.inputs != job.inputs:
             changed = "; ".join(differences(planned.inputs, job.inputs))
             raise PlanError(f"{job.name} is not what was planned: {changed}", hint=hint)
-    return look(Plan(plan.recipe, source, jobs, plan.force, plan.evaluate), workspace.store)
+    return Plan(plan.recipe, source, jobs, plan.force, plan.evaluate)
 
 
 def pin_calibration(recipe: Recipe, reporter: Reporter) -> Recipe:
