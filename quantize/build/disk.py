@@ -24,6 +24,7 @@ from quantize.model.config import number_or
 from quantize.model.source import PinnedSource
 from quantize.recipe.model import Recipe
 from quantize.store.staging import PASS, STAGING, leftovers
+from quantize.system.files import existing_parent
 from quantize.system.sizes import size_text
 
 if TYPE_CHECKING:
@@ -158,7 +159,7 @@ def rooms(needed: Needs, store: Path, cache: Path, name: str, variants: Iterable
     """
     held = [path for variant in (*variants, PASS) for path in _staged(store, name, variant)]
     in_store, in_cache = _allocated(held), _allocated(cache.glob("*/.*.tmp"))
-    if _existing(store).stat().st_dev == _existing(cache).stat().st_dev:
+    if existing_parent(store).stat().st_dev == existing_parent(cache).stat().st_dev:
         return (Room("store and cache", store, needed.peak_bytes, disk_free_bytes(store) + in_store + in_cache),)
     return (
         Room("store", store, needed.store_bytes, disk_free_bytes(store) + in_store),
@@ -188,7 +189,7 @@ def disk_short(needed: int, free: int, what: str = "build") -> PlanError:
 def disk_free_bytes(root: Path) -> int:
     """Bytes free where the store is or will be. Raises StoreError."""
     try:
-        return shutil.disk_usage(_existing(root)).free
+        return shutil.disk_usage(existing_parent(root)).free
     except OSError as exc:
         raise StoreError(f"store {root}: {exc.strerror}") from exc
 
@@ -203,13 +204,6 @@ def temporary_root() -> Path:
             return place
     hint = f"free {size_text(TEMPORARY_BYTES)} there, or set TMPDIR to another folder"
     raise DiskFullError(f"no room for temporary files in {' or '.join(map(str, places))}", hint=hint)
-
-
-def _existing(path: Path) -> Path:
-    folder = path.absolute()
-    while not folder.exists():
-        folder = folder.parent
-    return folder
 
 
 def _staged(store: Path, name: str, variant: str) -> list[Path]:

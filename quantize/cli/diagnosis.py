@@ -22,6 +22,7 @@ from quantize.cli.trials import Trial, TrialState, try_engines
 from quantize.errors import install_line
 from quantize.formats import formats, plugin_of
 from quantize.formats.format import Format
+from quantize.system.files import existing_parent
 from quantize.system.gpus import driver_version
 from quantize.system.machine import Machine, detect, processor_name
 
@@ -127,7 +128,5 @@ def _install(kind: Format, extras: Sequence[str]) -> str | None:
 
 
 def _is_writable(path: Path) -> bool:
-    folder = path.absolute()
-    while not folder.exists():
-        folder = folder.parent
+    folder = existing_parent(path)
     return folder.is_dir() and os.access(folder, os.W_OK | os.X_OK)

@@ -21,6 +21,7 @@ from quantize.publish.pack import MANIFEST_NAME, Blob, Pack
 from quantize.publish.retry import Retry
 from quantize.system.cache import hash_file
 from quantize.system.digest import digest_of, from_digits, is_short, is_whole, short
+from quantize.system.files import existing_parent
 from quantize.system.flock import NO_LOCKS, NO_LOCKS_HINT, file_lock
 
 CURRENT = "current"
@@ -134,11 +135,8 @@ class FolderPlace:
 
     def free_bytes(self) -> int | None:
         """What the file system has left; one without a size, such as /proc, does not say."""
-        folder = self._root.absolute()
-        while not folder.exists() and folder != folder.parent:
-            folder = folder.parent
         with _errors(self._root):
-            usage = shutil.disk_usage(folder)
+            usage = shutil.disk_usage(existing_parent(self._root))
         return usage.free if usage.total else None
 
     def known(self) -> list[str]:

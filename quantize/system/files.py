@@ -1,6 +1,6 @@
 """Writing files so that they are whole or not there: scratch name, sync, one rename.
 
-In: a path and what it is to hold. Out: the file, or the system's error and nothing left behind.
+In: a path and what it is to hold. Out: the file, or the system's error and nothing left behind; where it would be made.
 """
 
 from __future__ import annotations
@@ -49,6 +49,14 @@ def sync(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def existing_parent(path: Path) -> Path:
+    """The folder itself, or the nearest one above it that is there: where it would be made, and on which disk."""
+    folder = path.absolute()
+    while not folder.exists() and folder != folder.parent:
+        folder = folder.parent
+    return folder
 
 
 def write_text(path: Path, text: str) -> None:
