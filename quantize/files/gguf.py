@@ -80,6 +80,11 @@ class GgufFile:
         return found
 
 
+def padded(size: int, step: int = ALIGNMENT) -> int:
+    """The next multiple of the alignment, in bytes."""
+    return -(-size // step) * step
+
+
 def read_gguf(path: Path) -> GgufFile:
     """Read key-values and tensor table; arrays longer than MAX_ARRAY are skipped (vocabularies).
 
@@ -130,7 +135,7 @@ class _Parser:
         alignment = values.get(ALIGNMENT_KEY, ALIGNMENT)
         if not isinstance(alignment, int) or alignment < 1 or alignment & (alignment - 1):
             raise ValueError(f"alignment {alignment!r}")
-        placed = self.placed(table, -(-self.at // alignment) * alignment)
+        placed = self.placed(table, padded(self.at, alignment))
         return GgufFile(self.path, values, placed, spans)
 
     def placed(self, table: list[GgufTensor], start: int) -> dict[str, GgufTensor]:

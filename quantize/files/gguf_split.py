@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from quantize.errors import BuildError, CheckpointError, disk_errors
-from quantize.files.gguf import ALIGNMENT, TENSOR_TYPES, UNQUANTIZED, GgufFile, GgufTensor, read_gguf
+from quantize.files.gguf import ALIGNMENT, TENSOR_TYPES, UNQUANTIZED, GgufFile, GgufTensor, padded, read_gguf
 from quantize.system.files import write_all
 
 NAME = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf", re.DOTALL)
@@ -157,12 +157,12 @@ def plan_split(tensors: Sequence[PlannedTensor], key_bytes: int, alignment: int,
     parts: list[list[int]] = [[]]
     header, step, data = _keys_bytes(key_bytes), alignment, 0
     for index, item in enumerate(tensors):
-        table, size = _entry_bytes(item), _padded(item.size_bytes, step)
-        if parts[-1] and _padded(header + table, step) + data + size > limit:
+        table, size = _entry_bytes(item), padded(item.size_bytes, step)
+        if parts[-1] and padded(header + table, step) + data + size > limit:
             parts.append([])
             header, step, data = _keys_bytes(0), ALIGNMENT, 0
         parts[-1].append(index)
-        header, data = header + table, data + _padded(item.size_bytes, step)
+        header, data = header + table, data + padded(item.size_bytes, step)
     if len(parts) > MAX_SHARDS:
         raise BuildError(f"{len(parts):,} files are more than a GGUF model can have ({MAX_SHARDS:,})")
     return parts
@@ -172,7 +172,7 @@ def part_bytes(tensors: Sequence[PlannedTensor], key_bytes: int, alignment: int,
     """Bytes of the file that holds these tensors: the first part has the model's key-values too."""
     step = alignment if first else ALIGNMENT
     header = _keys_bytes(key_bytes if first else 0) + sum(map(_entry_bytes, tensors))
-    return _padded(header, step) + sum(_padded(item.size_bytes, step) for item in tensors)
+    return padded(header, step) + sum(padded(item.size_bytes, step) for item in tensors)
 
 
 def _keys_bytes(key_bytes: int) -> int:
@@ -219,13 +219,13 @@ def _write_part(file: GgufFile, out: Path, tensors: Sequence[GgufTensor], number
             name = item.name.encode()
             table += struct.pack("<Q", len(name)) + name + struct.pack("<I", len(item.shape))
             table += struct.pack(f"<{len(item.shape)}QIQ", *item.shape, TYPE_NUMBERS[item.type], offset)
-            offset += _padded(item.size_bytes, step)
+            offset += padded(item.size_bytes, step)
         header = b"GGUF" + struct.pack("<IQQ", VERSION, len(tensors), len(values)) + b"".join(values) + table
-        write_all(target, header.ljust(_padded(len(header), step), b"\0"))
+        write_all(target, header.ljust(padded(len(header), step), b"\0"))
         for item in tensors:
             for chunk in _chunks(source.fileno(), item.offset, item.size_bytes):
                 write_all(target, chunk)
-            write_all(target, bytes(_padded(item.size_bytes, step) - item.size_bytes))
+            write_all(target, bytes(padded(item.size_bytes, step) - item.size_bytes))
 
 
 def _spans(handle: int, file: GgufFile, keys: Sequence[str]) -> list[bytes]:
@@ -249,7 +249,3 @@ def _split_keys(number: int, count: int, tensors: int) -> list[bytes]:
         struct.pack("<Q", len(key)) + key.encode() + struct.pack("<I", kind) + struct.pack(layout, value)
         for key, kind, layout, value in values
     ]
-
-
-def _padded(size: int, step: int) -> int:
-    return -(-size // step) * step

@@ -31,14 +31,13 @@ from quantize.errors import (
     is_out_of_memory,
 )
 from quantize.events import Reporter, progress
-from quantize.files.gguf import EXTRA, READER
+from quantize.files.gguf import EXTRA, READER, padded
 from quantize.runtimes.llama_cpp.config import SAME_MODEL, converter_config
 from quantize.runtimes.llama_cpp.tensors import show_as_published
 from quantize.runtimes.llama_cpp.vocabulary import follow_source
 
 PACKAGE = "conversion"  # what the converter's own modules call it when they import each other
 PAIR = ("auto-round>=0.14.2,<0.15", "gguf>=0.19,<0.20")  # a converter and the constants that it was written for
-ALIGNMENT = 32
 KINDS = {"F16": "MOSTLY_F16", "BF16": "MOSTLY_BF16", "F32": "ALL_F32"}
 OTHER_FORMATS = "the formats other than GGUF do not need the converter"
 
@@ -315,8 +314,3 @@ def _write(model: Any, out: Path, license_id: str | None, reporter: Reporter, he
         writer.write_tensors_to_file(progress=False)
         progress(reporter, "", "converting to GGUF", sum(sizes), sum(sizes))
     writer.close()
-
-
-def padded(size: int) -> int:
-    """The next multiple of GGUF's alignment, in bytes."""
-    return (size + ALIGNMENT - 1) // ALIGNMENT * ALIGNMENT

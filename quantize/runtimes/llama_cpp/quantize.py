@@ -24,8 +24,8 @@ from quantize.errors import (
     disk_full,
 )
 from quantize.events import Reporter
-from quantize.files.gguf import EXTRA, GgufFile
-from quantize.runtimes.llama_cpp.convert import ConvertRequest, convert, padded
+from quantize.files.gguf import EXTRA, GgufFile, padded
+from quantize.runtimes.llama_cpp.convert import ConvertRequest, convert
 from quantize.runtimes.llama_cpp.log import keep_log, telling_line
 from quantize.system.files import removed_on_failure
 
