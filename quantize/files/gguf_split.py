@@ -56,7 +56,7 @@ def is_part(path: Path) -> bool:
 def first_shard(path: Path) -> Path:
     """The file that a model is opened by, from any of its files, by their names alone."""
     match = NAME.fullmatch(path.name)
-    return path if match is None else path.with_name(f"{match['stem']}-00001-of-{match['count']}.gguf")
+    return path if match is None else path.with_name(shard_name(match["stem"], 1, int(match["count"])))
 
 
 def shard_paths(path: Path) -> tuple[Path, ...]:
