@@ -112,12 +112,11 @@ def _pass(
             seed=spec.seed,
         )
         _warn_if_few(reporter, context, spec, len(found.token_ids), found.tokens)
-        on_gpu = context.limits.device != "cpu"
         journal = PassJournal(
             folder,
             _identity(context, entry, runner.device),
             reporter,
-            seconds=SECONDS_BETWEEN_STATES if on_gpu else 0.0,
+            seconds=SECONDS_BETWEEN_STATES if context.limits.on_gpu else 0.0,
         )
         lacking = _resume(journal, parts, reporter) < block_count(context.checkpoint.config)
         with journal:
@@ -148,7 +147,7 @@ def _say_how(limits: RunLimits, reporter: Reporter) -> None:
 
     if limits.spread is not None:
         return
-    if limits.device != "cpu":
+    if limits.on_gpu:
         if (why := trouble(torch.device(limits.device))) is not None:
             warn(reporter, "", f"{why}: GPTQ and clip searches run in many small steps, several times slower")
     elif torch.cuda.is_available() and (gpus := nvidia_gpus()):
@@ -161,7 +160,7 @@ def _measured_on_gpu(limits: RunLimits) -> dict[str, Any]:
 
     from quantize.numerics.kernels import kernels_name
 
-    if limits.device == "cpu" or limits.spread is not None:
+    if not limits.on_own_gpu:
         return {}
     return {
         "peak_gpu_memory_bytes": torch.cuda.max_memory_allocated(limits.device),
@@ -211,12 +210,11 @@ def _stream(
 
     Out of a GPU's memory, the pass goes on once more with its hidden states in the computer's. Raises OutOfMemory.
     """
-    on_gpu = parts[0].context.limits.device != "cpu"
     try:
         _stream_blocks(journal, parts, token_ids, precision, _spill(journal, parts, folder), reporter)
         return
     except (RuntimeError, QuantizeError) as exc:
-        if not on_gpu or not is_out_of_memory(exc):
+        if not parts[0].context.limits.on_gpu or not is_out_of_memory(exc):
             raise
         warn(reporter, "", f"out of the GPU's memory: hidden states move to the computer's ({first_line(exc)})")
     give_back_gpu()
@@ -259,7 +257,7 @@ def _spill(journal: PassJournal, parts: list[_Part], folder: Path) -> Spill:
 
     context = parts[0].context
     limits, solvers = context.limits, [(part.builder, part.context.options) for part in parts]
-    budget, on_gpu = limits.memory_budget_bytes, limits.device != "cpu"
+    budget, on_gpu = limits.memory_budget_bytes, limits.on_gpu
     gpu_bytes = free_gpu_bytes(limits.device) - gpu_pass_bytes(context.checkpoint, solvers) if on_gpu else 0
     if budget is not None:
         taken = host_bytes(context.checkpoint) if on_gpu else pass_bytes(context.checkpoint, solvers, limits.threads)
@@ -330,8 +328,8 @@ def _identity(context: Context, entry: CalibrationEntry, device: str) -> dict[st
 
     from quantize.numerics.kernels import kernels_name
 
-    on_gpu = context.limits.device != "cpu" and context.limits.spread is None
-    solved_by = {"kernels": kernels_name(torch.device(context.limits.device))} if on_gpu else {}
+    limits = context.limits
+    solved_by = {"kernels": kernels_name(torch.device(limits.device))} if limits.on_own_gpu else {}
     return {
         **solved_by,
         "source": context.source.digest,

@@ -112,8 +112,8 @@ def check_room(plan: Plan, workspace: Workspace, limits: RunLimits) -> None:
     """Refuse a build that would fill a disk or its memory, before it has written anything. Raises PlanError."""
     most = most_bytes(plan.jobs, plan.recipe, plan.source, measured=bool(plan.measured))
     roomy = all(disk_free_bytes(root) >= most for root in (workspace.store.root, workspace.cache.root))
-    on_gpu = limits.device != "cpu" and bool(plan.calibrated)
-    if roomy and limits.memory_budget_bytes is None and not on_gpu:
+    calibrates_on_gpu = limits.on_gpu and bool(plan.calibrated)
+    if roomy and limits.memory_budget_bytes is None and not calibrates_on_gpu:
         return
     refused = measure_plan(plan, workspace, limits).shortage(limits)
     if refused is not None:
@@ -168,7 +168,7 @@ def _size_jobs(jobs: Sequence[VariantJob], context: Context, reporter: Reporter)
 def _pass_memory(parts: Sequence[tuple[Builder[Any], Any]], checkpoint: Checkpoint, limits: RunLimits) -> int:
     if not parts:
         return 0
-    return pass_bytes(checkpoint, parts, limits.threads) if limits.device == "cpu" else host_bytes(checkpoint)
+    return host_bytes(checkpoint) if limits.on_gpu else pass_bytes(checkpoint, parts, limits.threads)
 
 
 def _gpu_need(
@@ -177,7 +177,7 @@ def _gpu_need(
 ) -> GpuNeed | None:  # fmt: skip
     """What the pass takes of this machine's GPU; a process of its own asks it, which pays for the driver's part."""
     spec = recipe.calibration
-    if not parts or spec is None or limits.device == "cpu" or limits.spread is not None:
+    if not parts or spec is None or not limits.on_own_gpu:
         return None
     free = run_step("asking the GPU for its free memory", reporter, ask_gpu, limits.device)
     tokens = spec.samples * spec.sequence_length

@@ -157,7 +157,7 @@ class _Flight:
     ) -> None:
         self._connection, self._units, self._run, self._cluster = connection, units, run, cluster
         self._workspace, self._reporter = workspace, workspace.reporter
-        gpu = run.limits.device != "cpu"
+        gpu = run.limits.on_gpu
         found = working_nodes(connection, gpu=gpu)
         self._sizes = Sizes.of(found, gpu=gpu, threads=cluster.threads)
         calibrated = sum(unit.calibrated for unit in units)

@@ -69,11 +69,21 @@ class RunLimits:
     spread: PassSpread | None = None
 
     @property
+    def on_gpu(self) -> bool:
+        """Whether tensor work runs on a GPU, of whatever machine."""
+        return self.device != "cpu"
+
+    @property
+    def on_own_gpu(self) -> bool:
+        """Whether it runs on a GPU of this machine: one that can be asked, and whose memory it takes."""
+        return self.on_gpu and self.spread is None
+
+    @property
     def tasks_at_once(self) -> int:
         """How many pieces of tensor work may run at once: one for each thread, and one after the other on a GPU, where
         more of them take more memory and no less time, and the first use of a library is not safe on two threads.
         """
-        return self.threads if self.device == "cpu" else 1
+        return 1 if self.on_gpu else self.threads
 
     @classmethod
     def of(
