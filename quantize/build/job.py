@@ -50,7 +50,7 @@ class VariantJob:
     @property
     def is_measurable(self) -> bool:
         """Whether a runtime is known to measure it in."""
-        return known_format(self.variant.format).runtime is not None
+        return known_format(self.variant.format).is_measurable
 
     @property
     def is_open(self) -> bool:

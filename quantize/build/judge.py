@@ -72,8 +72,8 @@ class Judge:
 
     @staticmethod
     def can_measure(format: str) -> bool:
-        """Whether a runtime is known for a format; plugins may bring formats of which none is."""
-        return known_format(format).runtime is not None
+        """Whether a runtime is known for a format."""
+        return known_format(format).is_measurable
 
     def known(self, artifact: Artifact) -> EvaluationRecord | None:
         """Judged by figures that were measured by the present protocol; None if they must be measured."""

@@ -155,6 +155,11 @@ class Format:
     quantization: Callable[[Options], str] | None = None
     probes: tuple[Probe, ...] = ()
 
+    @property
+    def is_measurable(self) -> bool:
+        """Whether a runtime is known to measure its artifacts in; plugins may bring formats of which none is."""
+        return self.runtime is not None
+
     def model_path(self, folder: Path) -> Path:
         """What a runtime opens of an artifact: its main file, or the folder. Raises VerifyError: it is not there."""
         return self.layout.main_file(folder) or folder
