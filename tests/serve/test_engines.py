@@ -46,6 +46,30 @@ def test_loading_is_told_with_percent_and_refuses_meanwhile(start: Start) -> Non
     assert len(seen) > 2
 
 
+TOOL = {"type": "function", "function": {"name": "look", "parameters": {"type": "object"}}}
+
+
+@pytest.mark.parametrize(
+    ("path", "fields"),
+    [
+        ("chat/completions", {"tools": [TOOL]}),
+        ("chat/completions", {"tools": [TOOL], "tool_choice": "required"}),
+        ("chat/completions", {"tools": [TOOL], "stream": True}),
+        ("chat/completions", {"response_format": {"type": "json_object"}}),
+        ("completions", {"prompt": "hi", "top_k": 3}),
+        ("embeddings", {"input": "hi"}),
+    ],
+)
+def test_what_a_model_can_do_is_not_judged_before_it_is_loaded(
+    start: Start, path: str, fields: dict[str, object]
+) -> None:
+    gateway = start(fakes(load_seconds=9), ready=False)
+    messages = {"messages": [{"role": "user", "content": "hi"}]} if path.startswith("chat") else {}
+    answer = gateway.ask("POST", f"/v1/{path}", {"model": "fake", **messages, **fields})
+    assert (answer.status, answer.json["error"]["code"]) == (503, "model_not_ready")
+    assert "retry-after" in answer.headers
+
+
 def test_a_killed_process_is_told_and_started_again(start: Start) -> None:
     gateway = start(in_a_process())
     assert gateway.chat("hi there").json["choices"][0]["message"]["content"] == "hi there "

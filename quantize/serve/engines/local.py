@@ -19,9 +19,10 @@ from quantize.serve.engines.messages import template_message
 from quantize.serve.engines.tools import CallReader, ToolWish, wish_of
 from quantize.serve.failures import Failure, not_ready, refuse_unknown, unsupported
 from quantize.serve.neutral import asks_for_nothing
-from quantize.serve.protocol import AnyRequest, ChatRequest, CompletionRequest, EmbeddingRequest
+from quantize.serve.protocol import ChatRequest, CompletionRequest, EmbeddingRequest
 from quantize.system.machine import resident_bytes
 
+Generating = ChatRequest | CompletionRequest
 DONE = b"data: [DONE]\n\n"
 LEAST_TEMPERATURE = 1e-3  # below it sampling is greedy: dividing by it overflows
 DEFAULT_TEMPERATURE, DEFAULT_TOP_P = 0.7, 0.9  # as /v1/generate has them; OpenAI's 1 and 1 let small models ramble
@@ -64,20 +65,22 @@ class LocalEngine:
 
     async def complete(self, call: Call) -> dict[str, Any]:
         """See Engine."""
-        if isinstance(call.request, EmbeddingRequest):
+        self._check_ready()
+        request = call.request
+        if isinstance(request, EmbeddingRequest):
             supports = self.status.details.get("supports", ())
-            return await embed(call, call.request, self._link, self.name, self.runtime, supports)
+            return await embed(call, request, self._link, self.name, self.runtime, supports)
+        wish = self._wish(request)
         text: list[str] = []
         logprobs: list[dict[str, Any]] = []
         finish = ""
-        async with aclosing(self._frames(call)) as frames:
+        async with aclosing(self._frames(call, self._order(call, request, wish))) as frames:
             async for frame in frames:
                 if "text" in frame:
                     text.append(frame["text"])
                     logprobs += frame["logprobs"]
                 elif "end" in frame:
                     finish = frame["end"]["finish"]
-        wish = self._wish(call.request)
         choice = _choice(call, "".join(text), logprobs, finish, whole=True)
         if wish is not None:
             _put_calls(choice, wish.reader())
@@ -85,10 +88,13 @@ class LocalEngine:
 
     async def stream(self, call: Call) -> AsyncGenerator[bytes]:
         """See Engine."""
+        self._check_ready()
+        request = call.request
+        assert not isinstance(request, EmbeddingRequest)
         head = {**self._head(call, whole=False), "trace_id": call.trace_id}
-        wish = self._wish(call.request)
+        wish = self._wish(request)
         reader = wish.reader() if wish is not None else None
-        async with aclosing(self._frames(call)) as frames:
+        async with aclosing(self._frames(call, self._order(call, request, wish))) as frames:
             async for frame in frames:
                 if "start" in frame:
                     if call.is_chat:
@@ -110,11 +116,13 @@ class LocalEngine:
             yield _event({**head, "choices": [], "usage": _usage(call)})
         yield DONE
 
-    async def _frames(self, call: Call) -> AsyncGenerator[dict[str, Any]]:
-        """The child's frames; counts tokens into the call on the way."""
-        if not self.status.ready:  # before what it can do is asked
+    def _check_ready(self) -> None:
+        """Before what it can do is asked, which is not known earlier. Raises Failure."""
+        if not self.status.ready:
             raise not_ready(self.name, self.status.reason)
-        order = self._order(call)
+
+    async def _frames(self, call: Call, order: dict[str, Any]) -> AsyncGenerator[dict[str, Any]]:
+        """The child's frames; counts tokens into the call on the way."""
         async with aclosing(self._link.frames(order)) as frames:
             async for frame in frames:
                 if "start" in frame:
@@ -129,11 +137,7 @@ class LocalEngine:
                     self._tell("generation_ended", {"trace_id": call.trace_id, **frame["end"]})
                 yield frame
 
-    def _order(self, call: Call) -> dict[str, Any]:
-        request = call.request
-        assert not isinstance(request, EmbeddingRequest)
-        self._refuse_what_it_cannot(request)
-        wish = self._wish(request)
+    def _order(self, call: Call, request: Generating, wish: ToolWish | None) -> dict[str, Any]:
         stop = [request.stop] if isinstance(request.stop, str) else list(request.stop or ())
         temperature = DEFAULT_TEMPERATURE if request.temperature is None else request.temperature
         order: dict[str, Any] = {
@@ -166,7 +170,7 @@ class LocalEngine:
             order["prompt"] = _prompt(request)
         return order
 
-    def _refuse_what_it_cannot(self, request: ChatRequest | CompletionRequest) -> None:
+    def _refuse_what_it_cannot(self, request: Generating) -> None:
         refuse_unknown(request.model_extra, self.runtime)
         for field, value in ((request.stream_options and request.stream_options.model_extra) or {}).items():
             if not asks_for_nothing(field, value):
@@ -190,7 +194,9 @@ class LocalEngine:
         if request.grammar is not None and _json_schema(request) is not None:
             raise Failure(422, "invalid_value", "grammar and response_format exclude each other", param="grammar")
 
-    def _wish(self, request: AnyRequest) -> ToolWish | None:
+    def _wish(self, request: Generating) -> ToolWish | None:
+        """What it is to do with tools, of a request that it can do. Raises Failure."""
+        self._refuse_what_it_cannot(request)
         if not isinstance(request, ChatRequest):
             return None
         details = self.status.details
@@ -275,19 +281,19 @@ def _usage(call: Call) -> dict[str, int]:
     }
 
 
-def _max_tokens(request: ChatRequest | CompletionRequest) -> int | None:
+def _max_tokens(request: Generating) -> int | None:
     if isinstance(request, ChatRequest) and request.max_completion_tokens is not None:
         return request.max_completion_tokens
     return request.max_tokens
 
 
-def _logprobs(request: ChatRequest | CompletionRequest) -> int | None:
+def _logprobs(request: Generating) -> int | None:
     if isinstance(request, ChatRequest):
         return (request.top_logprobs or 0) if request.logprobs else None
     return request.logprobs
 
 
-def _fit(request: ChatRequest | CompletionRequest, wish: ToolWish | None) -> dict[str, Any]:
+def _fit(request: Generating, wish: ToolWish | None) -> dict[str, Any]:
     """What the answer must fit, and the field that says so."""
     if request.grammar is not None:
         return {"grammar": request.grammar, "param": "grammar"}
@@ -297,7 +303,7 @@ def _fit(request: ChatRequest | CompletionRequest, wish: ToolWish | None) -> dic
     return {} if schema is None else {"json_schema": json.dumps(schema), "param": "response_format"}
 
 
-def _json_schema(request: ChatRequest | CompletionRequest) -> dict[str, Any] | None:
+def _json_schema(request: Generating) -> dict[str, Any] | None:
     """The schema of the answer; None for text."""
     if not isinstance(request, ChatRequest) or request.response_format is None:
         return None
