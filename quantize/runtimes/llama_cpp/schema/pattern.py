@@ -62,7 +62,6 @@ class Times:
 
 
 Node = Chars | Row | Either | Times
-NOTHING = Row(())
 ANYTHING = Times(Chars(ALL), 0, None)
 
 

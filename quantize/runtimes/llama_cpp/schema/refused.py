@@ -14,5 +14,3 @@ class SchemaRefused(Exception):
         if len(shown) > MAX_PATH:
             shown = f"{shown[: MAX_PATH // 2]}…{shown[-MAX_PATH // 2 :]}"
         super().__init__(f"{shown}: {why}")
-        self.path = path
-        self.why = why

@@ -30,7 +30,6 @@ class Located:
 
 Node = tuple[Located, ...]
 ANYTHING: Node = ()
-NOTHING: Node = (Located(False, ()),)
 
 
 @dataclass(frozen=True)
