@@ -6,7 +6,6 @@ logits. What to ask it, and how to choose tokens, is left to evaluate and serve.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +16,7 @@ from quantize.runtimes.devices import ON_CPU, DevicePlace
 from quantize.runtimes.llama_cpp.devices import put_on
 from quantize.runtimes.llama_cpp.library import last_log_line, load_library
 from quantize.runtimes.llama_cpp.placement import Placed
-from quantize.runtimes.llama_cpp.words import NOT_LOADED, Words
+from quantize.runtimes.llama_cpp.words import Words, load_model
 from quantize.system.machine import usable_cores
 
 MICRO_BATCH_TOKENS = 512
@@ -160,8 +159,6 @@ def _load(library: Any, path: Path, settings: ModelSettings, progress: Callable[
     kept = put_on(params, settings.place)
     if progress is not None:
         params.progress_callback = library.llama_progress_callback(lambda share, _: (progress(share), True)[1])
-    model = library.llama_model_load_from_file(os.fsencode(path), params)
+    model = load_model(library, path, params)
     del kept  # what the parameters point to
-    if not model:
-        raise VerifyError(f"{path.name}: llama.cpp does not load it: {last_log_line()}", hint=NOT_LOADED)
     return model

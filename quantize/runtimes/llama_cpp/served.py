@@ -20,7 +20,7 @@ from quantize.runtimes.detokenizer import BytePieces
 from quantize.runtimes.devices import ON_CPU
 from quantize.runtimes.intake import Intake
 from quantize.runtimes.llama_cpp.choice import choose_fitting, logits_of, with_logprobs
-from quantize.runtimes.llama_cpp.devices import find_gpus, is_there
+from quantize.runtimes.llama_cpp.devices import find_gpus, is_device, is_there
 from quantize.runtimes.llama_cpp.library import import_bindings_only
 from quantize.runtimes.llama_cpp.model import BatchToken, ModelSettings, OpenModel
 from quantize.runtimes.llama_cpp.reading import Readings
@@ -242,7 +242,7 @@ class LlamaCppModel:
 
     def _gpu_memory(self, device: str) -> dict[str, Any]:
         size = self._open.placed.gpu_bytes
-        names = [gpu.name for gpu in find_gpus() if gpu.device.startswith(device)]
+        names = [gpu.name for gpu in find_gpus() if is_device(gpu.device, device)]
         return {"gpu": " and ".join(names) or device, "vram_allocated": size, "vram_reserved": size}
 
     def _sampler(self, sampling: Sampling) -> Any:

@@ -78,7 +78,12 @@ def open_words(path: Path, *, feature: str) -> Words:
     library = load_library(feature)
     params = library.llama_model_default_params()
     params.vocab_only = True
+    return Words(library, load_model(library, path, params), path.name)
+
+
+def load_model(library: Any, path: Path, params: Any) -> Any:
+    """llama.cpp's pointer to the model in a file. Raises VerifyError: it does not load."""
     model = library.llama_model_load_from_file(os.fsencode(path), params)
     if not model:
         raise VerifyError(f"{path.name}: llama.cpp does not load it: {last_log_line()}", hint=NOT_LOADED)
-    return Words(library, model, path.name)
+    return model

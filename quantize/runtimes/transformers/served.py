@@ -120,27 +120,28 @@ class TransformersModel:
         """See ServedModel. Each answer goes one token on; a long prompt, or a text to read, one part."""
         chosen: dict[int, Chosen | Embedding] = self._read_on()
         for slot, item in self._running.items():
-            stop = min(len(item.tokens), item.done + PREFILL_TOKENS)
-            ids = self._torch.tensor([item.tokens[item.done : stop]], device=self._device)
-            with self._torch.inference_mode():
-                output = self._model(input_ids=ids, past_key_values=item.cache, use_cache=True, logits_to_keep=1)
-            item.cache, item.done = output.past_key_values, stop
-            if stop == len(item.tokens):
+            output = self._forward(self._model, item, logits_to_keep=1)
+            if item.done == len(item.tokens):
                 chosen[slot] = self._choose(item, output.logits[0, -1].float().cpu())
         return chosen
 
     def _read_on(self) -> dict[int, Chosen | Embedding]:
         found: dict[int, Chosen | Embedding] = {}
         for slot, item in self._reading.items():
-            stop = min(len(item.tokens), item.done + PREFILL_TOKENS)
-            ids = self._torch.tensor([item.tokens[item.done : stop]], device=self._device)
-            with self._torch.inference_mode():
-                output = self._model.base_model(input_ids=ids, past_key_values=item.cache, use_cache=True)
-            item.cache, item.done = output.past_key_values, stop
+            output = self._forward(self._model.base_model, item)
             item.total = item.total + output.last_hidden_state[0].double().sum(0).cpu().numpy()
-            if stop == len(item.tokens):
+            if item.done == len(item.tokens):
                 found[slot] = Embedding.of(item.total)
         return found
+
+    def _forward(self, model: Any, item: TransformersAnswer | TransformersReading, **options: Any) -> Any:
+        """Run the next tokens of a sequence, at most PREFILL_TOKENS; its cache then has them."""
+        stop = min(len(item.tokens), item.done + PREFILL_TOKENS)
+        ids = self._torch.tensor([item.tokens[item.done : stop]], device=self._device)
+        with self._torch.inference_mode():
+            output = model(input_ids=ids, past_key_values=item.cache, use_cache=True, **options)
+        item.cache, item.done = output.past_key_values, stop
+        return output
 
     def _choose(self, item: TransformersAnswer, logits: Any) -> Chosen:
         sampling = item.sampling
