@@ -14,7 +14,6 @@ import asyncio
 import json
 import os
 import shutil
-import socket
 import subprocess
 import sys
 import tempfile
@@ -25,6 +24,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+
+from quantize.bench.server import free_port
 
 LITELLM = "1.106.2"
 KEY = "sk-0123456789abcdef0123456789abcdef"
@@ -167,12 +168,6 @@ async def open_loop(port: int, path: str, seconds: float, rate: float) -> Sample
     sample.seconds = time.perf_counter() - started
     client.close()
     return sample
-
-
-def free_port() -> int:
-    """A port that nobody listens on."""
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        return int(listener.getsockname()[1])
 
 
 @contextmanager

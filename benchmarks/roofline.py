@@ -4,7 +4,8 @@
 
 For GPTQ and AWQ (4 bit, groups of 128) of 128 x 2,048 tokens. Operations and bytes are those of the code (the cost
 model of quantize/build/spread/cost.py); what a card reaches is an assumption, printed with the table. A step takes the
-longest of its operations, its bytes and its launches. Launches are those that benchmarks/launches.py counts.
+longest of its operations, its bytes and its launches. Launches are rough formulas here, for 8B within a factor of two
+of what benchmarks/launches.py counts on the emulated device.
 """
 
 from __future__ import annotations

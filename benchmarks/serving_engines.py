@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -28,6 +27,8 @@ from statistics import median
 from typing import Any
 
 import psutil
+
+from quantize.bench.server import free_port
 
 XLLAMACPP = "2026.10.11549"
 CLIENTS = (1, 4, 16)
@@ -100,12 +101,6 @@ def one_round(process: psutil.Process, port: int, clients: int, number: int) -> 
     with ThreadPoolExecutor(clients) as pool:
         tokens = sum(pool.map(lambda prompt: ask(port, prompt, ANSWER), prompts))
     return tokens / (time.perf_counter() - began), tokens / (processor_seconds(process) - used)
-
-
-def free_port() -> int:
-    """A port that nobody has."""
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        return int(listener.getsockname()[1])
 
 
 def main() -> None:
