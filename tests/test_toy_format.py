@@ -275,7 +275,8 @@ def test_a_folder_that_no_manifest_describes_is_one_all_the_same(home: Home, tmp
         assert found.weights_bytes == data_of("estimate", word)[0]["weights_bytes"]
 
 
-def test_bench_starts_a_server_for_it(home: Home) -> None:
+def test_bench_starts_a_server_for_it(home: Home, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)  # where the table of results is written
     options = ("--shape", "8:4", "--requests", 2, "--concurrency", 1, "--warm-up", 0, "--threads", 1)
     (cell,) = data_of("bench", PLAIN, *options)["cells"]
     assert (cell["requests"], cell["errors"]) == (2, {})
