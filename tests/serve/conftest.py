@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -22,10 +23,14 @@ pytest.importorskip("fastapi")
 import uvicorn
 
 from quantize.errors import UsageError
+from quantize.runtimes.base import ModelRef
+from quantize.runtimes.llama_cpp.kind import LLAMA_CPP
+from quantize.runtimes.served import Serving
 from quantize.serve.app import DIRECT, Gateway, make_gateway
 from quantize.serve.door import DoorLimits
-from quantize.serve.engines.base import Engine
+from quantize.serve.engines.base import Engine, EngineTarget
 from quantize.serve.engines.fake import fake_engine
+from quantize.serve.engines.local import LocalEngine
 from quantize.serve.front import Front
 from quantize.serve.limits import Keys, key_line, load_keys
 from quantize.serve.logs import LogWriter, make_log
@@ -33,8 +38,10 @@ from quantize.serve.monitoring import Watcher
 from quantize.serve.router import Rules
 from quantize.serve.server import GatewayServer
 from quantize.serve.service import RequestLimits
+from tests.conftest import Built
 
 DOOR = DoorLimits()
+SERVED_CONTEXT = 256
 JSON = {"content-type": "application/json"}
 MakeEngines = Callable[[Watcher], Mapping[str, Engine]]
 
@@ -157,6 +164,31 @@ def gateways() -> Iterator[Start]:
 def fakes(**options: Any) -> MakeEngines:
     """One fake engine named `fake`."""
     return lambda watcher: {"fake": fake_engine("fake", watcher.about("fake"), **options)}
+
+
+@pytest.fixture(scope="session")
+def weights(built: Built) -> Path:
+    """The tiny model as a GGUF file; a file of tests that needs another one has a fixture of its own by this name."""
+    (path,) = built.store.root.glob("*/q8_0/current/*.gguf")
+    return path
+
+
+@contextmanager
+def gguf_gateway(weights: Path, serving: Serving, *, queue: int = 64) -> Iterator[Running]:
+    """A gateway with one GGUF file, as `tiny`, in llama.cpp in a process of its own."""
+    target = EngineTarget("tiny", LLAMA_CPP, ModelRef(weights.parent, "gguf", weights.name), serving)
+    with gateways() as run:
+        yield run(
+            lambda watcher: {"tiny": LocalEngine(target, watcher.about("tiny"))},
+            rules=Rules("tiny"), limits=RequestLimits(concurrency=serving.slots, queue=queue),
+        )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def served(weights: Path) -> Iterator[Running]:
+    """`weights`, with a context of SERVED_CONTEXT, for all tests of a file."""
+    with gguf_gateway(weights, Serving(SERVED_CONTEXT, slots=2, threads=1)) as running:
+        yield running
 
 
 @pytest.fixture

@@ -17,7 +17,6 @@ from quantize.runtimes.intake import Intake
 from quantize.runtimes.llama_cpp.served import DESK
 from quantize.runtimes.llama_cpp.words import open_words
 from quantize.runtimes.served import PromptTokens, Refused
-from tests.conftest import Built
 from tests.serve.rewritten import rewritten
 
 pytest.importorskip("llama_cpp")
@@ -26,12 +25,6 @@ NEVER = threading.Event()
 # Of llama.cpp's pre-tokenizers some whose rules libstdc++ runs, a step deeper for each character: a long word ended
 # the process that it was read in.
 RECURSIVE = ("deepseek-v3", "gpt-4o", "bloom", "default")
-
-
-@pytest.fixture(scope="module")
-def weights(built: Built) -> Path:
-    (path,) = built.store.root.glob("*/q8_0/current/*.gguf")
-    return path
 
 
 @pytest.fixture(scope="module")

@@ -17,16 +17,14 @@ from quantize.runtimes.llama_cpp.schema import keywords
 from quantize.runtimes.llama_cpp.schema.compile import gbnf_of
 from quantize.runtimes.llama_cpp.schema.refused import SchemaRefused
 from quantize.runtimes.served import Refused
-from tests.conftest import Built
 from tests.serve.json_schemas import WORST, Walker, schemas
 
 pytest.importorskip("llama_cpp")
 
 
 @pytest.fixture(scope="module")
-def walker(built: Built) -> Iterator[Walker]:
-    (path,) = built.store.root.glob("*/q8_0/current/*.gguf")
-    made = Walker.over(Path(path))
+def walker(weights: Path) -> Iterator[Walker]:
+    made = Walker.over(weights)
     yield made
     made.intake.close()
 

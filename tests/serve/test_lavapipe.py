@@ -18,7 +18,6 @@ from typing import Any
 
 import pytest
 
-from tests.conftest import Built
 from tests.serve.rewritten import rewritten
 
 ROOT = Path(__file__).parent.parent.parent
@@ -51,10 +50,9 @@ def environment(**more: str) -> dict[str, str]:
 
 
 @pytest.fixture(scope="module")
-def weights(built: Built, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def weights(weights: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny model with thirty blocks: 31 layers, the output among them."""
-    (path,) = built.store.root.glob("*/q8_0/current/*.gguf")
-    return rewritten(path, tmp_path_factory.mktemp("deep") / "deep.gguf", blocks=BLOCKS)
+    return rewritten(weights, tmp_path_factory.mktemp("deep") / "deep.gguf", blocks=BLOCKS)
 
 
 class Served:

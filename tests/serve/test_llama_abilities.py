@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -14,41 +11,18 @@ import numpy as np
 import openai
 import pytest
 
-from quantize.runtimes.base import ModelRef
-from quantize.runtimes.llama_cpp.kind import LLAMA_CPP
-from quantize.runtimes.served import Serving
-from quantize.serve.engines.base import EngineTarget
-from quantize.serve.engines.local import LocalEngine
-from quantize.serve.router import Rules
-from quantize.serve.service import RequestLimits
-from tests.conftest import Built
-from tests.serve.conftest import Running, gateways
+from tests.serve.conftest import SERVED_CONTEXT, Running
+from tests.serve.rewritten import rewritten
 from tests.serve.test_tools import HERMES, WEATHER
 
 llama_cpp = pytest.importorskip("llama_cpp")
-CONTEXT = 512
 TEXTS = ["The quick brown fox", "jumps", "over the lazy dog and " * 20]  # the last takes several steps
 
 
 @pytest.fixture(scope="module")
-def weights(built: Built, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def weights(weights: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A file whose chat template knows tools."""
-    (source,) = built.store.root.glob("*/q8_0/current/*.gguf")
-    target = tmp_path_factory.mktemp("tools") / "tools.gguf"
-    command = [Path(sys.executable).parent / "gguf-new-metadata", "--chat-template", HERMES, source, target]
-    subprocess.run(command, check=True, capture_output=True)
-    return target
-
-
-@pytest.fixture(scope="module")
-def served(weights: Path) -> Iterator[Running]:
-    model = ModelRef(weights.parent, "gguf", weights.name)
-    target = EngineTarget("tiny", LLAMA_CPP, model, Serving(CONTEXT, slots=2, threads=1))
-    with gateways() as run:
-        yield run(
-            lambda watcher: {"tiny": LocalEngine(target, watcher.about("tiny"))},
-            rules=Rules("tiny"), limits=RequestLimits(concurrency=2, queue=64),
-        )  # fmt: skip
+    return rewritten(weights, tmp_path_factory.mktemp("tools") / "tools.gguf", template=HERMES)
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +37,13 @@ def vectors(client: openai.OpenAI, texts: list[str]) -> Any:
 def test_vectors_are_llama_cpps_own_mean(client: openai.OpenAI, weights: Path) -> None:
     mean = llama_cpp.LLAMA_POOLING_TYPE_MEAN
     judge = llama_cpp.Llama(
-        str(weights), n_ctx=CONTEXT, n_threads=1, flash_attn=False, verbose=False, embedding=True, pooling_type=mean
+        str(weights),
+        n_ctx=SERVED_CONTEXT,
+        n_threads=1,
+        flash_attn=False,
+        verbose=False,
+        embedding=True,
+        pooling_type=mean,
     )
     wanted = np.array([judge.embed(text, normalize=True) for text in TEXTS])
     judge.close()

@@ -13,42 +13,18 @@ from typing import Any
 import openai
 import pytest
 
-from quantize.runtimes.base import ModelRef
-from quantize.runtimes.llama_cpp.kind import LLAMA_CPP
 from quantize.runtimes.llama_cpp.model import ModelSettings, OpenModel
-from quantize.runtimes.served import Serving
-from quantize.serve.engines.base import EngineTarget
-from quantize.serve.engines.local import LocalEngine
-from quantize.serve.router import Rules
-from quantize.serve.service import RequestLimits
-from tests.conftest import Built
-from tests.serve.conftest import Running, gateways
+from tests.serve.conftest import SERVED_CONTEXT, Running
 
 llama_cpp = pytest.importorskip("llama_cpp")
-CONTEXT = 256
 PROMPT = "The quick brown fox"
 
 
 @pytest.fixture(scope="module")
-def weights(built: Built) -> Path:
-    (path,) = built.store.root.glob("*/q8_0/current/*.gguf")
-    return path
-
-
-@pytest.fixture(scope="module")
-def served(weights: Path) -> Iterator[Running]:
-    model = ModelRef(weights.parent, "gguf", weights.name)
-    target = EngineTarget("tiny", LLAMA_CPP, model, Serving(CONTEXT, slots=2, threads=1))
-    with gateways() as run:
-        yield run(
-            lambda watcher: {"tiny": LocalEngine(target, watcher.about("tiny"))},
-            rules=Rules("tiny"), limits=RequestLimits(concurrency=2, queue=64),
-        )  # fmt: skip
-
-
-@pytest.fixture(scope="module")
 def reference(weights: Path) -> Iterator[Any]:
-    model = llama_cpp.Llama(str(weights), n_ctx=CONTEXT, n_threads=1, flash_attn=False, verbose=False, logits_all=True)
+    model = llama_cpp.Llama(
+        str(weights), n_ctx=SERVED_CONTEXT, n_threads=1, flash_attn=False, verbose=False, logits_all=True
+    )
     yield model
     model.close()
 
@@ -140,7 +116,7 @@ def test_the_context_is_the_limit(served: Running) -> None:
     assert (long.status, long.json["error"]["code"]) == (413, "input_too_long")
     answer = served.ask("POST", "/v1/completions", {"prompt": [5] * 250, "temperature": 0})
     assert answer.status == 200
-    assert answer.json["usage"]["completion_tokens"] <= CONTEXT - 250
+    assert answer.json["usage"]["completion_tokens"] <= SERVED_CONTEXT - 250
     both = served.ask("POST", "/v1/completions", {"prompt": [5] * 250, "max_tokens": 7})
     assert (both.status, both.json["error"]["code"]) == (422, "context_length_exceeded")
 
@@ -161,7 +137,7 @@ def test_where_the_layers_are_is_told(served: Running) -> None:
 
 
 def test_buffers_of_the_real_log(weights: Path) -> None:
-    model = OpenModel(weights, ModelSettings(CONTEXT, threads=1))
+    model = OpenModel(weights, ModelSettings(SERVED_CONTEXT, threads=1))
     try:
         found = model.placed.buffer_bytes
     finally:

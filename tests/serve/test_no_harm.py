@@ -13,15 +13,8 @@ from typing import Any
 
 import pytest
 
-from quantize.runtimes.base import ModelRef
-from quantize.runtimes.llama_cpp.kind import LLAMA_CPP
 from quantize.runtimes.served import Serving
-from quantize.serve.engines.base import EngineTarget
-from quantize.serve.engines.local import LocalEngine
-from quantize.serve.router import Rules
-from quantize.serve.service import RequestLimits
-from tests.conftest import Built
-from tests.serve.conftest import JSON, Running, gateways
+from tests.serve.conftest import JSON, Running, gguf_gateway
 from tests.serve.json_schemas import WORST
 from tests.serve.rewritten import rewritten
 
@@ -52,16 +45,10 @@ GRAMMARS = {
 
 
 @pytest.fixture(scope="module")
-def gateway(built: Built, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
-    (weights,) = built.store.root.glob("*/q8_0/current/*.gguf")
-    file = rewritten(Path(weights), tmp_path_factory.mktemp("hostile") / "model.gguf", template=TEMPLATE)
-    serving = Serving(256, STREAMS + 1, threads=1)
-    target = EngineTarget("tiny", LLAMA_CPP, ModelRef(file.parent, "gguf", file.name), serving)
-    with gateways() as run:
-        yield run(
-            lambda watcher: {"tiny": LocalEngine(target, watcher.about("tiny"))},
-            rules=Rules("tiny"), limits=RequestLimits(concurrency=STREAMS + 1, queue=8),
-        )  # fmt: skip
+def gateway(weights: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    file = rewritten(weights, tmp_path_factory.mktemp("hostile") / "model.gguf", template=TEMPLATE)
+    with gguf_gateway(file, Serving(256, STREAMS + 1, threads=1), queue=8) as running:
+        yield running
 
 
 @dataclass

@@ -19,17 +19,10 @@ from quantize.serve.engines.base import EngineTarget
 from quantize.serve.engines.local import LocalEngine
 from quantize.serve.preflight import engine_target
 from quantize.serve.router import Rules
-from tests.conftest import Built
 from tests.serve.conftest import Start
 from tests.serve.rewritten import rewritten
 
 pytest.importorskip("llama_cpp")
-
-
-@pytest.fixture(scope="module")
-def weights(built: Built) -> Path:
-    (path,) = built.store.root.glob("*/q8_0/current/*.gguf")
-    return path
 
 
 @pytest.mark.parametrize("blocks", [32, 48, 64, 80])

@@ -19,7 +19,6 @@ from quantize.runtimes.transformers.kind import Transformers
 from quantize.serve.engines.base import EngineTarget
 from quantize.serve.engines.local import LocalEngine
 from quantize.serve.router import Rules
-from tests.conftest import Built
 from tests.serve.conftest import Start
 from tests.serve.rewritten import rewritten
 
@@ -41,12 +40,6 @@ BROKEN = {
     "{{ ''.__class__.__mro__ }}": "does not understand them: SecurityError",
     "{{ raise_exception('never') }}": "refuses these messages: never",
 }  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def weights(built: Built) -> Path:
-    (path,) = built.store.root.glob("*/q8_0/current/*.gguf")
-    return path
 
 
 def targets(tiny: Path, weights: Path, folder: Path, template: str) -> Iterator[EngineTarget]:
