@@ -41,7 +41,7 @@ from quantize.serve.service import RequestLimits
 from tests.conftest import Built
 
 DOOR = DoorLimits()
-SERVED_CONTEXT = 256
+SERVED_CONTEXT = 512
 JSON = {"content-type": "application/json"}
 MakeEngines = Callable[[Watcher], Mapping[str, Engine]]
 
