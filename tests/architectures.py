@@ -39,7 +39,10 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "MistralForCausalLM": ("MistralConfig", {"sliding_window": 8, "head_dim": 16}),
     "Qwen2ForCausalLM": ("Qwen2Config", {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1}),
     "Qwen3ForCausalLM": ("Qwen3Config", {"head_dim": 32}),
-    "Gemma2ForCausalLM": ("Gemma2Config", {"head_dim": 16, "sliding_window": 8, "attn_logit_softcapping": 1.0}),
+    "Gemma2ForCausalLM": (
+        "Gemma2Config",
+        {"head_dim": 16, "sliding_window": 8, "attn_logit_softcapping": 1.0, "final_logit_softcapping": 1.0},
+    ),
     "Gemma3ForCausalLM": ("Gemma3TextConfig", {"head_dim": 16, "sliding_window": 8, "sliding_window_pattern": 2}),
     "Phi3ForCausalLM": ("Phi3Config", {}),
     "MixtralForCausalLM": ("MixtralConfig", {"num_local_experts": 4, "num_experts_per_tok": 2}),
@@ -48,12 +51,12 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-def tiny_model(name: str, *, seed: int = 0) -> Any:
+def tiny_model(name: str, *, seed: int = 0, tied: bool = False) -> Any:
     """A seeded random model, float32, with norms and biases away from their initial ones and zeros."""
     import transformers
 
     config_name, extra = CONFIGS[name]
-    config = getattr(transformers, config_name)(**{**_COMMON, **extra})
+    config = getattr(transformers, config_name)(**{**_COMMON, **extra, "tie_word_embeddings": tied})
     torch.manual_seed(seed)
     model = getattr(transformers, name)(config).float().eval()
     generator = torch.Generator().manual_seed(seed + 1)

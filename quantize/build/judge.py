@@ -129,7 +129,9 @@ class Judge:
 
     def _key(self, manifest: Manifest) -> str:
         """Names the protocol: figures with the same key were measured on the same text and prompts, in the same way."""
-        settings = self.recipe.evaluation.model_dump(mode="json", exclude={"text", "golden"})
+        spec = self.recipe.evaluation
+        usual = {"engine"} if spec.engine == "auto" else set()  # records of before there was a choice stay good
+        settings = spec.model_dump(mode="json", exclude={"text", "golden"} | usual)
         return canonical_hash(
             {
                 "version": PROTOCOL_VERSION,
@@ -150,7 +152,7 @@ class Judge:
             source=ModelRef(checkpoint.folder, UNQUANTIZED), source_digest=self._source_key(), artifact=artifact,
             cache=self._cache.root, text=self._text, column=spec.column, window=spec.window,
             windows_limit=spec.windows, golden=self.golden, context=spec.context, threads=self._run.threads,
-            device=self._run.device,
+            device=self._run.device, engine=spec.engine,
         )  # fmt: skip
 
     def _calibrated_on(self, manifest: Manifest) -> CalibratedOn | None:

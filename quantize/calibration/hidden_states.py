@@ -1,6 +1,7 @@
 """Hidden states between two decoder blocks: in memory, or in files once they outgrow a budget.
 
-In: batches of states [sequences, length, hidden]. Out: the same batches, block after block, and files to go on from.
+In: batches of states [sequences, length, hidden]. Out: the same batches, block after block; files to go on from, where
+a stopped pass is to.
 Left to others: computing them (activations). States are float32 in both places, so spilling changes no bit.
 """
 
@@ -8,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from io import FileIO
@@ -63,7 +65,7 @@ class SavedStates:
     sha256: str
 
 
-class HiddenStates(Protocol):
+class States(Protocol):
     """Reads the input of the current block, writes that of the next."""
 
     def read(self, batch: Batch) -> Tensor:
@@ -74,6 +76,10 @@ class HiddenStates(Protocol):
 
     def advance(self) -> None:
         """All batches are written: from here on, read() gives the input of the next block."""
+
+
+class HiddenStates(States, Protocol):
+    """States that an interrupted pass goes on from."""
 
     def save(self) -> SavedStates:
         """Have the current block's input on disk. Raises BuildError."""
@@ -189,6 +195,48 @@ class FileStates:
             return False
         self._block, self._sha256 = saved.block, saved.sha256
         return saved.file == file_name(saved.block) and hash_file(path) == saved.sha256
+
+
+class ScratchStates:
+    """States in one file without a name, overwritten batch by batch: for a pass that nothing goes on from.
+
+    The file is gone when the process is, however it ends.
+    """
+
+    def __init__(self, tokens: int, hidden: int, device: torch.device, folder: Path) -> None:
+        self._hidden, self._device, self._folder = hidden, device, folder
+        with disk_errors(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            self._file = tempfile.TemporaryFile(dir=folder, buffering=0)  # noqa: SIM115 - closed by close()
+            if hasattr(os, "posix_fallocate"):  # not on macOS
+                os.posix_fallocate(self._file.fileno(), 0, 4 * tokens * hidden)
+
+    def read(self, batch: Batch) -> Tensor:
+        """The current block's input, [sequences, length, hidden] float32."""
+        size, data = 4 * batch.rows * self._hidden, bytearray()
+        while len(data) < size:
+            piece = os.pread(self._file.fileno(), size - len(data), 4 * batch.start * self._hidden + len(data))
+            if not piece:
+                raise BuildError(f"hidden states in {self._folder} are cut short", hint="run the same again")
+            data += piece
+        flat = torch.frombuffer(data, dtype=torch.float32)
+        return flat.to(self._device).view(len(batch.members), batch.length, self._hidden)
+
+    def write(self, batch: Batch, states: Tensor) -> None:
+        """Overwrite the batch's input with its output."""
+        left = states.reshape(batch.rows, -1).float().cpu().contiguous().numpy().data.cast("B")
+        at = 4 * batch.start * self._hidden
+        with disk_errors(self._folder):
+            while left:
+                written = os.pwrite(self._file.fileno(), left, at)
+                left, at = left[written:], at + written
+
+    def advance(self) -> None:
+        """Input and output share the file."""
+
+    def close(self) -> None:
+        """Give the disk back."""
+        self._file.close()
 
 
 def file_name(block: int) -> str:

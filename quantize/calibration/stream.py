@@ -25,6 +25,7 @@ from quantize.calibration.hidden_states import (
     HiddenStates,
     MemoryStates,
     SavedStates,
+    States,
     make_batches,
     remove_before,
 )
@@ -181,9 +182,7 @@ def _first_block(states: HiddenStates, saved: SavedStates | None, start_block: i
     return None
 
 
-def embed_all(
-    checkpoint: TensorSource, runner: BlockRunner, sequences: list[Tensor], states: HiddenStates | None
-) -> None:
+def embed_all(checkpoint: TensorSource, runner: BlockRunner, sequences: list[Tensor], states: States | None) -> None:
     """Write the first block's input; with states None, only learn each length's masks and positions."""
     name = "model.embed_tokens.weight"
     if name not in checkpoint.tensors:

@@ -104,10 +104,10 @@ def blocks(
     import numpy as np
 
     row = 0
-    for number, ids in enumerate(windows.token_ids):
+    for number, (ids, found) in enumerate(zip(windows.token_ids, runtime.read(windows.token_ids), strict=True)):
         progress(reporter, "", f"{text} (windows)", number, len(windows.token_ids))
         at = 0
-        for block in runtime.log_probs(ids):
+        for block in found:
             yield row, block, np.asarray(ids[at + 1 : at + 1 + len(block)], dtype=np.int64)
             at += len(block)
             row += len(block)

@@ -20,18 +20,19 @@ from quantize.evaluate.answers import compare_answers
 from quantize.evaluate.baseline import KIND, LIKELIEST, Baseline, baseline_key, find, record, save
 from quantize.evaluate.decision import RUNS
 from quantize.evaluate.device import ModelRun, on_device
+from quantize.evaluate.engine import engine_tools
 from quantize.evaluate.golden import GoldenSet, load_golden
 from quantize.evaluate.metrics import check_same_vocabulary, measure
 from quantize.evaluate.prompts import Asked, PromptTokenizer, ask
 from quantize.evaluate.record import Evidence, Figures, GoldenRecord, Quality
 from quantize.evaluate.structure import Intended, check_structure
 from quantize.evaluate.text import DEFAULT_WINDOW, Windows, check_disjoint, cut_windows, load_text
-from quantize.events import Reporter, status, warn
+from quantize.events import Reporter, note, status, warn
 from quantize.formats import open_runtime, runtime_kind
 from quantize.model.checkpoint import read_json
 from quantize.model.shape import ModelShape
-from quantize.recipe.model import CalibrationSpec
-from quantize.runtimes.base import ModelRef, Runtime, runtime_version
+from quantize.recipe.model import CalibrationSpec, Engine
+from quantize.runtimes.base import ModelRef, Runtime
 from quantize.runtimes.devices import AUTO, ON_CPU, DevicePlace
 from quantize.system.cache import Cache
 
@@ -59,6 +60,7 @@ class EvaluationJob:
     golden prompt and its answer, 0 for the smaller of 2,048 and the model's own. calibrated_on: the text that the
     artifact has seen, which the held-out text must not share. intended: what its weights must be; None looks at none.
     device: auto, or the name of what to run on where a runtime has it and a model fits; else it is the CPU.
+    engine: auto reads block by block what does not fit there either, streamed whatever can be, runtime nothing.
     """
 
     source: ModelRef
@@ -74,6 +76,7 @@ class EvaluationJob:
     context: int = 0
     threads: int = 0
     device: str = AUTO
+    engine: Engine = "auto"
     calibrated_on: CalibratedOn | None = None
     intended: Intended | None = None
 
@@ -117,22 +120,22 @@ def evaluate(reporter: Reporter, job: EvaluationJob) -> Evaluation:
     material = _material(job)
     baseline, source_answers = _source_side(reporter, job, material)
     checks = check_structure(reporter, job.artifact, job.source.folder, job.intended) if job.intended else {}
-    wanted = ModelRun(job.artifact, job.device, _longest(job, material))
+    wanted = _wanted(job, job.artifact, material)
 
-    def run(place: DevicePlace) -> tuple[Quality, list[str]]:
+    def run(place: DevicePlace) -> tuple[Quality, list[str] | None]:
         first = runtime_kind(job.artifact.format).first_load if place != ON_CPU else ""
         status(reporter, "", f"loading the {job.artifact.format} artifact{f'; {first}' if first else ''}")
-        with closing(_open(job, wanted, place)) as runtime:
+        with closing(_open(reporter, job, wanted, place)) as runtime:
             for text in runtime.warnings:
                 warn(reporter, "", text)
             check_same_vocabulary(runtime.vocabulary, baseline.vocabulary, material.windows)
             _check_same_tokens(runtime, job.artifact, material)
-            return measure(runtime, material.windows, baseline, reporter), _answers(
-                reporter, runtime, material, "artifact"
-            )
+            quality = measure(runtime, material.windows, baseline, reporter)
+            asks = source_answers is not None and _can_answer(reporter, material, place, "artifact")
+            return quality, _answers(reporter, runtime, material, "artifact") if asks else None
 
     quality, answers = on_device(reporter, wanted, run)
-    if material.golden is None or material.asked is None:
+    if material.golden is None or material.asked is None or source_answers is None or answers is None:
         return Evaluation(quality, None, checks, material.held_out)
     prompts, context = material.asked.prompts, material.context
     golden = compare_answers(material.golden, prompts, source_answers, answers, context)
@@ -186,43 +189,55 @@ def _max_context(folder: Path) -> int:
     return ModelShape.from_config(read_json(path)).max_context
 
 
-def _longest(job: EvaluationJob, material: _Material) -> int:
-    return max(job.window, material.context)
+def _wanted(job: EvaluationJob, model: ModelRef, material: _Material) -> ModelRun:
+    return ModelRun(model, job.device, max(job.window, material.context), job.source.folder, job.engine)
 
 
-def _source_side(reporter: Reporter, job: EvaluationJob, material: _Material) -> tuple[Baseline, tuple[str, ...]]:
+_SourceSide = tuple[Baseline, tuple[str, ...] | None]  # None: a model that is streamed answers no prompts
+
+
+def _source_side(reporter: Reporter, job: EvaluationJob, material: _Material) -> _SourceSide:
     """The source's baseline and golden answers; the source is only loaded for what is not in the cache."""
-    wanted = ModelRun(job.source, job.device, _longest(job, material))
+    wanted = _wanted(job, job.source, material)
     return on_device(reporter, wanted, lambda place: _source_side_on(reporter, job, material, wanted, place))
 
 
 def _source_side_on(
     reporter: Reporter, job: EvaluationJob, material: _Material, wanted: ModelRun, place: DevicePlace
-) -> tuple[Baseline, tuple[str, ...]]:
+) -> _SourceSide:
     cache = Cache(job.cache)
-    kind = runtime_kind(job.source.format)
-    tools = {
-        "name": kind.name, "version": runtime_version(kind, f"evaluating a {job.source.format} model"),
-        "device": place.kind, "dtype": kind.computes_in(place),
-    }  # fmt: skip
+    tools = engine_tools(job.source, place)
     key = baseline_key(job.source_digest, material.windows, tools, keep=LIKELIEST)
     answers_key = _answers_key(job, material, tools)
     baseline, answers = find(cache, key), _find_answers(cache, answers_key)
-    if baseline is not None and answers is not None:
+    asks = answers is None and _can_answer(reporter, material, place, "source")
+    if baseline is not None and not asks:
         return baseline, answers
     status(reporter, "", "loading the source")
-    with closing(_open(job, wanted, place)) as runtime:
+    with closing(_open(reporter, job, wanted, place)) as runtime:
         if baseline is None:
             baseline = made = record(runtime, material.windows, reporter)
             cache.make(KIND, key, lambda folder: save(made, folder))
-        if answers is None:
+        if asks:
             answers = texts = tuple(_answers(reporter, runtime, material, "source"))
             cache.make(ANSWERS_KIND, answers_key, lambda folder: _save_answers(texts, folder))
     return baseline, answers
 
 
-def _open(job: EvaluationJob, wanted: ModelRun, place: DevicePlace) -> Runtime:
+def _open(reporter: Reporter, job: EvaluationJob, wanted: ModelRun, place: DevicePlace) -> Runtime:
+    if place.streamed:
+        from quantize.evaluate.streamed import open_streamed
+
+        return open_streamed(wanted.model, job.source.folder, place, reporter, job.cache, threads=job.threads)
     return open_runtime(wanted.model, context=wanted.context, threads=job.threads, place=place)
+
+
+def _can_answer(reporter: Reporter, material: _Material, place: DevicePlace, side: str) -> bool:
+    """Whether a model can be asked what is to be asked: streamed, each token would read all its weights anew."""
+    if not place.streamed or material.asked is None:
+        return True
+    note(reporter, "", f"golden prompts are not asked: the {side} is read block by block, and would take too long")
+    return False
 
 
 def _answers(reporter: Reporter, runtime: Runtime, material: _Material, side: str) -> list[str]:

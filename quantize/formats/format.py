@@ -85,6 +85,7 @@ class Weights(Protocol):
     def reader(self, path: Path, checkpoint: Checkpoint) -> Reader:
         """Gives the float32 [out, in] matrix for a source tensor's name and values; None where it has none of its own.
 
+        The values may be on torch's meta device, which has shapes only: where the layout is that of transformers.
         Raises CheckpointError, VerifyError.
         """
 
@@ -138,8 +139,9 @@ class Format:
 
     extra: of this program, with what building takes; what a plugin needs beyond that, its own distribution requires.
     builder: None for what can be opened but is not built here. runtime: what evaluate, verify, serve and bench open it
-    with. weights: for the check of the structure. probes: the engines that it needs, each tried by doctor, those first
-    that others stand on. quantization: what ModelPack calls it, by the options; the format's name where it is None.
+    with. weights: for the check of the structure, and for measuring block by block. probes: the engines that it needs,
+    each tried by doctor, those first that others stand on. quantization: what ModelPack calls it, by the options; the
+    format's name where it is None.
     """
 
     name: str

@@ -32,6 +32,7 @@ from quantize.system.lookup import CALIBRATION, builtin_files, find_data, find_p
 SLUG = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 SLUG_HINT = "letters, digits, `.`, `_` and `-`, the first a letter or digit, at most 100"
 MAX_VARIANTS = 500
+Engine = Literal["auto", "runtime", "streamed"]
 
 
 def _slug(value: str) -> str:
@@ -140,6 +141,10 @@ class EvaluationSpec(BaseModel):
     )
     context: Annotated[int, Field(ge=0)] = Field(
         default=0, description="tokens of a golden prompt and its answer; 0 for the model's own, at most 2,048"
+    )
+    engine: Engine = Field(
+        default="auto",
+        description="auto reads block by block what does not fit in memory; streamed whatever can be; runtime nothing",
     )
 
 

@@ -6,6 +6,7 @@ token ids. What token ids mean is left to the tokenizer of the source, so that b
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -66,11 +67,29 @@ class Runtime(Protocol):
         There are len(window) - 1 rows in all. A block is valid until the next one. Raises VerifyError if not finite.
         """
 
+    def read(self, windows: Sequence[Sequence[int]]) -> Iterator[Iterator[LogProbs]]:
+        """What log_probs gives, for each window in order: a runtime that has all of them at hand may need to.
+
+        Use up one window's blocks before asking for the next window. Raises VerifyError.
+        """
+
     def answer(self, requests: Sequence[Prompted]) -> list[list[int]]:
         """The new token ids of each answer, without the stop token."""
 
     def close(self) -> None:
         """Give the memory back."""
+
+
+class OneWindowAtATime(ABC):
+    """The part of a Runtime whose model is whole in memory: windows are read one after the other."""
+
+    @abstractmethod
+    def log_probs(self, window: Sequence[int]) -> Iterator[LogProbs]:
+        """See Runtime."""
+
+    def read(self, windows: Sequence[Sequence[int]]) -> Iterator[Iterator[LogProbs]]:
+        """See Runtime."""
+        return (self.log_probs(window) for window in windows)
 
 
 class ServingKind(Protocol):

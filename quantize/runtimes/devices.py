@@ -36,12 +36,14 @@ class Accelerator:
 class DevicePlace:
     """Where a model is computed. device: cpu or a GPU's name. gpu_layers: None is all, where a runtime can split.
 
-    shares: how the layers are dealt to all the GPUs that the runtime sees, in their order; () for one GPU.
+    shares: how the layers are dealt to all the GPUs that the runtime sees, in their order; () for one GPU. streamed:
+    block by block, which only measuring can do.
     """
 
     device: str = CPU
     gpu_layers: int | None = None
     shares: tuple[float, ...] = ()
+    streamed: bool = False
 
     @property
     def kind(self) -> str:

@@ -18,13 +18,13 @@ from quantize.evaluate.baseline import KIND, Baseline, baseline_key, find, load,
 from quantize.evaluate.metrics import measure, perplexity
 from quantize.evaluate.text import Windows
 from quantize.events import SilentReporter
-from quantize.runtimes.base import Prompted, log_softmax
+from quantize.runtimes.base import OneWindowAtATime, Prompted, log_softmax
 from quantize.system.cache import Cache
 
 QUIET = SilentReporter()
 
 
-class TableRuntime:
+class TableRuntime(OneWindowAtATime):
     """A model whose next-token distribution depends on the last token alone."""
 
     name, version = "table", "1"

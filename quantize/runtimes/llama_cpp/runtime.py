@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from quantize.errors import UsageError
-from quantize.runtimes.base import Prompted, block_rows, log_softmax
+from quantize.runtimes.base import OneWindowAtATime, Prompted, block_rows, log_softmax
 from quantize.runtimes.devices import ON_CPU, DevicePlace
 from quantize.runtimes.llama_cpp.model import BatchToken, ModelSettings, OpenModel
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 FEATURE = "evaluating a GGUF file"
 
 
-class LlamaCppRuntime:
+class LlamaCppRuntime(OneWindowAtATime):
     """A GGUF file in llama.cpp; `token_text` is the file's own piece, to hold against the source's tokenizer."""
 
     def __init__(

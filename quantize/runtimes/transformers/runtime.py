@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from quantize.runtimes.base import ModelRef, Prompted, block_rows, log_softmax
+from quantize.runtimes.base import ModelRef, OneWindowAtATime, Prompted, block_rows, log_softmax
 from quantize.runtimes.transformers.load import TransformersLoader
 
 if TYPE_CHECKING:
@@ -19,7 +19,7 @@ BATCH_REQUESTS = 16
 BATCH_TOKENS = 4096  # prompts of one batch, padding included: keeps prefill memory flat
 
 
-class TransformersRuntime:
+class TransformersRuntime(OneWindowAtATime):
     """A model in transformers, on one device."""
 
     def __init__(
