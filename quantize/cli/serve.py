@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from quantize.cli.common import store_option, trust_options, verbose_option
+from quantize.cli.serving_options import serving_options, take_serving
 from quantize.errors import MissingExtraError, SignatureError, UsageError
 from quantize.events import SilentReporter
+from quantize.runtimes.served import Serving
 from quantize.store.store import PINS_NAME, Store
 from quantize.system.sizes import parse_size
 
@@ -26,7 +28,7 @@ RUNTIMES = ("vllm", "docker", "ollama", "llama-server", "compose")
 
 @dataclass(frozen=True, kw_only=True)
 class ServeFlags:
-    """What the command was told, as it is used: each flag by its name."""
+    """What the command was told, as it is used: each flag by its name, those that runtimes take in `serving`."""
 
     host: str
     port: int
@@ -39,11 +41,7 @@ class ServeFlags:
     canary: str | None
     root_path: str
     cors: tuple[str, ...]
-    device: str
-    context: int | None
-    threads: int | None
-    gpu_layers: int | None
-    concurrency: int
+    serving: Serving
     force: bool
     queue: int
     timeout: float
@@ -66,11 +64,7 @@ class ServeFlags:
 @click.option("--default", "default", metavar="NAME", help="Model of requests that name none.  [default: the first]")
 @click.option("--fallback", metavar="NAME", help="Model that answers when another times out, is out of memory or dies.")
 @click.option("--canary", metavar="NAME=PERCENT%", help="Send this share of the default model's requests to NAME.")
-@click.option("--device", default="auto", show_default=True, help="auto, cpu, gpu, or one such as cuda:0, vulkan:0.")
-@click.option("--context", type=click.IntRange(min=16), help="Tokens of a sequence.  [default: the model's, to 4096]")
-@click.option("--threads", type=click.IntRange(min=1), help="CPU threads of each model.  [default: all cores but one]")
-@click.option("--gpu-layers", type=click.IntRange(min=0), help="Layers of a GGUF file on the GPU.  [default: all]")
-@click.option("--concurrency", type=click.IntRange(min=1), default=2, show_default=True, help="Answers at once.")
+@serving_options(Serving)
 @click.option("--queue", type=click.IntRange(min=0), default=16, show_default=True, help="Requests that may wait.")
 @click.option("--timeout", type=click.FloatRange(min=0.1), default=120.0, show_default=True, help="Seconds a request.")
 @click.option("--grace", type=click.IntRange(min=0), default=30, show_default=True, help="Seconds to drain on SIGTERM.")
@@ -103,6 +97,7 @@ def command(
     An ARTIFACT is one of the store, a .gguf file, a folder with safetensors, or the address of an OpenAI-compatible
     server: http://HOST:PORT/v1#MODEL, its key in QUANTIZE_UPSTREAM_KEY. API keys: --keys, or QUANTIZE_API_KEYS.
     """
+    told = ServeFlags(serving=take_serving(Serving, flags), **flags)
     if new_key is not None:
         _print_new_key(new_key)
         return
@@ -113,9 +108,9 @@ def command(
     if not artifacts:
         raise UsageError("no artifact to serve", hint="name one; `quantize list artifacts` shows them")
     if hand_over is not None:
-        _print_hand_over(hand_over, artifacts, store, ServeFlags(**flags))
+        _print_hand_over(hand_over, artifacts, store, told)
         return
-    _serve(artifacts, store, ServeFlags(**flags))
+    _serve(artifacts, store, told)
 
 
 def _print_new_key(name: str) -> None:
@@ -137,17 +132,15 @@ def _print_hand_over(runtime: str, artifacts: tuple[str, ...], store: Store, fla
         if not isinstance(target, LocalTarget):
             raise UsageError(f"{text}: already runs elsewhere")
         targets.append(target)
-    wanted = HandOver(
-        flags.host, flags.port, flags.device, flags.context, flags.concurrency,
-        ContainerSettings.of(flags.settings),
-    )  # fmt: skip
+    serving = flags.serving
+    container = ContainerSettings.of(flags.settings)
+    wanted = HandOver(flags.host, flags.port, serving.device, serving.context or None, serving.slots, container)
     click.echo(render(runtime, targets, wanted))
 
 
 def _serve(artifacts: tuple[str, ...], store: Store, flags: ServeFlags) -> None:
     from quantize.runtimes.devices import ON_CPU
     from quantize.runtimes.looking import find_gpus
-    from quantize.runtimes.served import Serving
     from quantize.serve.limits import load_keys
     from quantize.serve.preflight import engine_target, place
     from quantize.serve.targets import UpstreamTarget, resolve
@@ -167,7 +160,7 @@ def _serve(artifacts: tuple[str, ...], store: Store, flags: ServeFlags) -> None:
     if not keys and not flags.no_auth and not is_loopback(flags.host):
         hint = "make one with --new-key and give it with --keys, or say --no-auth"
         raise UsageError(f"--host {flags.host} would let anyone in: there are no API keys", hint=hint)
-    wanted = Serving(flags.context or 0, flags.concurrency, flags.device, flags.threads, flags.gpu_layers)
+    wanted = flags.serving
     trust = _trust(flags)
     machine = detect()
     targets: list[EngineTarget | UpstreamTarget] = []
@@ -180,7 +173,7 @@ def _serve(artifacts: tuple[str, ...], store: Store, flags: ServeFlags) -> None:
             targets.append(found)
             continue
         if found.kind.name not in seen:
-            seen[found.kind.name] = find_gpus(found.kind, flags.device)
+            seen[found.kind.name] = find_gpus(found.kind, wanted.device)
         placement = place(found, wanted, machine, seen[found.kind.name], store, force=flags.force)
         click.echo(f"{found.name}: {placement.verdict.word}: {placement.verdict.reason}", err=True)
         if placement.where != ON_CPU and found.kind.first_load:
@@ -193,7 +186,7 @@ def _serve(artifacts: tuple[str, ...], store: Store, flags: ServeFlags) -> None:
         raise UsageError("two models have the same name", hint="give them names: NAME=ARTIFACT")
     limits = RequestLimits(
         parse_size(flags.max_body), flags.max_input_tokens, flags.max_output_tokens,
-        flags.timeout, requests_per_minute=flags.rate, concurrency=flags.concurrency,
+        flags.timeout, requests_per_minute=flags.rate, concurrency=wanted.slots,
         queue=flags.queue,
     )  # fmt: skip
     address = Address(flags.host, flags.port, flags.grace)

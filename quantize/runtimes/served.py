@@ -89,20 +89,40 @@ class PromptTokens:
 
 
 @dataclass(frozen=True)
+class Flag:
+    """How `quantize serve` takes a setting: its help, and the least number or the words that it may be.
+
+    name: where it is not the field's own. default: the command's, where it is not the field's.
+    """
+
+    help: str
+    least: int | None = None
+    choices: tuple[str, ...] = ()
+    name: str = ""
+    default: str = ""
+
+
+def flag(value: Any, help: str, **how: Any) -> Any:
+    """A field of Serving that is a flag of the command. how: of Flag."""
+    return field(default=value, metadata={"flag": Flag(help, **how)})
+
+
+@dataclass(frozen=True)
 class Serving:
     """How a model is loaded to be served: context: tokens of each of so many sequences at once (slots).
 
+    A field by `flag` is a flag of the command by that alone, and comes as it is to every runtime.
     device, gpu_layers, shares: see DevicePlace. threads: None leaves it to the runtime. named: the device was asked for
     by name, and nothing else will do.
     As a user asks for it, before preflight has decided: context 0 is the model's own, up to 4,096, and device may be
     "auto".
     """
 
-    context: int = 0
-    slots: int = 2
-    device: str = "cpu"
-    threads: int | None = None
-    gpu_layers: int | None = None
+    context: int = flag(0, "Tokens of a sequence.  [default: the model's, to 4096]", least=16)
+    slots: int = flag(2, "Answers at once.", least=1, name="concurrency")
+    device: str = flag("cpu", "auto, cpu, gpu, or one such as cuda:0, vulkan:0.", default="auto")
+    threads: int | None = flag(None, "CPU threads of each model.  [default: all cores but one]", least=1)
+    gpu_layers: int | None = flag(None, "Layers of a GGUF file on the GPU.  [default: all]", least=0)
     named: bool = False
     shares: tuple[float, ...] = ()
 

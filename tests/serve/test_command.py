@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from dataclasses import fields, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from quantize.cli.serve import ServeFlags, command
+from quantize.cli.serving_options import take_serving
 from quantize.errors import RefusedError, UsageError
 from quantize.formats import runtime_kind
 from quantize.runtimes.devices import ON_CPU, Accelerator, DevicePlace
@@ -230,4 +232,6 @@ def test_a_flag_is_an_option_and_a_field_of_its_name() -> None:
     """Beside the words and what ends the command early; one without the other would be seen only when it is run."""
     other = {"artifacts", "store", "new_key", "hand_over", "locked", "lock"}
     given = {str(option.name) for option in command.params if option.expose_value} - other
-    assert given == {field.name for field in fields(ServeFlags)}
+    of_models: dict[str, Any] = dict.fromkeys(given)
+    take_serving(Serving, of_models)
+    assert {*of_models, "serving"} == {field.name for field in fields(ServeFlags)}
