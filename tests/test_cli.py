@@ -23,7 +23,7 @@ from quantize.formats import option_models
 from quantize.recipe.model import load_recipe
 from quantize.system.sizes import memory_text
 from quantize.testing import write_recipe
-from tests.conftest import Run
+from tests.conftest import Built, Run
 
 ROOT = Path(__file__).parent.parent
 HEAVY = [
@@ -64,12 +64,26 @@ def test_start_imports_nothing_heavy(start: str) -> None:
 def test_no_command_needs_torch_to_say_up_to_date(tmp_path: Path) -> None:
     """Planning modules, the store and the GGUF builder: all that a second build goes through."""
     code = (
-        "import sys, quantize.build.execute, quantize.store.store, quantize.formats as b; b.builders()\n"
+        "import sys, quantize.build.execute, quantize.store.store, quantize.formats as b\n"
+        "print(*(builder.name for builder in b.builders().values()), file=sys.stderr)\n"
         "heavy = {'torch', 'transformers', 'numpy', 'gguf', 'llama_cpp'}\n"
         "print(*sorted({name.partition('.')[0] for name in sys.modules} & heavy))"
     )
     result = fresh(code=code)
     assert (result.stdout, result.returncode) == ("\n", 0), result.stderr
+
+
+def test_a_list_of_artifacts_needs_no_builder_and_no_other_format(built: Built) -> None:
+    listing = ["list", "artifacts", "--store", str(built.store.root)]
+    code = (
+        f"import sys\nfrom quantize.cli import main\nmain({listing}, standalone_mode=False)\n"
+        "print('MODULES', *sorted(name for name in sys.modules if name.startswith('quantize.formats.')))"
+    )
+    result = fresh(code=code)
+    assert result.returncode == 0, result.stderr
+    modules = result.stdout.rpartition("MODULES ")[2].split()
+    assert "quantize.formats.gguf.layout" in modules
+    assert not {"quantize.formats.gguf.build", "quantize.formats.base", "quantize.formats.packed.format"} & {*modules}
 
 
 def commands() -> list[tuple[str, ...]]:

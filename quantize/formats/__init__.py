@@ -6,20 +6,19 @@ In: the name of a format, or a path that may hold one. Out: its Format, or its p
 from __future__ import annotations
 
 from functools import cache
-from importlib.metadata import Distribution, entry_points
+from importlib.metadata import Distribution, EntryPoint, entry_points
 from pathlib import Path
-from typing import Any
-
-from packaging.utils import canonicalize_name
+from typing import TYPE_CHECKING, Any
 
 from quantize import DISTRIBUTION
 from quantize.errors import UsageError
-from quantize.formats.base import Builder
-from quantize.formats.folder import FolderLayout
 from quantize.formats.format import Format
-from quantize.recipe.model import FormatOptions
-from quantize.runtimes.base import ModelRef, Runtime, RuntimeKind
 from quantize.runtimes.devices import ON_CPU, DevicePlace
+
+if TYPE_CHECKING:
+    from quantize.formats.base import Builder
+    from quantize.recipe.model import FormatOptions
+    from quantize.runtimes.base import ModelRef, Runtime, RuntimeKind
 
 GROUP = "quantize.formats"
 
@@ -31,6 +30,8 @@ def formats() -> dict[str, Format]:
 
 def plugin_of(name: str) -> Distribution | None:
     """The distribution that brings a format; None where it is this one, or is not installed."""
+    from packaging.utils import canonicalize_name
+
     _, found = _installed().get(name, (None, None))
     return None if found is None or canonicalize_name(found.name) == DISTRIBUTION else found
 
@@ -38,38 +39,60 @@ def plugin_of(name: str) -> Distribution | None:
 @cache
 def _installed() -> dict[str, tuple[Format, Distribution | None]]:
     found: dict[str, tuple[Format, Distribution | None]] = {}
-    # what two installations name, as after a change of the distribution's name, is one plugin
-    points = {(item.name, item.value): item for item in entry_points(group=GROUP)}
-    for _, point in sorted(points.items()):
-        try:
-            loaded = point.load()
-            if not isinstance(loaded, Format):
-                raise TypeError(f"{point.value} is a {type(loaded).__name__}, not a quantize.formats.format.Format")
-        except Exception as exc:
-            hint = f"update or uninstall {point.dist.name if point.dist else 'the package that brings it'}"
-            raise UsageError(f"the format plugin {point.name!r} can't be loaded: {exc}", hint=hint) from exc
+    for point in _points():
+        loaded = _load(point)
         if loaded.name in found:
             raise UsageError(f"two plugins bring the format {loaded.name!r}", hint="uninstall one of them")
         found[loaded.name] = (loaded, point.dist)
     return found
 
 
+@cache
+def _points() -> tuple[EntryPoint, ...]:
+    # what two installations name, as after a change of the distribution's name, is one plugin
+    points = {(item.name, item.value): item for item in entry_points(group=GROUP)}
+    return tuple(point for _, point in sorted(points.items()))
+
+
+def _load(point: EntryPoint) -> Format:
+    try:
+        loaded = point.load()
+        if not isinstance(loaded, Format):
+            raise TypeError(f"{point.value} is a {type(loaded).__name__}, not a quantize.formats.format.Format")
+    except Exception as exc:
+        hint = f"update or uninstall {point.dist.name if point.dist else 'the package that brings it'}"
+        raise UsageError(f"the format plugin {point.name!r} can't be loaded: {exc}", hint=hint) from exc
+    return loaded
+
+
+@cache
+def _named(name: str) -> Format | None:
+    """The format of that name without loading those of others, where a plugin is named as its format, as they are."""
+    points = [point for point in _points() if point.name == name]
+    found = _load(points[0]) if len(points) == 1 else None
+    return found if found is not None and found.name == name else formats().get(name)
+
+
 def forget_formats() -> None:
     """Look for plugins again when formats are asked for next."""
-    _installed.cache_clear()
+    for cached in (_installed, _points, _named):
+        cached.cache_clear()
 
 
 def find_format(name: str) -> Format:
     """The installed format of that name. Raises UsageError: it is not installed."""
-    if name not in formats():
+    found = _named(name)
+    if found is None:
         hint = f"install the plugin that brings it; installed are: {', '.join(formats())}"
         raise UsageError(f"the format {name!r} is not installed here", hint=hint)
-    return formats()[name]
+    return found
 
 
 def known_format(name: str) -> Format:
     """The format of that name; one that is not installed here has no facets, and stands for a plain folder."""
-    return formats().get(name) or Format(name, extra="", layout=FolderLayout(None, library=None))
+    from quantize.formats.folder import FolderLayout
+
+    return _named(name) or Format(name, extra="", layout=FolderLayout(None, library=None))
 
 
 def builders() -> dict[str, Builder[Any]]:

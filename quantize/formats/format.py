@@ -6,21 +6,24 @@ builds, measures, serves, cards or publishes asks the facet and never the name.
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from quantize.estimate.vram import VramProfile
-from quantize.files.compare import WeightFile
-from quantize.formats.base import Builder
-from quantize.model.checkpoint import Checkpoint
-from quantize.model.shape import ModelShape
-from quantize.runtimes.base import RuntimeKind
-from quantize.runtimes.probe import Probe
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from quantize.files.compare import WeightFile
+    from quantize.formats.base import Builder
+    from quantize.model.checkpoint import Checkpoint
+    from quantize.model.shape import ModelShape
+    from quantize.runtimes.base import RuntimeKind
+    from quantize.runtimes.probe import Probe
 
 Reader = Callable[[str, "Tensor"], "Tensor | None"]
 Options = Mapping[str, Any]
@@ -127,6 +130,29 @@ class Handover:
 
     vllm: Callable[[Options], str | No]
     llama_cpp_file: bool = False
+
+
+def late(where: str) -> Any:
+    """A facet that is imported when it is first asked for something. where: module:CLASS, made without arguments.
+
+    A builder brings most of what a build needs, and whoever lists, shows or serves needs none of it.
+    """
+    return _Late(where)
+
+
+class _Late:
+    def __init__(self, where: str) -> None:
+        self._where = where
+
+    @cached_property
+    def _made(self) -> Any:
+        module, _, kind = self._where.partition(":")
+        return getattr(importlib.import_module(module), kind)()
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_"):  # what pickle and copy look for
+            raise AttributeError(name)
+        return getattr(self._made, name)
 
 
 def _nowhere(options: Options) -> str | No:

@@ -5,10 +5,14 @@ Nothing of it is kept: a better formula changes what is said of an artifact, and
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from quantize.errors import QuantizeError
 from quantize.estimate.vram import MemoryTable, memory_table
 from quantize.formats import find_format
-from quantize.store.artifact import Artifact
+
+if TYPE_CHECKING:
+    from quantize.store.artifact import Artifact
 
 
 def memory_of(artifact: Artifact) -> MemoryTable | None:

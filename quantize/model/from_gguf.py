@@ -11,7 +11,6 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 from quantize.errors import CheckpointError, MissingExtraError, first_line
 from quantize.events import Reporter
@@ -64,6 +63,8 @@ def skeleton_of_gguf(reporter: Reporter, gguf: Path, out: Path) -> None:
 @contextmanager
 def _all_files_read(path: Path) -> Iterator[None]:
     """Have transformers, which opens one file, see the tensors of all files of the model that `path` begins."""
+    from unittest import mock
+
     import gguf
 
     others, plain = shard_paths(path)[1:], gguf.GGUFReader

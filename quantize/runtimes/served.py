@@ -9,11 +9,13 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from multiprocessing.connection import Connection
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from quantize.runtimes.detokenizer import Detokenizer
 from quantize.runtimes.devices import DevicePlace
+
+if TYPE_CHECKING:
+    from multiprocessing.connection import Connection
 
 
 class Refused(Exception):

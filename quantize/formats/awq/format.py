@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from quantize.formats.awq.build import AwqBuilder
+from quantize.formats.format import late
 from quantize.formats.packed.format import packed_format
 
-FORMAT = packed_format(AwqBuilder())
+FORMAT = packed_format("awq", late("quantize.formats.awq.build:AwqBuilder"), folded=True)

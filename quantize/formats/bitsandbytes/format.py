@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from quantize.estimate.vram import VramProfile
-from quantize.formats.bitsandbytes.build import BitsandbytesBuilder
 from quantize.formats.bitsandbytes.probe import BITSANDBYTES_PROBE
 from quantize.formats.bitsandbytes.weights import BitsandbytesWeights
 from quantize.formats.folder import FolderLayout
-from quantize.formats.format import CardText, Format, Handover, No, Options, Way
+from quantize.formats.format import CardText, Format, Handover, No, Options, Way, late
 from quantize.formats.ways import SERVE, VLLM, in_transformers
 from quantize.runtimes.transformers.kind import Transformers
 from quantize.runtimes.transformers.probe import TORCH_PROBES
@@ -40,7 +39,7 @@ FORMAT = Format(
     name="bitsandbytes",
     extra=BITSANDBYTES.extra,
     layout=FolderLayout("bitsandbytes"),
-    builder=BitsandbytesBuilder(),
+    builder=late("quantize.formats.bitsandbytes.build:BitsandbytesBuilder"),
     runtime=BITSANDBYTES,
     weights=BitsandbytesWeights(),
     vram=VRAM,

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from quantize.estimate.vram import IN_LLAMA_CPP
 from quantize.files.gguf import EXTRA
-from quantize.formats.format import CardText, Format, Handover, No, Options, Way
-from quantize.formats.gguf.build import GgufBuilder
+from quantize.formats.format import CardText, Format, Handover, No, Options, Way, late
 from quantize.formats.gguf.layout import GgufLayout
 from quantize.formats.gguf.weights import GgufWeights
 from quantize.formats.ways import SERVE
@@ -41,7 +40,7 @@ FORMAT = Format(
     name="gguf",
     extra=EXTRA,
     layout=GgufLayout(),
-    builder=GgufBuilder(),
+    builder=late("quantize.formats.gguf.build:GgufBuilder"),
     runtime=LLAMA_CPP,
     weights=GgufWeights(),
     vram=IN_LLAMA_CPP,

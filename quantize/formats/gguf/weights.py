@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 from quantize.files.gguf import UNQUANTIZED
 from quantize.files.gguf_split import read_model, shard_paths
 from quantize.formats.format import Options, Reader
-from quantize.formats.gguf.check import name_map
 from quantize.model.checkpoint import Checkpoint
 from quantize.model.shape import ModelShape
 
@@ -53,6 +52,8 @@ class GgufWeights:
 def _gguf_reader(path: Path, checkpoint: Checkpoint) -> Reader:
     import gguf
     import torch
+
+    from quantize.formats.gguf.check import name_map
 
     readers = [gguf.GGUFReader(part) for part in shard_paths(path)]
     tensors = {item.name: item for reader in readers for item in reader.tensors}

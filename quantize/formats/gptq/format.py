@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from quantize.formats.gptq.build import GptqBuilder
+from quantize.formats.format import late
 from quantize.formats.packed.format import packed_format
 
-FORMAT = packed_format(GptqBuilder())
+FORMAT = packed_format("gptq", late("quantize.formats.gptq.build:GptqBuilder"))

@@ -2,27 +2,31 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
 from quantize.estimate.vram import VramProfile
 from quantize.formats.folder import FolderLayout
 from quantize.formats.format import CardText, Format, Handover
-from quantize.formats.packed.build import PackedBuilder
 from quantize.formats.packed.runtime import GPTQMODEL, GPTQMODEL_PROBE
 from quantize.formats.packed.weights import PackedMatrices
 from quantize.formats.ways import SERVE, SGLANG, VLLM, in_transformers
 from quantize.runtimes.transformers.probe import TORCH_PROBES
 
+if TYPE_CHECKING:
+    from quantize.formats.base import Builder
+
 WAYS = (VLLM, SGLANG, in_transformers("gptqmodel"), SERVE)
 
 
-def packed_format(builder: PackedBuilder) -> Format:
-    """The format of a builder's artifacts; its name is what their config.json calls the method."""
+def packed_format(name: str, builder: Builder[Any], *, folded: bool = False) -> Format:
+    """The format of a builder's artifacts. name: what their config.json calls the method. folded: see Weights."""
     return Format(
-        name=builder.name,
+        name=name,
         extra=GPTQMODEL.extra,
-        layout=FolderLayout(builder.name),
+        layout=FolderLayout(name),
         builder=builder,
         runtime=GPTQMODEL,
-        weights=PackedMatrices(builder.name, folded=builder.folds),
+        weights=PackedMatrices(name, folded=folded),
         vram=VramProfile("vllm", unpacked_bytes=2 * 4),
         card=CardText(ways=lambda _options: WAYS),
         handover=Handover(vllm=lambda _options: ""),

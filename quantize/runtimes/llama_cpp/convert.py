@@ -18,7 +18,6 @@ from importlib import metadata
 from pathlib import Path
 from types import ModuleType
 from typing import Any
-from unittest import mock
 
 from quantize.errors import (
     MissingExtraError,
@@ -97,6 +96,8 @@ def opened_converter(request: ConvertRequest, out: Path) -> Iterator[Any]:
 @contextmanager
 def _no_code_of_the_model() -> Iterator[None]:
     """Modules of the converter load tokenizers with trust_remote_code; code that a checkpoint brings is never run."""
+    from unittest import mock
+
     from transformers import AutoConfig, AutoTokenizer
 
     with ExitStack() as stack:
