@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from quantize.errors import RefusedError, UsageError
-from quantize.estimate.fit import Fit, FitWord, Workload, advise
+from quantize.estimate.fit import Fit, FitWord, Workload, advise, judge
 from quantize.estimate.placing import Placing, layers_that_fit, place_on_gpu
 from quantize.estimate.vram import EstimateSettings, VramProfile
 from quantize.formats import find_format, known_format
@@ -24,7 +24,7 @@ from quantize.serve.engines.base import EngineTarget
 from quantize.serve.targets import LocalTarget
 from quantize.store.store import Store
 from quantize.system.machine import Machine
-from quantize.system.sizes import GIB
+from quantize.system.sizes import GIB, memory_text
 
 DEFAULT_CONTEXT = 4096
 
@@ -48,19 +48,15 @@ def place(
 ) -> Placement:  # fmt: skip
     """Decide, and refuse what does not fit unless it is forced. gpus: that the target's runtime can use.
 
-    A GPU that is named takes all of a model, or it is refused. `auto` takes what fits, of a runtime that splits.
-    Raises UsageError: no such device, or more context than the model has.
+    A GPU that is named takes all of a model, or it is refused. `auto` takes what fits, of a runtime that splits, else
+    the CPU. Raises UsageError: no such device, or more context than the model has.
     """
     if wanted.context > target.shape.max_context:
         message = f"{target.name}: {wanted.context} tokens are more than its context of {target.shape.max_context}"
         raise UsageError(message, hint=f"use --context {target.shape.max_context} or less")
     context = wanted.context or min(DEFAULT_CONTEXT, target.shape.max_context)
     gpu = _gpu(target.kind, wanted.device, machine, gpus)
-    settings = EstimateSettings(target.kind.memory, device="gpu" if gpu else "cpu", flash_attention=False)
-    weights = target.weights_bytes + (0 if gpu else target.repacked_bytes)
-    profile = find_format(target.format).vram
-    layers = wanted.gpu_layers if gpu and target.kind.splits else None
-    workload = Workload(target.shape, weights, profile, settings, context, wanted.slots, layers)
+    workload = _workload(target, wanted, context, on_gpu=gpu is not None)
     if gpu is None:
         free, what = machine.available_ram_bytes, f"of {machine.ram_bytes / GIB:.1f} GiB RAM"
         fit = _checked(target, workload, free, what, store, force=force)
@@ -70,9 +66,23 @@ def place(
     if placing is not None and _rest_bytes(workload, placing) <= machine.available_ram_bytes:
         fit = advise(workload, gpu.free_bytes) if not placing.note else placing.fit
         return Placement(placing.place, context, fit, placing.note)
+    if wanted.device == AUTO and workload.gpu_layers is None and not force:
+        fit = judge(_workload(target, wanted, context, on_gpu=False).estimate(), machine.available_ram_bytes)
+        if fit.word is not FitWord.DOES_NOT_FIT:
+            need, free = memory_text(workload.estimate().expected_bytes), memory_text(gpu.free_bytes)
+            why = f"on the CPU: it takes {need}, and {free} are free on {gpu.device} ({gpu.name})"
+            return Placement(ON_CPU, context, fit, why)
     what = f"on the {gpu.name} of {gpu.total_bytes / GIB:.1f} GiB"
     fit = _checked(target, workload, gpu.free_bytes, what, store, force=force)
-    return Placement(DevicePlace(gpu.device, layers), context, fit)
+    return Placement(DevicePlace(gpu.device, workload.gpu_layers), context, fit)
+
+
+def _workload(target: LocalTarget, wanted: Serving, context: int, *, on_gpu: bool) -> Workload:
+    settings = EstimateSettings(target.kind.memory, device="gpu" if on_gpu else "cpu", flash_attention=False)
+    weights = target.weights_bytes + (0 if on_gpu else target.repacked_bytes)
+    layers = wanted.gpu_layers if on_gpu and target.kind.splits else None
+    profile = find_format(target.format).vram
+    return Workload(target.shape, weights, profile, settings, context, wanted.slots, layers)
 
 
 def _gpu(kind: RuntimeKind, wanted: str, machine: Machine, gpus: Sequence[Accelerator]) -> Accelerator | None:

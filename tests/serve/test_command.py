@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -97,6 +98,24 @@ def test_auto_takes_the_layers_that_fit_and_says_so(built: Built) -> None:
     assert engine_target(big, WANTED, two).serving.place == DevicePlace("cuda", None, (0.5, 0.5))
     with pytest.raises(RefusedError, match="does not fit"):
         place(big, WANTED, replace(ROOMY, available_ram_bytes=GIB), [CARD], built.store)
+
+
+def test_auto_takes_the_cpu_where_no_part_of_a_model_can_be_on_a_gpu(built: Built, tiny: Path) -> None:
+    big = replace(local(tiny, built.store), weights_bytes=9 * GIB)
+    placed = place(big, WANTED, ROOMY, [CARD], built.store)
+    assert placed.where == ON_CPU
+    assert re.fullmatch(r"on the CPU: it takes 9\.\d+ GiB, and 7\.00 GiB are free on cuda:0 \(RTX 4060\)", placed.note)
+    assert placed.verdict.card_bytes == ROOMY.available_ram_bytes
+    assert not engine_target(big, WANTED, placed).serving.named
+    for wanted, machine in ((replace(WANTED, device="gpu"), ROOMY), (WANTED, replace(ROOMY, available_ram_bytes=GIB))):
+        with pytest.raises(RefusedError, match=r"does not fit: .* free on the RTX 4060"):
+            place(big, wanted, machine, [CARD], built.store)
+    assert place(big, WANTED, ROOMY, [CARD], built.store, force=True).where == DevicePlace("cuda:0")
+    nothing = replace(local("tiny/f16", built.store), weights_bytes=2 * GIB)
+    small = replace(CARD, free_bytes=GIB // 2)
+    assert place(nothing, WANTED, ROOMY, [small], built.store).where == ON_CPU
+    with pytest.raises(RefusedError, match="does not fit"):
+        place(nothing, replace(WANTED, gpu_layers=1), ROOMY, [small], built.store)
 
 
 def test_gpu_layers_are_in_the_estimate(built: Built) -> None:
