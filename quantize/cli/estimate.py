@@ -32,13 +32,13 @@ from quantize.estimate.vram import (
     MemoryTable,
     memory_table,
 )
+from quantize.runtimes.served import KV_BITS
 from quantize.store.store import Store
 from quantize.store.workspace import Workspace
 from quantize.system.machine import detect
 from quantize.system.sizes import memory_text
 from quantize.targets import find_target
 
-KV_TYPES = {"16": "f16", "8": "q8_0", "4": "q4_0"}
 DEFAULT_CONTEXT = 4096
 SHORT = {FitWord.FITS: "fits", FitWord.TIGHT: "tight", FitWord.DOES_NOT_FIT: "NO"}
 
@@ -61,7 +61,7 @@ class _EstimateAnswer:
 @click.option("--concurrency", type=click.IntRange(min=1), help="Sequences at once.  [default: 1, 2, 4 and 8]")
 @click.option("--gpu", metavar="NAME", help='The card to fit, such as "RTX 4060 8GB".  [default: this machine\'s]')
 @click.option("--vram", metavar="SIZE", help="The card's memory, such as 8GiB; 8G is the same, 8GB is 7.45 GiB.")
-@click.option("--kv-bits", type=click.Choice([*KV_TYPES]), default="16", show_default=True, help="Of the KV cache.")
+@click.option("--kv-bits", type=click.Choice([*KV_BITS]), default="16", show_default=True, help="Of the KV cache.")
 @click.option("--runtime", type=click.Choice(RUNTIMES), help="[default: llama.cpp for GGUF, vllm for AWQ and GPTQ]")
 @store_option
 @wide_option
@@ -82,7 +82,7 @@ def command(
     with console_reporter(quiet=quiet or as_json) as reporter:
         found = subjects(noted(find_target(target, store, ESTIMABLE)), Workspace(store, open_cache(), reporter))
     others = found if len(found) > 1 else [*found, *siblings(found[0], store)] if found[0].family else found
-    answers = [_answer(item, others, card, context, concurrency, KV_TYPES[kv_bits], runtime) for item in found]
+    answers = [_answer(item, others, card, context, concurrency, KV_BITS[kv_bits], runtime) for item in found]
     if as_json:
         print_json([_as_json(item) for item in answers])
         return

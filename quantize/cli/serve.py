@@ -134,7 +134,8 @@ def _print_hand_over(runtime: str, artifacts: tuple[str, ...], store: Store, fla
         targets.append(target)
     serving = flags.serving
     container = ContainerSettings.of(flags.settings)
-    wanted = HandOver(flags.host, flags.port, serving.device, serving.context or None, serving.slots, container)
+    wanted = HandOver(flags.host, flags.port, serving.device, serving.context or None, serving.slots,
+                      serving.kv_bits, container)  # fmt: skip
     click.echo(render(runtime, targets, wanted))
 
 

@@ -7,7 +7,7 @@ token ids. What token ids mean is left to the tokenizer of the source, so that b
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -113,7 +113,8 @@ class RuntimeKind(ServingKind, Protocol):
     memory: the runtime of estimate/vram.py that takes as much memory. devices: what it can compute on, in words, told
     without loading it. knows_gpus: its build may have a GPU to use here, told without loading it. for_gpus: the line
     that installs a build that does. splits: a model can be on several GPUs, or in part on the CPU. first_load: what
-    takes long the first time that a model is loaded on a GPU, in words; "" for nothing.
+    takes long the first time that a model is loaded on a GPU, in words; "" for nothing. kv_bits: those of
+    Serving.kv_bits that it can serve with.
     """
 
     @property
@@ -132,6 +133,8 @@ class RuntimeKind(ServingKind, Protocol):
     def splits(self) -> bool: ...
     @property
     def first_load(self) -> str: ...
+    @property
+    def kv_bits(self) -> Collection[str]: ...
 
     def find_gpus(self) -> tuple[Accelerator, ...]:
         """The GPUs that it can use here. It loads the runtime: call it in a process of its own.

@@ -109,6 +109,9 @@ def flag(value: Any, help: str, **how: Any) -> Any:
     return field(default=value, metadata={"flag": Flag(help, **how)})
 
 
+KV_BITS = {"16": "f16", "8": "q8_0", "4": "q4_0"}  # of a number in the KV cache -> llama.cpp's name of the type
+
+
 @dataclass(frozen=True)
 class Serving:
     """How a model is loaded to be served: context: tokens of each of so many sequences at once (slots).
@@ -125,6 +128,7 @@ class Serving:
     device: str = flag("cpu", "auto, cpu, gpu, or one such as cuda:0, vulkan:0.", default="auto")
     threads: int | None = flag(None, "CPU threads of each model.  [default: all cores but one]", least=1)
     gpu_layers: int | None = flag(None, "Layers of a GGUF file on the GPU.  [default: all]", least=0)
+    kv_bits: str = flag("16", "Of the KV cache; 8 and 4: GGUF files only.", choices=tuple(KV_BITS))
     named: bool = False
     shares: tuple[float, ...] = ()
 

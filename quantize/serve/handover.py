@@ -20,6 +20,7 @@ from quantize.estimate.fit import USABLE_PERCENT
 from quantize.files.gguf_split import is_part
 from quantize.formats import find_format, plugin_of
 from quantize.formats.format import No
+from quantize.runtimes.served import KV_BITS
 from quantize.serve.address import written
 from quantize.serve.preflight import DEFAULT_CONTEXT
 from quantize.serve.targets import LocalTarget
@@ -74,13 +75,14 @@ def _share(value: str) -> float:
 
 @dataclass(frozen=True)
 class HandOver:
-    """Where to listen, on what, and for how much. device: auto and cuda mean the first GPU."""
+    """Where to listen, on what, and for how much. device: auto and cuda mean the first GPU. kv_bits: see Serving."""
 
     host: str = "127.0.0.1"
     port: int = 8000
     device: str = "auto"
     context: int | None = None
     concurrency: int = 2
+    kv_bits: str = "16"
     container: ContainerSettings = ContainerSettings()
 
     def context_of(self, target: LocalTarget) -> int:
@@ -96,6 +98,12 @@ class HandOver:
     def gpu(self) -> str:
         """Number of the GPU."""
         return self.device.partition(":")[2] or "0"
+
+    def refuse_small_kv(self, runtime: str) -> None:
+        """Raise UsageError: the KV cache is to have fewer bits, in a runtime that has other types for it."""
+        if self.kv_bits != "16":
+            hint = "leave it out, or use --print llama-server, or `quantize serve`"
+            raise UsageError(f"--kv-bits {self.kv_bits}: {runtime} has no such KV cache", hint=hint)
 
 
 def render(runtime: str, targets: Sequence[LocalTarget], wanted: HandOver) -> str:
@@ -115,6 +123,7 @@ def _vllm(target: LocalTarget, wanted: HandOver) -> str:
 
 
 def _vllm_options(target: LocalTarget, wanted: HandOver) -> list[tuple[str, ...]]:
+    wanted.refuse_small_kv("vLLM")
     return [
         ("--served-model-name", target.name),
         ("--host", wanted.host),
@@ -170,6 +179,7 @@ def _in_vllm(target: LocalTarget) -> str | No:
 
 def _ollama(target: LocalTarget, wanted: HandOver) -> str:
     _need_gguf(target, "Ollama")
+    wanted.refuse_small_kv("a Modelfile")
     if is_part(target.path):
         hint = "join them with llama.cpp's llama-gguf-split --merge, or use --print llama-server, or `quantize serve`"
         raise RefusedError(f"{target.name}: Ollama takes no model in several files", hint=hint)
@@ -198,12 +208,19 @@ def _llama_server(target: LocalTarget, wanted: HandOver) -> str:
         ("--ctx-size", str(wanted.context_of(target) * wanted.concurrency)),
         ("--parallel", str(wanted.concurrency)),
         ("--n-gpu-layers", "0" if wanted.on_cpu else "999"),
-        ("--flash-attn", "off"),
+        *_kv_options(wanted.kv_bits),
         ("--jinja",),
         ("--api-key", KEY),
     ]
-    note = "# --ctx-size is shared by all sequences; flash attention changes answers, so it is off"
+    note = "# --ctx-size is shared by all sequences"
+    note += "; flash attention changes answers, so it is off" if wanted.kv_bits == "16" else ""
     return f"{note}\n{_lines(command, options)}"
+
+
+def _kv_options(bits: str) -> list[tuple[str, ...]]:
+    if bits == "16":
+        return [("--flash-attn", "off")]
+    return [("--flash-attn", "on"), ("--cache-type-k", KV_BITS[bits]), ("--cache-type-v", KV_BITS[bits])]
 
 
 def _need_gguf(target: LocalTarget, runtime: str) -> None:
@@ -264,6 +281,7 @@ def _gateway_service(target: LocalTarget, wanted: HandOver) -> dict[str, Any]:
         _plain(f"{target.name}={mounted}"), "--host", "0.0.0.0", "--port", "8000",
         "--context", str(wanted.context_of(target)), "--concurrency", str(wanted.concurrency),
         "--device", "cpu" if wanted.on_cpu else "cuda:0",
+        *(["--kv-bits", wanted.kv_bits] if wanted.kv_bits != "16" else []),
     ]  # fmt: skip
     return {
         "image": f"{GATEWAY_IMAGE}:{'cpu' if wanted.on_cpu and _in_llama_cpp(target) else 'cuda'}",

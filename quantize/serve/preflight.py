@@ -19,7 +19,7 @@ from quantize.estimate.vram import EstimateSettings, VramProfile
 from quantize.formats import find_format, known_format
 from quantize.runtimes.base import ModelRef, RuntimeKind, runtime_version
 from quantize.runtimes.devices import AUTO, CPU, ON_CPU, Accelerator, DevicePlace, check_name, choose
-from quantize.runtimes.served import Serving
+from quantize.runtimes.served import KV_BITS, Serving
 from quantize.serve.engines.base import EngineTarget
 from quantize.serve.targets import LocalTarget
 from quantize.store.store import Store
@@ -51,6 +51,9 @@ def place(
     A GPU that is named takes all of a model, or it is refused. `auto` takes what fits, of a runtime that splits, else
     the CPU. Raises UsageError: no such device, or more context than the model has.
     """
+    if wanted.kv_bits not in target.kind.kv_bits:
+        message = f"{target.name}: {target.kind.name} keeps its KV cache in 16 bits, not in {wanted.kv_bits}"
+        raise UsageError(message, hint="leave out --kv-bits, or serve a GGUF variant")
     if wanted.context > target.shape.max_context:
         message = f"{target.name}: {wanted.context} tokens are more than its context of {target.shape.max_context}"
         raise UsageError(message, hint=f"use --context {target.shape.max_context} or less")
@@ -69,8 +72,8 @@ def place(
     if wanted.device == AUTO and workload.gpu_layers is None and not force:
         fit = judge(_workload(target, wanted, context, on_gpu=False).estimate(), machine.available_ram_bytes)
         if fit.word is not FitWord.DOES_NOT_FIT:
-            need, free = memory_text(workload.estimate().expected_bytes), memory_text(gpu.free_bytes)
-            why = f"on the CPU: it takes {need}, and {free} are free on {gpu.device} ({gpu.name})"
+            need, there = memory_text(workload.estimate().expected_bytes), memory_text(gpu.free_bytes)
+            why = f"on the CPU: it takes {need}, and {there} are free on {gpu.device} ({gpu.name})"
             return Placement(ON_CPU, context, fit, why)
     what = f"on the {gpu.name} of {gpu.total_bytes / GIB:.1f} GiB"
     fit = _checked(target, workload, gpu.free_bytes, what, store, force=force)
@@ -78,7 +81,8 @@ def place(
 
 
 def _workload(target: LocalTarget, wanted: Serving, context: int, *, on_gpu: bool) -> Workload:
-    settings = EstimateSettings(target.kind.memory, device="gpu" if on_gpu else "cpu", flash_attention=False)
+    kv_type, device = KV_BITS[wanted.kv_bits], "gpu" if on_gpu else "cpu"
+    settings = EstimateSettings(target.kind.memory, kv_type, device, flash_attention=kv_type != "f16")
     weights = target.weights_bytes + (0 if on_gpu else target.repacked_bytes)
     layers = wanted.gpu_layers if on_gpu and target.kind.splits else None
     profile = find_format(target.format).vram
@@ -115,11 +119,21 @@ def _checked(target: LocalTarget, workload: Workload, free: int, what: str, stor
     verdict = advise(workload, free, _siblings(target, store))
     if verdict.word is not FitWord.DOES_NOT_FIT or force:
         return verdict
-    tries = [text for text in verdict.suggestions if not text.startswith("KV cache")]  # which serve has at f16 only
+    said = (_in_flags(text, target.kind) for text in verdict.suggestions)
+    tries = [text for text in said if text is not None]
     layers = layers_that_fit(workload, free) if workload.settings.device == "gpu" and target.kind.splits else 0
     tries += [f"--gpu-layers {layers}, the others on the CPU"] if layers else []
     message = f"{target.name} does not fit: {verdict.reason}, which is what is free {what}"
     raise RefusedError(message, hint=f"what would fit: {'; '.join(tries)}; or load it all the same with --force")
+
+
+def _in_flags(suggestion: str, kind: RuntimeKind) -> str | None:
+    """A suggestion with the command's own word for the KV cache; None: the runtime has it at 16 bits only."""
+    for bits, kv_type in KV_BITS.items():
+        text = f"KV cache at {kv_type}"
+        if text in suggestion:
+            return suggestion.replace(text, f"--kv-bits {bits}") if bits in kind.kv_bits else None
+    return suggestion
 
 
 def _siblings(target: LocalTarget, store: Store) -> dict[str, tuple[int, VramProfile]]:

@@ -81,7 +81,7 @@ def test_what_does_not_fit_is_refused_with_numbers_and_what_would(built: Built) 
     assert "on the RTX 4060 of 8.0 GiB" in caught.value.message
     assert "variant tiny/q8_0" in str(caught.value.hint)
     assert "--gpu-layers 1, the others on the CPU" in str(caught.value.hint)
-    assert "KV cache at" not in str(caught.value.hint), "which serve can't do"
+    assert "KV cache at" not in str(caught.value.hint), "the flag is called otherwise"
     assert "--force" in str(caught.value.hint)
     assert place(big, named, ROOMY, [CARD], built.store, force=True).where == DevicePlace("cuda:0")
     assert place(target, named, ROOMY, [CARD], built.store).verdict.word == "fits"
@@ -116,6 +116,25 @@ def test_auto_takes_the_cpu_where_no_part_of_a_model_can_be_on_a_gpu(built: Buil
     assert place(nothing, WANTED, ROOMY, [small], built.store).where == ON_CPU
     with pytest.raises(RefusedError, match="does not fit"):
         place(nothing, replace(WANTED, gpu_layers=1), ROOMY, [small], built.store)
+
+
+def test_bits_of_the_kv_cache_are_in_the_estimate_and_the_suggestions(built: Built, tiny: Path) -> None:
+    target = local("tiny/f16", built.store)
+    deep = replace(target, shape=replace(target.shape, kv_layers=target.shape.kv_layers * 4000))
+    wanted = Serving(512, slots=8, device="cuda:0")
+    expected = {
+        bits: place(deep, replace(wanted, kv_bits=bits), ROOMY, [CARD], built.store, force=True).verdict.expected_bytes
+        for bits in ("16", "8", "4")
+    }
+    values = 512 * 8 * 2 * 128 * 2 * 4000  # tokens, sequences, keys and values of 2 heads of 64, in 2 x 4000 layers
+    # the compute buffer differs, too: without flash attention the scores are in it, [heads, 512, 512] in float32
+    assert expected["16"] - expected["8"] == pytest.approx(values * (2 - 34 / 32), rel=0.01)
+    assert expected["8"] - expected["4"] == values * (34 - 18) / 32
+    with pytest.raises(RefusedError, match="does not fit") as caught:
+        place(deep, wanted, ROOMY, [CARD], built.store)
+    assert "--kv-bits 8" in str(caught.value.hint)
+    with pytest.raises(UsageError, match="transformers keeps its KV cache in 16 bits, not in 8"):
+        place(local(tiny, built.store), Serving(kv_bits="8"), ROOMY, (), built.store)
 
 
 def test_gpu_layers_are_in_the_estimate(built: Built) -> None:

@@ -100,6 +100,19 @@ def test_print_ollama(run: Run, q8: str) -> None:
     assert lines[1] == "PARAMETER num_ctx 512"
 
 
+def test_a_small_kv_cache_elsewhere(run: Run, q8: str, tiny: Path, tmp_path: Path) -> None:
+    words = shlex.split(run("serve", q8, "--print", "llama-server", "--kv-bits", 8).stdout, comments=True)
+    options = dict(pairwise(words[words.index("llama-server") + 1 :]))
+    assert [options[f"--{name}"] for name in ("flash-attn", "cache-type-k", "cache-type-v")] == ["on", "q8_0", "q8_0"]
+    service = yaml.safe_load(run("serve", q8, "--print", "compose", "--kv-bits", 4).stdout)["services"]["model"]
+    assert service["command"][-2:] == ["--kv-bits", "4"]
+    packed = f"m={folder_with(tmp_path, tiny, {'quant_method': 'awq'})}"
+    for text, runtime in ((q8, "ollama"), (packed, "vllm"), (packed, "docker"), (packed, "compose")):
+        done = run("serve", text, "--print", runtime, "--kv-bits", 8)
+        assert (done.exit_code, done.stdout) == (2, "")
+        assert "--kv-bits 8: " in done.stderr
+
+
 @pytest.mark.parametrize("device", ["cpu", "cuda:1"])
 def test_print_compose(run: Run, q8: str, tmp_path: Path, device: str) -> None:
     path = tmp_path / "compose.yaml"

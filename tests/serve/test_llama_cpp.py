@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 import time
@@ -13,8 +14,13 @@ from typing import Any
 import openai
 import pytest
 
+from quantize.estimate.vram import EstimateSettings, kv_bytes
+from quantize.files.gguf_split import read_model
+from quantize.model.shape import gguf_shape
 from quantize.runtimes.llama_cpp.model import ModelSettings, OpenModel
-from tests.serve.conftest import SERVED_CONTEXT, Running
+from quantize.runtimes.llama_cpp.placement import Placed
+from quantize.runtimes.served import KV_BITS, Serving
+from tests.serve.conftest import SERVED_CONTEXT, Running, gguf_gateway
 
 llama_cpp = pytest.importorskip("llama_cpp")
 PROMPT = "The quick brown fox"
@@ -44,6 +50,34 @@ def plain(text: str) -> str:
 def test_greedy_text_is_llama_cpps_own(served: Running, reference: Any, prompt: str) -> None:
     wanted = reference.create_completion(prompt, temperature=0, max_tokens=24, repeat_penalty=1.0)["choices"][0]
     assert complete(served, prompt) == wanted["text"]
+
+
+@pytest.mark.parametrize(("bits", "kind"), [("8", llama_cpp.GGML_TYPE_Q8_0), ("4", llama_cpp.GGML_TYPE_Q4_0)])
+def test_a_quantized_kv_cache_answers_as_llama_cpps_own(weights: Path, bits: str, kind: int) -> None:
+    model = llama_cpp.Llama(
+        str(weights), n_ctx=SERVED_CONTEXT, n_threads=1, flash_attn=True, type_k=kind, type_v=kind, verbose=False
+    )
+    wanted = model.create_completion(PROMPT * 8, temperature=0, max_tokens=24, repeat_penalty=1.0)["choices"][0]
+    model.close()
+    with gguf_gateway(weights, Serving(SERVED_CONTEXT, slots=2, threads=1, kv_bits=bits)) as running:
+        assert complete(running, PROMPT * 8) == plain(wanted["text"])
+
+
+@pytest.mark.parametrize("kv_type", KV_BITS.values())
+def test_the_kv_cache_is_as_large_as_estimated(weights: Path, kv_type: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[str] = []
+
+    class Listening(Placed):
+        def line(self, line: str) -> None:
+            told.append(line)
+            super().line(line)
+
+    monkeypatch.setattr("quantize.runtimes.llama_cpp.model.Placed", Listening)
+    settings = ModelSettings(SERVED_CONTEXT, threads=1, flash_attention=True, kv_type=kv_type)
+    OpenModel(weights, settings).close()
+    (found,) = [float(item[1]) for line in told if (item := re.search(r"KV buffer size = +([0-9.]+) MiB", line))]
+    estimated = kv_bytes(gguf_shape(read_model(weights)), SERVED_CONTEXT, settings=EstimateSettings(kv_type=kv_type))
+    assert found == pytest.approx(estimated / 2**20, abs=0.01)
 
 
 def test_a_chat_uses_the_files_own_template(served: Running, reference: Any) -> None:

@@ -11,7 +11,7 @@ from quantize.files.gguf import EXTRA
 from quantize.runtimes.base import ModelRef, Runtime, runtime_version
 from quantize.runtimes.devices import Accelerator, DevicePlace
 from quantize.runtimes.llama_cpp.devices import build_line, find_gpus
-from quantize.runtimes.served import Progress, ServedModel, Serving
+from quantize.runtimes.served import KV_BITS, Progress, ServedModel, Serving
 
 GPU_LIBRARIES = {"cuda": "CUDA", "hip": "ROCm", "vulkan": "Vulkan", "metal": "Metal", "sycl": "SYCL"}
 
@@ -25,6 +25,7 @@ class LlamaCpp:
     extra: str = EXTRA
     memory: str = "llama.cpp"
     first_load: str = ""
+    kv_bits: tuple[str, ...] = tuple(KV_BITS)
 
     @property
     def devices(self) -> str:

@@ -21,6 +21,7 @@ from quantize.system.machine import usable_cores
 
 MICRO_BATCH_TOKENS = 512
 NOT_RUN = "free memory, or take a shorter context; another llama-cpp-python may run it"
+KV_TYPES = {"f16": 1, "q4_0": 2, "q8_0": 8}  # enum ggml_type
 POOLING_NONE = 0  # llama.cpp's LLAMA_POOLING_TYPE_NONE: each token's own output; pooling is the caller's
 
 
@@ -30,7 +31,8 @@ class ModelSettings:
 
     context: tokens of each of `sequences`. batch: most tokens of one decode, given the size of the vocabulary.
     threads: 0 leaves one core to others.
-    flash_attention: None is llama.cpp's own choice.
+    flash_attention: None is llama.cpp's own choice. kv_type: of the KV cache; one that is quantized needs flash
+    attention.
     check_tensors: look at every value for NaN and Inf while loading.
     """
 
@@ -39,6 +41,7 @@ class ModelSettings:
     batch: Callable[[int], int] = lambda _: MICRO_BATCH_TOKENS
     threads: int = 0
     flash_attention: bool | None = None
+    kv_type: str = "f16"
     place: DevicePlace = ON_CPU
     check_tensors: bool = False
 
@@ -88,6 +91,7 @@ class OpenModel(Words):
         params.n_threads = params.n_threads_batch = settings.threads or max(1, usable_cores() - 1)
         if settings.flash_attention is not None:
             params.flash_attn_type = int(settings.flash_attention)
+        params.type_k = params.type_v = KV_TYPES[settings.kv_type]
         params.pooling_type = POOLING_NONE
         self.batch_tokens = int(params.n_batch)
         self.context = library.llama_init_from_model(self.model, params)

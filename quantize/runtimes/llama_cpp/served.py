@@ -1,8 +1,8 @@
 """llama.cpp as a ServedModel: continuous batching over one context, sampling by llama.cpp's own samplers.
 
 In: a GGUF file and how to serve it. Out: tokens for several sequences at once. Flash attention is off on the CPU, where
-llama.cpp's automatic choice of it changes answers; on a GPU the choice is llama.cpp's. What a slot still holds of an
-earlier conversation is not computed again.
+llama.cpp's automatic choice of it changes answers; on a GPU the choice is llama.cpp's; a quantized KV cache needs it.
+What a slot still holds of an earlier conversation is not computed again.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from quantize.runtimes.llama_cpp.library import import_bindings_only
 from quantize.runtimes.llama_cpp.model import BatchToken, ModelSettings, OpenModel
 from quantize.runtimes.llama_cpp.reading import Readings
 from quantize.runtimes.served import (
+    KV_BITS,
     Chosen,
     Description,
     Embedding,
@@ -72,13 +73,15 @@ class LlamaCppModel:
         import_bindings_only()
         slots, there = serving.slots, serving.named or is_there(serving.place)
         place = serving.place if there else ON_CPU
+        quantized = serving.kv_bits != "16"
         prefill = PREFILL_TOKENS if place == ON_CPU else GPU_PREFILL_TOKENS
         settings = ModelSettings(
             context=serving.context,
             sequences=slots,
             batch=lambda _: max(prefill, slots),
             threads=serving.threads or 0,
-            flash_attention=False if place == ON_CPU else None,
+            flash_attention=True if quantized else False if place == ON_CPU else None,
+            kv_type=KV_BITS[serving.kv_bits],
             place=place,
         )
         self._intake = Intake(DESK, os.fsencode(model.path), NO_GPU)

@@ -41,6 +41,7 @@ class Transformers:
     first_load: str = ""
     name: str = "transformers"
     memory: str = "transformers"
+    kv_bits: tuple[str, ...] = ("16",)
 
     @property
     def packages(self) -> tuple[str, ...]:
