@@ -24,25 +24,29 @@ from quantize.runtimes.served import KV_BITS
 from quantize.serve.address import written
 from quantize.serve.preflight import DEFAULT_CONTEXT
 from quantize.serve.targets import LocalTarget
+from quantize.system.gpus import nvidia_gpus
 
 KEY = "${QUANTIZE_API_KEY:?set it to the API key}"  # a shell, and Docker, stop where it is not set
 VLLM_IMAGE = "vllm/vllm-openai:v0.33.0"
 GATEWAY_IMAGE = "quantize-gateway"
 MOUNT = "/model"
 INSIDE_PORT = "8000"
+SPARED_PERCENT = 1  # of a card: what is free now may be a little less when vLLM looks
 INSIDE = {"--host": "0.0.0.0", "--port": INSIDE_PORT}  # in a container
 HF_HOME, HF_INSIDE = "~/.cache/huggingface", "/root/.cache/huggingface"
 
 
 @dataclass(frozen=True)
 class ContainerSettings:
-    """How vLLM's container is run. hf_cache: "" is where the hub's client has it."""
+    """How vLLM's container is run. hf_cache: "" is where the hub's client has it. gpu_memory_utilization: its share of
+    the card; None is what may be planned with, or less where less is free on this machine's card now.
+    """
 
     image: str = VLLM_IMAGE
     runtime: str = "nvidia"
     ipc: str = "host"
     hf_cache: str = ""
-    gpu_memory_utilization: float = USABLE_PERCENT / 100
+    gpu_memory_utilization: float | None = None
 
     @classmethod
     def of(cls, pairs: Sequence[str]) -> ContainerSettings:
@@ -99,6 +103,18 @@ class HandOver:
         """Number of the GPU."""
         return self.device.partition(":")[2] or "0"
 
+    @property
+    def memory_share(self) -> float:
+        """Of the GPU, for vLLM, which does not start where less than its share is free: a display takes some."""
+        if self.container.gpu_memory_utilization is not None:
+            return self.container.gpu_memory_utilization
+        gpus = nvidia_gpus()
+        card = gpus[int(self.gpu)] if self.gpu.isdecimal() and int(self.gpu) < len(gpus) else None
+        if card is None or not card.vram_bytes:
+            return USABLE_PERCENT / 100
+        free_percent = 100 * (card.vram_bytes - card.used_bytes) // card.vram_bytes
+        return max(1, min(USABLE_PERCENT, free_percent - SPARED_PERCENT)) / 100
+
     def refuse_small_kv(self, runtime: str) -> None:
         """Raise UsageError: the KV cache is to have fewer bits, in a runtime that has other types for it."""
         if self.kv_bits != "16":
@@ -116,10 +132,18 @@ def render(runtime: str, targets: Sequence[LocalTarget], wanted: HandOver) -> st
 
 def _vllm(target: LocalTarget, wanted: HandOver) -> str:
     remark = _check_vllm(target, wanted)
-    notes = [f"# {target.name} ({target.format}) in vLLM; the key is read from the environment"]
+    notes = [f"# {target.name} ({target.format}) in vLLM; the key is read from the environment", _vllm_note(wanted)]
     notes += [f"# {remark}"] if remark else []
     command = [f"CUDA_VISIBLE_DEVICES={wanted.gpu}", "vllm", "serve", str(target.folder.resolve())]
     return "\n".join([*notes, _lines(command, _vllm_options(target, wanted))])
+
+
+def _vllm_note(wanted: HandOver) -> str:
+    """What of the numbers is to be known."""
+    share, count = wanted.memory_share, wanted.concurrency
+    spare = ", which is what is free on it now" if share < USABLE_PERCENT / 100 else ""
+    spare = "" if wanted.container.gpu_memory_utilization is not None else spare
+    return f"# {count} answers at once: --concurrency is how many; {share:.0%} of the card's memory{spare}"
 
 
 def _vllm_options(target: LocalTarget, wanted: HandOver) -> list[tuple[str, ...]]:
@@ -128,7 +152,7 @@ def _vllm_options(target: LocalTarget, wanted: HandOver) -> list[tuple[str, ...]
         ("--served-model-name", target.name),
         ("--host", wanted.host),
         ("--port", str(wanted.port)),
-        ("--gpu-memory-utilization", f"{wanted.container.gpu_memory_utilization:g}"),
+        ("--gpu-memory-utilization", f"{wanted.memory_share:g}"),
         ("--max-model-len", str(wanted.context_of(target))),
         ("--max-num-seqs", str(wanted.concurrency)),
         ("--api-key", KEY),
@@ -139,6 +163,7 @@ def _docker(target: LocalTarget, wanted: HandOver) -> str:
     """vLLM's own image, whole: a shell runs it as it stands."""
     remark, container = _check_vllm(target, wanted), wanted.container
     notes = [f"# {target.name} ({target.format}) in vLLM's container; the key is read from the environment"]
+    notes += [_vllm_note(wanted)]
     notes += [f"# {remark}"] if remark else []
     options: list[tuple[str, ...]] = [
         ("--runtime", container.runtime),
@@ -260,6 +285,8 @@ def _service(target: LocalTarget, wanted: HandOver) -> tuple[list[str], dict[str
         f"# {target.name} ({target.format})"
         + (f": {answer.reason}: this gateway runs it" if isinstance(answer, No) else "")
     ]
+    if in_vllm:
+        note.append(_vllm_note(wanted))
     if not in_vllm and wanted.on_cpu and not _in_llama_cpp(target):
         note.append("# the cuda image runs on a CPU too; the cpu image has no torch")
     if not in_vllm and (plugin := plugin_of(target.format)) is not None:

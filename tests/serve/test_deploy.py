@@ -16,6 +16,7 @@ import pytest
 import yaml
 
 from quantize.serve.handover import VLLM_IMAGE
+from quantize.system.gpus import LocalGpu
 from tests.conftest import Built, Run
 
 ROOT = Path(__file__).parent.parent.parent
@@ -143,6 +144,30 @@ def test_print_vllm(run: Run, tiny: Path, tmp_path: Path) -> None:
     assert options["--gpu-memory-utilization"] == "0.9"
     assert options["--max-model-len"] == "512"
     assert options["--served-model-name"] == "m"
+
+
+@pytest.mark.parametrize(
+    ("card", "wanted", "share"),
+    [
+        (LocalGpu("an empty one", 24 << 30, 0), [], "0.9"),
+        (LocalGpu("a laptop's, with a display", 8 << 30, 2 << 30), [], "0.74"),  # three quarters are free
+        (LocalGpu("a laptop's, with a display", 8 << 30, 2 << 30), ["--set", "gpu-memory-utilization=0.85"], "0.85"),
+        (LocalGpu("a full one", 8 << 30, 8 << 30), [], "0.01"),
+        (LocalGpu("one that does not tell", 0, 0), [], "0.9"),
+    ],
+)
+def test_vllm_gets_what_is_free_of_the_card(
+    run: Run, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, card: LocalGpu, wanted: list[str], share: str
+) -> None:
+    monkeypatch.setattr("quantize.serve.handover.nvidia_gpus", lambda: (LocalGpu("another", 8 << 30, 7 << 30), card))
+    command = ["serve", f"m={folder_with(tmp_path, tiny, {'quant_method': 'awq'})}", "--device", "cuda:1", *wanted]
+    text = run(*command, "--print", "vllm").stdout
+    words = shlex.split(text, comments=True)
+    options = dict(pairwise(words[4:]))
+    assert options["--gpu-memory-utilization"] == share
+    assert "# 2 answers at once: --concurrency is how many" in text
+    assert ("which is what is free on it now" in text) == (share in ("0.74", "0.01"))
+    assert "# 2 answers at once" in run(*command, "--print", "compose").stdout
 
 
 def docker_words(text: str, **environment: str) -> list[str]:
