@@ -6,10 +6,11 @@ what when (schedule), how it gets there (pool). A worker holds one block's weigh
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -17,6 +18,7 @@ from numpy.typing import NDArray
 
 from quantize.calibration.block_reader import read_block
 from quantize.calibration.block_runner import BlockRunner, ShareSums, share_of
+from quantize.calibration.budget import gpu_pass_bytes
 from quantize.calibration.hidden_states import Batch, HiddenStates, SavedStates, make_batches
 from quantize.calibration.stream import (
     Block,
@@ -33,7 +35,9 @@ from quantize.formats.base import Collector, Context
 from quantize.model.architecture import BlockLayout, block_layout
 from quantize.numerics.constants import batch_tokens
 from quantize.numerics.gram import Gram, GramAccumulator
+from quantize.system.memory import free_gpu_bytes, give_back_gpu
 
+Key = TypeVar("Key")
 Matrix = NDArray[np.float32]
 ShareArrays = tuple[dict[str, tuple[Matrix, int]], list[Matrix]]  # ShareSums: (sums, tokens) by key; kept tokens
 GramArrays = tuple[Matrix, int, str]  # Gram: matrix, tokens, note
@@ -95,11 +99,26 @@ class PassWorker:
         self._loaded: tuple[BlockLayout, dict[str, torch.Tensor]] | None = None
         self._collectors: dict[int, Collector] = {}
         self._events = ListReporter()
+        self._states_on_gpu = True
 
     def take_events(self) -> list[Event]:
         """What was said since the last call."""
         events, self._events.events = self._events.events, []
         return events
+
+    @property
+    def on_gpu(self) -> bool:
+        """Whether it computes on one."""
+        return self._runner.device.type == "cuda"
+
+    def make_room(self) -> None:
+        """Out of the GPU's memory: let go of what can be read or made again; hidden states are held elsewhere now."""
+        self._states_on_gpu = False
+        self._held.clear()
+        if self._loaded is not None:
+            before, self._loaded = self._loaded[0].index, None
+            self._runner.unload(before)
+        give_back_gpu()
 
     def forward(
         self, share: int, block: int, saved: SavedStates | None, *, record: bool
@@ -137,15 +156,15 @@ class PassWorker:
         for arrays in shares:
             total.merge(_share_sums(arrays, self._runner.device if layout.experts else torch.device("cpu")))
         grams = self._runner.complete(layout, total)
-        return {key: (gram.matrix.cpu().numpy(), gram.tokens, gram.note) for key, gram in grams.items()}
+        matrices = _to_host({key: gram.matrix for key, gram in grams.items()})
+        return {key: (matrices[key], gram.tokens, gram.note) for key, gram in grams.items()}
 
     def solve(self, block: int, part: int, piece: int, grams: dict[str, GramArrays]) -> Any:
         """What a variant needs of a piece of a block. grams: of the inputs that the piece reads."""
         layout, weights = self._load(block)
         device = self._runner.device
         matrices = {
-            key: Gram(torch.tensor(matrix, device=device), tokens, note)
-            for key, (matrix, tokens, note) in grams.items()
+            key: Gram(_to_device(matrix, device), tokens, note) for key, (matrix, tokens, note) in grams.items()
         }
         if part not in self._collectors:
             name, context = self._plan.parts[part]
@@ -163,7 +182,7 @@ class PassWorker:
         folder = share_folder(self._plan.folder, share)
         folder.mkdir(parents=True, exist_ok=True)
         budget = self._context.limits.memory_budget_bytes
-        states = open_states(self._runner, own.tokens, Spill(folder, budget))
+        states = open_states(self._runner, own.tokens, Spill(folder, budget, gpu_bytes=self._gpu_room()))
         if saved is None or share not in self._embedded:
             fill = states if saved is None else None
             embed_all(self._checkpoint, self._runner, list(own.sequences), fill)
@@ -174,6 +193,18 @@ class PassWorker:
                 hint="is the store on storage that all nodes share? Run the same build again",
             )
         return states
+
+    def _gpu_room(self) -> int:
+        """Bytes of the GPU that hidden states may take: what neither the pass nor states that are held there need."""
+        if not self.on_gpu or not self._states_on_gpu:
+            return 0
+        return max(0, free_gpu_bytes(str(self._runner.device)) - self._pass_bytes)
+
+    @cached_property
+    def _pass_bytes(self) -> int:
+        """What the pass itself takes of the GPU."""
+        solvers = [(builders()[name], context.options) for name, context in self._plan.parts]
+        return gpu_pass_bytes(self._checkpoint, solvers)
 
     def _load(self, block: int) -> tuple[BlockLayout, dict[str, torch.Tensor]]:
         """A block's layout and weights, in place to run; it stays until another one is needed."""
@@ -189,16 +220,36 @@ class PassWorker:
 
 
 def _share_arrays(sums: ShareSums) -> ShareArrays:
-    matrices = {key: (part.matrix.cpu().numpy(), part.tokens) for key, part in sums.sums.items()}
-    return matrices, [states.float().cpu().numpy() for states in sums.kept]
+    matrices = _to_host({key: part.matrix for key, part in sums.sums.items()})
+    kept = _to_host(dict(enumerate(states.float() for states in sums.kept)))
+    return {key: (matrices[key], part.tokens) for key, part in sums.sums.items()}, [*kept.values()]
 
 
 def _share_sums(arrays: ShareArrays, device: torch.device) -> ShareSums:
     found = ShareSums()
     matrices, kept = arrays
     found.sums = {
-        key: GramAccumulator.of(torch.tensor(matrix, device=device), tokens)
-        for key, (matrix, tokens) in matrices.items()
+        key: GramAccumulator.of(_to_device(matrix, device), tokens) for key, (matrix, tokens) in matrices.items()
     }
-    found.kept = [torch.tensor(states, device=device) for states in kept]
+    found.kept = [_to_device(states, device) for states in kept]
     return found
+
+
+def _to_host(tensors: Mapping[Key, torch.Tensor]) -> dict[Key, Matrix]:
+    """Tensors as arrays; those of a GPU through pinned memory, which it writes to by itself, all at once."""
+    found = {}
+    for key, tensor in tensors.items():
+        found[key] = tensor
+        if tensor.device.type == "cuda":
+            found[key] = torch.empty(tensor.shape, dtype=tensor.dtype).pin_memory()
+            found[key].copy_(tensor, non_blocking=True)
+    for device in {tensor.device for tensor in tensors.values() if tensor.device.type == "cuda"}:
+        torch.cuda.synchronize(device)
+    return {key: tensor.numpy() for key, tensor in found.items()}
+
+
+def _to_device(array: Matrix, device: torch.device) -> torch.Tensor:
+    """An array, which may be of another process and not to be written to, as a tensor of its own."""
+    if device.type != "cuda":
+        return torch.tensor(array, device=device)
+    return torch.tensor(array).pin_memory().to(device, non_blocking=True)

@@ -8,20 +8,21 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from quantize.build.spread.cluster import Cluster, Handle, Inside, Lost, Takes, WorkFailed
 from quantize.calibration.spread import PassSpread
-from quantize.errors import BuildError, PlanError, QuantizeError, first_line
+from quantize.errors import BuildError, OutOfMemory, PlanError, QuantizeError, first_line, is_out_of_memory
 from quantize.events import Event, Reporter, note, warn
 
 if TYPE_CHECKING:
     from quantize.build.spread.passwork import PassPlan
     from quantize.calibration.stream import Precision
 
+Result = TypeVar("Result")
 PROBE_NAME = ".seen-by-all"
 POLL_SECONDS = 1.0
 
@@ -215,24 +216,46 @@ class Actor:
     def forward(self, share: int, block: int, saved: Any, record: bool) -> tuple[WorkerReport, Any]:
         """See PassWorker; the sums are a result of their own, which stays on this node until it is asked for."""
         started = time.time()
-        after, sums = self._work.forward(share, block, saved, record=record)
+        after, sums = self._roomy(lambda: self._work.forward(share, block, saved, record=record))
         return self._report(started, after), sums
 
     def complete(self, block: int, keys: Sequence[str], shares: Sequence[Any]) -> tuple[Any, ...]:
         """See PassWorker; the shares are fetched one after another, and each Gram matrix is a result of its own."""
         started = time.time()
-        grams = self._work.complete(block, map(self._inside.fetch, shares))
+        grams = self._roomy(lambda: self._work.complete(block, map(self._inside.fetch, shares)))
         return (self._report(started), *(grams[key] for key in keys))
 
     def solve(self, block: int, part: int, piece: int, keys: Sequence[str], *grams: Any) -> WorkerReport:
         """See PassWorker; a failure is the variant's own, and comes back as its answer."""
         started = time.time()
+        inputs = dict(zip(keys, grams, strict=True))
         try:
-            return self._report(started, self._work.solve(block, part, piece, dict(zip(keys, grams, strict=True))))
+            return self._report(started, self._roomy(lambda: self._work.solve(block, part, piece, inputs)))
+        except OutOfMemory:  # would be the next variant's too
+            raise
         except QuantizeError as exc:
             return self._report(started, error=exc)
         except (RuntimeError, ValueError, OSError) as exc:  # torch reports nearly everything as RuntimeError
             return self._report(started, error=BuildError(first_line(exc)))
+
+    def _roomy(self, work: Callable[[], Result]) -> Result:
+        """What it gives; where a GPU's memory runs out, once more with less in it. Raises OutOfMemory."""
+        try:
+            return work()
+        except (RuntimeError, QuantizeError) as exc:
+            if not is_out_of_memory(exc):
+                raise
+            if not self._work.on_gpu:
+                hint = "give a worker more with --memory-budget, or fewer workers to a node"
+                raise OutOfMemory(f"a worker ran out of memory: {first_line(exc)}", hint=hint) from exc
+        self._work.make_room()
+        try:
+            return work()
+        except (RuntimeError, QuantizeError) as exc:
+            if not is_out_of_memory(exc):
+                raise
+            hint = "give a worker a whole GPU, take cards with more memory, or build without --device cuda"
+            raise OutOfMemory(f"a worker ran out of its GPU's memory: {first_line(exc)}", hint=hint) from exc
 
     def _report(self, started: float, answer: Any = None, error: QuantizeError | None = None) -> WorkerReport:
         return WorkerReport(started, time.time(), tuple(self._work.take_events()), error, answer)
