@@ -20,7 +20,7 @@ from quantize.calibration.datasets.python_docs import help_topics
 from quantize.calibration.text import CalibrationSet, load_calibration_set, load_tokenizer, read_rows
 from quantize.errors import PlanError, RecipeError
 from quantize.events import SilentReporter
-from quantize.recipe.model import CalibrationSpec, load_calibration
+from quantize.recipe.calibration import CalibrationSpec, load_calibration
 from quantize.system.lookup import is_path_text
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # transformers warns on import
@@ -43,10 +43,10 @@ def write_rows(folder: Path, rows: list[Any]) -> None:
 
 @pytest.mark.parametrize("path", SPECS, ids=lambda path: path.stem)
 def test_every_shipped_spec_loads(path: Path) -> None:
-    found = load_calibration(path)
-    if "/" in found.dataset and not is_path_text(found.dataset):
-        assert found.revision is not None
-        assert len(found.revision) == 40
+    for part in load_calibration(path).parts:
+        if "/" in part.dataset and not is_path_text(part.dataset):
+            assert part.revision is not None
+            assert len(part.revision) == 40
 
 
 def test_text_beside_a_spec_is_found_from_anywhere(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -24,7 +24,8 @@ from quantize.events import ListReporter, Reporter
 from quantize.formats import option_models
 from quantize.formats.base import RunLimits
 from quantize.model.source import pin_source
-from quantize.recipe.model import CalibrationSpec, load_recipe
+from quantize.recipe.calibration import CalibrationSpec
+from quantize.recipe.model import load_recipe
 from quantize.store.store import Store
 from quantize.store.workspace import Workspace
 from quantize.system.cache import Cache

@@ -36,7 +36,8 @@ from quantize.model.shape import ModelShape
 from quantize.model.source import card_metadata
 from quantize.publish.pack import read_pack
 from quantize.publish.pins import read_pins
-from quantize.recipe.model import CalibrationSpec, load_recipe
+from quantize.recipe.calibration import CalibrationSpec
+from quantize.recipe.model import load_recipe
 from quantize.recipe.yaml import parse_document, read_document
 from quantize.store.artifact import read_measurements
 from quantize.store.manifest import Manifest, read_manifest

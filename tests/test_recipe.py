@@ -183,7 +183,8 @@ ONLY_THE_PARSER_KNOWS = {  # what JSON Schema can't say: files, places, other va
     "model_is_empty", "name_is_a_date", "nested_too_deeply", "not_utf8", "not_yaml", "one_name_for_several_types",
     "only_comments", "package_file_is_no_gguf", "package_file_leaves_the_package", "package_not_installed",
     "regular_expression_with_braces",
-    "package_without_that_file", "revision_of_a_local_path", "source_is_a_text_file", "source_is_missing",
+    "mix_too_many_samples", "package_without_that_file", "revision_of_a_local_path", "source_is_a_text_file",
+    "source_is_missing",
     "source_is_no_model", "tabs", "two_documents", "type_and_types", "anchors_multiply", "missing_type",
     "unknown_output_type", "unknown_tensor_type", "variant_name_leaves_the_store",
 }  # fmt: skip

@@ -33,8 +33,9 @@ from quantize.errors import (
 from quantize.events import Reporter, note, status, warn
 from quantize.formats.base import Builder, Collector, Context, RunLimits
 from quantize.model.architecture import block_count, block_layout
-from quantize.recipe.model import CalibrationSpec, Recipe
-from quantize.store.manifest import CalibrationEntry, tool_versions
+from quantize.recipe.calibration import Calibration
+from quantize.recipe.model import Recipe
+from quantize.store.manifest import CalibrationEntry, CalibrationPart, tool_versions
 from quantize.system.gpus import nvidia_gpus
 from quantize.system.memory import free_gpu_bytes, give_back_gpu
 from quantize.system.process import peak_memory_bytes, run_step, stop_asked
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
     from quantize.build.spread.run import SpreadPass
     from quantize.calibration.hidden_states import SavedStates
     from quantize.calibration.stream import Block, Precision, Spill
+    from quantize.calibration.text import CalibrationSet
 
 ENOUGH_TOKENS_PER_CHANNEL = 4
 SECONDS_BETWEEN_STATES = 60.0  # of a pass on a GPU, which runs a block again sooner than it writes its states
@@ -84,12 +86,12 @@ def run_pass(recipe: Recipe, variants: Sequence[tuple[str, Context]], folder: Pa
 
 
 def _pass(
-    reporter: Reporter, spec: CalibrationSpec, base: Path, variants: list[tuple[str, Context]], folder: Path
+    reporter: Reporter, spec: Calibration, base: Path, variants: list[tuple[str, Context]], folder: Path
 ) -> PassResult:
     began = time.perf_counter()
     import torch
 
-    from quantize.calibration.datasets import find_dataset
+    from quantize.calibration.mix import CalibrationText
     from quantize.calibration.text import load_calibration_set
     from quantize.formats import builders
 
@@ -105,13 +107,17 @@ def _pass(
     with _runner(context.limits, folder, reporter) as runner:
         precision = runner.fastest_precision if spec.precision == "auto" else spec.precision
         entry = CalibrationEntry(
-            spec=find_dataset(spec, base).stated() | {"precision": precision},
+            spec=CalibrationText(spec, base).stated() | {"precision": precision},
             hash=found.hash,
             sequences=len(found.token_ids),
             tokens=found.tokens,
             seed=spec.seed,
+            parts=tuple(CalibrationPart(**vars(shown)) for shown in found.parts) or None,
         )
-        _warn_if_few(reporter, context, spec, len(found.token_ids), found.tokens)
+        for shown in found.parts:
+            if shown.left_out is not None:
+                warn(reporter, "", f"calibration goes without {shown.dataset}: {shown.left_out}")
+        _warn_if_few(reporter, context, _asked(spec, found), len(found.token_ids), found.tokens)
         journal = PassJournal(
             folder,
             _identity(context, entry, runner.device),
@@ -365,10 +371,17 @@ def _take(part: _Part, step: Callable[[_Part], None], reporter: Reporter) -> Non
         warn(reporter, part.context.variant, f"leaves the calibration pass: {part.error.message}")
 
 
-def _warn_if_few(reporter: Reporter, context: Context, spec: CalibrationSpec, sequences: int, tokens: int) -> None:
+def _asked(spec: Calibration, found: CalibrationSet) -> int:
+    """How many sequences a spec asks for, without the parts that this source goes without."""
+    if not found.parts:
+        return spec.samples
+    return sum(part.samples for part, got in zip(spec.parts, found.parts, strict=True) if got.left_out is None)
+
+
+def _warn_if_few(reporter: Reporter, context: Context, asked: int, sequences: int, tokens: int) -> None:
     widest = max(info.shape[-1] for info in context.checkpoint.tensors.values() if len(info.shape) == 2)
     wanted = ENOUGH_TOKENS_PER_CHANNEL * widest
     if tokens < wanted:
         warn(reporter, "", f"calibration has {tokens:,} tokens; {wanted:,} or more suit a layer of {widest:,} inputs")
-    if sequences < spec.samples:
-        note(reporter, "", f"calibration has {sequences} sequences; the spec asks for {spec.samples}")
+    if sequences < asked:
+        note(reporter, "", f"calibration has {sequences} sequences; the spec asks for {asked}")

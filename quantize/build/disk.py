@@ -131,8 +131,7 @@ def most_bytes(jobs: Sequence[VariantJob], recipe: Recipe, source: PinnedSource,
 def states_bytes(recipe: Recipe, hidden: int) -> int:
     """One block's hidden states, float32, if every sequence is as long as it may be."""
     spec = recipe.calibration
-    tokens = spec.samples * spec.sequence_length if spec else 0
-    return 4 * tokens * hidden
+    return 4 * (spec.tokens if spec else 0) * hidden
 
 
 def carried_bytes(checkpoint: Checkpoint) -> int:

@@ -72,5 +72,5 @@ def no_calibration(variant: str) -> PlanError:
     """The refusal of a variant that needs calibration text, of a recipe that has none."""
     return PlanError(
         f"variant {variant} needs calibration, and the recipe has none",
-        hint="add `calibration: {dataset: python-docs, samples: 32, sequence_length: 512}`",
+        hint="add `calibration: starter`",
     )

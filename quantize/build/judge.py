@@ -158,7 +158,9 @@ class Judge:
     def _calibrated_on(self, manifest: Manifest) -> CalibratedOn | None:
         if manifest.calibration is None or self.recipe.calibration is None:
             return None
-        return CalibratedOn(self.recipe.calibration, self.recipe.path.parent, manifest.calibration.hash)
+        seen = manifest.calibration
+        hashes = tuple(part.hash for part in seen.parts or ())
+        return CalibratedOn(self.recipe.calibration, self.recipe.path.parent, seen.hash, hashes)
 
     def _record(
         self, measured: Evidence, manifest: Manifest, seconds: float, held_out: str | None = None

@@ -20,6 +20,7 @@ from quantize.calibration.text import TokenSummary, summarize_tokens
 from quantize.errors import LockError, StoreError, UsageError
 from quantize.events import Reporter, warn
 from quantize.model.source import COMMIT, dequantized_key, open_source
+from quantize.recipe.calibration import Calibration, CalibrationMix, CalibrationSpec
 from quantize.recipe.model import Recipe
 from quantize.recipe.yaml import read_document, validate
 from quantize.store.manifest import FileEntry, tool_versions
@@ -55,12 +56,12 @@ class LockedSource(_LockModel):
 class LockedCalibration(_LockModel):
     """The text: what identifies it before it is read, and `hash`, the sha256 over the token ids, in order.
 
-    device: the kind of processor that the lock was written on, on which the bits of what is calibrated depend. It is
-    told, not held to; None in older locks.
+    asked: the revision that the recipe names; of a mix, of each part. device: the kind of processor that the lock was
+    written on, on which the bits of what is calibrated depend. It is told, not held to; None in older locks.
     """
 
     identity: dict[str, Any]
-    asked: str | None
+    asked: str | tuple[str | None, ...] | None
     hash: str
     sequences: int
     tokens: int
@@ -215,7 +216,7 @@ def _lock_of(plan: Plan, asked: Recipe, tokens: TokenSummary | LockedCalibration
     calibration = None
     if plan.calibrated and tokens is not None and spec is not None:
         calibration = LockedCalibration(
-            identity=plan.calibrated[0].inputs["calibration"], asked=spec.revision, hash=tokens.hash,
+            identity=plan.calibrated[0].inputs["calibration"], asked=_asked(spec), hash=tokens.hash,
             sequences=tokens.sequences, tokens=tokens.tokens, device=device,
         )  # fmt: skip
     files = (FileEntry(path=item.path, size_bytes=item.size_bytes, sha256=item.sha256) for item in source.files)
@@ -261,11 +262,25 @@ def _at_commits(lock: Lock, recipe: Recipe) -> Recipe:
     if locked.uri == f"hub:{source.model}@{locked.revision}" and source.revision == locked.asked:
         recipe = replace(recipe, source=source.model_copy(update={"revision": locked.revision}))
     spec = recipe.calibration
-    if spec is not None and text is not None and text.identity.get("dataset") == spec.dataset:
-        commit = text.identity.get("revision")
-        if isinstance(commit, str) and COMMIT.match(commit) and spec.revision == text.asked:
-            recipe = replace(recipe, calibration=spec.model_copy(update={"revision": commit}))
-    return recipe
+    if spec is None or text is None or text.asked != _asked(spec):
+        return recipe
+    known = text.identity.get("mix", [text.identity])
+    if len(known) != len(spec.parts):
+        return recipe
+    parts = [_at_commit(part, item) for part, item in zip(spec.parts, known, strict=True)]
+    return replace(recipe, calibration=spec.with_parts(parts))
+
+
+def _asked(spec: Calibration) -> str | tuple[str | None, ...] | None:
+    """The revisions that a recipe names."""
+    return tuple(part.revision for part in spec.parts) if isinstance(spec, CalibrationMix) else spec.revision
+
+
+def _at_commit(part: CalibrationSpec, known: Mapping[str, Any]) -> CalibrationSpec:
+    """A dataset at the commit that it had, if it is the same one."""
+    commit = known.get("revision")
+    same = known.get("dataset") == part.dataset and isinstance(commit, str) and COMMIT.match(commit)
+    return part.model_copy(update={"revision": commit}) if same else part
 
 
 def _refuse(found: list[LockDifference], recipe: Recipe) -> None:
@@ -295,6 +310,8 @@ def _leaves(prefix: str, data: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     for key, value in data.items():
         if isinstance(value, dict) and value:
             yield from _leaves(f"{prefix}{key}.", value)
+        elif isinstance(value, list) and any(isinstance(item, dict) for item in value):
+            yield from _leaves(f"{prefix}{key}.", {str(index): item for index, item in enumerate(value)})
         elif value is not None:
             yield f"{prefix}{key}", value
 

@@ -11,13 +11,13 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from quantize.build.job import VariantJob, no_calibration
-from quantize.calibration.datasets import find_dataset
+from quantize.calibration.mix import CalibrationText
 from quantize.errors import PlanError, UsageError
-from quantize.events import Reporter
+from quantize.events import Reporter, note
 from quantize.formats import builders, find_format
 from quantize.formats.base import Builder
 from quantize.model.source import PinnedSource, pin_path, pin_source
-from quantize.recipe.model import Recipe, Variant
+from quantize.recipe.model import DEFAULT_TEXT, Recipe, Variant
 from quantize.store.artifact import Artifact
 from quantize.store.manifest import OWN, tool_versions
 from quantize.store.staging import differences
@@ -146,12 +146,14 @@ def confirm(plan: Plan, workspace: Workspace) -> Plan:
 
 
 def pin_calibration(recipe: Recipe, reporter: Reporter) -> Recipe:
-    """The recipe with its calibration dataset at a commit, if a variant needs it. Raises as Dataset.pin does."""
+    """The recipe with its calibration datasets at commits, if a variant needs them. Raises as Dataset.pin does."""
     if recipe.calibration is None or not any(
         builders()[item.format].needs_calibration(item.options) for item in recipe.variants
     ):
         return recipe
-    return replace(recipe, calibration=find_dataset(recipe.calibration, recipe.path.parent).pin(reporter))
+    if recipe.names_no_text:
+        note(reporter, "", f"the recipe names no calibration text: `{DEFAULT_TEXT}` is taken")
+    return replace(recipe, calibration=CalibrationText(recipe.calibration, recipe.path.parent).pin(reporter))
 
 
 def identify_jobs(recipe: Recipe, source: PinnedSource, variants: Iterable[Variant]) -> tuple[VariantJob, ...]:
@@ -177,7 +179,7 @@ def _inputs(
     if builder.needs_calibration(variant.options):
         if recipe.calibration is None:
             raise no_calibration(variant.name)
-        calibration = find_dataset(recipe.calibration, recipe.path.parent).identify()
+        calibration = CalibrationText(recipe.calibration, recipe.path.parent).identify()
     return {
         "version": BUILD_KEY_VERSION,
         "name": source.name,

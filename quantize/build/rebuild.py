@@ -31,15 +31,16 @@ from quantize.build.rebuilt import (
     manifest_differences,
     tool_differences,
 )
-from quantize.calibration.datasets import find_dataset
+from quantize.calibration.mix import CalibrationText
 from quantize.calibration.text import summarize_tokens
 from quantize.errors import BuildError, DiskFullError, PlanError, RecipeError, StoreError, UsageError, VerifyError
 from quantize.events import Event, EventKind, Reporter, note, status, warn
 from quantize.formats import find_builder
 from quantize.formats.base import RunLimits
 from quantize.model.source import PinnedSource, open_source
+from quantize.recipe.calibration import Calibration, calibration_of
 from quantize.recipe.gates import GateLimits
-from quantize.recipe.model import CalibrationSpec, EvaluationSpec, Recipe, Source, Variant
+from quantize.recipe.model import EvaluationSpec, Recipe, Source, Variant
 from quantize.store.artifact import Artifact
 from quantize.store.manifest import FILE_NAME, RECIPE_NAME, Manifest
 from quantize.store.staging import store_errors
@@ -57,7 +58,7 @@ MORE_ROOM = "set TMPDIR, or name another folder with --keep; raise --memory-budg
 
 @dataclass(frozen=True)
 class Given:
-    """Where things are that the manifest only names: the source, the file of calibration text."""
+    """Where things are that the manifest only names: the source; the file of calibration text, or a folder of files."""
 
     source: Path | None = None
     calibration: Path | None = None
@@ -193,29 +194,44 @@ def _recipe(artifact: Artifact, variant: Variant, work: Path, given: Given) -> R
     )  # fmt: skip
 
 
-def _calibration(artifact: Artifact, folder: Path, given: Path | None) -> CalibrationSpec | None:
-    """The spec of the manifest; a local file of text is found and put under its own name into `folder`."""
+def _calibration(artifact: Artifact, folder: Path, given: Path | None) -> Calibration | None:
+    """The spec of the manifest; local files of text are found and put under their own names into `folder`."""
     entry = artifact.manifest.calibration
     if entry is None:
         return None
     try:
-        spec = CalibrationSpec.model_validate(entry.spec)
+        spec = calibration_of(entry.spec)
     except ValidationError as exc:
         raise VerifyError(f"{artifact.ref}: the manifest's calibration spec is not one that is known here") from exc
-    if not find_dataset(spec, folder).is_users_file:
-        return spec
-    name = spec.dataset
+    ours = [dataset.spec.dataset for dataset in CalibrationText(spec, folder).datasets if dataset.is_users_file]
+    paths = {name: _text_file(artifact, folder, name, given, alone=len(set(ours)) == 1) for name in ours}
+    return spec.with_parts(
+        [part.model_copy(update={"dataset": paths.get(part.dataset, part.dataset)}) for part in spec.parts]
+    )
+
+
+def _text_file(artifact: Artifact, folder: Path, name: str, given: Path | None, *, alone: bool) -> str:
+    """A link in `folder` to the file of that name. given: it, if it is alone, or the folder that has them all.
+
+    Raises VerifyError: no name of a file. RecipeError: it is not found.
+    """
     if Path(name).name != name:
         raise VerifyError(f"{artifact.ref}: the manifest's calibration text {name!r} is no file name")
     bases = (artifact.folder, *artifact.folder.absolute().parents, *Path.cwd().parents, DATA / CALIBRATION)
-    found = given or next((path for base in bases if (path := find_path(name, base)) is not None), None)
+    found = next((path for base in bases if (path := find_path(name, base)) is not None), None)
+    if given is not None and given.is_dir():
+        found = given / name
+    elif given is not None and (alone or given.name == name):
+        found = given
     if found is None or not found.is_file():
+        where = "PATH" if alone else "FOLDER, the one that has all files of the mix"
         raise RecipeError(
             f"{artifact.ref}: its calibration text {given or name} is not found",
-            hint="say where it is with --calibration PATH",
+            hint=f"say where it is with --calibration {where}",
         )
+    (folder / name).unlink(missing_ok=True)
     (folder / name).symlink_to(found.resolve())
-    return spec.model_copy(update={"dataset": str(folder / name)})
+    return str(folder / name)
 
 
 def _job(recipe: Recipe, source: PinnedSource, manifest: Manifest) -> VariantJob:

@@ -16,14 +16,15 @@ from quantize.build.disk import Needs, Room, disk_free_bytes, most_bytes, needs,
 from quantize.build.job import VariantJob
 from quantize.build.plan import Plan
 from quantize.calibration.budget import GpuNeed, gpu_pass_bytes, host_bytes, memory_short, pass_bytes, state_bytes
-from quantize.calibration.datasets import find_dataset
+from quantize.calibration.mix import CalibrationText
 from quantize.errors import DiskFullError, PlanError, QuantizeError
 from quantize.events import Reporter, SilentReporter, status
 from quantize.formats.base import Builder, Context, RunLimits, SizePlan
 from quantize.model.checkpoint import Checkpoint, open_checkpoint
 from quantize.model.source import PinnedSource, dequantized_key, open_source
+from quantize.recipe.calibration import CalibrationMix
 from quantize.recipe.model import Recipe
-from quantize.store.manifest import CalibrationEntry
+from quantize.store.manifest import CalibrationEntry, CalibrationPart
 from quantize.store.workspace import Workspace
 from quantize.system.cache import Cache
 from quantize.system.memory import free_gpu_bytes
@@ -35,7 +36,8 @@ class SizedPlan(Plan):
     """A plan whose jobs have their sizes, the disk that they take, and where. config: config.json of the source.
 
     memory_bytes: the least that the calibration pass takes of this machine's, with its hidden states on disk or on a
-    GPU; 0 where there is no pass. gpu: what it takes of one; None if it does not run there.
+    GPU; 0 where there is no pass. gpu: what it takes of one; None if it does not run there. text: what is calibrated
+    on, as far as the spec tells; None where nothing is.
     """
 
     disk: Needs
@@ -43,6 +45,7 @@ class SizedPlan(Plan):
     memory_bytes: int
     gpu: GpuNeed | None
     config: Mapping[str, Any]
+    text: CalibrationEntry | None
 
     def shortage(self, limits: RunLimits) -> PlanError | None:
         """Why there is not enough disk for it, or memory; None if there is."""
@@ -50,6 +53,18 @@ class SizedPlan(Plan):
         if budget is not None and self.memory_bytes > budget:
             return memory_short(self.memory_bytes, budget)
         return (self.gpu.shortage() if self.gpu is not None else None) or refusal(self.rooms)
+
+    @property
+    def shown(self) -> tuple[CalibrationPart, ...]:
+        """What is calibrated on, dataset by dataset: the most that each gives, and why one is left out."""
+        if self.text is None:
+            return ()
+        if self.text.parts is not None:
+            return self.text.parts
+        most = CalibrationPart(
+            dataset=self.text.names[0], sequences=self.text.sequences, tokens=self.text.tokens, hash="", left_out=None
+        )
+        return (most,)
 
     def states_are(self, limits: RunLimits) -> str:
         """Where a pass on a GPU keeps its hidden states; empty if there is none."""
@@ -63,6 +78,7 @@ class SizedPlan(Plan):
             "disk_free_bytes": min(room.free_bytes for room in self.rooms),
             "disk_parts": asdict(self.disk),
             "pass_memory_bytes": self.memory_bytes,
+            "calibration": None if self.text is None else [part.model_dump(exclude={"hash"}) for part in self.shown],
             "pass_gpu": None if self.gpu is None else asdict(self.gpu),
             "disks": [
                 {
@@ -94,8 +110,9 @@ def measure_plan(plan: Plan, workspace: Workspace, limits: RunLimits) -> SizedPl
     source, cache, reporter = plan.source, workspace.cache, workspace.reporter
     with tempfile.TemporaryDirectory(prefix="quantize-plan-", dir=temporary_root()) as scratch:
         checkpoint = _checkpoint_headers(source, cache, Path(scratch) / "checkpoint", reporter)
+        expected = _expected(plan.recipe, checkpoint)
         context = Context("", None, source, checkpoint, cache, Path(scratch), Path(scratch), limits,
-                          _expected(plan.recipe))  # fmt: skip
+                          expected)  # fmt: skip
         jobs = _size_jobs(plan.jobs, context, reporter)
         dequantized = _dequantized_bytes(source, checkpoint, cache)
         parts = [(job.builder, job.variant.options) for job in jobs if job.is_open and job.is_calibrated]
@@ -105,6 +122,7 @@ def measure_plan(plan: Plan, workspace: Workspace, limits: RunLimits) -> SizedPl
     return SizedPlan(
         plan.recipe, source, jobs, plan.force, plan.evaluate, disk=disk, rooms=found,
         memory_bytes=_pass_memory(parts, checkpoint, limits), gpu=gpu, config=checkpoint.config,
+        text=expected if any(job.is_calibrated for job in jobs) else None,
     )  # fmt: skip
 
 
@@ -144,13 +162,25 @@ def _checkpoint_headers(source: PinnedSource, cache: Cache, scratch: Path, repor
     return open_checkpoint(scratch)
 
 
-def _expected(recipe: Recipe) -> CalibrationEntry | None:
-    """What the manifest will say of the calibration text, as far as the spec tells: enough to size what names it."""
+def _expected(recipe: Recipe, checkpoint: Checkpoint) -> CalibrationEntry | None:
+    """What the manifest will say of the calibration text, as far as the spec tells: enough to size what names it.
+
+    Sequences and tokens are the most that there can be.
+    """
     spec = recipe.calibration
     if spec is None:
         return None
-    stated = find_dataset(spec, recipe.path.parent).stated()
-    return CalibrationEntry(spec=stated, hash="", sequences=spec.samples, tokens=0, seed=spec.seed)
+    text = CalibrationText(spec, recipe.path.parent)
+    parts = [
+        CalibrationPart(dataset=name, sequences=0 if why else part.samples, tokens=0 if why else part.tokens, hash="",
+                        left_out=why)
+        for name, part, why in zip(text.names, spec.parts, text.left_out(checkpoint.parameters), strict=True)
+    ]  # fmt: skip
+    return CalibrationEntry(
+        spec=text.stated(), hash="", sequences=sum(part.sequences for part in parts),
+        tokens=sum(part.tokens for part in parts), seed=spec.seed,
+        parts=tuple(parts) if isinstance(spec, CalibrationMix) else None,
+    )  # fmt: skip
 
 
 def _size_jobs(jobs: Sequence[VariantJob], context: Context, reporter: Reporter) -> tuple[VariantJob, ...]:
@@ -180,9 +210,8 @@ def _gpu_need(
     if not parts or spec is None or not limits.on_own_gpu:
         return None
     free = run_step("asking the GPU for its free memory", reporter, ask_gpu, limits.device)
-    tokens = spec.samples * spec.sequence_length
     taken = gpu_pass_bytes(checkpoint, parts)
-    return GpuNeed(limits.device, taken, state_bytes(checkpoint.config, tokens), free)
+    return GpuNeed(limits.device, taken, state_bytes(checkpoint.config, spec.tokens), free)
 
 
 def ask_gpu(_reporter: Reporter, device: str) -> int:

@@ -1,7 +1,7 @@
-"""Calibration spec + tokenizer -> CalibrationSet: the token ids that calibrated formats see, and their hash.
+"""Calibration text + tokenizer -> CalibrationSet: the token ids that calibrated formats see, and their hash.
 
-In: a spec, the model's folder (tokenizer, chat template), where relative paths start. Out: token ids, counts, a hash.
-What is done with them is left to activations; where the rows come from is for datasets/ to know.
+In: a spec or a mix, the model's folder (tokenizer, chat template), where relative paths start. Out: token ids, counts,
+a hash. What is done with them is left to stream; where the rows come from is for datasets/ to know.
 """
 
 from __future__ import annotations
@@ -14,19 +14,33 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from quantize.calibration.datasets import Dataset, Row, find_dataset
+from quantize.calibration.datasets import Dataset, Row
+from quantize.calibration.mix import CalibrationText
 from quantize.errors import CheckpointError, MissingExtraError, PlanError, RecipeError, first_line
 from quantize.events import Reporter, status
-from quantize.recipe.model import CalibrationSpec
+from quantize.model.checkpoint import tensor_table
+from quantize.recipe.calibration import Calibration, CalibrationMix, CalibrationSpec
 from quantize.system.process import run_step
 
 
 @dataclass(frozen=True)
+class PartOfSet:
+    """What one dataset of a mix gave. hash: as that of a set, over its own sequences. left_out: why it gave nothing."""
+
+    dataset: str
+    sequences: int
+    tokens: int
+    hash: str
+    left_out: str | None = None
+
+
+@dataclass(frozen=True)
 class CalibrationSet:
-    """Token ids, one list a sequence, of at most the spec's sequence_length each."""
+    """Token ids, one list a sequence, of at most the spec's sequence_length each. parts: of a mix, in its order."""
 
     token_ids: tuple[tuple[int, ...], ...]
     skipped_rows: int = 0
+    parts: tuple[PartOfSet, ...] = ()
 
     @property
     def tokens(self) -> int:
@@ -52,24 +66,49 @@ class TokenSummary:
     tokens: int
 
 
-def summarize_tokens(spec: CalibrationSpec, base: Path, folder: Path, reporter: Reporter) -> TokenSummary:
+def summarize_tokens(spec: Calibration, base: Path, folder: Path, reporter: Reporter) -> TokenSummary:
     """Read and tokenize in a worker, keeping no tokens. Raises as load_calibration_set does."""
     status(reporter, "", "reading the calibration text")
     return run_step("reading the calibration text", reporter, _summary, spec, base, folder)
 
 
-def _summary(_reporter: Reporter, spec: CalibrationSpec, base: Path, folder: Path) -> TokenSummary:
+def _summary(_reporter: Reporter, spec: Calibration, base: Path, folder: Path) -> TokenSummary:
     found = load_calibration_set(spec, base, folder)
     return TokenSummary(found.hash, len(found.token_ids), found.tokens)
 
 
-def load_calibration_set(spec: CalibrationSpec, base: Path, folder: Path) -> CalibrationSet:
+def load_calibration_set(spec: Calibration, base: Path, folder: Path) -> CalibrationSet:
     """Read, tokenize and cut the text. base: where relative paths start. folder: the model, for its tokenizer.
 
-    Raises RecipeError: the dataset is missing or has no such column. PlanError: no row is long enough.
+    Raises RecipeError: a dataset is missing or has no such column. PlanError: no row is long enough, or every part of a
+    mix is left out.
     """
-    tokenizer = load_tokenizer(folder)
-    dataset = find_dataset(spec, base)
+    text = CalibrationText(spec, base)
+    if not isinstance(spec, CalibrationMix):
+        return load_dataset(text.datasets[0], folder)
+    ids: list[tuple[int, ...]] = []
+    parts, skipped = [], 0
+    for dataset, name, left_out in zip(text.datasets, text.names, parts_left_out(text, folder), strict=True):
+        found = CalibrationSet(()) if left_out else load_dataset(dataset, folder)
+        parts.append(PartOfSet(name, len(found.token_ids), found.tokens, found.hash, left_out))
+        ids += found.token_ids
+        skipped += found.skipped_rows
+    if not ids:
+        hint = "raise up_to_parameters of a part, or add one without"
+        raise PlanError(f"calibration: every part of the mix is left out: {parts[0].left_out}", hint=hint)
+    return CalibrationSet(tuple(ids), skipped, tuple(parts))
+
+
+def parts_left_out(text: CalibrationText, folder: Path) -> tuple[str | None, ...]:
+    """For each part, why the model in a folder goes without it. Raises CheckpointError."""
+    if not any(text.spec.limits):
+        return (None,) * len(text.spec.limits)
+    return text.left_out(sum(info.elements for info in tensor_table(folder).values()))
+
+
+def load_dataset(dataset: Dataset, folder: Path) -> CalibrationSet:
+    """The sequences of one dataset. Raises as load_calibration_set does."""
+    tokenizer, spec = load_tokenizer(folder), dataset.spec
     encoded = (_encode(tokenizer, row, spec) for row in read_rows(dataset, folder))
     if dataset.made_to_spec:
         return _checked(CalibrationSet(tuple(map(tuple, encoded))), spec)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 
 import click
@@ -11,7 +12,8 @@ from quantize.cli.common import json_option, noted, open_cache, open_recipe, pri
 from quantize.cli.progress import console_reporter
 from quantize.errors import UsageError
 from quantize.model.source import open_source, pin_source
-from quantize.recipe.model import CalibrationSpec, Recipe, load_calibration
+from quantize.recipe.calibration import Calibration, load_calibration
+from quantize.recipe.model import Recipe
 from quantize.store.store import Store
 from quantize.system.lookup import CALIBRATION, find_data
 from quantize.targets import RecipeTarget, SpecTarget, find_target
@@ -44,15 +46,17 @@ def show(spec: str, recipe: Path | None, sequences: int, as_json: bool, quiet: b
     tokenizer = load_tokenizer(checkpoint.folder)
     texts = [tokenizer.decode(ids) for ids in found.token_ids[:sequences]]
     if as_json:
-        print_json({**_facts(found), "texts": texts})
+        print_json({**_facts(found), "parts": [asdict(part) for part in found.parts], "texts": texts})
         return
     for name, value in _facts(found).items():
         click.echo(f"{name:>13}  {value}")
+    for part in found.parts:
+        click.echo(f"{part.dataset:>13}  {part.left_out or f'{part.sequences} sequences, {part.tokens:,} tokens'}")
     for number, (ids, text) in enumerate(zip(found.token_ids, texts, strict=False), 1):
         click.echo(f"\n--- sequence {number} of {len(found.token_ids)}, {len(ids)} tokens ---\n{text}")
 
 
-def _recipe(spec: str, recipe: Path | None) -> tuple[Recipe, CalibrationSpec]:
+def _recipe(spec: str, recipe: Path | None) -> tuple[Recipe, Calibration]:
     """A recipe whose model tokenizes, and the text."""
     if recipe is not None:
         found = find_data(spec, Path(), CALIBRATION)

@@ -24,6 +24,7 @@ from quantize.cli.progress import console_reporter
 from quantize.cli.table import Column, print_table, wide_option
 from quantize.formats.base import RunLimits
 from quantize.store.artifact import REFUSED, UNJUDGED
+from quantize.store.manifest import CalibrationPart
 from quantize.store.store import Store
 from quantize.store.workspace import Workspace
 from quantize.system.sizes import mebibytes_text, size_text
@@ -67,6 +68,8 @@ def _print(plan: SizedPlan, limits: RunLimits) -> None:
     ]
     print_table(columns, [_row(job) for job in plan.jobs], empty="nothing to build")
     click.echo(f"source  {plan.source.uri}  sha256 {plan.source.digest[:12]}")
+    for part in plan.shown:
+        click.echo(f"text    {_text_of(part)}")
     if plan.memory_bytes:
         click.echo(f"memory  {mebibytes_text(plan.memory_bytes)} at the least for the calibration pass")
     if (gpu := plan.gpu) is not None:
@@ -78,6 +81,12 @@ def _print(plan: SizedPlan, limits: RunLimits) -> None:
         needed, free = size_text(room.needed_bytes), size_text(room.free_bytes)
         what = "disk " if len(plan.rooms) == 1 else room.what
         click.echo(f"{what}   {needed} needed at the peak, {free} free{missing}")
+
+
+def _text_of(part: CalibrationPart) -> str:
+    if part.left_out is not None:
+        return f"{part.dataset} is left out: {part.left_out}"
+    return f"{part.dataset}, up to {part.sequences:,} sequences of {part.tokens // part.sequences:,} tokens"
 
 
 def _row(job: VariantJob) -> list[str]:

@@ -143,7 +143,7 @@ def _units(plan: Plan) -> Iterator[Unit]:
     for job in plan.jobs:
         groups.setdefault("" if job.is_calibrated else job.variant.format, []).append(job)
     spec = plan.recipe.calibration
-    tokens = spec.samples * spec.sequence_length if spec is not None else 0
+    tokens = spec.tokens if spec is not None else 0
     for key, jobs in groups.items():
         passes = len(jobs) + (tokens / 1000 if key == "" else 0)
         yield Unit(plan.part(jobs), key == "", source_bytes * passes)

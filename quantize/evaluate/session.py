@@ -13,8 +13,8 @@ from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
-from quantize.calibration.datasets import find_dataset
-from quantize.calibration.text import load_calibration_set
+from quantize.calibration.mix import CalibrationText
+from quantize.calibration.text import load_dataset, parts_left_out
 from quantize.errors import CheckpointError, VerifyError
 from quantize.evaluate.answers import compare_answers
 from quantize.evaluate.baseline import KIND, LIKELIEST, Baseline, baseline_key, find, record, save
@@ -31,7 +31,8 @@ from quantize.events import Reporter, note, status, warn
 from quantize.formats import open_runtime, runtime_kind
 from quantize.model.checkpoint import read_json
 from quantize.model.shape import ModelShape
-from quantize.recipe.model import CalibrationSpec, Engine
+from quantize.recipe.calibration import Calibration
+from quantize.recipe.model import Engine
 from quantize.runtimes.base import ModelRef, Runtime
 from quantize.runtimes.devices import AUTO, ON_CPU, DevicePlace
 from quantize.system.cache import Cache
@@ -44,11 +45,14 @@ MAX_OTHER_TOKENS = 0.05
 
 @dataclass(frozen=True)
 class CalibratedOn:
-    """Calibration text: its spec, where its relative paths start, and the hash over its token ids if it is known."""
+    """Calibration text: its spec, where its relative paths start, and the hash over its token ids if it is known; of a
+    mix, that of each part.
+    """
 
-    spec: CalibrationSpec
+    spec: Calibration
     base: Path
     hash: str | None = None
+    part_hashes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -165,17 +169,29 @@ def _held_out(job: EvaluationJob, windows: Windows) -> str:
     seen = job.calibrated_on
     if seen is None:
         return "none was used"
-    reason = find_dataset(seen.spec, seen.base).not_compared
-    if reason is not None:
-        return reason
+    text, folder = CalibrationText(seen.spec, seen.base), _tokenizer_folder(job)
+    reasons = list(dict.fromkeys(item.not_compared for item in text.datasets if item.not_compared is not None))
+    hashes = seen.part_hashes or (seen.hash,) * len(text.datasets)
+    changed = "not compared: it is no longer the text that the artifact was calibrated on"
+    if len(hashes) != len(text.datasets):
+        return changed
+    sequences: list[tuple[int, ...]] = []
     try:
-        found = load_calibration_set(seen.spec, seen.base, _tokenizer_folder(job))
+        left_out = parts_left_out(text, folder)
+        for dataset, known, without in zip(text.datasets, hashes, left_out, strict=True):
+            if dataset.not_compared is not None or without is not None:
+                continue
+            found = load_dataset(dataset, folder)
+            if known is not None and found.hash != known:
+                return changed
+            sequences += found.token_ids
     except CheckpointError as exc:
         return f"not compared: {exc.message}"
-    if seen.hash is not None and found.hash != seen.hash:
-        return "not compared: it is no longer the text that the artifact was calibrated on"
-    check_disjoint(windows, found.token_ids)
-    return f"compared with {found.tokens:,} tokens in {len(found.token_ids)} sequences, disjoint"
+    if not sequences:
+        return "; ".join(reasons)
+    check_disjoint(windows, sequences)
+    compared = f"compared with {sum(map(len, sequences)):,} tokens in {len(sequences)} sequences, disjoint"
+    return "; ".join([compared, *(f"beside it {reason}" for reason in reasons)])
 
 
 def _tokenizer_folder(job: EvaluationJob) -> Path:

@@ -125,7 +125,7 @@ def _limits(manifest: Manifest, record: EvaluationRecord | None) -> str:
         lines.append(f"The source was quantized before: {before}. They can't be better than that file.")
     lines += known_format(manifest.format).card.limits(manifest.options)
     if manifest.calibration is not None:
-        text = manifest.calibration.spec.get("dataset")
+        text = ", ".join(manifest.calibration.names)
         lines.append(f"Scales and rounding were chosen on {text}; text of another kind or language may lose more.")
     if record is not None:
         lines += [f"{item.gate}: {item.reason}" for item in record.decision.flags]

@@ -156,19 +156,21 @@ def _file(entry: FileEntry) -> dict[str, Any]:
 
 
 def _calibration(entry: CalibrationEntry) -> dict[str, Any]:
-    name = str(entry.spec.get("dataset", "calibration"))
+    shown = [part for part in entry.parts or () if part.left_out is None]
+    sizes = [(part.dataset, part.sequences, part.tokens) for part in shown]
     return {
         "type": "data",
         "bom-ref": CALIBRATION_REF,
-        "name": name,
+        "name": ", ".join(entry.names),
         "hashes": [{"alg": "SHA-256", "content": entry.hash}],
         "data": [
             {
                 "type": "dataset",
                 "name": name,
-                "description": f"{entry.sequences} sequences, {entry.tokens} tokens, shown once to choose scales and "
-                "rounding; the hash is over the token ids",
+                "description": f"{sequences} sequences, {tokens} tokens, shown once to choose scales and rounding; the "
+                "hash is over the token ids",
             }
+            for name, sequences, tokens in sizes or [(entry.names[0], entry.sequences, entry.tokens)]
         ],
     }
 

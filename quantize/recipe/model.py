@@ -6,7 +6,6 @@ with file:line:column. Whether it can be built here is for plan to say.
 
 from __future__ import annotations
 
-import os
 import re
 from collections import Counter
 from collections.abc import Mapping
@@ -24,6 +23,7 @@ from pydantic import (
 )
 
 from quantize.errors import RecipeError
+from quantize.recipe.calibration import Calibration, NamedOrWritten, check_mix, load_calibration
 from quantize.recipe.gates import GateLimits
 from quantize.recipe.serving import ServingContext
 from quantize.recipe.yaml import STRICT, Document, Location, in_time, read_document, suggest, validate
@@ -32,6 +32,7 @@ from quantize.system.lookup import CALIBRATION, builtin_files, find_data, find_p
 SLUG = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 SLUG_HINT = "letters, digits, `.`, `_` and `-`, the first a letter or digit, at most 100"
 MAX_VARIANTS = 500
+DEFAULT_TEXT = "starter"  # of the calibration texts that come with the package
 Engine = Literal["auto", "runtime", "streamed"]
 
 
@@ -99,30 +100,6 @@ class Source(BaseModel):
         return value
 
 
-class CalibrationSpec(BaseModel):
-    """Which text the calibrated formats see."""
-
-    model_config = STRICT
-    dataset: str = Field(
-        description="`python-docs`, `self`, a hub dataset (org/name), or a local .txt, .jsonl or .parquet file"
-    )
-    revision: str | None = Field(None, description="commit of a hub dataset")
-    subset: str | None = Field(None, description="configuration of a hub dataset")
-    split: str = Field("train", description="split of a hub dataset")
-    column: str = Field("text", description="column with the text, or with the chat messages")
-    samples: Annotated[int, Field(ge=1, le=100_000)] = 128
-    sequence_length: Annotated[int, Field(ge=8, le=131_072)] = 2048
-    packing: bool = Field(False, description="join rows and cut at sequence_length, instead of cutting each row")
-    minimum_tokens: Annotated[int, Field(ge=1)] = Field(8, description="rows with fewer tokens are left out")
-    shuffle: bool = Field(False, description="take rows in a seeded random order, instead of in their own")
-    seed: Annotated[int, Field(ge=0)] = 0
-    precision: Literal["auto", "float32", "bfloat16"] = Field(
-        "auto",
-        description="of the matrix products of the pass; `auto` is bfloat16 where the processor multiplies it, which "
-        "the manifest records; Gram matrices are float32 always",
-    )
-
-
 class EvaluationSpec(BaseModel):
     """What an artifact and its source are both measured on. Nothing here changes what is built."""
 
@@ -167,8 +144,10 @@ class _RecipeFile(BaseModel):
     name: SlugText = Field(description="names the folder under artifacts/")
     description: str | None = None
     source: Source
-    calibration: str | CalibrationSpec | None = Field(
-        None, description="a calibration/*.yaml file, the name of one, or its content"
+    calibration: NamedOrWritten | None = Field(
+        None,
+        description="a calibration/*.yaml file, the name of one, or its content: a dataset, or a mix of several "
+        "(default: `starter`, if a variant needs it)",
     )
     defaults: dict[str, Any] = Field(default_factory=dict, description="options that all variants share")
     variants: Annotated[list[dict[str, Any]], Field(min_length=1)]
@@ -195,19 +174,21 @@ class Variant:
 class Recipe:
     """A valid recipe. `text` is the file verbatim; relative paths start at its folder.
 
-    notes: which file was taken, where a name could have meant two.
+    notes: which file was taken, where a name could have meant two. names_no_text: its calibration is the package's
+    `starter`, since it says nothing of any.
     """
 
     name: str
     description: str | None
     source: Source
-    calibration: CalibrationSpec | None
+    calibration: Calibration | None
     variants: tuple[Variant, ...]
     evaluation: EvaluationSpec
     gates: GateLimits
     path: Path
     text: str
     notes: tuple[str, ...] = ()
+    names_no_text: bool = False
 
     def find(self, relative: str) -> Path | None:
         """A path of the recipe: from its own folder, then the folder above, then the working folder."""
@@ -220,6 +201,7 @@ def load_recipe(path: Path, formats: Mapping[str, type[FormatOptions]]) -> Recip
     Raises RecipeError: the file can't be read, or anything in it is not what a recipe may say.
     """
     document = read_document(path)
+    check_mix(document, ("calibration",))
     with in_time(path):
         file = validate(_RecipeFile, document)
         variants = _variants(document, file, formats)
@@ -235,16 +217,8 @@ def load_recipe(path: Path, formats: Mapping[str, type[FormatOptions]]) -> Recip
         path,
         document.text,
         notes,
+        names_no_text=file.calibration is None,
     )
-
-
-def load_calibration(path: Path) -> CalibrationSpec:
-    """Read a calibration/*.yaml file; a file of text that it names starts from its own folder. Raises RecipeError."""
-    spec = validate(CalibrationSpec, read_document(path))
-    beside = path.parent / spec.dataset
-    if is_path_text(spec.dataset) and os.path.isfile(beside):
-        return spec.model_copy(update={"dataset": str(beside.resolve())})
-    return spec
 
 
 def recipe_schema(formats: Mapping[str, type[FormatOptions]]) -> dict[str, Any]:
@@ -367,8 +341,10 @@ def _check_unique(document: Document, at: Location, variants: list[Variant]) -> 
         raise document.error(at, f"two variants are called `{twice}`", hint="give one of them a `name` of its own")
 
 
-def _calibration(document: Document, file: _RecipeFile, path: Path) -> tuple[CalibrationSpec | None, tuple[str, ...]]:
-    """The spec, and what there is to say of where it was found."""
+def _calibration(document: Document, file: _RecipeFile, path: Path) -> tuple[Calibration, tuple[str, ...]]:
+    """The text that is named, or the package's default, and what there is to say of where it was found."""
+    if file.calibration is None:
+        return load_calibration(builtin_files(CALIBRATION)[DEFAULT_TEXT]), ()
     if not isinstance(file.calibration, str):
         return file.calibration, ()
     found = find_data(file.calibration, path.parent, CALIBRATION)

@@ -6,10 +6,14 @@ from the model's own distribution, the first few greedily so that each text star
 
 from __future__ import annotations
 
+from collections import deque
 from pathlib import Path
+from typing import Any
 
 BATCH = 8
 GREEDY_TOKENS = 4
+CHATS = 16  # rows of chats at a time: they go in step, so that each takes as long as the longest
+LONGEST_ANSWER = 160  # tokens, so that a sequence holds several chats
 
 
 def sample_from_model(
@@ -51,3 +55,71 @@ def _continue(model: object, rows: list[list[int]], length: int, generator: obje
         ids = torch.cat([ids, step], 1)
     result: list[list[int]] = ids.tolist()
     return result
+
+
+def chat_with_model(
+    folder: Path, questions: list[str], samples: int, sequence_length: int, seed: int
+) -> list[list[int]]:
+    """Token ids of `samples` rows of `sequence_length`: questions through the model's chat template, and what it
+    answers, one chat after the other; the same for the same seed. Without a template each question is a line of text.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    model = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, dtype=torch.float32).eval()
+    asked = [_asked(tokenizer, question) for question in questions]
+    generator = torch.Generator().manual_seed(seed)
+    rows: list[list[int]] = []
+    with torch.inference_mode():
+        for start in range(0, samples, CHATS):
+            numbers = range(start, min(samples, start + CHATS))
+            rows += _chat(model, asked, numbers, samples, sequence_length, generator, _ends(model, tokenizer))
+    return rows
+
+
+def _asked(tokenizer: Any, question: str) -> list[int]:
+    """A question as the model gets it, up to where its answer begins."""
+    if tokenizer.chat_template is None:
+        ids: list[int] = tokenizer(f"{question}\n")["input_ids"]
+        return ids
+    messages = [{"role": "user", "content": question}]
+    chat: list[int] = tokenizer.apply_chat_template(
+        messages, tokenize=True, add_generation_prompt=True, return_dict=False
+    )
+    return chat
+
+
+def _ends(model: Any, tokenizer: Any) -> set[int]:
+    """The tokens with which an answer is over."""
+    ends = model.generation_config.eos_token_id
+    return {*(ends if isinstance(ends, list) else [ends]), tokenizer.eos_token_id} - {None}
+
+
+def _chat(
+    model: Any, asked: list[list[int]], numbers: range, step: int, length: int, generator: Any, ends: set[int]
+) -> list[list[int]]:
+    """Rows that go on token by token together, each with questions of its own: number, number + step …"""
+    import torch
+
+    coming = [deque(asked[number % len(asked)]) for number in numbers]
+    following = [number + step for number in numbers]
+    answered = [0] * len(numbers)
+    rows: list[list[int]] = [[] for _ in numbers]
+    cache, chosen = None, [0] * len(numbers)
+    for _ in range(length):
+        for index, row in enumerate(rows):
+            if coming[index]:
+                row.append(coming[index].popleft())
+                answered[index] = 0
+                continue
+            row.append(chosen[index])
+            answered[index] += 1
+            if chosen[index] in ends or answered[index] == LONGEST_ANSWER:
+                coming[index] = deque(asked[following[index] % len(asked)])
+                following[index] += step
+        output = model(input_ids=torch.tensor([row[-1:] for row in rows]), past_key_values=cache, use_cache=True)
+        cache = output.past_key_values
+        chances = torch.softmax(output.logits[:, -1].float(), -1)
+        chosen = torch.multinomial(chances, 1, generator=generator)[:, 0].tolist()
+    return rows

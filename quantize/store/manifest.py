@@ -13,7 +13,15 @@ from importlib import metadata
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, PrivateAttr, ValidationError
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    PrivateAttr,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    model_serializer,
+)
 
 from quantize import __version__
 from quantize.errors import NewerSchemaError, VerifyError, first_line
@@ -84,14 +92,40 @@ class SourceEntry(_Frozen):
     files: tuple[FileEntry, ...]
 
 
+class CalibrationPart(_Frozen):
+    """What one dataset of a mix gave; left_out: why it gave nothing. `hash` is over its own token ids."""
+
+    dataset: str
+    sequences: int
+    tokens: int
+    hash: str
+    left_out: str | None
+
+
 class CalibrationEntry(_Frozen):
-    """The text that was shown: `hash` is the sha256 over the token ids, in order."""
+    """The text that was shown: `hash` is the sha256 over the token ids, in order. parts: of a mix, in its order."""
 
     spec: dict[str, Any]
     hash: str
     sequences: int
     tokens: int
     seed: int
+    parts: tuple[CalibrationPart, ...] | None = None
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The datasets that were shown."""
+        if self.parts is None:
+            return (str(self.spec.get("dataset", "calibration")),)
+        return tuple(part.dataset for part in self.parts if part.left_out is None)
+
+    @model_serializer(mode="wrap")
+    def _only_of_a_mix(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Without `parts` where there are none: the digests of all other manifests stay as they are."""
+        data: dict[str, Any] = write(self)
+        if self.parts is None:
+            data.pop("parts", None)
+        return data
 
 
 class KeptEntry(_Frozen):

@@ -31,7 +31,8 @@ from quantize.model.shape import ModelShape, gguf_shape
 from quantize.model.source import card_metadata
 from quantize.publish.pack import read_pack
 from quantize.publish.pins import read_pins
-from quantize.recipe.model import CalibrationSpec, load_calibration, load_recipe
+from quantize.recipe.calibration import CalibrationSpec, load_calibration
+from quantize.recipe.model import load_recipe
 from quantize.runtimes.llama_cpp.schema.compile import gbnf_of
 from quantize.runtimes.llama_cpp.schema.refused import SchemaRefused
 from quantize.store.artifact import read_measurements

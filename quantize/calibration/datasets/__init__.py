@@ -10,13 +10,15 @@ from pathlib import Path
 from quantize.calibration.datasets.base import Dataset, HeldOutPart, Row
 from quantize.calibration.datasets.hub_dataset import HubDataset
 from quantize.calibration.datasets.local_file import LocalFile
+from quantize.calibration.datasets.own_chat import OwnChat
 from quantize.calibration.datasets.own_writing import OwnWriting
 from quantize.calibration.datasets.python_docs import PythonDocs
-from quantize.recipe.model import CalibrationSpec
+from quantize.recipe.calibration import CalibrationSpec
 
 __all__ = ["KINDS", "Dataset", "HeldOutPart", "Row", "find_dataset", "find_held_out"]
 
-KINDS: tuple[type[Dataset], ...] = (PythonDocs, OwnWriting, LocalFile, HubDataset)  # the first that knows the spec
+# the first that knows the spec has it
+KINDS: tuple[type[Dataset], ...] = (PythonDocs, OwnWriting, OwnChat, LocalFile, HubDataset)
 
 
 def find_dataset(spec: CalibrationSpec, base: Path) -> Dataset:

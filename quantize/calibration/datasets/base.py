@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 
 from quantize.errors import RecipeError
 from quantize.events import Reporter
-from quantize.recipe.model import CalibrationSpec
+from quantize.recipe.calibration import CalibrationSpec
 
 TokenIds = tuple[int, ...]
 Row = str | list[dict[str, Any]] | TokenIds

@@ -9,7 +9,7 @@ from quantize.calibration.datasets.base import Dataset, Row, no_column
 from quantize.errors import CheckpointError, MissingExtraError, first_line
 from quantize.events import Reporter
 from quantize.model.source import hub_commit
-from quantize.recipe.model import CalibrationSpec
+from quantize.recipe.calibration import CalibrationSpec
 
 
 class HubDataset(Dataset):

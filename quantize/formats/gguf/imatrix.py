@@ -127,6 +127,5 @@ def write_from_scratch(
         for name, experts in rows.items()
     }
     length = int(calibration.spec["sequence_length"])
-    write_imatrix(
-        out, sums, dataset=str(calibration.spec["dataset"]), chunks=calibration.sequences, chunk_tokens=length
-    )
+    names = ", ".join(calibration.names)
+    write_imatrix(out, sums, dataset=names, chunks=calibration.sequences, chunk_tokens=length)
