@@ -265,7 +265,7 @@ def _at_commits(lock: Lock, recipe: Recipe) -> Recipe:
     if spec is None or text is None or text.asked != _asked(spec):
         return recipe
     known = text.identity.get("mix", [text.identity])
-    if len(known) != len(spec.parts):
+    if not isinstance(known, list) or len(known) != len(spec.parts):
         return recipe
     parts = [_at_commit(part, item) for part, item in zip(spec.parts, known, strict=True)]
     return replace(recipe, calibration=spec.with_parts(parts))
@@ -276,8 +276,10 @@ def _asked(spec: Calibration) -> str | tuple[str | None, ...] | None:
     return tuple(part.revision for part in spec.parts) if isinstance(spec, CalibrationMix) else spec.revision
 
 
-def _at_commit(part: CalibrationSpec, known: Mapping[str, Any]) -> CalibrationSpec:
+def _at_commit(part: CalibrationSpec, known: object) -> CalibrationSpec:
     """A dataset at the commit that it had, if it is the same one."""
+    if not isinstance(known, Mapping):
+        return part
     commit = known.get("revision")
     same = known.get("dataset") == part.dataset and isinstance(commit, str) and COMMIT.match(commit)
     return part.model_copy(update={"revision": commit}) if same else part

@@ -35,7 +35,9 @@ SHOWN_TENSORS = 20
     "--source", type=click.Path(path_type=Path), help="The model that it was built from, where it is not found."
 )
 @click.option(
-    "--calibration", type=click.Path(path_type=Path), help="The file of calibration text, where it is not found."
+    "--calibration",
+    type=click.Path(path_type=Path),
+    help="The file of calibration text, or the folder of several, where it is not found.",
 )
 @click.option("--keep", type=click.Path(path_type=Path), metavar="DIR", help="Build into this new folder, and keep it.")
 @store_option

@@ -44,6 +44,7 @@ variants:
 """
 SHORT_RECIPE = "name: a\nsource: {model: {package: p, file: f.gguf}}\nvariants: [{format: gguf, type: Q8_0}]\n"
 CALIBRATION = "dataset: python-docs\nsamples: 4\nsequence_length: 64\npacking: true\nseed: 1\n"
+MIX = "mix:\n- {dataset: python-docs, samples: 4}\n- {dataset: self, samples: 2, up_to_parameters: 9}\nseed: 1\n"
 GOLDEN = "name: a\nprompts:\n- {id: a, prompt: b, grade: {kind: contains, any: [x]}}\n"
 GOLDEN_SCHEMA = "name: a\nprompts:\n- {id: b, prompt: c, grade: {kind: json, schema: {required: [a]}}}\n"
 GOLDEN_PATTERN = """\

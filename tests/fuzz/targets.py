@@ -235,7 +235,7 @@ TARGETS: dict[str, Target] = {
     "GGUF header": Target("gguf", lambda folder: [seeds.gguf(folder)], _gguf),
     "importance matrix": Target("gguf", lambda folder: [seeds.imatrix(folder)], _imatrix),
     "recipe": Target("yaml", _plain(seeds.RECIPE, seeds.OWN_RECIPE, seeds.SHORT_RECIPE), _recipe, names_paths=True),
-    "calibration spec": Target("yaml", _plain(seeds.CALIBRATION), _calibration),
+    "calibration spec": Target("yaml", _plain(seeds.CALIBRATION, seeds.MIX), _calibration),
     "calibration rows": Target("lines", _plain(seeds.ROWS), _rows),
     "golden prompts": Target("yaml", _plain(seeds.GOLDEN, seeds.GOLDEN_SCHEMA, seeds.GOLDEN_PATTERN), _golden),
     "manifest.json": Target("json", lambda _: [seeds.manifest(), seeds.older_manifest()], _manifest),
