@@ -107,9 +107,10 @@ def rebuild(
     """Build an artifact again from its manifest alone, in a scratch folder, and compare the two file by file.
 
     artifact: one of the store's as `name/variant`, `name/variant@digest` or the start of its digest, or its folder.
-    source, calibration: where the model and the file of calibration text, or the folder of several, are, if they are not
+    source, calibration: where the model is, and the file of calibration text or the folder of several, if they are not
     found. keep: a new or empty folder to build into; by default the rebuilt files are removed when they are compared,
-    and `rebuilt.folder` of the result is gone. The rest as for plan. Nothing in the store or the cache is used or changed.
+    and `rebuilt.folder` of the result is gone. The rest as for plan. Nothing in the store or the cache is used or
+    changed.
 
     Raises errors.UsageError: no such artifact. errors.VerifyError: the artifact is damaged, or its source or text is
     another. errors.CheckpointError, errors.RecipeError: they are not found. errors.PlanError: no room for it.

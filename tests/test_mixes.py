@@ -330,7 +330,7 @@ def test_a_recipe_that_names_no_text_has_the_starter_mix(tiny: Path, tmp_path: P
     assert recipe.calibration == starter
     planned = run("plan", path)
     assert planned.exit_code == 0, planned.stderr
-    assert "note: the recipe names no calibration text: `starter` is taken" in planned.stderr
+    assert "the recipe names no calibration text: `starter` is taken" in planned.stderr
     assert [line.split()[1] for line in planned.stdout.splitlines() if line.startswith("text ")] == [
         "prose.txt,", "code.txt,", "self-chat,", "vietnamese.txt,"
     ]  # fmt: skip
