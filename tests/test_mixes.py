@@ -20,13 +20,12 @@ from quantize.calibration.datasets.own_chat import questions
 from quantize.calibration.mix import CalibrationText
 from quantize.calibration.text import CalibrationSet, load_calibration_set, load_tokenizer
 from quantize.errors import PlanError
-from quantize.evaluate.session import CalibratedOn, EvaluationJob, _held_out
+from quantize.evaluate.held_out import CHANGED, CalibratedOn, hold_against
 from quantize.evaluate.text import HeldOutText, Windows, cut_windows
 from quantize.events import SilentReporter
 from quantize.formats import option_models
 from quantize.recipe.calibration import CalibrationMix, CalibrationSpec, calibration_of, load_calibration
 from quantize.recipe.model import load_recipe
-from quantize.runtimes.base import ModelRef
 from quantize.store.manifest import CalibrationEntry
 from quantize.store.store import Store
 from quantize.system.lookup import CALIBRATION, DATA
@@ -283,9 +282,7 @@ def held_out(text: str, seen: CalibratedOn, model: Path) -> str:
     tokenizer = load_tokenizer(model)
     document = HeldOutText("text", (text,), stream=True)
     windows: Windows = cut_windows(document, lambda part: tokenizer(part)["input_ids"], window=48)
-    source = ModelRef(model, "safetensors")
-    job = EvaluationJob(source=source, source_digest="", artifact=source, cache=model, calibrated_on=seen)
-    return _held_out(job, windows)
+    return hold_against([windows], seen, model)
 
 
 OWN, FILE = {"dataset": "self", "samples": 2}, {"dataset": "a.txt", "samples": 4}
@@ -315,9 +312,8 @@ def test_other_text_is_compared_with_all_but_the_model_s_own(texts: Path, tiny: 
     assert held_out(other, CalibratedOn(mix(OWN), texts), tiny) == "the model's own writing, which is not compared"
     hashes = (alone.hash, "00")
     assert held_out(other, CalibratedOn(wanted, texts, "ff", hashes), tiny) == said
-    changed = "not compared: it is no longer the text that the artifact was calibrated on"
     for spec, known in ((wanted, ("00", "00")), (wanted, (alone.hash,)), (mix(FILE), ())):
-        assert held_out(other, CalibratedOn(spec, texts, "ff", known), tiny) == changed
+        assert held_out(other, CalibratedOn(spec, texts, "ff", known), tiny) == CHANGED
 
 
 # --- the mix that is taken where a recipe names no text ---------------------------------------------------------------

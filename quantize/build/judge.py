@@ -15,6 +15,7 @@ from quantize.calibration.datasets import find_held_out
 from quantize.errors import BuildError, DiskFullError, QuantizeError, RefusedError, UsageError, VerifyError
 from quantize.evaluate.decision import RUNS, GateThresholds
 from quantize.evaluate.gates import decide, thresholds
+from quantize.evaluate.held_out import CalibratedOn
 from quantize.evaluate.record import (
     ArtifactName,
     EvaluationRecord,
@@ -24,7 +25,7 @@ from quantize.evaluate.record import (
     SourceName,
     read_record,
 )
-from quantize.evaluate.session import CalibratedOn, EvaluationJob, evaluate, evidence, prepare_source
+from quantize.evaluate.session import EvaluationJob, evaluate, evidence, prepare_source
 from quantize.evaluate.structure import Intended
 from quantize.events import Event, Reporter, note
 from quantize.formats import find_format, known_format

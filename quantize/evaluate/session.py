@@ -13,25 +13,23 @@ from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
-from quantize.calibration.mix import CalibrationText
-from quantize.calibration.text import load_dataset, parts_left_out
-from quantize.errors import CheckpointError, VerifyError
+from quantize.errors import VerifyError
 from quantize.evaluate.answers import compare_answers
 from quantize.evaluate.baseline import KIND, LIKELIEST, Baseline, baseline_key, find, record, save
 from quantize.evaluate.decision import RUNS
 from quantize.evaluate.device import ModelRun, on_device
 from quantize.evaluate.engine import engine_tools
 from quantize.evaluate.golden import GoldenSet, load_golden
+from quantize.evaluate.held_out import CalibratedOn, hold_against
 from quantize.evaluate.metrics import check_same_vocabulary, measure
 from quantize.evaluate.prompts import Asked, PromptTokenizer, ask
 from quantize.evaluate.record import Evidence, Figures, GoldenRecord, Quality
 from quantize.evaluate.structure import Intended, check_structure
-from quantize.evaluate.text import DEFAULT_WINDOW, Windows, check_disjoint, cut_windows, load_text
+from quantize.evaluate.text import DEFAULT_WINDOW, Windows, cut_windows, load_text
 from quantize.events import Reporter, note, status, warn
 from quantize.formats import open_runtime, runtime_kind
 from quantize.model.checkpoint import read_json
 from quantize.model.shape import ModelShape
-from quantize.recipe.calibration import Calibration
 from quantize.recipe.model import Engine
 from quantize.runtimes.base import ModelRef, Runtime
 from quantize.runtimes.devices import AUTO, ON_CPU, DevicePlace
@@ -41,18 +39,6 @@ ANSWERS_KIND = "golden-answers"
 DEFAULT_CONTEXT = 2048
 MAX_OTHER_TOKENS = 0.05
 """Share of the tokens in use that may be spelled otherwise: converters rename special and added ones."""
-
-
-@dataclass(frozen=True)
-class CalibratedOn:
-    """Calibration text: its spec, where its relative paths start, and the hash over its token ids if it is known; of a
-    mix, that of each part.
-    """
-
-    spec: Calibration
-    base: Path
-    hash: str | None = None
-    part_hashes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -156,42 +142,12 @@ def _material(job: EvaluationJob) -> _Material:
     tokenizer = PromptTokenizer(_tokenizer_folder(job))
     text = load_text(job.text, job.base, column=job.column)
     windows = cut_windows(text, tokenizer.encode, prefix=tokenizer.prefix, window=job.window, limit=job.windows_limit)
-    held_out = _held_out(job, windows)
+    held_out = hold_against([windows], job.calibrated_on, _tokenizer_folder(job))
     if not job.golden:
         return _Material(tokenizer, windows, None, None, 0, held_out)
     golden = load_golden(job.golden)
     context = job.context or min(DEFAULT_CONTEXT, _max_context(job.source.folder))
     return _Material(tokenizer, windows, golden, ask(golden, tokenizer, context), context, held_out)
-
-
-def _held_out(job: EvaluationJob, windows: Windows) -> str:
-    """Hold the text against what was calibrated on; a sentence that says how. Raises RefusedError if they share it."""
-    seen = job.calibrated_on
-    if seen is None:
-        return "none was used"
-    text, folder = CalibrationText(seen.spec, seen.base), _tokenizer_folder(job)
-    reasons = list(dict.fromkeys(item.not_compared for item in text.datasets if item.not_compared is not None))
-    hashes = seen.part_hashes or (seen.hash,) * len(text.datasets)
-    changed = "not compared: it is no longer the text that the artifact was calibrated on"
-    if len(hashes) != len(text.datasets):
-        return changed
-    sequences: list[tuple[int, ...]] = []
-    try:
-        left_out = parts_left_out(text, folder)
-        for dataset, known, without in zip(text.datasets, hashes, left_out, strict=True):
-            if dataset.not_compared is not None or without is not None:
-                continue
-            found = load_dataset(dataset, folder)
-            if known is not None and found.hash != known:
-                return changed
-            sequences += found.token_ids
-    except CheckpointError as exc:
-        return f"not compared: {exc.message}"
-    if not sequences:
-        return "; ".join(reasons)
-    check_disjoint(windows, sequences)
-    compared = f"compared with {sum(map(len, sequences)):,} tokens in {len(sequences)} sequences, disjoint"
-    return "; ".join([compared, *(f"beside it {reason}" for reason in reasons)])
 
 
 def _tokenizer_folder(job: EvaluationJob) -> Path:
