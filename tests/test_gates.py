@@ -116,7 +116,13 @@ def test_a_build_is_measured_and_says_with_what(write: Write, run: Run, store: S
     assert (item["state"], code) == ("built", 0)
     found = record(item["folder"])
     assert found["quality"]["mean_kl"] < 0.001
-    assert (found["quality"]["runtime"], found["quality"]["source_runtime"]) == ("llama.cpp", "transformers")
+    quality, conversion = found["quality"], found["conversion"]
+    assert (quality["runtime"], quality["source_runtime"]) == ("llama.cpp", "llama.cpp"), "quantization alone"
+    assert (conversion["runtime"], conversion["source_runtime"]) == ("llama.cpp", "transformers")
+    assert 0 < conversion["mean_kl"] < 0.001
+    assert (quality["runtime_device"], quality["source_device"]) == ("cpu", "cpu")
+    assert [item["kind"] for item in quality["kinds"]] == ["prose", "code", "vietnamese", "chat"]
+    assert sum(item["predictions"] for item in quality["kinds"]) == quality["predictions"]
     assert re.match(r"llama-cpp-python \d", found["quality"]["runtime_version"])
     assert len(found["quality"]["text_hash"]) == len(found["source"]["digest"]) == 64
     assert found["machine"]["cores"] >= 1
@@ -132,7 +138,7 @@ def test_a_build_is_measured_and_says_with_what(write: Write, run: Run, store: S
     assert found["quality"]["text_hash"][:12] in shown
     assert f"{found['quality']['perplexity_ratio']:.4f}" in run("list", "artifacts").stdout
     assert (
-        f"| perplexity ratio | {found['quality']['perplexity_ratio']:.4f} | 1 |"
+        f"| perplexity ratio | {found['quality']['perplexity_ratio']:.4f}"
         in (artifact.folder / "evaluation.md").read_text()
     )
 
@@ -182,7 +188,7 @@ def test_a_refused_build_is_kept_aside_with_its_report(write: Write, run: Run, s
     result = run("build", path)
     assert result.exit_code == 3
     assert re.search(
-        r"tiny/q8_0 is refused: KL divergence: mean \d\.\d{4} nats is over the limit of 1e-09", result.stderr
+        r"tiny/q8_0 is refused: KL divergence: mean \d\.\d{4} nats on [a-z]+ is over the limit of 1e-09", result.stderr
     )
     assert store.artifacts() == []
     assert {item.name for item in (store.root / "tiny" / "q8_0").iterdir()} == {REFUSED}, "no `current`, nothing else"

@@ -7,6 +7,7 @@ part; a Room for each file system; the refusal of a build that would fill one. W
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import shutil
 import tempfile
@@ -17,6 +18,7 @@ from typing import TYPE_CHECKING
 
 from quantize.errors import DiskFullError, PlanError, StoreError
 from quantize.evaluate.baseline import LIKELIEST
+from quantize.evaluate.kinds import text_parts
 from quantize.evaluate.text import load_text
 from quantize.model.architecture import block_count
 from quantize.model.checkpoint import CARRIED_FILES, Checkpoint
@@ -141,14 +143,22 @@ def carried_bytes(checkpoint: Checkpoint) -> int:
 
 
 def baseline_bytes(recipe: Recipe, vocabulary: int) -> int:
-    """The likeliest tokens and their log-probabilities (8 bytes each) for each prediction, by the text's length."""
-    spec = recipe.evaluation
-    text = load_text(spec.text, recipe.path.parent, column=spec.column)
-    lengths = [len(document) / CHARACTERS_PER_TOKEN for document in text.documents]
-    windows = [sum(lengths) / spec.window] if text.stream else [min(1.0, length / spec.window) for length in lengths]
-    if spec.windows:
-        windows = [min(windows[0], spec.windows)] if text.stream else windows[: spec.windows]
-    return int(sum(windows) * spec.window * (8 * min(LIKELIEST, vocabulary) + 8))
+    """The likeliest tokens and their log-probabilities (8 bytes each) for each prediction, by the text's length; twice,
+    for the source in the runtime of an artifact has its own.
+    """
+    spec, extent = recipe.evaluation, recipe.evaluation.extent
+    tokens = 0.0
+    for part in text_parts(spec.text, recipe.path.parent, spec.column):
+        if part.is_questions:
+            tokens += extent.questions * extent.answer_tokens
+            continue
+        text = load_text(part.address, Path(), column=spec.column)
+        lengths = [len(document) / CHARACTERS_PER_TOKEN for document in text.documents]
+        windows = [min(1.0, length / extent.window) for length in lengths]
+        if text.stream:
+            windows = [min(sum(lengths) / extent.window, extent.windows or part.windows or math.inf)]
+        tokens += sum(windows[: extent.windows or None]) * extent.window
+    return int(2 * tokens * (8 * min(LIKELIEST, vocabulary) + 8))
 
 
 def rooms(needed: Needs, store: Path, cache: Path, name: str, variants: Iterable[str]) -> tuple[Room, ...]:

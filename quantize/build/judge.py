@@ -6,16 +6,20 @@ there already are decided on again, without measuring. Where the artifact belong
 
 from __future__ import annotations
 
+import tempfile
 import time
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
-from quantize.calibration.datasets import find_held_out
 from quantize.errors import BuildError, DiskFullError, QuantizeError, RefusedError, UsageError, VerifyError
 from quantize.evaluate.decision import RUNS, GateThresholds
 from quantize.evaluate.gates import decide, thresholds
 from quantize.evaluate.held_out import CalibratedOn
+from quantize.evaluate.job import EvaluationJob, Reference
+from quantize.evaluate.kinds import LOOKED, text_name, text_parts
 from quantize.evaluate.record import (
     ArtifactName,
     EvaluationRecord,
@@ -25,10 +29,11 @@ from quantize.evaluate.record import (
     SourceName,
     read_record,
 )
-from quantize.evaluate.session import EvaluationJob, evaluate, evidence, prepare_source
+from quantize.evaluate.session import evaluate, evidence, prepare_source
 from quantize.evaluate.structure import Intended
 from quantize.events import Event, Reporter, note
 from quantize.formats import find_format, known_format
+from quantize.formats.base import Context
 from quantize.formats.base import RunLimits as RunLimits
 from quantize.formats.safetensors.format import UNQUANTIZED
 from quantize.model.checkpoint import Checkpoint
@@ -43,9 +48,8 @@ from quantize.system.lookup import GOLDEN, NamedFile, builtin_files, find_data
 from quantize.system.machine import describe_machine
 from quantize.system.process import run_step
 
-PROTOCOL_VERSION = 1  # of what is asked and how it is graded; another one measures anew
+PROTOCOL_VERSION = 2  # of what is asked and how it is graded; another one measures anew
 NOT_RUNNING = "no gate can be loosened for that: build it again with --force, or leave this variant out"
-LOOKED = "paths are looked for beside the recipe, in the folder above it, and in the working folder"
 
 
 @dataclass(frozen=True)
@@ -65,7 +69,13 @@ class Judge:
     def __init__(self, recipe: Recipe, source: PinnedSource, cache: Cache, run: RunLimits) -> None:
         self.recipe = recipe
         self._source, self._cache, self._run = source, cache, run
-        self._text, self._text_hash = _text(recipe, cache)
+        spec = recipe.evaluation
+        try:
+            self._text = text_parts(spec.text, recipe.path.parent, spec.column)
+        except UsageError as exc:
+            raise UsageError(f"{recipe.path}: {exc.message}", hint=exc.hint) from exc
+        self._text_name = text_name(spec.text, self._text)
+        self._text_hashes = [[part.kind, part.is_questions, cache.sha256(part.file)] for part in self._text]
         found = _golden(recipe)
         self.golden = tuple(item.path.absolute() for item in found)
         self._notes = [item.note for item in found if item.note]
@@ -114,8 +124,10 @@ class Judge:
             calibrated_on=self._calibrated_on(manifest),
             intended=Intended(manifest.bits, manifest.group_size, manifest.options),
         )
+        said = _Named(reporter, manifest.variant)
         try:
-            found = run_step("evaluating", _Named(reporter, manifest.variant), evaluate, job)
+            with self._reference(manifest, checkpoint, said) as reference:
+                found = run_step("evaluating", said, evaluate, replace(job, reference=reference))
         except VerifyError as exc:
             return self.failed(manifest, exc, time.perf_counter() - started)
         measured = evidence(found, size_bytes=manifest.weights_bytes, source_bytes=manifest.source.weights_bytes)
@@ -125,22 +137,40 @@ class Judge:
         """The decision on an artifact that does not load, run or hold what its source holds."""
         return self._record(Evidence(figures=Figures(checks={RUNS: error.message})), manifest, seconds)
 
+    @contextmanager
+    def _reference(self, manifest: Manifest, checkpoint: Checkpoint, reporter: Reporter) -> Iterator[Reference | None]:
+        """The source in 16 bits in the runtime of the artifact, where its format has such a thing."""
+        kind = find_format(manifest.format)
+        if kind.reference is None or kind.builder is None:
+            yield None
+            return
+        given = {key: value for key, value in manifest.options.items() if key != "format"}
+        options = kind.builder.Options.model_validate(given)
+        with tempfile.TemporaryDirectory() as scratch:
+            work = Path(scratch)
+            context = Context(
+                manifest.variant, options, self._source, checkpoint, self._cache, work, work, self._run
+            )
+            with kind.reference(context, reporter) as path:
+                yield Reference(ModelRef(path.parent, manifest.format, path.name), self._cache.sha256(path))
+
     def _limits(self, manifest: Manifest) -> GateThresholds:
         return thresholds(self.recipe.gates, manifest.bits)
 
     def _key(self, manifest: Manifest) -> str:
         """Names the protocol: figures with the same key were measured on the same text and prompts, in the same way."""
         spec = self.recipe.evaluation
-        usual = {"engine"} if spec.engine == "auto" else set()  # records of before there was a choice stay good
-        settings = spec.model_dump(mode="json", exclude={"text", "golden"} | usual)
         return canonical_hash(
             {
                 "version": PROTOCOL_VERSION,
                 "source": self._source_key(),
-                "text": self._text_hash,
+                "text": self._text_hashes,
                 "golden": self._golden_hashes,
                 "calibration": manifest.calibration.hash if manifest.calibration else None,
-                **settings,
+                "column": spec.column,
+                "context": spec.context,
+                "engine": spec.engine,
+                **asdict(spec.extent),
             }
         )
 
@@ -151,8 +181,8 @@ class Judge:
         spec = self.recipe.evaluation
         return EvaluationJob(
             source=ModelRef(checkpoint.folder, UNQUANTIZED), source_digest=self._source_key(), artifact=artifact,
-            cache=self._cache.root, text=self._text, column=spec.column, window=spec.window,
-            windows_limit=spec.windows, golden=self.golden, context=spec.context, threads=self._run.threads,
+            cache=self._cache.root, text=self._text, text_name=self._text_name, column=spec.column,
+            extent=spec.extent, golden=self.golden, context=spec.context, threads=self._run.threads,
             device=self._run.device, engine=spec.engine,
         )  # fmt: skip
 
@@ -170,7 +200,7 @@ class Judge:
         limits, source = self._limits(manifest), self._source
         decision = decide(measured, limits)
         return EvaluationRecord(
-            quality=measured.quality, golden=measured.golden, figures=measured.figures,
+            quality=measured.quality, conversion=measured.conversion, golden=measured.golden, figures=measured.figures,
             verdict=decision.verdict, findings=decision.findings, limits=limits, held_out=held_out,
             artifact=ArtifactName(name=f"{manifest.name}/{manifest.variant}", format=manifest.format),
             source=SourceName(name=source.name, uri=source.uri, revision=source.revision, digest=source.digest),
@@ -183,16 +213,6 @@ def _reference(artifact: Artifact) -> ModelRef:
     name, folder = artifact.manifest.format, artifact.folder
     main = find_format(name).layout.main_file(folder)
     return ModelRef(folder, name, main.name if main is not None else None)
-
-
-def _text(recipe: Recipe, cache: Cache) -> tuple[str, str]:
-    """The held-out text as an evaluation EvaluationJob names it, and its hash."""
-    text = recipe.evaluation.text
-    held_out = find_held_out(text, recipe.path.parent)
-    if held_out is None:
-        hint = f"{LOOKED}, or use python-docs"
-        raise UsageError(f"{recipe.path}: `evaluation`: no such text: {text}", hint=hint)
-    return held_out.address, cache.sha256(held_out.file)
 
 
 def _golden(recipe: Recipe) -> list[NamedFile]:

@@ -32,7 +32,7 @@ from quantize.cli.progress import console_reporter
 from quantize.cli.table import Column, print_table, wide_option
 from quantize.errors import QuantizeError, UsageError, WorkerDied
 from quantize.evaluate.metric import Detail
-from quantize.evaluate.metrics import cells
+from quantize.evaluate.metrics import cells, metrics
 from quantize.evaluate.record import source_lines
 from quantize.recipe.model import Recipe
 from quantize.store.store import Store
@@ -140,7 +140,7 @@ def _show(found: list[tuple[Recipe, Outcome]], *, as_json: bool, several: bool) 
         Column("STATE"),
         Column("SIZE", "right"),
         Column("SECONDS", "right", rank=4),
-        *quality_columns(Detail.LIST),
+        *quality_columns(metrics(Detail.LIST)),
         Column("ARTIFACT", rank=3),
     ]
     rows = [_row(item) for _, item in found]
@@ -180,7 +180,7 @@ def summary(found: list[tuple[Recipe, Outcome]], *, several: bool) -> str:
 def _row(item: Outcome) -> list[str]:
     seconds = f"{item.seconds:.1f}" if item.seconds else ""
     if item.artifact is None:
-        return [item.variant, item.state, "", seconds, *cells(None, Detail.LIST), "", ""]
+        return [item.variant, item.state, "", seconds, *cells(None, metrics(Detail.LIST)), "", ""]
     size = size_text(item.artifact.manifest.size_bytes)
     return [item.variant, item.state, size, seconds, *quality(item.artifact).cells(), item.artifact.ref]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -16,7 +16,7 @@ from quantize.store.store import Store, default_store_root
 from quantize.system.cache import Cache, default_cache_root
 
 if TYPE_CHECKING:
-    from quantize.evaluate.metric import Detail
+    from quantize.evaluate.metric import Metric
     from quantize.evaluate.metrics import Summary
     from quantize.formats.base import RunLimits
     from quantize.recipe.model import Recipe
@@ -107,13 +107,13 @@ def quality(artifact: Artifact) -> Summary:
     return dataclasses.replace(found, verdict=Verdict.RISK_ACCEPTED)
 
 
-def quality_columns(detail: Detail) -> list[Column]:
+def quality_columns(shown: Sequence[Metric]) -> list[Column]:
     """Columns of a table for the figures that are shown there, and for the verdict of the gates."""
     from quantize.evaluate.metric import Detail
-    from quantize.evaluate.metrics import metrics
 
     found = [
-        Column(item.short.upper(), "right", rank=2 if item.detail is Detail.LIST else 4) for item in metrics(detail)
+        Column(item.short.upper(), "right", rank=2 if item.detail is Detail.LIST and not item.kind else 4)
+        for item in shown
     ]
     return [*found, Column("GATES")]
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import click
 
 from quantize.cli.common import json_option, print_json, store_option, verbose_option
 from quantize.cli.table import Column, print_table, wide_option
+from quantize.evaluate.difference import QualityDifference, compare_quality
 from quantize.evaluate.metric import Reading
 from quantize.evaluate.metrics import readings
 from quantize.evaluate.record import EvaluationRecord, read_record
@@ -32,7 +34,7 @@ def command(first: str, second: str, store: Store, as_json: bool) -> None:
     differences, figures = compare(one, other), _figures(records)
     if as_json:
         found = [Difference(f"evaluation.{ours.metric.key}", ours.data, theirs.data) for ours, theirs in figures]
-        print_json([item.__dict__ for item in (*differences, *found)])
+        print_json([*(item.__dict__ for item in (*differences, *found)), *_better(records)])
         return
     rows = [_row(item) for item in differences]
     rows += [[ours.metric.title_with_unit, ours.text, theirs.text] for ours, theirs in figures]
@@ -40,6 +42,23 @@ def command(first: str, second: str, store: Store, as_json: bool) -> None:
     print_table(columns, rows, empty="no difference")
     if figures and len({_text_of(record) for record in records}) > 1:
         click.echo("the two were measured on different text: their figures can't be compared")
+    difference = _difference(records)
+    if difference is not None:
+        click.echo(difference.text((one.manifest.variant, other.manifest.variant)))
+
+
+def _difference(records: Sequence[EvaluationRecord | None]) -> QualityDifference | None:
+    first, second = (None if record is None else record.quality for record in records)
+    return None if first is None or second is None else compare_quality(first, second)
+
+
+def _better(records: Sequence[EvaluationRecord | None]) -> list[dict[str, Any]]:
+    """Which is better, as JSON has it; nothing where it is not known."""
+    found = _difference(records)
+    if found is None:
+        return []
+    interval = [found.low, found.high]
+    return [{"what": "evaluation.better", "first": found.better == 1, "second": found.better == 2, "kl": interval}]
 
 
 def _figures(records: Sequence[EvaluationRecord | None]) -> list[tuple[Reading, Reading]]:

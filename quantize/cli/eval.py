@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,6 @@ import click
 
 from quantize.build.evaluate_again import reevaluate, to_evaluate
 from quantize.build.settle import Settled
-from quantize.calibration.datasets import find_held_out
 from quantize.cli.common import (
     json_option,
     make_limits,
@@ -26,9 +26,11 @@ from quantize.cli.common import (
 from quantize.cli.progress import console_reporter
 from quantize.cli.table import Column, print_table, wide_option
 from quantize.errors import UsageError
-from quantize.evaluate.metric import Detail
-from quantize.evaluate.metrics import cells, golden_count
+from quantize.evaluate.kinds import known, text_parts
+from quantize.evaluate.metric import Detail, Metric
+from quantize.evaluate.metrics import cells, golden_count, metrics
 from quantize.evaluate.record import source_lines
+from quantize.recipe.evaluation import Effort
 from quantize.runtimes.devices import check_name
 from quantize.store.store import Store
 from quantize.store.workspace import Workspace
@@ -38,10 +40,11 @@ from quantize.targets import ArtifactTarget, RecipeTarget, find_target
 
 @click.command("eval")
 @click.argument("targets", nargs=-1, required=True, metavar="ARTIFACT|RECIPE...")
-@click.option("--text", help="Other held-out text: python-docs, or a .txt, .jsonl or .parquet file.")
+@click.option("--text", help="Other held-out text: mixed or one of its kinds, python-docs, or a file of text.")
 @click.option("--column", help="Column of a .jsonl or .parquet file with the text.")
 @click.option("--window", type=click.IntRange(min=16), help="Tokens that are read at a time.")
-@click.option("--windows", type=click.IntRange(min=0), help="At most so many windows; 0 takes all.")
+@click.option("--windows", type=click.IntRange(min=0), help="At most so many windows of each kind; 0 takes all.")
+@click.option("--effort", type=click.Choice(["full", "quick"]), help="quick: about a quarter of the text.")
 @click.option("--golden", multiple=True, type=click.Path(path_type=Path), help="Other golden prompts.")
 @click.option("--no-golden", is_flag=True, help="Ask no golden prompts.")
 @threads_option
@@ -53,15 +56,16 @@ from quantize.targets import ArtifactTarget, RecipeTarget, find_target
 @verbose_option
 def command(
     targets: tuple[str, ...], text: str | None, column: str | None, window: int | None, windows: int | None,
-    golden: tuple[Path, ...], no_golden: bool, threads: int | None, device: str, store: Store, as_json: bool,
-    quiet: bool,
+    effort: str | None, golden: tuple[Path, ...], no_golden: bool, threads: int | None, device: str, store: Store,
+    as_json: bool, quiet: bool,
 ) -> None:  # fmt: skip
     """Measure artifacts in their real runtimes against their full-precision source, and hold the recipe's gates.
 
     A recipe stands for its current artifacts. What is measured goes into measurements.json, and an artifact that the
     gates refuse is moved aside (exit code 3). With other text or prompts than the recipe's nothing is written or moved.
     """
-    given = {"text": text, "column": column, "window": window, "windows": windows}
+    chosen = None if effort is None else Effort(effort)
+    given = {"text": text, "column": column, "window": window, "windows": windows, "effort": chosen}
     changes: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     if text is not None and Path(text).is_file():
         changes["text"] = str(Path(text).absolute())
@@ -79,8 +83,9 @@ def command(
     if as_json:
         print_json([_as_json(item, recorded=not changes) for item in results])
     else:
-        columns = [Column("ARTIFACT"), *quality_columns(Detail.TABLE)]
-        print_table(columns, [_row(item) for item in results], empty="nothing to measure")
+        shown = metrics(Detail.TABLE, [item.record for item in results])
+        columns = [Column("ARTIFACT"), *quality_columns(shown)]
+        print_table(columns, [_row(item, shown) for item in results], empty="nothing to measure")
         for note in source_lines((item.artifact.manifest.name, golden_count(item.record)) for item in results):
             click.echo(note)
     refused = [item.error for item in results if item.error is not None]
@@ -92,17 +97,25 @@ def command(
 
 def _check_files(text: str | None, golden: tuple[Path, ...], folders: set[Path]) -> None:
     """Raises UsageError: an option names what is not there, neither here nor beside a recipe."""
-    if text is not None and not any(find_held_out(text, folder) for folder in folders):
-        raise UsageError(f"--text {text}: no such file", hint="give a .txt, .jsonl or .parquet file, or python-docs")
+    if text is not None and not any(_is_text(text, folder) for folder in folders):
+        hint = f"give a .txt, .jsonl or .parquet file, or one of {', '.join(known())}"
+        raise UsageError(f"--text {text}: no such file", hint=hint)
     for path in golden:
         if not any(find_data(str(path), folder, GOLDEN) for folder in folders):
             named = ", ".join(builtin_files(GOLDEN))
             raise UsageError(f"--golden {path}: no such file", hint=f"give a .yaml file, or a name: {named}")
 
 
-def _row(item: Settled) -> list[str]:
+def _is_text(text: str, folder: Path) -> bool:
+    try:
+        return bool(text_parts(text, folder))
+    except UsageError:
+        return False
+
+
+def _row(item: Settled, shown: Sequence[Metric]) -> list[str]:
     assert item.record is not None
-    return [item.artifact.ref, *cells(item.record, Detail.TABLE), item.record.verdict.value]
+    return [item.artifact.ref, *cells(item.record, shown), item.record.verdict.value]
 
 
 def _as_json(item: Settled, *, recorded: bool) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from quantize.cli.common import (
 from quantize.cli.table import Column, print_markdown, print_table, wide_option
 from quantize.errors import RecipeError
 from quantize.evaluate.metric import Detail
+from quantize.evaluate.metrics import metrics
 from quantize.evaluate.record import source_lines
 from quantize.formats.memory import memory_of
 from quantize.store.artifact import Artifact
@@ -57,7 +58,7 @@ def artifacts(everything: bool, markdown: bool, store: Store, as_json: bool) -> 
         ]
         columns += [
             Column("VRAM 4K", "right", rank=3),
-            *quality_columns(Detail.LIST),
+            *quality_columns(metrics(Detail.LIST)),
             Column("DIGEST", rank=7),
             Column("BUILT", rank=8),
         ]

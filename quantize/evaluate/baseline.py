@@ -2,7 +2,7 @@
 
 In: a Runtime with the source, Windows. Out: a Baseline: for every prediction the source's likeliest tokens with their
 log-probabilities, and what it gave the token that came. A small vocabulary is kept whole; of a large one the likeliest
-1,024 and the mass of all others together. Comparing is left to metrics.py.
+1,024 and the mass of all others together. Comparing is left to measure.py.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from quantize.runtimes.base import LogProbs
 
 KIND = "baselines"
-FORMAT = 1
+FORMAT = 2
 LIKELIEST = 1024
 FILE = "baseline.npz"
 _LEAST_MASS = 1e-12  # float32 sums of probabilities are no finer
@@ -73,45 +73,78 @@ def compress(log_probs: LogProbs, tokens: NDArray[np.int32]) -> Compressed:
     return Compressed(chosen, np.log(np.maximum(left, _LEAST_MASS)).astype(np.float32))
 
 
+class Recorder:
+    """Takes a source's log-probabilities block by block. keep: tokens to keep a prediction."""
+
+    def __init__(self, runtime: Runtime, keep: int = LIKELIEST) -> None:
+        self._runtime, self._keep = runtime, min(keep, runtime.vocabulary)
+        self._tokens: list[NDArray[np.int32]] = []
+        self._parts: list[Compressed] = []
+        self._targets: list[NDArray[np.float32]] = []
+
+    def add(self, block: LogProbs, following: NDArray[np.int64]) -> None:
+        """The next rows [rows, vocabulary], and the tokens that came after them [rows]."""
+        best = _likeliest(block, self._keep)
+        self._tokens.append(best)
+        self._parts.append(compress(block, best))
+        self._targets.append(target_log_probs(block, following))
+
+    def baseline(self, windows: Windows) -> Baseline:
+        """What was taken, of all windows."""
+        import numpy as np
+
+        return Baseline(
+            tokens=np.concatenate(self._tokens),
+            distribution=Compressed(
+                np.concatenate([part.chosen for part in self._parts]),
+                np.concatenate([part.others for part in self._parts]),
+            ),
+            target_log_probs=np.concatenate(self._targets),
+            vocabulary=self._runtime.vocabulary,
+            windows_hash=windows.hash,
+            runtime=self._runtime.name,
+            version=self._runtime.version,
+        )
+
+
 def record(runtime: Runtime, windows: Windows, reporter: Reporter, *, keep: int = LIKELIEST) -> Baseline:
-    """Run the source over the windows. keep: tokens to keep a prediction. Raises VerifyError."""
+    """Run the source over the windows. Raises VerifyError."""
+    recorder = Recorder(runtime, keep)
+    for _, block, following in blocks(runtime, windows, reporter, "reading the held-out text with the source"):
+        recorder.add(block, following)
+    return recorder.baseline(windows)
+
+
+def target_log_probs(block: LogProbs, following: NDArray[np.int64]) -> NDArray[np.float32]:
+    """What the rows give the tokens that came, [rows]."""
     import numpy as np
 
-    keep = min(keep, runtime.vocabulary)
-    tokens, chosen, others, targets = [], [], [], []
-    for _, block, following in blocks(runtime, windows, reporter, "reading the held-out text with the source"):
-        best = _likeliest(block, keep)
-        part = compress(block, best)
-        tokens.append(best)
-        chosen.append(part.chosen)
-        others.append(part.others)
-        targets.append(np.take_along_axis(block, following[:, None], axis=1)[:, 0])
-    return Baseline(
-        tokens=np.concatenate(tokens),
-        distribution=Compressed(np.concatenate(chosen), np.concatenate(others)),
-        target_log_probs=np.concatenate(targets),
-        vocabulary=runtime.vocabulary,
-        windows_hash=windows.hash,
-        runtime=runtime.name,
-        version=runtime.version,
-    )
+    return np.take_along_axis(block, following[:, None], axis=1)[:, 0]
 
 
 def blocks(
     runtime: Runtime, windows: Windows, reporter: Reporter, text: str
 ) -> Iterator[tuple[int, LogProbs, NDArray[np.int64]]]:
-    """(first row, log-probabilities [rows, vocabulary], the tokens that followed [rows]) over all windows in order."""
+    """(first row, log-probabilities [rows, vocabulary], the tokens that followed [rows]) over all windows in order.
+
+    Only of tokens that count as predicted.
+    """
     import numpy as np
 
-    row = 0
-    for number, (ids, found) in enumerate(zip(windows.token_ids, runtime.read(windows.token_ids), strict=True)):
-        progress(reporter, "", f"{text} (windows)", number, len(windows.token_ids))
+    row, total = 0, len(windows.token_ids)
+    parts = zip(windows.token_ids, windows.starts, runtime.read(windows.token_ids), strict=True)
+    for number, (ids, start, found) in enumerate(parts):
+        progress(reporter, "", f"{text} (windows)", number, total)
         at = 0
         for block in found:
-            yield row, block, np.asarray(ids[at + 1 : at + 1 + len(block)], dtype=np.int64)
+            skipped = max(0, start - 1 - at)
             at += len(block)
-            row += len(block)
-    progress(reporter, "", f"{text} (windows)", len(windows.token_ids), len(windows.token_ids))
+            if skipped >= len(block):
+                continue
+            counted = block[skipped:]
+            yield row, counted, np.asarray(ids[at - len(counted) + 1 : at + 1], dtype=np.int64)
+            row += len(counted)
+    progress(reporter, "", f"{text} (windows)", total, total)
 
 
 def baseline_key(source_digest: str, windows: Windows, tools: Mapping[str, str], *, keep: int = LIKELIEST) -> str:

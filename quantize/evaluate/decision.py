@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Annotated
+from typing import Annotated, Any, ClassVar
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer
 
 from quantize.recipe.gates import GateLimits
 
@@ -43,10 +43,24 @@ class Verdict(StrEnum):
         return self in (Verdict.ACCEPTED, Verdict.FLAGGED)
 
 
+def without_added(model: BaseModel, data: dict[str, Any]) -> dict[str, Any]:
+    """Data of a record without the ADDED fields that were not given."""
+    left_out = type(model).ADDED - model.model_fields_set  # type: ignore[attr-defined]
+    return {key: value for key, value in data.items() if key not in left_out}
+
+
 class RecordModel(BaseModel):
     """Base of all that a record holds: no value is taken for one of another kind, and what is unknown stays in it."""
 
     model_config = ConfigDict(strict=True, frozen=True, extra="allow")
+    ADDED: ClassVar[frozenset[str]] = frozenset()
+    """Fields that records of earlier versions do not have: they are written only where they were given, so that a
+    record that is read and written is the same, and what was signed stays signed.
+    """
+
+    @model_serializer(mode="wrap")
+    def _as_it_was(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return without_added(self, write(self))
 
 
 class GateThresholds(GateLimits):
@@ -58,8 +72,13 @@ class GateThresholds(GateLimits):
     """
 
     model_config = ConfigDict(extra="allow")
+    ADDED: ClassVar[frozenset[str]] = frozenset({"max_conversion_kl"})
     max_gain: float = 0.05
     golden_beyond_chance: bool = True
+
+    @model_serializer(mode="wrap")
+    def _as_it_was(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return without_added(self, write(self))
 
 
 class Finding(RecordModel):

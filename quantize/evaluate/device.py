@@ -20,7 +20,7 @@ from quantize.estimate.vram import EstimateSettings
 from quantize.evaluate.engine import STREAMED_ON_CPU, is_streamed, memory_on_cpu, why_not_streamed
 from quantize.events import Reporter, note, status, warn
 from quantize.formats import find_format, runtime_kind
-from quantize.recipe.model import Engine
+from quantize.recipe.evaluation import Engine
 from quantize.runtimes.base import ModelRef
 from quantize.runtimes.devices import CPU, ON_CPU, DevicePlace, choose
 from quantize.system.sizes import memory_text

@@ -17,7 +17,7 @@ from quantize.estimate.vram import RUNTIMES, EstimateSettings, estimate
 from quantize.formats import find_format, runtime_kind
 from quantize.model.architecture import architecture_of
 from quantize.model.checkpoint import FLOAT_DTYPES, read_json, tensor_table
-from quantize.recipe.model import Engine
+from quantize.recipe.evaluation import Engine
 from quantize.runtimes.base import ModelRef, block_rows, runtime_version
 from quantize.runtimes.devices import CPU, ON_CPU, DevicePlace
 from quantize.system.machine import ram

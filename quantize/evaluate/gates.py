@@ -8,13 +8,13 @@ recipe/gates.py's; a metric that has a limit in metrics.py is a gate here by tha
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import Enum, auto
 from fractions import Fraction
 
 from quantize.evaluate.decision import Decision, Finding, GateOutcome, GateThresholds
-from quantize.evaluate.metric import Better, Limit, Metric
+from quantize.evaluate.metric import Better, KindReading, Limit, Metric, Reading
 from quantize.evaluate.metrics import limited_metrics
 from quantize.evaluate.record import Evidence, GoldenCount
 from quantize.recipe.gates import MAX_ERROR_RATE, MAX_UNQUANTIZED_SIZE_RATIO, SERVING_LIMITS, GateLimits
@@ -58,6 +58,7 @@ def thresholds(gates: GateLimits, bits: int | None) -> GateThresholds:
     bits: of the artifact's weights. A golden pass rate that the recipe sets is taken at its word.
     """
     given = gates.model_dump(include=gates.model_fields_set - set(SERVING_LIMITS))
+    given.setdefault("max_conversion_kl", gates.max_conversion_kl)
     if "min_golden_pass_rate" in given:
         given["golden_beyond_chance"] = False
     if bits is not None and bits >= 16:
@@ -132,22 +133,43 @@ def _of_metric(metric: Metric, limit: Limit) -> Gate:
 
     def rule(evidence: Evidence, limits: GateThresholds) -> Finding | None:
         reading, border = metric.reading(evidence), getattr(limits, limit.key)
+        if reading is None and limit.optional:
+            return None
         if reading is None or isinstance(reading.value, GoldenCount):
             return None if border is None else _insufficient(limit.gate, f"no {limit.gate} was measured")
-        value, number = reading.value, limit.says.format(reading.text_with_unit)
         if border is None:
+            number = limit.says.format(reading.text_with_unit)
             return _passed(limit.gate, f"{number}; the recipe gives no `{limit.key}`")
-        lower = metric.better is Better.LOWER
-        if not (value <= border if lower else value >= border):  # NaN is refused
-            return _refused(
-                limit.gate, f"{number} is {'over' if lower else 'under'} the limit of {_limit_text(border)}"
-            )
-        doubt = limit.doubt(value, limits) if limit.doubt else ""
-        if doubt:
-            return _flagged(limit.gate, f"{number}: {doubt}")
-        return _passed(limit.gate, f"{number}, the limit is {_limit_text(border)}")
+        return _worst([_on_text(metric, limit, reading, item, border, limits) for item in reading.each])
 
     return Gate(limit.gate, metric.title, limit.key, MeasuredBy.LOAD if serving else MeasuredBy.EVALUATION, bound, rule)
+
+
+def _on_text(
+    metric: Metric, limit: Limit, reading: Reading, item: KindReading, border: float, limits: GateThresholds
+) -> tuple[float, Finding]:
+    """What the gate says of one kind of text, and how near the limit the figure is: over 1 is beyond it."""
+    number = limit.says.format(f"{reading.kind_text(item)} {metric.unit}".strip())
+    number += f" on {item.kind}" if item.kind else ""
+    lower, value, said = metric.better is Better.LOWER, item.value, _limit_text(border)
+    nearness = value / border if lower else border / max(value, 1e-30)
+    beyond = not (value <= border if lower else value >= border)  # NaN is beyond any
+    within = item.interval is not None and item.interval.low <= border <= item.interval.high
+    if within and math.isfinite(value):
+        reason = f"{number}: the limit of {said} lies within the interval; measure more text"
+        return nearness, _flagged(limit.gate, reason)
+    if beyond:
+        return nearness, _refused(limit.gate, f"{number} is {'over' if lower else 'under'} the limit of {said}")
+    doubt = limit.doubt(value, limits) if limit.doubt else ""
+    if doubt:
+        return nearness, _flagged(limit.gate, f"{number}: {doubt}")
+    return nearness, _passed(limit.gate, f"{number}, the limit is {said}")
+
+
+def _worst(found: Sequence[tuple[float, Finding]]) -> Finding:
+    """The finding that decides: one that refuses, else one that flags; of those, the nearest to its limit."""
+    order = (GateOutcome.REFUSED, GateOutcome.FLAGGED, GateOutcome.PASSED)
+    return min(found, key=lambda item: (order.index(item[1].outcome), -item[0] if item[0] == item[0] else -math.inf))[1]
 
 
 def _limit_text(value: float) -> str:

@@ -6,12 +6,12 @@ In: an artifact's Evidence. Out: a Reading, as text for tables and pages, and as
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from enum import IntEnum, StrEnum
 from typing import Any
 
 from quantize.evaluate.decision import GateThresholds
-from quantize.evaluate.record import Evidence, GoldenCount, plain
+from quantize.evaluate.record import Evidence, GoldenCount, Interval, TextFigures, plain
 
 Value = float | GoldenCount
 
@@ -47,23 +47,29 @@ class Limit:
     says: str = "{}"
     doubt: Callable[[float, GateThresholds], str] | None = None
     default: float | None = None
+    optional: bool = False
 
 
 @dataclass(frozen=True)
 class Metric:
     """One metric. key: in JSON. title: in a line of its own. short: over a column. unit: "" if it has none.
 
-    read: its value of the artifact, None where it was not measured; source: the same of the source. itself: of a metric
-    that compares, what the source has compared with itself. digits: after the point; is_share: shown in percent.
-    detail: the narrowest place that it is shown in; None where others show it. remark: what must be known of
-    the figure; "" if nothing.
+    of_text: its value on some text, for a metric that is measured on text; source: the same of the source; interval:
+    where it lies. read: its value where it is no such metric, None where it was not measured; read_source: the
+    source's. kind: of the text that it looks at, "" for all. itself: of a metric that compares, what the source has
+    compared with itself. digits: after the point; is_share: shown in percent. detail: the narrowest place that it is
+    shown in; None where others show it. remark: what must be known of the figure; "" if nothing.
     """
 
     key: str
     title: str
     short: str
-    read: Callable[[Evidence], Value | None]
-    source: Callable[[Evidence], Value | None] | None = None
+    of_text: Callable[[TextFigures], float] | None = None
+    source: Callable[[TextFigures], float] | None = None
+    interval: Callable[[TextFigures], Interval | None] | None = None
+    read: Callable[[Evidence], Value | None] | None = None
+    read_source: Callable[[Evidence], Value | None] | None = None
+    kind: str = ""
     itself: float | None = None
     unit: str = ""
     digits: int = 4
@@ -72,6 +78,13 @@ class Metric:
     detail: Detail | None = Detail.PAGE
     limit: Limit | None = None
     remark: Callable[[Evidence], str] | None = None
+
+    def on(self, kind: str) -> Metric:
+        """The same on one kind of text, which no gate looks at by itself."""
+        name, short = self.title.partition(",")[0], self.short.removeprefix("mean ")
+        return replace(
+            self, key=f"{self.key}.{kind}", title=f"{name}, {kind}", short=f"{short} {kind}", kind=kind, limit=None
+        )
 
     def number(self, value: Value) -> str:
         """A value of it as all tables show it, without its unit."""
@@ -90,24 +103,51 @@ class Metric:
 
     def reading(self, evidence: Evidence) -> Reading | None:
         """What was measured of it; None if nothing."""
-        value = self.read(evidence)
-        if value is None:
-            return None
         remark = self.remark(evidence) if self.remark else ""
-        return Reading(self, value, self.source(evidence) if self.source else None, remark)
+        if self.of_text is None:
+            value = self.read(evidence) if self.read is not None else None
+            source = self.read_source(evidence) if self.read_source is not None else None
+            return None if value is None else Reading(self, value, source, remark)
+        figures = self._figures(evidence)
+        if figures is None:
+            return None
+        theirs = self.source(figures) if self.source is not None else None
+        kinds = evidence.quality.kinds if evidence.quality is not None and not self.kind else ()
+        found = tuple(KindReading(item.kind, self.of_text(item), self._interval(item)) for item in kinds)
+        return Reading(self, self.of_text(figures), theirs, remark, self._interval(figures), found)
+
+    def _figures(self, evidence: Evidence) -> TextFigures | None:
+        if evidence.quality is None or not self.kind:
+            return evidence.quality
+        return next((item for item in evidence.quality.kinds if item.kind == self.kind), None)
+
+    def _interval(self, figures: TextFigures) -> Interval | None:
+        return self.interval(figures) if self.interval is not None else None
+
+
+@dataclass(frozen=True)
+class KindReading:
+    """A metric on one kind of text. kind: "" for all of it."""
+
+    kind: str
+    value: float
+    interval: Interval | None
 
 
 @dataclass(frozen=True)
 class Reading:
     """A metric of one artifact, and the source's where it has one of its own.
 
-    All that shows a figure takes it from here: an interval, or a figure for each kind of text, is added in this place.
+    interval: of the value. kinds: by the kind of text, where there are several. All that shows a figure takes it from
+    here.
     """
 
     metric: Metric
     value: Value
     source: Value | None
     remark: str
+    interval: Interval | None = None
+    kinds: tuple[KindReading, ...] = ()
 
     @property
     def title(self) -> str:
@@ -116,13 +156,26 @@ class Reading:
 
     @property
     def text(self) -> str:
-        """The figure as a cell under its heading."""
-        return self.metric.number(self.value)
+        """The figure as a cell under its heading, with the half width of its interval."""
+        return f"{self.metric.number(self.value)}{self._give_or_take(self.interval)}"
 
     @property
     def text_with_unit(self) -> str:
         """The figure by itself."""
-        return self.metric.with_unit(self.value)
+        return f"{self.text} {self.metric.unit}".strip()
+
+    @property
+    def each(self) -> tuple[KindReading, ...]:
+        """By the kind of text; the one figure where there is but one kind."""
+        assert not isinstance(self.value, GoldenCount)
+        return self.kinds or (KindReading("", self.value, self.interval),)
+
+    def kind_text(self, item: KindReading) -> str:
+        """The figure of one kind as a cell."""
+        return f"{self.metric.number(item.value)}{self._give_or_take(item.interval)}"
+
+    def _give_or_take(self, interval: Interval | None) -> str:
+        return "" if interval is None else f" ± {self.metric.number(interval.half_width)}"
 
     @property
     def source_text(self) -> str:

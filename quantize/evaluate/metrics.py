@@ -1,44 +1,29 @@
-"""Every metric: what it is called, how it is shown and limited (METRICS), and how quality is measured (measure).
+"""Every metric: what it is called, how it is shown and limited (METRICS).
 
-In: an artifact's Evidence; a Runtime with the artifact, Windows, the source's Baseline. Out: Readings, which tables,
-cards and pages are made of; Quality. Those ask here and name no metric, so that a new one is a field of record.py, its
-line in METRICS and its measurement below. The rule of the gates is gates.py's.
-
-Kullback-Leibler divergence of source P and artifact Q, in nats, for each predicted token: sum P log(P / Q). Where only
-the source's likeliest 1,024 tokens are kept, all others count as one: that is a lower bound (the log-sum inequality;
-Cover and Thomas, "Elements of Information Theory", theorem 2.7.1). Measured on the demo model it is 2.4 % below the
-whole sum over 49,152 tokens (Q8_0 0.00406 of 0.00415, Q4_K_M 0.0587 of 0.0601).
-A model compared with its own Baseline gives 0 exactly: both sides go through the same rounding.
+In: an artifact's Evidence. Out: Readings, which tables, cards and pages are made of. Those ask here and name no metric,
+so that a new one is a field of record.py, its line in METRICS and its measurement in measure.py. The rule of the gates
+is gates.py's.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from quantize.errors import VerifyError
 from quantize.evaluate.decision import GateThresholds, Verdict
 from quantize.evaluate.metric import Better, Detail, Limit, Metric, Reading
-from quantize.evaluate.record import EvaluationRecord, Evidence, GoldenCount, Quality, read_record
+from quantize.evaluate.record import (
+    EvaluationRecord,
+    Evidence,
+    GoldenCount,
+    plain,
+    read_record,
+)
 from quantize.recipe.gates import MAX_ERROR_RATE
-
-if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
-
-    from quantize.evaluate.baseline import Baseline, Compressed
-    from quantize.evaluate.text import Windows
-    from quantize.events import Reporter
-    from quantize.runtimes.base import Runtime
 
 LATENCY, ERROR_RATE, MEMORY = "latency", "error rate", "memory"
 """Gates on what a load test measures, which knows more about a figure than its value."""
-
-
-def _of(read: Callable[[Quality], float | None]) -> Callable[[Evidence], float | None]:
-    return lambda found: None if found.quality is None else read(found.quality)
 
 
 def golden_count(found: Evidence | None) -> GoldenCount | None:
@@ -55,6 +40,18 @@ def _lost(found: Evidence) -> int | None:
     return None if found.golden is None else found.golden.lost
 
 
+def _conversion(found: Evidence) -> float | None:
+    """On the worst kind of text."""
+    if found.conversion is None:
+        return None
+    return max((item.mean_kl for item in found.conversion.kinds), default=found.conversion.mean_kl)
+
+
+def _worst_kl(found: Evidence) -> float | None:
+    kinds = () if found.quality is None else found.quality.kinds
+    return max((item.mean_kl for item in kinds), default=None)
+
+
 def _bound(found: Evidence) -> str:
     return "" if found.quality is None or found.quality.kl_is_exact else "a lower bound"
 
@@ -68,51 +65,70 @@ def _gain(ratio: float, limits: GateThresholds) -> str:
 
 METRICS: tuple[Metric, ...] = (
     Metric(
-        "perplexity", "perplexity", "perplexity", _of(lambda quality: quality.perplexity),
-        source=_of(lambda quality: quality.source_perplexity), digits=2, detail=Detail.TABLE,
+        "perplexity", "perplexity", "perplexity", lambda text: text.perplexity, lambda text: text.source_perplexity,
+        digits=2, detail=Detail.TABLE,
     ),
     Metric(
-        "perplexity_ratio", "perplexity ratio", "PPL ratio", _of(lambda quality: quality.perplexity_ratio), itself=1,
-        detail=Detail.LIST, limit=Limit("perplexity", "max_perplexity_ratio", "{} times the source's", _gain),
+        "perplexity_ratio", "perplexity ratio", "PPL ratio", lambda text: text.perplexity_ratio,
+        interval=lambda text: text.perplexity_ratio_interval, itself=1, detail=Detail.LIST,
+        limit=Limit("perplexity", "max_perplexity_ratio", "{} times the source's", _gain),
     ),
     Metric(
-        "mean_kl", "KL divergence, mean", "mean KL", _of(lambda quality: quality.mean_kl), itself=0, unit="nats",
-        detail=Detail.LIST, limit=Limit("KL divergence", "max_kl", "mean {}"), remark=_bound,
+        "mean_kl", "KL divergence, mean", "mean KL", lambda text: text.mean_kl,
+        interval=lambda text: text.mean_kl_interval, itself=0, unit="nats", detail=Detail.LIST,
+        limit=Limit("KL divergence", "max_kl", "mean {}"), remark=_bound,
     ),
     Metric(
-        "p99_kl", "KL divergence, 99th percentile", "99 % KL", _of(lambda quality: quality.p99_kl), itself=0,
-        unit="nats", detail=Detail.TABLE, remark=_bound,
+        "worst_kl", "KL divergence on the worst kind of text", "worst KL", read=_worst_kl, itself=0, unit="nats",
+        detail=Detail.LIST, remark=_bound,
     ),
     Metric(
-        "top_token_agreement", "same likeliest token", "same top", _of(lambda quality: quality.top_token_agreement),
-        itself=1, digits=1, is_share=True, better=Better.HIGHER, detail=Detail.TABLE,
+        "p99_kl", "KL divergence, 99th percentile", "99 % KL", lambda text: text.p99_kl, itself=0, unit="nats",
+        detail=Detail.TABLE, remark=_bound,
     ),
     Metric(
-        "golden", "golden prompts passed", "golden", golden_count, source=_golden_of_source, better=Better.HIGHER,
-        detail=Detail.LIST,
+        "top_token_agreement", "same likeliest token", "same top", lambda text: text.top_token_agreement, itself=1,
+        digits=1, is_share=True, better=Better.HIGHER, detail=Detail.TABLE,
     ),
     Metric(
-        "golden_lost", "golden prompts lost", "lost", _lost, itself=0, digits=0,
+        "conversion_kl", "KL divergence of the conversion, before quantizing", "conversion KL", read=_conversion,
+        itself=0, unit="nats",
+        limit=Limit("conversion", "max_conversion_kl", "mean {} before anything is quantized", optional=True),
     ),
+    Metric(
+        "golden", "golden prompts passed", "golden", read=golden_count, read_source=_golden_of_source,
+        better=Better.HIGHER, detail=Detail.LIST,
+    ),
+    Metric("golden_lost", "golden prompts lost", "lost", read=_lost, itself=0, digits=0),
     Metric(
         "latency_p95_seconds", "latency, 95th percentile", "latency p95",
-        lambda found: found.figures.latency_p95_seconds, unit="s", digits=3, detail=None,
+        read=lambda found: found.figures.latency_p95_seconds, unit="s", digits=3, detail=None,
         limit=Limit(LATENCY, "max_latency_p95_seconds", "95th percentile {}"),
     ),
     Metric(
-        "error_rate", "error rate", "errors", lambda found: found.figures.error_rate, detail=None,
+        "error_rate", "error rate", "errors", read=lambda found: found.figures.error_rate, detail=None,
         limit=Limit(ERROR_RATE, "max_error_rate", "{} of the requests", default=MAX_ERROR_RATE),
     ),
     Metric(
-        "peak_memory_bytes", "memory at the peak", "peak memory", lambda found: found.figures.peak_memory_bytes,
+        "peak_memory_bytes", "memory at the peak", "peak memory", read=lambda found: found.figures.peak_memory_bytes,
         unit="bytes", digits=0, detail=None, limit=Limit(MEMORY, "max_memory_bytes", "{} at the peak"),
     ),
 )  # fmt: skip
 
 
-def metrics(detail: Detail) -> tuple[Metric, ...]:
-    """The metrics that are shown where there is so much room, in their order."""
-    return tuple(item for item in METRICS if item.detail is not None and item.detail <= detail)
+def metrics(detail: Detail, shown: Iterable[Evidence | None] = ()) -> tuple[Metric, ...]:
+    """The metrics that are shown where there is so much room, in their order.
+
+    shown: what is in the rows; from TABLE on, each kind of text that one of them was measured on has the KL divergence
+    on it.
+    """
+    found = [item for item in METRICS if item.detail is not None and item.detail <= detail]
+    if detail >= Detail.TABLE:
+        known = (item.quality.kinds for item in shown if item is not None and item.quality is not None)
+        names = dict.fromkeys(item.kind for kinds in known for item in kinds)
+        place = next((index for index, item in enumerate(found, 1) if item.key == "mean_kl"), len(found))
+        found[place:place] = [metric("mean_kl").on(name) for name in names]
+    return tuple(found)
 
 
 def limited_metrics() -> list[tuple[Metric, Limit]]:
@@ -127,25 +143,34 @@ def metric(key: str) -> Metric:
 
 def readings(evidence: Evidence, detail: Detail = Detail.PAGE) -> list[Reading]:
     """What was measured, of the metrics that are shown where there is so much room."""
-    found = [item.reading(evidence) for item in metrics(detail)]
+    found = [item.reading(evidence) for item in metrics(detail, [evidence])]
     return [item for item in found if item is not None]
 
 
-def cells(evidence: Evidence | None, detail: Detail, missing: str = "") -> list[str]:
+def cells(evidence: Evidence | None, columns: Iterable[Metric], missing: str = "") -> list[str]:
     """One cell a metric; `missing` where it was not measured. Their headings are `headings`."""
-    found = {} if evidence is None else {item.metric.key: item.text for item in readings(evidence, detail)}
-    return [found.get(item.key, missing) for item in metrics(detail)]
+    found = [None if evidence is None else item.reading(evidence) for item in columns]
+    return [missing if reading is None else reading.text for reading in found]
 
 
-def headings(detail: Detail) -> list[str]:
+def headings(columns: Iterable[Metric]) -> list[str]:
     """Over the columns of `cells`."""
-    return [item.short for item in metrics(detail)]
+    return [item.short for item in columns]
 
 
 def figures_data(evidence: Evidence | None) -> dict[str, Any]:
-    """All metrics that are shown somewhere, for JSON; None where one was not measured."""
-    found = {} if evidence is None else {item.metric.key: item.data for item in readings(evidence)}
-    return {item.key: found.get(item.key) for item in metrics(Detail.PAGE)}
+    """All metrics that are shown somewhere, for JSON, with intervals and kinds of text; None where one was not
+    measured.
+    """
+    data: dict[str, Any] = {}
+    for item in metrics(Detail.PAGE):
+        reading = None if evidence is None else item.reading(evidence)
+        data[item.key] = None if reading is None else reading.data
+        if reading is not None and reading.interval is not None:
+            data[f"{item.key}_interval"] = [plain(reading.interval.low), plain(reading.interval.high)]
+        if reading is not None and reading.kinds:
+            data[f"{item.key}_by_kind"] = {kind.kind: plain(kind.value) for kind in reading.kinds}
+    return data
 
 
 @dataclass(frozen=True)
@@ -172,86 +197,4 @@ class Summary:
 
     def cells(self) -> list[str]:
         """The figures of a list, and the verdict."""
-        return [*cells(self.record, Detail.LIST), self.verdict.value]
-
-
-def measure(runtime: Runtime, windows: Windows, baseline: Baseline, reporter: Reporter) -> Quality:
-    """Run the artifact over the windows and compare.
-
-    Raises VerifyError: the artifact's vocabulary is not the source's, or its logits are not finite.
-    """
-    import numpy as np
-
-    from quantize.evaluate.baseline import Compressed, blocks, compress
-
-    check_same_vocabulary(runtime.vocabulary, baseline.vocabulary, windows)
-    if baseline.windows_hash != windows.hash:
-        raise VerifyError("the baseline was made from other text than is measured now")
-    kl, same, targets = [], [], []
-    for row, block, following in blocks(runtime, windows, reporter, "reading the held-out text with the artifact"):
-        rows = slice(row, row + len(block))
-        tokens = baseline.tokens[rows]
-        source = Compressed(baseline.distribution.chosen[rows], baseline.distribution.others[rows])
-        shared = block[:, : baseline.vocabulary]
-        kl.append(divergence(source, compress(shared, tokens)))
-        same.append(shared.argmax(axis=1) == tokens[:, 0])
-        targets.append(np.take_along_axis(block, following[:, None], axis=1)[:, 0])
-    divergences, log_probs = np.concatenate(kl), np.concatenate(targets)
-    ours, theirs = perplexity(log_probs), perplexity(baseline.target_log_probs)
-    return Quality(
-        perplexity=ours,
-        source_perplexity=theirs,
-        perplexity_ratio=ours / theirs,
-        mean_kl=float(divergences.mean()),
-        p99_kl=float(np.quantile(divergences, 0.99, method="inverted_cdf")),
-        max_kl=float(divergences.max()),
-        top_token_agreement=float(np.concatenate(same).mean()),
-        predictions=len(log_probs),
-        windows=len(windows.token_ids),
-        window_tokens=windows.length,
-        kl_is_exact=baseline.is_whole,
-        text_name=windows.text_name,
-        text_hash=windows.text_hash,
-        windows_hash=windows.hash,
-        runtime=runtime.name,
-        runtime_version=runtime.version,
-        source_runtime=baseline.runtime,
-        source_runtime_version=baseline.version,
-    )
-
-
-def perplexity(target_log_probs: NDArray[np.float32]) -> float:
-    """exp of the mean negative log-probability of the tokens that came; inf where that is no float any more."""
-    import numpy as np
-
-    mean = -float(target_log_probs.mean(dtype=np.float64))
-    return math.exp(mean) if mean < 700 else math.inf
-
-
-def divergence(source: Compressed, artifact: Compressed) -> NDArray[np.float64]:
-    """KL(source || artifact) in nats, [rows]; never below 0."""
-    import numpy as np
-
-    mine, other = source.chosen.astype(np.float64), artifact.chosen.astype(np.float64)
-    possible = np.isfinite(mine)  # a token that can't come adds nothing; one that only the artifact rules out, infinity
-    terms = np.where(possible, np.exp(mine) * (np.where(possible, mine, 0.0) - np.where(possible, other, 0.0)), 0.0)
-    total: NDArray[np.float64] = terms.sum(axis=1)
-    rest = np.isfinite(source.others)
-    if rest.any():
-        left, right = source.others[rest].astype(np.float64), artifact.others[rest].astype(np.float64)
-        total[rest] += np.exp(left) * (left - right)
-    return np.maximum(total, 0.0)
-
-
-def check_same_vocabulary(artifact: int, source: int, windows: Windows) -> None:
-    """Raise VerifyError unless both models have the same tokens; the artifact's table may be padded.
-
-    Converters and packers round the vocabulary up for speed; a smaller one than the source's has lost tokens.
-    """
-    if source <= artifact <= source + max(512, source // 50):
-        return
-    used = max(max(ids) for ids in windows.token_ids)
-    hint = "is this an artifact of another model?" if used < artifact else f"the text needs token {used}"
-    raise VerifyError(
-        f"the artifact knows {artifact:,} tokens and its source {source:,}: they can't be compared", hint=hint
-    )
+        return [*cells(self.record, metrics(Detail.LIST)), self.verdict.value]

@@ -7,7 +7,7 @@ with, and the golden answers that changed, side by side.
 from __future__ import annotations
 
 from quantize.evaluate.metrics import readings
-from quantize.evaluate.record import EvaluationRecord, GoldenRecord, GradedAnswer, PromptResult, Quality
+from quantize.evaluate.record import Conversion, EvaluationRecord, GoldenRecord, GradedAnswer, PromptResult, Quality
 
 
 def render_page(record: EvaluationRecord, title: str) -> str:
@@ -36,12 +36,29 @@ def _measured(record: EvaluationRecord, quality: Quality) -> str:
         f"- artifact: {record.artifact.name}, {record.artifact.format}, in {quality.runtime} "
         f"({quality.runtime_version})",
         f"- source: {record.source.uri}, in {quality.source_runtime} ({quality.source_runtime_version})",
+        *_conversion(record.conversion),
         f"- text: {quality.text_name}, {quality.predictions:,} predicted tokens in {quality.windows} windows "
-        f"of at most {quality.window_tokens}, sha256 `{quality.text_hash[:16]}…`",
+        f"of at most {quality.window_tokens}, sha256 `{quality.text_hash[:16]}…`{_kinds(quality)}",
+        "- ± is half the width of the interval that the figure lies in with 95 % confidence, by resampling the windows",
         f"- calibration text: {record.held_out}",
         f"- machine: {machine.processor}, {machine.cores} cores" + "".join(f", {gpu}" for gpu in machine.gpus),
     ]
     return "## Measured with\n\n" + "\n".join(lines)
+
+
+def _conversion(found: Conversion | None) -> list[str]:
+    """What the artifact was compared with, where that is not the source in its own library."""
+    if found is None:
+        return []
+    return [
+        f"- compared with the source in 16 bits in {found.runtime}, whose own mean KL divergence from the source in "
+        f"{found.source_runtime} is {found.mean_kl:.4f} nats"
+    ]
+
+
+def _kinds(quality: Quality) -> str:
+    parts = [f"{item.kind} {item.predictions:,}" for item in quality.kinds]
+    return f": {', '.join(parts)}" if parts else ""
 
 
 def _golden(golden: GoldenRecord) -> str:

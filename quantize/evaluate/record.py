@@ -11,7 +11,7 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 from pydantic import BeforeValidator, Field, PlainSerializer, ValidationError
 
@@ -48,22 +48,63 @@ class Change(StrEnum):
     FAILED = "failed"
 
 
-class Quality(RecordModel):
-    """What quantization cost, and on what it was measured.
+class Interval(RecordModel):
+    """Where a figure lies, with 95 % confidence: see intervals.py."""
 
-    KL divergences are in nats; kl_is_exact is False where they are lower bounds. top_token_agreement: share of the
-    predictions whose likeliest token is the source's.
+    low: Number
+    high: Number
+
+    @property
+    def half_width(self) -> float:
+        """Half of how wide it is."""
+        return (self.high - self.low) / 2
+
+
+class TextFigures(RecordModel):
+    """What quantization cost on some text.
+
+    KL divergences are in nats. top_token_agreement: share of the predictions whose likeliest token is the source's.
+    Intervals are None where there were too few windows for one.
     """
 
+    ADDED: ClassVar[frozenset[str]] = frozenset({"perplexity_ratio_interval", "mean_kl_interval"})
     perplexity: Number
     source_perplexity: Number
     perplexity_ratio: Number
+    perplexity_ratio_interval: Interval | None = None
     mean_kl: Number
+    mean_kl_interval: Interval | None = None
     p99_kl: Number
     max_kl: Number | None = None
     top_token_agreement: Number
     predictions: Count
     windows: Count
+
+
+class KindFigures(TextFigures):
+    """The same on one kind of text: prose, code, chat, another language."""
+
+    kind: str
+
+
+class WindowFigures(RecordModel):
+    """Sums over the predictions of each window, in order, by which two artifacts are compared: see intervals.Sums."""
+
+    kinds: Annotated[tuple[str, ...], Field(strict=False)]
+    predictions: Annotated[tuple[Count, ...], Field(strict=False)]
+    kl: Annotated[tuple[Number, ...], Field(strict=False)]
+    log_loss: Annotated[tuple[Number, ...], Field(strict=False)]
+    source_log_loss: Annotated[tuple[Number, ...], Field(strict=False)]
+
+
+class Quality(TextFigures):
+    """What quantization cost on all held-out text, and on what it was measured.
+
+    kl_is_exact is False where KL divergences are lower bounds. kinds: by the kind of text, where there are several.
+    source_runtime: what the source ran in; of a GGUF file it is llama.cpp, with the source in 16 bits.
+    """
+
+    ADDED: ClassVar[frozenset[str]] = TextFigures.ADDED | {"runtime_device", "source_device", "kinds", "per_window"}
     window_tokens: Count
     kl_is_exact: bool
     text_name: str
@@ -71,8 +112,22 @@ class Quality(RecordModel):
     windows_hash: str
     runtime: str
     runtime_version: str
+    runtime_device: str = ""
     source_runtime: str
     source_runtime_version: str
+    source_device: str = ""
+    kinds: Annotated[tuple[KindFigures, ...], Field(strict=False)] = ()
+    per_window: WindowFigures | None = None
+
+
+class Conversion(TextFigures):
+    """What converting cost before anything was quantized: the source in 16 bits in the runtime of the artifact, against
+    the source in transformers. kinds: as in Quality.
+    """
+
+    runtime: str
+    source_runtime: str
+    kinds: Annotated[tuple[KindFigures, ...], Field(strict=False)] = ()
 
 
 class GradedAnswer(RecordModel):
@@ -185,7 +240,9 @@ class Figures(RecordModel):
 class Evidence(RecordModel):
     """All that was measured of one artifact: what metrics are read from, and what the gates decide by."""
 
+    ADDED: ClassVar[frozenset[str]] = frozenset({"conversion"})
     quality: Quality | None = None
+    conversion: Conversion | None = None
     golden: GoldenRecord | None = None
     figures: Figures = Figures()
 

@@ -1,7 +1,8 @@
 """Held-out text -> windows of token ids that an artifact and its source are both measured on.
 
-In: `python-docs`, or a user's own .txt, .jsonl or .parquet file; a tokenizer. Out: Windows, pinned by their hashes.
-It refuses text that is empty, shorter than a window, or part of what the artifact was calibrated on.
+In: `python-docs`, or a .txt, .jsonl or .parquet file; a tokenizer. Out: Windows, pinned by their hashes. Which texts
+there are is kinds.py's, and what the source itself writes is chat.py's. It refuses text that is empty, shorter than a
+window, or part of what the artifact was calibrated on.
 """
 
 from __future__ import annotations
@@ -43,22 +44,45 @@ class HeldOutText:
 
 @dataclass(frozen=True)
 class Windows:
-    """Token ids, one tuple a window of at most `length` tokens; `text_name` and `text_hash` say of what text."""
+    """Token ids, one tuple a window of at most `length` tokens; `text_name` and `text_hash` say of what text.
+
+    kinds: the kind of text of each window. starts: where in each window the first token is that counts as predicted;
+    what is before it is given, as the question before an answer is.
+    """
 
     token_ids: tuple[tuple[int, ...], ...]
     length: int
     text_name: str
     text_hash: str
+    kinds: tuple[str, ...]
+    starts: tuple[int, ...]
+
+    @classmethod
+    def of_one_kind(cls, token_ids: Iterable[Sequence[int]], length: int, text: HeldOutText, kind: str = "") -> Windows:
+        """Windows of text in which all but the first token are predicted."""
+        ids = tuple(map(tuple, token_ids))
+        return cls(ids, length, text.name, text.hash, (kind,) * len(ids), (1,) * len(ids))
 
     @property
     def predictions(self) -> int:
-        """Tokens that are predicted: all but the first of each window."""
-        return sum(len(ids) - 1 for ids in self.token_ids)
+        """Tokens that are predicted."""
+        return sum(len(ids) - start for ids, start in zip(self.token_ids, self.starts, strict=True))
 
     @property
     def hash(self) -> str:
-        """Hex sha256 over the token ids and their grouping."""
-        return hashlib.sha256(json.dumps(self.token_ids).encode()).hexdigest()
+        """Hex sha256 over the token ids, their grouping, and which of them are predicted."""
+        return hashlib.sha256(json.dumps([self.token_ids, self.starts]).encode()).hexdigest()
+
+
+def joined(parts: Sequence[Windows], name: str) -> Windows:
+    """Windows of several kinds of text as one. name: of all of them together."""
+    if len(parts) == 1:
+        return parts[0]
+    digest = hashlib.sha256(json.dumps([[part.kinds[:1], part.text_hash] for part in parts]).encode()).hexdigest()
+    return Windows(
+        tuple(ids for part in parts for ids in part.token_ids), max(part.length for part in parts), name, digest,
+        tuple(kind for part in parts for kind in part.kinds), tuple(start for part in parts for start in part.starts),
+    )  # fmt: skip
 
 
 def load_text(source: str, base: Path, *, column: str = "text") -> HeldOutText:
@@ -77,8 +101,9 @@ def load_text(source: str, base: Path, *, column: str = "text") -> HeldOutText:
 
 
 def cut_windows(
-    text: HeldOutText, encode: Encoder, *, prefix: Sequence[int] = (), window: int = DEFAULT_WINDOW, limit: int = 0
-) -> Windows:
+    text: HeldOutText, encode: Encoder, *, prefix: Sequence[int] = (), window: int = DEFAULT_WINDOW, limit: int = 0,
+    kind: str = "",
+) -> Windows:  # fmt: skip
     """Tokenize and cut. encode: without special tokens. prefix: what the model wants before any text (its BOS token).
 
     window: tokens, prefix included. limit: at most so many windows, the first ones; 0 takes all. The end of a stream
@@ -103,8 +128,8 @@ def cut_windows(
             f"{text.name}: {longest} tokens are less than one window of {window}",
             hint="give more text, or a smaller window",
         )
-    kept = tuple((*prefix, *ids) for ids in (pieces[:limit] if limit else pieces))
-    return Windows(kept, window, text.name, text.hash)
+    kept = [(*prefix, *ids) for ids in (pieces[:limit] if limit else pieces)]
+    return Windows.of_one_kind(kept, window, text, kind)
 
 
 def check_disjoint(windows: Windows, calibration: Iterable[Sequence[int]]) -> None:

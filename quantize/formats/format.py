@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -18,8 +19,9 @@ from quantize.estimate.vram import VramProfile
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from quantize.events import Reporter
     from quantize.files.compare import WeightFile
-    from quantize.formats.base import Builder
+    from quantize.formats.base import Builder, Context
     from quantize.model.checkpoint import Checkpoint
     from quantize.model.shape import ModelShape
     from quantize.runtimes.base import RuntimeKind
@@ -165,9 +167,11 @@ class Format:
 
     extra: of this program, with what building takes; what a plugin needs beyond that, its own distribution requires.
     builder: None for what can be opened but is not built here. runtime: what evaluate, verify, serve and bench open it
-    with. weights: for the check of the structure, and for measuring block by block. probes: the engines that it needs,
-    each tried by doctor, those first that others stand on. quantization: what ModelPack calls it, by the options; the
-    format's name where it is None.
+    with. reference: makes the source a model of the format with nothing quantized, which is there as long as the
+    context is open; quantization is measured against it where the runtime is not the source's own. weights: for the
+    check of the structure, and for measuring block by block. probes: the engines that it needs, each tried by doctor,
+    those first that others stand on. quantization: what ModelPack calls it, by the options; the format's name where it
+    is None.
     """
 
     name: str
@@ -176,6 +180,7 @@ class Format:
     builder: Builder[Any] | None = None
     revision: int = 1
     runtime: RuntimeKind | None = None
+    reference: Callable[[Context, Reporter], AbstractContextManager[Path]] | None = None
     weights: Weights | None = None
     vram: VramProfile = field(default_factory=VramProfile)
     card: CardText = field(default_factory=CardText)

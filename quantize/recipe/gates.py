@@ -47,6 +47,11 @@ class GateLimits(BaseModel):
 
     model_config = STRICT | ConfigDict(json_schema_extra=_null_too)
     max_kl: Positive = Field(default=0.05, description="mean KL divergence from the source, in nats")
+    max_conversion_kl: Positive = Field(
+        default=0.02,
+        description="mean KL divergence of the source in 16 bits in the artifact's runtime from the source itself, in "
+        "nats; where the two are compared",
+    )
     max_perplexity_ratio: Positive = Field(default=1.05, description="perplexity over that of the source")
     min_golden_pass_rate: Share = Field(
         default=0.95,

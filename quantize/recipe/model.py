@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from pydantic import (
     AfterValidator,
@@ -24,6 +24,7 @@ from pydantic import (
 
 from quantize.errors import RecipeError
 from quantize.recipe.calibration import Calibration, NamedOrWritten, check_mix, load_calibration
+from quantize.recipe.evaluation import EvaluationSpec as EvaluationSpec
 from quantize.recipe.gates import GateLimits
 from quantize.recipe.serving import ServingContext
 from quantize.recipe.yaml import STRICT, Document, Location, in_time, read_document, suggest, validate
@@ -33,7 +34,6 @@ SLUG = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 SLUG_HINT = "letters, digits, `.`, `_` and `-`, the first a letter or digit, at most 100"
 MAX_VARIANTS = 500
 DEFAULT_TEXT = "starter"  # of the calibration texts that come with the package
-Engine = Literal["auto", "runtime", "streamed"]
 
 
 def _slug(value: str) -> str:
@@ -98,31 +98,6 @@ class Source(BaseModel):
         if value is not None and (isinstance(model, PackageFile) or is_path_text(model)):
             raise ValueError("only goes with a hub id || remove it: files are pinned by their hash")
         return value
-
-
-class EvaluationSpec(BaseModel):
-    """What an artifact and its source are both measured on. Nothing here changes what is built."""
-
-    model_config = STRICT
-    text: str = Field(
-        default="python-docs", description="held-out text: `python-docs`, or a .txt, .jsonl or .parquet file"
-    )
-    column: str = Field(default="text", description="column of a .jsonl or .parquet file that holds the text")
-    window: Annotated[int, Field(ge=16, le=131_072)] = Field(default=512, description="tokens that are read at a time")
-    windows: Annotated[int, Field(ge=0)] = Field(
-        default=0, description="at most so many windows, the first ones; 0 takes all"
-    )
-    golden: list[str] | None = Field(
-        default=None,
-        description="files, names or folders of golden prompts; [] asks none (default: calibration/golden)",
-    )
-    context: Annotated[int, Field(ge=0)] = Field(
-        default=0, description="tokens of a golden prompt and its answer; 0 for the model's own, at most 2,048"
-    )
-    engine: Engine = Field(
-        default="auto",
-        description="auto reads block by block what does not fit in memory; streamed whatever can be; runtime nothing",
-    )
 
 
 class PublishPolicy(BaseModel):

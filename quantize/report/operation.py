@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from quantize.bench.result import Cell
 from quantize.evaluate.metric import Detail
-from quantize.evaluate.metrics import cells, headings
+from quantize.evaluate.metrics import cells, headings, metrics
 from quantize.report.collect import PageSubject
 from quantize.report.production import Choice, ServingVerdict
 from quantize.report.table import MISSING, Table
@@ -41,15 +41,12 @@ def _measured(key: str, choice: Choice) -> str:
 
 def quality_table(choice: Choice) -> Table:
     """Each artifact's figures against the source."""
+    columns = metrics(Detail.TABLE, [verdict.evidence for verdict in choice.verdicts])
     rows = (
-        (verdict.entry.variant, verdict.word, size_text(verdict.size_bytes), *_figures(verdict))
+        (verdict.entry.variant, verdict.word, size_text(verdict.size_bytes), *cells(verdict.evidence, columns, MISSING))
         for verdict in choice.verdicts
     )
-    return Table(("artifact", "verdict", "size", *headings(Detail.TABLE)), tuple(rows))
-
-
-def _figures(verdict: ServingVerdict) -> list[str]:
-    return cells(verdict.evidence, Detail.TABLE, MISSING)
+    return Table(("artifact", "verdict", "size", *headings(columns)), tuple(rows))
 
 
 def load_table(choice: Choice) -> Table:

@@ -13,7 +13,7 @@ from enum import StrEnum
 
 from quantize.bench.result import BenchResult, Cell
 from quantize.evaluate.decision import Finding, GateOutcome, Verdict
-from quantize.evaluate.metric import Detail, Reading
+from quantize.evaluate.metric import Detail, Metric, Reading
 from quantize.evaluate.metrics import cells, golden_count, headings, metric, metrics, readings
 from quantize.evaluate.record import source_lines
 from quantize.report.charts import Point, Range, heatmap, ranges, scatter
@@ -139,23 +139,24 @@ def _first_reason(verdict: ServingVerdict) -> str:
 
 
 def _glance(choice: Choice) -> Table:
-    columns = ("variant", "format", "size", "bits/weight", *headings(Detail.TABLE), "verdict")
-    rows = [_source_row(choice.verdicts)]
+    shown = metrics(Detail.TABLE, [verdict.entry.evaluation for verdict in choice.verdicts])
+    columns = ("variant", "format", "size", "bits/weight", *headings(shown), "verdict")
+    rows = [_source_row(choice.verdicts, shown)]
     for verdict in choice.verdicts:
-        manifest, figures = verdict.entry.artifact.manifest, cells(verdict.entry.evaluation, Detail.TABLE, MISSING)
+        manifest, figures = verdict.entry.artifact.manifest, cells(verdict.entry.evaluation, shown, MISSING)
         size, bits = size_text(manifest.size_bytes), f"{manifest.bits_per_weight:.2f}"
         rows.append((manifest.variant, manifest.format, size, bits, *figures, verdict.word.value))
     return Table(columns, tuple(rows))
 
 
-def _source_row(verdicts: Sequence[ServingVerdict]) -> tuple[str, ...]:
+def _source_row(verdicts: Sequence[ServingVerdict], shown: Sequence[Metric]) -> tuple[str, ...]:
     """The source's own figures: of the first artifact that has each."""
     source = verdicts[0].entry.artifact.manifest.source
     found: dict[str, Reading] = {}
     for evaluation in (item.entry.evaluation for item in verdicts):
         for reading in readings(evaluation, Detail.TABLE) if evaluation is not None else ():
             found.setdefault(reading.metric.key, reading)
-    figures = [found[item.key].source_text if item.key in found else MISSING for item in metrics(Detail.TABLE)]
+    figures = [found[item.key].source_text if item.key in found else MISSING for item in shown]
     bits = f"{8 * source.weights_bytes / source.parameters:.2f}" if source.parameters else ""
     return ("source", "", size_text(source.weights_bytes), bits, *figures, "")
 

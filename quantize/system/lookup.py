@@ -19,6 +19,7 @@ from quantize.errors import UsageError
 
 DATA = Path(quantize.__path__[0]) / "_data"
 RECIPES, CALIBRATION, GOLDEN = "recipes", "calibration", "calibration/golden"  # folders, in DATA and of users
+EVALUATION = "evaluation"  # in DATA: held-out text
 PREFIX = "builtin:"  # before a name: what comes with the package, whatever the user's folders have
 SUFFIXES = (".yaml", ".yml")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")

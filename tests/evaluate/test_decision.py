@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from quantize.evaluate.decision import Decision, GateThresholds, Verdict
 from quantize.evaluate.gates import decide, sign_test, thresholds, with_load
-from quantize.evaluate.record import Evidence, Figures, GoldenRecord
+from quantize.evaluate.record import Evidence, Figures, GoldenRecord, Interval
 from quantize.recipe.gates import GateLimits
 from tests.pages.measured import evaluation
 
@@ -185,3 +185,60 @@ def test_every_figure_gets_a_sentence(found: Evidence, left_out: dict[str, None]
     assert len(decision.findings) == 5 + len(found.figures.checks)
     assert all(item.reason for item in decision.findings)
     assert decision.accepted == (decision.verdict != "refused")
+
+
+# --- intervals and kinds of text --------------------------------------------------------------------------------------
+
+
+def on_kinds(**kl: tuple[float, float, float]) -> Evidence:
+    """Evidence of texts that were measured apart: kind -> mean KL divergence, and the ends of its interval."""
+    found = evaluation(kinds=tuple(kl)).quality
+    assert found is not None
+    kinds = tuple(
+        item.model_copy(update={"mean_kl": kl[item.kind][0], "mean_kl_interval": Interval(low=low, high=high)})
+        for item in found.kinds
+        for low, high in [kl[item.kind][1:]]
+    )
+    return GOOD.model_copy(update={"quality": found.model_copy(update={"kinds": kinds})})
+
+
+def said_of_kl(evidence: Evidence) -> tuple[str, str]:
+    (finding,) = [item for item in decide(evidence, GateThresholds()).findings if item.gate == "KL divergence"]
+    return finding.outcome, finding.reason
+
+
+@pytest.mark.parametrize(
+    ("figures", "outcome", "reason"),
+    [
+        ((0.040, 0.035, 0.045), "passed", "mean 0.0400 ± 0.0050 nats on code, the limit is 0.05"),
+        ((0.048, 0.043, 0.053), "flagged", "the limit of 0.05 lies within the interval; measure more text"),
+        ((0.052, 0.047, 0.057), "flagged", "the limit of 0.05 lies within the interval; measure more text"),
+        ((0.060, 0.055, 0.065), "refused", "mean 0.0600 ± 0.0050 nats on code is over the limit of 0.05"),
+        ((math.nan, 0.01, 0.065), "refused", "is over the limit of 0.05"),
+        ((math.inf, 0.01, math.inf), "refused", "is over the limit of 0.05"),
+    ],
+)
+def test_a_limit_within_the_interval_flags_and_the_worst_kind_decides(
+    figures: tuple[float, float, float], outcome: str, reason: str
+) -> None:
+    found = said_of_kl(on_kinds(prose=(0.01, 0.009, 0.011), code=figures, chat=(0.02, 0.019, 0.021)))
+    assert found[0] == outcome
+    assert reason in found[1]
+    assert " on code" in found[1]
+
+
+def test_a_kind_that_is_refused_comes_before_one_that_is_flagged() -> None:
+    found = said_of_kl(on_kinds(prose=(0.049, 0.04, 0.2), code=(0.06, 0.055, 0.065)))
+    assert found[0] == "refused"
+    assert "on code" in found[1]
+
+
+def test_a_conversion_that_breaks_the_model_is_refused_by_its_own_gate() -> None:
+    found = evaluation(kinds=("prose", "code"))
+    assert found.conversion is not None
+    broken = found.conversion.model_copy(update={"mean_kl": 1.5, "kinds": ()})
+    decision = decide(GOOD.model_copy(update={"conversion": broken}), GateThresholds())
+    assert [item.gate for item in decision.refusals] == ["conversion"]
+    assert decision.refusals[0].reason == "mean 1.5000 nats before anything is quantized is over the limit of 0.02"
+    without = decide(GOOD, GateThresholds())
+    assert "conversion" not in {item.gate for item in without.findings}, "compared in one engine, there is none"

@@ -14,8 +14,11 @@ from quantize.estimate.fit import FitWord, Workload, judge
 from quantize.estimate.placing import layers_that_fit, place_on_gpu
 from quantize.estimate.vram import IN_LLAMA_CPP, EstimateSettings
 from quantize.evaluate.device import ModelRun, find_place
-from quantize.evaluate.session import EvaluationJob, evaluate
+from quantize.evaluate.job import EvaluationJob
+from quantize.evaluate.kinds import text_parts
+from quantize.evaluate.session import evaluate
 from quantize.formats import runtime_kind
+from quantize.recipe.evaluation import Extent
 from quantize.runtimes.base import ModelRef
 from quantize.runtimes.devices import ON_CPU, Accelerator, DevicePlace, check_name, choose
 from quantize.runtimes.llama_cpp.kind import LlamaCpp
@@ -30,6 +33,7 @@ OTHER = Accelerator("cuda:1", "RTX 4060", 8 * GIB, 7 * GIB)
 Q4_8B = Workload(LLAMA_8B, 5 * GIB, IN_LLAMA_CPP, EstimateSettings(flash_attention=False), 4096, 1)
 F16_8B = dataclasses.replace(Q4_8B, weights_bytes=15 * GIB)
 ON_GPU = dataclasses.replace(EIGHT_GB, free_bytes=7 * GIB)
+PYTHON_DOCS = text_parts("python-docs", Path())
 
 
 @pytest.fixture
@@ -37,7 +41,7 @@ def job(built: Built, tiny: Path, tmp_path: Path) -> EvaluationJob:
     (path,) = (built.store.root / "tiny" / "f16" / "current").glob("*.gguf")
     return EvaluationJob(
         source=ModelRef(tiny, "safetensors"), source_digest="a" * 64, artifact=ModelRef(path.parent, "gguf", path.name),
-        cache=tmp_path / "cache", window=64, windows_limit=1,
+        cache=tmp_path / "cache", text=PYTHON_DOCS, text_name="python-docs", extent=Extent(64, 1, 0, 0),
     )  # fmt: skip
 
 

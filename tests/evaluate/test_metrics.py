@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 
 from quantize.errors import VerifyError
 from quantize.evaluate.baseline import KIND, Baseline, baseline_key, find, load, record, save
-from quantize.evaluate.metrics import measure, perplexity
-from quantize.evaluate.text import Windows
+from quantize.evaluate.measure import convert_and_record, measure, perplexity
+from quantize.evaluate.text import HeldOutText, Windows, joined
 from quantize.events import SilentReporter
 from quantize.runtimes.base import OneWindowAtATime, Prompted, log_softmax
 from quantize.system.cache import Cache
@@ -46,7 +46,7 @@ class TableRuntime(OneWindowAtATime):
 
 
 def windows_of(*rows: Sequence[int]) -> Windows:
-    return Windows(tuple(tuple(row) for row in rows), max(map(len, rows)), "text", "0" * 64)
+    return Windows.of_one_kind(rows, max(map(len, rows)), HeldOutText("text", (), stream=True))
 
 
 def random_model(seed: int, vocabulary: int, scale: float = 2.0) -> TableRuntime:
@@ -188,3 +188,73 @@ def test_a_token_that_can_not_come_is_allowed() -> None:
 
 def test_hopeless_perplexity_is_infinite() -> None:
     assert perplexity(np.array([-1e4], np.float32)) == math.inf
+
+
+# --- kinds of text ----------------------------------------------------------------------------------------------------
+
+
+def kinds_of(windows: Windows, *kinds: str) -> Windows:
+    return dataclasses.replace(windows, kinds=kinds)
+
+
+def test_kinds_are_measured_apart() -> None:
+    source, artifact, windows = random_model(1, 20), random_model(2, 20), random_windows(5, 20)
+    both = kinds_of(windows, "prose", "prose", "code", "code")
+    quality = measure(artifact, both, record(source, both, QUIET), QUIET)
+    assert [item.kind for item in quality.kinds] == ["prose", "code"]
+    for item, rows in zip(quality.kinds, (slice(0, 2), slice(2, 4)), strict=True):
+        alone = windows_of(*windows.token_ids[rows])
+        assert item.mean_kl == pytest.approx(exact_kl(source, artifact, alone), rel=1e-4)
+        assert (item.predictions, item.windows) == (16, 2)
+    assert quality.mean_kl == pytest.approx(np.mean([item.mean_kl for item in quality.kinds]), rel=1e-6)
+
+
+def test_one_kind_is_not_told_apart() -> None:
+    model, windows = random_model(1, 20), random_windows(5, 20)
+    assert measure(model, windows, record(model, windows, QUIET), QUIET).kinds == ()
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3, 100])
+def test_what_is_given_is_not_predicted(rows: int) -> None:
+    """Only the answer counts: as much as the whole less the question."""
+    source, artifact = random_model(1, 20), TableRuntime(random_model(2, 20).table, rows)
+    windows = windows_of([3, 1, 4, 1, 5, 9, 2, 6], [2, 7, 1, 8, 2, 8])
+    answers = dataclasses.replace(windows, starts=(5, 4))
+    quality = measure(artifact, answers, record(source, answers, QUIET), QUIET)
+    assert quality.predictions == answers.predictions == 5
+    expected = [exact_kl(source, artifact, windows_of(pair)) for pair in ([5, 9], [9, 2], [2, 6], [8, 2], [2, 8])]
+    assert quality.mean_kl == pytest.approx(np.mean(expected), rel=1e-4)
+
+
+def test_sums_of_windows_add_up_to_the_figures() -> None:
+    source, artifact, windows = random_model(1, 20), random_model(2, 20), random_windows(5, 20)
+    quality = measure(artifact, windows, record(source, windows, QUIET), QUIET)
+    found = quality.per_window
+    assert found is not None
+    assert found.predictions == (8, 8, 8, 8)
+    assert math.fsum(found.kl) / 32 == pytest.approx(quality.mean_kl)
+    assert math.exp(math.fsum(found.log_loss) / 32) == pytest.approx(quality.perplexity, rel=1e-6)
+    assert math.exp(math.fsum(found.source_log_loss) / 32) == pytest.approx(quality.source_perplexity, rel=1e-6)
+    assert quality.mean_kl_interval is not None
+    assert quality.mean_kl_interval.low < quality.mean_kl < quality.mean_kl_interval.high
+
+
+def test_converting_is_measured_apart_from_quantizing() -> None:
+    """An artifact is compared with the source in its own runtime; what that runtime costs is its own figure."""
+    source, converted, artifact = random_model(1, 20), random_model(2, 20), random_model(3, 20)
+    windows = random_windows(5, 20)
+    reference, conversion = convert_and_record(converted, windows, record(source, windows, QUIET), QUIET)
+    assert conversion.mean_kl == pytest.approx(exact_kl(source, converted, windows), rel=1e-4)
+    assert measure(converted, windows, reference, QUIET).mean_kl == 0
+    measured = measure(artifact, windows, reference, QUIET)
+    assert measured.mean_kl == pytest.approx(exact_kl(converted, artifact, windows), rel=1e-4)
+    assert conversion.mean_kl_interval is not None
+
+
+def test_texts_are_joined_in_order() -> None:
+    one = kinds_of(windows_of([1, 2]), "a")
+    other = dataclasses.replace(windows_of([3, 4, 5]), kinds=("b",), starts=(2,))
+    both = joined([one, other], "all")
+    assert (both.token_ids, both.kinds, both.starts, both.length) == (((1, 2), (3, 4, 5)), ("a", "b"), (1, 2), 3)
+    assert both.predictions == 2
+    assert joined([one], "all") is one

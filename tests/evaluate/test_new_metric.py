@@ -33,7 +33,7 @@ def _median(found: Evidence) -> float | None:
 
 
 NEW = Metric(
-    FIELD, "median agreement", "median", _median, itself=0.5, unit="bits", digits=3, better=Better.HIGHER,
+    FIELD, "median agreement", "median", read=_median, itself=0.5, unit="bits", digits=3, better=Better.HIGHER,
     detail=Detail.LIST,
 )  # fmt: skip
 LIMITED = replace(NEW, limit=Limit("agreement", "min_agreement", "median {}"))
@@ -109,9 +109,10 @@ def test_its_gate_holds_and_is_in_the_table_of_limits(monkeypatch: pytest.Monkey
 
 @pytest.mark.parametrize("item", metrics.METRICS, ids=lambda item: item.key)
 def test_every_metric_reads_what_was_measured(item: Metric) -> None:
-    found = evaluation()
+    found = evaluation(kinds=("prose", "code"))
     load = Figures(latency_p95_seconds=0.5, error_rate=0.0, peak_memory_bytes=1 << 30)
-    reading = item.reading(Evidence(quality=found.quality, golden=found.golden, figures=load))
+    measured = Evidence(quality=found.quality, golden=found.golden, conversion=found.conversion, figures=load)
+    reading = item.reading(measured)
     assert reading is not None
     assert reading.text
     assert item.reading(Evidence()) is None
@@ -119,6 +120,8 @@ def test_every_metric_reads_what_was_measured(item: Metric) -> None:
 
 def test_every_number_of_quality_is_a_metric_or_says_on_what_it_was_measured() -> None:
     not_shown = {"source_perplexity", "max_kl"}  # the first beside that of the artifact, the second by chance alone
+    not_shown |= {"kinds", "per_window"}  # the same figures by kind of text; what two artifacts are compared by
+    not_shown |= {f"{item.key}_interval" for item in metrics.METRICS if item.interval is not None}
     about = {"predictions", "windows", "window_tokens", "kl_is_exact"}
     about |= {name for name, field in Quality.model_fields.items() if field.annotation is str}
     assert set(Quality.model_fields) - about - not_shown <= {item.key for item in metrics.METRICS}

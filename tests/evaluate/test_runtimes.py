@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 import shutil
 from collections.abc import Sequence
 from contextlib import closing
@@ -17,13 +18,16 @@ from quantize.errors import UsageError, VerifyError
 from quantize.evaluate.baseline import record
 from quantize.evaluate.decision import RUNS, GateThresholds
 from quantize.evaluate.gates import decide
-from quantize.evaluate.metrics import measure
+from quantize.evaluate.job import EvaluationJob
+from quantize.evaluate.kinds import text_parts
+from quantize.evaluate.measure import measure
 from quantize.evaluate.prompts import PromptTokenizer
 from quantize.evaluate.record import Quality
-from quantize.evaluate.session import EvaluationJob, evaluate, evidence
+from quantize.evaluate.session import TOKENS, evaluate, evidence
 from quantize.evaluate.text import Windows, cut_windows, load_text
 from quantize.events import ListReporter, SilentReporter
 from quantize.formats import open_runtime, option_models
+from quantize.recipe.evaluation import Extent
 from quantize.recipe.model import load_recipe
 from quantize.runtimes.base import ModelRef, Prompted
 from quantize.store.store import Store
@@ -185,6 +189,7 @@ prompts:
     max_tokens: 8
     grade: {kind: contains, all: ["7391"]}
 """
+PYTHON_DOCS = text_parts("python-docs", Path())
 
 
 @pytest.fixture
@@ -193,7 +198,7 @@ def job(built: Built, tiny: Path, tmp_path: Path) -> EvaluationJob:
     golden.write_text(GOLDEN)
     return EvaluationJob(
         source=source_of(tiny), source_digest="a" * 64, artifact=gguf(built, "F16"), cache=tmp_path / "cache",
-        window=WINDOW, windows_limit=2, golden=(golden,), context=256,
+        text=PYTHON_DOCS, text_name="python-docs", extent=Extent(WINDOW, 2, 0, 0), golden=(golden,), context=256,
     )  # fmt: skip
 
 
@@ -228,16 +233,19 @@ def test_no_golden_prompts_are_no_result(job: EvaluationJob) -> None:
 
 def test_an_artifact_of_another_model_is_refused(job: EvaluationJob, tmp_path: Path) -> None:
     other = make_checkpoint(tmp_path / "other", TinyModel(vocabulary=300))
-    with pytest.raises(VerifyError, match="knows 300 tokens and its source 384"):
-        evaluate(QUIET, dataclasses.replace(job, artifact=ModelRef(other, "safetensors")))
+    found = evaluate(QUIET, dataclasses.replace(job, artifact=ModelRef(other, "safetensors")))
+    assert found.quality is None
+    assert found.checks[TOKENS].startswith("the artifact knows 300 tokens and its source 384")
 
 
 def test_other_tokens_under_the_same_numbers_are_refused(job: EvaluationJob, tiny: Path, tmp_path: Path) -> None:
     copy = Path(shutil.copytree(tiny, tmp_path / "copy"))
     text = (copy / "tokenizer.json").read_text(encoding="utf-8").replace("▁", "_")
     (copy / "tokenizer.json").write_text(text, encoding="utf-8")
-    with pytest.raises(VerifyError, match=r"copy: \d+ of \d+ tokens are not the source's"):
-        evaluate(QUIET, dataclasses.replace(job, artifact=ModelRef(copy, "safetensors")))
+    found = evaluate(QUIET, dataclasses.replace(job, artifact=ModelRef(copy, "safetensors")))
+    assert re.match(r"\d+ of \d+ tokens of the text are others in the artifact", found.checks[TOKENS])
+    decision = decide(evidence(found, size_bytes=1, source_bytes=2), GateThresholds())
+    assert [item.gate for item in decision.refusals] == [TOKENS]
 
 
 def test_weights_that_are_not_a_model_are_refused(tmp_path: Path, built: Built) -> None:

@@ -22,11 +22,14 @@ from quantize.evaluate.decision import GateThresholds
 from quantize.evaluate.device import ModelRun, find_place
 from quantize.evaluate.engine import STREAMED, STREAMED_ON_CPU, engine_tools, memory_on_cpu
 from quantize.evaluate.gates import decide
-from quantize.evaluate.session import EvaluationJob, evaluate, evidence, prepare_source
+from quantize.evaluate.job import EvaluationJob
+from quantize.evaluate.kinds import text_parts
+from quantize.evaluate.session import evaluate, evidence, prepare_source
 from quantize.evaluate.streamed import StreamedRuntime, open_streamed
 from quantize.events import ListReporter, Reporter, SilentReporter
 from quantize.formats import find_format, open_runtime, option_models
 from quantize.model.checkpoint import open_checkpoint
+from quantize.recipe.evaluation import Extent
 from quantize.recipe.model import load_recipe
 from quantize.runtimes.base import ModelRef, Prompted
 from quantize.runtimes.devices import ON_CPU
@@ -223,7 +226,8 @@ def job(made: Made, tmp_path: Path) -> EvaluationJob:
     golden.write_text(GOLDEN)
     return EvaluationJob(
         source=ModelRef(made.source, "safetensors"), source_digest="a" * 64, artifact=made.model("bnb-nf4"),
-        cache=tmp_path / "cache", window=128, windows_limit=2, golden=(golden,), context=256, device="cpu",
+        cache=tmp_path / "cache", text=text_parts("python-docs", Path()), text_name="python-docs",
+        extent=Extent(128, 2, 0, 0), golden=(golden,), context=256, device="cpu",
     )  # fmt: skip
 
 
@@ -236,6 +240,8 @@ def test_a_session_says_what_was_streamed(job: EvaluationJob) -> None:
     reporter = ListReporter()
     found = evaluate(reporter, dataclasses.replace(job, engine="streamed"))
     assert whole.golden is not None
+    assert whole.quality is not None
+    assert found.quality is not None
     assert (whole.quality.runtime, whole.quality.source_runtime) == ("transformers", "transformers")
     assert (found.quality.runtime, found.quality.source_runtime) == (STREAMED, STREAMED)
     assert found.quality.runtime_version == f"torch {torch.__version__}, transformers {transformers_version()}"
@@ -243,7 +249,7 @@ def test_a_session_says_what_was_streamed(job: EvaluationJob) -> None:
     assert found.quality.mean_kl == pytest.approx(whole.quality.mean_kl, abs=NEAR)
     assert len(list(job.cache.glob("baselines/[0-9a-f]*"))) == 2, "another engine, another baseline"
     assert found.golden is None
-    assert "golden prompts are not asked: the source is read block by block, and would take too long" in said(reporter)
+    assert "nothing is asked: the source is read block by block, and answers would take too long" in said(reporter)
     missing = decide(evidence(found, size_bytes=1, source_bytes=2), GateThresholds()).missing
     assert "golden prompts" in {item.gate for item in missing}
     prepare_source(QUIET, dataclasses.replace(job, engine="streamed", artifact=job.source))

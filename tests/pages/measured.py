@@ -12,18 +12,22 @@ from quantize.bench.result import BenchResult, MemoryUse, With
 from quantize.evaluate.answers import change
 from quantize.evaluate.decision import GateThresholds
 from quantize.evaluate.gates import decide
+from quantize.evaluate.job import Evaluation
 from quantize.evaluate.record import (
     ArtifactName,
+    Conversion,
     EvaluationRecord,
     Evidence,
     GoldenRecord,
     GradedAnswer,
+    Interval,
+    KindFigures,
     MeasuredOn,
     PromptResult,
     Quality,
     SourceName,
 )
-from quantize.evaluate.session import Evaluation, evidence
+from quantize.evaluate.session import evidence
 from quantize.store.artifact import Artifact, update_measurements
 from quantize.store.store import Store
 
@@ -44,20 +48,40 @@ def prompt(
 
 
 def evaluation(
-    *,
-    kl: float = 0.004,
-    ratio: float = 1.004,
-    prompts: Sequence[PromptResult] = (),
-) -> Evaluation:
-    """An evaluation with these figures; ten prompts that pass on both sides unless others are given."""
+    *, kl: float = 0.004, ratio: float = 1.004, prompts: Sequence[PromptResult] = (), kinds: Sequence[str] = (),
+) -> Evaluation:  # fmt: skip
+    """An evaluation with these figures; ten prompts that pass on both sides unless others are given.
+
+    kinds: of text, each with a little more KL divergence than the one before; with any, there are intervals too.
+    """
+    each = tuple(
+        KindFigures(kind=kind, **_figures(kl * (1 + index / 10), ratio, predictions=1000, windows=8))
+        for index, kind in enumerate(kinds)
+    )
     quality = Quality(
-        perplexity=10.36 * ratio, source_perplexity=10.36, perplexity_ratio=ratio, mean_kl=kl, p99_kl=5 * kl,
-        max_kl=20 * kl, top_token_agreement=0.95, predictions=12_345, windows=40, window_tokens=512, kl_is_exact=False,
+        **_figures(kl, ratio, predictions=12_345, windows=40, sure=not kinds), window_tokens=512, kl_is_exact=False,
         text_name="python-docs", text_hash="ab" * 32, windows_hash="cd" * 32, runtime="llama.cpp",
-        runtime_version="0.3.36", source_runtime="transformers", source_runtime_version="5.23.0",
+        runtime_version="0.3.36", source_runtime="transformers", source_runtime_version="5.23.0", kinds=each,
     )  # fmt: skip
     asked = tuple(prompts) or (*(prompt(n) for n in range(9)), prompt(9, kind="json"))
-    return Evaluation(quality, GoldenRecord.of(asked, "ef" * 32, 2048), {"chat template kept": ""}, "other text")
+    golden = GoldenRecord.of(asked, "ef" * 32, 2048)
+    return Evaluation(quality, golden, {"chat template kept": ""}, "other text", _conversion() if kinds else None)
+
+
+def _figures(kl: float, ratio: float, *, predictions: int, windows: int, sure: bool = False) -> dict[str, Any]:
+    """Fields of TextFigures. sure: without intervals, as a single window has none."""
+    return {
+        "perplexity": 10.36 * ratio, "source_perplexity": 10.36, "perplexity_ratio": ratio, "mean_kl": kl,
+        "p99_kl": 5 * kl, "max_kl": 20 * kl, "top_token_agreement": 0.95, "predictions": predictions,
+        "windows": windows,
+        "mean_kl_interval": None if sure else Interval(low=kl * 0.9, high=kl * 1.1),
+        "perplexity_ratio_interval": None if sure else Interval(low=ratio - 0.001, high=ratio + 0.001),
+    }  # fmt: skip
+
+
+def _conversion() -> Conversion:
+    figures = _figures(0.003, 1.001, predictions=12_345, windows=40)
+    return Conversion(**figures, runtime="llama.cpp", source_runtime="transformers")
 
 
 def bench(*, latency: float = 0.5, errors: int = 0, peak: int = 400 << 20) -> BenchResult:
@@ -100,7 +124,8 @@ def decided(
     """The record of what was measured, and of the decision on it."""
     decision = decide(measured, limits)
     return EvaluationRecord(
-        quality=measured.quality, golden=measured.golden, figures=measured.figures, verdict=decision.verdict,
+        quality=measured.quality, conversion=measured.conversion, golden=measured.golden, figures=measured.figures,
+        verdict=decision.verdict,
         findings=decision.findings, limits=limits, held_out="other text",
         artifact=ArtifactName(name=artifact, format="gguf"), source=SourceName(name=source, uri=f"local:{source}"),
         machine=MeasuredOn(processor="A processor", cores=2, gpus=()),

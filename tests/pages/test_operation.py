@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from quantize.evaluate.metric import Detail
-from quantize.evaluate.metrics import headings
+from quantize.evaluate.metrics import headings, metrics
 from quantize.recipe.gates import GateLimits
 from quantize.recipe.serving import ServingContext
 from quantize.report.collect import PageSubject, collect
@@ -61,8 +61,8 @@ def test_the_figures_of_quality_and_load_are_tables(store: Store) -> None:
     quality = {row[0]: row[1:] for row in text.quality.rows}
     assert set(quality) == {entry.variant for entry in subject.entries}
     assert quality["q8_0"][0] == "accepted"
-    assert text.quality.columns[3:] == tuple(headings(Detail.TABLE))
-    found = dict(zip(headings(Detail.TABLE), quality["q8_0"][2:], strict=True))
+    assert text.quality.columns[3:] == tuple(headings(metrics(Detail.TABLE)))
+    found = dict(zip(headings(metrics(Detail.TABLE)), quality["q8_0"][2:], strict=True))
     assert (found["PPL ratio"], found["mean KL"]) == ("1.0234", "0.0123")
     assert quality["q4_0"][0] == "refused"
     assert set(quality["f16"][2:]) == {"not measured"}

@@ -120,7 +120,7 @@ class GgufBuilder:
 
     def build(self, context: Context, reporter: Reporter) -> BuildResult:
         """Convert once per source, quantize, name the file by the convention."""
-        with self._converted(context, reporter) as intermediate:
+        with self.converted(context, reporter) as intermediate:
             return self._quantize(context, intermediate, reporter)
 
     def intermediates(self, context: Context) -> Sequence[tuple[str, str]]:
@@ -192,7 +192,7 @@ class GgufBuilder:
         return key, (found[0] if found else None)
 
     @contextmanager
-    def _converted(self, context: Context, reporter: Reporter) -> Iterator[Path]:
+    def converted(self, context: Context, reporter: Reporter) -> Iterator[Path]:
         """The 16-bit file, which stays as long as the context is open."""
         from quantize.runtimes.llama_cpp.convert import convert
 

@@ -15,7 +15,7 @@ from quantize.runtimes.transformers.load import TransformersLoader
 if TYPE_CHECKING:
     from quantize.runtimes.base import LogProbs
 
-BATCH_REQUESTS = 16
+BATCH_REQUESTS = 32
 BATCH_TOKENS = 4096  # prompts of one batch, padding included: keeps prefill memory flat
 
 

@@ -1,0 +1,182 @@
+"""The source's side of an evaluation, from the cache where it is there: its answers, its Baseline; and the same source
+in the runtime of an artifact, which is what artifacts of that format are compared with.
+
+In: an EvaluationJob, Material. Out: SourceSide, ReferenceSide. A model is only loaded for what is not in the cache.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from quantize.evaluate.baseline import KIND, LIKELIEST, Baseline, baseline_key, find, record, save
+from quantize.evaluate.device import ModelRun, on_device
+from quantize.evaluate.engine import engine_tools
+from quantize.evaluate.job import EvaluationJob, Reference
+from quantize.evaluate.material import Material
+from quantize.evaluate.measure import convert_and_record
+from quantize.evaluate.record import Conversion
+from quantize.evaluate.text import Windows
+from quantize.events import Reporter, note, status
+from quantize.formats import open_runtime
+from quantize.runtimes.base import ModelRef, Runtime
+from quantize.runtimes.devices import DevicePlace
+from quantize.system.cache import Cache
+
+ANSWERS_KIND, CONVERSIONS_KIND = "source-answers", "conversions"
+FILE = "found.json"
+Answers = Sequence[Sequence[int]]
+
+
+@dataclass(frozen=True)
+class SourceSide:
+    """What the source says. windows: all text, its own answers too. golden: its answers to the golden prompts;
+    None where it is not asked. device: what it was measured on.
+    """
+
+    windows: Windows
+    baseline: Baseline
+    golden: tuple[str, ...] | None
+    device: str
+
+
+@dataclass(frozen=True)
+class ReferenceSide:
+    """What an artifact is compared with. conversion: None where that is the source in transformers."""
+
+    baseline: Baseline
+    conversion: Conversion | None
+    device: str
+
+
+def source_side(reporter: Reporter, job: EvaluationJob, material: Material) -> SourceSide:
+    """Answers and Baseline of the source. Raises VerifyError: it does not run. MissingExtraError."""
+    wanted = wanted_run(job, job.source, material)
+    return on_device(reporter, wanted, lambda place: _source_on(reporter, job, material, wanted, place))
+
+
+def reference_side(reporter: Reporter, job: EvaluationJob, material: Material, source: SourceSide) -> ReferenceSide:
+    """The Baseline for an artifact: the source's own, or that of the job's reference. Raises VerifyError."""
+    reference = job.reference
+    if reference is None:
+        return ReferenceSide(source.baseline, None, source.device)
+    wanted = wanted_run(job, reference.model, material)
+    return on_device(reporter, wanted, lambda place: _reference_on(reporter, job, reference, source, wanted, place))
+
+
+def wanted_run(job: EvaluationJob, model: ModelRef, material: Material) -> ModelRun:
+    """A model of an evaluation, as it is to be run."""
+    return ModelRun(model, job.device, material.longest, job.source.folder, job.engine)
+
+
+def open_model(reporter: Reporter, job: EvaluationJob, wanted: ModelRun, place: DevicePlace) -> Runtime:
+    """Load a model of an evaluation. Raises VerifyError, MissingExtraError."""
+    if place.streamed:
+        from quantize.evaluate.streamed import open_streamed
+
+        return open_streamed(wanted.model, job.source.folder, place, reporter, job.cache, threads=job.threads)
+    return open_runtime(wanted.model, context=wanted.context, threads=job.threads, place=place)
+
+
+def can_answer(reporter: Reporter, material: Material, place: DevicePlace, side: str) -> bool:
+    """Whether a model can be asked what is to be asked: streamed, each token would read all its weights anew."""
+    if not place.streamed or not material.requests:
+        return True
+    note(reporter, "", f"nothing is asked: the {side} is read block by block, and answers would take too long")
+    return False
+
+
+def _source_on(
+    reporter: Reporter, job: EvaluationJob, material: Material, wanted: ModelRun, place: DevicePlace
+) -> SourceSide:
+    cache, tools = Cache(job.cache), engine_tools(job.source, place)
+    answers_key = _answers_key(job, material, tools)
+    answers = _find_answers(cache, answers_key)
+    asks = answers is None and can_answer(reporter, material, place, "source")
+    if not asks:
+        windows = material.windows(answers)
+        baseline = find(cache, baseline_key(job.source_digest, windows, tools, keep=LIKELIEST))
+        if baseline is not None:
+            return _side(material, windows, baseline, answers, place)
+    status(reporter, "", "loading the source")
+    with closing(open_model(reporter, job, wanted, place)) as runtime:
+        if asks:
+            answers = texts = _ask(reporter, runtime, material)
+            cache.make(ANSWERS_KIND, answers_key, lambda folder: _write(folder, json.dumps(texts)))
+        windows = material.windows(answers)
+        key = baseline_key(job.source_digest, windows, tools, keep=LIKELIEST)
+        baseline = find(cache, key)
+        if baseline is None:
+            baseline = made = record(runtime, windows, reporter)
+            cache.make(KIND, key, lambda folder: save(made, folder))
+    return _side(material, windows, baseline, answers, place)
+
+
+def _side(
+    material: Material, windows: Windows, baseline: Baseline, answers: Answers | None, place: DevicePlace
+) -> SourceSide:
+    golden = None if answers is None else tuple(map(material.tokenizer.decode, answers[material.questions :]))
+    return SourceSide(windows, baseline, golden, place.device)
+
+
+def _ask(reporter: Reporter, runtime: Runtime, material: Material) -> list[list[int]]:
+    if not material.requests:
+        return []
+    asked = [f"{material.questions} questions"] if material.questions else []
+    asked += [f"{len(material.asked.requests)} golden prompts"] if material.asked is not None else []
+    status(reporter, "", f"asking the source {' and '.join(asked)}")
+    return runtime.answer(material.requests)
+
+
+def _reference_on(
+    reporter: Reporter, job: EvaluationJob, reference: Reference, source: SourceSide, wanted: ModelRun,
+    place: DevicePlace,
+) -> ReferenceSide:  # fmt: skip
+    cache, windows = Cache(job.cache), source.windows
+    key = baseline_key(reference.digest, windows, engine_tools(reference.model, place), keep=LIKELIEST)
+    compared = f"{key} {source.baseline.runtime} {source.baseline.version} {source.device}"
+    conversion_key = hashlib.sha256(compared.encode()).hexdigest()
+    baseline, conversion = find(cache, key), _find_conversion(cache, conversion_key)
+    if baseline is None or conversion is None:
+        status(reporter, "", f"loading the source as a {reference.model.format} model")
+        with closing(open_model(reporter, job, wanted, place)) as runtime:
+            baseline, conversion = made = convert_and_record(runtime, windows, source.baseline, reporter)
+        cache.make(KIND, key, lambda folder: save(made[0], folder))
+        cache.make(CONVERSIONS_KIND, conversion_key, lambda folder: _write(folder, made[1].model_dump_json()))
+    return ReferenceSide(baseline, conversion, place.device)
+
+
+def _answers_key(job: EvaluationJob, material: Material, tools: dict[str, str]) -> str:
+    requests = [[item.token_ids, item.max_tokens, sorted(item.stop)] for item in material.requests]
+    return hashlib.sha256(json.dumps([job.source_digest, requests, tools], sort_keys=True).encode()).hexdigest()
+
+
+def _write(folder: Path, text: str) -> None:
+    (folder / FILE).write_text(text, encoding="utf-8")
+
+
+def _find_answers(cache: Cache, key: str) -> list[list[int]] | None:
+    try:
+        found = json.loads((cache.entry(ANSWERS_KIND, key) / FILE).read_text(encoding="utf-8"))
+        return [[int(token) for token in ids] for ids in found]
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, TypeError):
+        cache.remove(ANSWERS_KIND, key)
+        return None
+
+
+def _find_conversion(cache: Cache, key: str) -> Conversion | None:
+    try:
+        return Conversion.model_validate_json((cache.entry(CONVERSIONS_KIND, key) / FILE).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValidationError):
+        cache.remove(CONVERSIONS_KIND, key)
+        return None
