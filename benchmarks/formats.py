@@ -40,17 +40,24 @@ def recipe_for(checkpoint: Path, path: Path) -> Path:
     return path
 
 
-def build(work: Path, checkpoint: Path | None) -> Path:
-    """Build and measure every variant, of the dithered copy if no checkpoint is given; returns the store's folder."""
+def dithered_demo(work: Path) -> Path:
+    """The dithered demo model in a folder of `work`, made if it is not there."""
     from benchmarks import models
 
+    plain, checkpoint = work / "plain", work / "SmolLM2-135M-Instruct-dithered"
+    work.mkdir(parents=True, exist_ok=True)
+    if not plain.is_dir():
+        models.demo(plain)
+    if not checkpoint.is_dir():
+        models.dithered(plain, checkpoint)
+    return checkpoint
+
+
+def build(work: Path, checkpoint: Path | None) -> Path:
+    """Build and measure every variant, of the dithered copy if no checkpoint is given; returns the store's folder."""
     work.mkdir(parents=True, exist_ok=True)
     if checkpoint is None:
-        plain, checkpoint = work / "plain", work / "SmolLM2-135M-Instruct-dithered"
-        if not plain.is_dir():
-            models.demo(plain)
-        if not checkpoint.is_dir():
-            models.dithered(plain, checkpoint)
+        checkpoint = dithered_demo(work)
     environment = os.environ | {"QUANTIZE_STORE": str(work / "store"), "QUANTIZE_CACHE": str(work / "cache")}
     recipe = recipe_for(checkpoint, work / f"{NAME}.yaml")
     command = [sys.executable, "-m", "quantize", "build", str(recipe)]

@@ -10,6 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import click.testing
 import pytest
 import yaml
 from hypothesis import HealthCheck, given, settings
@@ -24,6 +25,7 @@ from quantize.evaluate.held_out import CHANGED, CalibratedOn, hold_against
 from quantize.evaluate.text import HeldOutText, Windows, cut_windows
 from quantize.events import SilentReporter
 from quantize.formats import option_models
+from quantize.model.checkpoint import tensor_table
 from quantize.recipe.calibration import CalibrationMix, CalibrationSpec, calibration_of, load_calibration
 from quantize.recipe.model import load_recipe
 from quantize.store.manifest import CalibrationEntry
@@ -174,6 +176,26 @@ def test_the_plan_says_what_is_calibrated_on(texts: Path, tiny: Path, run: Run) 
     first, second = json.loads(run("plan", path, "--json").stdout)["calibration"]
     assert first == {"dataset": "a.txt", "sequences": 4, "tokens": 256, "left_out": None}
     assert (second["sequences"], second["tokens"]) == (0, 0)
+
+
+def test_the_memory_of_a_model_that_writes_its_text_is_planned(
+    texts: Path, tiny: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All of its weights in float32, beside Python and torch: more than the blocks of a deep model take."""
+    monkeypatch.setattr("quantize.build.size.pass_bytes", lambda *_: 1 << 20)
+
+    def planned(*parts: dict[str, Any], budget: str = "1TB") -> click.testing.Result:
+        calibration = {"mix": list(parts), "sequence_length": 64}
+        path = write_recipe(texts / "memory.yaml", tiny, [GPTQ], calibration=calibration)
+        return run("plan", path, "--json", "--memory-budget", budget)
+
+    parameters = sum(info.elements for info in tensor_table(tiny).values())
+    assert json.loads(planned(FILE).stdout)["pass_memory_bytes"] == 1 << 20
+    assert json.loads(planned(FILE, OWN).stdout)["pass_memory_bytes"] == (420 << 20) + 4 * parameters
+    left_out = planned(FILE, {**OWN, "up_to_parameters": parameters - 1})
+    assert json.loads(left_out.stdout)["pass_memory_bytes"] == 1 << 20
+    refused = planned(FILE, OWN, budget="400MB")
+    assert (refused.exit_code, "`self-chat`) holds all of it in float32" in refused.stderr) == (3, True)
 
 
 # --- chats by the model itself ----------------------------------------------------------------------------------------

@@ -15,7 +15,16 @@ from typing import Any
 from quantize.build.disk import Needs, Room, disk_free_bytes, most_bytes, needs, refusal, rooms, temporary_root
 from quantize.build.job import VariantJob
 from quantize.build.plan import Plan
-from quantize.calibration.budget import GpuNeed, gpu_pass_bytes, host_bytes, memory_short, pass_bytes, state_bytes
+from quantize.calibration.budget import (
+    BASE_BYTES,
+    FLOAT_BYTES,
+    GpuNeed,
+    gpu_pass_bytes,
+    host_bytes,
+    memory_short,
+    pass_bytes,
+    state_bytes,
+)
 from quantize.calibration.mix import CalibrationText
 from quantize.errors import DiskFullError, PlanError, QuantizeError
 from quantize.events import Reporter, SilentReporter, status
@@ -121,7 +130,7 @@ def measure_plan(plan: Plan, workspace: Workspace, limits: RunLimits) -> SizedPl
     found = rooms(disk, workspace.store.root, cache.root, plan.recipe.name, [job.name for job in jobs])
     return SizedPlan(
         plan.recipe, source, jobs, plan.force, plan.evaluate, disk=disk, rooms=found,
-        memory_bytes=_pass_memory(parts, checkpoint, limits), gpu=gpu, config=checkpoint.config,
+        memory_bytes=_pass_memory(parts, plan.recipe, checkpoint, limits), gpu=gpu, config=checkpoint.config,
         text=expected if any(job.is_calibrated for job in jobs) else None,
     )  # fmt: skip
 
@@ -195,10 +204,17 @@ def _size_jobs(jobs: Sequence[VariantJob], context: Context, reporter: Reporter)
     return tuple(result[job.name] for job in jobs)
 
 
-def _pass_memory(parts: Sequence[tuple[Builder[Any], Any]], checkpoint: Checkpoint, limits: RunLimits) -> int:
+def _pass_memory(
+    parts: Sequence[tuple[Builder[Any], Any]], recipe: Recipe, checkpoint: Checkpoint, limits: RunLimits
+) -> int:
+    """Of the process that runs the pass: to make the text, where the model writes it, and then for the blocks."""
     if not parts:
         return 0
-    return host_bytes(checkpoint) if limits.on_gpu else pass_bytes(checkpoint, parts, limits.threads)
+    blocks = pass_bytes(checkpoint, parts, limits.threads) if limits.device == "cpu" else host_bytes(checkpoint)
+    if recipe.calibration is None:
+        return blocks
+    weights = CalibrationText(recipe.calibration, recipe.path.parent).held_weights(checkpoint.parameters)
+    return max(blocks, BASE_BYTES + FLOAT_BYTES * weights if weights else 0)
 
 
 def _gpu_need(

@@ -134,7 +134,8 @@ def memory_short(least: int, budget: int) -> PlanError:
     return PlanError(
         f"the memory budget is too small: the calibration pass takes at least {mebibytes_text(least)}, the budget is "
         f"{mebibytes_text(budget)}, {least - budget:,} bytes are missing",
-        hint="raise --memory-budget, lower --threads, or build fewer of the calibrated variants with --only",
+        hint="raise --memory-budget, lower --threads, or build fewer of the calibrated variants with --only; text that "
+        "the model writes itself (`self`, `self-chat`) holds all of it in float32",
     )
 
 

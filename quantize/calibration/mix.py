@@ -57,6 +57,11 @@ class CalibrationText:
             for limit in self.spec.limits
         )
 
+    def held_weights(self, parameters: int) -> int:
+        """How many weights are held in memory at once to make the text with: all of a source's, or none."""
+        parts = zip(self.datasets, self.left_out(parameters), strict=True)
+        return parameters if any(item.holds_the_model and why is None for item, why in parts) else 0
+
     def _merged(self, facts: list[dict[str, Any]]) -> dict[str, Any]:
         """What is said of the parts as one: what all share, once."""
         if not isinstance(self.spec, CalibrationMix):

@@ -43,6 +43,8 @@ class Dataset(ABC):
     """Whether it is a file of the user's, of which manifests have the name without its folder."""
     made_to_spec: ClassVar[bool] = False
     """Whether its rows are the spec's samples already: of their number and length, in their order."""
+    holds_the_model: ClassVar[bool] = False
+    """Whether its rows are made with the whole model in memory, in float32."""
     not_compared: ClassVar[str | None] = None
     """Why held-out text is not held against what was calibrated on; None: it is."""
 

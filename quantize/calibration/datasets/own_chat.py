@@ -20,6 +20,7 @@ class OwnChat(Dataset):
     """
 
     made_to_spec: ClassVar[bool] = True
+    holds_the_model: ClassVar[bool] = True
     not_compared: ClassVar[str | None] = OwnWriting.not_compared
 
     def knows(self) -> bool:

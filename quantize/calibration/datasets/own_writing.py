@@ -16,6 +16,7 @@ class OwnWriting(Dataset):
     """Token ids that the model samples; pinned by the openings, the spec's seed and the model."""
 
     made_to_spec: ClassVar[bool] = True
+    holds_the_model: ClassVar[bool] = True
     not_compared: ClassVar[str | None] = "the model's own writing, which is not compared"
 
     def knows(self) -> bool:
