@@ -9,10 +9,12 @@ import socket
 import time
 from collections import Counter
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
 
+from quantize.runtimes.detokenizer import BytePieces
 from quantize.serve.engines.base import Engine
 from quantize.serve.engines.fake import fake_engine, fake_target
 from quantize.serve.engines.local import LocalEngine
@@ -44,6 +46,26 @@ def test_loading_is_told_with_percent_and_refuses_meanwhile(start: Start) -> Non
         if refused.status == 503:
             assert "retry-after" in refused.headers
     assert len(seen) > 2
+
+
+def test_an_answer_that_can_not_be_written_ends_alone(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    written = BytePieces.add
+
+    def add(self: BytePieces, token: int) -> str:
+        text = written(self, token)
+        if text.startswith("broken"):
+            raise Exception("Invalid prefix encountered while decoding stream")
+        return text
+
+    monkeypatch.setattr(BytePieces, "add", add)
+    gateway = start(fakes(delay=0.02, slots=2))
+    with ThreadPoolExecutor(1) as pool:
+        beside = pool.submit(gateway.chat, "one two three four five six seven eight nine ten")
+        failed = gateway.chat("one broken two")
+        assert (failed.status, failed.json["error"]["code"]) == (503, "engine_failed")
+        assert beside.result().json["choices"][0]["message"]["content"].endswith("nine ten ")
+    assert gateway.is_ready()
+    assert gateway.chat("one two").json["choices"][0]["message"]["content"] == "one two "
 
 
 TOOL = {"type": "function", "function": {"name": "look", "parameters": {"type": "object"}}}

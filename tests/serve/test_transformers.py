@@ -11,12 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
 
 from quantize.runtimes.base import ModelRef
 from quantize.runtimes.intake import Intake
 from quantize.runtimes.served import PromptTokens, Refused, Sampling, Serving
 from quantize.runtimes.transformers.kind import Transformers
-from quantize.runtimes.transformers.served import DESK, TransformersModel, _desk_options, _sample
+from quantize.runtimes.transformers.served import DESK, StreamPieces, TransformersModel, _desk_options, _sample
 from tests.serve.test_tools import HERMES, WEATHER
 
 torch = pytest.importorskip("torch")
@@ -34,6 +36,13 @@ def model(tiny: Path) -> Iterator[TransformersModel]:
     assert seen[-1] == 1.0
     yield made
     made.close()
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tiny: Path) -> Any:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(tiny)
 
 
 def read(model: TransformersModel, prompt: str) -> PromptTokens:
@@ -143,6 +152,17 @@ def test_text_streams_as_it_decodes(model: TransformersModel, tiny: Path) -> Non
 
     pieces, tokens = model.detokenizer(), read(model, PROMPT + " é 漢").tokens
     assert "".join(pieces.add(token) for token in tokens) == AutoTokenizer.from_pretrained(tiny).decode(tokens)
+
+
+@given(st.lists(st.integers(0, 383), max_size=60))
+@example([1, 352, 56, 188, 212, 349, 90])  # bytes that are no text: tokenizers' decoder fails at 349
+def test_whatever_tokens_come_there_is_text(tokenizer: Any, tokens: list[int]) -> None:
+    """As the tokenizer decodes them all at once, where that is text: of other bytes it makes what it likes."""
+    pieces = StreamPieces(tokenizer)
+    streamed = "".join([pieces.add(token) for token in tokens] + [pieces.flush()])
+    whole = tokenizer.decode(tokens, skip_special_tokens=True)
+    if "\ufffd" not in whole:
+        assert streamed == whole
 
 
 def test_a_chat_uses_the_folders_template(model: TransformersModel, tiny: Path) -> None:

@@ -24,6 +24,7 @@ from quantize.system.machine import usable_cores
 
 DESK = "quantize.runtimes.transformers.desk:open_desk"
 PREFILL_TOKENS = 512
+NO_TEXT = "\ufffd"
 SUPPORTS = ("top_k", "min_p", "penalties", "repetition_penalty", "logprobs", "embeddings")
 
 
@@ -196,17 +197,28 @@ class TransformersModel:
 
 
 class StreamPieces:
-    """A Detokenizer by the tokenizer's own streaming decoder: control tokens write nothing."""
+    """A Detokenizer by the tokenizer's own streaming decoder: control tokens write nothing.
+
+    Where a model writes bytes that are no text, that decoder can fail ("Invalid prefix encountered", as in
+    vllm-project/vllm#17448), and would go on failing: a new one goes on, after a character for what was lost.
+    """
 
     def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer._tokenizer
+        self._begin()
+
+    def _begin(self) -> None:
         from tokenizers.decoders import DecodeStream
 
-        self._tokenizer = tokenizer._tokenizer
         self._stream = DecodeStream(skip_special_tokens=True)
 
     def add(self, token: int) -> str:
         """See Detokenizer."""
-        return self._stream.step(self._tokenizer, token) or ""
+        try:
+            return self._stream.step(self._tokenizer, token) or ""
+        except Exception:  # noqa: BLE001 - the library raises no other kind
+            self._begin()
+            return NO_TEXT + (self._stream.step(self._tokenizer, token) or "")
 
     def flush(self) -> str:
         """See Detokenizer: what is not whole by now never will be."""

@@ -210,7 +210,12 @@ class AnswerLoop:
                     {"id": job.number, "end": {"tokens": 0, "embedding": values, "memory": self._model.memory()}}
                 )
                 continue
-            text, logprobs, reason = job.take(token)
+            try:
+                text, logprobs, reason = job.take(token)
+            except Exception as exc:  # noqa: BLE001 - of this answer; the others go on
+                self._end(slot)
+                frames.append({"id": job.number, "fail": _failed(exc)})
+                continue
             if text or logprobs:
                 frames.append({"id": job.number, "text": text, "logprobs": logprobs, "tokens": job.completion_tokens})
             if reason is not None:
