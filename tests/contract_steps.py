@@ -12,6 +12,7 @@ from quantize.events import Reporter
 from quantize.formats import find_format, open_runtime, runtime_kind
 from quantize.model.checkpoint import open_checkpoint
 from quantize.runtimes.base import ModelRef, Prompted
+from quantize.runtimes.devices import CPU, DevicePlace
 from quantize.runtimes.served import Chosen, PromptTokens, Sampling, Serving
 
 WINDOW = tuple(range(3, 51))
@@ -23,7 +24,8 @@ class Computed:
     """Mean KL divergence, in nats, of the runtime from a model of the weights as they are read, and from the source.
 
     answered, served: greedy tokens after WINDOW, as evaluation and as the gateway ask for them. runtime: its name, and
-    what the gateway calls it.
+    what the gateway calls it. kernel: what computes quantized linears, where there are several. vram_bytes: of the
+    served model; None where it is on a CPU.
     """
 
     from_weights: float
@@ -31,26 +33,30 @@ class Computed:
     answered: tuple[int, ...]
     served: tuple[int, ...]
     runtime: tuple[str, str]
+    kernel: str = ""
+    vram_bytes: int | None = None
 
 
-def compute(reporter: Reporter, model: ModelRef, source: Path) -> Computed:
-    """Open the model in its runtime, twice, and the source in transformers."""
+def compute(reporter: Reporter, model: ModelRef, source: Path, device: str = CPU) -> Computed:
+    """Open the model in its runtime, twice, and the source in transformers, on the CPU. device: of the former."""
     import numpy as np
 
-    with closing(open_runtime(model, context=128, threads=1)) as runtime:
+    with closing(open_runtime(model, context=128, threads=1, place=DevicePlace(device))) as runtime:
         theirs = np.concatenate(list(runtime.log_probs(WINDOW)))
         (answered,) = runtime.answer([Prompted(WINDOW, ANSWER)])
         name = runtime.name
-    served = runtime_kind(model.format).serve(model, Serving(context=128, slots=1, threads=1), lambda _: None)
+    serving = Serving(context=128, slots=1, device=device, threads=1, named=True)
+    served = runtime_kind(model.format).serve(model, serving, lambda _: None)
     slot = served.begin(PromptTokens([*WINDOW]), Sampling(temperature=0))
     tokens: list[int] = []
     while len(tokens) < ANSWER:
         tokens += [chosen.token for chosen in served.step().values() if isinstance(chosen, Chosen)]
     served.end(slot)
+    vram_bytes, about = served.memory().get("vram_allocated"), served.description
     served.close()
     plain = _log_probs(source, {})
     distances = (_divergence(ours, theirs) for ours in (_log_probs(source, dict(_weights(model, source))), plain))
-    return Computed(*distances, tuple(answered), tuple(tokens), (name, served.description.runtime))
+    return Computed(*distances, tuple(answered), tuple(tokens), (name, about.runtime), about.kernel, vram_bytes)
 
 
 def _weights(model: ModelRef, source: Path) -> Iterator[tuple[str, Any]]:

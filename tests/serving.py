@@ -14,21 +14,23 @@ from typing import Any
 
 
 @contextmanager
-def serving(folder: Path, *arguments: str) -> Iterator[str]:
-    """`quantize serve` on a free port, ready, until the block ends; its address."""
+def serving(folder: Path, *arguments: str, seconds: float = 120) -> Iterator[str]:
+    """`quantize serve` on a free port, ready within so many seconds, until the block ends; its address."""
     log = folder / "serve.log"
     with log.open("wb") as output:
         process = subprocess.Popen(
             [sys.executable, "-m", "quantize", "serve", "--port", "0", "--threads", "1", *arguments], stderr=output
         )
     try:
-        give_up = time.monotonic() + 120
+        give_up = time.monotonic() + seconds
         while time.monotonic() < give_up:
             assert process.poll() is None, log.read_text()
             started = [line for line in log.read_text().splitlines() if '"listening"' in line]
             if started and _ready(json.loads(started[0])["url"]):
                 break
             time.sleep(0.1)
+        else:
+            raise AssertionError(f"not ready within {seconds:g} s: {log.read_text()}")
         yield json.loads(started[0])["url"]
     finally:
         process.terminate()

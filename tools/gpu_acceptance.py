@@ -1,13 +1,15 @@
 """The first day on a GPU: what only a card can say, in parts of at most nine minutes each.
 
     python -m tools.gpu_acceptance environment | correctness | block | resume RECIPE [--device cuda]
+    python -m tools.gpu_acceptance formats | serving | kill [--model FOLDER] [--device cuda:0 | cpu]
 
 environment: what the card reaches in products, memory, copies, launches, and whether the kernels run there.
 correctness: every architecture's Gram matrices and losses against the CPU's; the first solve of a process; the same
 bits twice. block: a pass over two blocks of an 8B model's shape, GPTQ and AWQ, step by step against the roofline at the
 rates that `environment` finds, its memory against the estimate, and once more in 8 GB of the card. resume: a build on
-the card, killed at each block, against an undisturbed one (tools/kill_pass). Prints a table, measured and computed, and
-exits 1 if a line does not hold. It has been rehearsed on the emulated device only, where a time means nothing.
+the card, killed at each block, against an undisturbed one (tools/kill_pass). formats, serving, kill: see
+tools/gpu_models.py; they run on a CPU too. Prints a table, measured and computed, and exits 1 if a line does not hold.
+It has been rehearsed on the emulated device and on a CPU only, where a time means nothing.
 """
 
 from __future__ import annotations
@@ -18,7 +20,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -39,21 +40,13 @@ from quantize.numerics.kernels import kernels_name, trouble
 from quantize.system.memory import free_gpu_bytes, give_back_gpu
 from quantize.testing import TinyModel, make_checkpoint
 from tests.architectures import CONFIGS, save, tiny_model, token_ids
+from tools.acceptance_lines import Line, table
+from tools.gpu_models import PARTS, run_part
 
 MOST_SECONDS = 9 * 60
 SLOWER, FASTER = 3.0, 1 / 3  # than the roofline: outside of it, either the code or the roofline is wrong
 SMALL_CARD = 8 << 30
 REPEATS = 5
-
-
-@dataclass(frozen=True)
-class Line:
-    """One figure. computed: what it was expected to be. holds: None where nothing depends on it."""
-
-    name: str
-    measured: str
-    computed: str = ""
-    holds: bool | None = None
 
 
 def seconds_of(work: Callable[[], object], device: str, repeats: int = REPEATS) -> float:
@@ -223,26 +216,22 @@ def resume(device: str, recipe: Path) -> list[Line]:
     return [Line("killed at each block", f"exit {done.returncode}", "exit 0", done.returncode == 0)]
 
 
-def table(lines: Sequence[Line]) -> str:
-    """Markdown."""
-    words = {None: "", True: "holds", False: "DOES NOT HOLD"}
-    rows = [f"| {line.name} | {line.measured} | {line.computed} | {words[line.holds]} |" for line in lines]
-    return "\n".join(["| | measured | computed | |", "|---|---|---|---|", *rows])
-
-
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("part", choices=["environment", "correctness", "block", "resume"])
+    parser.add_argument("part", choices=["environment", "correctness", "block", "resume", *PARTS])
     parser.add_argument("recipe", type=Path, nargs="?")
     parser.add_argument("--device", default="cuda")
+    parser.add_argument("--model", type=Path, help="a checkpoint for formats, serving, kill; else a small one is made")
     asked = parser.parse_args()
-    if not torch.cuda.is_available():
+    if not torch.cuda.is_available() and not (asked.device == "cpu" and asked.part in PARTS):
         sys.exit("torch sees no GPU here")
     if asked.part == "resume":
         if asked.recipe is None:
             parser.error("resume needs a recipe")
         lines = resume(asked.device, asked.recipe)
+    elif asked.part in PARTS:
+        lines = run_part(asked.part, asked.device, asked.model)
     else:
         lines = {"environment": environment, "correctness": correctness, "block": block}[asked.part](asked.device)
     print(table(lines))
