@@ -179,6 +179,38 @@ def test_tokens_that_are_none(model: TransformersModel) -> None:
         model.begin(PromptTokens([10**6]), Sampling())
 
 
+def by_a_full_sort(scores: Any, sampling: Sampling, generator: Any) -> int:
+    """The same by its definition."""
+    values, order = scores.sort(descending=True)
+    values = values[: sampling.top_k] if sampling.top_k else values
+    chances = torch.softmax(values, -1)
+    kept = len(chances)
+    if sampling.top_p < 1:
+        kept = int((chances.cumsum(-1) - chances < sampling.top_p).sum())
+    if sampling.min_p:
+        kept = min(kept, max(1, int((chances >= sampling.min_p * chances[0]).sum())))
+    picked = torch.multinomial(torch.softmax(values[:kept] / sampling.temperature, -1), 1, generator=generator)
+    return int(order[picked])
+
+
+@pytest.mark.parametrize("spread", [0.01, 1.0, 4.0])
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        Sampling(temperature=0.7, top_p=0.9),
+        Sampling(temperature=1.0, min_p=0.05),
+        Sampling(temperature=1.0, min_p=0.9, top_p=0.5),
+        Sampling(temperature=1.3, top_k=40, top_p=0.95),
+        Sampling(temperature=1.0),
+    ],
+)
+def test_not_sorting_the_whole_vocabulary_changes_no_token(sampling: Sampling, spread: float) -> None:
+    for seed in range(20):
+        scores = torch.randn(6000, generator=torch.Generator().manual_seed(seed)) * spread
+        found = _sample(torch, scores, sampling, torch.Generator().manual_seed(seed))
+        assert found == by_a_full_sort(scores, sampling, torch.Generator().manual_seed(seed))
+
+
 @pytest.mark.parametrize(
     ("sampling", "possible"),
     [

@@ -24,6 +24,7 @@ from quantize.system.machine import usable_cores
 
 DESK = "quantize.runtimes.transformers.desk:open_desk"
 PREFILL_TOKENS = 512
+FEW_TOKENS = 1024
 NO_TEXT = "\ufffd"
 SUPPORTS = ("top_k", "min_p", "penalties", "repetition_penalty", "logprobs", "embeddings")
 
@@ -330,14 +331,29 @@ def _penalized(torch: Any, logits: Any, item: TransformersAnswer) -> Any:
     return scores
 
 
+def _likeliest(torch: Any, scores: Any, sampling: Sampling) -> tuple[Any, Any, Any]:
+    """Scores from the highest on, their tokens and their chances: as many as can be chosen, and some that can't.
+
+    A sort of a whole vocabulary takes as long as a step of a small model; nearly always the first few are enough.
+    """
+    if sampling.top_k:
+        values, order = scores.topk(min(sampling.top_k, len(scores)))
+        return values, order, torch.softmax(values, -1)
+    shares = torch.softmax(scores, -1)
+    if len(scores) > FEW_TOKENS and (sampling.top_p < 1 or sampling.min_p):
+        values, order = scores.topk(FEW_TOKENS)
+        chances = shares[order]
+        if chances.sum() >= sampling.top_p or chances[-1] < sampling.min_p * chances[0]:
+            return values, order, chances
+    values, order = scores.sort(descending=True)
+    return values, order, shares[order]
+
+
 def _sample(torch: Any, scores: Any, sampling: Sampling, generator: Any) -> int:
     """top-k, top-p and min-p on the plain distribution, then temperature: the order of llama.cpp's samplers."""
     if sampling.temperature == 0:
         return int(scores.argmax())
-    values, order = scores.sort(descending=True)
-    if sampling.top_k:
-        values, order = values[: sampling.top_k], order[: sampling.top_k]
-    chances = torch.softmax(values, -1)
+    values, order, chances = _likeliest(torch, scores, sampling)
     if sampling.top_p < 1:
         before = chances.cumsum(-1) - chances
         kept = int((before < sampling.top_p).sum())
