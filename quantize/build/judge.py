@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -18,7 +17,7 @@ from quantize.errors import BuildError, DiskFullError, QuantizeError, RefusedErr
 from quantize.evaluate.decision import RUNS, GateThresholds
 from quantize.evaluate.gates import decide, thresholds
 from quantize.evaluate.held_out import CalibratedOn
-from quantize.evaluate.job import EvaluationJob, Reference
+from quantize.evaluate.job import Evaluation, EvaluationJob, Reference
 from quantize.evaluate.kinds import LOOKED, text_name, text_parts
 from quantize.evaluate.record import (
     ArtifactName,
@@ -126,8 +125,7 @@ class Judge:
         )
         said = _Named(reporter, manifest.variant)
         try:
-            with self._reference(manifest, checkpoint, said) as reference:
-                found = run_step("evaluating", said, evaluate, replace(job, reference=reference))
+            found = self._evaluate(job, manifest, checkpoint, said)
         except VerifyError as exc:
             return self.failed(manifest, exc, time.perf_counter() - started)
         measured = evidence(found, size_bytes=manifest.weights_bytes, source_bytes=manifest.source.weights_bytes)
@@ -137,22 +135,30 @@ class Judge:
         """The decision on an artifact that does not load, run or hold what its source holds."""
         return self._record(Evidence(figures=Figures(checks={RUNS: error.message})), manifest, seconds)
 
-    @contextmanager
-    def _reference(self, manifest: Manifest, checkpoint: Checkpoint, reporter: Reporter) -> Iterator[Reference | None]:
-        """The source in 16 bits in the runtime of the artifact, where its format has such a thing."""
+    def _evaluate(
+        self, job: EvaluationJob, manifest: Manifest, checkpoint: Checkpoint, reporter: Reporter
+    ) -> Evaluation:
+        """Measure in a worker. Where the format has a reference, it is only made if it has not been measured before."""
         kind = find_format(manifest.format)
         if kind.reference is None or kind.builder is None:
-            yield None
-            return
+            found = run_step("evaluating", reporter, evaluate, job)
+            assert found is not None
+            return found
         given = {key: value for key, value in manifest.options.items() if key != "format"}
         options = kind.builder.Options.model_validate(given)
-        with tempfile.TemporaryDirectory() as scratch:
-            work = Path(scratch)
-            context = Context(
-                manifest.variant, options, self._source, checkpoint, self._cache, work, work, self._run
-            )
-            with kind.reference(context, reporter) as path:
-                yield Reference(ModelRef(path.parent, manifest.format, path.name), self._cache.sha256(path))
+        with ExitStack() as held:
+            work = Path(held.enter_context(tempfile.TemporaryDirectory()))
+            context = Context(manifest.variant, options, self._source, checkpoint, self._cache, work, work, self._run)
+            digest, ready = kind.reference.find(context)
+            if ready is None:
+                found = run_step("evaluating", reporter, evaluate, replace(job, reference=Reference(digest, None)))
+                if found is not None:
+                    return found
+            path = held.enter_context(kind.reference.make(context, reporter))
+            reference = Reference(digest, ModelRef(path.parent, manifest.format, path.name))
+            found = run_step("evaluating", reporter, evaluate, replace(job, reference=reference))
+            assert found is not None
+        return found
 
     def _limits(self, manifest: Manifest) -> GateThresholds:
         return thresholds(self.recipe.gates, manifest.bits)

@@ -17,12 +17,14 @@ from quantize.runtimes.devices import AUTO
 
 @dataclass(frozen=True)
 class Reference:
-    """The source in the runtime of the artifact, in 16 bits, and the sha256 of its file: what the artifact is measured
-    against, so that the figures tell what quantization cost, and not what another engine does.
+    """The source in the runtime of the artifact, in 16 bits: what the artifact is measured against, so that the figures
+    tell what quantization cost, and not what another engine does.
+
+    digest: names its content. model: None where it is only to be made if what is in the cache does not do.
     """
 
-    model: ModelRef
     digest: str
+    model: ModelRef | None
 
 
 @dataclass(frozen=True)

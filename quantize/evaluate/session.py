@@ -35,8 +35,8 @@ def prepare_source(reporter: Reporter, job: EvaluationJob) -> None:
     source_side(reporter, job, read_material(job))
 
 
-def evaluate(reporter: Reporter, job: EvaluationJob) -> Evaluation:
-    """Measure an artifact against its source.
+def evaluate(reporter: Reporter, job: EvaluationJob) -> Evaluation | None:
+    """Measure an artifact against its source. None: the job's reference is to be made first.
 
     Raises UsageError (text, prompts), RecipeError (golden files), RefusedError (text that was calibrated on),
     VerifyError (an artifact does not run), MissingExtraError.
@@ -44,6 +44,8 @@ def evaluate(reporter: Reporter, job: EvaluationJob) -> Evaluation:
     material = read_material(job)
     source = source_side(reporter, job, material)
     reference = reference_side(reporter, job, material, source)
+    if reference is None:
+        return None
     checks = check_structure(reporter, job.artifact, job.source.folder, job.intended) if job.intended else {}
     wanted = wanted_run(job, job.artifact, material)
 

@@ -61,12 +61,17 @@ def source_side(reporter: Reporter, job: EvaluationJob, material: Material) -> S
     return on_device(reporter, wanted, lambda place: _source_on(reporter, job, material, wanted, place))
 
 
-def reference_side(reporter: Reporter, job: EvaluationJob, material: Material, source: SourceSide) -> ReferenceSide:
-    """The Baseline for an artifact: the source's own, or that of the job's reference. Raises VerifyError."""
+def reference_side(
+    reporter: Reporter, job: EvaluationJob, material: Material, source: SourceSide
+) -> ReferenceSide | None:
+    """The Baseline for an artifact: the source's own, or that of the job's reference. None: that is to be made first.
+
+    Raises VerifyError.
+    """
     reference = job.reference
     if reference is None:
         return ReferenceSide(source.baseline, None, source.device)
-    wanted = wanted_run(job, reference.model, material)
+    wanted = wanted_run(job, reference.model or job.artifact, material)  # of either format, and nearly as large
     return on_device(reporter, wanted, lambda place: _reference_on(reporter, job, reference, source, wanted, place))
 
 
@@ -137,13 +142,15 @@ def _ask(reporter: Reporter, runtime: Runtime, material: Material) -> list[list[
 def _reference_on(
     reporter: Reporter, job: EvaluationJob, reference: Reference, source: SourceSide, wanted: ModelRun,
     place: DevicePlace,
-) -> ReferenceSide:  # fmt: skip
+) -> ReferenceSide | None:  # fmt: skip
     cache, windows = Cache(job.cache), source.windows
-    key = baseline_key(reference.digest, windows, engine_tools(reference.model, place), keep=LIKELIEST)
+    key = baseline_key(reference.digest, windows, engine_tools(wanted.model, place), keep=LIKELIEST)
     compared = f"{key} {source.baseline.runtime} {source.baseline.version} {source.device}"
     conversion_key = hashlib.sha256(compared.encode()).hexdigest()
     baseline, conversion = find(cache, key), _find_conversion(cache, conversion_key)
     if baseline is None or conversion is None:
+        if reference.model is None:
+            return None
         status(reporter, "", f"loading the source as a {reference.model.format} model")
         with closing(open_model(reporter, job, wanted, place)) as runtime:
             baseline, conversion = made = convert_and_record(runtime, windows, source.baseline, reporter)

@@ -98,6 +98,16 @@ class Weights(Protocol):
         """Of the source's linears, those that are still in high precision without being asked to."""
 
 
+class ReferenceMaker(Protocol):
+    """Makes the source a model of the format, with nothing quantized. contexts: of the artifact that is measured."""
+
+    def find(self, context: Context) -> tuple[str, Path | None]:
+        """What names its content, and the file if it is there."""
+
+    def make(self, context: Context, reporter: Reporter) -> AbstractContextManager[Path]:
+        """The file, which stays as long as the context manager is open. Raises what building raises."""
+
+
 @dataclass(frozen=True)
 class Way:
     """A way to run an artifact from its folder: {file} and {name} in `how` are filled in."""
@@ -167,8 +177,7 @@ class Format:
 
     extra: of this program, with what building takes; what a plugin needs beyond that, its own distribution requires.
     builder: None for what can be opened but is not built here. runtime: what evaluate, verify, serve and bench open it
-    with. reference: makes the source a model of the format with nothing quantized, which is there as long as the
-    context is open; quantization is measured against it where the runtime is not the source's own. weights: for the
+    with. reference: what quantization is measured against where the runtime is not the source's own. weights: for the
     check of the structure, and for measuring block by block. probes: the engines that it needs, each tried by doctor,
     those first that others stand on. quantization: what ModelPack calls it, by the options; the format's name where it
     is None.
@@ -180,7 +189,7 @@ class Format:
     builder: Builder[Any] | None = None
     revision: int = 1
     runtime: RuntimeKind | None = None
-    reference: Callable[[Context, Reporter], AbstractContextManager[Path]] | None = None
+    reference: ReferenceMaker | None = None
     weights: Weights | None = None
     vram: VramProfile = field(default_factory=VramProfile)
     card: CardText = field(default_factory=CardText)

@@ -83,7 +83,7 @@ class GgufBuilder:
         from quantize.runtimes.llama_cpp.quantize import convert_and_size, dry_run
 
         jobs = [_settings(item, context.limits, None) for item in options]
-        key, ready = self._intermediate(context)
+        key, ready = self.intermediate(context)
         if ready is not None:
             sized = run_step("sizing the GGUF files", reporter, dry_run, ready, jobs)
         else:
@@ -125,7 +125,7 @@ class GgufBuilder:
 
     def intermediates(self, context: Context) -> Sequence[tuple[str, str]]:
         """The 16-bit file."""
-        return [("gguf", self._intermediate(context)[0])]
+        return [("gguf", self.intermediate(context)[0])]
 
     def _quantize(self, context: Context, intermediate: Path, reporter: Reporter) -> BuildResult:
         from quantize.runtimes.llama_cpp.quantize import quantize
@@ -182,7 +182,7 @@ class GgufBuilder:
             self._expected = {key: run_step("asking the source", reporter, expected_of, checkpoint, known)}
         return self._expected[key]
 
-    def _intermediate(self, context: Context) -> tuple[str, Path | None]:
+    def intermediate(self, context: Context) -> tuple[str, Path | None]:
         """Cache key of the 16-bit file, and the file itself if it is there."""
         parts = [_checkpoint_key(context.source), context.checkpoint.dtype, *_metadata_lines(context)]
         parts.append(f"pre_tokenizer={context.options.pre_tokenizer}")
@@ -203,7 +203,7 @@ class GgufBuilder:
             out = scratch / f"{context.source.name}-{request.outtype}.gguf"
             run_step("converting to GGUF", reporter, convert, request, out)
 
-        with context.cache.using("gguf", self._intermediate(context)[0], fill) as folder:
+        with context.cache.using("gguf", self.intermediate(context)[0], fill) as folder:
             yield sorted(folder.glob("*.gguf"))[0]
 
 

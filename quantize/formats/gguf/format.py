@@ -44,11 +44,20 @@ def _in_vllm(options: Options) -> str | No:
     return No("vLLM's GGUF support is experimental and slow", hint)
 
 
-def _reference(context: Context, reporter: Reporter) -> AbstractContextManager[Path]:
-    """The 16-bit file that all variants share."""
-    from quantize.formats.gguf.build import GgufBuilder
+class SixteenBits:
+    """The file that all variants are quantized from."""
 
-    return GgufBuilder().converted(context, reporter)
+    def find(self, context: Context) -> tuple[str, Path | None]:
+        """See ReferenceMaker."""
+        from quantize.formats.gguf.build import GgufBuilder
+
+        return GgufBuilder().intermediate(context)
+
+    def make(self, context: Context, reporter: Reporter) -> AbstractContextManager[Path]:
+        """See ReferenceMaker."""
+        from quantize.formats.gguf.build import GgufBuilder
+
+        return GgufBuilder().converted(context, reporter)
 
 
 FORMAT = Format(
@@ -57,7 +66,7 @@ FORMAT = Format(
     layout=GgufLayout(),
     builder=late("quantize.formats.gguf.build:GgufBuilder"),
     runtime=LLAMA_CPP,
-    reference=_reference,
+    reference=SixteenBits(),
     weights=GgufWeights(),
     vram=IN_LLAMA_CPP,
     card=CardText(ways=_ways),
