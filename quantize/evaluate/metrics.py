@@ -47,11 +47,6 @@ def _conversion(found: Evidence) -> float | None:
     return max((item.mean_kl for item in found.conversion.kinds), default=found.conversion.mean_kl)
 
 
-def _worst_kl(found: Evidence) -> float | None:
-    kinds = () if found.quality is None else found.quality.kinds
-    return max((item.mean_kl for item in kinds), default=None)
-
-
 def _bound(found: Evidence) -> str:
     return "" if found.quality is None or found.quality.kl_is_exact else "a lower bound"
 
@@ -77,10 +72,6 @@ METRICS: tuple[Metric, ...] = (
         "mean_kl", "KL divergence, mean", "mean KL", lambda text: text.mean_kl,
         interval=lambda text: text.mean_kl_interval, itself=0, unit="nats", detail=Detail.LIST,
         limit=Limit("KL divergence", "max_kl", "mean {}"), remark=_bound,
-    ),
-    Metric(
-        "worst_kl", "KL divergence on the worst kind of text", "worst KL", read=_worst_kl, itself=0, unit="nats",
-        detail=Detail.LIST, remark=_bound,
     ),
     Metric(
         "p99_kl", "KL divergence, 99th percentile", "99 % KL", lambda text: text.p99_kl, itself=0, unit="nats",
