@@ -1,12 +1,14 @@
-"""Peak memory of calibrated builds: flat in depth, within what the plan says, and what a 3B-shaped model takes.
+"""Peak memory of calibrated builds and of evaluation: flat in depth, within what the plan says, and of large models.
 
-    python benchmarks/memory.py [depth] [least] [3b] [--work FOLDER]
+    python benchmarks/memory.py [depth] [least] [3b] [evaluate] [--work FOLDER] [--shape NAME]
 
 `depth`: GPTQ builds of random Llamas of 2, 8 and 32 equal blocks. `least`: builds of the demo model and of two wider
 random ones with the least memory that their plan allows as the budget, planned and measured. `3b`: AWQ and GPTQ from
 one pass over a random checkpoint of Llama-3.2-3B's shape (28 blocks, hidden 3072), with a reduced calibration. Weights
 are random, which changes no byte of what is allocated. Each figure is the largest resident set of any process of the
 build; `pass` is the calibration pass alone, without the check that loads the finished artifact whole in its runtime.
+`evaluate`: random sources of 8 and 32 equal blocks, of Llama-3.2-3B's shape and of Llama-3.1-8B's, and AWQ artifacts of
+random codes for them, each read block by block over two windows of 512 tokens, in 24 GB of disk; `--shape` names one.
 Prints JSON.
 """
 
@@ -19,6 +21,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +39,15 @@ AWQ = "  - {format: awq, group_size: 64}\n"
 IMATRIX = "  - {format: gguf, types: [Q4_K_M], imatrix: true}\n"
 SMALL = {"hidden": 1024, "intermediate": 2816, "heads": 16, "kv_heads": 8}
 LLAMA_3B = {"layers": 28, "hidden": 3072, "intermediate": 8192, "heads": 24, "kv_heads": 8}
+SHAPES = {
+    "8 blocks": {"layers": 8, **SMALL},
+    "32 blocks": {"layers": 32, **SMALL},
+    "3B": {**LLAMA_3B, "vocabulary": 128256},
+    "8B": {
+        "layers": 32, "hidden": 4096, "intermediate": 14336, "heads": 32, "kv_heads": 8, "vocabulary": 128256,
+        "tied": False,
+    },
+}  # fmt: skip
 LEAST = (  # shape (none: the demo model), variants
     (None, GPTQ + AWQ + IMATRIX),
     (None, GPTQ),
@@ -50,6 +62,29 @@ started = time.perf_counter()
 done = subprocess.run(sys.argv[1:], stdout=subprocess.DEVNULL)
 peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
 print(json.dumps({"rc": done.returncode, "seconds": round(time.perf_counter() - started, 1), "peak_bytes": peak}))
+"""
+
+EVALUATE = """
+import sys
+from pathlib import Path
+from quantize.evaluate.job import EvaluationJob
+from quantize.evaluate.kinds import text_parts
+from quantize.evaluate.session import evaluate, prepare_source
+from quantize.events import SilentReporter
+from quantize.recipe.evaluation import Extent
+from quantize.runtimes.base import ModelRef
+source, artifact, cache = map(Path, sys.argv[2:])
+job = EvaluationJob(
+    ModelRef(source, "safetensors"), "random", ModelRef(artifact, "awq"), cache,
+    text=text_parts("python-docs", Path()), text_name="python-docs", extent=Extent(512, 2, 0, 0),
+    device="cpu", engine="streamed",
+)
+if sys.argv[1] == "source":
+    prepare_source(SilentReporter(), job)
+else:
+    found = evaluate(SilentReporter(), job).quality
+    assert found is not None
+    assert (found.runtime, found.source_runtime) == ("streamed blocks",) * 2, found
 """
 
 
@@ -127,7 +162,38 @@ def three_billion(tokenizer: Path, work: Path) -> dict[str, Any]:
     return {"parameters": parameters, "calibration": "4 x 512 tokens", **result}
 
 
-WHAT = {"depth": depth, "least": least, "3b": three_billion}
+def evaluate(tokenizer: Path, work: Path, names: Sequence[str] = tuple(SHAPES)) -> dict[str, Any]:
+    """Source and AWQ artifact of each shape, read block by block in processes of their own."""
+    from benchmarks import models
+
+    found: dict[str, Any] = {}
+    for name, shape in ((name, SHAPES[name]) for name in names):
+        source, artifact = work / "evaluated-source", work / "evaluated-awq"
+        models.random_llama(source, tokenizer, **shape)
+        models.random_awq(artifact, source)
+        size = sum(path.stat().st_size for path in source.glob("*.safetensors"))
+        found[name] = {"parameters": size // 2}
+        for side in ("source", "artifact"):
+            paths = [str(path) for path in (source, artifact, work / "evaluated-cache")]
+            command = [sys.executable, "-c", MEASURE, sys.executable, "-c", EVALUATE, side, *paths]
+            environment = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[1])}
+            result = json.loads(subprocess.run(command, env=environment, stdout=subprocess.PIPE, check=True).stdout)
+            if result.pop("rc"):
+                sys.exit("the evaluation failed")
+            found[name][side] = result
+            print(json.dumps({name: found[name]}), file=sys.stderr, flush=True)
+        for folder in (source, artifact, work / "evaluated-cache"):
+            shutil.rmtree(folder)
+    if not {"8 blocks", "32 blocks"} <= set(found):
+        return {"shapes": found}
+    growth = {
+        side: round(found["32 blocks"][side]["peak_bytes"] / found["8 blocks"][side]["peak_bytes"] - 1, 4)
+        for side in ("source", "artifact")
+    }
+    return {"shapes": found, "growth_from_8_to_32": growth}
+
+
+WHAT: dict[str, Callable[..., Any]] = {"depth": depth, "least": least, "3b": three_billion, "evaluate": evaluate}
 
 
 def main() -> None:
@@ -135,6 +201,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("what", nargs="*", choices=list(WHAT), default=list(WHAT))
     parser.add_argument("--work", type=Path, default=None)
+    parser.add_argument("--shape", choices=list(SHAPES), action="append", help="of evaluate; all where none is given")
     args = parser.parse_args()
     from benchmarks import models
 
@@ -146,7 +213,8 @@ def main() -> None:
             models.demo(tokenizer)
         for what, run in WHAT.items():
             if what in args.what:
-                print(json.dumps({what: run(tokenizer, work)}, indent=2), flush=True)
+                chosen = {"names": args.shape} if what == "evaluate" and args.shape else {}
+                print(json.dumps({what: run(tokenizer, work, **chosen)}, indent=2), flush=True)
 
 
 if __name__ == "__main__":

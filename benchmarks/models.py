@@ -19,6 +19,7 @@ from typing import Any
 BLOCK = 32
 LEVELS = 15
 SEED = 0
+LEVEL_SPREAD = 4.6  # standard deviation of 16 equally likely levels
 
 
 def demo(out: Path) -> Path:
@@ -53,9 +54,13 @@ def dithered(source: Path, out: Path) -> Path:
 
 
 def random_llama(
-    out: Path, tokenizer: Path, *, layers: int, hidden: int, intermediate: int, heads: int, kv_heads: int
-) -> Path:
-    """A Llama of random FP16 weights with another model's tokenizer, written one tensor at a time."""
+    out: Path, tokenizer: Path, *, layers: int, hidden: int, intermediate: int, heads: int, kv_heads: int,
+    vocabulary: int | None = None, tied: bool = True,
+) -> Path:  # fmt: skip
+    """A Llama of random FP16 weights with another model's tokenizer, written one tensor at a time.
+
+    vocabulary: rows of the embedding, and of the head where it is not tied; None for the tokenizer's own.
+    """
     import torch
 
     from quantize.files.shards import ShardWriter
@@ -66,10 +71,11 @@ def random_llama(
         if (tokenizer / name).is_file():
             shutil.copyfile(tokenizer / name, out / name)
     config: dict[str, Any] = json.loads((tokenizer / "config.json").read_text())
-    vocabulary, head_dim = config["vocab_size"], hidden // heads
+    vocabulary, head_dim = vocabulary or config["vocab_size"], hidden // heads
     config |= {
         "num_hidden_layers": layers, "hidden_size": hidden, "intermediate_size": intermediate, "head_dim": head_dim,
-        "num_attention_heads": heads, "num_key_value_heads": kv_heads, "tie_word_embeddings": True,
+        "num_attention_heads": heads, "num_key_value_heads": kv_heads, "tie_word_embeddings": tied,
+        "vocab_size": vocabulary,
     }  # fmt: skip
     (out / "config.json").write_text(json.dumps(config, indent=2))
     table: dict[str, tuple[str, tuple[int, ...]]] = {"model.embed_tokens.weight": ("F16", (vocabulary, hidden))}
@@ -84,6 +90,8 @@ def random_llama(
         }  # fmt: skip
         table |= {f"{prefix}{name}.weight": ("F16", shape) for name, shape in shapes.items()}
     table["model.norm.weight"] = ("F16", (hidden,))
+    if not tied:
+        table["lm_head.weight"] = ("F16", (vocabulary, hidden))
     generator = torch.Generator().manual_seed(SEED)
     with ShardWriter(out, table) as writer:
         for name, (_, shape) in table.items():
@@ -92,6 +100,37 @@ def random_llama(
             else:
                 scale = shape[-1] ** -0.5
                 writer.write(name, torch.randn(shape, generator=generator).mul_(scale).half())
+        writer.finish()
+    return out
+
+
+def random_awq(out: Path, source: Path, group_size: int = 128) -> Path:
+    """An AWQ artifact of random codes in the shape of a checkpoint, whose other tensors are the checkpoint's own."""
+    import torch
+
+    from quantize.files.shards import ShardWriter
+    from quantize.formats.awq.build import AwqBuilder, AwqOptions
+    from quantize.model.checkpoint import TOKENIZER_FILES, open_checkpoint
+
+    out.mkdir(parents=True)
+    checkpoint, options, builder = open_checkpoint(source), AwqOptions(group_size=group_size), AwqBuilder()
+    (out / "config.json").write_text(builder.config(checkpoint, options))
+    for name in TOKENIZER_FILES:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, out / name)
+    generator = torch.Generator().manual_seed(SEED)
+    table = builder.layout(checkpoint, options).table
+    with ShardWriter(out, table) as writer:
+        for name, (_, shape) in table.items():
+            if name.endswith("qweight"):
+                writer.write(name, torch.randint(-(2**31), 2**31, shape, generator=generator, dtype=torch.int32))
+            elif name.endswith("qzeros"):
+                writer.write(name, torch.full(shape, -0x77777778, dtype=torch.int32))  # 8 in each half byte
+            elif name.endswith("scales"):
+                width = group_size * shape[0]
+                writer.write(name, torch.full(shape, width**-0.5 / LEVEL_SPREAD, dtype=torch.float16))
+            else:
+                writer.write(name, checkpoint.read(name))
         writer.finish()
     return out
 

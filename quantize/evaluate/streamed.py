@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from quantize.calibration.block_reader import TensorSource, read_blocks
 from quantize.calibration.block_runner import BlockRunner
@@ -29,7 +29,7 @@ from quantize.evaluate.engine import STREAMED, streamed_version
 from quantize.events import Reporter, progress
 from quantize.files.safetensors import TensorInfo
 from quantize.formats import find_format
-from quantize.model.architecture import block_layouts
+from quantize.model.architecture import BlockLayout, block_layouts
 from quantize.model.checkpoint import Checkpoint, open_checkpoint, read_json, tensor_table
 from quantize.numerics.constants import batch_tokens, shares_on
 from quantize.runtimes.base import ModelRef, Prompted, block_rows, log_softmax
@@ -38,7 +38,7 @@ from quantize.system.memory import give_back_freed
 from quantize.system.threads import in_turn, split_threads
 
 if TYPE_CHECKING:
-    from quantize.formats.format import Reader
+    from quantize.formats.format import InputRounding, Reader
     from quantize.runtimes.base import LogProbs
 
 STATE_BYTES = 1 << 30  # of hidden states that are kept in memory; more go to a file
@@ -50,9 +50,9 @@ class StreamedRuntime:
 
     def __init__(
         self, source: TensorSource, label: str, place: DevicePlace, reporter: Reporter, scratch: Path,
-        *, threads: int = 0, state_bytes: int = STATE_BYTES,
+        *, threads: int = 0, state_bytes: int = STATE_BYTES, rounding: InputRounding | None = None,
     ) -> None:  # fmt: skip
-        """Raises VerifyError: tensors are missing or do not fit the architecture."""
+        """rounding: see Format.inputs. Raises VerifyError: tensors are missing or do not fit the architecture."""
         if threads:
             torch.set_num_threads(threads)
         self.name, self.version = STREAMED, streamed_version()
@@ -62,6 +62,8 @@ class StreamedRuntime:
         with self._told():
             self._runner = BlockRunner(source.folder, dict(source.config), place.device, "float32")
             self._head = OutputHead(self._runner, source)
+            if rounding is not None:
+                _round_inputs(self._runner, list(block_layouts(source.config)), rounding)
         self.vocabulary = self._head.vocabulary
 
     def read(self, windows: Sequence[Sequence[int]]) -> Iterator[Iterator[LogProbs]]:
@@ -169,6 +171,22 @@ def _single(batches: Sequence[Batch]) -> Iterator[tuple[int, Batch]]:
             yield member, Batch((member,), batch.length, batch.start + place * batch.length)
 
 
+def _round_inputs(runner: BlockRunner, layouts: Sequence[BlockLayout], rounding: InputRounding) -> None:
+    """Have each linear, but for those of routed experts, read what its real runtime reads: of a sequence at a time."""
+
+    def hook(_module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        states, *others = inputs
+        sequences = states if states.dim() == 3 else states[None]
+        return (torch.stack([rounding(one) for one in sequences]).view_as(states), *others)
+
+    for layout in layouts:
+        layer = runner.model.model.layers[layout.index]
+        for linear in layout.linears:
+            if linear.expert is None:
+                module = layer.get_submodule(layout.module_path(linear.tensor).removesuffix(".weight"))
+                module.register_forward_pre_hook(hook)
+
+
 def open_streamed(
     model: ModelRef, source: Path, place: DevicePlace, reporter: Reporter, scratch: Path, *, threads: int = 0
 ) -> StreamedRuntime:
@@ -182,4 +200,6 @@ def open_streamed(
         tensors: TensorSource = checkpoint if is_source else ArtifactTensors(model, checkpoint)
     except CheckpointError as exc:
         raise VerifyError(f"{model.folder.name}: {exc.message}", hint=exc.hint) from exc
-    return StreamedRuntime(tensors, model.folder.name, place, reporter, scratch, threads=threads)
+    inputs = None if is_source else find_format(model.format).inputs
+    rounding = inputs(model.path) if inputs is not None else None
+    return StreamedRuntime(tensors, model.folder.name, place, reporter, scratch, threads=threads, rounding=rounding)

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from quantize.runtimes.probe import Probe
 
 Reader = Callable[[str, "Tensor"], "Tensor | None"]
+InputRounding = Callable[["Tensor"], "Tensor"]
 Options = Mapping[str, Any]
 
 
@@ -180,7 +181,8 @@ class Format:
     with. reference: what quantization is measured against where the runtime is not the source's own. weights: for the
     check of the structure, and for measuring block by block. probes: the engines that it needs, each tried by doctor,
     those first that others stand on. quantization: what ModelPack calls it, by the options; the format's name where it
-    is None.
+    is None. inputs: what its runtime makes of the inputs [tokens, in] of an artifact's linears in one forward pass,
+    before it multiplies; None where it is nothing.
     """
 
     name: str
@@ -195,6 +197,7 @@ class Format:
     card: CardText = field(default_factory=CardText)
     handover: Handover = field(default_factory=lambda: Handover(_nowhere))
     quantization: Callable[[Options], str] | None = None
+    inputs: Callable[[Path], InputRounding | None] | None = None
     probes: tuple[Probe, ...] = ()
 
     @property

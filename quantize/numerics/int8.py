@@ -1,7 +1,8 @@
-"""LLM.int8 rows (Dettmers et al. 2022): int8 codes and one absolute maximum per output row.
+"""LLM.int8 (Dettmers et al. 2022, arXiv:2208.07339): int8 codes and one absolute maximum per row.
 
-In: a weight [out, in]. Out: what bitsandbytes keeps of it on disk. Left to others: names and files (builders).
-The arithmetic is bitsandbytes' own, on the float16 values that it converts every weight to.
+In: a weight [out, in]; what a linear reads, [tokens, in]. Out: what bitsandbytes keeps of the weight on disk, and what
+it multiplies it with. Left to others: names and files (builders). The arithmetic is bitsandbytes' own, on the float16
+values that it converts every weight and input to.
 """
 
 from __future__ import annotations
@@ -30,3 +31,18 @@ def quantize_int8(weight: Tensor) -> Int8Rows:
 
     codes, scales, _ = functional.int8_vectorwise_quant(weight.to(torch.float16).contiguous())
     return Int8Rows(codes, scales)
+
+
+def round_inputs(inputs: Tensor, threshold: float) -> Tensor:
+    """What LLM.int8 multiplies a weight with in place of [tokens, in], float32.
+
+    Each token's values are rounded to 255 levels over its absolute maximum, but for channels in which some token
+    reaches the threshold (0: none does): those are left as they are for all tokens, and values that reach it count for
+    no maximum. So the tokens of one forward pass depend on one another.
+    """
+    half = inputs.half()
+    outliers = half.abs() >= (threshold or torch.inf)
+    usual = half.masked_fill(outliers, 0).float()
+    largest = usual.abs().amax(1, keepdim=True).clamp(min=1e-20)  # a row of zeros stays one
+    rounded = torch.round(usual * (127 / largest)) * (largest / 127)
+    return torch.where(outliers.any(0), inputs.float(), rounded)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from quantize.estimate.vram import VramProfile
 from quantize.formats.bitsandbytes.probe import BITSANDBYTES_PROBE
-from quantize.formats.bitsandbytes.weights import BitsandbytesWeights
+from quantize.formats.bitsandbytes.weights import BitsandbytesWeights, input_rounding
 from quantize.formats.folder import FolderLayout
 from quantize.formats.format import CardText, Format, Handover, No, Options, Way, late
 from quantize.formats.ways import SERVE, VLLM, in_transformers
@@ -42,6 +42,7 @@ FORMAT = Format(
     builder=late("quantize.formats.bitsandbytes.build:BitsandbytesBuilder"),
     runtime=BITSANDBYTES,
     weights=BitsandbytesWeights(),
+    inputs=input_rounding,
     vram=VRAM,
     card=CardText(ways=_ways, limits=_limits),
     handover=Handover(vllm=_in_vllm),

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from quantize.formats.folder import not_packed
-from quantize.formats.format import Options, Reader
-from quantize.model.checkpoint import Checkpoint, tensor_table
+from quantize.formats.format import InputRounding, Options, Reader
+from quantize.model.checkpoint import Checkpoint, read_json, tensor_table
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+OUTLIERS = 6.0  # transformers' own llm_int8_threshold, where config.json has none
 
 
 @dataclass(frozen=True)
@@ -28,6 +31,16 @@ class BitsandbytesWeights:
     def left(self, path: Path, names: Sequence[str], options: Options) -> list[str]:
         """See Weights."""
         return not_packed(path, names, ("SCB", "weight.absmax"))
+
+
+def input_rounding(folder: Path) -> InputRounding | None:
+    """What bitsandbytes makes of the inputs of INT8 linears; NF4 ones take them as they are. Raises CheckpointError."""
+    settings = read_json(folder / "config.json").get("quantization_config")
+    if not isinstance(settings, dict) or not settings.get("load_in_8bit"):
+        return None
+    from quantize.numerics.int8 import round_inputs
+
+    return partial(round_inputs, threshold=float(settings.get("llm_int8_threshold", OUTLIERS)))
 
 
 def _reader(folder: Path) -> Reader:
