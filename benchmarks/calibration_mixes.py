@@ -1,13 +1,13 @@
 """What calibration text costs or saves on each kind of text: the dithered demo model, calibrated in several ways.
 
-    python benchmarks/calibration_mixes.py [--calibration python-docs --calibration starter] [--work FOLDER]
+    python benchmarks/calibration_mixes.py [--calibration NAME …] [--effort full|quick] [--work FOLDER]
 
 Builds GPTQ, AWQ and Q4_K_M with an importance matrix of the dithered demo model (benchmarks/models.py) once with each
-calibration text, by name or as a file, and measures all on the held-out texts that come along (prose, code, Vietnamese,
-and what the source itself answers), none of which any of the texts has a run of ten words of. Prints a Markdown table:
-the mean KL divergence to the source on each kind, with 95 % intervals where there are windows enough, and for each
-variant how much the worst kind changes from the first calibration to each other. With --work everything is kept there,
-and a second run builds nothing.
+calibration text, by name or as a file (`python-docs`, then `starter`), and measures all on the held-out texts that come
+along: prose, code, Vietnamese, and what the source itself answers. None of them shares a run of ten words with any of
+the calibration texts. Prints a Markdown table: the mean KL divergence to the source on each kind, with 95 % intervals
+where there are windows enough, and for each variant how much the worst kind changes from the first calibration to each
+other. With --work everything is kept there, and a second run builds nothing.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ Kinds = dict[str, tuple[float, float | None]]
 """Kind of text -> mean KL in nats, and half of the width of its interval."""
 
 
-def build(work: Path, calibration: str, environment: dict[str, str]) -> str:
+def build(work: Path, calibration: str, effort: str, environment: dict[str, str]) -> str:
     """Build and measure all variants with one text; the name under which the store has them."""
     import yaml
 
@@ -45,7 +45,7 @@ def build(work: Path, calibration: str, environment: dict[str, str]) -> str:
         "source": {"model": str(formats.dithered_demo(work)), "license": "apache-2.0"},
         "calibration": calibration if "/" not in calibration else str(Path(calibration).resolve()),
         "variants": VARIANTS,
-        "evaluation": {"text": "mixed", "golden": []},
+        "evaluation": {"text": "mixed", "effort": effort, "golden": []},
         "gates": formats.REFUSE_NOTHING,
     }
     path = work / f"{name}.yaml"
@@ -99,13 +99,15 @@ def main() -> None:
     """Build, measure, print."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--calibration", action="append", help="name or .yaml file; others are held to the first")
+    parser.add_argument("--effort", default="full", help="how much text: full, or quick for about a quarter of it")
     parser.add_argument("--work", type=Path, help="folder for checkpoints, cache and store, kept")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         work = (arguments.work or Path(scratch)).resolve()
         environment = os.environ | {"QUANTIZE_STORE": str(work / "store"), "QUANTIZE_CACHE": str(work / "cache")}
         texts = arguments.calibration or ["python-docs", "starter"]
-        print(table([(text, read(work / "store", build(work, text, environment))) for text in texts]))
+        names = [build(work, text, arguments.effort, environment) for text in texts]
+        print(table([(text, read(work / "store", name)) for text, name in zip(texts, names, strict=True)]))
 
 
 if __name__ == "__main__":
