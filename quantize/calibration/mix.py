@@ -13,6 +13,7 @@ from typing import Any
 
 from quantize.calibration.datasets import Dataset, find_dataset
 from quantize.events import Reporter
+from quantize.model.checkpoint import Checkpoint
 from quantize.recipe.calibration import SHARED_KEYS, Calibration, CalibrationMix
 
 
@@ -57,10 +58,10 @@ class CalibrationText:
             for limit in self.spec.limits
         )
 
-    def held_weights(self, parameters: int) -> int:
-        """How many weights are held in memory at once to make the text with: all of a source's, or none."""
-        parts = zip(self.datasets, self.left_out(parameters), strict=True)
-        return parameters if any(item.holds_the_model and why is None for item, why in parts) else 0
+    def is_written_by(self, checkpoint: Checkpoint) -> bool:
+        """Whether the model, held in memory whole, writes a part of the text for itself."""
+        parts = zip(self.datasets, self.left_out(checkpoint.parameters), strict=True)
+        return any(dataset.holds_the_model and why is None for dataset, why in parts)
 
     def _merged(self, facts: list[dict[str, Any]]) -> dict[str, Any]:
         """What is said of the parts as one: what all share, once."""

@@ -61,9 +61,7 @@ def evaluate(reporter: Reporter, job: EvaluationJob) -> Evaluation | None:
             quality = measure(runtime, source.windows, reference.baseline, reporter)
             golden = _golden(reporter, runtime, material, source, place)
         devices = {"runtime_device": place.device, "source_device": reference.device}
-        return Evaluation(
-            quality.model_copy(update=devices), golden, checked, material.held_out, reference.conversion
-        )
+        return Evaluation(quality.model_copy(update=devices), golden, checked, material.held_out, reference.conversion)
 
     return on_device(reporter, wanted, run)
 
@@ -89,8 +87,7 @@ def evidence(found: Evaluation, *, size_bytes: int, source_bytes: int) -> Eviden
 
 
 def other_tokens(runtime: Runtime, artifact: ModelRef, material: Material, source: SourceSide) -> str:
-    """What is wrong if the tokens of the text are other tokens in the artifact: figures would mean nothing. "" if not.
-    """
+    """What is wrong if the tokens of the text are other tokens in the artifact: figures would mean nothing. "" if not."""
     problem = other_vocabulary(runtime.vocabulary, source.baseline.vocabulary, source.windows)
     if problem:
         return problem

@@ -88,9 +88,7 @@ def test_a_sound_artifact_is_refused_by_none(source: Path, judged: Callable[...,
     assert refused(judged(quantized(source))) == set()
 
 
-def test_a_rope_scaling_that_the_converter_loses(
-    source: Path, tmp_path: Path, judged: Callable[..., Decision]
-) -> None:
+def test_a_rope_scaling_that_the_converter_loses(source: Path, tmp_path: Path, judged: Callable[..., Decision]) -> None:
     """The artifact is near the file that it was quantized from: only the conversion can tell."""
     copy = Path(shutil.copytree(source, tmp_path / "lost"))
     change_config(copy, rope_scaling=None)
