@@ -87,7 +87,7 @@ def evidence(found: Evaluation, *, size_bytes: int, source_bytes: int) -> Eviden
 
 
 def other_tokens(runtime: Runtime, artifact: ModelRef, material: Material, source: SourceSide) -> str:
-    """What is wrong if the tokens of the text are other tokens in the artifact: figures would mean nothing. "" if not."""
+    """What is wrong if the tokens of the text are others in the artifact: figures would mean nothing. "" if not."""
     problem = other_vocabulary(runtime.vocabulary, source.baseline.vocabulary, source.windows)
     if problem:
         return problem
