@@ -109,7 +109,7 @@ class Judge:
         except QuantizeError as exc:
             if isinstance(exc, (UsageError, DiskFullError)) or type(exc) is RefusedError:
                 raise
-            hint = "free memory, or build with --no-eval, which leaves the artifacts `not evaluated`"
+            hint = "free memory, say `evaluation: {engine: streamed}`, or build with --no-eval, which measures nothing"
             raise BuildError(f"the source can't be evaluated: {exc.message}", hint=hint) from exc
 
     def measure(self, artifact: Artifact, checkpoint: Checkpoint, reporter: Reporter) -> EvaluationRecord:
