@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -10,6 +11,7 @@ from unittest import mock
 import pytest
 
 from quantize.build.disk import PAPERS_BYTES, disk_free_bytes
+from quantize.build.execute import execute
 from quantize.build.plan import make_plan
 from quantize.build.size import SizedPlan, size_plan
 from quantize.errors import PlanError, UsageError
@@ -121,20 +123,18 @@ def test_one_refusal_leaves_the_others_planned(
     assert refusals[1:] == [None, None]
 
 
-def test_calibration_that_is_missing(tiny: Path, tmp_path: Path, run: Run) -> None:
-    """It refuses the variants that need it, and those alone."""
+def test_calibration_that_is_missing(tiny: Path, tmp_path: Path, workspace: Workspace) -> None:
+    """It refuses the variants that need it, and those alone; a file that names none has a default."""
     variants = [{"format": "gguf", "type": "Q4_K_M", "imatrix": True}, {"format": "gguf", "type": "Q8_0"}]
-    path = write_recipe(tmp_path / "demo.yaml", tiny, variants)
-    planned = run("plan", path, "--json")
-    assert planned.exit_code == 3
-    refusals = [item["refusal"] for item in json.loads(planned.stdout)["variants"]]
-    assert "needs calibration" in refusals[0]
-    assert refusals[1] is None
-    result = run("build", path, "--no-eval", "--json")
-    assert result.exit_code == 3
-    assert [item["state"] for item in json.loads(result.stdout)] == ["failed", "built"]
-    assert "variant q4_k_m-imatrix needs calibration, and the recipe has none" in result.stderr
-    assert "add `calibration:" in result.stderr
+    recipe = load_recipe(write_recipe(tmp_path / "demo.yaml", tiny, variants), option_models())
+    plan = make_plan(replace(recipe, calibration=None), workspace, evaluate=False)
+    refused, other = (job.refusal for job in plan.jobs)
+    assert refused is not None
+    assert refused.message == "variant q4_k_m-imatrix needs calibration, and the recipe has none"
+    assert (refused.hint, other) == ("add `calibration: starter`", None)
+    outcomes = execute(plan, workspace)
+    assert [item.state.value for item in outcomes] == ["failed", "built"]
+    assert outcomes[0].error is refused
 
 
 def test_free_space_is_asked_where_the_store_will_be(tmp_path: Path) -> None:
