@@ -49,7 +49,7 @@ def variants(name: str, folder: Path) -> Path:
         "q4_k_m-imatrix": {"format": "gguf", "type": "Q4_K_M", "imatrix": True},
     }  # fmt: skip
     data["variants"] = [kinds[variant] for variant in wanted] if wanted else data["variants"]
-    data["calibration"] = yaml.safe_load((ROOT / data["calibration"]).read_text(encoding="utf-8"))
+    data["calibration"] = yaml.safe_load((ROOT / "calibration" / "python-docs.yaml").read_text(encoding="utf-8"))
     data["evaluation"]["golden"] = [str(ROOT / path) for path in data["evaluation"]["golden"]]
     path = folder / f"{name}.yaml"
     path.write_text(yaml.safe_dump(data), encoding="utf-8")

@@ -33,8 +33,8 @@ def recipe_for(checkpoint: Path, path: Path) -> Path:
     data = yaml.safe_load(RECIPE.read_text(encoding="utf-8"))
     data["name"] = NAME
     data["source"]["model"] = str(checkpoint.resolve())
-    data["calibration"] = yaml.safe_load((ROOT / data["calibration"]).read_text(encoding="utf-8"))
-    data["evaluation"] = {"golden": []}
+    data["calibration"] = yaml.safe_load((ROOT / "calibration" / "python-docs.yaml").read_text(encoding="utf-8"))
+    data["evaluation"] = {"text": "python-docs", "golden": []}  # what the published figures were measured on
     data["gates"] = REFUSE_NOTHING
     path.write_text(yaml.safe_dump(data, sort_keys=False), encoding="utf-8")
     return path
