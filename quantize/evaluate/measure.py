@@ -53,8 +53,7 @@ def measure(runtime: Runtime, windows: Windows, baseline: Baseline, reporter: Re
     found = compare(runtime, windows, baseline, reporter, READING)
     sums = window_sums(found, windows)
     return Quality(
-        **_figures(found, sums, len(windows.token_ids)),
-        kinds=_by_kind(found, windows),
+        **_all_figures(found, sums, windows),
         per_window=WindowFigures(**vars(sums)),
         window_tokens=windows.length,
         kl_is_exact=baseline.is_whole,
@@ -78,11 +77,8 @@ def convert_and_record(
     recorder = Recorder(runtime)
     text = f"reading the held-out text with the source in {runtime.name}"
     found = compare(runtime, windows, source, reporter, text, recorder.add)
-    figures = _figures(found, window_sums(found, windows), len(windows.token_ids))
-    conversion = Conversion(
-        **figures, kinds=_by_kind(found, windows), runtime=runtime.name, source_runtime=source.runtime
-    )
-    return recorder.baseline(windows), conversion
+    figures = _all_figures(found, window_sums(found, windows), windows)
+    return recorder.baseline(windows), Conversion(**figures, runtime=runtime.name, source_runtime=source.runtime)
 
 
 def compare(
@@ -114,7 +110,7 @@ def window_sums(found: Compared, windows: Windows) -> intervals.Sums:
     """Sums over the predictions of each window; many windows are taken together by neighbors."""
     import numpy as np
 
-    counts = [len(ids) - start for ids, start in zip(windows.token_ids, windows.starts, strict=True)]
+    counts = windows.counts
     starts = np.cumsum([0, *counts[:-1]])
 
     def summed(rows: NDArray[Any]) -> list[float]:
@@ -124,16 +120,20 @@ def window_sums(found: Compared, windows: Windows) -> intervals.Sums:
     return intervals.grouped(intervals.Sums(windows.kinds, counts, kl, ours, theirs))
 
 
-def _by_kind(found: Compared, windows: Windows) -> tuple[KindFigures, ...]:
+def _all_figures(found: Compared, sums: intervals.Sums, windows: Windows) -> dict[str, Any]:
+    """The fields of TextFigures, and `kinds`."""
+    return {**_figures(found, sums, len(windows.token_ids)), "kinds": _by_kind(found, sums, windows)}
+
+
+def _by_kind(found: Compared, sums: intervals.Sums, windows: Windows) -> tuple[KindFigures, ...]:
     """The figures of each kind of text; none where there is but one."""
     import numpy as np
 
     names = list(dict.fromkeys(windows.kinds))
     if len(names) < 2:
         return ()
-    counts = [len(ids) - start for ids, start in zip(windows.token_ids, windows.starts, strict=True)]
-    kinds, sums = [], window_sums(found, windows)
-    of_rows = np.repeat(np.array(windows.kinds), counts)
+    kinds = []
+    of_rows = np.repeat(np.array(windows.kinds), windows.counts)
     for name in names:
         rows = of_rows == name
         part = Compared(found.kl[rows], found.same[rows], found.targets[rows], found.source_targets[rows])

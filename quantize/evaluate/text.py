@@ -64,9 +64,14 @@ class Windows:
         return cls(ids, length, text.name, text.hash, (kind,) * len(ids), (1,) * len(ids))
 
     @property
+    def counts(self) -> tuple[int, ...]:
+        """Tokens of each window that are predicted."""
+        return tuple(len(ids) - start for ids, start in zip(self.token_ids, self.starts, strict=True))
+
+    @property
     def predictions(self) -> int:
         """Tokens that are predicted."""
-        return sum(len(ids) - start for ids, start in zip(self.token_ids, self.starts, strict=True))
+        return sum(self.counts)
 
     @property
     def hash(self) -> str:
