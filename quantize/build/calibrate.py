@@ -35,7 +35,7 @@ from quantize.formats.base import Builder, Collector, Context, RunLimits
 from quantize.model.architecture import block_count, block_layout
 from quantize.recipe.calibration import Calibration
 from quantize.recipe.model import Recipe
-from quantize.store.manifest import CalibrationEntry, CalibrationPart, tool_versions
+from quantize.store.manifest import CalibrationEntry, tool_versions
 from quantize.system.gpus import nvidia_gpus
 from quantize.system.memory import free_gpu_bytes, give_back_gpu
 from quantize.system.process import peak_memory_bytes, run_step, stop_asked
@@ -112,7 +112,7 @@ def _pass(
             sequences=len(found.token_ids),
             tokens=found.tokens,
             seed=spec.seed,
-            parts=tuple(CalibrationPart(**vars(shown)) for shown in found.parts) or None,
+            parts=found.parts or None,
         )
         for shown in found.parts:
             if shown.left_out is not None:

@@ -20,18 +20,8 @@ from quantize.errors import CheckpointError, MissingExtraError, PlanError, Recip
 from quantize.events import Reporter, status
 from quantize.model.checkpoint import tensor_table
 from quantize.recipe.calibration import Calibration, CalibrationMix, CalibrationSpec
+from quantize.store.manifest import CalibrationPart
 from quantize.system.process import run_step
-
-
-@dataclass(frozen=True)
-class PartOfSet:
-    """What one dataset of a mix gave. hash: as that of a set, over its own sequences. left_out: why it gave nothing."""
-
-    dataset: str
-    sequences: int
-    tokens: int
-    hash: str
-    left_out: str | None = None
 
 
 @dataclass(frozen=True)
@@ -40,7 +30,7 @@ class CalibrationSet:
 
     token_ids: tuple[tuple[int, ...], ...]
     skipped_rows: int = 0
-    parts: tuple[PartOfSet, ...] = ()
+    parts: tuple[CalibrationPart, ...] = ()
 
     @property
     def tokens(self) -> int:
@@ -83,14 +73,17 @@ def load_calibration_set(spec: Calibration, base: Path, folder: Path) -> Calibra
     Raises RecipeError: a dataset is missing or has no such column. PlanError: no row is long enough, or every part of a
     mix is left out.
     """
-    text = CalibrationText(spec, base)
+    text, tokenizer = CalibrationText(spec, base), load_tokenizer(folder)
     if not isinstance(spec, CalibrationMix):
-        return load_dataset(text.datasets[0], folder)
+        return load_dataset(text.datasets[0], folder, tokenizer)
     ids: list[tuple[int, ...]] = []
     parts, skipped = [], 0
     for dataset, name, left_out in zip(text.datasets, text.names, parts_left_out(text, folder), strict=True):
-        found = CalibrationSet(()) if left_out else load_dataset(dataset, folder)
-        parts.append(PartOfSet(name, len(found.token_ids), found.tokens, found.hash, left_out))
+        found = CalibrationSet(()) if left_out else load_dataset(dataset, folder, tokenizer)
+        part = CalibrationPart(
+            dataset=name, sequences=len(found.token_ids), tokens=found.tokens, hash=found.hash, left_out=left_out
+        )
+        parts.append(part)
         ids += found.token_ids
         skipped += found.skipped_rows
     if not ids:
@@ -106,9 +99,9 @@ def parts_left_out(text: CalibrationText, folder: Path) -> tuple[str | None, ...
     return text.left_out(sum(info.elements for info in tensor_table(folder).values()))
 
 
-def load_dataset(dataset: Dataset, folder: Path) -> CalibrationSet:
+def load_dataset(dataset: Dataset, folder: Path, tokenizer: Any) -> CalibrationSet:
     """The sequences of one dataset. Raises as load_calibration_set does."""
-    tokenizer, spec = load_tokenizer(folder), dataset.spec
+    spec = dataset.spec
     encoded = (_encode(tokenizer, row, spec) for row in read_rows(dataset, folder))
     if dataset.made_to_spec:
         return _checked(CalibrationSet(tuple(map(tuple, encoded))), spec)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from pathlib import Path
 
 import click
@@ -46,7 +45,7 @@ def show(spec: str, recipe: Path | None, sequences: int, as_json: bool, quiet: b
     tokenizer = load_tokenizer(checkpoint.folder)
     texts = [tokenizer.decode(ids) for ids in found.token_ids[:sequences]]
     if as_json:
-        print_json({**_facts(found), "parts": [asdict(part) for part in found.parts], "texts": texts})
+        print_json({**_facts(found), "parts": [part.model_dump() for part in found.parts], "texts": texts})
         return
     for name, value in _facts(found).items():
         click.echo(f"{name:>13}  {value}")

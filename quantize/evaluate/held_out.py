@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from quantize.calibration.mix import CalibrationText
-from quantize.calibration.text import load_dataset, parts_left_out
+from quantize.calibration.text import load_dataset, load_tokenizer, parts_left_out
 from quantize.errors import CheckpointError
 from quantize.evaluate.text import Windows, check_disjoint
 from quantize.recipe.calibration import Calibration
@@ -46,10 +46,11 @@ def hold_against(windows: Sequence[Windows], seen: CalibratedOn | None, folder: 
     sequences: list[tuple[int, ...]] = []
     try:
         left_out = parts_left_out(text, folder)
-        for dataset, known, without in zip(text.datasets, hashes, left_out, strict=True):
-            if dataset.not_compared is not None or without is not None:
-                continue
-            found = load_dataset(dataset, folder)
+        rows = zip(text.datasets, hashes, left_out, strict=True)
+        compared = [(item, known) for item, known, why in rows if item.not_compared is None and why is None]
+        tokenizer = load_tokenizer(folder) if compared else None
+        for dataset, known in compared:
+            found = load_dataset(dataset, folder, tokenizer)
             if known is not None and found.hash != known:
                 return CHANGED
             sequences += found.token_ids
@@ -59,5 +60,5 @@ def hold_against(windows: Sequence[Windows], seen: CalibratedOn | None, folder: 
         return "; ".join(reasons)
     for item in windows:
         check_disjoint(item, sequences)
-    compared = f"compared with {sum(map(len, sequences)):,} tokens in {len(sequences)} sequences, disjoint"
-    return "; ".join([compared, *(f"beside it {reason}" for reason in reasons)])
+    said = f"compared with {sum(map(len, sequences)):,} tokens in {len(sequences)} sequences, disjoint"
+    return "; ".join([said, *(f"beside it {reason}" for reason in reasons)])

@@ -12,7 +12,6 @@ from quantize.evaluate.answers import compare_answers
 from quantize.evaluate.decision import RUNS
 from quantize.evaluate.device import on_device
 from quantize.evaluate.job import Evaluation, EvaluationJob
-from quantize.evaluate.job import Reference as Reference
 from quantize.evaluate.material import Material, read_material
 from quantize.evaluate.measure import measure, other_vocabulary
 from quantize.evaluate.prompts import PromptTokenizer

@@ -21,10 +21,8 @@ def sample_from_model(
 ) -> list[list[int]]:
     """Token ids of `samples` texts, each a prompt and what the model says after it; the same for the same seed."""
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    model = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, dtype=torch.float32).eval()
+    tokenizer, model = _load(folder)
     generator = torch.Generator().manual_seed(seed)
     rows = [tokenizer(prompts[index % len(prompts)])["input_ids"][:sequence_length] for index in range(samples)]
     by_length: dict[int, list[int]] = {}
@@ -39,6 +37,15 @@ def sample_from_model(
                 ):
                     rows[index] = ids
     return rows
+
+
+def _load(folder: Path) -> tuple[Any, Any]:
+    """The tokenizer, and the model in float32."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    return tokenizer, AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, dtype=torch.float32).eval()
 
 
 def _continue(model: object, rows: list[list[int]], length: int, generator: object) -> list[list[int]]:
@@ -64,10 +71,8 @@ def chat_with_model(
     answers, one chat after the other; the same for the same seed. Without a template each question is a line of text.
     """
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    model = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, dtype=torch.float32).eval()
+    tokenizer, model = _load(folder)
     asked = [_asked(tokenizer, question) for question in questions]
     generator = torch.Generator().manual_seed(seed)
     rows: list[list[int]] = []
