@@ -22,6 +22,7 @@ from tests.test_gates import (  # noqa: F401 - fixtures
     record,
     write,
 )
+from tests.test_rebuild import resealed
 from tests.test_verify import flip
 
 pytest.importorskip("torch")
@@ -62,6 +63,20 @@ def test_a_recipe_s_artifacts_are_measured_and_recorded(unmeasured: Path, run: R
     ):
         assert text in table
     assert {item.manifest.variant for item in store.artifacts() if store.is_current(item)} == {"q4_k_m", "q8_0"}
+
+
+def test_options_that_are_not_known_here_are_named(
+    unmeasured: Path, run: Run, store: Store, tmp_path: Path
+) -> None:
+    """As of an artifact that a newer version built: nothing is said of its quality, and nothing is written."""
+    artifact = store.find("tiny/q8_0")
+    options = {**artifact.manifest.options, "later": True}
+    copy = resealed(artifact, tmp_path / "newer", options=options)
+    before = (copy / "measurements.json").read_bytes()
+    result = run("eval", copy)
+    assert (result.exit_code, result.stdout) == (3, "")
+    assert "the manifest's option `later` is not one that gguf has here" in result.stderr
+    assert (copy / "measurements.json").read_bytes() == before
 
 
 def test_what_the_gates_refuse_is_moved_aside(write: Write, run: Run, store: Store, at_home: None) -> None:  # noqa: F811

@@ -6,9 +6,7 @@ there already are decided on again, without measuring. Where the artifact belong
 
 from __future__ import annotations
 
-import tempfile
 import time
-from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -31,9 +29,10 @@ from quantize.evaluate.record import (
 from quantize.evaluate.session import evaluate, evidence, prepare_source
 from quantize.evaluate.structure import Intended
 from quantize.events import Event, Reporter, note
-from quantize.formats import find_format, known_format
+from quantize.formats import find_format, known_format, recorded_options
 from quantize.formats.base import Context
 from quantize.formats.base import RunLimits as RunLimits
+from quantize.formats.format import ReferenceMaker
 from quantize.formats.safetensors.format import UNQUANTIZED
 from quantize.model.checkpoint import Checkpoint
 from quantize.model.source import PinnedSource, dequantized_key
@@ -115,7 +114,8 @@ class Judge:
     def measure(self, artifact: Artifact, checkpoint: Checkpoint, reporter: Reporter) -> EvaluationRecord:
         """Run the artifact; what was measured and decided. An artifact that does not run is refused, not an error.
 
-        Raises UsageError, RecipeError, BuildError, WorkerDied: nothing is known of the artifact then.
+        Raises UsageError, RecipeError, BuildError, WorkerDied: nothing is known of the artifact then. VerifyError: its
+        manifest has options that are not known here.
         """
         manifest, started = artifact.manifest, time.perf_counter()
         job = replace(
@@ -124,8 +124,12 @@ class Judge:
             intended=Intended(manifest.bits, manifest.group_size, manifest.options),
         )
         said = _Named(reporter, manifest.variant)
+        maker = find_format(manifest.format).reference
+        options = recorded_options(manifest.format, manifest.format_options) if maker is not None else None
+        root = self._cache.root  # the reference goes into the cache, and nowhere else
+        context = Context(manifest.variant, options, self._source, checkpoint, self._cache, root, root, self._run)
         try:
-            found = self._evaluate(job, manifest, checkpoint, said)
+            found = _evaluate(job, maker, context, said)
         except VerifyError as exc:
             return self.failed(manifest, exc, time.perf_counter() - started)
         measured = evidence(found, size_bytes=manifest.weights_bytes, source_bytes=manifest.source.weights_bytes)
@@ -134,31 +138,6 @@ class Judge:
     def failed(self, manifest: Manifest, error: VerifyError, seconds: float = 0) -> EvaluationRecord:
         """The decision on an artifact that does not load, run or hold what its source holds."""
         return self._record(Evidence(figures=Figures(checks={RUNS: error.message})), manifest, seconds)
-
-    def _evaluate(
-        self, job: EvaluationJob, manifest: Manifest, checkpoint: Checkpoint, reporter: Reporter
-    ) -> Evaluation:
-        """Measure in a worker. Where the format has a reference, it is only made if it has not been measured before."""
-        kind = find_format(manifest.format)
-        if kind.reference is None or kind.builder is None:
-            found = run_step("evaluating", reporter, evaluate, job)
-            assert found is not None
-            return found
-        given = {key: value for key, value in manifest.options.items() if key != "format"}
-        options = kind.builder.Options.model_validate(given)
-        with ExitStack() as held:
-            work = Path(held.enter_context(tempfile.TemporaryDirectory()))
-            context = Context(manifest.variant, options, self._source, checkpoint, self._cache, work, work, self._run)
-            digest, ready = kind.reference.find(context)
-            if ready is None:
-                found = run_step("evaluating", reporter, evaluate, replace(job, reference=Reference(digest, None)))
-                if found is not None:
-                    return found
-            path = held.enter_context(kind.reference.make(context, reporter))
-            reference = Reference(digest, ModelRef(path.parent, manifest.format, path.name))
-            found = run_step("evaluating", reporter, evaluate, replace(job, reference=reference))
-            assert found is not None
-        return found
 
     def _limits(self, manifest: Manifest) -> GateThresholds:
         return thresholds(self.recipe.gates, manifest.bits)
@@ -213,6 +192,26 @@ class Judge:
             machine=MeasuredOn.model_validate(describe_machine()), key=self._key(manifest),
             evaluated_at=datetime.now(UTC).isoformat(timespec="seconds"), seconds=round(seconds, 1),
         )  # fmt: skip
+
+
+def _evaluate(
+    job: EvaluationJob, maker: ReferenceMaker | None, context: Context, reporter: Reporter
+) -> Evaluation:
+    """Measure in a worker. maker: of the reference, which is only made if it has not been measured before."""
+
+    def measured(reference: Reference | None) -> Evaluation | None:
+        return run_step("evaluating", reporter, evaluate, replace(job, reference=reference))
+
+    if maker is None:
+        found = measured(None)
+    else:
+        digest, ready = maker.intermediate(context)
+        found = measured(Reference(digest, None)) if ready is None else None
+        if found is None:
+            with maker.converted(context, reporter) as path:
+                found = measured(Reference(digest, ModelRef(path.parent, job.artifact.format, path.name)))
+    assert found is not None
+    return found
 
 
 def _reference(artifact: Artifact) -> ModelRef:

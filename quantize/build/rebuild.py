@@ -35,7 +35,7 @@ from quantize.calibration.mix import CalibrationText
 from quantize.calibration.text import summarize_tokens
 from quantize.errors import BuildError, DiskFullError, PlanError, RecipeError, StoreError, UsageError, VerifyError
 from quantize.events import Event, EventKind, Reporter, note, status, warn
-from quantize.formats import find_builder
+from quantize.formats import find_builder, recorded_options
 from quantize.formats.base import RunLimits
 from quantize.model.source import PinnedSource, open_source
 from quantize.recipe.calibration import Calibration, calibration_of
@@ -169,15 +169,7 @@ def plan_of(artifact: Artifact, scratch: Workspace, work: Path, known: Cache, gi
 
 
 def _variant(manifest: Manifest) -> Variant:
-    builder = find_builder(manifest.format)
-    options = {key: value for key, value in manifest.options.items() if key != "format"}
-    try:
-        parsed = builder.Options.model_validate(options)
-    except ValidationError as exc:
-        first = exc.errors()[0]
-        where = ".".join(map(str, first["loc"]))
-        raise VerifyError(f"the manifest's option `{where}` is not one that {manifest.format} has here") from exc
-    return Variant(manifest.variant, manifest.format, parsed)
+    return Variant(manifest.variant, manifest.format, recorded_options(manifest.format, manifest.format_options))
 
 
 def _recipe(artifact: Artifact, variant: Variant, work: Path, given: Given) -> Recipe:

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
-from pydantic import ValidationError
-
+from quantize.errors import BuildError, VerifyError
 from quantize.evaluate.baseline import KIND, LIKELIEST, Baseline, baseline_key, find, record, save
 from quantize.evaluate.device import ModelRun, on_device
 from quantize.evaluate.engine import engine_tools
@@ -32,6 +32,7 @@ from quantize.system.cache import Cache
 ANSWERS_KIND, CONVERSIONS_KIND = "source-answers", "conversions"
 FILE = "found.json"
 Answers = Sequence[Sequence[int]]
+Found = TypeVar("Found")
 
 
 @dataclass(frozen=True)
@@ -66,13 +67,17 @@ def reference_side(
 ) -> ReferenceSide | None:
     """The Baseline for an artifact: the source's own, or that of the job's reference. None: that is to be made first.
 
-    Raises VerifyError.
+    Raises BuildError: it does not run, which says nothing of the artifact.
     """
     reference = job.reference
     if reference is None:
         return ReferenceSide(source.baseline, None, source.device)
     wanted = wanted_run(job, reference.model or job.artifact, material)  # of either format, and nearly as large
-    return on_device(reporter, wanted, lambda place: _reference_on(reporter, job, reference, source, wanted, place))
+    try:
+        return on_device(reporter, wanted, lambda place: _reference_on(reporter, job, reference, source, wanted, place))
+    except VerifyError as exc:
+        message = f"the source can't be measured as a {wanted.model.format} model: {exc.message}"
+        raise BuildError(message, hint=exc.hint) from exc
 
 
 def wanted_run(job: EvaluationJob, model: ModelRef, material: Material) -> ModelRun:
@@ -102,7 +107,7 @@ def _source_on(
 ) -> SourceSide:
     cache, tools = Cache(job.cache), engine_tools(job.source, place)
     answers_key = _answers_key(job, material, tools)
-    answers = _find_answers(cache, answers_key)
+    answers = _find(cache, ANSWERS_KIND, answers_key, _read_answers)
     asks = answers is None and can_answer(reporter, material, place, "source")
     if not asks:
         windows = material.windows(answers)
@@ -147,7 +152,8 @@ def _reference_on(
     key = baseline_key(reference.digest, windows, engine_tools(wanted.model, place), keep=LIKELIEST)
     compared = f"{key} {source.baseline.runtime} {source.baseline.version} {source.device}"
     conversion_key = hashlib.sha256(compared.encode()).hexdigest()
-    baseline, conversion = find(cache, key), _find_conversion(cache, conversion_key)
+    baseline = find(cache, key)
+    conversion = _find(cache, CONVERSIONS_KIND, conversion_key, Conversion.model_validate_json)
     if baseline is None or conversion is None:
         if reference.model is None:
             return None
@@ -168,22 +174,16 @@ def _write(folder: Path, text: str) -> None:
     (folder / FILE).write_text(text, encoding="utf-8")
 
 
-def _find_answers(cache: Cache, key: str) -> list[list[int]] | None:
+def _find(cache: Cache, kind: str, key: str, read: Callable[[str], Found]) -> Found | None:
+    """What `_write` put into an entry of the cache; None, and the entry dropped, if it is not there or damaged."""
     try:
-        found = json.loads((cache.entry(ANSWERS_KIND, key) / FILE).read_text(encoding="utf-8"))
-        return [[int(token) for token in ids] for ids in found]
+        return read((cache.entry(kind, key) / FILE).read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
     except (OSError, ValueError, TypeError):
-        cache.remove(ANSWERS_KIND, key)
+        cache.remove(kind, key)
         return None
 
 
-def _find_conversion(cache: Cache, key: str) -> Conversion | None:
-    try:
-        return Conversion.model_validate_json((cache.entry(CONVERSIONS_KIND, key) / FILE).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return None
-    except (OSError, ValidationError):
-        cache.remove(CONVERSIONS_KIND, key)
-        return None
+def _read_answers(text: str) -> list[list[int]]:
+    return [[int(token) for token in ids] for ids in json.loads(text)]

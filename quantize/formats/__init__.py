@@ -5,13 +5,14 @@ In: the name of a format, or a path that may hold one. Out: its Format, or its p
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import cache
 from importlib.metadata import Distribution, EntryPoint, entry_points
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from quantize import DISTRIBUTION
-from quantize.errors import UsageError
+from quantize.errors import UsageError, VerifyError
 from quantize.formats.format import Format
 from quantize.runtimes.devices import ON_CPU, DevicePlace
 
@@ -106,6 +107,18 @@ def find_builder(name: str) -> Builder[Any]:
     if found.builder is None:
         raise UsageError(f"the format {name} is not built here", hint=f"those that are: {', '.join(builders())}")
     return found.builder
+
+
+def recorded_options(name: str, options: Mapping[str, Any]) -> FormatOptions:
+    """The options of an artifact, as its manifest has them. Raises VerifyError: one is not known here. UsageError."""
+    from pydantic import ValidationError
+
+    try:
+        found: FormatOptions = find_builder(name).Options.model_validate(options)
+        return found
+    except ValidationError as exc:
+        where = ".".join(map(str, exc.errors()[0]["loc"]))
+        raise VerifyError(f"the manifest's option `{where}` is not one that {name} has here") from exc
 
 
 def option_models() -> dict[str, type[FormatOptions]]:

@@ -102,10 +102,10 @@ class Weights(Protocol):
 class ReferenceMaker(Protocol):
     """Makes the source a model of the format, with nothing quantized. contexts: of the artifact that is measured."""
 
-    def find(self, context: Context) -> tuple[str, Path | None]:
+    def intermediate(self, context: Context) -> tuple[str, Path | None]:
         """What names its content, and the file if it is there."""
 
-    def make(self, context: Context, reporter: Reporter) -> AbstractContextManager[Path]:
+    def converted(self, context: Context, reporter: Reporter) -> AbstractContextManager[Path]:
         """The file, which stays as long as the context manager is open. Raises what building raises."""
 
 

@@ -62,7 +62,7 @@ def provenance(entries: Sequence[MeasuredArtifact]) -> Table:
 
 
 def _options(entry: MeasuredArtifact) -> str:
-    options = {key: value for key, value in entry.artifact.manifest.options.items() if key != "format"}
+    options = entry.artifact.manifest.format_options
     return ", ".join(f"{key} {json.dumps(value)}" for key, value in options.items() if value not in (None, {}, []))
 
 

@@ -195,6 +195,11 @@ class Manifest(_Frozen):
         return self.model_dump(mode="json", exclude={"schema_version", "digest"})
 
     @property
+    def format_options(self) -> dict[str, Any]:
+        """The options without the format's name, as its own options model has them."""
+        return {key: value for key, value in self.options.items() if key != "format"}
+
+    @property
     def short_digest(self) -> str:
         """The folder's name."""
         return short(self.digest)

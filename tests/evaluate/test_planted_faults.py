@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from quantize.errors import BuildError
 from quantize.evaluate.decision import Decision, GateThresholds
 from quantize.evaluate.gates import decide
 from quantize.evaluate.job import EvaluationJob, Reference
@@ -107,6 +108,15 @@ def test_layers_in_another_order(source: Path, tmp_path: Path, judged: Callable[
 def test_weights_of_another_source_in_four_bits(tmp_path: Path, judged: Callable[..., Decision]) -> None:
     other = make_checkpoint(tmp_path / "other", TinyModel(seed=1))
     assert NEAR in refused(judged(quantized(other, "Q4_0"), bits=4))
+
+
+def test_a_reference_that_does_not_run_is_no_fault_of_the_artifact(
+    source: Path, tmp_path: Path, judged: Callable[..., Decision]
+) -> None:
+    broken = tmp_path / "broken.gguf"
+    broken.write_bytes(b"GGUF" + bytes(64))
+    with pytest.raises(BuildError, match="the source can.t be measured as a gguf model: broken"):
+        judged(quantized(source), ModelRef(tmp_path, "gguf", broken.name))
 
 
 def test_a_tokenizer_of_another_model(source: Path, tmp_path: Path, judged: Callable[..., Decision]) -> None:

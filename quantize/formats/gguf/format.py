@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
-from pathlib import Path
-from typing import TYPE_CHECKING
-
 from quantize.estimate.vram import IN_LLAMA_CPP
 from quantize.files.gguf import EXTRA
 from quantize.formats.format import CardText, Format, Handover, No, Options, Way, late
@@ -14,10 +10,6 @@ from quantize.formats.gguf.weights import GgufWeights
 from quantize.formats.ways import SERVE
 from quantize.runtimes.llama_cpp.kind import LLAMA_CPP
 from quantize.runtimes.llama_cpp.probe import LLAMA_CPP_PROBE
-
-if TYPE_CHECKING:
-    from quantize.events import Reporter
-    from quantize.formats.base import Context
 
 PYTHON_LLAMA = """\
 from llama_cpp import Llama
@@ -44,29 +36,14 @@ def _in_vllm(options: Options) -> str | No:
     return No("vLLM's GGUF support is experimental and slow", hint)
 
 
-class SixteenBits:
-    """The file that all variants are quantized from."""
-
-    def find(self, context: Context) -> tuple[str, Path | None]:
-        """See ReferenceMaker."""
-        from quantize.formats.gguf.build import GgufBuilder
-
-        return GgufBuilder().intermediate(context)
-
-    def make(self, context: Context, reporter: Reporter) -> AbstractContextManager[Path]:
-        """See ReferenceMaker."""
-        from quantize.formats.gguf.build import GgufBuilder
-
-        return GgufBuilder().converted(context, reporter)
-
-
+BUILDER = late("quantize.formats.gguf.build:GgufBuilder")
 FORMAT = Format(
     name="gguf",
     extra=EXTRA,
     layout=GgufLayout(),
-    builder=late("quantize.formats.gguf.build:GgufBuilder"),
+    builder=BUILDER,
     runtime=LLAMA_CPP,
-    reference=SixteenBits(),
+    reference=BUILDER,  # the 16-bit file that all variants are quantized from
     weights=GgufWeights(),
     vram=IN_LLAMA_CPP,
     card=CardText(ways=_ways),
