@@ -117,6 +117,8 @@ def _pass(
         for shown in found.parts:
             if shown.left_out is not None:
                 warn(reporter, "", f"calibration goes without {shown.dataset}: {shown.left_out}")
+        for said in found.remarks():
+            warn(reporter, "", f"calibration: {said}")
         _warn_if_few(reporter, context, _asked(spec, found), len(found.token_ids), found.tokens)
         journal = PassJournal(
             folder,

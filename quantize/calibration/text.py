@@ -9,12 +9,15 @@ from __future__ import annotations
 import hashlib
 import random
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from quantize.calibration.chats import ChatWriter
 from quantize.calibration.datasets import Dataset, Row
+from quantize.calibration.datasets.base import Chat
+from quantize.calibration.datasets.records import messages_of
 from quantize.calibration.mix import CalibrationText
 from quantize.errors import CheckpointError, MissingExtraError, PlanError, RecipeError, first_line
 from quantize.events import Reporter, status
@@ -26,16 +29,27 @@ from quantize.system.process import run_step
 
 @dataclass(frozen=True)
 class CalibrationSet:
-    """Token ids, one list a sequence, of at most the spec's sequence_length each. parts: of a mix, in its order."""
+    """Token ids, one list a sequence, of at most the spec's sequence_length each. parts: of a mix, in its order.
+
+    skipped_rows: those that held too little, or nothing. folded_rows: chats whose system message is before the first
+    user's text, because the model's template takes none; those that were read, of which not all need be used.
+    """
 
     token_ids: tuple[tuple[int, ...], ...]
     skipped_rows: int = 0
     parts: tuple[CalibrationPart, ...] = ()
+    folded_rows: int = 0
 
     @property
     def tokens(self) -> int:
         """Number of tokens in all sequences."""
         return sum(len(ids) for ids in self.token_ids)
+
+    def remarks(self) -> list[str]:
+        """What was done to rows, in words."""
+        if not self.folded_rows:
+            return []
+        return [f"the chat template takes no system message: {self.folded_rows} rows have it before the user's text"]
 
     @property
     def hash(self) -> str:
@@ -77,7 +91,7 @@ def load_calibration_set(spec: Calibration, base: Path, folder: Path) -> Calibra
     if not isinstance(spec, CalibrationMix):
         return load_dataset(text.datasets[0], folder, tokenizer)
     ids: list[tuple[int, ...]] = []
-    parts, skipped = [], 0
+    parts, skipped, folded = [], 0, 0
     for dataset, name, left_out in zip(text.datasets, text.names, parts_left_out(text, folder), strict=True):
         found = CalibrationSet(()) if left_out else load_dataset(dataset, folder, tokenizer)
         part = CalibrationPart(
@@ -86,10 +100,11 @@ def load_calibration_set(spec: Calibration, base: Path, folder: Path) -> Calibra
         parts.append(part)
         ids += found.token_ids
         skipped += found.skipped_rows
+        folded += found.folded_rows
     if not ids:
         hint = "raise up_to_parameters of a part, or add one without"
         raise PlanError(f"calibration: every part of the mix is left out: {parts[0].left_out}", hint=hint)
-    return CalibrationSet(tuple(ids), skipped, tuple(parts))
+    return CalibrationSet(tuple(ids), skipped, tuple(parts), folded)
 
 
 def parts_left_out(text: CalibrationText, folder: Path) -> tuple[str | None, ...]:
@@ -102,15 +117,18 @@ def parts_left_out(text: CalibrationText, folder: Path) -> tuple[str | None, ...
 def load_dataset(dataset: Dataset, folder: Path, tokenizer: Any) -> CalibrationSet:
     """The sequences of one dataset. Raises as load_calibration_set does."""
     spec = dataset.spec
-    encoded = (_encode(tokenizer, row, spec) for row in read_rows(dataset, folder))
+    chats = ChatWriter(tokenizer)
+    encoded = (_encode(tokenizer, chats, row, spec) for row in read_rows(dataset, folder))
     if dataset.made_to_spec:
         return _checked(CalibrationSet(tuple(map(tuple, encoded))), spec)
-    return _checked(_pack(encoded, spec) if spec.packing else _truncate(encoded, spec), spec)
+    found = _pack(encoded, spec) if spec.packing else _truncate(encoded, spec)
+    return _checked(replace(found, folded_rows=chats.folded), spec)
 
 
 def read_rows(dataset: Dataset, folder: Path) -> Iterator[Row]:
     """The rows of a dataset in the order in which they are used. Raises as Dataset.rows does."""
-    rows, spec = dataset.rows(folder), dataset.spec
+    spec = dataset.spec
+    rows = (_placed(row, f"{spec.dataset} row {number}") for number, row in enumerate(dataset.rows(folder), 1))
     if dataset.made_to_spec or not spec.shuffle:
         return iter(rows)
     shuffled = list(islice(rows, 100_000))
@@ -130,17 +148,22 @@ def load_tokenizer(folder: Path) -> Any:
         raise CheckpointError(f"{folder}: transformers can't load the tokenizer ({first_line(exc)})") from exc
 
 
-def _encode(tokenizer: Any, row: Row, spec: CalibrationSpec) -> list[int]:
+def _placed(row: Row, where: str) -> Row:
+    """A row whose messages, if it is a chat, know where they stand."""
+    return Chat(messages_of(row, where), where=where) if isinstance(row, list) else row
+
+
+def _encode(tokenizer: Any, chats: ChatWriter, row: Row, spec: CalibrationSpec) -> list[int]:
+    if row is None:
+        return []
     if isinstance(row, str):
         ids: list[int] = tokenizer(row, truncation=not spec.packing, max_length=spec.sequence_length)["input_ids"]
         return ids
     if isinstance(row, tuple):
         return list(row if spec.packing else row[: spec.sequence_length])
-    if not isinstance(row, list) or not all(isinstance(item, dict) and "role" in item for item in row):
-        raise RecipeError(f"calibration: column `{spec.column}` holds neither text nor chat messages")
-    if tokenizer.chat_template is None:
-        raise PlanError("calibration has chat rows, and the model has no chat template", hint="use a text column")
-    chat: list[int] = tokenizer.apply_chat_template(row, tokenize=True, return_dict=False)
+    if not isinstance(row, Chat):
+        raise RecipeError(f"calibration: a row of {spec.dataset} is neither text nor chat messages")
+    chat = chats.ids(row)
     return chat if spec.packing else chat[: spec.sequence_length]
 
 

@@ -77,5 +77,6 @@ def _facts(found: CalibrationSet) -> dict[str, int | str]:
         "shortest": min(len(ids) for ids in found.token_ids),
         "longest": max(len(ids) for ids in found.token_ids),
         "rows skipped": found.skipped_rows,
+        "system folded": found.folded_rows,
         "hash": found.hash,
     }

@@ -41,7 +41,7 @@ from quantize.targets import ArtifactTarget, RecipeTarget, find_target
 @click.command("eval")
 @click.argument("targets", nargs=-1, required=True, metavar="ARTIFACT|RECIPE...")
 @click.option("--text", help="Other held-out text: mixed or one of its kinds, python-docs, or a file of text.")
-@click.option("--column", help="Column of a .jsonl or .parquet file with the text.")
+@click.option("--column", help="Column of a .jsonl, .json or .parquet file with the text.")
 @click.option("--window", type=click.IntRange(min=16), help="Tokens that are read at a time.")
 @click.option("--windows", type=click.IntRange(min=0), help="At most so many windows of each kind; 0 takes all.")
 @click.option("--effort", type=click.Choice(["full", "quick"]), help="quick: about a quarter of the text.")
@@ -98,7 +98,7 @@ def command(
 def _check_files(text: str | None, golden: tuple[Path, ...], folders: set[Path]) -> None:
     """Raises UsageError: an option names what is not there, neither here nor beside a recipe."""
     if text is not None and not any(_is_text(text, folder) for folder in folders):
-        hint = f"give a .txt, .jsonl or .parquet file, or one of {', '.join(known())}"
+        hint = f"give a .txt, .jsonl, .json or .parquet file, or one of {', '.join(known())}"
         raise UsageError(f"--text {text}: no such file", hint=hint)
     for path in golden:
         if not any(find_data(str(path), folder, GOLDEN) for folder in folders):

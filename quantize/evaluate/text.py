@@ -1,8 +1,8 @@
 """Held-out text -> windows of token ids that an artifact and its source are both measured on.
 
-In: `python-docs`, or a .txt, .jsonl or .parquet file; a tokenizer. Out: Windows, pinned by their hashes. Which texts
-there are is kinds.py's, and what the source itself writes is chat.py's. It refuses text that is empty, shorter than a
-window, or part of what the artifact was calibrated on.
+In: `python-docs`, or a .txt, .jsonl, .json or .parquet file; a tokenizer. Out: Windows, pinned by their hashes. Which
+texts there are is kinds.py's, and what the source itself writes is chat.py's. It refuses text that is empty, shorter
+than a window, or part of what the artifact was calibrated on.
 """
 
 from __future__ import annotations
@@ -93,12 +93,13 @@ def joined(parts: Sequence[Windows], name: str) -> Windows:
 def load_text(source: str, base: Path, *, column: str = "text") -> HeldOutText:
     """Read held-out text: `python-docs`, or a file relative to `base`.
 
-    A .txt file is one text; the rows of a .jsonl or .parquet file are taken from `column`.
+    A .txt file is one text; the rows of a .jsonl, .json or .parquet file are taken from `column`.
     Raises UsageError: the file is missing, or holds no text. RecipeError: it can't be read, or has no such column.
     """
     found = find_held_out(source, base, column)
     if found is None:
-        raise UsageError(f"{source}: no such text file", hint="give a .txt, .jsonl or .parquet file, or python-docs")
+        hint = "give a .txt, .jsonl, .json or .parquet file, or python-docs"
+        raise UsageError(f"{source}: no such text file", hint=hint)
     documents = tuple(row for row in found.documents if isinstance(row, str) and row.strip())
     if not documents:
         raise UsageError(f"{source}: no text to measure on", hint=f"the file is empty, or `{column}` holds no text")

@@ -37,13 +37,17 @@ class _DatasetKeys(BaseModel):
 
     model_config = STRICT
     dataset: str = Field(
-        description="`python-docs`, `self`, `self-chat`, a hub dataset (org/name), or a local .txt, .jsonl or .parquet "
-        "file"
+        description="`python-docs`, `self`, `self-chat`, a hub dataset (org/name), or a local .txt, .jsonl, .json or "
+        ".parquet file"
     )
     revision: str | None = Field(None, description="commit of a hub dataset")
     subset: str | None = Field(None, description="configuration of a hub dataset")
     split: str = Field("train", description="split of a hub dataset")
-    column: str = Field("text", description="column with the text, or with the chat messages")
+    column: str = Field(
+        "text",
+        description="column with the text, or with the chat messages; where none is named and there is no `text`, the "
+        "other columns say what a row is",
+    )
     samples: Samples
     packing: bool = Field(False, description="join rows and cut at sequence_length, instead of cutting each row")
     minimum_tokens: Annotated[int, Field(ge=1)] = Field(8, description="rows with fewer tokens are left out")

@@ -59,9 +59,9 @@ class EvaluationSpec(BaseModel):
     text: str | Annotated[dict[KindName, str | Questions], Field(min_length=1, max_length=16)] = Field(
         default=MIXED,
         description="held-out text: `mixed` (English prose, code, chat, Vietnamese), one of its kinds, `python-docs`, "
-        "a .txt, .jsonl or .parquet file; or {name: text} for kinds of your own",
+        "a .txt, .jsonl, .json or .parquet file; or {name: text} for kinds of your own",
     )
-    column: str = Field(default="text", description="column of a .jsonl or .parquet file that holds the text")
+    column: str = Field(default="text", description="column of a .jsonl, .json or .parquet file that holds the text")
     effort: Annotated[Effort, Field(strict=False)] = Field(
         default=Effort.FULL, description="`quick` measures about a quarter of the text, with wider intervals"
     )

@@ -13,8 +13,25 @@ from quantize.events import Reporter
 from quantize.recipe.calibration import CalibrationSpec
 
 TokenIds = tuple[int, ...]
-Row = str | list[dict[str, Any]] | TokenIds
-"""A text; the messages of a chat; token ids of the model."""
+Message = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Chat:
+    """Messages with role and content, and the tools that they may call.
+
+    where: the file and line, or number, that an error names. plain: the same as a text, for a model without a chat
+    template; None where it is nothing without one.
+    """
+
+    messages: list[Message]
+    tools: tuple[dict[str, Any], ...] = ()
+    where: str = "calibration"
+    plain: str | None = None
+
+
+Row = str | Chat | list[Message] | TokenIds | None
+"""A text; a chat, or its messages; token ids of the model; None for a row that holds nothing."""
 
 
 @dataclass(frozen=True)
@@ -83,5 +100,6 @@ class Dataset(ABC):
 
 def no_column(where: str, column: str, columns: list[str]) -> RecipeError:
     """The error of a row, or a table, without the spec's column."""
-    hint = f"it has: {', '.join(map(str, columns[:10]))}" if columns else "each row must be an object"
+    known = ", ".join(map(str, columns[:10]))
+    hint = f"it has: {known}; say which: `column: NAME`" if columns else "each row must be an object"
     return RecipeError(f"{where}: no column `{column}`", hint=hint)

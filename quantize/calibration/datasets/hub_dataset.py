@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from quantize.calibration.datasets.base import Dataset, Row, no_column
+from quantize.calibration.datasets.base import Dataset, Row
+from quantize.calibration.datasets.records import row_of
 from quantize.errors import CheckpointError, MissingExtraError, first_line
 from quantize.events import Reporter
 from quantize.model.source import hub_commit
@@ -33,10 +34,8 @@ class HubDataset(Dataset):
             raise MissingExtraError(f"the hub dataset {spec.dataset}", "hub") from exc
         try:
             rows = load_dataset(spec.dataset, spec.subset, split=spec.split, revision=spec.revision, streaming=True)
-            for row in rows:
-                if spec.column not in row:
-                    raise no_column(spec.dataset, spec.column, list(row))
-                yield row[spec.column]
+            for number, record in enumerate(rows, 1):
+                yield row_of(record, spec.column, f"{spec.dataset} row {number}")
         except (OSError, ValueError, RuntimeError) as exc:
             hint = "check the name, subset, split and network; `dataset: python-docs` or `self` need none"
             what = f"calibration dataset {spec.dataset}: can't be read ({first_line(exc)})"

@@ -1,20 +1,25 @@
-"""A .txt, .jsonl or .parquet file of the user's, or one that comes with the package."""
+"""A .txt, .jsonl, .json or .parquet file of the user's, or one that comes with the package."""
 
 from __future__ import annotations
 
+import hashlib
+from codecs import BOM_UTF8
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar
 
 from quantize.calibration.datasets.base import Dataset, HeldOutPart, Row, no_column
+from quantize.calibration.datasets.records import columns_of, row_of
 from quantize.errors import MissingExtraError, RecipeError, first_line
 from quantize.system.cache import hash_file
 from quantize.system.lookup import find_path, is_path_text
 from quantize.system.untrusted import open_regular, parse_json, read_limited
 
-SUFFIXES = (".txt", ".jsonl", ".parquet")
+SUFFIXES = (".txt", ".jsonl", ".json", ".parquet")
 MAX_LINE_BYTES = 16 << 20
 MAX_TEXT_BYTES = 1 << 30
+PARQUET_ROWS = 256  # held as objects at once
 
 
 class LocalFile(Dataset):
@@ -42,8 +47,12 @@ class LocalFile(Dataset):
         return {**super().stated(), "dataset": Path(self.spec.dataset).name}
 
     def content(self) -> str:
-        """Hex sha256 of the file."""
-        return hash_file(self.path)
+        """Hex sha256 of the file; of a text with a byte order mark or Windows line ends, of what is read of it."""
+        path = self.path
+        if path.suffix == ".txt" and _is_of_windows(path):
+            with _read_errors(path):
+                return hashlib.sha256(_text(path).encode()).hexdigest()
+        return hash_file(path)
 
     def held_out(self) -> HeldOutPart | None:
         """All of it, end to end; None where it is not there."""
@@ -61,18 +70,46 @@ class LocalFile(Dataset):
         return found if found is not None and found.is_file() else None
 
     def _rows(self, path: Path) -> Iterator[Row]:
-        try:
+        with _read_errors(path):
             if path.suffix == ".txt":
-                text = read_limited(path, MAX_TEXT_BYTES).decode("utf-8")
-                yield from (part for part in text.split("\n\n") if part.strip())
-            elif path.suffix == ".jsonl":
-                yield from _jsonl_rows(path, self.spec.column)
-            else:
+                yield from (part for part in _text(path).split("\n\n") if part.strip())
+            elif path.suffix == ".parquet":
                 yield from _parquet_rows(path, self.spec.column)
-        except UnicodeDecodeError as exc:
-            raise RecipeError(f"{path}: not UTF-8 text (byte {exc.start})", hint="save the file as UTF-8") from exc
-        except (OSError, ValueError) as exc:
-            raise RecipeError(f"calibration: {path} can't be read ({first_line(exc)})", hint="check the file") from exc
+            elif path.suffix == ".json" and _first_byte(path) == b"[":
+                yield from _array_rows(path, self.spec.column)
+            else:
+                yield from _line_rows(path, self.spec.column)
+
+
+@contextmanager
+def _read_errors(path: Path) -> Iterator[None]:
+    """What keeps a file from being read, as an error of this program."""
+    try:
+        yield
+    except UnicodeDecodeError as exc:
+        raise RecipeError(f"{path}: not UTF-8 text (byte {exc.start})", hint="save the file as UTF-8") from exc
+    except (OSError, ValueError) as exc:
+        raise RecipeError(f"calibration: {path} can't be read ({first_line(exc)})", hint="check the file") from exc
+
+
+def _text(path: Path) -> str:
+    """The text of a file, with line ends as everywhere but on Windows, and no byte order mark."""
+    text = read_limited(path, MAX_TEXT_BYTES).decode("utf-8-sig")
+    return text.replace("\r\n", "\n")
+
+
+def _is_of_windows(path: Path) -> bool:
+    try:
+        raw = read_limited(path, MAX_TEXT_BYTES)
+    except OSError:
+        return False
+    return raw.startswith(BOM_UTF8) or b"\r\n" in raw
+
+
+def _first_byte(path: Path) -> bytes:
+    """The first byte that is neither space nor byte order mark."""
+    with open_regular(path) as file:
+        return file.read(4096).removeprefix(BOM_UTF8).lstrip()[:1]
 
 
 def _parquet_rows(path: Path, column: str) -> Iterator[Row]:
@@ -83,27 +120,39 @@ def _parquet_rows(path: Path, column: str) -> Iterator[Row]:
         raise MissingExtraError("reading Parquet", "hub") from exc
     try:
         table = parquet.ParquetFile(path)
-        if column not in table.schema_arrow.names:
+        names = columns_of(table.schema_arrow.names, column)
+        if not names:
             raise no_column(path.name, column, table.schema_arrow.names)
-        for batch in table.iter_batches(columns=[column]):
-            yield from batch.column(0).to_pylist()
+        number = 0
+        for batch in table.iter_batches(batch_size=PARQUET_ROWS, columns=names):
+            for record in batch.to_pylist():
+                number += 1
+                yield row_of(record, column, f"{path.name} row {number}")
     except pyarrow.ArrowException as exc:
         raise RecipeError(f"calibration: {path} can't be read ({first_line(exc)})", hint="check the file") from exc
 
 
-def _jsonl_rows(path: Path, column: str) -> Iterator[Row]:
+def _array_rows(path: Path, column: str) -> Iterator[Row]:
+    try:
+        records = parse_json(read_limited(path, MAX_TEXT_BYTES))
+    except ValueError as exc:
+        hint = "an array of objects, or one object a line"
+        raise RecipeError(f"{path}: not JSON ({first_line(exc, 80)})", hint=hint) from exc
+    for number, record in enumerate(records, 1):
+        yield row_of(record, column, f"{path} row {number}")
+
+
+def _line_rows(path: Path, column: str) -> Iterator[Row]:
     with open_regular(path) as file:
         lines = iter(lambda: file.readline(MAX_LINE_BYTES + 1), b"")
         for number, line in enumerate(lines, 1):
-            if not line.strip():
+            if not line.removeprefix(BOM_UTF8).strip():
                 continue
             try:
                 if len(line) > MAX_LINE_BYTES:
                     raise ValueError(f"more than {MAX_LINE_BYTES:,} bytes")
-                row = parse_json(line)
+                record = parse_json(line)
             except ValueError as exc:
                 hint = "one object a line"
                 raise RecipeError(f"{path}:{number}:1: not JSON ({first_line(exc, 80)})", hint=hint) from exc
-            if not isinstance(row, dict) or column not in row:
-                raise no_column(f"{path}:{number}:1", column, list(row) if isinstance(row, dict) else [])
-            yield row[column]
+            yield row_of(record, column, f"{path}:{number}:1")
