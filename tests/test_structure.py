@@ -32,6 +32,7 @@ ORDER = (
     "targets",
     "evaluate",
     "bench",
+    "charts",
     "provenance",
     "build",
     "publish",

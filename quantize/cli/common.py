@@ -127,17 +127,18 @@ def open_recipe(given: Path) -> Recipe:
     store = click.get_current_context().params.get("store") or Store()
     found = noted(find_target(str(given), store, (RecipeTarget,)))
     recipe = load_recipe(found.path, option_models())
-    _say(*recipe.notes)
+    say(*recipe.notes)
     return recipe
 
 
 def noted(target: Found) -> Found:
     """The target that was found; where its name could have meant two, which it is is said."""
-    _say(getattr(target, "note", None))
+    say(getattr(target, "note", None))
     return target
 
 
-def _say(*notes: str | None) -> None:
+def say(*notes: str | None) -> None:
+    """Notes on stderr, unless --quiet; None is nothing to say."""
     if not click.get_current_context().params.get("quiet"):
         for note in filter(None, notes):
             click.echo(f"note: {note}", err=True)

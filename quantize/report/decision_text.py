@@ -10,7 +10,6 @@ from dataclasses import dataclass
 
 from quantize.evaluate.decision import GateThresholds, Verdict
 from quantize.evaluate.gates import MeasuredBy, error_rate_limit, gates
-from quantize.evaluate.metrics import metric
 from quantize.report.collect import MeasuredArtifact, PageSubject
 from quantize.report.operation import load_table, quality_table, runbook, serving_rows
 from quantize.report.production import Choice, ServingVerdict
@@ -73,19 +72,8 @@ def headline(choice: Choice) -> tuple[Verdict, str, str]:
 
 def _why(choice: Choice, serve: ServingVerdict) -> str:
     """Why this one of those that are accepted, and what is not known of it."""
-    smallest, number = choice.usable[0], len(choice.usable)
-    if number == 1:
-        why = "It is the only artifact that keeps every limit."
-    elif serve is smallest:
-        why = f"It is the smallest of the {number} artifacts that keep every limit."
-    else:
-        larger, kl = serve.size_bytes / smallest.size_bytes - 1, metric("mean_kl")
-        why = (
-            f"Of the {number} artifacts that keep every limit, {smallest.entry.variant} is the smallest; "
-            f"{serve.entry.variant} is only {larger:.1%} larger, and its KL divergence is "
-            f"{kl.with_unit(serve.divergence)}, not {kl.number(smallest.divergence)}."
-        )
-    return f"{why} {_not_measured(serve)}".strip()
+    because = choice.comparison.because
+    return f"{because[:1].upper()}{because[1:]}. {_not_measured(serve)}".strip()
 
 
 def _not_measured(verdict: ServingVerdict) -> str:

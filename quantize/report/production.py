@@ -4,25 +4,22 @@ In: a PageSubject. Out: a ServingVerdict for each entry, and a Choice. evaluate/
 figures of a load test are added. They are required only where the recipe sets a limit on them: otherwise what was
 measured is shown, and what was not is stated beside the decision.
 
-Which artifact: the gates have already said what loss is acceptable, so the smallest accepted one wins. A few percent of
-size make no difference to whoever runs it, though, and within them the lower divergence wins.
+Which artifact is evaluate/front.py's to say, among those that are accepted here.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from quantize.evaluate.comparison import Comparison, Entrant, compare
 from quantize.evaluate.decision import Decision, Finding, GateOutcome, GateThresholds, Verdict
+from quantize.evaluate.front import divergence
 from quantize.evaluate.gates import MeasuredBy, decide, gates, thresholds, with_load
 from quantize.evaluate.metrics import LATENCY, MEMORY
-from quantize.evaluate.record import Evidence, Figures
+from quantize.evaluate.record import Evidence, Figures, Quality
 from quantize.recipe.gates import GateLimits
 from quantize.report.collect import MeasuredArtifact, PageSubject
-
-SAME_SIZE = 0.05
-"""Files that are larger by at most this share of the smallest are as good as equal in size."""
 
 
 @dataclass(frozen=True)
@@ -56,45 +53,52 @@ class ServingVerdict:
         return self.entry.artifact.manifest.size_bytes
 
     @property
-    def divergence(self) -> float:
-        """Mean KL divergence in nats; infinite where it is unknown, or no number."""
-        quality = self.evidence.quality
-        return math.inf if quality is None or math.isnan(quality.mean_kl) else quality.mean_kl
+    def variant(self) -> str:
+        """Its name in the recipe."""
+        return self.entry.variant
+
+    @property
+    def quality(self) -> Quality | None:
+        """Figures against the source; None if there are none."""
+        return self.evidence.quality
 
 
 @dataclass(frozen=True)
 class Choice:
     """Which artifact to serve, and the one to fall back on; None where there is none.
 
-    usable: the accepted ones by size. verdicts: all, in the subject's order.
+    usable: the accepted ones by size. verdicts: all, in the subject's order. comparison: of all of them.
     """
 
     serve: ServingVerdict | None
     fallback: ServingVerdict | None
     usable: tuple[ServingVerdict, ...]
     verdicts: tuple[ServingVerdict, ...]
+    comparison: Comparison
 
 
 def judge(subject: PageSubject) -> Choice:
     """A verdict on every entry, and the choice among those that are accepted."""
     verdicts = tuple(_verdict(entry, subject.gates) for entry in subject.entries)
     usable = tuple(sorted((item for item in verdicts if item.usable), key=lambda item: item.size_bytes))
-    serve = _to_serve(usable)
-    return Choice(serve, _way_back(serve, usable) if serve else None, usable, verdicts)
+    limits = next((item.limits for item in verdicts if item.quality is not None), None)
+    comparison = compare([_entrant(item) for item in verdicts], limits)
+    serve = next((item for item in usable if item.entry.artifact.manifest.digest == comparison.taken), None)
+    return Choice(serve, _way_back(serve, usable) if serve else None, usable, verdicts, comparison)
 
 
-def _to_serve(usable: Sequence[ServingVerdict]) -> ServingVerdict | None:
-    """Of the smallest and those of about its size, the one that diverges least; the smallest of equals."""
-    if not usable:
-        return None
-    largest = usable[0].size_bytes * (1 + SAME_SIZE)
-    return min((item for item in usable if item.size_bytes <= largest), key=lambda item: item.divergence)
+def _entrant(item: ServingVerdict) -> Entrant:
+    manifest = item.entry.artifact.manifest
+    return Entrant(
+        manifest.variant, manifest.format, manifest.digest, manifest.size_bytes, manifest.bits_per_weight, item.word,
+        item.quality,
+    )  # fmt: skip
 
 
 def _way_back(serve: ServingVerdict, usable: Sequence[ServingVerdict]) -> ServingVerdict | None:
     """The smallest one that is larger than what is served and diverges no more."""
     above = usable[usable.index(serve) + 1 :]
-    return next((item for item in above if item.divergence <= serve.divergence), None)
+    return next((item for item in above if divergence(item) <= divergence(serve)), None)
 
 
 def _verdict(entry: MeasuredArtifact, given: GateLimits) -> ServingVerdict:

@@ -1,4 +1,4 @@
-"""Pages from templates: report.md, report.html, production_decision.md.
+"""Pages from templates: report.md, report.html, production_decision.md; and the chart by itself, as SVG and as PNG.
 
 In: a store and a name. Out: texts, and files. The HTML needs nothing but itself: its policy forbids every request.
 """
@@ -6,6 +6,7 @@ In: a store and a name. Out: texts, and files. The HTML needs nothing but itself
 from __future__ import annotations
 
 import functools
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,9 @@ import jinja2
 from markupsafe import Markup, escape
 
 from quantize.bench.page import cell_text
+from quantize.charts.comparison import comparison_file
+from quantize.charts.image import png
+from quantize.errors import MissingExtraError
 from quantize.evaluate.metrics import figures_data
 from quantize.report.collect import PageSubject, collect
 from quantize.report.decision_text import decision_text, headline
@@ -23,6 +27,16 @@ from quantize.store.store import Store
 from quantize.system.files import write_text
 
 HTML, MARKDOWN, DECISION = "report.html", "report.md", "production_decision.md"
+CHART, IMAGE = "quality.svg", "quality.png"
+
+
+@dataclass(frozen=True)
+class Written:
+    """A report. files: what was written. note: what was not, and why; None where all was."""
+
+    choice: Choice
+    files: tuple[Path, ...]
+    note: str | None
 
 
 def render(subject: PageSubject) -> dict[str, str]:
@@ -32,19 +46,39 @@ def render(subject: PageSubject) -> dict[str, str]:
     return {name: _environment().get_template(f"{name}.jinja").render(values) for name in (HTML, MARKDOWN, DECISION)}
 
 
-def write_report(store: Store, name: str | None, output: Path | None) -> tuple[Choice, list[Path]]:
-    """Write the pages and return their paths. output: a folder; None means reports/<name>/.
+def write_report(store: Store, name: str | None, output: Path | None) -> Written:
+    """Write the pages, and the chart where there are figures. output: a folder; None means reports/<name>/.
 
     Raises UsageError (nothing of that name) and StoreError (the folder can't be written).
     """
     subject = collect(store, name)
+    choice = judge(subject)
     folder = output or Path("reports") / subject.name.partition("@")[0]
     texts = render(subject)
+    chart = comparison_file(choice.comparison, subject.source.name)
+    if chart:
+        texts[CHART] = chart
+    image, note = _image(chart)
     with store_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
         for file, text in texts.items():
             write_text(folder / file, text)
-    return judge(subject), [folder / file for file in texts]
+        for old in {CHART, IMAGE} - set(texts):  # of figures that are no longer there
+            (folder / old).unlink(missing_ok=True)
+        if image:
+            (folder / IMAGE).write_bytes(image)
+    names = [*texts, *([IMAGE] if image else [])]
+    return Written(choice, tuple(folder / file for file in names), note)
+
+
+def _image(chart: str) -> tuple[bytes, str | None]:
+    """The chart as a PNG, or why there is none."""
+    if not chart:
+        return b"", None
+    try:
+        return png(chart), None
+    except MissingExtraError as exc:
+        return b"", f"no {IMAGE} was written: {exc}; {exc.hint}"
 
 
 def choice_data(choice: Choice) -> dict[str, Any]:
@@ -57,11 +91,13 @@ def choice_data(choice: Choice) -> dict[str, Any]:
             {
                 "artifact": item.entry.artifact.ref,
                 "verdict": item.word.value,
+                "on_front": row.is_on_front,
+                "beaten_by": row.beaten_by,
                 "figures": {**figures_data(item.evidence), **item.evidence.figures.model_dump(mode="json")},
                 "findings": [finding.model_dump(mode="json") for finding in item.decision.findings],
                 "not_measured": list(item.not_measured),
             }
-            for item in choice.verdicts
+            for item, row in zip(choice.verdicts, choice.comparison.artifacts, strict=True)
         ],
     }
 

@@ -9,7 +9,8 @@ MISSING = "not measured"
 
 @dataclass(frozen=True)
 class Table:
-    """The first column names the row."""
+    """The first column names the row. marked: (row, column) of the cells that stand out."""
 
     columns: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
+    marked: frozenset[tuple[int, int]] = frozenset()

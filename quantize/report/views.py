@@ -12,11 +12,13 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from quantize.bench.result import BenchResult, Cell
+from quantize.charts.comparison import comparison_chart
+from quantize.charts.plots import Range, heatmap, ranges
+from quantize.evaluate.comparison import answer, comparison_table, front_text
 from quantize.evaluate.decision import Finding, GateOutcome, Verdict
 from quantize.evaluate.metric import Detail, Metric, Reading
-from quantize.evaluate.metrics import cells, golden_count, headings, metric, metrics, readings
+from quantize.evaluate.metrics import cells, golden_count, headings, metrics, readings
 from quantize.evaluate.record import source_lines
-from quantize.report.charts import Point, Range, heatmap, ranges, scatter
 from quantize.report.collect import Layer, MeasuredArtifact, PageSubject
 from quantize.report.golden import GoldenView, PromptState, golden_view
 from quantize.report.production import Choice, ServingVerdict
@@ -71,6 +73,10 @@ class Page:
     facts: tuple[tuple[str, str], ...]
     cards: tuple[ArtifactCard, ...]
     glance: Table
+    answer: str
+    front: str
+    by_kind: Table
+    by_kind_note: str
     quality_plot: str
     quality_note: str
     memory: Table
@@ -95,7 +101,11 @@ def page_of(subject: PageSubject, choice: Choice) -> Page:
         facts=source_facts(subject),
         cards=tuple(_card(verdict, index) for index, verdict in enumerate(choice.verdicts)),
         glance=_glance(choice),
-        quality_plot=_quality_plot(choice),
+        answer=answer(choice.comparison),
+        front=front_text(choice.comparison),
+        by_kind=_by_kind(choice),
+        by_kind_note=_by_kind_note(choice),
+        quality_plot=comparison_chart(choice.comparison),
         quality_note=_quality_note(entries),
         memory=_memory(entries),
         memory_note=_memory_note(entries),
@@ -139,7 +149,7 @@ def _first_reason(verdict: ServingVerdict) -> str:
 
 
 def _glance(choice: Choice) -> Table:
-    shown = metrics(Detail.TABLE, [verdict.entry.evaluation for verdict in choice.verdicts])
+    shown = metrics(Detail.TABLE)  # the kinds of text have a table of their own
     columns = ("variant", "format", "size", "bits/weight", *headings(shown), "verdict")
     rows = [_source_row(choice.verdicts, shown)]
     for verdict in choice.verdicts:
@@ -161,17 +171,20 @@ def _source_row(verdicts: Sequence[ServingVerdict], shown: Sequence[Metric]) -> 
     return ("source", "", size_text(source.weights_bytes), bits, *figures, "")
 
 
-def _quality_plot(choice: Choice) -> str:
-    kl = metric("mean_kl")
-    measured = [(index, item, item.entry.quality) for index, item in enumerate(choice.verdicts)]
-    points = [
-        Point(item.entry.variant, item.entry.artifact.manifest.size_bytes / 1e6, quality.mean_kl, index)
-        for index, item, quality in measured
-        if quality is not None
-    ]
-    limit = next((item.limits.max_kl for _, item, quality in measured if quality is not None), None)
-    name = f"refused: over {limit:g} {kl.unit}" if limit is not None else ""
-    return scatter(points, x_title="size, MB", y_title=kl.title_with_unit, limit=limit, limit_name=name)
+def _by_kind(choice: Choice) -> Table:
+    found = comparison_table(choice.comparison)
+    return Table(found.columns, found.rows, found.worst)
+
+
+def _by_kind_note(choice: Choice) -> str:
+    """How the table is to be read, of what it has."""
+    found = choice.comparison.measured
+    note = "Mean KL divergence from the source in nats."
+    if any(item.mean_kl_interval is not None for item in found):
+        note += " ± is half the width of the interval that a figure lies in with 95 % confidence."
+    if any(item.kinds for item in found):
+        note += " In bold: the worst kind of text, which the limit is held against."
+    return note
 
 
 def _quality_note(entries: Sequence[MeasuredArtifact]) -> str:

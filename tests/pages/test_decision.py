@@ -156,7 +156,7 @@ def test_the_reason_has_the_figures(store: Store) -> None:
     subject = sized(collect(store, "tiny"), {"iq4_xs": 1000, "q4_0": 1006})
     why = decision_text(subject, judge(subject)).why
     assert why.startswith(
-        "Of the 2 artifacts that keep every limit, iq4_xs is the smallest; q4_0 is only 0.6% larger, and its KL "
+        "It is only 0.6% larger than iq4_xs, the smallest of the 2 artifacts that keep every limit, and its mean KL "
         "divergence is 0.0200 nats, not 0.0400."
     )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -12,11 +13,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 
+from quantize.charts.plots import Range, heatmap, ranges
 from quantize.evaluate.decision import GateThresholds
-from quantize.report.charts import Point, Range, heatmap, ranges, scatter
 from quantize.report.collect import collect
 from quantize.report.golden import pieces
-from quantize.report.render import DECISION, HTML, MARKDOWN, render
+from quantize.report.render import CHART, DECISION, HTML, IMAGE, MARKDOWN, render
 from quantize.store.store import Store
 from tests.browser import Browser
 from tests.conftest import Built, Run
@@ -84,6 +85,7 @@ def test_light_dark_paper_and_telephone(opened: str, browser: Browser) -> None:
     assert browser.run(FOLDED) == 0  # what is folded on a screen is printed
     assert len(browser.command("Page.printToPDF", printBackground=True)["data"]) > 10_000
     browser.media()
+    assert browser.run(CUT_OFF) == []
     for width in (1240, 390):
         browser.command(
             "Emulation.setDeviceMetricsOverride", width=width, height=800, deviceScaleFactor=1, mobile=False
@@ -95,6 +97,11 @@ def test_light_dark_paper_and_telephone(opened: str, browser: Browser) -> None:
 
 FOLDED = """return [...document.querySelectorAll('details > :not(summary)')]
   .filter(item => !item.checkVisibility({contentVisibilityAuto: true})).length"""
+
+CUT_OFF = """return [...document.querySelectorAll('svg.plot text')].filter(item => {
+    const box = item.getBoundingClientRect(), all = item.ownerSVGElement.getBoundingClientRect();
+    return box.left < all.left || box.right > all.right || box.top < all.top || box.bottom > all.bottom; })
+  .map(item => item.textContent)"""
 
 # The least contrast between the text of an element and the nearest background behind it (WCAG 2).
 CONTRAST = """
@@ -128,15 +135,8 @@ def test_the_figures_are_on_the_page(opened: str, browser: Browser) -> None:
 def test_plots_show_what_they_should(pages: dict[str, str]) -> None:
     plots = [ElementTree.fromstring(text) for text in re.findall(r"<svg.*?</svg>", pages[HTML], re.DOTALL)]
     name = "{http://www.w3.org/2000/svg}"
-    dots = {
-        group.findtext(f"{name}circle/{name}title"): group.find(f"{name}circle") for group in plots[0].iter(f"{name}g")
-    }
-    heights = {str(key).split(":")[0]: float(dot.attrib["cy"]) for key, dot in dots.items() if dot is not None}
-    assert sorted(heights, key=lambda key: heights[key]) == NAMES  # the worst highest
-    places = {str(key).split(":")[0]: float(dot.attrib["cx"]) for key, dot in dots.items() if dot is not None}
-    assert sorted(places, key=lambda key: places[key]) == NAMES  # the smallest to the left
-    line = next(item for item in plots[0].iter(f"{name}line") if item.get("class") == "limit")
-    assert heights["q4_0"] < float(line.attrib["y1"]) < heights["q8_0"]
+    assert plots[0].findtext(f"{name}title") == "KL divergence, mean, nats against size"
+    assert all(f"{variant}: " in str(plots[0].findtext(f"{name}desc")) for variant in NAMES)
     titles = [item.text for item in plots[1].iter(f"{name}title")]
     assert titles == ["q4_0: 0.500 s, 0.500 s, 0.500 s", "q8_0: 0.700 s, 0.700 s, 0.700 s"] * 2
     cells = list(plots[2].iter(f"{name}rect"))
@@ -200,12 +200,58 @@ def test_figures_that_are_not_finite_are_shown(built: Built, tmp_path: Path) -> 
 def test_the_command(measured: Store, tmp_path: Path, run: Run) -> None:
     result = run("report", "--store", measured.root, "--output", tmp_path / "out")
     assert result.exit_code == 0, result.stderr
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [DECISION, HTML, MARKDOWN]
+    files = [DECISION, IMAGE, CHART, HTML, MARKDOWN]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == files
     lines = result.stdout.splitlines()
     assert any(line.split()[:2] == ["q4_0", "refused"] for line in lines if line.strip())
     assert any(line.startswith("serve: tiny/q8_0@") for line in lines)
     assert "why: It is the smallest of the 2 artifacts that keep every limit." in lines  # f16 was not loaded
-    assert lines[-3:] == [str(tmp_path / "out" / name) for name in (HTML, MARKDOWN, DECISION)]
+    assert "front: q8_0, f16" in lines
+    assert lines[-5:] == [str(tmp_path / "out" / name) for name in (HTML, MARKDOWN, DECISION, CHART, IMAGE)]
+
+
+def test_without_what_draws_a_png_the_rest_is_written(
+    measured: Store, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert run("report", "--store", measured.root, "--output", tmp_path).exit_code == 0
+    assert (tmp_path / IMAGE).read_bytes().startswith(b"\x89PNG")
+    monkeypatch.setitem(sys.modules, "resvg_py", None)
+    result = run("report", "--store", measured.root, "--output", tmp_path)
+    assert result.exit_code == 0
+    assert "no quality.png was written: a PNG of the chart needs an extra that is not installed" in result.stderr
+    assert "quantize-models[report]" in result.stderr
+    there = sorted(path.name for path in tmp_path.iterdir())
+    assert there == [DECISION, CHART, HTML, MARKDOWN], "an old one is not left either"
+
+
+def test_the_answer_is_on_the_pages(built: Built, tmp_path: Path, run: Run, browser: Browser) -> None:
+    store = built.copy(tmp_path / "own")
+    kinds = ("prose", "code", "chat")
+    for variant, kl in (("q4_0", 0.03), ("q4_k_m", 0.04), ("q5_k_s", 0.02), ("q8_0", 0.001), ("f16", 0.2)):
+        keep(store, store.find(f"tiny/{variant}"), found=evaluation(kl=kl, kinds=kinds))
+    texts = render(collect(store, "tiny"))
+    take = "Take q4_0, because it is the smallest of the 4 artifacts that keep every limit. The next better one is"
+    front = "On the Pareto front, where nothing that is no larger is better beyond the noise: q4_0, q5_k_s, q8_0."
+    for name in (HTML, MARKDOWN):
+        assert take in texts[name]
+        assert front in texts[name]
+    assert f"**{0.03 * 1.2:.4f} ± " in texts[MARKDOWN]  # the last kind is the worst
+    path = tmp_path / HTML
+    path.write_text(texts[HTML], encoding="utf-8")
+    browser.open(path.as_uri())
+    rows = browser.run("return [...document.querySelector('.kinds').rows].map(r => [...r.cells].map(c => c.innerText))")
+    assert rows[0] == ["variant", "size", "mean KL", "prose", "code", "chat", "front", "gates"]
+    table = {row[0]: row for row in rows[1:]}
+    assert table["q4_k_m"][2:] == [
+        "0.0400 ± 0.0040", "0.0400 ± 0.0040", "0.0440 ± 0.0044", "0.0480 ± 0.0048", "beaten by q4_0",
+        "accepted with flags",
+    ]  # fmt: skip
+    assert table["q8_0"][6:] == ["on it", "accepted"]
+    assert table["iq4_xs"][2] == "not measured"
+    marked = browser.run("return [...document.querySelectorAll('.kinds td.marked')].map(cell => cell.cellIndex)")
+    assert marked == [5] * 5
+    data = json.loads(run("report", "tiny", "--store", store.root, "--output", tmp_path / "out", "--json").stdout)
+    assert {row["artifact"].split("@")[0]: row["beaten_by"] for row in data["artifacts"]}["tiny/q4_k_m"] == "q4_0"
 
 
 def test_quality_without_a_load_ends_with_an_answer(built: Built, tmp_path: Path, run: Run) -> None:
@@ -245,7 +291,8 @@ def test_the_command_for_programs_and_one_artifact(
         [],
     )
     assert data["artifacts"][0]["figures"]["mean_kl"] == 0.004
-    assert data["files"] == [f"reports/tiny/q8_0/{name}" for name in (HTML, MARKDOWN, DECISION)]
+    assert (data["artifacts"][0]["on_front"], data["artifacts"][0]["beaten_by"]) == (True, None)
+    assert data["files"] == [f"reports/tiny/q8_0/{name}" for name in (HTML, MARKDOWN, DECISION, CHART, IMAGE)]
     assert all(Path(name).is_file() for name in data["files"])
 
 
@@ -285,16 +332,14 @@ def test_pieces_are_the_text(one: str, other: str) -> None:
 
 
 @given(
-    st.lists(st.tuples(st.text(max_size=6), st.floats(0, 1e12), st.floats(0, 1e6)), max_size=9), st.floats(1e-9, 1e3)
+    st.lists(st.tuples(st.text(max_size=6), st.floats(0, 1e6)), max_size=9)
 )
-def test_any_figures_can_be_drawn(values: list[tuple[str, float, float]], limit: float) -> None:
-    names = ["".join(letter for letter in name if letter.isprintable()) for name, _, _ in values]
-    points = [Point(name, x, y, n) for n, (name, (_, x, y)) in enumerate(zip(names, values, strict=True))]
-    spans = [Range(name, n, y, y * 2, y * 3) for n, (name, (_, _, y)) in enumerate(zip(names, values, strict=True))]
+def test_any_figures_can_be_drawn(values: list[tuple[str, float]]) -> None:
+    names = ["".join(letter for letter in name if letter.isprintable()) for name, _ in values]
+    spans = [Range(name, n, y, y * 2, y * 3) for n, (name, (_, y)) in enumerate(zip(names, values, strict=True))]
     drawn = [
-        scatter(points, x_title="x", y_title="<y>", limit=limit, limit_name="&"),
         ranges([("a", spans), ("b", [])], title="t", y_title="y"),
-        heatmap(names, ["0", "1"], [[y, None] for _, _, y in values], "t"),
+        heatmap(names, ["0", "1"], [[y, None] for _, y in values], "t"),
     ]
     for text in filter(None, drawn):
         assert "nan" not in text
@@ -304,7 +349,7 @@ def test_any_figures_can_be_drawn(values: list[tuple[str, float, float]], limit:
 def test_limits_of_the_recipe_are_drawn(built: Built, tmp_path: Path) -> None:
     store = built.copy(tmp_path / "own")
     keep(store, store.find("tiny/q8_0"), found=evaluation(kl=0.2), limits=GateThresholds(max_kl=0.3))
-    assert "refused: over 0.3 nats" in render(collect(store, "tiny/q8_0"))[HTML]
+    assert "limit: 0.3 nats<" in render(collect(store, "tiny/q8_0"))[HTML]
 
 
 def test_figures_of_different_prompts_are_not_compared_silently(built: Built, tmp_path: Path) -> None:
