@@ -25,6 +25,9 @@ from quantize.system.sizes import size_text
 
 Data = Mapping[str, Any]
 
+WORST_OF = "mean_kl"
+"""The figure that is shown on the worst kind of text too."""
+
 
 def read(store: Store, name: str) -> dict[str, Any]:
     """The measured artifacts of a recipe by size, and what `quantize report` decides about them.
@@ -62,17 +65,35 @@ def _record(item: Artifact) -> tuple[EvaluationRecord, Quality]:
 
 def _row(item: Artifact, word: Verdict, record: EvaluationRecord) -> dict[str, Any]:
     manifest, golden = item.manifest, golden_count(record)
-    figures = {found.metric.key: found.value for found in readings(record, Detail.LIST)}
+    found = readings(record, Detail.LIST)
+    figures = {item.metric.key: item.value for item in found}
+    intervals = {item.metric.key: item.interval for item in found if item.interval is not None}
     return {
         "variant": manifest.variant,
         "format": manifest.format,
         "size_bytes": manifest.size_bytes,
         "bits_per_weight": round(manifest.bits_per_weight, 4),
         **{key: round(value, 6) for key, value in figures.items() if isinstance(value, float)},
+        **{_interval_key(key): [round(item.low, 6), round(item.high, 6)] for key, item in intervals.items()},
+        **_worst_kind(record),
         "golden_passed": None if golden is None else golden.passed,
         "verdict": word.value,
         "passes_default_gates": decide(record, thresholds(GateLimits(), manifest.bits)).accepted,
     }
+
+
+def _worst_kind(record: EvaluationRecord) -> dict[str, Any]:
+    """The kind of text that the artifact lost most on, which its gates look at; {} where there are no several."""
+    reading = metric(WORST_OF).reading(record)
+    if reading is None or not reading.kinds:
+        return {}
+    worst = max(reading.kinds, key=lambda item: item.value)
+    interval = [] if worst.interval is None else [round(worst.interval.low, 6), round(worst.interval.high, 6)]
+    return {"worst_kind": worst.kind, "worst_kl": round(worst.value, 6), "worst_kl_interval": interval}
+
+
+def _interval_key(key: str) -> str:
+    return f"{key}_interval"
 
 
 def _tools(items: Sequence[tuple[Artifact, Verdict]], qualities: Iterable[Quality]) -> dict[str, str]:
@@ -142,7 +163,13 @@ def gates_table() -> str:
 
 
 def _columns(data: Data) -> tuple[str, ...]:
-    return ("variant", "format", "size", "bits/weight", *(item.title for item in _shown(data["artifacts"][0])))
+    shown = [item.title for item in _shown(data["artifacts"][0])]
+    worst = [f"{metric(WORST_OF).short}, worst kind of text"] if _has_kinds(data["artifacts"]) else []
+    return ("variant", "format", "size", "bits/weight", *shown, *worst)
+
+
+def _has_kinds(rows: Iterable[Data]) -> bool:
+    return any("worst_kind" in row for row in rows)
 
 
 def _figures(row: Data) -> tuple[str, ...]:
@@ -151,8 +178,21 @@ def _figures(row: Data) -> tuple[str, ...]:
         row["format"],
         size_text(row["size_bytes"]),
         f"{row['bits_per_weight']:.2f}",
-        *(item.number(row[item.key]) for item in _shown(row)),
+        *(_figure(item, row[item.key], row.get(_interval_key(item.key))) for item in _shown(row)),
+        *_worst_cell(row),
     )
+
+
+def _figure(shown: Metric, value: float, interval: Sequence[float] | None) -> str:
+    """A figure with the half width of its interval, as all tables of the program show it."""
+    half = f" ± {shown.number((interval[1] - interval[0]) / 2)}" if interval else ""
+    return f"{shown.number(value)}{half}"
+
+
+def _worst_cell(row: Data) -> list[str]:
+    if "worst_kind" not in row:
+        return []
+    return [f"{_figure(metric(WORST_OF), row['worst_kl'], row['worst_kl_interval'])} ({row['worst_kind']})"]
 
 
 def _shown(row: Data) -> list[Metric]:

@@ -89,6 +89,23 @@ def test_the_tables_read_as_they_should(store: Store) -> None:
     assert "| `q4_0` | refused |" in report_block(data)
 
 
+def test_intervals_and_the_worst_kind_of_text_are_shown(built: Built, tmp_path: Path) -> None:
+    store = built.copy(tmp_path / "own")
+    asked = [prompt(n, kind="json" if n == 0 else "contains") for n in range(12)]
+    for artifact in store.artifacts():
+        keep(store, artifact, found=evaluation(kl=0.04, prompts=asked, kinds=("prose", "code")))
+    data = json.loads(json.dumps(read(store, "tiny")))
+    (row,) = [row for row in data["artifacts"] if row["variant"] == "q8_0"]
+    assert (row["mean_kl"], row["mean_kl_interval"]) == (0.04, [0.036, 0.044])
+    assert (row["worst_kind"], row["worst_kl"], row["worst_kl_interval"]) == ("code", 0.044, [0.0396, 0.0484])
+    for text in (demo_block(data), formats_table(data), report_block(data)):
+        lines = [line for line in text.splitlines() if line.startswith("|")]
+        (shown,) = [line for line in lines if "`q8_0`" in line]
+        assert "| 1.0040 ± 0.0010 | 0.0400 ± 0.0040 | 0.0440 ± 0.0044 (code) |" in shown
+        assert "worst kind of text" in lines[0]
+        assert len({line.count("|") for line in lines}) == 1
+
+
 def test_what_was_not_measured_alike_is_refused(store: Store) -> None:
     with pytest.raises(UsageError):
         read(store, "other")
