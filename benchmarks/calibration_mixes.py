@@ -99,7 +99,7 @@ def main() -> None:
     """Build, measure, print."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--calibration", action="append", help="name or .yaml file; others are held to the first")
-    parser.add_argument("--effort", default="full", help="how much text: full, or quick for about a quarter of it")
+    parser.add_argument("--effort", default="full", help="how much text: full, or quick for about a ninth of it")
     parser.add_argument("--work", type=Path, help="folder for checkpoints, cache and store, kept")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:

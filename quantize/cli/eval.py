@@ -44,7 +44,7 @@ from quantize.targets import ArtifactTarget, RecipeTarget, find_target
 @click.option("--column", help="Column of a .jsonl, .json or .parquet file with the text.")
 @click.option("--window", type=click.IntRange(min=16), help="Tokens that are read at a time.")
 @click.option("--windows", type=click.IntRange(min=0), help="At most so many windows of each kind; 0 takes all.")
-@click.option("--effort", type=click.Choice(["full", "quick"]), help="quick: about a quarter of the text.")
+@click.option("--effort", type=click.Choice(["full", "quick"]), help="quick: about a ninth of the text.")
 @click.option("--golden", multiple=True, type=click.Path(path_type=Path), help="Other golden prompts.")
 @click.option("--no-golden", is_flag=True, help="Ask no golden prompts.")
 @threads_option

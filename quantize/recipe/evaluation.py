@@ -41,7 +41,7 @@ class Extent:
 
 EXTENTS = {
     Effort.FULL: Extent(window=512, windows=0, questions=64, answer_tokens=160),
-    Effort.QUICK: Extent(window=256, windows=8, questions=16, answer_tokens=64),
+    Effort.QUICK: Extent(window=256, windows=4, questions=12, answer_tokens=48),
 }
 
 
@@ -63,14 +63,14 @@ class EvaluationSpec(BaseModel):
     )
     column: str = Field(default="text", description="column of a .jsonl, .json or .parquet file that holds the text")
     effort: Annotated[Effort, Field(strict=False)] = Field(
-        default=Effort.FULL, description="`quick` measures about a quarter of the text, with wider intervals"
+        default=Effort.FULL, description="`quick` measures about a ninth of the text, with wider intervals"
     )
     window: Annotated[int, Field(ge=16, le=131_072)] | None = Field(
         default=None, description="tokens that are read at a time (default: 512; 256 with `effort: quick`)"
     )
     windows: Annotated[int, Field(ge=0)] | None = Field(
         default=None,
-        description="at most so many windows of each kind, the first ones; 0 takes all (default: all; 8 with quick)",
+        description="at most so many windows of each kind, the first ones; 0 takes all (default: all; 4 with quick)",
     )
     golden: list[str] | None = Field(
         default=None,

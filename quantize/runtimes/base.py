@@ -50,6 +50,14 @@ class Prompted:
     stop: frozenset[int] = frozenset()
 
 
+def goes_on(request: Prompted, chosen: list[int], token: int) -> bool:
+    """Add a token to an answer, unless it ends it; whether more is to come."""
+    if token in request.stop:
+        return False
+    chosen.append(token)
+    return len(chosen) < request.max_tokens
+
+
 class Runtime(Protocol):
     """A loaded model. name and version say what it runs in; `vocabulary` is the width of its distribution.
 

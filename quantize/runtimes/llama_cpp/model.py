@@ -29,7 +29,8 @@ POOLING_NONE = 0  # llama.cpp's LLAMA_POOLING_TYPE_NONE: each token's own output
 class ModelSettings:
     """How to open a model.
 
-    context: tokens of each of `sequences`. batch: most tokens of one decode, given the size of the vocabulary.
+    context: tokens of each of `sequences`; of all of them together with `shared`, in the memory of one.
+    batch: most tokens of one decode, given the size of the vocabulary.
     threads: 0 leaves one core to others.
     flash_attention: None is llama.cpp's own choice. kv_type: of the KV cache; one that is quantized needs flash
     attention.
@@ -38,6 +39,7 @@ class ModelSettings:
 
     context: int
     sequences: int = 1
+    shared: bool = False
     batch: Callable[[int], int] = lambda _: MICRO_BATCH_TOKENS
     threads: int = 0
     flash_attention: bool | None = None
@@ -83,9 +85,9 @@ class OpenModel(Words):
                              f"{self.trained_context}")  # fmt: skip
         self.size = max(settings.context, 16)
         params = library.llama_context_default_params()
-        params.n_ctx = self.size * settings.sequences
-        params.n_seq_max = settings.sequences
-        params.n_batch = min(self.size * settings.sequences, settings.batch(self.vocabulary))
+        params.n_ctx = self.size if settings.shared else self.size * settings.sequences
+        params.n_seq_max, params.kv_unified = settings.sequences, settings.shared
+        params.n_batch = min(params.n_ctx, settings.batch(self.vocabulary))
         params.n_ubatch = min(params.n_batch, MICRO_BATCH_TOKENS)
         # Its threads wait for each other by spinning: one core that is busy elsewhere makes all of them slow.
         params.n_threads = params.n_threads_batch = settings.threads or max(1, usable_cores() - 1)

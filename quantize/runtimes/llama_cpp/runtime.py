@@ -2,24 +2,26 @@
 left to itself llama.cpp turns it on where it can, and answers change by that alone.
 
 In: a GGUF file and token ids. Out: log-probabilities and greedy answers. Only the C interface is used, so that memory
-is one block of logits and a KV cache for one sequence.
+is one block of logits and a KV cache of one context, which several answers share.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from quantize.errors import UsageError
-from quantize.runtimes.base import OneWindowAtATime, Prompted, block_rows, log_softmax
+from quantize.runtimes.base import OneWindowAtATime, Prompted, block_rows, goes_on, log_softmax
 from quantize.runtimes.devices import ON_CPU, DevicePlace
 from quantize.runtimes.llama_cpp.model import BatchToken, ModelSettings, OpenModel
+from quantize.system.machine import usable_cores
 
 if TYPE_CHECKING:
     from quantize.runtimes.base import LogProbs
 
 FEATURE = "evaluating a GGUF file"
+ANSWERS_AT_ONCE = 8  # one token each: a decode of 8 reads the weights once
 
 
 class LlamaCppRuntime(OneWindowAtATime):
@@ -31,7 +33,10 @@ class LlamaCppRuntime(OneWindowAtATime):
         self.name, self.version = known
         self.warnings: tuple[str, ...] = ()
         self._file = path.name
-        settings = ModelSettings(context, batch=block_rows, threads=threads, flash_attention=False, place=place)
+        settings = ModelSettings(
+            context, ANSWERS_AT_ONCE, shared=True, batch=block_rows, threads=threads or usable_cores(),
+            flash_attention=False, place=place,
+        )  # fmt: skip
         self._model = OpenModel(path, settings, feature=FEATURE)
         self.vocabulary = self._model.vocabulary
         self._rows, self._size = self._model.batch_tokens, self._model.size
@@ -50,35 +55,56 @@ class LlamaCppRuntime(OneWindowAtATime):
             yield log_softmax(self._model.logits(stop - start), self._file)
 
     def answer(self, requests: Sequence[Prompted]) -> list[list[int]]:
-        """See Runtime; one request after the other."""
-        return [self._answer(request) for request in requests]
+        """See Runtime; prompts of like length go together, as many as the context holds with their answers."""
+        answers: dict[int, list[int]] = {}
+        for members in self._together(requests):
+            self._model.forget()
+            answers.update(self._answer({index: requests[index] for index in members}))
+        return [answers[index] for index in range(len(requests))]
 
-    def _answer(self, request: Prompted) -> list[int]:
-        prompt = request.token_ids
-        if len(prompt) + request.max_tokens > self._size:
-            raise UsageError(
-                f"a prompt of {len(prompt)} tokens and {request.max_tokens} more exceed the context of {self._size}"
-            )
-        self._model.forget()
-        for start in range(0, len(prompt), self._rows):
-            self._decode(prompt[start : start + self._rows], start, every=False)
-        chosen: list[int] = []
+    def _together(self, requests: Sequence[Prompted]) -> Iterator[list[int]]:
+        """Places of the requests that are answered at the same time."""
+        members: list[int] = []
+        room = self._size
+        for index in sorted(range(len(requests)), key=lambda place: len(requests[place].token_ids)):
+            prompt, more = len(requests[index].token_ids), requests[index].max_tokens
+            if prompt + more > self._size:
+                raise UsageError(f"a prompt of {prompt} tokens and {more} more exceed the context of {self._size}")
+            if members and (len(members) == ANSWERS_AT_ONCE or prompt + more > room):
+                yield members
+                members, room = [], self._size
+            members.append(index)
+            room -= prompt + more
+        if members:
+            yield members
+
+    def _answer(self, requests: Mapping[int, Prompted]) -> dict[int, list[int]]:
+        """Greedy answers, each in a sequence of its own; one that is done costs nothing from there on."""
+        chosen: dict[int, list[int]] = {}
+        last: dict[int, int] = {}
+        for sequence, (index, request) in enumerate(requests.items()):
+            for start in range(0, len(request.token_ids), self._rows):
+                self._decode(request.token_ids[start : start + self._rows], start, every=False, sequence=sequence)
+            chosen[index], last[index] = [], int(self._model.logits(1)[0].argmax())
+        sequences = {index: sequence for sequence, index in enumerate(requests)}
         while True:
-            token = int(self._model.logits(1)[0].argmax())
-            if token in request.stop:
+            left = [index for index in last if goes_on(requests[index], chosen[index], last[index])]
+            if not left:
                 return chosen
-            chosen.append(token)
-            if len(chosen) == request.max_tokens:
-                return chosen
-            self._decode([token], len(prompt) + len(chosen) - 1, every=False)
+            rows = [
+                BatchToken(last[index], len(requests[index].token_ids) + len(chosen[index]) - 1, sequences[index], True)
+                for index in left
+            ]
+            self._model.decode(rows)
+            last = dict(zip(left, self._model.logits(len(left)).argmax(axis=1).tolist(), strict=True))
 
     def close(self) -> None:
         """See Runtime."""
         self._model.close()
 
-    def _decode(self, tokens: Sequence[int], position: int, *, every: bool) -> None:
+    def _decode(self, tokens: Sequence[int], position: int, *, every: bool, sequence: int = 0) -> None:
         """Run tokens at a position; logits for each of them (every), or for the last."""
         last = len(tokens) - 1
         self._model.decode(
-            BatchToken(token, position + index, 0, every or index == last) for index, token in enumerate(tokens)
+            BatchToken(token, position + index, sequence, every or index == last) for index, token in enumerate(tokens)
         )

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from quantize.runtimes.base import ModelRef, OneWindowAtATime, Prompted, block_rows, log_softmax
+from quantize.runtimes.base import ModelRef, OneWindowAtATime, Prompted, block_rows, goes_on, log_softmax
 from quantize.runtimes.transformers.load import TransformersLoader
 
 if TYPE_CHECKING:
@@ -82,7 +82,7 @@ class TransformersRuntime(OneWindowAtATime):
             tokens = output.logits[:, -1].argmax(-1)
             rows_left = [
                 row for row, (index, token) in enumerate(zip(members, tokens.tolist(), strict=True))
-                if _goes_on(requests[index], chosen[index], token)
+                if goes_on(requests[index], chosen[index], token)
             ]  # fmt: skip
             step, positions = tokens[:, None], positions[:, -1:] + 1
             attention = torch.cat([attention, attention.new_ones((len(members), 1))], dim=1)
@@ -96,11 +96,3 @@ class TransformersRuntime(OneWindowAtATime):
     def close(self) -> None:
         """See Runtime."""
         self._model = None
-
-
-def _goes_on(request: Prompted, chosen: list[int], token: int) -> bool:
-    """Add a token to an answer, unless it ends it; whether more is to come."""
-    if token in request.stop:
-        return False
-    chosen.append(token)
-    return len(chosen) < request.max_tokens
