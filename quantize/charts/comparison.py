@@ -5,6 +5,8 @@ In: a Comparison. Out: an SVG element for a page, or a file of its own; "" where
 
 from __future__ import annotations
 
+import math
+
 from quantize.charts.quality import Mark, QualityChart, State, draw, draw_file
 from quantize.evaluate.comparison import FIGURE, Comparison, Contender
 from quantize.evaluate.metrics import metric
@@ -38,6 +40,10 @@ def _chart(found: Comparison) -> QualityChart:
 
 def _mark(item: Contender, loss: float, index: int, found: Comparison) -> Mark:
     interval, worst = item.mean_kl_interval, item.worst
+    if interval is not None and not (math.isfinite(interval.low) and math.isfinite(interval.high)):
+        interval = None
+    if worst is not None and not math.isfinite(worst.mean_kl):
+        worst = None
     return Mark(
         name=item.variant,
         size_bytes=item.size_bytes,

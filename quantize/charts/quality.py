@@ -34,6 +34,10 @@ from quantize.charts.svg import (
 HEIGHT, LEFT, BELOW = 420, 64, 92  # BELOW: the axis and the legend
 HEAD, HEAD_SIZE = 62, 19  # of a file of its own: title and remark
 MARGIN = 20
+MAX_NAMES = 60
+"""Dots that have their names beside them: more than any recipe has, and a bound for what comes from elsewhere."""
+LARGEST = 1e100
+"""A loss that is more has no place."""
 SPAN = 500.0
 """What is smaller than the largest by more lies on the lower edge, with its figure beside its name."""
 UNITS = ((1e9, "GB"), (1e6, "MB"), (1e3, "kB"), (1.0, "bytes"))
@@ -82,7 +86,7 @@ class QualityChart:
     @property
     def drawn(self) -> tuple[Mark, ...]:
         """The marks that have a place."""
-        return tuple(item for item in self.marks if math.isfinite(item.loss))
+        return tuple(item for item in self.marks if item.loss <= LARGEST and not math.isnan(item.loss))
 
 
 def draw(chart: QualityChart) -> str:
@@ -148,7 +152,7 @@ def _loss_scale(chart: QualityChart, start: float, end: float) -> Scale:
     marks = chart.drawn
     values = [value for item in marks for value in (item.loss, item.low, item.high, item.worst)]
     values += [chart.limit]
-    known = [value for value in values if value is not None and value > 0 and math.isfinite(value)] or [0.001]
+    known = [value for value in values if value is not None and 0 < value <= LARGEST] or [0.001]
     high = max(known) * 1.7
     return Scale(max(min(known) / 1.7, high / SPAN), high, start, end, logarithmic=True)
 
@@ -246,7 +250,9 @@ def _front_line(points: Sequence[tuple[float, float]]) -> str:
 def _names(
     marks: Sequence[Mark], at: Sequence[tuple[float, float]], y: Scale, boxes: Sequence[Box], inside: Box
 ) -> str:
-    order = sorted(range(len(marks)), key=lambda index: (not marks[index].is_taken, marks[index].state.value))
+    states = list(State)
+    order = sorted(range(len(marks)), key=lambda index: (not marks[index].is_taken, states.index(marks[index].state)))
+    order = order[:MAX_NAMES]
     names = [Label(_called(marks[index], y), *at[index], _reach(marks[index])) for index in order]
     places = place(names, boxes, inside)
     kinds = ["label taken" if marks[index].is_taken else "label" for index in order]

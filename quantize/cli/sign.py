@@ -11,6 +11,7 @@ from quantize.build.evaluate_again import built_of
 from quantize.cli.common import json_option, noted, print_json, store_option, verbose_option
 from quantize.errors import UsageError
 from quantize.provenance.documents import write_documents
+from quantize.provenance.siblings import keep_comparison
 from quantize.provenance.signature import PASSWORD_VARIABLE, sign, sign_with_sigstore
 from quantize.provenance.statement import RunDetails, known_run
 from quantize.store.artifact import artifact_lock
@@ -43,6 +44,7 @@ def command(
     results = []
     for artifact in found:
         with artifact_lock(store.root, artifact), store_errors(store.root):
+            keep_comparison(artifact, store, anew=True)
             names = write_documents(artifact, run=run)
             if key is not None:
                 signed = sign(artifact.folder, key, os.environ.get(PASSWORD_VARIABLE))

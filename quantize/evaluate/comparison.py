@@ -20,6 +20,8 @@ from quantize.system.sizes import size_text
 
 NAME = "comparison"
 """Its key in measurements.json."""
+MAX_READ = 200
+"""Artifacts that a comparison from elsewhere may have."""
 FIGURE = "mean_kl"
 """The metric that artifacts are compared by."""
 ON_FRONT, NOT_MEASURED = "on it", "not measured"
@@ -84,7 +86,11 @@ class Comparison(RecordModel):
     @property
     def chosen(self) -> Contender | None:
         """The one to take."""
-        return next((item for item in self.artifacts if item.digest == self.taken), None)
+        return self.one(self.taken)
+
+    def one(self, digest: str | None) -> Contender | None:
+        """The artifact with a digest."""
+        return next((item for item in self.artifacts if item.digest == digest), None)
 
     @property
     def measured(self) -> tuple[Contender, ...]:
@@ -137,9 +143,10 @@ def _compared(item: Entrant, rivals: Sequence[Entrant], on: Sequence[Entrant]) -
 def read_comparison(measurements: Mapping[str, Any]) -> Comparison | None:
     """The comparison in an artifact's measurements.json; None if there is none that can be read."""
     try:
-        return Comparison.model_validate(measurements.get(NAME))
+        found = Comparison.model_validate(measurements.get(NAME))
     except ValidationError:
         return None
+    return found if len(found.artifacts) <= MAX_READ else None
 
 
 # --- in words ---------------------------------------------------------------------------------------------------------
@@ -186,6 +193,18 @@ def comparison_table(found: Comparison) -> ComparisonTable:
             marked.add((row, len(first) + kinds.index(item.worst.kind)))
         rows.append((item.variant, size_text(item.size_bytes), *cells, _place(item), item.verdict.value))
     return ComparisonTable((*first, *kinds, "front", "gates"), tuple(rows), frozenset(marked))
+
+
+def comparison_note(found: Comparison) -> str:
+    """How the table is to be read, of what it has."""
+    note = f"Mean KL divergence from the source in nats{f', on {found.text}' if found.text else ''}."
+    if not found.text and found.measured:
+        note += " Not all were measured on the same text: compare only those that were."
+    if any(item.mean_kl_interval is not None for item in found.measured):
+        note += " ± is half the width of the interval that a figure lies in with 95 % confidence."
+    if any(item.kinds for item in found.measured):
+        note += " In bold: the worst kind of text, which the limit is held against."
+    return note
 
 
 def _figure(value: float | None, interval: Interval | None) -> str:

@@ -53,4 +53,6 @@ def compare_quality(first: Quality, second: Quality) -> QualityDifference | None
     if found is None:
         return None
     total = math.fsum(one.predictions)
+    if total == 0:
+        return None
     return QualityDifference((math.fsum(other.kl) - math.fsum(one.kl)) / total, *found)

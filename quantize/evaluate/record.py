@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Annotated, Any, ClassVar
 
-from pydantic import BeforeValidator, Field, PlainSerializer, ValidationError
+from pydantic import BeforeValidator, Field, PlainSerializer, ValidationError, model_validator
 
 from quantize.evaluate.decision import Decision, Finding, GateThresholds, RecordModel, Verdict
 
@@ -95,6 +95,13 @@ class WindowFigures(RecordModel):
     kl: Annotated[tuple[Number, ...], Field(strict=False)]
     log_loss: Annotated[tuple[Number, ...], Field(strict=False)]
     source_log_loss: Annotated[tuple[Number, ...], Field(strict=False)]
+
+    @model_validator(mode="after")
+    def _one_each(self) -> WindowFigures:
+        columns = (self.kinds, self.predictions, self.kl, self.log_loss, self.source_log_loss)
+        if len({len(column) for column in columns}) > 1:
+            raise ValueError("every window has one of each sum")
+        return self
 
 
 class Quality(TextFigures):

@@ -11,11 +11,21 @@ from typing import Any
 
 import yaml
 
+from quantize.bench.page import cell_text
+from quantize.charts.comparison import comparison_file
+from quantize.evaluate.comparison import (
+    Comparison,
+    answer,
+    comparison_note,
+    comparison_table,
+    front_text,
+    read_comparison,
+)
 from quantize.evaluate.metrics import Summary, readings
 from quantize.evaluate.record import EvaluationRecord
 from quantize.formats import known_format
 from quantize.provenance.licence import Licence, licence_of
-from quantize.store.manifest import Manifest
+from quantize.store.manifest import CHART_NAME, Manifest
 
 REASONS_SHOWN = 8
 
@@ -41,6 +51,9 @@ def render_card(
     parts += [_obligations(licence), _files(manifest)]
     if record is not None:
         parts.append(_measured(record))
+    compared = None if measurements is None else read_comparison(measurements)
+    if compared is not None:
+        parts.append(_compared(manifest, compared))
     parts += [_usage(manifest), _limits(manifest, record), _kept(manifest), _provenance(manifest)]
     return "\n\n".join(part for part in parts if part) + "\n"
 
@@ -104,6 +117,32 @@ def _measured(record: EvaluationRecord) -> str:
         f"{quality.source_runtime_version}."
     )
     return "\n".join(["## Measured", "", "| what | this model | base model |", "|---|---:|---:|", *rows, "", how])
+
+
+def _compared(manifest: Manifest, found: Comparison) -> str:
+    """The other variants of the recipe: the chart beside this card, which one to take, and a table."""
+    table = comparison_table(found)
+    rows = []
+    for row, cells in enumerate(table.rows):
+        texts = [_cell(text, bold=(row, column) in table.worst) for column, text in enumerate(cells)]
+        if found.artifacts[row].digest == manifest.digest:
+            texts[0] = f"{_cell(cells[0], bold=True)} (this one)"
+        rows.append(f"| {' | '.join(texts)} |")
+    sides = "|".join("---:" if 0 < place < len(table.columns) - 2 else "---" for place in range(len(table.columns)))
+    chart = comparison_file(found, manifest.source.name)
+    variants = f"{len(found.measured)} variants of {manifest.source.name}"
+    parts = [
+        "## Compared",
+        f"![Size against KL divergence of {variants}; the table below has the figures]({CHART_NAME})" if chart else "",
+        _cell(" ".join(filter(None, (answer(found), front_text(found))))),
+        "\n".join([f"| {' | '.join(map(_cell, table.columns))} |", f"|{sides}|", *rows]),
+        comparison_note(found),
+    ]
+    return "\n\n".join(part for part in parts if part)
+
+
+def _cell(text: str, *, bold: bool = False) -> str:
+    return f"**{cell_text(text)}**" if bold else cell_text(text)
 
 
 def _usage(manifest: Manifest) -> str:

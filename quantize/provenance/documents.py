@@ -1,25 +1,39 @@
 """The papers that go with a published artifact, written anew from its manifest and figures, and signed.
 
-In: an artifact. Out: the model card with what was measured, provenance.json, sbom.cdx.json, a NOTICE where the licence
-asks for one, model.sig. None of them is part of the digest; the signature covers the others.
+In: an artifact. Out: the model card with what was measured, quality.svg where there are other variants to compare it
+with, provenance.json, sbom.cdx.json, a NOTICE where the licence asks for one, model.sig. None of them is part of the
+digest; the signature covers the others.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from quantize.charts.comparison import comparison_file
 from quantize.errors import SignatureError
+from quantize.evaluate.comparison import read_comparison
 from quantize.provenance.card import render_card
 from quantize.provenance.licence import Licence, artifact_licence, check_licence
 from quantize.provenance.sbom import bill_of_materials
+from quantize.provenance.siblings import keep_comparison
 from quantize.provenance.signature import sign
 from quantize.provenance.statement import RunDetails, statement
 from quantize.store.artifact import Artifact
-from quantize.store.manifest import CARD_NAME, NOTICE_NAME, PROVENANCE_NAME, SBOM_NAME, SIGNATURE_NAME, Manifest
+from quantize.store.manifest import (
+    CARD_NAME,
+    CHART_NAME,
+    NOTICE_NAME,
+    PROVENANCE_NAME,
+    SBOM_NAME,
+    SIGNATURE_NAME,
+    Manifest,
+)
+from quantize.store.store import Store
 from quantize.system.files import write_text
 
 
@@ -32,21 +46,36 @@ class Signing:
     run: RunDetails | None = None
 
 
-def prepare(artifact: Artifact, *places: str, remark: str = "", signing: Signing | None = None) -> None:
+def prepare(
+    artifact: Artifact,
+    *places: str,
+    store: Store | None = None,
+    anew: bool = False,
+    remark: str = "",
+    signing: Signing | None = None,
+) -> None:
     """Make an artifact ready to go out to `places`: licence checked, papers written, signed if there is a key.
 
-    remark: what its card has to say first. Raises LicenceError. SignatureError: it was signed, and now has more to say.
-    UsageError: the key can't be used. OSError.
+    store: with the other variants that its card compares it with; None leaves that as it is. anew: compares them as
+    they are now, though it has a comparison; that of a signed artifact stays, unless there is a key. remark: what its
+    card has to say first.
+
+    Raises LicenceError. SignatureError: it was signed, and now has more to say. UsageError: the key can't be used.
+    OSError.
     """
     signing = signing or Signing()
     check_licence(artifact, *places)
-    changed = _changes(artifact.folder, _texts(artifact, remark, signing.run))
+    if store is not None and (signing.key is not None or not (artifact.folder / SIGNATURE_NAME).is_file()):
+        keep_comparison(artifact, store, anew=anew)
+    texts = _texts(artifact, remark, signing.run)
+    changed = _changes(artifact.folder, texts)
     if signing.key is None and changed and (artifact.folder / SIGNATURE_NAME).is_file():
         raise SignatureError(
             f"{artifact.ref}: it was signed, and {', '.join(changed)} would no longer be what was signed",
             hint="sign it again: `quantize publish --sign-key KEY`, or `quantize sign`",
         )
     _write(artifact.folder, changed)
+    _clear(artifact, artifact.folder, texts)
     if signing.key is not None:
         sign(artifact.folder, signing.key, signing.password)
 
@@ -62,19 +91,21 @@ def write_documents(
     texts = _texts(artifact, remark, run)
     folder = folder or artifact.folder
     _write(folder, _changes(folder, texts))
+    _clear(artifact, folder, texts)
     return tuple(texts)
 
 
 def _texts(artifact: Artifact, remark: str, run: RunDetails | None) -> dict[str, str]:
-    licence = artifact_licence(artifact)
+    licence, measurements = artifact_licence(artifact), artifact.measurements()
     said = statement(artifact, run)
     if run is None:
         said = _with_known_run(artifact.folder / PROVENANCE_NAME, said)
     return {
-        CARD_NAME: render_card(artifact.manifest, artifact.measurements(), licence, remark),
+        CARD_NAME: render_card(artifact.manifest, measurements, licence, remark),
         PROVENANCE_NAME: _json(said),
         SBOM_NAME: _json(bill_of_materials(artifact)),
         **_notice(artifact.manifest, licence),
+        **_chart(artifact.manifest, measurements),
     }
 
 
@@ -103,6 +134,12 @@ def _write(folder: Path, texts: dict[str, str]) -> None:
         write_text(folder / name, text)
 
 
+def _clear(artifact: Artifact, folder: Path, texts: Mapping[str, str]) -> None:
+    """Remove a chart that the card no longer shows."""
+    if CHART_NAME not in texts and all(entry.path != CHART_NAME for entry in artifact.manifest.files):
+        (folder / CHART_NAME).unlink(missing_ok=True)
+
+
 def _notice(manifest: Manifest, licence: Licence | None) -> dict[str, str]:
     """The NOTICE that a licence asks for, unless the base model brought one along."""
     rule = licence.rule if licence is not None else None
@@ -111,6 +148,13 @@ def _notice(manifest: Manifest, licence: Licence | None) -> dict[str, str]:
         return {}
     changed = f"quantized to {manifest.variant} ({manifest.format}) from {manifest.source.uri}"
     return {NOTICE_NAME: f"{rule.notice}\n\nThese weights were changed: {changed}.\n"}
+
+
+def _chart(manifest: Manifest, measurements: Mapping[str, Any]) -> dict[str, str]:
+    """The chart that the card shows, where it shows one."""
+    found = read_comparison(measurements)
+    text = "" if found is None else comparison_file(found, manifest.source.name)
+    return {CHART_NAME: text} if text else {}
 
 
 def _json(data: dict[str, Any]) -> str:

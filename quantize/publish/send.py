@@ -22,6 +22,7 @@ from quantize.publish.transfer import Progress, Session, run_all
 from quantize.recipe.model import PublishPolicy
 from quantize.store.artifact import Artifact, artifact_lock
 from quantize.store.staging import store_errors
+from quantize.store.store import Store
 from quantize.store.verify import check_files
 from quantize.system.sizes import size_text
 
@@ -84,7 +85,7 @@ def publish(
         for item, place, notice in zip(artifacts, places, notices, strict=True):
             status(session.reporter, item.manifest.variant, "checking hashes")
             check_files(item, session.reporter)
-            _prepare(store, item, place.title, notice, signing)
+            _prepare(store, item, place.title, notice, signing, anew=move_tag)
             pack, config = make_pack(item)
             meant = _may_take(place, pack, move_tag=move_tag)
             status(session.reporter, item.manifest.variant, "asking what is there")
@@ -97,10 +98,13 @@ def publish(
             place.close()
 
 
-def _prepare(store: Path, artifact: Artifact, title: str, notice: str, signing: Signing | None) -> None:
+def _prepare(
+    store: Path, artifact: Artifact, title: str, notice: str, signing: Signing | None, *, anew: bool
+) -> None:
     """Have the licence checked, and the papers written and signed, while no evaluation writes beside them."""
     with artifact_lock(store, artifact), store_errors(store):
-        prepare(artifact, artifact.manifest.name, title, remark=notice, signing=signing)
+        names = (artifact.manifest.name, title)
+        prepare(artifact, *names, store=Store(store), anew=anew, remark=notice, signing=signing)
 
 
 def _check_apart(artifacts: Sequence[Artifact], places: Sequence[Place]) -> None:

@@ -14,7 +14,7 @@ from enum import StrEnum
 from quantize.bench.result import BenchResult, Cell
 from quantize.charts.comparison import comparison_chart
 from quantize.charts.plots import Range, heatmap, ranges
-from quantize.evaluate.comparison import answer, comparison_table, front_text
+from quantize.evaluate.comparison import answer, comparison_note, comparison_table, front_text
 from quantize.evaluate.decision import Finding, GateOutcome, Verdict
 from quantize.evaluate.metric import Detail, Metric, Reading
 from quantize.evaluate.metrics import cells, golden_count, headings, metrics, readings
@@ -104,7 +104,7 @@ def page_of(subject: PageSubject, choice: Choice) -> Page:
         answer=answer(choice.comparison),
         front=front_text(choice.comparison),
         by_kind=_by_kind(choice),
-        by_kind_note=_by_kind_note(choice),
+        by_kind_note=comparison_note(choice.comparison),
         quality_plot=comparison_chart(choice.comparison),
         quality_note=_quality_note(entries),
         memory=_memory(entries),
@@ -174,17 +174,6 @@ def _source_row(verdicts: Sequence[ServingVerdict], shown: Sequence[Metric]) -> 
 def _by_kind(choice: Choice) -> Table:
     found = comparison_table(choice.comparison)
     return Table(found.columns, found.rows, found.worst)
-
-
-def _by_kind_note(choice: Choice) -> str:
-    """How the table is to be read, of what it has."""
-    found = choice.comparison.measured
-    note = "Mean KL divergence from the source in nats."
-    if any(item.mean_kl_interval is not None for item in found):
-        note += " ± is half the width of the interval that a figure lies in with 95 % confidence."
-    if any(item.kinds for item in found):
-        note += " In bold: the worst kind of text, which the limit is held against."
-    return note
 
 
 def _quality_note(entries: Sequence[MeasuredArtifact]) -> str:

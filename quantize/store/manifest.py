@@ -39,11 +39,12 @@ CARD_NAME = "README.md"
 PROVENANCE_NAME = "provenance.json"
 SBOM_NAME = "sbom.cdx.json"
 NOTICE_NAME = "NOTICE"  # where the licence asks for one that the base model does not have
+CHART_NAME = "quality.svg"  # beside the card, where there are figures of several variants
 SIGNATURE_NAME = "model.sig"
 # About the artifact, not part of what is pinned.
 PAPERS = (
     FILE_NAME, MEASUREMENTS_NAME, RECIPE_NAME, EVALUATION_NAME, CARD_NAME, PROVENANCE_NAME, SBOM_NAME, NOTICE_NAME,
-    SIGNATURE_NAME,
+    CHART_NAME, SIGNATURE_NAME,
 )  # fmt: skip
 MAX_BYTES = 16 << 20
 
