@@ -25,6 +25,7 @@ from tests.architectures import CONFIGS, SavedCheckpoint, save, tiny_model, toke
 @pytest.fixture(autouse=True)
 def no_starved_experts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("quantize.calibration.block_runner.STARVED_TOKENS", 1)
+    monkeypatch.setattr("quantize.calibration.block_runner.SURE_TOKENS", 1)
 
 
 def oracle(model: Any, checkpoint: SavedCheckpoint, ids: list[list[int]]) -> dict[tuple[int, str], Tensor]:
@@ -194,19 +195,49 @@ def test_bfloat16_is_close(llama: SavedCheckpoint) -> None:
         assert float((found[key].matrix - gram.matrix).norm() / gram.matrix.norm()) < 0.03
 
 
-def test_starved_experts_use_all_experts_tokens_and_say_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("quantize.calibration.block_runner.STARVED_TOKENS", 10_000)
+def test_experts_that_saw_few_tokens_lean_on_those_of_all_and_say_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     checkpoint = save(tiny_model("MixtralForCausalLM"), tmp_path)
+    alone = next(stream_blocks(checkpoint, token_ids())).grams
+    monkeypatch.setattr("quantize.calibration.block_runner.STARVED_TOKENS", 10_000)
+    monkeypatch.setattr("quantize.calibration.block_runner.SURE_TOKENS", 10_000)
+    monkeypatch.setattr("quantize.calibration.block_runner.PRIOR_TOKENS", 40)
     reporter = ListReporter()
     block = next(stream_blocks(checkpoint, token_ids(), reporter=reporter))
-    shared = block.grams["mlp"]
+    mean = alone["mlp"].matrix / alone["mlp"].tokens
     for expert in range(4):
-        gram, output = block.grams[f"expert_{expert}"], block.grams[f"expert_{expert}_output"]
-        assert torch.equal(gram.matrix, shared.matrix)
+        own, gram = alone[f"expert_{expert}"], block.grams[f"expert_{expert}"]
+        assert torch.allclose(gram.matrix, own.matrix + 40 * mean, rtol=1e-5, atol=1e-5)
+        assert (gram.tokens, block.grams[f"expert_{expert}_output"].tokens) == (own.tokens + 40, own.tokens + 40)
         assert "fewer than 10000" in gram.note
-        assert output.tokens == sum(len(ids) for ids in token_ids())
     warning = next(event.text for event in reporter.events if event.kind is EventKind.WARNING)
     assert warning.startswith("block 0: 4 starved")
+
+
+def test_what_an_expert_would_make_of_all_tokens_is_transformers_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In both precisions: bfloat16 is what processors that multiply it choose."""
+    model = tiny_model("MixtralForCausalLM")
+    seen: list[Tensor] = []
+    mlp = model.model.layers[0].mlp
+    handle = mlp.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].reshape(-1, 64)))
+    for ids in token_ids():
+        model(torch.tensor([ids]))
+    handle.remove()
+    gate, up = mlp.experts.gate_up_proj[0].chunk(2)
+    states = torch.cat(seen)
+    inner = (nn.functional.silu(states @ gate.T) * (states @ up.T)).detach()
+    chosen = inner[((states @ mlp.gate.weight.T).topk(2).indices == 0).any(dim=1)]
+    assert 0 < len(chosen) < len(inner)
+    monkeypatch.setattr("quantize.calibration.block_runner.SURE_TOKENS", 10_000)
+    monkeypatch.setattr("quantize.calibration.block_runner.PRIOR_TOKENS", len(states))
+    found = next(stream_blocks(save(model, tmp_path), token_ids())).grams
+    gram = found["expert_0_output"]
+    assert torch.allclose(gram.matrix, chosen.T @ chosen + inner.T @ inner, rtol=1e-4, atol=1e-3)
+    own = next(stream_blocks(save(model, tmp_path), token_ids(), precision="bfloat16")).grams["expert_0_output"]
+    assert float((own.matrix - gram.matrix).norm() / gram.matrix.norm()) < 0.05
 
 
 def test_refusals(llama: SavedCheckpoint, tmp_path: Path) -> None:

@@ -25,8 +25,10 @@ from quantize.numerics.gram import Gram, GramAccumulator
 from quantize.numerics.precision import settle_precision
 from quantize.system.threads import on_threads, threads_on
 
-STARVED_TOKENS = 256  # an expert that saw fewer is calibrated on all experts' tokens instead
-_KEPT_TOKENS = 2048  # how many of those are kept for it
+STARVED_TOKENS = 256  # an expert that saw fewer is named
+PRIOR_TOKENS = 256  # of those that any expert saw: so many count beside an expert's own
+SURE_TOKENS = 16 * PRIOR_TOKENS  # an expert that saw as many is calibrated on its own alone
+_KEPT_TOKENS = 2048  # of all experts, for what their down projections would read
 ROUND_BATCHES = 32  # then the sums are added up, and two new ones begun
 
 
@@ -104,13 +106,14 @@ class BlockRunner:
     def run(self, index: int, states: Tensor) -> Tensor:
         """One block over states [sequences, length, hidden]; the output has the same shape, float32."""
         arguments = self._arguments[states.shape[1]][index]
-        context: AbstractContextManager[object] = nullcontext()
-        if self._autocast:
-            context = torch.autocast(self.device.type, torch.bfloat16)
-        with torch.no_grad(), context:
+        with torch.no_grad(), self._computing():
             output = self._base.layers[index](states, **arguments)
         result: Tensor = output[0] if isinstance(output, tuple) else output
         return result.float()
+
+    def _computing(self) -> AbstractContextManager[object]:
+        """The type that matrix products are in."""
+        return torch.autocast(self.device.type, torch.bfloat16) if self._autocast else nullcontext()
 
     @contextmanager
     def recording(self, layout: BlockLayout, *, output_needed: bool) -> Iterator[BlockRecorder]:
@@ -135,16 +138,19 @@ class BlockRunner:
         kept = torch.cat(total.kept)[:_KEPT_TOKENS]
         for expert in range(experts.count):
             keys = experts.expert_input.format(expert=expert), experts.output.format(expert=expert)
-            parts = [sums.pop(key, None) for key in keys]
-            if parts[0] is not None and parts[1] is not None and parts[0].tokens >= STARVED_TOKENS:
-                grams.update({key: part.finish() for key, part in zip(keys, parts, strict=True) if part is not None})
+            own = [sums.pop(key, None) for key in keys]
+            seen = 0 if own[0] is None else own[0].tokens
+            if seen >= SURE_TOKENS:
+                grams.update({key: part.finish() for key, part in zip(keys, own, strict=True) if part is not None})
                 continue
-            seen = 0 if parts[0] is None else parts[0].tokens
-            note = f"expert saw {seen} tokens, fewer than {STARVED_TOKENS}: calibrated on all experts' tokens"
-            grams[keys[0]] = Gram(shared.matrix, shared.tokens, note)
-            output = GramAccumulator(routed.width, self.device)
-            output.add(routed.inner(expert, kept))
-            grams[keys[1]] = output.finish(note)
+            with torch.no_grad(), self._computing():
+                inner = routed.inner(expert, kept)
+            common = GramAccumulator(routed.width, self.device)
+            common.add(inner)
+            note = f"expert saw {seen} tokens, fewer than {STARVED_TOKENS}" if seen < STARVED_TOKENS else ""
+            for key, part, prior in zip(keys, own, (shared, common.finish()), strict=True):
+                part = part or GramAccumulator(prior.matrix.shape[0], self.device)
+                grams[key] = part.finish(note).with_prior(prior, PRIOR_TOKENS)
         return grams | self._finish(sums)
 
     def _finish(self, sums: dict[str, GramAccumulator]) -> dict[str, Gram]:

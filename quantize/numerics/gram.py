@@ -32,6 +32,15 @@ class Gram:
     tokens: int
     note: str = ""
 
+    def with_prior(self, prior: Gram, tokens: int) -> Gram:
+        """Shrunk towards another input's: as if `tokens` tokens of `prior` had been seen beside its own.
+
+        An estimate from few samples is better for being pulled towards one from many (Ledoit and Wolf 2004, "A
+        well-conditioned estimator for large-dimensional covariance matrices"). Takes the matrix over.
+        """
+        matrix = self.matrix.add_(prior.matrix, alpha=tokens / prior.tokens)
+        return Gram(matrix, self.tokens + tokens, self.note)
+
 
 class GramAccumulator:
     """Sums XᵀX over batches, in the order in which they are added.
