@@ -15,7 +15,6 @@ from quantize.errors import UsageError
 from quantize.runtimes.base import OneWindowAtATime, Prompted, block_rows, goes_on, log_softmax
 from quantize.runtimes.devices import ON_CPU, DevicePlace
 from quantize.runtimes.llama_cpp.model import BatchToken, ModelSettings, OpenModel
-from quantize.system.machine import usable_cores
 
 if TYPE_CHECKING:
     from quantize.runtimes.base import LogProbs
@@ -34,9 +33,8 @@ class LlamaCppRuntime(OneWindowAtATime):
         self.warnings: tuple[str, ...] = ()
         self._file = path.name
         settings = ModelSettings(
-            context, ANSWERS_AT_ONCE, shared=True, batch=block_rows, threads=threads or usable_cores(),
-            flash_attention=False, place=place,
-        )  # fmt: skip
+            context, ANSWERS_AT_ONCE, shared=True, batch=block_rows, threads=threads, flash_attention=False, place=place
+        )
         self._model = OpenModel(path, settings, feature=FEATURE)
         self.vocabulary = self._model.vocabulary
         self._rows, self._size = self._model.batch_tokens, self._model.size
