@@ -80,6 +80,10 @@ def test_the_wheel_carries_what_the_clone_has(wheel: Path) -> None:
     assert {f"quantize/_data/{path}" for path in wanted if (ROOT / path).suffix in (".yaml", ".txt")} <= names
     modules = {str(path.relative_to(ROOT)) for path in (ROOT / "quantize").rglob("*.py")}
     assert modules | {"quantize/py.typed"} <= names
+    styles = [path for kind in ("css", "jinja", "html") for path in (ROOT / "quantize").rglob(f"*.{kind}")]
+    looks = {str(path.relative_to(ROOT)) for path in styles}
+    assert "quantize/charts/style.css" in looks
+    assert looks <= names
     assert [name for name in names if name.partition("/")[0] in ("tests", "benchmarks", "recipes", "calibration")] == []
 
 

@@ -50,11 +50,13 @@ def is_better(first: Sized, second: Sized) -> bool:
     one, other = first.quality, second.quality
     if one is None or other is None or one.windows_hash != other.windows_hash:
         return False
+    if not divergence(first) < divergence(second):
+        return False
     found = difference(first, second)
     if found is not None:
         return found.better == 1
     if one.mean_kl_interval is None or other.mean_kl_interval is None:
-        return divergence(first) < divergence(second)
+        return True
     return one.mean_kl_interval.high < other.mean_kl_interval.low
 
 

@@ -12,6 +12,7 @@ the bootstrap's spread is that of n - 1 of n, and it takes the normal distributi
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
 from statistics import NormalDist
@@ -117,15 +118,30 @@ def _drawn(values: NDArray[np.float64], members: Sequence[NDArray[np.intp]]) -> 
     """Sums [columns, resamples] over windows drawn with replacement, each kind's own number of them."""
     import numpy as np
 
-    chance = np.random.Generator(np.random.PCG64(_SEED))
     found = np.zeros((len(values), RESAMPLES))
-    for rows in members:
-        step = max(1, _DRAWS_AT_ONCE // len(rows))
+    for rows, times in zip(members, _draws(tuple(len(rows) for rows in members)), strict=True):
+        found += values[:, rows] @ times.T.astype(np.float64)
+    return found
+
+
+@functools.lru_cache(maxsize=2)
+def _draws(counts: tuple[int, ...]) -> tuple[NDArray[np.uint16], ...]:
+    """How often each window is drawn, [resamples, windows] for each kind with so many of them.
+
+    Kept, for artifacts that are compared have the same windows, and drawing takes longer than all else.
+    """
+    import numpy as np
+
+    chance = np.random.Generator(np.random.PCG64(_SEED))
+    found = []
+    for count in counts:
+        times = np.empty((RESAMPLES, count), np.uint16)
+        step = max(1, _DRAWS_AT_ONCE // count)
         for start in range(0, RESAMPLES, step):
             stop = min(start + step, RESAMPLES)
-            times = chance.multinomial(len(rows), np.full(len(rows), 1 / len(rows)), size=stop - start)
-            found[:, start:stop] += values[:, rows] @ times.T
-    return found
+            times[start:stop] = chance.multinomial(count, np.full(count, 1 / count), size=stop - start)
+        found.append(times)
+    return tuple(found)
 
 
 def _tail(level: float, free: int, shrunk: float) -> float:

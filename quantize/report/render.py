@@ -39,9 +39,9 @@ class Written:
     note: str | None
 
 
-def render(subject: PageSubject) -> dict[str, str]:
-    """The text of each page, by file name; the same measurements give the same text."""
-    choice = judge(subject)
+def render(subject: PageSubject, choice: Choice | None = None) -> dict[str, str]:
+    """The text of each page, by file name; the same measurements give the same text. choice: if it is known."""
+    choice = choice or judge(subject)
     values = {"page": page_of(subject, choice), "decision": decision_text(subject, choice)}
     return {name: _environment().get_template(f"{name}.jinja").render(values) for name in (HTML, MARKDOWN, DECISION)}
 
@@ -54,7 +54,7 @@ def write_report(store: Store, name: str | None, output: Path | None) -> Written
     subject = collect(store, name)
     choice = judge(subject)
     folder = output or Path("reports") / subject.name.partition("@")[0]
-    texts = render(subject)
+    texts = render(subject, choice)
     chart = comparison_file(choice.comparison, subject.source.name)
     if chart:
         texts[CHART] = chart
