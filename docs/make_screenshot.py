@@ -16,7 +16,7 @@ from quantize.store.store import Store, default_store_root  # noqa: E402
 from tests.browser import Browser, start  # noqa: E402
 
 WIDTH = 1240
-MAX_HEIGHT = 1900
+MAX_HEIGHT = 2400
 IMAGE = Path(__file__).parent / "images" / "report.png"
 
 
