@@ -143,6 +143,10 @@ class VerifyError(RefusedError):
     """An artifact is not what its manifest says, or does not run."""
 
 
+class NotReadWholeError(VerifyError):
+    """The library that runs a format here does not read this kind of model, which says nothing of the files."""
+
+
 class NewerSchemaError(VerifyError):
     """A manifest is of a schema that a later version of this program writes: not damaged, and not to be removed."""
 

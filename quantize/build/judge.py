@@ -11,8 +11,17 @@ from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
-from quantize.errors import BuildError, DiskFullError, QuantizeError, RefusedError, UsageError, VerifyError
+from quantize.errors import (
+    BuildError,
+    DiskFullError,
+    NotReadWholeError,
+    QuantizeError,
+    RefusedError,
+    UsageError,
+    VerifyError,
+)
 from quantize.evaluate.decision import RUNS, GateThresholds
+from quantize.evaluate.engine import why_not_streamed
 from quantize.evaluate.gates import decide, thresholds
 from quantize.evaluate.held_out import CalibratedOn
 from quantize.evaluate.job import Evaluation, EvaluationJob, Reference
@@ -194,13 +203,22 @@ class Judge:
         )  # fmt: skip
 
 
-def _evaluate(
-    job: EvaluationJob, maker: ReferenceMaker | None, context: Context, reporter: Reporter
-) -> Evaluation:
-    """Measure in a worker. maker: of the reference, which is only made if it has not been measured before."""
+def _evaluate(job: EvaluationJob, maker: ReferenceMaker | None, context: Context, reporter: Reporter) -> Evaluation:
+    """Measure in a worker. maker: of the reference, which is only made if it has not been measured before.
+
+    What its runtime does not read whole is read block by block, in another worker: the first one's libraries may have
+    been changed on the way.
+    """
 
     def measured(reference: Reference | None) -> Evaluation | None:
-        return run_step("evaluating", reporter, evaluate, replace(job, reference=reference))
+        asked = replace(job, reference=reference)
+        try:
+            return run_step("evaluating", reporter, evaluate, asked)
+        except NotReadWholeError as exc:
+            if why_not_streamed(job.artifact, job.source.folder):
+                raise
+            note(reporter, "", f"it is read block by block: {exc.message}")
+            return run_step("evaluating", reporter, evaluate, replace(asked, artifact_engine="streamed"))
 
     if maker is None:
         found = measured(None)

@@ -36,7 +36,7 @@ class EvaluationJob:
     answer, 0 for the smaller of 2,048 and the model's own. calibrated_on: the text that the artifact has seen, which
     the held-out text must not share. intended: what its weights must be; None looks at none. device: auto, or the name
     of what to run on where a runtime has it and a model fits; else it is the CPU. reference: None compares with the
-    source in transformers.
+    source in transformers. artifact_engine: of the artifact, where it is not that of all models.
     """
 
     source: ModelRef
@@ -52,6 +52,7 @@ class EvaluationJob:
     threads: int = 0
     device: str = AUTO
     engine: Engine = "auto"
+    artifact_engine: Engine | None = None
     calibrated_on: CalibratedOn | None = None
     intended: Intended | None = None
     reference: Reference | None = None

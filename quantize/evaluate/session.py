@@ -7,6 +7,7 @@ meant to run in a worker process (run_step): they load libraries that patch othe
 from __future__ import annotations
 
 from contextlib import closing
+from dataclasses import replace
 
 from quantize.evaluate.answers import compare_answers
 from quantize.evaluate.decision import RUNS
@@ -38,7 +39,7 @@ def evaluate(reporter: Reporter, job: EvaluationJob) -> Evaluation | None:
     """Measure an artifact against its source. None: the job's reference is to be made first.
 
     Raises UsageError (text, prompts), RecipeError (golden files), RefusedError (text that was calibrated on),
-    VerifyError (an artifact does not run), MissingExtraError.
+    VerifyError (an artifact does not run; NotReadWholeError: its runtime reads no such model), MissingExtraError.
     """
     material = read_material(job)
     source = source_side(reporter, job, material)
@@ -47,6 +48,8 @@ def evaluate(reporter: Reporter, job: EvaluationJob) -> Evaluation | None:
         return None
     checks = check_structure(reporter, job.artifact, job.source.folder, job.intended) if job.intended else {}
     wanted = wanted_run(job, job.artifact, material)
+    if job.artifact_engine is not None:
+        wanted = replace(wanted, engine=job.artifact_engine)
 
     def run(place: DevicePlace) -> Evaluation:
         first = runtime_kind(job.artifact.format).first_load if place != ON_CPU else ""

@@ -44,23 +44,27 @@ class PackedMatrices:
 
 
 class PackedWeights:
-    """Packed linears of a folder."""
+    """Packed linears of a folder. bits: of each weight."""
 
     def __init__(self, folder: Path, method: str, bits: int, places: dict[str, Path]) -> None:
-        self._folder, self._method, self._bits, self._places = folder, method, bits, places
+        self._folder, self._method, self.bits, self._places = folder, method, bits, places
         self.linears = sorted(name.removesuffix(".qweight") for name in places if name.endswith(".qweight"))
+
+    def words(self, linear: str) -> dict[str, torch.Tensor]:
+        """The tensors of one linear, as stored, by the last part of their names. Raises VerifyError: there are none."""
+        if f"{linear}.qweight" not in self._places:
+            raise VerifyError(f"{self._folder.name}: no packed tensors for {linear}")
+        parts = ("qweight", "qzeros", "scales", *(() if self._method == "awq" else ("g_idx",)))
+        return {part: self._read(f"{linear}.{part}") for part in parts}
 
     def dequantize(self, linear: str) -> torch.Tensor:
         """float32 [out, in] of one linear. Raises VerifyError if it is not in the artifact."""
         from quantize.numerics.packing import AwqTensors, GptqTensors, unpack_awq, unpack_gptq
 
-        if f"{linear}.qweight" not in self._places:
-            raise VerifyError(f"{self._folder.name}: no packed tensors for {linear}")
-        words, zeros, scales = (self._read(f"{linear}.{part}") for part in ("qweight", "qzeros", "scales"))
+        words = [*self.words(linear).values()]
         if self._method == "awq":
-            return unpack_awq(AwqTensors(words, zeros, scales)).dequantize()
-        index = self._read(f"{linear}.g_idx")
-        return unpack_gptq(GptqTensors(words, zeros, scales, index), self._bits).dequantize()
+            return unpack_awq(AwqTensors(*words)).dequantize()
+        return unpack_gptq(GptqTensors(*words), self.bits).dequantize()
 
     def _read(self, name: str) -> torch.Tensor:
         from safetensors import safe_open

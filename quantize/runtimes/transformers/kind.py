@@ -19,7 +19,7 @@ from quantize.errors import MissingExtraError
 from quantize.runtimes.base import ModelRef, Runtime, runtime_version
 from quantize.runtimes.devices import CPU, Accelerator, DevicePlace
 from quantize.runtimes.served import Progress, ServedModel, Serving
-from quantize.runtimes.transformers.load import LoadedModel, load_with_any_kernel, quiet
+from quantize.runtimes.transformers.load import LoadedModel, load_causal_lm, load_with_any_kernel, quiet
 from quantize.system.gpus import nvidia_gpus
 
 
@@ -94,8 +94,12 @@ class Transformers:
 
     def load(self, model: ModelRef, device: str) -> LoadedModel:
         """See TransformersLoader; a format that transformers does not read by itself overrides this."""
-        dtype, backends = self.computes_in(DevicePlace(device)), self.kernels.get(model.format, ())
-        return load_with_any_kernel(model.folder, device, dtype=dtype, backends=backends)
+        dtype = self.computes_in(DevicePlace(device))
+
+        def load(backend: str | None) -> Any:
+            return load_causal_lm(model.folder, device, dtype=dtype, backend=backend)
+
+        return load_with_any_kernel(load, self.kernels.get(model.format, ()))
 
     def import_torch(self, feature: str) -> Any:
         """See TransformersLoader."""

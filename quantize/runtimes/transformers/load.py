@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -61,21 +61,21 @@ def load_causal_lm(folder: Path, device: str = "cpu", *, dtype: Any = "auto", ba
     return loaded.eval()
 
 
-def load_with_any_kernel(folder: Path, device: str, *, dtype: Any, backends: Sequence[str]) -> LoadedModel:
+def load_with_any_kernel(load: Callable[[str | None], Any], backends: Sequence[str]) -> LoadedModel:
     """The model, with the kernel that its library chooses, or where that can't be had the first of `backends` that can.
 
-    A kernel that is compiled on the machine needs a compiler: without one the library raises ImportError.
-    Raises VerifyError: the first reason, if none works.
+    load: with a backend, or None. A kernel that is compiled on the machine needs a compiler: without one the library
+    raises ImportError. Raises VerifyError: the first reason, if none works.
     """
     try:
-        return LoadedModel(load_causal_lm(folder, device, dtype=dtype))
+        return LoadedModel(load(None))
     except VerifyError as exc:
         if not isinstance(exc.__cause__, ImportError) or not backends:
             raise
         first = exc
     for backend in backends:
         try:
-            model = load_causal_lm(folder, device, dtype=dtype, backend=backend)
+            model = load(backend)
         except VerifyError as exc:
             if is_out_of_memory(exc):
                 raise
