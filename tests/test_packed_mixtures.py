@@ -1,4 +1,4 @@
-"""GPTQ and AWQ of mixtures of experts, whose experts transformers reads in one tensor only: built, read back, measured."""
+"""GPTQ and AWQ of mixtures of experts, which transformers reads fused only: built, read back, measured."""
 
 from __future__ import annotations
 
