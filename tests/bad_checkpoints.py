@@ -311,6 +311,86 @@ def adapter(folder: Path) -> None:
     write_weights(folder, {name: weights[name] for name in weights if "q_proj" in name})
 
 
+def rewrite(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    """Write the weights again with some of them changed."""
+    weights: dict[str, Any] = dict(TinyModel().weights())
+    change(weights)
+    write_weights(folder, weights)
+
+
+@says("this is an adapter of org/base, not a model\n  name org/base as `model` and this folder as `adapter`")
+def adapter_folder(folder: Path) -> None:
+    (folder / "config.json").unlink()
+    (folder / WEIGHTS).rename(folder / "adapter_model.safetensors")
+    write_json(folder / "adapter_config.json", {"peft_type": "LORA", "base_model_name_or_path": "org/base"})
+
+
+@says("the files lack what a LlamaForCausalLM by config.json has: lm_head.weight, model.embed_tokens.weight, model")
+def unknown_prefix(folder: Path) -> None:
+    write_weights(folder, {f"student.{name}": values for name, values in TinyModel().weights().items()})
+
+
+@says("the head is missing: there is no lm_head.weight, and config.json says `tie_word_embeddings`: false")
+def no_head(folder: Path) -> None:
+    rewrite(folder, lambda weights: weights.pop("lm_head.weight"))
+
+
+@says("the files lack what a LlamaForCausalLM by config.json has: model.norm.weight")
+def no_final_norm(folder: Path) -> None:
+    rewrite(folder, lambda weights: weights.pop("model.norm.weight"))
+
+
+@says("the files lack what a LlamaForCausalLM by config.json has: model.layers.1.self_attn.k_proj.weight")
+def no_key_projection(folder: Path) -> None:
+    rewrite(folder, lambda weights: weights.pop("model.layers.1.self_attn.k_proj.weight"))
+
+
+@says("model.layers.0.mlp.up_proj.weight is [256, 512] in the files, a LlamaForCausalLM by config.json has it as [512")
+def turned_matrix(folder: Path) -> None:
+    name = "model.layers.0.mlp.up_proj.weight"
+    rewrite(folder, lambda weights: weights.update({name: weights[name].T.copy()}))
+
+
+@says("config.json says `vocab_size` 400, the embedding has 384 rows\n  write 384 if the embedding is right")
+def vocabulary_larger(folder: Path) -> None:
+    change_json(folder / "config.json", vocab_size=400)
+
+
+@says("config.json says `vocab_size` 370, the embedding has 384 rows")
+def vocabulary_smaller(folder: Path) -> None:
+    change_json(folder / "config.json", vocab_size=370)
+
+
+@says("config.json says 3 blocks (`num_hidden_layers`), the files have 2")
+def more_blocks(folder: Path) -> None:
+    change_json(folder / "config.json", num_hidden_layers=3)
+
+
+@says("config.json says 1 blocks (`num_hidden_layers`), the files have 2")
+def fewer_blocks(folder: Path) -> None:
+    change_json(folder / "config.json", num_hidden_layers=1)
+
+
+@says("config.json: transformers does not take it: Class validation error for validator 'validate_layer_type'")
+def layer_types_of_another_length(folder: Path) -> None:
+    change_json(folder / "config.json", layer_types=["full_attention"] * 3)
+
+
+@says("generation_config.json: `temperature` must be a number, found '0.7'\n  write it without quotes")
+def temperature_is_text(folder: Path) -> None:
+    write_json(folder / "generation_config.json", {"temperature": "0.7", "do_sample": True})
+
+
+@says("generation_config.json: transformers does not take it: Invalid `cache_implementation` (magic)")
+def unknown_cache(folder: Path) -> None:
+    write_json(folder / "generation_config.json", {"cache_implementation": "magic"})
+
+
+@says("config.json: LlamaForSequenceClassification is no causal language model: it does not write text on\n  a Llama")
+def classifier(folder: Path) -> None:
+    change_json(folder / "config.json", architectures=["LlamaForSequenceClassification"])
+
+
 @says("in model.safetensors has NaN or Inf weights", only_build=True)
 def not_a_number(folder: Path) -> None:
     spoil_value(folder, b"\x00\x7e")

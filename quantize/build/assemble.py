@@ -15,7 +15,8 @@ from typing import Any
 
 from quantize.build.job import VariantJob
 from quantize.formats.base import BuildResult, Context
-from quantize.model.checkpoint import CARRIED_FILES, Checkpoint
+from quantize.model.checkpoint import Checkpoint
+from quantize.model.folder_files import CARRIED_FILES
 from quantize.model.source import PinnedSource
 from quantize.provenance.card import render_card
 from quantize.recipe.model import Recipe
@@ -105,5 +106,6 @@ def _source_entry(source: PinnedSource, checkpoint: Checkpoint) -> SourceEntry:
         parameters=checkpoint.parameters,
         weights_bytes=checkpoint.weights_bytes,
         quantized_before=source.quantized_before,
+        mended=source.mending.remarks if source.mending else (),
         files=tuple(FileEntry(path=item.path, size_bytes=item.size_bytes, sha256=item.sha256) for item in source.files),
     )

@@ -21,8 +21,9 @@ from quantize.evaluate.baseline import LIKELIEST
 from quantize.evaluate.kinds import text_parts
 from quantize.evaluate.text import load_text
 from quantize.model.architecture import block_count
-from quantize.model.checkpoint import CARRIED_FILES, Checkpoint
+from quantize.model.checkpoint import Checkpoint
 from quantize.model.config import number_or
+from quantize.model.folder_files import CARRIED_FILES
 from quantize.model.source import PinnedSource
 from quantize.recipe.model import Recipe
 from quantize.store.staging import PASS, STAGING, leftovers
@@ -124,10 +125,10 @@ def needs(
 
 def most_bytes(jobs: Sequence[VariantJob], recipe: Recipe, source: PinnedSource, *, measured: bool) -> int:
     """More than the jobs can need, from file sizes alone: where so much is free, nothing has to be sized."""
-    weights = sum(file.size_bytes for file in source.files) * (LARGEST_RATIO if source.is_gguf else 1)
+    weights = sum(file.size_bytes for file in source.files) * (LARGEST_RATIO if source.quantized_before else 1)
     artifacts = sum(2 * weights + PAPERS_BYTES for _ in jobs)  # in float32 it is twice a 16-bit source
     baseline = baseline_bytes(recipe, LIKELIEST) if measured else 0
-    return 2 * weights + weights * source.is_gguf + artifacts + baseline + 2 * states_bytes(recipe, WIDEST_HIDDEN)
+    return 2 * weights + weights * source.is_derived + artifacts + baseline + 2 * states_bytes(recipe, WIDEST_HIDDEN)
 
 
 def states_bytes(recipe: Recipe, hidden: int) -> int:

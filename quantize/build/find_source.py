@@ -7,6 +7,7 @@ among the files that were hashed on this machine, and by its name. What is found
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Iterator
 from dataclasses import replace
@@ -17,7 +18,17 @@ from quantize.events import Reporter, note
 from quantize.files.gguf_split import first_shard
 from quantize.formats import option_models
 from quantize.model.checkpoint import Checkpoint
-from quantize.model.source import PinnedSource, SourceFile, files_digest, open_source, pin_address, pin_path, pin_source
+from quantize.model.source import (
+    Beside,
+    PinnedSource,
+    SourceFile,
+    fetch_companion,
+    files_digest,
+    open_source,
+    pin_address,
+    pin_path,
+    pin_source,
+)
 from quantize.recipe.model import Recipe, load_recipe
 from quantize.store.artifact import Artifact
 from quantize.store.manifest import RECIPE_NAME, SourceEntry
@@ -52,18 +63,19 @@ def find_source(
     Raises VerifyError: what was found, or given, is not what it was built from. CheckpointError: it is nowhere.
     """
     entry = artifact.manifest.source
+    beside = Beside(*(_companion(artifact, known or cache, what, reporter) for what in ("tokenizer", "adapter")))
     if given is not None:
-        return _checked(artifact, pin_path(given, cache, reporter))
-    found = pin_address(entry.uri, cache, reporter)
+        return _checked(artifact, pin_path(given, cache, reporter, beside))
+    found = pin_address(entry.uri, cache, reporter, beside)
     if found is None and (path := Path(_model(artifact)).expanduser()).is_absolute() and path.exists():
-        found = pin_path(path, cache, reporter)
+        found = pin_path(path, cache, reporter, beside)
     if found is not None:
         return _checked(artifact, found)
     refusal: VerifyError | None = None
     problem: CheckpointError | None = None
     for path in dict.fromkeys(Path(os.path.abspath(path)) for path in _places(artifact, known or cache)):
         try:
-            source = _checked(artifact, pin_path(path, cache, reporter))
+            source = _checked(artifact, pin_path(path, cache, reporter, beside))
             note(reporter, "", f"the source {entry.uri} is {path}")
             return source
         except VerifyError as exc:
@@ -85,6 +97,36 @@ def _places(artifact: Artifact, known: Cache) -> Iterator[Path]:
     names = [name for name in (_model(artifact), entry.uri.removeprefix("local:")) if name]
     yield from (path for path in (Path.cwd() / names[0], *_same_content(entry, known)) if path.exists())
     yield from (base / name for name in names for base in (Path.cwd(), *bases) if (base / name).exists())
+
+
+def _companion(artifact: Artifact, known: Cache, what: str, reporter: Reporter) -> Path | None:
+    """The folder of the tokenizer or the adapter that a manifest has files of; None where it has none.
+
+    Looked for as the source is, by its content first. Raises CheckpointError: it is nowhere.
+    """
+    files = [item for item in artifact.manifest.source.files if item.path.startswith(f"{what}/")]
+    if not files:
+        return None
+    largest = max(files, key=lambda item: item.size_bytes)
+    name = largest.path.removeprefix(f"{what}/")
+    with contextlib.suppress(StoreError):
+        for path in known.paths_with(largest.sha256):
+            if path.as_posix().endswith(f"/{name}"):
+                return path.parents[len(Path(name).parts) - 1]
+    written = _written(artifact, what)
+    bases = [artifact.folder.absolute(), *artifact.folder.absolute().parents, Path.cwd(), *Path.cwd().parents]
+    for base in bases if written else ():
+        if (base / Path(written).expanduser()).is_dir():
+            return base / Path(written).expanduser()
+    return fetch_companion(written or what, what, reporter)
+
+
+def _written(artifact: Artifact, what: str) -> str:
+    """What the artifact's own recipe names as its tokenizer or adapter; "" where that can't be read."""
+    try:
+        return getattr(own_recipe(artifact).source, what) or ""
+    except RecipeError:
+        return ""
 
 
 def _model(artifact: Artifact) -> str:

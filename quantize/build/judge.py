@@ -44,7 +44,7 @@ from quantize.formats.base import RunLimits as RunLimits
 from quantize.formats.format import ReferenceMaker
 from quantize.formats.safetensors.format import UNQUANTIZED
 from quantize.model.checkpoint import Checkpoint
-from quantize.model.source import PinnedSource, dequantized_key
+from quantize.model.source import PinnedSource, checkpoint_key
 from quantize.recipe.model import Recipe
 from quantize.runtimes.base import ModelRef
 from quantize.store.artifact import Artifact
@@ -169,7 +169,7 @@ class Judge:
         )
 
     def _source_key(self) -> str:
-        return dequantized_key(self._source) if self._source.is_gguf else self._source.digest
+        return checkpoint_key(self._source)
 
     def _job(self, checkpoint: Checkpoint, artifact: ModelRef) -> EvaluationJob:
         spec = self.recipe.evaluation

@@ -19,7 +19,7 @@ from quantize.build.plan import Plan, make_plan
 from quantize.calibration.text import TokenSummary, summarize_tokens
 from quantize.errors import LockError, StoreError, UsageError
 from quantize.events import Reporter, warn
-from quantize.model.source import COMMIT, dequantized_key, open_source
+from quantize.model.source import COMMIT, checkpoint_key, open_source
 from quantize.recipe.calibration import Calibration, CalibrationMix, CalibrationSpec
 from quantize.recipe.model import Recipe
 from quantize.recipe.yaml import read_document, validate
@@ -243,7 +243,7 @@ def _tokens(plan: Plan, workspace: Workspace) -> TokenSummary | None:
         return None
     key = canonical_hash(
         {
-            "source": dequantized_key(source) if source.is_gguf else source.digest,
+            "source": checkpoint_key(source),
             "text": plan.calibrated[0].inputs["calibration"],
             "tools": tool_versions(TOKENIZER_TOOLS),
         }

@@ -131,12 +131,14 @@ def confirm(plan: Plan, workspace: Workspace) -> Plan:
 
     Raises PlanError: the source, the text or a tool is another. CheckpointError: the source is not here.
     """
-    location, cache, reporter = plan.source.location, workspace.cache, workspace.reporter
-    found = pin_path(location, cache, reporter) if location.exists() else pin_source(plan.recipe, cache, reporter)
+    cache, reporter = workspace.cache, workspace.reporter
+    beside, location = plan.source.beside, plan.source.location
+    is_here = all(path is None or path.exists() for path in (location, beside.tokenizer, beside.adapter))
+    found = pin_path(location, cache, reporter, beside) if is_here else pin_source(plan.recipe, cache, reporter)
     hint = "plan again: what is built is what was planned"
     if found.digest != plan.source.digest:
         raise PlanError(f"the source {plan.source.uri} is not what the plan was made of", hint=hint)
-    source = replace(plan.source, location=found.location)
+    source = replace(plan.source, location=found.location, mending=found.mending)
     jobs = identify_jobs(plan.recipe, source, [job.variant for job in plan.jobs])
     for planned, job in zip(plan.jobs, jobs, strict=True):
         if planned.inputs != job.inputs:

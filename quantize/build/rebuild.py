@@ -179,7 +179,7 @@ def _recipe(artifact: Artifact, variant: Variant, work: Path, given: Given) -> R
     calibration = _calibration(artifact, work / "recipe", given.calibration)
     carried = artifact.folder / RECIPE_NAME
     text = carried.read_text(encoding="utf-8") if carried.is_file() else ""
-    source = Source(model=manifest.source.uri, revision=None, name=None, base_model=None, license=None)
+    source = Source.model_validate({"model": manifest.source.uri})
     return Recipe(
         manifest.name, None, source, calibration, (variant,), EvaluationSpec(), GateLimits(),
         work / "recipe" / RECIPE_NAME, text,
@@ -259,7 +259,7 @@ def _check_text(plan: Plan, artifact: Artifact, scratch: Workspace) -> None:
 
 def _check_disk(manifest: Manifest, source: PinnedSource, folder: Path) -> None:
     """Artifact, dequantized source and what is made on the way all lie there at once. Raises PlanError."""
-    copies = int(source.is_gguf) + find_builder(manifest.format).source_copies
+    copies = int(source.is_derived) + find_builder(manifest.format).source_copies
     needed, free = manifest.size_bytes + copies * manifest.source.weights_bytes, disk_free_bytes(folder)
     if needed > free:
         raise PlanError(disk_short(needed, free).message, hint=MORE_ROOM)

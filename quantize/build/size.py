@@ -29,9 +29,9 @@ from quantize.calibration.mix import CalibrationText
 from quantize.errors import DiskFullError, PlanError, QuantizeError
 from quantize.events import Reporter, SilentReporter, status
 from quantize.formats.base import Builder, Context, RunLimits, SizePlan
-from quantize.model.checkpoint import Checkpoint, open_checkpoint
+from quantize.model.checkpoint import Checkpoint
 from quantize.model.shape import ModelShape
-from quantize.model.source import PinnedSource, dequantized_key, open_source
+from quantize.model.source import PinnedSource, is_made, open_headers
 from quantize.recipe.calibration import CalibrationMix
 from quantize.recipe.model import Recipe
 from quantize.runtimes.sampling import CHATS
@@ -120,7 +120,7 @@ def measure_plan(plan: Plan, workspace: Workspace, limits: RunLimits) -> SizedPl
     """The plan with exact sizes, whether there is room for it or not. Raises as size_plan does."""
     source, cache, reporter = plan.source, workspace.cache, workspace.reporter
     with tempfile.TemporaryDirectory(prefix="quantize-plan-", dir=temporary_root()) as scratch:
-        checkpoint = _checkpoint_headers(source, cache, Path(scratch) / "checkpoint", reporter)
+        checkpoint = open_headers(source, cache, Path(scratch) / "checkpoint", reporter)
         expected = _expected(plan.recipe, checkpoint)
         context = Context("", None, source, checkpoint, cache, Path(scratch), Path(scratch), limits,
                           expected)  # fmt: skip
@@ -159,18 +159,6 @@ def say_what_is_missing(error: DiskFullError, plan: Plan, workspace: Workspace, 
     if short:
         missing = " and ".join(f"{room.missing_bytes:,} bytes are missing for the {room.what}" for room in short)
         error.hint = f"{missing}: free them and run the same build again, it goes on where it stopped"
-
-
-def _checkpoint_headers(source: PinnedSource, cache: Cache, scratch: Path, reporter: Reporter) -> Checkpoint:
-    """The checkpoint, or for a GGUF source that was not dequantized yet a stand-in with the same headers."""
-    if not source.is_gguf or cache.entry("checkpoints", dequantized_key(source)).is_dir():
-        return open_source(source, cache, reporter)
-    from quantize.model.from_gguf import skeleton_of_gguf
-
-    status(reporter, "", f"reading the headers of {source.location.name}")
-    scratch.mkdir()
-    run_step("reading the GGUF source", reporter, skeleton_of_gguf, source.location, scratch)
-    return open_checkpoint(scratch)
 
 
 def _expected(recipe: Recipe, checkpoint: Checkpoint) -> CalibrationEntry | None:
@@ -270,6 +258,6 @@ def _refusal(job: VariantJob, checkpoint: Checkpoint) -> QuantizeError | None:
 
 
 def _dequantized_bytes(source: PinnedSource, checkpoint: Checkpoint, cache: Cache) -> int:
-    if not source.is_gguf or cache.entry("checkpoints", dequantized_key(source)).is_dir():
+    if not source.is_derived or is_made(source, cache):
         return 0
     return sum(path.stat().st_size for path in checkpoint.folder.iterdir())  # weights as sparse files, the rest whole

@@ -24,7 +24,7 @@ MAX_ELEMENTS = 1 << 60
 MAX_OFFSET = 1 << 63
 
 DTYPE_BITS = {
-    "BOOL": 8, "U8": 8, "I8": 8, "F8_E4M3": 8, "F8_E5M2": 8, "I16": 16, "U16": 16, "F16": 16, "BF16": 16,
+    "BOOL": 8, "U8": 8, "I8": 8, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "I16": 16, "U16": 16, "F16": 16, "BF16": 16,
     "I32": 32, "U32": 32, "F32": 32, "I64": 64, "U64": 64, "F64": 64,
 }  # fmt: skip
 INDEX_NAME = "model.safetensors.index.json"
@@ -88,6 +88,15 @@ def header_bytes(tensors: Mapping[str, tuple[str, tuple[int, ...]]]) -> bytes:
     raw = json.dumps(header, separators=(",", ":")).encode()
     raw += b" " * (-len(raw) % 8)
     return struct.pack("<Q", len(raw)) + raw
+
+
+def write_sparse(path: Path, tensors: Mapping[str, tuple[str, tuple[int, ...]]]) -> None:
+    """Write a safetensors file with this header and a hole for the weights. Raises OSError."""
+    header = header_bytes(tensors)
+    size = sum(math.prod(shape) * DTYPE_BITS[dtype] // 8 for dtype, shape in tensors.values())
+    with path.open("wb") as file:
+        file.write(header)
+        file.truncate(len(header) + size)
 
 
 def _header(path: Path, file: BinaryIO, size: int) -> bytes:

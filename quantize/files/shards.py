@@ -211,6 +211,14 @@ _DTYPES = {
 }  # fmt: skip
 
 
+def torch_dtype(name: str) -> torch.dtype:
+    """torch's dtype of one that a header names. Raises KeyError: torch has none that is written here."""
+    import torch
+
+    found: torch.dtype = getattr(torch, {code: own for own, code in _DTYPES.items()}[name].removeprefix("torch."))
+    return found
+
+
 def _index(shards: Mapping[str, Table], table: Table) -> bytes:
     weight_map = {name: file for file, part in shards.items() for name in part}
     data = {"metadata": {"total_size": table_bytes(table)}, "weight_map": dict(sorted(weight_map.items()))}

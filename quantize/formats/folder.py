@@ -12,7 +12,8 @@ from pathlib import Path
 from quantize.errors import RefusedError
 from quantize.files.compare import WeightFile, safetensors_file
 from quantize.formats.format import OnDisk
-from quantize.model.checkpoint import read_chat_template, read_json, tensor_table
+from quantize.model.checkpoint import tensor_table
+from quantize.model.folder_files import read_chat_template, read_json
 from quantize.model.shape import ModelShape
 
 

@@ -16,7 +16,8 @@ from typing import Any
 from quantize.files.shards import files_bytes, table_bytes
 from quantize.formats.base import Context, KeptTensor, SizePlan
 from quantize.model.architecture import block_count, block_index, block_layout
-from quantize.model.checkpoint import CONFIG_FILES, TOKENIZER_FILES, Checkpoint
+from quantize.model.checkpoint import Checkpoint
+from quantize.model.folder_files import CONFIG_FILES, tokenizer_files
 
 Shape = tuple[int, ...]
 LinearTable = Callable[[int, int], dict[str, tuple[str, Shape]]]  # (out, in) -> suffix -> (dtype, shape)
@@ -93,13 +94,15 @@ def config_text(checkpoint: Checkpoint, quantization_config: Mapping[str, Any], 
 
 def copied_files(checkpoint: Checkpoint) -> list[Path]:
     """Tokenizer and generation settings: they go along unchanged."""
-    names = [name for name in (*CONFIG_FILES, *TOKENIZER_FILES) if name != "config.json"]
+    names = [*(name for name in CONFIG_FILES if name != "config.json"), *tokenizer_files(checkpoint.folder)]
     return [checkpoint.folder / name for name in names if (checkpoint.folder / name).is_file()]
 
 
 def write_beside(context: Context, text: str) -> tuple[str, ...]:
     """Write config.json and copy the tokenizer into staging; the names of what was written."""
     (context.staging / "config.json").write_text(text, encoding="utf-8")
-    for path in copied_files(context.checkpoint):
-        shutil.copyfile(path, context.staging / path.name)
-    return ("config.json", *(path.name for path in copied_files(context.checkpoint)))
+    names = [path.relative_to(context.checkpoint.folder).as_posix() for path in copied_files(context.checkpoint)]
+    for name in names:
+        (context.staging / name).parent.mkdir(exist_ok=True)  # of named chat templates
+        shutil.copyfile(context.checkpoint.folder / name, context.staging / name)
+    return ("config.json", *names)

@@ -7,43 +7,51 @@ what is damaged, unsafe or missing. Fetching from a hub, a package or a GGUF fil
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from quantize.errors import CheckpointError, first_line
+from quantize.errors import CheckpointError
 from quantize.files.safetensors import INDEX_NAME, MAX_TENSORS, TensorInfo, read_header
 from quantize.model.config import number_or
-from quantize.system.untrusted import open_regular, parse_json, read_limited
+from quantize.model.folder_files import VOCABULARY_FILES, check_inside, known_files
+from quantize.model.folder_files import read_chat_template as read_chat_template
+from quantize.model.folder_files import read_json as read_json
+from quantize.model.known_classes import known_without_code
+from quantize.system.untrusted import open_regular
 
 if TYPE_CHECKING:
     import torch
 
-MAX_JSON_BYTES = 256 << 20
-MAX_TEMPLATE_BYTES = 4 << 20
 MAX_SHARDS = 10_000
+WHOLE = "model.safetensors"
+ADAPTER = "adapter_config.json"
 FLOAT_DTYPES = ("F16", "BF16", "F32")
-CARRIED_FILES = ("LICENSE*", "NOTICE*", "USE_POLICY*")  # go with every artifact
-TOKENIZER_FILES = (
-    "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
-    "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json", "vocab.txt",
-)  # fmt: skip
-VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
-CONFIG_FILES = ("config.json", "generation_config.json")
+# What models compute for themselves, and files of some years hold all the same: frequencies, masks, positions.
+COMPUTED = re.compile(
+    r"(^|\.)rotary_emb\.(inv_freq|original_inv_freq|cos_cached|sin_cached)$|\.(attn|attention)\.masked_bias$"
+    r"|(^|\.)position_ids$"
+)
+MASK = re.compile(r"\.(attn|attention)\.bias$")
 # Multiply by the exponent mask: a value is NaN or Inf where all exponent bits are set (IEEE 754; bfloat16 alike).
 EXPONENT_MASKS = {"F16": ("<u2", 0x7C00), "BF16": ("<u2", 0x7F80), "F32": ("<u4", 0x7F800000)}
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A full-precision model on disk. `tensors` lists every tensor by name, in the order of the shards."""
+    """A full-precision model on disk. `tensors` lists every tensor by name, in the order of the shards.
+
+    computed: tensors of the files that are not among them: the model computes them for itself.
+    """
 
     folder: Path
     config: Mapping[str, Any]
     tensors: Mapping[str, TensorInfo]
     tokenizer_config: Mapping[str, Any]
+    computed: tuple[str, ...] = field(default=(), compare=False)
 
     @property
     def architecture(self) -> str:
@@ -75,7 +83,7 @@ class Checkpoint:
 
     def files(self) -> list[Path]:
         """Every file that the model consists of: config, tokenizer, weights, licence, card; sorted by name."""
-        found = {*_known_files(self.folder), *(tensor.path for tensor in self.tensors.values())}
+        found = {*known_files(self.folder), *(tensor.path for tensor in self.tensors.values())}
         return sorted(found, key=lambda path: path.relative_to(self.folder).as_posix())
 
     def read(self, name: str) -> torch.Tensor:
@@ -98,45 +106,31 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     missing shards, damaged tensors, weights that are quantized already, tokenizer missing or too large, files that
     can't be read.
     """
-    if not os.path.isdir(folder):
-        raise CheckpointError(f"{folder}: no such folder", hint="name a folder with config.json and *.safetensors")
-    for path in _known_files(folder):
-        if path.is_symlink():
-            _check_inside(folder, path.name, "the folder")
-    config = _config(folder)
-    tensors = tensor_table(folder)
+    config, found = read_model(folder)
+    check_unquantized(config)
+    tensors = {name: info for name, info in found.items() if not is_computed(info)}
     _check_dtypes(tensors, config)
     tokenizer_config = read_json(folder / "tokenizer_config.json")
-    checkpoint = Checkpoint(folder, config, tensors, tokenizer_config)
+    computed = tuple(name for name in found if name not in tensors)
+    checkpoint = Checkpoint(folder, config, tensors, tokenizer_config, computed)
     _check_tokenizer(checkpoint)
     return checkpoint
 
 
-def read_chat_template(folder: Path) -> str | None:
-    """The chat template of a folder, as transformers finds it; None if there is none.
-
-    chat_template.jinja comes before tokenizer_config.json, and chat_template.json, an older place, last. Of several
-    named ones, a list or an object, the one called "default" counts. Raises CheckpointError: it can't be read.
-    """
-    file = folder / "chat_template.jinja"
-    if os.path.isfile(file):
-        try:
-            return read_limited(file, MAX_TEMPLATE_BYTES).decode("utf-8")
-        except (OSError, ValueError) as exc:
-            raise CheckpointError(f"{file.name}: can't be read ({first_line(exc)})", hint="download it again") from exc
-    for name in ("tokenizer_config.json", "chat_template.json"):
-        template = _default_template(read_json(folder / name).get("chat_template"))
-        if template is not None:
-            return template
-    return None
+def read_model(folder: Path) -> tuple[dict[str, Any], dict[str, TensorInfo]]:
+    """config.json and the tensors of a folder as they are, quantized or not. Raises as open_checkpoint does."""
+    if not os.path.isdir(folder):
+        raise CheckpointError(f"{folder}: no such folder", hint="name a folder with config.json and *.safetensors")
+    for path in known_files(folder):
+        if path.is_symlink():
+            check_inside(folder, path.relative_to(folder).as_posix(), "the folder")
+    return _config(folder), tensor_table(folder)
 
 
-def _default_template(template: object) -> str | None:
-    if isinstance(template, list):
-        template = {item.get("name"): item.get("template") for item in template if isinstance(item, dict)}
-    if isinstance(template, dict):
-        template = template.get("default")
-    return template if isinstance(template, str) else None
+def is_computed(tensor: TensorInfo) -> bool:
+    """Whether a tensor is one that models compute for themselves: a buffer that was saved with the weights."""
+    is_mask = MASK.search(tensor.name) and len(tensor.shape) == 4  # GPT-2's, which is called as a bias would be
+    return bool(COMPUTED.search(tensor.name) or is_mask)
 
 
 def check_finite(checkpoint: Checkpoint) -> Iterator[tuple[int, int]]:
@@ -176,17 +170,10 @@ def _has_nan_or_inf(raw: bytes, dtype: str) -> bool:
     return bool(((values & mask) == mask).any())
 
 
-def _known_files(folder: Path) -> list[Path]:
-    """The files beside the weights that belong to a model: config, tokenizer, index, card, licence."""
-    names = {*CONFIG_FILES, *TOKENIZER_FILES, INDEX_NAME, "README.md"}
-    found = [folder / name for name in sorted(names)]
-    found += [path for pattern in CARRIED_FILES for path in sorted(folder.glob(pattern))]
-    return [path for path in found if os.path.isfile(path)]
-
-
 def _config(folder: Path) -> dict[str, Any]:
     path = folder / "config.json"
     if not os.path.isfile(path):
+        _refuse_adapter(folder)
         raise CheckpointError(f"{folder}: no config.json", hint="is this a Hugging Face model folder?")
     config = read_json(path)
     names = config.get("architectures")
@@ -194,11 +181,16 @@ def _config(folder: Path) -> dict[str, Any]:
         raise CheckpointError(
             "config.json: no `architectures`", hint='add it, for example "architectures": ["LlamaForCausalLM"]'
         )
-    if "auto_map" in config:
+    if "auto_map" in config and not known_without_code(config):
         raise CheckpointError(
             "config.json: `auto_map` asks to run code that the model brings along",
             hint="remote code is never run; use a checkpoint of an architecture that transformers has itself",
         )
+    return {key: value for key, value in config.items() if key != "auto_map"}
+
+
+def check_unquantized(config: Mapping[str, Any]) -> None:
+    """Refuse weights that are quantized already. Raises CheckpointError."""
     quantized = config.get("quantization_config") or {}
     if not isinstance(quantized, dict):
         raise CheckpointError("config.json: `quantization_config` is not an object", hint="download it again")
@@ -207,36 +199,23 @@ def _config(folder: Path) -> dict[str, Any]:
         raise CheckpointError(
             f"config.json: the weights are quantized already ({method})", hint="start from the full-precision model"
         )
-    return config
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A model's JSON file, an object; {} where there is no such file. Raises CheckpointError."""
-    if not os.path.isfile(path):
-        return {}
-    try:
-        data = parse_json(read_limited(path, MAX_JSON_BYTES))
-    except OSError as exc:
-        raise CheckpointError(f"{path.name}: can't be read: {exc.strerror}", hint="check its permissions") from exc
-    except ValueError as exc:
-        raise CheckpointError(f"{path.name}: not JSON ({first_line(exc, 100)})", hint="download it again") from exc
-    if not isinstance(data, dict):
-        raise CheckpointError(f"{path.name}: not a JSON object", hint="download it again")
-    return data
 
 
 def tensor_table(folder: Path) -> dict[str, TensorInfo]:
-    """Every tensor of a folder's safetensors files, by name. Raises CheckpointError."""
-    index = folder / INDEX_NAME
-    if os.path.isfile(index):
-        return _sharded(folder, index)
-    single = folder / "model.safetensors"
+    """Every tensor of a folder's safetensors files, by name: of one file, if there is one. Raises CheckpointError.
+
+    transformers reads them in this order too (PreTrainedModel.from_pretrained); an index beside is of another save.
+    """
+    index, single = folder / INDEX_NAME, folder / WHOLE
     if os.path.isfile(single):
-        _check_inside(folder, "model.safetensors", "the folder")
+        check_inside(folder, WHOLE, "the folder")
         tensors = read_header(single)
         if not tensors:
             raise CheckpointError("model.safetensors: has no tensors", hint="download it again")
         return tensors
+    if os.path.isfile(index):
+        return _sharded(folder, index)
+    _refuse_adapter(folder)
     shards = sorted(folder.glob("model-*-of-*.safetensors"))
     if shards:
         raise CheckpointError(f"{folder}: shards without {INDEX_NAME}", hint="download the index too")
@@ -254,7 +233,7 @@ def _sharded(folder: Path, index: Path) -> dict[str, TensorInfo]:
     tensors: dict[str, TensorInfo] = {}
     shards = sorted(set(weight_map.values()))
     for shard in shards:
-        _check_inside(folder, shard, index.name)
+        check_inside(folder, shard, index.name)
     for shard in shards:
         if not os.path.isfile(folder / shard):
             raise CheckpointError(f"{index.name}: shard {shard} is missing", hint="download the model again")
@@ -282,18 +261,13 @@ def _weight_map(index: Path) -> dict[str, str]:
     return weight_map
 
 
-def _check_inside(folder: Path, name: str, said_by: str) -> None:
-    """Refuse names that leave the folder. A symlink is fine when it stays inside, or in a hub cache's blobs."""
-    try:
-        target, root = (folder / name).resolve(), folder.resolve()
-    except (OSError, RuntimeError, ValueError) as exc:  # a circle of links
-        raise CheckpointError(
-            f"{said_by}: {name!r} can't be followed", hint="this checkpoint can't be trusted"
-        ) from exc
-    within = [root, root.parent.parent / "blobs"] if root.parent.name == "snapshots" else [root]
-    plain = not Path(name).is_absolute() and ".." not in Path(name).parts
-    if not plain or not any(target.is_relative_to(place) for place in within):
-        raise CheckpointError(f"{said_by}: {name!r} leaves the folder", hint="this checkpoint can't be trusted")
+def _refuse_adapter(folder: Path) -> None:
+    path = folder / ADAPTER
+    if os.path.isfile(path):
+        base = read_json(path).get("base_model_name_or_path")
+        whose = f"of {base}" if isinstance(base, str) and base else "and does not say of which model"
+        hint = f"name {base if isinstance(base, str) and base else 'its base'} as `model` and this folder as `adapter`"
+        raise CheckpointError(f"{folder}: this is an adapter {whose}, not a model", hint=hint)
 
 
 def _check_dtypes(tensors: Mapping[str, TensorInfo], config: Mapping[str, Any]) -> None:

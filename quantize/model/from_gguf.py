@@ -16,7 +16,7 @@ from quantize.errors import CheckpointError, MissingExtraError, first_line
 from quantize.events import Reporter
 from quantize.files.gguf import EXTRA, read_gguf
 from quantize.files.gguf_split import shard_paths
-from quantize.files.safetensors import header_bytes
+from quantize.files.safetensors import write_sparse
 
 SHARD_SIZE = "5GB"
 RULES_VERSION = 1  # of what is mended in a tokenizer; enters the key of the checkpoint
@@ -56,7 +56,7 @@ def skeleton_of_gguf(reporter: Reporter, gguf: Path, out: Path) -> None:
     config.architectures = [type(model).__name__]
     config.dtype = torch.float16
     config.save_pretrained(out)
-    _write_sparse(out / "model.safetensors", shapes)
+    write_sparse(out / "model.safetensors", shapes)
     _write_rest(transformers, gguf, out)
 
 
@@ -77,15 +77,6 @@ def _all_files_read(path: Path) -> Iterator[None]:
 
     with mock.patch.object(gguf, "GGUFReader", AllFiles) if others else nullcontext():
         yield
-
-
-def _write_sparse(path: Path, shapes: dict[str, tuple[str, tuple[int, ...]]]) -> None:
-    header = header_bytes(shapes)
-    last = json.loads(header[8:])
-    end = max(entry["data_offsets"][1] for name, entry in last.items() if name != "__metadata__")
-    with path.open("wb") as file:
-        file.write(header)
-        file.truncate(len(header) + end)
 
 
 def _write_rest(transformers: Any, gguf: Path, out: Path) -> None:

@@ -10,18 +10,22 @@ import hashlib
 import importlib.util
 import os
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from quantize.errors import CheckpointError, MissingExtraError, RecipeError, first_line
+from quantize.errors import CheckpointError, MissingExtraError, RecipeError
 from quantize.events import Reporter, note, progress, status
 from quantize.files.gguf import READER
-from quantize.model.checkpoint import Checkpoint, check_finite, open_checkpoint
+from quantize.model.belonging import check_belongs
+from quantize.model.checkpoint import Checkpoint, check_finite, open_checkpoint, read_model
 from quantize.model.from_gguf import RULES_VERSION
+from quantize.model.hub import COMMIT as COMMIT
+from quantize.model.hub import HUB_ID, fetch
+from quantize.model.hub import hub_commit as hub_commit
+from quantize.model.mending import RULES_VERSION as MENDING_VERSION
+from quantize.model.mending import Mending, find_mending
 from quantize.recipe.model import PackageFile, Recipe, Source
 from quantize.recipe.yaml import MAX_BYTES, parse_document
 from quantize.system.cache import Cache
@@ -29,9 +33,9 @@ from quantize.system.lookup import is_path_text
 from quantize.system.process import run_step
 from quantize.system.untrusted import read_limited
 
-HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*/[\w.-]+$")
-COMMIT = re.compile(r"^[0-9a-f]{40}$")
-HUB_PATTERNS = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "LICENSE*", "NOTICE*", "USE_POLICY*", "*.md"]
+TOKENIZER_PATTERNS = ("*.json", "*.model", "*.txt", "*.jinja")
+HUB_PATTERNS = (*TOKENIZER_PATTERNS, "*.safetensors", "LICENSE*", "NOTICE*", "USE_POLICY*", "*.md")
+COMPANIONS = {"tokenizer": TOKENIZER_PATTERNS, "adapter": ("adapter_*",)}
 MAX_CARD_BYTES = 4 << 20
 DEQUANTIZER_TOOLS = ("transformers", "torch", READER)
 
@@ -46,12 +50,21 @@ class SourceFile:
 
 
 @dataclass(frozen=True)
+class Beside:
+    """Folders of what belongs to a model and does not lie in its folder."""
+
+    tokenizer: Path | None = None
+    adapter: Path | None = None
+
+
+@dataclass(frozen=True)
 class PinnedSource:
     """A source that is on this machine, and what it is by content.
 
     uri: where it came from, without any path of this machine. location: the folder, or the GGUF file, the first if
     there are several; by the name that it has, which need not be the one that it is linked to.
-    digest: sha256 over the names and hashes of all files. quantized_before: the GGUF type if it was quantized once.
+    digest: sha256 over the names and hashes of all files. quantized_before: the GGUF type, or the method, if it was
+    quantized once. mending: what must be done to its files; None where they are a checkpoint as they are.
     """
 
     uri: str
@@ -63,11 +76,22 @@ class PinnedSource:
     files: tuple[SourceFile, ...]
     digest: str
     quantized_before: str | None
+    mending: Mending | None = None
 
     @property
     def is_gguf(self) -> bool:
         """Whether the weights must be dequantized before anything else."""
         return self.location.suffix == ".gguf"
+
+    @property
+    def beside(self) -> Beside:
+        """The folders of what does not lie in the model's own."""
+        return Beside(self.mending.tokenizer, self.mending.adapter) if self.mending else Beside()
+
+    @property
+    def is_derived(self) -> bool:
+        """Whether the checkpoint is made of the files, in the cache, before anything else."""
+        return self.is_gguf or self.mending is not None
 
 
 def pin_source(recipe: Recipe, cache: Cache, reporter: Reporter) -> PinnedSource:
@@ -76,60 +100,104 @@ def pin_source(recipe: Recipe, cache: Cache, reporter: Reporter) -> PinnedSource
     Raises CheckpointError: not there, not reachable, not a model. MissingExtraError: the hub client is missing.
     """
     source = recipe.source
+    beside = Beside(
+        _companion(recipe, source.tokenizer, "tokenizer", reporter),
+        _companion(recipe, source.adapter, "adapter", reporter),
+    )
     if isinstance(source.model, PackageFile):
         path = _packaged(source.model)
-        return _pin_gguf(source, path, f"package:{source.model.package}/{source.model.file}", cache, reporter)
+        uri = f"package:{source.model.package}/{source.model.file}"
+        return _pin_gguf(source, path, uri, beside, cache, reporter)
     found = recipe.find(source.model) if is_path_text(source.model) or not HUB_ID.match(source.model) else None
     if found is None and HUB_ID.match(source.model) and not is_path_text(source.model):
         local = recipe.find(source.model)
         if local is None:
-            return _pin_hub(source, source.model, cache, reporter)
+            return _pin_hub(source, source.model, beside, cache, reporter)
         found = local
     if found is None:
         raise CheckpointError(
             f"source {source.model!r}: no such file or folder",
             hint="write a path relative to the recipe or to the working folder, or a hub id like org/name",
         )
-    return _pin_local(source, found, cache, reporter)
+    return _pin_local(source, found, beside, cache, reporter)
 
 
-def pin_address(uri: str, cache: Cache, reporter: Reporter) -> PinnedSource | None:
+def pin_address(uri: str, cache: Cache, reporter: Reporter, beside: Beside | None = None) -> PinnedSource | None:
     """What is at the address that a manifest states; None for `local:` ones, which say no place.
 
     Raises CheckpointError: no such address, not there, not reachable. MissingExtraError.
     """
     kind, _, rest = uri.partition(":")
+    beside = beside or Beside()
     if kind == "local":
         return None
     if kind == "package":
         item = _packaged_file(uri, *rest.split("/", 1))
-        return _pin_gguf(_bare(item), _packaged(item), uri, cache, reporter)
+        return _pin_gguf(_bare(item), _packaged(item), uri, beside, cache, reporter)
     repo, _, commit = rest.partition("@")
     if kind != "hub" or not HUB_ID.match(repo) or not COMMIT.match(commit):
         raise _no_address(uri)
-    return _pin_hub(_bare(repo, commit), repo, cache, reporter)
+    return _pin_hub(_bare(repo, commit), repo, beside, cache, reporter)
 
 
-def pin_path(path: Path, cache: Cache, reporter: Reporter) -> PinnedSource:
+def pin_path(path: Path, cache: Cache, reporter: Reporter, beside: Beside | None = None) -> PinnedSource:
     """The model folder or GGUF file at a path. Raises CheckpointError: not there, not a model."""
     if not path.exists():
         raise CheckpointError(f"source {path}: no such file or folder")
-    return _pin_local(_bare(str(path)), path, cache, reporter)
+    return _pin_local(_bare(str(path)), path, beside or Beside(), cache, reporter)
 
 
 def open_source(pinned: PinnedSource, cache: Cache, reporter: Reporter) -> Checkpoint:
-    """The checkpoint behind a pinned source, all checks done; a GGUF file is dequantized into the cache once.
+    """The checkpoint behind a pinned source, all checks done; one that must be made of its files is made once.
 
     Raises CheckpointError.
     """
     folder = pinned.location
-    if pinned.is_gguf:
-        folder = cache.make(
-            "checkpoints", dequantized_key(pinned), lambda scratch: _dequantize(pinned, scratch, reporter)
-        )
+    if pinned.is_derived:
+        key = checkpoint_key(pinned)
+        folder = cache.make("checkpoints", key, lambda scratch: _derive(pinned, scratch, reporter))
     checkpoint = open_checkpoint(folder)
+    check_belongs(checkpoint, cache, reporter)
     cache.fact(f"finite:{pinned.digest}", lambda: _check_finite(checkpoint, reporter))
     return checkpoint
+
+
+def open_headers(pinned: PinnedSource, cache: Cache, scratch: Path, reporter: Reporter) -> Checkpoint:
+    """The checkpoint, or where it was not made yet a stand-in in `scratch` that has its headers and no weights.
+
+    Raises CheckpointError.
+    """
+    if not pinned.is_derived or is_made(pinned, cache):
+        return open_source(pinned, cache, reporter)
+    status(reporter, "", f"reading the headers of {pinned.location.name}")
+    scratch.mkdir()
+    if pinned.mending is not None:
+        from quantize.model.mended import write_skeleton
+
+        write_skeleton(pinned.mending, scratch)
+    else:
+        from quantize.model.from_gguf import skeleton_of_gguf
+
+        run_step("reading the GGUF source", reporter, skeleton_of_gguf, pinned.location, scratch)
+    checkpoint = open_checkpoint(scratch)
+    check_belongs(checkpoint, cache, reporter)
+    return checkpoint
+
+
+def is_made(pinned: PinnedSource, cache: Cache) -> bool:
+    """Whether the checkpoint of a source that is derived is in the cache."""
+    return cache.entry("checkpoints", checkpoint_key(pinned)).is_dir()
+
+
+def checkpoint_key(pinned: PinnedSource) -> str:
+    """What names the weights that are read: the digest of the files, or of what is made of them, and by what."""
+    if pinned.is_gguf:
+        return dequantized_key(pinned)
+    if pinned.mending is None:
+        return pinned.digest
+    done = pinned.mending
+    text = "|".join([pinned.digest, f"mending={MENDING_VERSION}", *map("=".join, done.renames), str(done.method)])
+    return hashlib.sha256(text.encode()).hexdigest()[:24]
 
 
 def _check_finite(checkpoint: Checkpoint, reporter: Reporter) -> bool:
@@ -175,22 +243,51 @@ def _packaged_file(uri: str, package: str, file: str = "") -> PackageFile:
 
 def _bare(model: str | PackageFile, revision: str | None = None) -> Source:
     """A source section that says nothing but where."""
-    return Source(model=model, revision=revision, name=None, base_model=None, license=None)
+    nothing = dict.fromkeys(("tokenizer", "adapter", "name", "base_model", "license"))
+    return Source(model=model, revision=revision, **nothing)
 
 
 def _no_address(uri: str) -> CheckpointError:
     return CheckpointError(f"source {uri!r}: not the address of a model", hint="say where it is with --source")
 
 
-def _pin_local(source: Source, path: Path, cache: Cache, reporter: Reporter) -> PinnedSource:
+def _companion(recipe: Recipe, value: str | None, what: str, reporter: Reporter) -> Path | None:
+    if value is None:
+        return None
+    found = recipe.find(value)
+    if found is not None and found.is_dir():
+        return found.resolve()
+    return fetch_companion(value, what, reporter)
+
+
+def fetch_companion(value: str, what: str, reporter: Reporter) -> Path:
+    """The folder of a tokenizer or an adapter of the hub, org/name or org/name@revision.
+
+    what: `tokenizer` or `adapter`. Raises CheckpointError: there is none. MissingExtraError.
+    """
+    repo, _, revision = value.partition("@")
+    if not HUB_ID.match(repo) or is_path_text(value):
+        raise CheckpointError(
+            f"source: {what} {value!r}: no such folder",
+            hint="write a path relative to the recipe or to the working folder, or a hub id like org/name@commit",
+        )
+    return fetch(repo, hub_commit("model", repo, revision or "main", reporter), COMPANIONS[what], reporter)
+
+
+def _pin_local(source: Source, path: Path, beside: Beside, cache: Cache, reporter: Reporter) -> PinnedSource:
     if path.is_dir():
-        return _pin_folder(source, path, f"local:{path.resolve().name}", None, cache, reporter)
+        return _pin_folder(source, path, f"local:{path.resolve().name}", None, beside, cache, reporter)
     if path.suffix != ".gguf":
         raise CheckpointError(f"{path.name}: not a model folder, nor a GGUF file", hint="name the model's folder")
-    return _pin_gguf(source, path, f"local:{path.name}", cache, reporter)
+    return _pin_gguf(source, path, f"local:{path.name}", beside, cache, reporter)
 
 
-def _pin_gguf(source: Source, path: Path, uri: str, cache: Cache, reporter: Reporter) -> PinnedSource:
+def _pin_gguf(source: Source, path: Path, uri: str, beside: Beside, cache: Cache, reporter: Reporter) -> PinnedSource:
+    if beside != Beside():
+        raise CheckpointError(
+            f"source {path.name}: a GGUF file has its tokenizer in it, and no adapter is merged into one",
+            hint="name the model's folder as `model`, or leave `tokenizer` and `adapter` out",
+        )
     from quantize.files.gguf_split import GgufSummary, read_summary, shard_paths
 
     status(reporter, "", f"hashing {path.name}")
@@ -206,87 +303,57 @@ def _pin_gguf(source: Source, path: Path, uri: str, cache: Cache, reporter: Repo
 
 
 def _pin_folder(
-    source: Source, folder: Path, uri: str, revision: str | None, cache: Cache, reporter: Reporter
+    source: Source, folder: Path, uri: str, revision: str | None, beside: Beside, cache: Cache, reporter: Reporter
 ) -> PinnedSource:
-    checkpoint = open_checkpoint(folder)
-    paths = checkpoint.files()
-    total, done = sum(path.stat().st_size for path in paths), 0
+    found, mending = _files(folder, beside)
+    for remark in mending.remarks if mending else ():
+        note(reporter, "", f"{folder.name}: {remark}")
+    total, done = sum(path.stat().st_size for path in found.values()), 0
 
     def count(read: int) -> None:
         nonlocal done
         done += read
         progress(reporter, "", f"hashing {folder.name}", done, total)
 
-    files = tuple(
-        SourceFile(path.relative_to(folder).as_posix(), path.stat().st_size, cache.sha256(path, count))
-        for path in paths
-    )
+    files = tuple(SourceFile(name, path.stat().st_size, cache.sha256(path, count)) for name, path in found.items())
     card = card_metadata(folder / "README.md")
     hub_id = uri.removeprefix("hub:").partition("@")[0] if uri.startswith("hub:") else None
     name = source.name or _slug(hub_id.split("/")[1] if hub_id else folder.resolve().name)
     license_id = source.license or _text(card.get("license_name")) or _text(card.get("license"))
     return PinnedSource(
-        uri, revision, name, source.base_model or hub_id, license_id, folder.resolve(), files, files_digest(files), None
-    )
+        uri, revision, name, source.base_model or hub_id, license_id, folder.resolve(), files, files_digest(files),
+        mending.method if mending else None, mending,
+    )  # fmt: skip
 
 
-def _pin_hub(source: Source, repo: str, cache: Cache, reporter: Reporter) -> PinnedSource:
+def _files(folder: Path, beside: Beside) -> tuple[dict[str, Path], Mending | None]:
+    """The files of a folder, by the names that pin them, and what must be done to them. Raises CheckpointError."""
+    config, tensors = read_model(folder)
+    mending = find_mending(folder.resolve(), config, tensors, beside.tokenizer, beside.adapter)
+    if mending is None:
+        return {path.relative_to(folder).as_posix(): path for path in open_checkpoint(folder).files()}, None
+    from quantize.model.mended import open_tensors
+
+    open_tensors(mending)  # what does not fit together is refused now, by headers
+    _, tensors = read_model(mending.folder)
+    return mending.files(tensors), mending
+
+
+def _pin_hub(source: Source, repo: str, beside: Beside, cache: Cache, reporter: Reporter) -> PinnedSource:
     commit = hub_commit("model", repo, source.revision or "main", reporter)
-    with _hub_errors(f"source {repo}@{commit}", "or name a local folder"):
-        from huggingface_hub import snapshot_download
-
-        status(reporter, "", f"fetching {repo}@{commit}")
-        folder = Path(snapshot_download(repo, revision=commit, allow_patterns=HUB_PATTERNS))
-    return _pin_folder(source, folder, f"hub:{repo}@{commit}", commit, cache, reporter)
+    folder = fetch(repo, commit, HUB_PATTERNS, reporter)
+    return _pin_folder(source, folder, f"hub:{repo}@{commit}", commit, beside, cache, reporter)
 
 
-def hub_commit(kind: Literal["model", "dataset"], repo: str, asked: str, reporter: Reporter) -> str:
-    """The commit that a revision of a hub repository is now; a commit is its own, without asking the hub.
+def _derive(pinned: PinnedSource, scratch: Path, reporter: Reporter) -> None:
+    if pinned.mending is not None:
+        from quantize.model.mended import write_mended
 
-    Raises CheckpointError: the hub has no such thing, or can't be reached. MissingExtraError.
-    """
-    if COMMIT.match(asked):
-        return asked
-    name = "source" if kind == "model" else "calibration dataset"
-    with _hub_errors(f"{name} {repo}@{asked}", "or name a commit, which needs no question"):
-        from huggingface_hub import HfApi
-
-        ask = HfApi().model_info if kind == "model" else HfApi().dataset_info
-        commit = str(ask(repo, revision=asked, timeout=20).sha)
-    note(reporter, "", f"{repo}@{asked} is commit {commit}; pin it with `revision: {commit}`")
-    return commit
-
-
-@contextmanager
-def _hub_errors(what: str, otherwise: str) -> Iterator[None]:
-    """Turn what the hub's client raises into this program's errors."""
-    try:
-        import huggingface_hub  # noqa: F401 - the package itself, before one of its modules
-        from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-    except ImportError as exc:
-        raise MissingExtraError(f"{what}: fetching from the hub", "hub") from exc
-    try:
-        yield
-    except (HfHubHTTPError, LocalEntryNotFoundError) as exc:
-        hint = f"check the id and the revision; a gated one needs `hf auth login`, {otherwise}"
-        raise CheckpointError(f"{what}: the hub does not give it ({first_line(exc)})", hint=hint) from exc
-    except Exception as exc:
-        if not _is_network_error(exc):
-            raise
-        raise CheckpointError(f"{what}: the hub can't be reached", hint=f"check the network, {otherwise}") from exc
-
-
-def _is_network_error(exc: BaseException) -> bool:
-    """Whether any cause of an error is of the HTTP client or the system: the client's classes move between versions."""
-    chain: BaseException | None = exc
-    while chain is not None:
-        if isinstance(chain, OSError) or type(chain).__module__.partition(".")[0].startswith(("http", "requests")):
-            return True
-        chain = chain.__cause__ or chain.__context__
-    return False
-
-
-def _dequantize(pinned: PinnedSource, scratch: Path, reporter: Reporter) -> None:
+        if importlib.util.find_spec("torch") is None and pinned.mending.changes_weights:
+            raise MissingExtraError(f"source {pinned.location.name}: {pinned.mending.remarks[0]}; writing it", "torch")
+        status(reporter, "", f"mending {pinned.location.name}: {'; '.join(pinned.mending.remarks) or 'its tokenizer'}")
+        run_step("mending the source", reporter, write_mended, pinned.mending, scratch)
+        return
     from quantize.model.from_gguf import dequantize_gguf
 
     status(reporter, "", f"dequantizing {pinned.location.name} to FP16")

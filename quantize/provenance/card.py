@@ -160,8 +160,8 @@ def _usage(manifest: Manifest) -> str:
 def _limits(manifest: Manifest, record: EvaluationRecord | None) -> str:
     lines = []
     if manifest.source.quantized_before:
-        before = f"its weights come from a {manifest.source.quantized_before} file and were dequantized to FP16"
-        lines.append(f"The source was quantized before: {before}. They can't be better than that file.")
+        before = f"its weights were {manifest.source.quantized_before} and were dequantized to 16 bits"
+        lines.append(f"The source was quantized before: {before}. They can't be better than they were.")
     lines += known_format(manifest.format).card.limits(manifest.options)
     if manifest.calibration is not None:
         text = ", ".join(manifest.calibration.names)
@@ -187,7 +187,7 @@ def _kept(manifest: Manifest) -> str:
 
 
 def _provenance(manifest: Manifest) -> str:
-    lines = [f"- source: `{manifest.source.uri}`"]
+    lines = [f"- source: `{manifest.source.uri}`", *(f"- {said}" for said in manifest.source.mended)]
     if manifest.calibration is not None:
         entry = manifest.calibration
         lines.append(f"- calibration: {entry.sequences} sequences, {entry.tokens:,} tokens, hash `{entry.hash[:16]}…`")

@@ -80,13 +80,19 @@ class Source(BaseModel):
         description="hub id (org/name), a local folder, a GGUF file, or {package, file} of an installed package"
     )
     revision: str | None = Field(None, description="commit, tag or branch of a hub id; recorded as a commit")
+    tokenizer: str | None = Field(
+        None, description="folder with the tokenizer, or org/name@revision, where it does not lie beside the weights"
+    )
+    adapter: str | None = Field(
+        None, description="folder of a LoRA or DoRA adapter, or org/name@revision: merged before anything else"
+    )
     name: SlugText | None = Field(None, description="name of the model in file names and cards")
     base_model: str | None = Field(None, description="hub id of the model that this is, for cards and provenance")
     license: str | None = Field(None, description="SPDX id or hub licence name, where the checkpoint does not say")
 
-    @field_validator("model")
+    @field_validator("model", "tokenizer", "adapter")
     @classmethod
-    def _not_empty(cls, value: str | PackageFile) -> str | PackageFile:
+    def _not_empty(cls, value: str | PackageFile | None) -> str | PackageFile | None:
         if value == "":
             raise ValueError("is empty || name a hub id, a folder or a file")
         return value

@@ -79,7 +79,7 @@ class FileEntry(_Frozen):
 
 
 class SourceEntry(_Frozen):
-    """The full-precision model that the artifact was made from."""
+    """The full-precision model that the artifact was made from. mended: what was done to its files first, in words."""
 
     uri: str
     revision: str | None
@@ -91,6 +91,15 @@ class SourceEntry(_Frozen):
     weights_bytes: int
     quantized_before: str | None
     files: tuple[FileEntry, ...]
+    mended: tuple[str, ...] = ()
+
+    @model_serializer(mode="wrap")
+    def _only_where_mended(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Without `mended` where nothing was: the digests of all other manifests stay as they are."""
+        data: dict[str, Any] = write(self)
+        if not self.mended:
+            data.pop("mended", None)
+        return data
 
 
 class CalibrationPart(_Frozen):

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from quantize.errors import MissingExtraError, disk_errors
 from quantize.events import Reporter, note, progress
-from quantize.files.shards import ShardWriter, Table
+from quantize.files.shards import ShardWriter, Table, torch_dtype
 from quantize.formats.folder_build import DTYPE_NAMES
 from quantize.model.checkpoint import Checkpoint
 from quantize.store.staging import RESUME_NAME, read_json
@@ -86,8 +86,8 @@ def _source_of(name: str, checkpoint: Checkpoint, packed: frozenset[str]) -> str
 
 def _tensors_of(checkpoint: Checkpoint, source: str, packed: frozenset[str], kind: str) -> dict[str, torch.Tensor]:
     weight = checkpoint.read(source)
-    if source not in packed:
-        return {source: weight}
+    if source not in packed:  # as transformers casts what it loads: norms in F32 beside BF16 matrices are BF16 too
+        return {source: weight.to(torch_dtype(checkpoint.dtype))}
     prefix = source.removesuffix("weight")
     if kind == "int8":
         from quantize.numerics.int8 import quantize_int8

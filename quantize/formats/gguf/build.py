@@ -26,7 +26,7 @@ from quantize.formats.gguf.options import GgufOptions
 from quantize.formats.gguf.source import Expected
 from quantize.formats.gguf.types import BITS, ELEMENT_TYPES, UNQUANTIZED_TYPES, base_type
 from quantize.model.checkpoint import Checkpoint
-from quantize.model.source import PinnedSource, dequantized_key
+from quantize.model.source import checkpoint_key
 from quantize.runtimes.llama_cpp.convert import ConvertRequest
 from quantize.runtimes.llama_cpp.quantize import QuantizeSettings, SizedFile
 from quantize.runtimes.llama_cpp.vocabulary import PRE
@@ -184,7 +184,7 @@ class GgufBuilder:
 
     def intermediate(self, context: Context) -> tuple[str, Path | None]:
         """Cache key of the 16-bit file, and the file itself if it is there."""
-        parts = [_checkpoint_key(context.source), context.checkpoint.dtype, *_metadata_lines(context)]
+        parts = [checkpoint_key(context.source), context.checkpoint.dtype, *_metadata_lines(context)]
         parts.append(f"pre_tokenizer={context.options.pre_tokenizer}")
         parts += [f"{name}={version}" for name, version in tool_versions(["auto-round", "gguf"]).items()]
         key = hashlib.sha256("\n".join(parts).encode()).hexdigest()[:24]
@@ -205,10 +205,6 @@ class GgufBuilder:
 
         with context.cache.using("gguf", self.intermediate(context)[0], fill) as folder:
             yield sorted(folder.glob("*.gguf"))[0]
-
-
-def _checkpoint_key(source: PinnedSource) -> str:
-    return dequantized_key(source) if source.is_gguf else source.digest
 
 
 def _request(context: Context) -> ConvertRequest:

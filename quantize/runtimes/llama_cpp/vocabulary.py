@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from quantize.errors import PlanError, QuantizeError, first_line
-from quantize.model.checkpoint import read_chat_template, read_json
+from quantize.model.folder_files import read_chat_template, read_json
 from quantize.runtimes.llama_cpp.log import keep_log
 from quantize.runtimes.token_lines import token_lines
 
