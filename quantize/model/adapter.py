@@ -49,7 +49,7 @@ class Tensors(Protocol):
 
 
 @dataclass(frozen=True)
-class Change:
+class Merge:
     """What an adapter has for one tensor of the base, by the names of its own tensors.
 
     first, second: the factors, B and A of B A. magnitude: of the rows, for DoRA. whole: a tensor in the base's place.
@@ -85,7 +85,7 @@ class Merged:
             weight = self._merged(weight, change)
         return weight.to(torch_dtype(self.table[name][0]))
 
-    def _merged(self, weight: Tensor, change: Change) -> Tensor:
+    def _merged(self, weight: Tensor, change: Merge) -> Tensor:
         import torch
 
         assert change.first is not None
@@ -111,7 +111,7 @@ class Merged:
             return tensor
 
 
-def changes_of(folder: Path, own: Mapping[str, TensorInfo], base: Table) -> dict[str, Change]:
+def changes_of(folder: Path, own: Mapping[str, TensorInfo], base: Table) -> dict[str, Merge]:
     """What an adapter changes, by the names of the base's tensors.
 
     Raises CheckpointError: of another method than LoRA and DoRA, or with a tensor that fits none of the base's.
@@ -119,7 +119,7 @@ def changes_of(folder: Path, own: Mapping[str, TensorInfo], base: Table) -> dict
     settings = read_json(folder / ADAPTER)
     _check_method(folder, settings)
     factors: dict[str, dict[str, str]] = {}
-    changes: dict[str, Change] = {}
+    changes: dict[str, Merge] = {}
     for name, info in own.items():
         if info.dtype not in FLOAT_DTYPES:
             raise _odd(folder, name, f"is {info.dtype}")
@@ -130,7 +130,7 @@ def changes_of(folder: Path, own: Mapping[str, TensorInfo], base: Table) -> dict
             target = _target(f"{match[1]}.{match[2]}", base)
             if target is None:
                 raise _odd(folder, name, "belongs to no tensor of the base")
-            changes[target] = Change(whole=name)
+            changes[target] = Merge(whole=name)
         else:
             raise _odd(folder, name, "is of no kind that is merged here")
     for module, parts in factors.items():
@@ -140,13 +140,13 @@ def changes_of(folder: Path, own: Mapping[str, TensorInfo], base: Table) -> dict
         change = _factors(folder, module, parts, settings, own)
         whole = changes[target].whole if target in changes else None
         _check_shape(folder, target, change, own, own[whole].shape if whole else base[target][1])
-        changes[target] = Change(**{**vars(change), "whole": whole})
+        changes[target] = Merge(**{**vars(change), "whole": whole})
     return changes
 
 
 def _factors(
     folder: Path, module: str, parts: Mapping[str, str], settings: Mapping[str, Any], own: Mapping[str, TensorInfo]
-) -> Change:
+) -> Merge:
     embedding = "lora_embedding_A" in parts
     kind = "lora_embedding_" if embedding else "lora_"
     if f"{kind}A" not in parts or f"{kind}B" not in parts:
@@ -157,7 +157,7 @@ def _factors(
         raise _odd(folder, f"{PREFIX}{module}", "is DoRA of an embedding or a Conv1D, which is not merged here")
     first, second = parts[f"{kind}B"], parts[f"{kind}A"]
     rank = own[second].shape[0] if own[second].shape else 0
-    return Change(_scale(folder, module, rank, settings), first, second, magnitude, turned)
+    return Merge(_scale(folder, module, rank, settings), first, second, magnitude, turned)
 
 
 def _scale(folder: Path, module: str, rank: int, settings: Mapping[str, Any]) -> float:
@@ -204,7 +204,7 @@ def _check_method(folder: Path, settings: Mapping[str, Any]) -> None:
 
 
 def _check_shape(
-    folder: Path, target: str, change: Change, own: Mapping[str, TensorInfo], shape: tuple[int, ...]
+    folder: Path, target: str, change: Merge, own: Mapping[str, TensorInfo], shape: tuple[int, ...]
 ) -> None:
     assert change.first is not None
     assert change.second is not None
