@@ -10,6 +10,7 @@ import time
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 from quantize.errors import (
     BuildError,
@@ -37,6 +38,7 @@ from quantize.evaluate.record import (
 )
 from quantize.evaluate.session import evaluate, evidence, prepare_source
 from quantize.evaluate.structure import Intended
+from quantize.evaluate.task_files import harness_version, pin_tasks
 from quantize.events import Event, Reporter, note
 from quantize.formats import find_format, known_format, recorded_options
 from quantize.formats.base import Context
@@ -87,6 +89,7 @@ class Judge:
         self.golden = tuple(item.path.absolute() for item in found)
         self._notes = [item.note for item in found if item.note]
         self._golden_hashes = [cache.sha256(file) for path in self.golden for file in _files(path)]
+        self._tasks = pin_tasks(spec.tasks, recipe.path, cache)
 
     @staticmethod
     def can_measure(format: str) -> bool:
@@ -165,8 +168,14 @@ class Judge:
                 "context": spec.context,
                 "engine": spec.engine,
                 **asdict(spec.extent),
+                **self._tasks_key(),
             }
         )
+
+    def _tasks_key(self) -> dict[str, Any]:
+        """Of the tasks; nothing where there are none, so that older records count."""
+        tasks = [[task.identity, task.entry.metric] for task in self._tasks]
+        return {"tasks": tasks, "harness": harness_version()} if tasks else {}
 
     def _source_key(self) -> str:
         return checkpoint_key(self._source)
@@ -177,7 +186,7 @@ class Judge:
             source=ModelRef(checkpoint.folder, UNQUANTIZED), source_digest=self._source_key(), artifact=artifact,
             cache=self._cache.root, text=self._text, text_name=self._text_name, column=spec.column,
             extent=spec.extent, golden=self.golden, context=spec.context, threads=self._run.threads,
-            device=self._run.device, engine=spec.engine,
+            device=self._run.device, engine=spec.engine, tasks=self._tasks,
         )  # fmt: skip
 
     def _calibrated_on(self, manifest: Manifest) -> CalibratedOn | None:
@@ -192,6 +201,7 @@ class Judge:
     ) -> EvaluationRecord:
         """What was measured, with what, and the decision on it."""
         limits, source = self._limits(manifest), self._source
+        tasks: dict[str, Any] = {} if measured.tasks is None else {"tasks": measured.tasks}
         decision = decide(measured, limits)
         return EvaluationRecord(
             quality=measured.quality, conversion=measured.conversion, golden=measured.golden, figures=measured.figures,
@@ -199,7 +209,7 @@ class Judge:
             artifact=ArtifactName(name=f"{manifest.name}/{manifest.variant}", format=manifest.format),
             source=SourceName(name=source.name, uri=source.uri, revision=source.revision, digest=source.digest),
             machine=MeasuredOn.model_validate(describe_machine()), key=self._key(manifest),
-            evaluated_at=datetime.now(UTC).isoformat(timespec="seconds"), seconds=round(seconds, 1),
+            evaluated_at=datetime.now(UTC).isoformat(timespec="seconds"), seconds=round(seconds, 1), **tasks,
         )  # fmt: skip
 
 

@@ -30,6 +30,7 @@ from quantize.evaluate.kinds import known, text_parts
 from quantize.evaluate.metric import Detail, Metric
 from quantize.evaluate.metrics import cells, golden_count, metrics
 from quantize.evaluate.record import source_lines
+from quantize.evaluate.task_table import HEADINGS, same_lines, task_rows
 from quantize.recipe.evaluation import Effort
 from quantize.runtimes.devices import check_name
 from quantize.store.store import Store
@@ -88,6 +89,7 @@ def command(
         print_table(columns, [_row(item, shown) for item in results], empty="nothing to measure")
         for note in source_lines((item.artifact.manifest.name, golden_count(item.record)) for item in results):
             click.echo(note)
+        _print_tasks(results)
     refused = [item.error for item in results if item.error is not None]
     for error in refused:
         click.echo(f"refused: {error}", err=True)
@@ -111,6 +113,19 @@ def _is_text(text: str, folder: Path) -> bool:
         return bool(text_parts(text, folder))
     except UsageError:
         return False
+
+
+def _print_tasks(results: Sequence[Settled]) -> None:
+    records = [item.record.tasks if item.record is not None else None for item in results]
+    rows = [
+        [item.artifact.ref, *row] for item, record in zip(results, records, strict=True) for row in task_rows(record)
+    ]
+    if rows:
+        click.echo()
+        columns = [Column(text.upper(), "right" if place > 1 else "left") for place, text in enumerate(HEADINGS)]
+        print_table([Column("ARTIFACT"), *columns], rows, empty="no tasks")
+    for line in same_lines(records):
+        click.echo(line)
 
 
 def _row(item: Settled, shown: Sequence[Metric]) -> list[str]:

@@ -16,6 +16,7 @@ from quantize.cli.common import (
 from quantize.cli.table import Column, print_table, wide_option
 from quantize.evaluate.metrics import readings
 from quantize.evaluate.record import read_record
+from quantize.evaluate.task_table import HEADINGS, task_lines, task_rows
 from quantize.formats.memory import memory_of
 from quantize.store.artifact import Artifact
 from quantize.store.store import Store
@@ -98,10 +99,15 @@ def _print_evaluation(artifact: Artifact) -> None:
         return
     figures = [[item.title, item.text_with_unit, item.source_text] for item in readings(record)]
     print_table([Column("FIGURE"), Column("ARTIFACT", "right"), Column("SOURCE", "right")], figures, empty="no figures")
+    tasks = task_rows(record.tasks)
+    if tasks:
+        columns = [Column(text.upper(), "right" if place > 1 else "left") for place, text in enumerate(HEADINGS)]
+        print_table(columns, tasks, empty="no tasks")
     facts = [
         ("measured on", f"{quality.text_name}, {quality.predictions:,} tokens, sha256 {quality.text_hash[:12]}"),
         ("in", f"{quality.runtime} ({quality.runtime_version})"),
         ("source in", f"{quality.source_runtime} ({quality.source_runtime_version})"),
+        *(("task" if record.tasks else "", line) for line in task_lines(record.tasks)),
         ("machine", f"{machine.processor}, {machine.cores} cores"),
         ("at", record.evaluated_at),
     ]

@@ -72,7 +72,7 @@ class GateThresholds(GateLimits):
     """
 
     model_config = ConfigDict(extra="allow")
-    ADDED: ClassVar[frozenset[str]] = frozenset({"max_conversion_kl"})
+    ADDED: ClassVar[frozenset[str]] = frozenset({"max_conversion_kl", "max_task_loss"})
     max_gain: float = 0.05
     golden_beyond_chance: bool = True
 

@@ -17,11 +17,14 @@ from quantize.evaluate.decision import Decision, Finding, GateOutcome, GateThres
 from quantize.evaluate.metric import Better, KindReading, Limit, Metric, Reading
 from quantize.evaluate.metrics import limited_metrics
 from quantize.evaluate.record import Evidence, GoldenCount
+from quantize.evaluate.task_record import TaskMetric
+from quantize.evaluate.task_table import difference_text
 from quantize.recipe.gates import MAX_ERROR_RATE, MAX_UNQUANTIZED_SIZE_RATIO, SERVING_LIMITS, GateLimits
 
 MIN_GOLDEN_PASSES = 5
 """A source that passes fewer prompts says nothing about what was lost."""
 SIGNIFICANCE = 0.05
+TASK_SCORES = "task scores"
 
 
 class MeasuredBy(Enum):
@@ -222,6 +225,36 @@ def _json(evidence: Evidence, limits: GateThresholds) -> Finding:
     return _refused(gate, f"{counts}, over the limit of {limits.max_json_loss:.0%}")
 
 
+def _tasks(evidence: Evidence, limits: GateThresholds) -> Finding | None:
+    gate, limit = TASK_SCORES, limits.max_task_loss
+    if limit is None:
+        return None
+    found = evidence.tasks.results if evidence.tasks is not None else ()
+    shares = [(task.title, task.main_metric) for task in found if task.main_metric.is_share]
+    if not shares:
+        return _insufficient(gate, "no task was measured whose score is a share")
+    return _worst([_of_task(title, metric, limit) for title, metric in shares])
+
+
+def _of_task(title: str, metric: TaskMetric, limit: float) -> tuple[float, Finding]:
+    """What the gate says of one task, and how near the limit its loss is."""
+    scores = f"{metric.title} {metric.value:.1%}, the source {metric.source_value:.1%}, {difference_text(metric)}"
+    said, lies, nearness = f"{title}: {scores}", metric.loss_interval, metric.loss / max(limit, 1e-30)
+    if lies is None:
+        return nearness, _flagged(TASK_SCORES, f"{said}: too few samples for an interval")
+    if lies.low <= limit <= lies.high:
+        reason = f"{said}: the limit of {100 * limit:g} points lies within the interval; measure more samples"
+        return nearness, _flagged(TASK_SCORES, reason)
+    if metric.loss > limit:
+        return nearness, _refused(TASK_SCORES, f"{said}: over the limit of {100 * limit:g} points")
+    return nearness, _passed(TASK_SCORES, f"{said}, the limit is {100 * limit:g} points lost")
+
+
+def _task_bound(limits: GateThresholds) -> str:
+    limit = limits.max_task_loss
+    return "no limit given" if limit is None else f"at most {100 * limit:g} points lost on the worst task"
+
+
 def _size(evidence: Evidence, limits: GateThresholds) -> Finding:
     gate, size, source = "size", evidence.figures.size_bytes, evidence.figures.source_bytes
     if not size or not source:
@@ -243,6 +276,7 @@ _OWN_RULES = (
         "JSON answers", "JSON answers", "max_json_loss", MeasuredBy.PROMPTS,
         lambda limits: f"at most {limits.max_json_loss:.0%} of the source's good ones lost", _json,
     ),
+    Gate(TASK_SCORES, "task scores", "max_task_loss", MeasuredBy.EVALUATION, _task_bound, _tasks),
     Gate(
         "size", "size", "max_size_ratio", MeasuredBy.EVALUATION,
         lambda limits: f"under {limits.max_size_ratio:g} times the source", _size,

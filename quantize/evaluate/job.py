@@ -10,6 +10,8 @@ from quantize.evaluate.held_out import CalibratedOn
 from quantize.evaluate.kinds import NamedText
 from quantize.evaluate.record import Conversion, GoldenRecord, Quality
 from quantize.evaluate.structure import Intended
+from quantize.evaluate.task_files import PinnedTask
+from quantize.evaluate.task_record import TasksRecord
 from quantize.recipe.evaluation import EXTENTS, Effort, Engine, Extent
 from quantize.runtimes.base import ModelRef
 from quantize.runtimes.devices import AUTO
@@ -36,7 +38,8 @@ class EvaluationJob:
     answer, 0 for the smaller of 2,048 and the model's own. calibrated_on: the text that the artifact has seen, which
     the held-out text must not share. intended: what its weights must be; None looks at none. device: auto, or the name
     of what to run on where a runtime has it and a model fits; else it is the CPU. reference: None compares with the
-    source in transformers. artifact_engine: of the artifact, where it is not that of all models.
+    source in transformers. artifact_engine: of the artifact, where it is not that of all models. tasks: of
+    lm-evaluation-harness.
     """
 
     source: ModelRef
@@ -56,6 +59,7 @@ class EvaluationJob:
     calibrated_on: CalibratedOn | None = None
     intended: Intended | None = None
     reference: Reference | None = None
+    tasks: tuple[PinnedTask, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -63,7 +67,8 @@ class Evaluation:
     """What was measured of one artifact. quality: None where a check says that figures would mean nothing.
 
     golden is None where no prompts were given; conversion where the artifact was compared with the source in
-    transformers. checks: see Figures. held_out: how it is known that the text was not calibrated on.
+    transformers; tasks where none are asked for. checks: see Figures. held_out: how it is known that the text was not
+    calibrated on.
     """
 
     quality: Quality | None
@@ -71,3 +76,4 @@ class Evaluation:
     checks: Mapping[str, str]
     held_out: str
     conversion: Conversion | None = None
+    tasks: TasksRecord | None = None

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from quantize.errors import UsageError
 from quantize.evaluate.chat import answered_windows, read_questions, requests_of
@@ -17,10 +18,14 @@ from quantize.evaluate.held_out import hold_against
 from quantize.evaluate.job import EvaluationJob
 from quantize.evaluate.kinds import NamedText
 from quantize.evaluate.prompts import Asked, PromptTokenizer, ask
+from quantize.evaluate.tasks import load
 from quantize.evaluate.text import Windows, cut_windows, joined, load_text
 from quantize.model.checkpoint import read_json
 from quantize.model.shape import ModelShape
 from quantize.runtimes.base import Prompted
+
+if TYPE_CHECKING:
+    from quantize.evaluate.harness import LoadedTask
 
 DEFAULT_CONTEXT = 2048
 
@@ -38,7 +43,8 @@ class QuestionSet:
 class Material:
     """What both models are given. given: windows of each text that is there. question_sets: text that the source is to
     write. golden, asked: None where no prompts are asked. context: tokens of a prompt and its answer. longest: tokens
-    that a model reads at a time. held_out: how it is known that the text was not calibrated on.
+    that a model reads at a time. held_out: how it is known that the text was not calibrated on. tasks: of
+    lm-evaluation-harness, with their data; task_context: tokens of a request of theirs.
     """
 
     tokenizer: PromptTokenizer
@@ -50,6 +56,8 @@ class Material:
     context: int
     longest: int
     held_out: str
+    tasks: tuple[LoadedTask, ...] = ()
+    task_context: int = 0
 
     @property
     def requests(self) -> tuple[Prompted, ...]:
@@ -89,11 +97,13 @@ def read_material(job: EvaluationJob) -> Material:
     context = job.context or min(DEFAULT_CONTEXT, limit)
     sets = tuple(_questions(part, job, tokenizer, min(window, limit)) for part in job.text if part.is_questions)
     named = (tokenizer, job.text_name, given, sets)
+    tasks = load(job.tasks)
+    asks = (tasks, context) if tasks else ((), 0)
     if not job.golden:
-        return Material(*named, None, None, 0, window, held_out)
+        return Material(*named, None, None, 0, max(window, asks[1]), held_out, *asks)
     golden = load_golden(job.golden)
     asked = ask(golden, tokenizer, context)
-    return Material(*named, golden, asked, context, max(window, context), held_out)
+    return Material(*named, golden, asked, context, max(window, context), held_out, *asks)
 
 
 def tokenizer_folder(job: EvaluationJob) -> Path:

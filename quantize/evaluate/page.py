@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from quantize.evaluate.metrics import readings
 from quantize.evaluate.record import Conversion, EvaluationRecord, GoldenRecord, GradedAnswer, PromptResult, Quality
+from quantize.evaluate.task_record import TasksRecord
+from quantize.evaluate.task_table import HEADINGS, task_lines, task_rows
 
 
 def render_page(record: EvaluationRecord, title: str) -> str:
@@ -17,6 +19,8 @@ def render_page(record: EvaluationRecord, title: str) -> str:
         parts += [_figures(record), _measured(record, record.quality)]
     if record.golden is not None:
         parts += [_golden(record.golden)]
+    if record.tasks is not None:
+        parts += [_tasks(record.tasks)]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
@@ -59,6 +63,12 @@ def _conversion(found: Conversion | None) -> list[str]:
 def _kinds(quality: Quality) -> str:
     parts = [f"{item.kind} {item.predictions:,}" for item in quality.kinds]
     return f": {', '.join(parts)}" if parts else ""
+
+
+def _tasks(found: TasksRecord) -> str:
+    rows = [f"| {' | '.join(map(_cell, row))} |" for row in task_rows(found)]
+    table = [f"| {' | '.join(HEADINGS)} |", "|---|---|---:|---:|---:|", *rows, ""] if rows else []
+    return "\n".join(["## Tasks", "", *table, *(f"- {_cell(line)}" for line in task_lines(found))])
 
 
 def _golden(golden: GoldenRecord) -> str:

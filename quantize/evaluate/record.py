@@ -7,35 +7,21 @@ What a newer version added to a record stays in it when it is decided on again a
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Annotated, Any, ClassVar
 
-from pydantic import BeforeValidator, Field, PlainSerializer, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from quantize.evaluate.decision import Decision, Finding, GateThresholds, RecordModel, Verdict
+from quantize.evaluate.numbers import Count as Count
+from quantize.evaluate.numbers import Interval as Interval
+from quantize.evaluate.numbers import Number as Number
+from quantize.evaluate.numbers import plain as plain
+from quantize.evaluate.task_record import TasksRecord
 
 NAME = "evaluation"
-NOT_FINITE = ("inf", "-inf", "nan")  # JSON has no words for these floats: records spell them
-
-
-def _from_json(value: Any) -> Any:
-    return float(value) if value in NOT_FINITE else value
-
-
-def plain(value: Any) -> Any:
-    """A float that JSON has no word for as its name; anything else as it is."""
-    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
-
-
-Number = Annotated[
-    float,
-    BeforeValidator(lambda value: _from_json(value) if isinstance(value, str) else value),
-    PlainSerializer(plain, when_used="json"),
-]
-Count = Annotated[int, Field(ge=0, le=1 << 62)]
 Asked = Annotated[int, Field(ge=0, le=100_000)]  # golden prompts
 
 
@@ -46,18 +32,6 @@ class Change(StrEnum):
     LOST = "lost"
     GAINED = "gained"
     FAILED = "failed"
-
-
-class Interval(RecordModel):
-    """Where a figure lies, with 95 % confidence: see intervals.py."""
-
-    low: Number
-    high: Number
-
-    @property
-    def half_width(self) -> float:
-        """Half of how wide it is."""
-        return (self.high - self.low) / 2
 
 
 class TextFigures(RecordModel):
@@ -247,9 +221,10 @@ class Figures(RecordModel):
 class Evidence(RecordModel):
     """All that was measured of one artifact: what metrics are read from, and what the gates decide by."""
 
-    ADDED: ClassVar[frozenset[str]] = frozenset({"conversion"})
+    ADDED: ClassVar[frozenset[str]] = frozenset({"conversion", "tasks"})
     quality: Quality | None = None
     conversion: Conversion | None = None
+    tasks: TasksRecord | None = None
     golden: GoldenRecord | None = None
     figures: Figures = Figures()
 

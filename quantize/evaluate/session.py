@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from contextlib import closing
 from dataclasses import replace
+from typing import Any
 
 from quantize.evaluate.answers import compare_answers
 from quantize.evaluate.decision import RUNS
@@ -17,7 +18,15 @@ from quantize.evaluate.material import Material, read_material
 from quantize.evaluate.measure import measure, other_vocabulary
 from quantize.evaluate.prompts import PromptTokenizer
 from quantize.evaluate.record import Evidence, Figures, GoldenRecord
-from quantize.evaluate.source_side import SourceSide, can_answer, open_model, reference_side, source_side, wanted_run
+from quantize.evaluate.source_side import (
+    SourceSide,
+    can_answer,
+    open_model,
+    reference_side,
+    source_side,
+    task_run,
+    wanted_run,
+)
 from quantize.evaluate.structure import check_structure
 from quantize.events import Reporter, status, warn
 from quantize.formats import runtime_kind
@@ -62,8 +71,11 @@ def evaluate(reporter: Reporter, job: EvaluationJob) -> Evaluation | None:
                 return Evaluation(None, None, checked, material.held_out, reference.conversion)
             quality = measure(runtime, source.windows, reference.baseline, reporter)
             golden = _golden(reporter, runtime, material, source, place)
+            asked = task_run(reporter, job, material, place)
+            tasks = asked.measure(runtime, source.tasks) if material.tasks else None
         devices = {"runtime_device": place.device, "source_device": reference.device}
-        return Evaluation(quality.model_copy(update=devices), golden, checked, material.held_out, reference.conversion)
+        measured = quality.model_copy(update=devices)
+        return Evaluation(measured, golden, checked, material.held_out, reference.conversion, tasks)
 
     return on_device(reporter, wanted, run)
 
@@ -85,7 +97,8 @@ def _golden(
 def evidence(found: Evaluation, *, size_bytes: int, source_bytes: int) -> Evidence:
     """What the decision rule looks at: what was measured runs. Figures of a load are added by whoever measured them."""
     figures = Figures(size_bytes=size_bytes, source_bytes=source_bytes, checks={RUNS: "", **found.checks})
-    return Evidence(quality=found.quality, conversion=found.conversion, golden=found.golden, figures=figures)
+    tasks: dict[str, Any] = {} if found.tasks is None else {"tasks": found.tasks}
+    return Evidence(quality=found.quality, conversion=found.conversion, golden=found.golden, figures=figures, **tasks)
 
 
 def other_tokens(runtime: Runtime, artifact: ModelRef, material: Material, source: SourceSide) -> str:

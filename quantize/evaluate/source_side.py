@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,9 +19,11 @@ from quantize.evaluate.baseline import KIND, LIKELIEST, Baseline, baseline_key, 
 from quantize.evaluate.device import ModelRun, on_device
 from quantize.evaluate.engine import engine_tools
 from quantize.evaluate.job import EvaluationJob, Reference
-from quantize.evaluate.material import Material
+from quantize.evaluate.material import Material, tokenizer_folder
 from quantize.evaluate.measure import convert_and_record
 from quantize.evaluate.record import Conversion
+from quantize.evaluate.task_record import TaskScores
+from quantize.evaluate.tasks import TaskRun
 from quantize.evaluate.text import Windows
 from quantize.events import Reporter, note, status
 from quantize.formats import open_runtime
@@ -38,13 +40,14 @@ Found = TypeVar("Found")
 @dataclass(frozen=True)
 class SourceSide:
     """What the source says. windows: all text, its own answers too. golden: its answers to the golden prompts;
-    None where it is not asked. device: what it was measured on.
+    None where it is not asked. device: what it was measured on. tasks: its scores, by the tasks' identities.
     """
 
     windows: Windows
     baseline: Baseline
     golden: tuple[str, ...] | None
     device: str
+    tasks: Mapping[str, TaskScores]
 
 
 @dataclass(frozen=True)
@@ -102,6 +105,11 @@ def can_answer(reporter: Reporter, material: Material, place: DevicePlace, side:
     return False
 
 
+def task_run(reporter: Reporter, job: EvaluationJob, material: Material, place: DevicePlace) -> TaskRun:
+    """The tasks of an evaluation at a place."""
+    return TaskRun(reporter, material.tasks, tokenizer_folder(job), material.task_context, place)
+
+
 def _source_on(
     reporter: Reporter, job: EvaluationJob, material: Material, wanted: ModelRun, place: DevicePlace
 ) -> SourceSide:
@@ -109,11 +117,13 @@ def _source_on(
     answers_key = _answers_key(job, material, tools)
     answers = _find(cache, ANSWERS_KIND, answers_key, _read_answers)
     asks = answers is None and can_answer(reporter, material, place, "source")
-    if not asks:
+    run = task_run(reporter, job, material, place)
+    tasks = run.find(cache, job.source_digest, tools)
+    if not asks and tasks is not None:
         windows = material.windows(answers)
         baseline = find(cache, baseline_key(job.source_digest, windows, tools, keep=LIKELIEST))
         if baseline is not None:
-            return _side(material, windows, baseline, answers, place)
+            return _side(material, windows, baseline, answers, place, tasks)
     status(reporter, "", "loading the source")
     with closing(open_model(reporter, job, wanted, place)) as runtime:
         if asks:
@@ -125,14 +135,16 @@ def _source_on(
         if baseline is None:
             baseline = made = record(runtime, windows, reporter)
             cache.make(KIND, key, lambda folder: save(made, folder))
-    return _side(material, windows, baseline, answers, place)
+        tasks = run.measure_source(runtime, cache, job.source_digest, tools)
+    return _side(material, windows, baseline, answers, place, tasks)
 
 
 def _side(
-    material: Material, windows: Windows, baseline: Baseline, answers: Answers | None, place: DevicePlace
-) -> SourceSide:
+    material: Material, windows: Windows, baseline: Baseline, answers: Answers | None, place: DevicePlace,
+    tasks: Mapping[str, TaskScores],
+) -> SourceSide:  # fmt: skip
     golden = None if answers is None else tuple(map(material.tokenizer.decode, answers[material.questions :]))
-    return SourceSide(windows, baseline, golden, place.device)
+    return SourceSide(windows, baseline, golden, place.device, tasks)
 
 
 def _ask(reporter: Reporter, runtime: Runtime, material: Material) -> list[list[int]]:

@@ -23,6 +23,7 @@ from quantize.evaluate.comparison import (
 )
 from quantize.evaluate.metrics import Summary, readings
 from quantize.evaluate.record import EvaluationRecord
+from quantize.evaluate.task_table import task_lines, task_rows
 from quantize.formats import known_format
 from quantize.provenance.licence import Licence, licence_of
 from quantize.store.manifest import CHART_NAME, Manifest
@@ -116,7 +117,17 @@ def _measured(record: EvaluationRecord) -> str:
         f"{quality.runtime} {quality.runtime_version}, against the base model in {quality.source_runtime} "
         f"{quality.source_runtime_version}."
     )
-    return "\n".join(["## Measured", "", "| what | this model | base model |", "|---|---:|---:|", *rows, "", how])
+    figures = ["## Measured", "", "| what | this model | base model |", "|---|---:|---:|", *rows, "", how]
+    return "\n".join([*figures, *_tasks(record)])
+
+
+def _tasks(record: EvaluationRecord) -> list[str]:
+    rows = [f"| {' | '.join(map(_cell, row))} |" for row in task_rows(record.tasks)]
+    if not rows:
+        return []
+    columns = "| task | metric | this model | base model | difference |"
+    lines = [f"- {_cell(text)}" for text in task_lines(record.tasks)]
+    return ["", "### Tasks", "", columns, "|---|---|---:|---:|---:|", *rows, "", *lines]
 
 
 def _compared(manifest: Manifest, found: Comparison) -> str:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, Field, model_validator
 
 from quantize.recipe.yaml import STRICT
 
@@ -52,6 +52,45 @@ class Questions(BaseModel):
     questions: str = Field(description="file of questions, one a line, which the source answers greedily")
 
 
+class TaskEntry(BaseModel):
+    """One task of lm-evaluation-harness, its own or one in a file, and how much of it."""
+
+    model_config = STRICT
+    task: str | None = Field(default=None, description="a task of lm-evaluation-harness by its name: `arc_easy`")
+    file: str | None = Field(
+        default=None, description="a task file of your own, as the harness has them, over a local data set"
+    )
+    revision: Annotated[str, Field(pattern=r"^[0-9a-f]{40}$")] | None = Field(
+        default=None, description="commit of the task's data set on the hub; needed unless its data are local files"
+    )
+    limit: Annotated[int, Field(ge=2)] | None = Field(
+        default=None, description="at most so many samples, the first ones (default: all)"
+    )
+    shots: Annotated[int, Field(ge=0, le=64)] | None = Field(
+        default=None, description="solved examples before each question (default: the task's own)"
+    )
+    chat: bool = Field(default=False, description="ask through the source's chat template")
+    metric: str | None = Field(
+        default=None, description="which of the task's metrics the gate looks at (default: its first)"
+    )
+
+    @model_validator(mode="after")
+    def _one_of_both(self) -> TaskEntry:
+        if (self.task is None) == (self.file is None):
+            raise ValueError("a task has a `task`, its name in the harness, or a `file`, and not both || write one")
+        if self.task is not None and self.revision is None:
+            raise ValueError(
+                f"`{self.task}` without the commit of its data set is another task tomorrow || write "
+                f"{{task: {self.task}, revision: <40 hex digits, the commit of its data set on the hub>}}"
+            )
+        return self
+
+    @property
+    def label(self) -> str:
+        """What messages call it."""
+        return self.task or self.file or ""
+
+
 class EvaluationSpec(BaseModel):
     """What an artifact and its source are both measured on. Nothing here changes what is built."""
 
@@ -78,6 +117,9 @@ class EvaluationSpec(BaseModel):
     )
     context: Annotated[int, Field(ge=0)] = Field(
         default=0, description="tokens of a golden prompt and its answer; 0 for the model's own, at most 2,048"
+    )
+    tasks: Annotated[list[TaskEntry], Field(max_length=64)] = Field(
+        default=[], description="tasks of lm-evaluation-harness (extra `tasks`), for source and artifact"
     )
     engine: Engine = Field(
         default="auto",

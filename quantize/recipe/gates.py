@@ -58,6 +58,11 @@ class GateLimits(BaseModel):
         description="golden prompts passed, over those that the source passes; by default beyond chance",
     )
     max_json_loss: Share = Field(default=0.10, description="share of the source's good JSON answers that are lost")
+    max_task_loss: Share | None = Field(
+        default=None,
+        description="share of the samples that the artifact loses on the worst of the recipe's tasks: 0.02 is two "
+        "points; where tasks are measured",
+    )
     max_size_ratio: Positive = Field(
         default=1.0,
         description="bytes of the weights over the source's, which they must be under; "

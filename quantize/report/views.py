@@ -19,6 +19,8 @@ from quantize.evaluate.decision import Finding, GateOutcome, Verdict
 from quantize.evaluate.metric import Detail, Metric, Reading
 from quantize.evaluate.metrics import cells, golden_count, headings, metrics, readings
 from quantize.evaluate.record import source_lines
+from quantize.evaluate.task_record import TasksRecord
+from quantize.evaluate.task_table import HEADINGS, same_lines, task_rows
 from quantize.report.collect import Layer, MeasuredArtifact, PageSubject
 from quantize.report.golden import GoldenView, PromptState, golden_view
 from quantize.report.production import Choice, ServingVerdict
@@ -79,6 +81,8 @@ class Page:
     by_kind_note: str
     quality_plot: str
     quality_note: str
+    tasks: Table
+    tasks_note: str
     memory: Table
     memory_note: str
     latency: Table
@@ -107,6 +111,8 @@ def page_of(subject: PageSubject, choice: Choice) -> Page:
         by_kind_note=comparison_note(choice.comparison),
         quality_plot=comparison_chart(choice.comparison),
         quality_note=_quality_note(entries),
+        tasks=_tasks(entries),
+        tasks_note=". ".join(line[:1].upper() + line[1:] for line in same_lines(_task_records(entries))),
         memory=_memory(entries),
         memory_note=_memory_note(entries),
         latency=_latency(entries),
@@ -192,6 +198,16 @@ def _quality_note(entries: Sequence[MeasuredArtifact]) -> str:
         if len(found) > 1:
             note += f" Not all were measured on the same {what}: compare only those that were."
     return note
+
+
+def _task_records(entries: Sequence[MeasuredArtifact]) -> list[TasksRecord | None]:
+    return [None if entry.evaluation is None else entry.evaluation.tasks for entry in entries]
+
+
+def _tasks(entries: Sequence[MeasuredArtifact]) -> Table:
+    records = zip(entries, _task_records(entries), strict=True)
+    rows = tuple((entry.variant, *row) for entry, record in records for row in task_rows(record))
+    return Table(("variant", *HEADINGS), rows)
 
 
 def _memory(entries: Sequence[MeasuredArtifact]) -> Table:

@@ -1,0 +1,65 @@
+"""Task scores as people read them: cells, and a note on how they were measured.
+
+In: TasksRecords. Out: rows of text for `eval`, `show`, evaluation.md, model card and report.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from quantize.evaluate.task_files import HARNESS
+from quantize.evaluate.task_record import TaskMetric, TaskResult, TasksRecord
+
+HEADINGS = ("task", "metric", "artifact", "source", "difference")
+
+
+def task_rows(record: TasksRecord | None) -> list[list[str]]:
+    """A row for each metric of each task, under HEADINGS; none where no tasks were asked for."""
+    if record is None:
+        return []
+    return [
+        [task.title, item.title, _value(item, item.value, item.stderr),
+         _value(item, item.source_value, item.source_stderr), difference_text(item)]
+        for task in record.results
+        for item in task.metrics
+    ]  # fmt: skip
+
+
+def difference_text(metric: TaskMetric) -> str:
+    """Artifact less source with the half width of its interval: "-1.2 ± 0.8 points"."""
+    scale, unit = (100, " points") if metric.is_share else (1, "")
+    digits = 1 if metric.is_share else 4
+    wide = "" if metric.interval is None else f" ± {scale * metric.interval.half_width:.{digits}f}"
+    return f"{scale * metric.difference:+.{digits}f}{wide}{unit}"
+
+
+def task_lines(record: TasksRecord | None) -> list[str]:
+    """What must be known beside the rows: a line for each task, and how figures came about."""
+    if record is None:
+        return []
+    lines = [_line(task, record) for task in record.results]
+    lines += [f"{name} was not measured: {why}" for name, why in sorted(record.skipped.items())]
+    if record.results:
+        lines.append(
+            f"by {HARNESS} {record.version}, seed {record.seed}, at most {record.context:,} tokens at a time; in "
+            "parentheses its own standard error, ± half the width of the interval that the difference lies in with "
+            "95 % confidence, sample by sample"
+        )
+    return lines
+
+
+def same_lines(records: Sequence[TasksRecord | None]) -> list[str]:
+    """The lines of several artifacts, each line once."""
+    return list(dict.fromkeys(line for record in records for line in task_lines(record)))
+
+
+def _line(task: TaskResult, record: TasksRecord) -> str:
+    cut = f"; {task.cut} requests were cut to {record.context:,} tokens" if task.cut else ""
+    file = f", {task.file}" if task.file else ""
+    return f"{task.name} (version {task.version}{file}): {task.samples:,} samples of {task.data}{cut}"
+
+
+def _value(metric: TaskMetric, value: float, error: float | None) -> str:
+    if metric.is_share:
+        return f"{value:.1%}" + (f" ({100 * error:.1f})" if error is not None else "")
+    return f"{value:.4g}" + (f" ({error:.2g})" if error is not None else "")
