@@ -313,3 +313,26 @@ def test_the_digits_of_a_gguf_source_stand_apart_where_its_rules_say_so(rules: s
     _mend_tokenizer({"tokenizer.ggml.pre": rules}, tmp_path / "tokenizer.json")
     ids = Tokenizer.from_file(str(tmp_path / "tokenizer.json")).encode("  44").ids
     assert ids == ([1, 2, 2] if rules == "smollm" else [0, 0, 3])
+
+
+def test_the_vocabulary_of_a_gguf_source_is_sentencepieces_own(built: Built, tiny: Path) -> None:
+    """What llama.cpp's converter needs beside tokenizer.json: pieces with scores and kinds."""
+    import sentencepiece
+    from gguf import GGUFReader
+    from tokenizers import Tokenizer
+
+    from quantize.model.from_gguf import sentencepiece_model
+
+    file = next(built.root.rglob("*.gguf"))
+    fields = GGUFReader(file).fields
+    tokens, scores, kinds = (fields[f"tokenizer.ggml.{name}"].contents() for name in ("tokens", "scores", "token_type"))
+    assert fields["tokenizer.ggml.model"].contents() == "llama"
+    processor = sentencepiece.SentencePieceProcessor(model_proto=sentencepiece_model(file))
+    assert [processor.id_to_piece(index) for index in range(len(tokens))] == tokens
+    assert [processor.get_score(index) for index in range(len(tokens))] == pytest.approx(scores)
+    assert [index for index in range(len(tokens)) if processor.is_control(index)] == [
+        index for index, kind in enumerate(kinds) if kind == 3
+    ]
+    reader = Tokenizer.from_file(str(tiny / "tokenizer.json"))
+    for text in ("What is the capital of France?", "the quick brown fox", "4 foxes, 11 dogs"):
+        assert processor.encode(text) == reader.encode(text, add_special_tokens=False).ids

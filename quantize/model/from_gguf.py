@@ -19,7 +19,7 @@ from quantize.files.gguf_split import shard_paths
 from quantize.files.safetensors import write_sparse
 
 SHARD_SIZE = "5GB"
-RULES_VERSION = 1  # of what is mended in a tokenizer; enters the key of the checkpoint
+RULES_VERSION = 2  # of what is mended in a tokenizer; enters the key of the checkpoint
 FIELDS = "tokenizer.ggml"
 # llama.cpp's names of the rules that part every digit from the text before they split it as GPT-2 does.
 DIGITS_APART = ("smollm", "codeshell", "exaone", "minerva-7b", "starcoder", "refact", "command-r", "mellum2")
@@ -87,7 +87,39 @@ def _write_rest(transformers: Any, gguf: Path, out: Path) -> None:
     for key in ("is_local", "local_files_only", "name_or_path"):
         settings.pop(key, None)  # where it was loaded from is not part of the model
     path.write_text(json.dumps(settings, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
-    _mend_tokenizer(read_gguf(gguf).fields, out / "tokenizer.json")
+    fields = read_gguf(gguf).fields
+    _mend_tokenizer(fields, out / "tokenizer.json")
+    if fields.get(f"{FIELDS}.model") == "llama":
+        (out / "tokenizer.model").write_bytes(sentencepiece_model(gguf))
+
+
+def sentencepiece_model(path: Path) -> bytes:
+    """The vocabulary of a GGUF file as SentencePiece's own: what llama.cpp's converter makes the same vocabulary of.
+
+    Pieces have the same scores and kinds in both. Raises MissingExtraError.
+    """
+    try:
+        from gguf import GGUFReader
+        from sentencepiece import sentencepiece_model_pb2
+    except ImportError as exc:
+        raise MissingExtraError("a GGUF file with a SentencePiece vocabulary as source", EXTRA) from exc
+    known = GGUFReader(path).fields
+    fields = {name.removeprefix(f"{FIELDS}."): field.contents() for name, field in known.items() if FIELDS in name}
+    model: Any = sentencepiece_model_pb2.ModelProto()
+    columns = (fields[name] for name in ("tokens", "scores", "token_type"))
+    for piece, score, kind in zip(*columns, strict=True):
+        model.pieces.add(piece=piece, score=score, type=kind)
+    names = {"unk": "unknown_token_id", "bos": "bos_token_id", "eos": "eos_token_id", "pad": "padding_token_id"}
+    for name, key in names.items():
+        setattr(model.trainer_spec, f"{name}_id", int(fields.get(key, -1)))
+    model.trainer_spec.model_type = model.trainer_spec.BPE
+    model.trainer_spec.vocab_size = len(model.pieces)
+    model.trainer_spec.byte_fallback = any(piece.type == piece.BYTE for piece in model.pieces)
+    model.normalizer_spec.name = "identity"
+    model.normalizer_spec.add_dummy_prefix = fields.get("add_space_prefix") is not False
+    model.normalizer_spec.remove_extra_whitespaces = False
+    found: bytes = model.SerializeToString(deterministic=True)
+    return found
 
 
 def _mend_tokenizer(fields: Mapping[str, Any], path: Path) -> None:
