@@ -105,7 +105,8 @@ def sentencepiece_model(path: Path) -> bytes:
         raise MissingExtraError("a GGUF file with a SentencePiece vocabulary as source", EXTRA) from exc
     known = GGUFReader(path).fields
     fields = {name.removeprefix(f"{FIELDS}."): field.contents() for name, field in known.items() if FIELDS in name}
-    model: Any = sentencepiece_model_pb2.ModelProto()
+    proto: Any = sentencepiece_model_pb2
+    model = proto.ModelProto()
     columns = (fields[name] for name in ("tokens", "scores", "token_type"))
     for piece, score, kind in zip(*columns, strict=True):
         model.pieces.add(piece=piece, score=score, type=kind)
