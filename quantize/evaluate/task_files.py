@@ -18,6 +18,7 @@ from quantize.recipe.evaluation import TaskEntry
 from quantize.recipe.yaml import Document, Location, read_document, suggest
 from quantize.system.cache import Cache
 from quantize.system.digest import canonical_hash
+from quantize.system.lookup import find_path
 
 DISTRIBUTION, EXTRA = "lm_eval", "tasks"
 HARNESS = "lm-evaluation-harness"
@@ -79,9 +80,10 @@ def _pinned(entry: TaskEntry, recipe: Path, cache: Cache) -> PinnedTask:
     asked = entry.model_dump(mode="json", exclude={"file", "metric"})
     if entry.file is None:
         return PinnedTask(entry, entry.label, identity=canonical_hash({"entry": asked}))
-    path = recipe.parent / entry.file
-    if not path.is_file():
-        raise RecipeError(f"{recipe}: `tasks`: no such file: {entry.file}", hint="paths start at the recipe's folder")
+    path = find_path(entry.file, recipe.parent)
+    if path is None or not path.is_file():
+        hint = "paths start at the recipe's folder, the one above it, or the working folder"
+        raise RecipeError(f"{recipe}: `tasks`: no such file: {entry.file}", hint=hint)
     document = read_document(path)
     _check(document)
     config = dict(document.data)

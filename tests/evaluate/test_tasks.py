@@ -291,6 +291,17 @@ def test_a_task_that_the_harness_can_t_make(folder: Path, cache: Cache, change: 
     assert "other.yaml" in str(caught.value)
 
 
+def test_a_task_file_is_found_from_the_working_folder_too(
+    folder: Path, cache: Cache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As by the recipe that an artifact carries, in the store."""
+    entry, elsewhere = TaskEntry(file="own_choices.yaml"), tmp_path / "store" / "tiny" / "recipe.yaml"
+    with pytest.raises(RecipeError, match=r"recipe.yaml: `tasks`: no such file: own_choices.yaml"):
+        pin_tasks([entry], elsewhere, cache)
+    monkeypatch.chdir(folder)
+    assert pin_tasks([entry], elsewhere, cache) == pinned(folder, cache, entry)
+
+
 def test_sampled_answers_are_refused(folder: Path, cache: Cache) -> None:
     name = write_task(folder, {**ANSWERS, "generation_kwargs": {"until": ["."], "do_sample": True}}, "other")
     with pytest.raises(RecipeError, match="its answers are sampled"):
