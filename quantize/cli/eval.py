@@ -48,6 +48,7 @@ from quantize.targets import ArtifactTarget, RecipeTarget, find_target
 @click.option("--effort", type=click.Choice(["full", "quick"]), help="quick: about a ninth of the text.")
 @click.option("--golden", multiple=True, type=click.Path(path_type=Path), help="Other golden prompts.")
 @click.option("--no-golden", is_flag=True, help="Ask no golden prompts.")
+@click.option("--no-tasks", is_flag=True, help="Leave out the recipe's tasks of lm-evaluation-harness.")
 @threads_option
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, or a GPU such as cuda:0 or vulkan:0.")
 @store_option
@@ -57,8 +58,8 @@ from quantize.targets import ArtifactTarget, RecipeTarget, find_target
 @verbose_option
 def command(
     targets: tuple[str, ...], text: str | None, column: str | None, window: int | None, windows: int | None,
-    effort: str | None, golden: tuple[Path, ...], no_golden: bool, threads: int | None, device: str, store: Store,
-    as_json: bool, quiet: bool,
+    effort: str | None, golden: tuple[Path, ...], no_golden: bool, no_tasks: bool, threads: int | None, device: str,
+    store: Store, as_json: bool, quiet: bool,
 ) -> None:  # fmt: skip
     """Measure artifacts in their real runtimes against their full-precision source, and hold the recipe's gates.
 
@@ -73,6 +74,8 @@ def command(
     if golden or no_golden:
         named = [] if no_golden else golden
         changes["golden"] = [str(path.absolute() if path.exists() else path) for path in named]
+    if no_tasks:
+        changes["tasks"] = []
     meant = [noted(find_target(word, store, (ArtifactTarget, RecipeTarget))) for word in targets]
     found = [item for target in meant for item in to_evaluate(target, store)]
     _check_files(text, () if no_golden else golden, {Path(), *(item.recipe.path.parent for item in found)})

@@ -319,6 +319,55 @@ def test_names_that_the_harness_does_not_have(folder: Path, cache: Cache) -> Non
         loaded(folder, cache, TaskEntry(task="arc_easy", revision=COMMIT))
 
 
+HUB_ROWS: dict[str, dict[str, Any]] = {
+    "arc_easy": {
+        "question": "What is ice made of?", "answerKey": "B",
+        "choices": {"text": ["sand", "water", "wood", "air"], "label": ["A", "B", "C", "D"]},
+    },
+    "arc_challenge": {  # a file that includes another
+        "question": "What is ice made of?", "answerKey": "B",
+        "choices": {"text": ["sand", "water", "wood", "air"], "label": ["A", "B", "C", "D"]},
+    },
+    "hellaswag": {  # with functions of the harness's own
+        "activity_label": "Cooking", "ctx_a": "She takes an egg.", "ctx_b": "then she", "label": "1", "ind": 0,
+        "endings": ["flies.", "breaks it.", "sings to it.", "sleeps."],
+    },
+    "gsm8k": {"question": "Tom has 2 pens and buys 2. How many?", "answer": "2 + 2 = 4\n#### 4"},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", HUB_ROWS)
+def test_a_task_of_the_harness_s_own_gets_its_data_at_the_commit(
+    name: str, tiny: Path, folder: Path, cache: Cache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The hub is stood in for by rows of the same form; everything else is the harness's."""
+    import datasets
+
+    asked: list[dict[str, Any]] = []
+
+    def load_dataset(**given: Any) -> Any:
+        asked.append(given)
+        row = HUB_ROWS[name]
+        first = next(iter(row))  # some text: an example must be another row than the question
+        rows_of_split = datasets.Dataset.from_list([{**row, first: f"{place}: {row[first]}"} for place in range(6)])
+        return datasets.DatasetDict(dict.fromkeys(("train", "validation", "test"), rows_of_split))
+
+    monkeypatch.setattr("datasets.load_dataset", load_dataset)
+    task = loaded(folder, cache, TaskEntry(task=name, revision=COMMIT, limit=3, shots=1))
+    assert [item["revision"] for item in asked] == [COMMIT]
+    assert task.data.revision == COMMIT
+    assert task.data.path == asked[0]["path"]
+    model = ModelRef(tiny, "safetensors")
+    if task.generates:  # 256 tokens of an answer need more room than the tests give
+        task.task.config.generation_kwargs["max_gen_toks"] = 16
+    scores, each = ours(model, tiny, task)
+    assert (scores.samples, scores.shots) == (3, 1)
+    assert len(each) == 3 * (1 if task.generates else 4)
+    names = {"gsm8k": {"exact_match"}}.get(name, {"acc", "acc_norm"})
+    assert {metric.name for metric in scores.metrics} == names
+    assert scores.version not in {"None", "Yaml"}
+
+
 def test_without_the_extra(folder: Path, cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(task_files, "DISTRIBUTION", "no-such-distribution")
     assert pinned(folder, cache) == ()
@@ -471,6 +520,10 @@ def test_a_build_measures_the_tasks_of_its_recipe(tiny: Path, folder: Path, work
     assert "own_choices, 0-shot | acc |" in page
     shown = run("show", outcomes[0].artifact.ref if outcomes[0].artifact else "").stdout
     assert "own_choices (version 2.0, own_choices.yaml): 48 samples of data/rows.jsonl" in shown
+
+    without = run("eval", outcomes[0].artifact.ref if outcomes[0].artifact else "", "--no-tasks", "--json")
+    (item,) = json.loads(without.stdout)
+    assert (item["recorded"], "tasks" in item["evaluation"]) == (False, False)
 
     again = build(load_recipe(path, option_models()), workspace)
     assert {item.state for item in again} == {OutcomeState.UP_TO_DATE}
