@@ -88,8 +88,10 @@ def run_task(loaded: LoadedTask, model: RuntimeModel, runtime: tuple[str, str]) 
     metrics = tuple(_metrics(task, found["results"][name], found["samples"][name]))
     if not metrics:
         raise RecipeError(f"`tasks`: {entry.label}: the harness gives no figure for it", hint="add a `metric_list`")
+    version = found["versions"].get(name)
     return TaskScores(
-        runtime=runtime[0], runtime_version=runtime[1], version=str(found["versions"].get(name)),
+        runtime=runtime[0], runtime_version=runtime[1],
+        version="" if version in (None, ConfigurableTask.VERSION) else str(version),
         samples=int(found["n-samples"][name]["effective"]), shots=int(found["n-shot"].get(name, 0) or 0),
         cut=model.cut - before, metrics=metrics,
     )  # fmt: skip

@@ -34,7 +34,9 @@ class MetricScores(RecordModel):
 
 
 class TaskScores(RecordModel):
-    """What one model reaches on a task. cut: requests that were longer than the context and lost their beginning."""
+    """What one model reaches on a task. version: of the task; "" where it says none. cut: requests that were longer
+    than the context and lost their beginning.
+    """
 
     runtime: str
     runtime_version: str

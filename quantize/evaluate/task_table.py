@@ -27,10 +27,10 @@ def task_rows(record: TasksRecord | None) -> list[list[str]]:
 
 def difference_text(metric: TaskMetric) -> str:
     """Artifact less source with the half width of its interval: "-1.2 ± 0.8 points"."""
-    scale, unit = (100, " points") if metric.is_share else (1, "")
-    digits = 1 if metric.is_share else 4
-    wide = "" if metric.interval is None else f" ± {scale * metric.interval.half_width:.{digits}f}"
-    return f"{scale * metric.difference:+.{digits}f}{wide}{unit}"
+    half = None if metric.interval is None else metric.interval.half_width
+    if metric.is_share:
+        return f"{100 * metric.difference:+.1f}{'' if half is None else f' ± {100 * half:.1f}'} points"
+    return f"{metric.difference:+.4g}{'' if half is None else f' ± {half:.2g}'}"
 
 
 def task_lines(record: TasksRecord | None) -> list[str]:
@@ -55,8 +55,11 @@ def same_lines(records: Sequence[TasksRecord | None]) -> list[str]:
 
 def _line(task: TaskResult, record: TasksRecord) -> str:
     cut = f"; {task.cut} requests were cut to {record.context:,} tokens" if task.cut else ""
-    file = f", {task.file}" if task.file else ""
-    return f"{task.name} (version {task.version}{file}): {task.samples:,} samples of {task.data}{cut}"
+    known = [f"version {task.version}"] if task.version else []
+    known += [task.file] if task.file else []
+    about = f" ({', '.join(known)})" if known else ""
+    where = f"in {task.runtime}, the source in {task.source_runtime}"
+    return f"{task.name}{about}: {task.samples:,} samples of {task.data}, {where}{cut}"
 
 
 def _value(metric: TaskMetric, value: float, error: float | None) -> str:

@@ -112,7 +112,7 @@ def page_of(subject: PageSubject, choice: Choice) -> Page:
         quality_plot=comparison_chart(choice.comparison),
         quality_note=_quality_note(entries),
         tasks=_tasks(entries),
-        tasks_note=". ".join(line[:1].upper() + line[1:] for line in same_lines(_task_records(entries))),
+        tasks_note="; ".join(same_lines(_task_records(entries))),
         memory=_memory(entries),
         memory_note=_memory_note(entries),
         latency=_latency(entries),
