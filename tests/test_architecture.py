@@ -10,18 +10,17 @@ import pytest
 
 from quantize.errors import CheckpointError
 from quantize.model.architecture import (
-    TABLE,
-    RowsSource,
-    architecture_of,
+    anatomy_of,
     block_count,
     block_index,
     block_layout,
     block_layouts,
 )
-from tests.architectures import save, tiny_model
+from quantize.model.layout import RowsSource
+from tests.architectures import CONFIGS, save, tiny_model
 
 
-@pytest.mark.parametrize("name", sorted(TABLE))
+@pytest.mark.parametrize("name", sorted(CONFIGS))
 def test_names_exist_and_every_matrix_has_a_role(name: str, tmp_path: Path) -> None:
     checkpoint = save(tiny_model(name), tmp_path)
     tensors = set(checkpoint.tensors)
@@ -42,11 +41,6 @@ def test_names_exist_and_every_matrix_has_a_role(name: str, tmp_path: Path) -> N
         assert tensor in matrices or tensor.endswith(("norm.weight", ".bias")), tensor
 
 
-def test_the_table_covers_what_the_readme_promises() -> None:
-    families = ("Llama", "Mistral", "Qwen2", "Qwen3", "Gemma2", "Gemma3", "Phi3", "Mixtral", "Qwen2Moe", "Qwen3Moe")
-    assert sorted(TABLE) == sorted(f"{family}ForCausalLM" for family in families)
-
-
 def test_grouped_query_attention_shares_scales_of_query_heads() -> None:
     config = {"architectures": ["LlamaForCausalLM"], "hidden_size": 96, "intermediate_size": 8}
     config |= {"num_hidden_layers": 2, "num_attention_heads": 6, "num_key_value_heads": 2}
@@ -62,11 +56,13 @@ def test_fused_values_are_the_last_rows() -> None:
     assert groups["mlp_output"] == RowsSource("model.layers.0.mlp.gate_up_proj.weight", 40, 80)
 
 
-def test_unknown_architecture_says_how_to_add_it() -> None:
-    with pytest.raises(CheckpointError, match=r"not in the table: MambaForCausalLM\n.*add a row to TABLE"):
-        architecture_of({"architectures": ["MambaForCausalLM"]})
-    with pytest.raises(CheckpointError, match=r"none .config.json has no 'architectures'"):
-        architecture_of({})
+def test_what_is_no_causal_model_is_refused() -> None:
+    with pytest.raises(CheckpointError, match="LlamaForSequenceClassification is no causal language model"):
+        anatomy_of({"architectures": ["LlamaForSequenceClassification"], "model_type": "llama"})
+    with pytest.raises(CheckpointError, match=r"NobodysForCausalLM is unknown to transformers 5"):
+        anatomy_of({"architectures": ["NobodysForCausalLM"]})
+    with pytest.raises(CheckpointError, match=r"config\.json has no 'architectures'"):
+        anatomy_of({})
 
 
 @pytest.mark.parametrize("value", [None, 0, -1, True, "4", 2.5])
@@ -77,8 +73,9 @@ def test_missing_or_wrong_number_is_refused(value: object) -> None:
 
 
 def test_block_index_of_a_tensor() -> None:
-    assert block_index("model.layers.12.mlp.down_proj.weight") == 12
-    assert block_index("model.norm.weight") is None
+    config = {"architectures": ["LlamaForCausalLM"], "num_hidden_layers": 13}
+    assert block_index(config, "model.layers.12.mlp.down_proj.weight") == 12
+    assert block_index(config, "model.norm.weight") is None
 
 
 def test_reading_the_table_imports_no_torch() -> None:

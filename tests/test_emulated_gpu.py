@@ -96,7 +96,7 @@ def test_linear_algebra_is_loaded_before_the_first_solve(
         torch.linalg, "cholesky_ex", lambda matrix: calls.append(matrix.device.type) or factorize(matrix)
     )
     with emulated_gpu():
-        block_runner.BlockRunner(llama.folder, dict(llama.config), "cuda", "float32")
+        block_runner.BlockRunner(llama.config, "cuda", "float32")
     assert calls == ["cuda"]
 
 
@@ -144,7 +144,7 @@ def test_hidden_states_are_on_the_gpu_else_in_memory_else_in_files(
     gpu: int | None, memory: int | None, kind: type[HiddenStates], where: str, llama: SavedCheckpoint, tmp_path: Path
 ) -> None:
     with emulated_gpu():
-        runner = block_runner.BlockRunner(llama.folder, dict(llama.config), "cuda", "float32")
+        runner = block_runner.BlockRunner(llama.config, "cuda", "float32")
         states = open_states(runner, 100, Spill(tmp_path, memory, gpu_bytes=gpu))
         assert isinstance(states, kind)
         assert not where or states._states.device.type == where  # type: ignore[attr-defined]

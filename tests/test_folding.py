@@ -11,8 +11,9 @@ from torch import Tensor
 
 from quantize.calibration.folding import fold_block
 from quantize.errors import BuildError
-from quantize.model.architecture import TABLE, BlockLayout, FoldGroup, RowsSource, block_layouts
-from tests.architectures import SavedCheckpoint, save, tiny_model, token_ids
+from quantize.model.architecture import block_layouts
+from quantize.model.layout import BlockLayout, FoldGroup, RowsSource
+from tests.architectures import CONFIGS, SavedCheckpoint, save, tiny_model, token_ids
 
 
 def random_scales(group: FoldGroup, width: int, generator: torch.Generator) -> Tensor:
@@ -48,7 +49,7 @@ def scales_of(layout: BlockLayout, block: dict[str, Tensor], generator: torch.Ge
     }
 
 
-@pytest.mark.parametrize("name", sorted(TABLE))
+@pytest.mark.parametrize("name", sorted(CONFIGS))
 def test_folding_changes_no_function(name: str, tmp_path: Path) -> None:
     model = tiny_model(name)
     checkpoint = save(model, tmp_path / "source")
@@ -108,6 +109,7 @@ def _config() -> dict[str, Any]:
         "num_hidden_layers": 1,
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
+        "head_dim": 16,
     }
 
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from quantize.errors import CheckpointError
-from quantize.model.architecture import BlockLayout
+from quantize.model.layout import BlockLayout
 from quantize.system.threads import on_threads, threads_on
 
 

@@ -8,18 +8,21 @@ runs has weights.
 
 from __future__ import annotations
 
+import math
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from quantize.calibration.attention import register
-from quantize.errors import CheckpointError
-from quantize.model.architecture import BlockLayout, Experts, architecture_of
+from quantize.model.anatomy.build import load_config
+from quantize.model.anatomy.found import Anatomy
+from quantize.model.anatomy.skeleton import Skeleton
+from quantize.model.architecture import anatomy_of
+from quantize.model.layout import BlockLayout, Experts
 from quantize.numerics.constants import shares_on
 from quantize.numerics.gram import Gram, GramAccumulator
 from quantize.numerics.precision import settle_precision
@@ -43,53 +46,50 @@ class BlockRunner:
     residual stream stay float32: Gram matrices summed from bfloat16 results took 0.6 of the time, needed ten times the
     damping, and cost GPTQ and AWQ 0.1 of perplexity on a model of 135M.
 
-    model: transformers' own, for output_head.py, which runs what follows the blocks.
+    model: transformers' own, for output_head.py, which runs what follows the blocks. hidden_size: of a token's states,
+    all of them; width: of one of them.
     """
 
-    def __init__(self, folder: Path, config: dict[str, Any], device: str, precision: str) -> None:
+    def __init__(self, config: Mapping[str, Any], device: str, precision: str) -> None:
+        """Raises CheckpointError: the architecture can't be run block by block."""
         self.device = torch.device(device)
         self._autocast = precision == "bfloat16"
         settle_precision(self.device)
         if self.device.type == "cuda":
             torch.linalg.cholesky_ex(torch.eye(2, device=self.device))  # loads the library, which threads must not
-        self.model = _meta_model(folder, architecture_of(config).attention)
-        self._base: Any = self.model.model
-        for module in self.model.modules():
-            if module._non_persistent_buffers_set:
-                _materialize(self.model, module, self.device)
-        self.hidden_size = int(self.model.config.hidden_size)
-        self.blocks = len(self._base.layers)
-        self._arguments: dict[int, list[dict[str, Any]]] = {}
+        self.anatomy = found = anatomy_of(config)
+        self._skeleton = _skeleton(load_config(config), found, self.device)
+        self.model = self._skeleton.model
+        self.hidden_size = self._skeleton.hidden_size
+        self.width = self.hidden_size // math.prod(found.lanes)
+        self.blocks = len(self._skeleton.blocks)
 
-    def embed(self, embedding: Tensor, sequences: list[Tensor]) -> Iterator[Tensor]:
+    def layer(self, index: int) -> nn.Module:
+        """A block as transformers has it."""
+        found: nn.Module = self._skeleton.blocks[index]
+        return found
+
+    def embed(self, read: Callable[[str], Tensor], sequences: list[Tensor]) -> Iterator[Tensor]:
         """The first block's input of each sequence, [length, hidden] float32, as the model's own forward makes it.
 
-        embedding [vocabulary, hidden] may be of any floating type: only the rows in use are converted.
+        read: a tensor by its name on disk, of any floating type: only the rows of the embedding in use are converted.
         """
-        used, positions = torch.unique(torch.cat(sequences), return_inverse=True)
-        table = self._base.embed_tokens
-        table.weight = nn.Parameter(embedding[used].to(self.device, torch.float32), requires_grad=False)
-        start = 0
-        for sequence in sequences:
-            ids = positions[start : start + len(sequence)].to(self.device)[None]
-            start += len(sequence)
-            states, arguments = self._intercept(ids)
-            self._arguments.setdefault(len(sequence), arguments)
-            yield states[0]
-        table.weight = nn.Parameter(table.weight.to("meta"), requires_grad=False)
+        return self._skeleton.embed(read, dict(self.anatomy.entry), sequences)
 
     def load(self, layout: BlockLayout, weights: dict[str, Tensor]) -> None:
         """Put a block's float32 weights (full names) in place; in float32 they are shared, not copied."""
-        layer = self._base.layers[layout.index]
-        state = {layout.module_path(name): self._as_run(tensor) for name, tensor in weights.items()}
+        of_experts = frozenset[str]()
         if layout.experts is not None:
-            run = {name: self._as_run(tensor) for name, tensor in weights.items() if ".experts." in name}
-            layer.mlp.experts = _RoutedExperts(layout.experts, run, layer.mlp.experts.act_fn)
-            state = {name: tensor for name, tensor in state.items() if ".experts." not in name}
-        try:
-            layer.load_state_dict(state, strict=True, assign=True)
-        except RuntimeError as exc:
-            raise CheckpointError(f"block {layout.index}: tensors don't fit the architecture: {exc}") from exc
+            layer, path = self.layer(layout.index), layout.experts.module
+            of_experts = frozenset(item.tensor for item in layout.linears if item.expert is not None)
+            run = {name: self._as_run(weights[name]) for name in of_experts}
+            fused: Any = layer.get_submodule(path)
+            layer.set_submodule(path, _RoutedExperts(layout.experts, run, fused.act_fn))
+        left = {name: tensor for name, tensor in weights.items() if name not in of_experts}
+        state = {layout.module_path(name): self._as_run(tensor) for name, tensor in left.items()}
+        for path, parts in layout.joined:
+            state[path] = torch.cat([state.pop(layout.module_path(layout.prefix + part)) for part in parts])
+        self._skeleton.load(layout.index, state)
 
     def _as_run(self, weight: Tensor) -> Tensor:
         """What autocast would make of a linear's weight, once for all batches."""
@@ -97,19 +97,26 @@ class BlockRunner:
 
     def unload(self, index: int) -> None:
         """Let go of a block's weights."""
-        layer = self._base.layers[index]
-        for module in layer.modules():
+        for module in self.layer(index).modules():
             if isinstance(module, _RoutedExperts):
                 module.weights.clear()
-        layer.to_empty(device="meta")
+        self._skeleton.unload(index)
 
     def run(self, index: int, states: Tensor) -> Tensor:
         """One block over states [sequences, length, hidden]; the output has the same shape, float32."""
-        arguments = self._arguments[states.shape[1]][index]
+        if not self.anatomy.together and len(states) > 1:
+            return torch.cat([self.run(index, states[place : place + 1]) for place in range(len(states))])
         with torch.no_grad(), self._computing():
-            output = self._base.layers[index](states, **arguments)
-        result: Tensor = output[0] if isinstance(output, tuple) else output
-        return result.float()
+            return self._skeleton.run(index, states).float()
+
+    def finish(self, states: Tensor) -> Any:
+        """What the model gives, with its logits, where its last block gives `states` [rows, hidden]."""
+        start = torch.zeros(1, 1, self.width, device=self.device)  # what the blocks would have read
+        return self._skeleton.finish(states[None], start)
+
+    def put(self, path: str, value: Tensor) -> None:
+        """Give a parameter outside of the blocks its value. Raises CheckpointError: it does not fit."""
+        self._skeleton.put(path, value)
 
     def _computing(self) -> AbstractContextManager[object]:
         """The type that matrix products are in."""
@@ -118,7 +125,7 @@ class BlockRunner:
     @contextmanager
     def recording(self, layout: BlockLayout, *, output_needed: bool) -> Iterator[BlockRecorder]:
         """While open, run() of the yielded recorder also accumulates the inputs of every linear."""
-        layer = self._base.layers[layout.index]
+        layer = self.layer(layout.index)
         recorder = BlockRecorder(self, layout, output_needed)
         handles = recorder.attach(layer)
         try:
@@ -134,7 +141,7 @@ class BlockRunner:
             return self._finish(sums)
         shared = sums.pop(experts.input).finish()
         grams = {experts.input: shared}
-        routed = self._base.layers[layout.index].get_submodule(experts.module)
+        routed: Any = self.layer(layout.index).get_submodule(experts.module)
         kept = torch.cat(total.kept)[:_KEPT_TOKENS]
         for expert in range(experts.count):
             keys = experts.expert_input.format(expert=expert), experts.output.format(expert=expert)
@@ -159,30 +166,11 @@ class BlockRunner:
         grams = on_threads([sums.pop(key).finish for key in keys], threads_on(self.device))
         return dict(zip(keys, grams, strict=True))
 
-    def _intercept(self, ids: Tensor) -> tuple[Tensor, list[dict[str, Any]]]:
-        found: list[Tensor] = []
-        arguments: list[dict[str, Any]] = []
-        layers = self._base.layers
 
-        def record(states: Tensor, **kwargs: Any) -> Tensor:
-            if not found:
-                found.append(states)
-            arguments.append(kwargs)
-            if len(arguments) == len(layers):
-                raise _Stop
-            return states
-
-        for layer in layers:
-            layer.forward = record
-        try:
-            with torch.no_grad():
-                self._base(input_ids=ids, use_cache=False)
-        except _Stop:
-            pass
-        finally:
-            for layer in layers:
-                del layer.forward
-        return found[0], arguments
+def _skeleton(settings: Any, found: Anatomy, device: torch.device) -> Skeleton:
+    """The model with the fast kernel, where it computes the same with one that it does not know."""
+    kernel = register() if found.takes_kernels else found.attention
+    return Skeleton(settings, found.blocks, kernel, found.outputs, device, lanes=found.lanes)
 
 
 def share_of(batch_number: int, device: str) -> int:
@@ -229,11 +217,16 @@ class BlockRecorder:
         Batches of one share must run one after the other, in order.
         """
         self._thread.share = self._shares.setdefault(share, ShareSums())
+        parts = (states,) if self._runner.anatomy.together else torch.split(states, 1)
+        outputs = [self._run(part) for part in parts]
+        return torch.cat(outputs) if self._output_needed else None
+
+    def _run(self, states: Tensor) -> Tensor:
         self._share.pending = set(self._keys)
         try:
             return self._runner.run(self._layout.index, states)
         except _Stop:
-            return None
+            return states
 
     @property
     def _share(self) -> ShareSums:
@@ -272,8 +265,9 @@ class BlockRecorder:
 
     def _hook(self, key: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         def record(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            self._add(key, inputs[0])
-            self._seen(key)
+            if key in self._share.pending:  # not yet recorded by routed experts that read the same tensor
+                self._add(key, inputs[0])
+                self._seen(key)
 
         return record
 
@@ -344,26 +338,3 @@ class _RoutedExperts(nn.Module):
             result = nn.functional.linear(inner, down) * top_k_weights.flatten()[places, None]
             output.index_add_(0, tokens, result.to(output.dtype))
         return output
-
-
-def _meta_model(folder: Path, attention: str) -> Any:
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    try:
-        config = AutoConfig.from_pretrained(folder)
-        vars(config).pop("quantization_config", None)  # an artifact's: what is put in are floating-point weights
-        kernel = register() if attention == "sdpa" else attention
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, attn_implementation=kernel, dtype=torch.float32)
-    except (OSError, ValueError, KeyError, TypeError) as exc:
-        raise CheckpointError(f"{folder}: transformers can't build this model: {exc}") from exc
-    return model.eval()
-
-
-def _materialize(model: Any, module: nn.Module, device: torch.device) -> None:
-    """Give a module's computed buffers (rotary frequencies, embedding scale) real values, as loading a model does."""
-    for name in module._non_persistent_buffers_set:
-        buffer = module._buffers[name]
-        if buffer is not None:
-            module._buffers[name] = torch.empty_like(buffer, device=device)
-    model._init_weights(module)

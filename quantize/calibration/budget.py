@@ -7,14 +7,16 @@ process that runs the pass, its hidden states on disk. The shares are those meas
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from quantize.errors import PlanError
-from quantize.model.architecture import block_count, block_index, block_layout
+from quantize.model.architecture import anatomy_of, block_count, block_index, block_layout
 from quantize.model.checkpoint import Checkpoint
-from quantize.model.config import number, number_or
+from quantize.model.config import number_or
+from quantize.model.shape import ModelShape
 from quantize.numerics.constants import BATCH_TOKENS, GPU_BATCH_TOKENS, GPU_SOLVED_VALUES, SHARES
 from quantize.system.sizes import mebibytes_text
 
@@ -69,7 +71,8 @@ def least_bytes(checkpoint: Checkpoint, solvers: Sequence[int]) -> int:
 
 def _beside_blocks(checkpoint: Checkpoint) -> tuple[int, int]:
     """The process with its vocabulary, and what copying the largest tensor outside of the blocks takes."""
-    outside = [info.size_bytes for name, info in checkpoint.tensors.items() if block_index(name) is None]
+    config = checkpoint.config
+    outside = [info.size_bytes for name, info in checkpoint.tensors.items() if block_index(config, name) is None]
     vocabulary = TOKEN_BYTES * number_or(checkpoint.config, "vocab_size", 0)
     return BASE_BYTES + vocabulary, 2 * max(outside, default=0)  # the pages that are read, and a copy in FP16
 
@@ -126,7 +129,7 @@ class GpuNeed:
 
 def state_bytes(config: Mapping[str, Any], tokens: int) -> int:
     """Of the hidden states of so many tokens. Raises CheckpointError."""
-    return FLOAT_BYTES * tokens * number(config, "hidden_size")
+    return FLOAT_BYTES * tokens * ModelShape.from_config(config).hidden_size * math.prod(anatomy_of(config).lanes)
 
 
 def memory_short(least: int, budget: int) -> PlanError:

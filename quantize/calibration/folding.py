@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from quantize.errors import BuildError
-from quantize.model.architecture import BlockLayout, FoldGroup, NormSource, RowsSource
+from quantize.model.layout import BlockLayout, FoldGroup, NormSource, RowsSource
 
 
 @dataclass(frozen=True)
@@ -54,8 +54,7 @@ def fold_block(
             changed.add(group.source.tensor)
         else:
             used[group.name] = _fold_rows(group.source, result, asked)
-            bias = _bias(group.source.tensor)
-            changed |= {bias} & set(result)
+        changed |= {_bias(group.source.tensor)} & set(result)
         _scale_columns(group, result, used[group.name])
         changed |= set(group.passengers) - linears
     return Folded(result, frozenset(changed), used)
@@ -72,7 +71,11 @@ def _fold_norm(
     stored = torch.where(alone, old, stored)
     new_gain = torch.where(alone, gain, new_gain)
     weights[source.tensor] = stored
-    return torch.where(gain == 0, torch.ones_like(gain), gain / new_gain)
+    used = torch.where(gain == 0, torch.ones_like(gain), gain / new_gain)
+    bias = _bias(source.tensor)
+    if bias in weights:
+        weights[bias] = weights[bias] / used
+    return used
 
 
 def _fold_rows(source: RowsSource, weights: dict[str, Tensor], scales: Tensor) -> Tensor:
@@ -96,4 +99,5 @@ def _scale_columns(group: FoldGroup, weights: dict[str, Tensor], scales: Tensor)
 
 
 def _bias(tensor: str) -> str:
-    return f"{tensor.removesuffix('.weight')}.bias"
+    """Of a linear or a norm, by the name of its weight."""
+    return f"{tensor.rpartition('.')[0]}.bias"

@@ -7,6 +7,7 @@ mapped pages of its file; a piece of its rows is converted and multiplied at a t
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -16,7 +17,6 @@ from quantize.calibration.block_reader import TensorSource
 from quantize.calibration.block_runner import BlockRunner
 from quantize.errors import CheckpointError
 
-EMBEDDING, HEAD, NORM = "model.embed_tokens.weight", "lm_head.weight", "model.norm."
 PIECE_BYTES = 64 << 20  # of the head's rows in float32
 
 
@@ -27,45 +27,45 @@ class OutputHead:
     """
 
     def __init__(self, runner: BlockRunner, source: TensorSource) -> None:
-        self._model, self._device = runner.model, runner.device
-        name = _head_name(source, tied=bool(self._model.config.tie_word_embeddings))
-        weight = source.read(name)
-        bias = source.read("lm_head.bias") if "lm_head.bias" in source.tensors else None
-        if weight.dim() != 2 or weight.shape[1] != runner.hidden_size:
-            raise CheckpointError(f"{name} is {list(weight.shape)}; it must have {runner.hidden_size} inputs")
+        self._runner = runner
+        device, model = runner.device, runner.model
+        head, table = (_path_of(model, each()) for each in (model.get_output_embeddings, model.get_input_embeddings))
+        on_disk = {path: name for name, path in (*runner.anatomy.entry, *runner.anatomy.leaving)}
+        name = _head_name(source, on_disk, head, table, tied=bool(model.config.get_text_config().tie_word_embeddings))
+        weight, bias = source.read(name), None
+        if f"{head}.bias" in on_disk:
+            bias = source.read(_known(source, on_disk[f"{head}.bias"])).to(device).float()
+        if weight.dim() != 2 or weight.shape[1] != runner.width:
+            raise CheckpointError(f"{name} is {list(weight.shape)}; it must have {runner.width} inputs")
         self.vocabulary = int(weight.shape[0])
-        self._model.lm_head = _PiecewiseLinear(weight, None if bias is None else bias.to(self._device).float())
-        norm = {
-            name.removeprefix(NORM): source.read(name).to(self._device, torch.float32)
-            for name in source.tensors if name.startswith(NORM)
-        }  # fmt: skip
-        try:
-            self._model.model.norm.load_state_dict(norm, strict=True, assign=True)
-        except RuntimeError as exc:
-            raise CheckpointError(f"the final norm: tensors don't fit the architecture: {exc}") from exc
+        for path, named in on_disk.items():
+            if path.rpartition(".")[0] not in (head, table):
+                runner.put(path, source.read(_known(source, named)).to(device, torch.float32))
+        model.set_submodule(head, _PiecewiseLinear(weight, bias))
 
     def logits(self, states: Tensor) -> Tensor:
         """float32 [rows, vocabulary] of the last block's output [rows, hidden]."""
-        layers = self._model.model.layers
-        for layer in layers:
-            layer.forward = lambda *_args, **_kwargs: states[None]
-        start = torch.zeros(1, 1, states.shape[1], device=self._device)  # what the layers would have read
-        try:
-            with torch.no_grad():
-                output = self._model(inputs_embeds=start, use_cache=False)
-        finally:
-            for layer in layers:
-                del layer.forward
-        logits: Tensor = output.logits[0]
+        logits: Tensor = self._runner.finish(states).logits[0]
         return logits.float()
 
 
-def _head_name(source: TensorSource, *, tied: bool) -> str:
+def _path_of(model: nn.Module, wanted: nn.Module | None) -> str:
+    return next((path for path, module in model.named_modules() if module is wanted), "")
+
+
+def _head_name(source: TensorSource, on_disk: Mapping[str, str], head: str, table: str, *, tied: bool) -> str:
     """The head's own weight, or the embedding that it shares."""
-    found = next((name for name in (HEAD, EMBEDDING if tied else HEAD) if name in source.tensors), None)
-    if found is None:
-        raise CheckpointError(f"there is no tensor {HEAD}")
-    return found
+    named = f"{head}.weight"
+    own = on_disk.get(named, named)
+    if tied and named not in source.tensors and own not in source.tensors:
+        return _known(source, on_disk.get(f"{table}.weight", own))
+    return _known(source, named if named in source.tensors else own)
+
+
+def _known(source: TensorSource, name: str) -> str:
+    if name not in source.tensors:
+        raise CheckpointError(f"there is no tensor {name}")
+    return name
 
 
 class _PiecewiseLinear(nn.Module):

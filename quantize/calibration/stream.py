@@ -31,7 +31,8 @@ from quantize.calibration.hidden_states import (
 )
 from quantize.errors import BuildError, CheckpointError
 from quantize.events import Reporter, SilentReporter, progress, warn
-from quantize.model.architecture import BlockLayout, Linear, block_layout
+from quantize.model.architecture import block_layout
+from quantize.model.layout import BlockLayout, Linear
 from quantize.numerics.constants import batch_tokens, shares_on
 from quantize.numerics.gptq import estimated_loss
 from quantize.numerics.gram import Gram
@@ -107,14 +108,14 @@ def stream_blocks(
     next one.
 
     Raises:
-        CheckpointError: architecture not in the table, or tensors that don't fit it.
+        CheckpointError: an architecture whose blocks can't be run one at a time, or tensors that don't fit it.
         BuildError: no tokens, no folder to spill to, or the disk failed.
     """
     events, spill = reporter or SilentReporter(), spill or Spill()
     sequences = as_sequences(token_ids)
     if not sequences:
         raise BuildError("the calibration set has no tokens")
-    runner = BlockRunner(checkpoint.folder, dict(checkpoint.config), device, precision)
+    runner = BlockRunner(checkpoint.config, device, precision)
     batches = make_batches([len(ids) for ids in sequences], tokens_per_batch or batch_tokens(device))
     ordered = [sequences[member] for batch in batches for member in batch.members]
     tokens = sum(len(ids) for ids in ordered)
@@ -184,11 +185,11 @@ def _first_block(states: HiddenStates, saved: SavedStates | None, start_block: i
 
 def embed_all(checkpoint: TensorSource, runner: BlockRunner, sequences: list[Tensor], states: States | None) -> None:
     """Write the first block's input; with states None, only learn each length's masks and positions."""
-    name = "model.embed_tokens.weight"
-    if name not in checkpoint.tensors:
-        raise CheckpointError(f"the checkpoint has no tensor {name}")
+    missing = [name for name, _ in runner.anatomy.entry if name not in checkpoint.tensors]
+    if missing:
+        raise CheckpointError(f"the checkpoint has no tensor {missing[0]}")
     start = 0
-    for embedded in runner.embed(checkpoint.read(name), sequences):
+    for embedded in runner.embed(checkpoint.read, sequences):
         if states is not None:
             states.write(Batch((0,), embedded.shape[0], start), embedded)
         start += embedded.shape[0]

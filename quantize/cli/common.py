@@ -26,6 +26,11 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 Found = TypeVar("Found")
 
 
+def is_verbose() -> bool:
+    """Whether -v stands on the line."""
+    return bool(click.get_current_context().meta.get("quantize.verbose"))
+
+
 def verbose_option(function: Function) -> Function:
     """-v after the command as well as before it."""
     return click.option(

@@ -9,7 +9,9 @@ import click
 from quantize.build.job import VariantJob
 from quantize.build.plan import make_plan
 from quantize.build.size import SizedPlan, size_plan
+from quantize.cli.anatomy import anatomy_lines
 from quantize.cli.common import (
+    is_verbose,
     json_option,
     limits_options,
     make_limits,
@@ -42,7 +44,7 @@ def command(
     recipe: Path, store: Store, threads: int | None, device: str, memory_budget: str | None, as_json: bool, quiet: bool
 ) -> None:
     """Show what RECIPE, a file or a name, would build: exact sizes, disk needed and free, what is built already. Writes
-    nothing.
+    nothing. With -v, also what the model's blocks are made of.
     """
     parsed = open_recipe(recipe)
     with console_reporter(quiet=quiet or as_json) as reporter:
@@ -53,6 +55,8 @@ def command(
         print_json(plan.to_data())
     else:
         _print(plan, limits)
+        if is_verbose():
+            click.echo("\n".join(anatomy_lines(plan.source.location)))
     refused = [job.refusal for job in plan.jobs if job.refusal is not None]
     if refused:
         raise refused[0]

@@ -15,7 +15,7 @@ from quantize.errors import CheckpointError, MissingExtraError, RefusedError
 from quantize.estimate.fit import usable_bytes
 from quantize.estimate.vram import RUNTIMES, EstimateSettings, estimate
 from quantize.formats import find_format, runtime_kind
-from quantize.model.architecture import architecture_of
+from quantize.model.architecture import anatomy_of
 from quantize.model.checkpoint import FLOAT_DTYPES, read_json, tensor_table
 from quantize.recipe.evaluation import Engine
 from quantize.runtimes.base import ModelRef, block_rows, runtime_version
@@ -56,7 +56,7 @@ def why_not_streamed(model: ModelRef, source: Path) -> str:
     if found.weights is None and model.folder != source:
         return f"{model.format} does not show its weights"
     try:
-        architecture_of(read_json(source / "config.json"))
+        anatomy_of(read_json(source / "config.json"))
     except CheckpointError as exc:
         return exc.message
     return ""

@@ -28,7 +28,7 @@ class Pair:
 
 
 def matrices(checkpoint: Checkpoint) -> tuple[str, ...]:
-    """Names of the linears in the source's decoder blocks. Raises CheckpointError: not in the table."""
+    """Names of the linears in the source's decoder blocks. Raises CheckpointError: blocks that are not known."""
     return tuple(linear.tensor for layout in block_layouts(checkpoint.config) for linear in layout.linears)
 
 

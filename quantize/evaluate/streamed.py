@@ -29,8 +29,9 @@ from quantize.evaluate.engine import STREAMED, streamed_version
 from quantize.events import Reporter, progress
 from quantize.files.safetensors import TensorInfo
 from quantize.formats import find_format
-from quantize.model.architecture import BlockLayout, block_layouts
+from quantize.model.architecture import block_layouts
 from quantize.model.checkpoint import Checkpoint, open_checkpoint, read_json, tensor_table
+from quantize.model.layout import BlockLayout
 from quantize.numerics.constants import batch_tokens, shares_on
 from quantize.runtimes.base import ModelRef, Prompted, block_rows, log_softmax
 from quantize.runtimes.devices import DevicePlace
@@ -60,7 +61,7 @@ class StreamedRuntime:
         self._source, self._label, self._reporter = source, label, reporter
         self._scratch, self._state_bytes = scratch, state_bytes
         with self._told():
-            self._runner = BlockRunner(source.folder, dict(source.config), place.device, "float32")
+            self._runner = BlockRunner(source.config, place.device, "float32")
             self._head = OutputHead(self._runner, source)
             if rounding is not None:
                 _round_inputs(self._runner, list(block_layouts(source.config)), rounding)
@@ -180,7 +181,7 @@ def _round_inputs(runner: BlockRunner, layouts: Sequence[BlockLayout], rounding:
         return (torch.stack([rounding(one) for one in sequences]).view_as(states), *others)
 
     for layout in layouts:
-        layer = runner.model.model.layers[layout.index]
+        layer = runner.layer(layout.index)
         for linear in layout.linears:
             if linear.expert is None:
                 module = layer.get_submodule(layout.module_path(linear.tensor).removesuffix(".weight"))

@@ -46,7 +46,7 @@ class Intended:
 
 
 def check_structure(reporter: Reporter, artifact: ModelRef, source: Path, intended: Intended) -> dict[str, str]:
-    """All checks that can be made; those of an architecture that is not in the table are left out, with a note.
+    """All checks that can be made; those of an architecture whose blocks are not known are left out, with a note.
 
     Raises CheckpointError, VerifyError: a file can't be read.
     """

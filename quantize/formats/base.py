@@ -25,7 +25,7 @@ from quantize.system.cache import Cache
 
 if TYPE_CHECKING:
     from quantize.calibration.stream import Block
-    from quantize.model.architecture import BlockLayout
+    from quantize.model.layout import BlockLayout
 
 OptionsT = TypeVar("OptionsT", bound=FormatOptions)
 

@@ -10,12 +10,13 @@ import json
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from quantize.files.shards import files_bytes, table_bytes
 from quantize.formats.base import Context, KeptTensor, SizePlan
-from quantize.model.architecture import block_count, block_index, block_layout
+from quantize.model.architecture import block_index, block_layouts
 from quantize.model.checkpoint import Checkpoint
 from quantize.model.folder_files import CONFIG_FILES, tokenizer_files
 
@@ -36,12 +37,12 @@ class TensorLayout:
 def plan_layout(checkpoint: Checkpoint, linear_table: LinearTable, stored_dtype: str = STORED_DTYPE) -> TensorLayout:
     """The tensors that the artifact will have: outside the blocks first, then block after block, the head last.
 
-    Raises CheckpointError for an architecture that is not in the table.
+    Raises CheckpointError: an architecture whose blocks are not known.
     """
     config = checkpoint.config
-    packed = {linear.tensor for index in range(block_count(config)) for linear in block_layout(config, index).linears}
+    packed = {linear.tensor for layout in block_layouts(config) for linear in layout.linears}
     table: dict[str, tuple[str, Shape]] = {}
-    for name in sorted(checkpoint.tensors, key=_order):
+    for name in sorted(checkpoint.tensors, key=partial(_order, config)):
         shape = checkpoint.tensors[name].shape
         if name in packed:
             prefix = name.removesuffix("weight")
@@ -51,8 +52,8 @@ def plan_layout(checkpoint: Checkpoint, linear_table: LinearTable, stored_dtype:
     return TensorLayout(table, frozenset(packed))
 
 
-def _order(name: str) -> tuple[int, int, str]:
-    block = block_index(name)
+def _order(config: Mapping[str, Any], name: str) -> tuple[int, int, str]:
+    block = block_index(config, name)
     if block is not None:
         return (1, block, name)
     return (0 if "embed" in name else 2, 0, name)
@@ -74,13 +75,14 @@ def kept_tensors(
 ) -> tuple[KeptTensor, ...]:
     """Every tensor that is not packed, with the reason."""
     kept = []
+    reasons = {name: reason for found in block_layouts(checkpoint.config) for name, reason in found.kept}
     for name in sorted(set(checkpoint.tensors) - layout.packed):
-        if block_index(name) is None:
+        if block_index(checkpoint.config, name) is None:
             reason = "embedding, head and final norm stay unquantized in this format"
-        elif len(checkpoint.tensors[name].shape) == 1:
+        elif len(checkpoint.tensors[name].shape) <= 1:
             reason = "norms and biases stay unquantized"
         else:
-            reason = "routers stay unquantized: their few weights decide which expert runs"
+            reason = reasons.get(name, "no linear of a block was found to read with it")
         kept.append(KeptTensor(name, stored_dtype, reason))
     return tuple(kept)
 

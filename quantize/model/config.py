@@ -13,6 +13,9 @@ from quantize.errors import CheckpointError
 
 MAX_NUMBER = 1 << 40
 DECODER = "is this the config of a decoder?"
+LAYER_KEYS = (  # how many blocks; today's name first
+    "num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers", "num_decoder_layers", "num_blocks",
+)  # fmt: skip
 
 
 def number(config: Mapping[str, Any], key: str, most: int = MAX_NUMBER) -> int:

@@ -25,7 +25,7 @@ from quantize.files.gguf_split import read_summary
 from quantize.files.imatrix import read_imatrix
 from quantize.files.safetensors import INDEX_NAME, read_header
 from quantize.formats import option_models
-from quantize.model.architecture import TABLE, block_count, block_index, block_layout
+from quantize.model.architecture import check_config
 from quantize.model.checkpoint import open_checkpoint, tensor_table
 from quantize.model.shape import ModelShape, gguf_shape
 from quantize.model.source import card_metadata
@@ -77,12 +77,7 @@ def _config(folder: Path) -> Read:
     def read(_: Path) -> None:
         checkpoint = open_checkpoint(folder)
         ModelShape.from_config(checkpoint.config)
-        if checkpoint.architecture in TABLE:
-            block_count(checkpoint.config)
-            block_layout(checkpoint.config, 0)
-            for name in checkpoint.tensors:
-                if (index := block_index(name)) is not None:
-                    block_layout(checkpoint.config, index)
+        check_config(checkpoint.config)
 
     return _reading(folder / "config.json", read)
 

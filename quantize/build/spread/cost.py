@@ -10,8 +10,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from quantize.model.architecture import BlockLayout, block_count, block_layout
-from quantize.model.config import number, number_or
+from quantize.model.architecture import block_count, block_layout
+from quantize.model.config import number_or
+from quantize.model.layout import BlockLayout
+from quantize.model.shape import ModelShape
 from quantize.numerics.constants import RATIOS, REFINEMENT, SEARCHED_ROWS, WEIGHT_RATIOS
 
 if TYPE_CHECKING:
@@ -63,7 +65,7 @@ def pass_costs(plan: PassPlan) -> list[BlockCost]:
 def _block_cost(
     config: Mapping[str, Any], layout: BlockLayout, shapes: Mapping[str, tuple[int, ...]], tokens: int
 ) -> BlockCost:
-    hidden = number(config, "hidden_size")
+    hidden = ModelShape.from_config(config).hidden_size
     used = 1.0
     if layout.experts is not None:
         used = number_or(config, "num_experts_per_tok", 1) / layout.experts.count

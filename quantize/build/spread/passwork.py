@@ -32,7 +32,8 @@ from quantize.errors import BuildError
 from quantize.events import Event, ListReporter
 from quantize.formats import builders
 from quantize.formats.base import Collector, Context
-from quantize.model.architecture import BlockLayout, block_layout
+from quantize.model.architecture import block_layout
+from quantize.model.layout import BlockLayout
 from quantize.numerics.constants import batch_tokens
 from quantize.numerics.gram import Gram, GramAccumulator
 from quantize.system.memory import free_gpu_bytes, give_back_gpu
@@ -91,8 +92,7 @@ class PassWorker:
     def __init__(self, plan: PassPlan) -> None:
         self._plan, self._context = plan, plan.parts[0][1]
         self._checkpoint, self._device = self._context.checkpoint, self._context.limits.device
-        config = dict(self._checkpoint.config)
-        self._runner = BlockRunner(self._checkpoint.folder, config, self._device, plan.precision)
+        self._runner = BlockRunner(self._checkpoint.config, self._device, plan.precision)
         self._shares = deal(plan.token_ids, self._device)
         self._held: dict[int, tuple[int, HiddenStates]] = {}  # share -> the block whose input they are, the states
         self._embedded: set[int] = set()

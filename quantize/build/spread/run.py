@@ -24,7 +24,8 @@ from quantize.calibration.hidden_states import SavedStates, remove_before
 from quantize.calibration.spread import PassSpread
 from quantize.errors import BuildError
 from quantize.events import Reporter, progress, status, warn
-from quantize.model.architecture import BlockLayout, block_layout
+from quantize.model.architecture import block_layout
+from quantize.model.layout import BlockLayout
 from quantize.system.cache import hash_file
 
 MOST_IN_FLIGHT = 4

@@ -13,12 +13,13 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import Field
 
 from quantize.calibration.budget import BlockMemory
-from quantize.events import Reporter
-from quantize.formats.base import Context, SolveCost
+from quantize.events import Reporter, note
+from quantize.formats.base import Collector, Context, SolveCost
 from quantize.formats.folder_build import LinearTable, Shape
 from quantize.formats.packed.build import PackedBuilder, Solved, feedback_bytes
-from quantize.model.architecture import FoldGroup, Linear, RowsSource, block_count, block_layout
+from quantize.model.architecture import block_layouts
 from quantize.model.checkpoint import Checkpoint
+from quantize.model.layout import FoldGroup, Linear, RowsSource
 from quantize.numerics.constants import SEARCHED_ROWS
 from quantize.recipe.model import FormatOptions
 from quantize.system.threads import on_threads
@@ -59,6 +60,16 @@ class AwqBuilder(PackedBuilder):
     name = "awq"
     folds = True
     Options = AwqOptions
+
+    def collector(self, context: Context, reporter: Reporter) -> Collector:
+        """Says first which inputs go without a scale."""
+        groups = [group for found in block_layouts(context.checkpoint.config) for group in found.groups]
+        without = [group for group in groups if group.source is None]
+        if without:
+            names = ", ".join(dict.fromkeys(linear.module for group in without for linear in group.linears[:1]))
+            text = f"no fold was proved for {len(without)} of {len(groups)} inputs, which are rounded without scales"
+            note(reporter, context.variant, f"{text}, with the clip search alone: {names}")
+        return super().collector(context, reporter)
 
     def solve(self, block: Block, context: Context, reporter: Reporter) -> Solved:
         """Scales, folds and rounds."""
@@ -176,7 +187,8 @@ def _quantize(
 def _unconverted(checkpoint: Checkpoint) -> list[str]:
     """The head and the routers, by full name: runtimes match parts of names, and `gate` is a part of `gate_proj`."""
     names = ["lm_head"]
-    for index in range(block_count(checkpoint.config)):
-        for group in block_layout(checkpoint.config, index).groups:
+    for layout in block_layouts(checkpoint.config):
+        for group in layout.groups:
             names += [name.removesuffix(".weight") for name in group.passengers if name.endswith(".weight")]
+        names += [name.removesuffix(".weight") for name, _ in layout.kept if name.endswith(".weight")]
     return list(dict.fromkeys(names))

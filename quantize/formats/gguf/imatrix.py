@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 from quantize.errors import BuildError, disk_errors
 from quantize.files.imatrix import write_imatrix
-from quantize.model.architecture import BlockLayout, block_count, block_layout
+from quantize.model.architecture import block_count, block_layout
 from quantize.model.checkpoint import Checkpoint
+from quantize.model.layout import BlockLayout
 from quantize.store.manifest import CalibrationEntry
 from quantize.system.cache import hash_file
 from quantize.system.files import sync

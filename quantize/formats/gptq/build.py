@@ -6,6 +6,7 @@ search. The numbers are numerics/gptq.py's; the folder is formats/packed/'s.
 
 from __future__ import annotations
 
+import re
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -16,6 +17,7 @@ from quantize.events import Reporter, warn
 from quantize.formats.base import Context, SolveCost
 from quantize.formats.folder_build import LinearTable, Shape
 from quantize.formats.packed.build import PackedBuilder, Solved, feedback_bytes
+from quantize.model.architecture import anatomy_of, block_layouts
 from quantize.model.checkpoint import Checkpoint
 from quantize.recipe.model import FormatOptions
 from quantize.system.threads import in_stages, on_threads
@@ -29,6 +31,7 @@ if TYPE_CHECKING:
     from quantize.numerics.gptq import Factor, SolvedRows
 
 Bits = Literal[2, 3, 4, 8]
+USUAL_BLOCKS = "model.layers"  # which every loader looks for
 
 
 class GptqOptions(FormatOptions):
@@ -92,7 +95,30 @@ class GptqBuilder(PackedBuilder):
             "true_sequential": False,
             "lm_head": False,
             "damp_percent": options.damping,
+            **_for_loaders(checkpoint),
         }
+
+
+def _for_loaders(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Where the blocks are, and which of their linears are packed, where loaders would not find it out by themselves.
+
+    optimum, by which transformers loads, takes `block_name_to_quantize` and `modules_in_block_to_quantize`; gptqmodel
+    and vLLM take `dynamic`. Of mixtures all is left to them.
+    """
+    found, layouts = anatomy_of(checkpoint.config), list(block_layouts(checkpoint.config))
+    told: dict[str, Any] = {} if found.blocks == USUAL_BLOCKS else {"block_name_to_quantize": found.blocks}
+    if any(layout.experts for layout in layouts):
+        return told
+    kept = {
+        name.removeprefix(layout.prefix).removesuffix(".weight")
+        for layout in layouts for name, _ in layout.kept
+        if name.endswith(".weight") and name in checkpoint.tensors and len(checkpoint.tensors[name].shape) == 2
+    }  # fmt: skip
+    if kept:
+        packed = dict.fromkeys(linear.module for layout in layouts for linear in layout.linears)
+        told["modules_in_block_to_quantize"] = [list(packed)]
+        told["dynamic"] = {f"-:.*\\.{re.escape(name)}$": {} for name in sorted(kept)}
+    return told
 
 
 def solve_block(block: Block, options: GptqOptions, variant: str, reporter: Reporter, threads: int) -> Solved:

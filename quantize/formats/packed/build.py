@@ -18,8 +18,9 @@ from quantize.events import Reporter, status
 from quantize.files.shards import ShardWriter, files_bytes
 from quantize.formats.base import BuildResult, Collector, Context, RunLimits, SizePlan, SolveCost
 from quantize.formats.folder_build import LinearTable, TensorLayout, config_text, plan_layout, size_plan, write_beside
-from quantize.model.architecture import BlockLayout, block_count, block_index, block_layout
+from quantize.model.architecture import block_count, block_index, block_layout
 from quantize.model.checkpoint import Checkpoint
+from quantize.model.layout import BlockLayout
 from quantize.numerics.constants import SOLVED_ROWS
 from quantize.system.memory import give_back_freed
 from quantize.system.process import run_step
@@ -85,7 +86,7 @@ class PackedCollector:
         for changed, losses in solved:
             tensors |= changed
             self._layers |= losses
-        while self._pending is not None and block_index(self._pending) == index:
+        while self._pending is not None and self._block(self._pending) == index:
             tensor = tensors.get(self._pending)
             self._write(self._context.checkpoint.read(self._pending) if tensor is None else tensor)
 
@@ -110,9 +111,12 @@ class PackedCollector:
         data = {"files": files, "layers": self._layers}
         (self._context.scratch / RESULTS_NAME).write_text(json.dumps(data, sort_keys=True), encoding="utf-8")
 
+    def _block(self, name: str) -> int | None:
+        return block_index(self._context.checkpoint.config, name)
+
     def _copy_until(self, block: int | None) -> None:
         """Copy tensors from the source up to the first one of `block`."""
-        while self._pending is not None and (block is None or block_index(self._pending) != block):
+        while self._pending is not None and (block is None or self._block(self._pending) != block):
             give_back_freed()  # an embedding may be larger than all that solving a block took
             self._write(self._context.checkpoint.read(self._pending))
 

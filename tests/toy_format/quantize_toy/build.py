@@ -16,8 +16,9 @@ from quantize.errors import PlanError, VerifyError
 from quantize.events import Reporter, progress
 from quantize.formats.base import BuildResult, Collector, Context, KeptTensor, RunLimits, SizePlan, UncalibratedBuilder
 from quantize.formats.folder_build import config_text, copied_files, write_beside
-from quantize.model.architecture import BlockLayout, block_layouts
+from quantize.model.architecture import block_layouts
 from quantize.model.checkpoint import Checkpoint
+from quantize.model.layout import BlockLayout
 from quantize.recipe.model import FormatOptions
 from quantize.runtimes.base import ModelRef
 from quantize.system.process import run_step

@@ -1,0 +1,79 @@
+"""The table of docs/anatomy.md: every causal language model class, and what is proved of it.
+
+In: nothing. Out: rows by model type; run as a module, it looks at every class of the installed transformers, a few
+minutes long, and writes the table: `python -m tests.anatomy_page`.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from quantize.errors import CheckpointError, first_line
+from quantize.model.anatomy.find import find
+from quantize.model.anatomy.found import Anatomy
+from tests.anatomy_configs import config_of, model_types
+
+PAGE = Path(__file__).parent.parent / "docs" / "anatomy.md"
+HEADING = "| Model type | Class | GPTQ | AWQ | Why not, or what goes without scales | Seconds |"
+RULE = "| --- | --- | --- | --- | --- | ---: |"
+
+
+@dataclass(frozen=True)
+class Row:
+    """A model type, and what was found of its class."""
+
+    kind: str
+    found: Anatomy
+
+    def cells(self) -> list[str]:
+        """The cells of its row."""
+        found = self.found
+        name = found.architecture
+        if found.refusal:
+            return [self.kind, name, "refused", "refused", found.refusal.replace("|", "/"), f"{found.seconds:.1f}"]
+        folded, groups = found.folds
+        awq = f"proved, {folded} of {groups}" if folded else "no fold"
+        without = [
+            group.linears[0].module if group.linears else group.name
+            for template in found.templates for group in template.groups if group.source is None
+        ]  # fmt: skip
+        rest = f"without scales: {', '.join(dict.fromkeys(without))}" if without else ""
+        return [self.kind, name, "proved", awq, rest, f"{found.seconds:.1f}"]
+
+
+def row_of(kind: str) -> Row:
+    """What is found of a model type's class."""
+    name = model_types()[kind]
+    try:
+        config = config_of(kind)
+    except Exception as exc:  # noqa: BLE001 - a class may refuse its own defaults in any way
+        return Row(kind, Anatomy(name, refusal=f"its class refuses its own defaults: {first_line(exc)}"))
+    try:
+        return Row(kind, find(config))
+    except CheckpointError as exc:
+        return Row(kind, Anatomy(name, refusal=exc.message))
+
+
+def cells_of(page: str) -> dict[str, list[str]]:
+    """The cells of each row of the page's table, by model type."""
+    table = page.partition(HEADING)[2].splitlines()[2:]
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table if line.startswith("|")]
+    return {row[0].strip("`"): [row[0].strip("`"), *row[1:]] for row in rows}
+
+
+def write() -> None:
+    """Look at every class and write the table; the text before it stays."""
+    lines = [HEADING, RULE]
+    for kind in sorted(model_types()):
+        row = row_of(kind)
+        first, *others = row.cells()
+        lines.append(f"| `{first}` | {' | '.join(others)} |")
+        print(lines[-1], file=sys.stderr, flush=True)
+    before = PAGE.read_text(encoding="utf-8").partition(HEADING)[0]
+    PAGE.write_text(before + "\n".join(lines) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    write()
