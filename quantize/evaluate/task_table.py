@@ -34,10 +34,10 @@ def difference_text(metric: TaskMetric) -> str:
 
 
 def task_lines(record: TasksRecord | None) -> list[str]:
-    """What must be known beside the rows: a line for each task, and how figures came about."""
+    """What must be known beside the rows: a line for each task, however often asked, and how figures came about."""
     if record is None:
         return []
-    lines = [_line(task, record) for task in record.results]
+    lines = list(dict.fromkeys(_line(task, record) for task in record.results))
     lines += [f"{name} was not measured: {why}" for name, why in sorted(record.skipped.items())]
     if record.results:
         lines.append(

@@ -459,7 +459,7 @@ def test_the_gate(results: tuple[TaskResult, ...], outcome: GateOutcome, words: 
 def test_what_is_shown() -> None:
     (row,) = task_rows(tasks(result(-0.012, 0.008)))
     assert row == ["t-0.012, 0-shot", "acc", "58.8% (2.0)", "60.0% (2.0)", "-1.2 ± 0.8 points"]
-    line = task_lines(tasks(result(-0.012, 0.008)))[0]
+    line, _ = task_lines(tasks(result(-0.012, 0.008), result(-0.012, 0.008)))
     assert line == f"t-0.012 (version 1.0): 500 samples of org/set@{COMMIT[:12]}, in a, the source in b"
 
 
