@@ -21,7 +21,16 @@ from quantize.model.source import PinnedSource
 from quantize.provenance.card import render_card
 from quantize.recipe.model import Recipe
 from quantize.store.artifact import describe_files, write_measurements
-from quantize.store.manifest import CARD_NAME, RECIPE_NAME, SCHEMA_VERSION, FileEntry, KeptEntry, Manifest, SourceEntry
+from quantize.store.manifest import (
+    CARD_NAME,
+    RECIPE_NAME,
+    SCHEMA_VERSION,
+    FileEntry,
+    KeptEntry,
+    LeftOutEntry,
+    Manifest,
+    SourceEntry,
+)
 from quantize.system.files import write_text
 
 
@@ -92,6 +101,7 @@ def _manifest(
         ),
         size_bytes=sum(item.size_bytes for item in files),
         build_key=job.build_key,
+        left_out=tuple(LeftOutEntry(tensor=item.tensor, reason=item.reason) for item in result.left_out),
     ).sealed()
 
 

@@ -40,6 +40,14 @@ class KeptTensor:
 
 
 @dataclass(frozen=True)
+class LeftOut:
+    """A tensor of the source that an artifact does not hold, and why."""
+
+    tensor: str
+    reason: str
+
+
+@dataclass(frozen=True)
 class SizePlan:
     """What a build would write, from headers alone.
 
@@ -148,7 +156,7 @@ class BuildResult:
     """What a builder wrote into staging. `measurements` goes to measurements.json, the rest to the manifest.
 
     device: the kind of processor or GPU (system.processor.device_name) that numbers were computed on outside of the
-    calibration pass, where another kind might give other bits.
+    calibration pass, where another kind might give other bits. left_out: of the source's tensors, by their names.
     """
 
     files: tuple[str, ...]
@@ -159,6 +167,7 @@ class BuildResult:
     kept: tuple[KeptTensor, ...]
     measurements: Mapping[str, Any] = field(default_factory=dict)
     device: str | None = None
+    left_out: tuple[LeftOut, ...] = ()
 
 
 class Collector(Resumable, Protocol):

@@ -7,6 +7,7 @@ config.json with its quantization_config; the tokenizer. Nothing is read but hea
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -15,14 +16,16 @@ from pathlib import Path
 from typing import Any
 
 from quantize.files.shards import files_bytes, table_bytes
-from quantize.formats.base import Context, KeptTensor, SizePlan
+from quantize.formats.base import Context, KeptTensor, LeftOut, SizePlan
 from quantize.model.architecture import block_index, block_layouts
+from quantize.model.belonging import prediction_tensors
 from quantize.model.checkpoint import Checkpoint
 from quantize.model.folder_files import CONFIG_FILES, tokenizer_files
 
 Shape = tuple[int, ...]
 LinearTable = Callable[[int, int], dict[str, tuple[str, Shape]]]  # (out, in) -> suffix -> (dtype, shape)
 STORED_DTYPE = "F16"
+AFTER = re.compile(r"(model\.layers\.\d+)\.")  # a block, which is one after the last where it predicts ahead
 DTYPE_NAMES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32"}
 
 
@@ -74,10 +77,12 @@ def kept_tensors(
     checkpoint: Checkpoint, layout: TensorLayout, stored_dtype: str = STORED_DTYPE
 ) -> tuple[KeptTensor, ...]:
     """Every tensor that is not packed, with the reason."""
-    kept = []
+    kept, ahead = [], frozenset(prediction_tensors(checkpoint))
     reasons = {name: reason for found in block_layouts(checkpoint.config) for name, reason in found.kept}
     for name in sorted(set(checkpoint.tensors) - layout.packed):
-        if block_index(checkpoint.config, name) is None:
+        if name in ahead:
+            reason = "heads that predict several tokens ahead (MTP) stay unquantized"
+        elif block_index(checkpoint.config, name) is None:
             reason = "embedding, head and final norm stay unquantized in this format"
         elif len(checkpoint.tensors[name].shape) <= 1:
             reason = "norms and biases stay unquantized"
@@ -85,6 +90,18 @@ def kept_tensors(
             reason = reasons.get(name, "no linear of a block was found to read with it")
         kept.append(KeptTensor(name, stored_dtype, reason))
     return tuple(kept)
+
+
+def left_out(checkpoint: Checkpoint) -> tuple[LeftOut, ...]:
+    """What the source's files hold and the artifact does not."""
+    return tuple(LeftOut(name, "the model computes it for itself") for name in checkpoint.computed)
+
+
+def unquantized_heads(checkpoint: Checkpoint) -> tuple[str, ...]:
+    """The modules that hold heads that predict ahead (MTP), for runtimes that take each linear as quantized."""
+    names = prediction_tensors(checkpoint)
+    found = (match[1] if (match := AFTER.match(name)) else name.partition(".")[0] for name in names)
+    return tuple(dict.fromkeys(found))
 
 
 def config_text(checkpoint: Checkpoint, quantization_config: Mapping[str, Any], dtype: str = "float16") -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import re
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -133,20 +134,19 @@ def changes_of(folder: Path, own: Mapping[str, TensorInfo], base: Table) -> dict
             changes[target] = Merge(whole=name)
         else:
             raise _odd(folder, name, "is of no kind that is merged here")
+    scales = _scales(folder, {module: _rank(parts, own) for module, parts in factors.items()}, settings)
     for module, parts in factors.items():
         target = _target(f"{module}.weight", base)
         if target is None:
             raise _odd(folder, f"{PREFIX}{module}", "belongs to no tensor of the base")
-        change = _factors(folder, module, parts, settings, own)
+        change = _factors(folder, module, parts, settings, scales[module])
         whole = changes[target].whole if target in changes else None
         _check_shape(folder, target, change, own, own[whole].shape if whole else base[target][1])
         changes[target] = Merge(**{**vars(change), "whole": whole})
     return changes
 
 
-def _factors(
-    folder: Path, module: str, parts: Mapping[str, str], settings: Mapping[str, Any], own: Mapping[str, TensorInfo]
-) -> Merge:
+def _factors(folder: Path, module: str, parts: Mapping[str, str], settings: Mapping[str, Any], scale: float) -> Merge:
     embedding = "lora_embedding_A" in parts
     kind = "lora_embedding_" if embedding else "lora_"
     if f"{kind}A" not in parts or f"{kind}B" not in parts:
@@ -155,26 +155,34 @@ def _factors(
     turned = embedding or bool(settings.get("fan_in_fan_out"))
     if magnitude is not None and turned:
         raise _odd(folder, f"{PREFIX}{module}", "is DoRA of an embedding or a Conv1D, which is not merged here")
-    first, second = parts[f"{kind}B"], parts[f"{kind}A"]
-    rank = own[second].shape[0] if own[second].shape else 0
-    return Merge(_scale(folder, module, rank, settings), first, second, magnitude, turned)
+    return Merge(scale, parts[f"{kind}B"], parts[f"{kind}A"], magnitude, turned)
 
 
-def _scale(folder: Path, module: str, rank: int, settings: Mapping[str, Any]) -> float:
+def _rank(parts: Mapping[str, str], own: Mapping[str, TensorInfo]) -> int:
+    shape = next((own[name].shape for kind, name in parts.items() if kind.endswith("_A")), ())
+    return shape[0] if shape else 0
+
+
+def _scales(folder: Path, ranks: Mapping[str, int], settings: Mapping[str, Any]) -> dict[str, float]:
     """lora_alpha / r, or / sqrt(r) by rsLoRA; `alpha_pattern` has those of single modules, as PEFT matches them."""
-    alpha = settings.get("lora_alpha", 8)
     patterns = settings.get("alpha_pattern") or {}
+    scales: dict[str, float] = {}
     try:
+        for pattern in patterns:
+            check_pattern(pattern)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of patterns that later versions of Python read otherwise
+            known = [(re.compile(rf"(.*\.)?({pattern})$"), alpha) for pattern, alpha in patterns.items()]
         with time_limit(PATTERN_SECONDS):
-            for pattern, value in patterns.items():
-                check_pattern(pattern)
-                if re.match(rf"(.*\.)?({pattern})$", module):
-                    alpha = value
-                    break
-        return float(alpha) / (math.sqrt(rank) if settings.get("use_rslora") else rank)
+            for module, rank in ranks.items():
+                found = next(
+                    (alpha for pattern, alpha in known if pattern.match(module)), settings.get("lora_alpha", 8)
+                )
+                scales[module] = float(found) / (math.sqrt(rank) if settings.get("use_rslora") else rank)
     except (ValueError, TypeError, AttributeError, ZeroDivisionError, TimeoutError) as exc:
         what = f"source: adapter {folder.name}: {ADAPTER}: `lora_alpha`, `alpha_pattern` or a rank is none"
         raise CheckpointError(what, hint="save the adapter again with PEFT") from exc
+    return scales
 
 
 def _target(name: str, base: Table) -> str | None:

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 FP8 = ("F8_E4M3", "F8_E5M2")
 OF_CONFIG = {"float16": "F16", "bfloat16": "BF16", "float32": "F32"}
 STATE = ".weight.quant_state."
+FOUR_BIT_STATES = (".quant_state.bitsandbytes__nf4", ".quant_state.bitsandbytes__fp4")
 # What stands beside weights and says how activations were quantized, or the cache: nothing of it is a weight.
 ACTIVATIONS = ("input_scale", "activation_scale", "input_global_scale", "output_scale", "k_scale", "v_scale",
                "q_scale", "input_zero_point", "weight_format")  # fmt: skip
@@ -189,7 +190,7 @@ def _unpacked(get: Get, stem: str, tensors: Tensors, bits: int, shape: tuple[int
 def _four_bit(name: str, tensors: Tensors, wide: str) -> Dequantized:
     """A weight of bitsandbytes' 4 bits; the shape and what its absolute maxima are is JSON in a tensor beside it."""
     info = tensors[name]
-    state_name = next((item for item in tensors if item.startswith(f"{name}.quant_state.")), None)
+    state_name = next((f"{name}{item}" for item in FOUR_BIT_STATES if f"{name}{item}" in tensors), None)
     if state_name is None or f"{name}.quant_map" not in tensors:
         raise _lacks(name, info, f"{name}.quant_state")
     try:

@@ -55,7 +55,7 @@ def render_card(
     compared = None if measurements is None else read_comparison(measurements)
     if compared is not None:
         parts.append(_compared(manifest, compared))
-    parts += [_usage(manifest), _limits(manifest, record), _kept(manifest), _provenance(manifest)]
+    parts += [_usage(manifest), _limits(manifest, record), _kept(manifest), _left_out(manifest), _provenance(manifest)]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
@@ -195,6 +195,14 @@ def _kept(manifest: Manifest) -> str:
         return ""
     rows = [f"- {count} tensors in {reason}" for reason, count in sorted(reasons.items())[:REASONS_SHOWN]]
     return "## Kept in higher precision\n\n" + "\n".join(rows)
+
+
+def _left_out(manifest: Manifest) -> str:
+    reasons: dict[str, int] = {}
+    for item in manifest.left_out:
+        reasons[item.reason] = reasons.get(item.reason, 0) + 1
+    rows = [f"- {count} tensors of the source: {reason}" for reason, count in sorted(reasons.items())]
+    return "## Left out\n\n" + "\n".join(rows) if rows else ""
 
 
 def _provenance(manifest: Manifest) -> str:

@@ -146,6 +146,13 @@ class KeptEntry(_Frozen):
     reason: str
 
 
+class LeftOutEntry(_Frozen):
+    """A tensor of the source that the artifact does not hold, and why."""
+
+    tensor: str
+    reason: str
+
+
 class AcceptedRisk(_Frozen):
     """The gates that refused the artifact, and why whoever built it takes it all the same."""
 
@@ -179,8 +186,17 @@ class Manifest(_Frozen):
     size_bytes: int
     build_key: str
     accepted_risk: AcceptedRisk | None = None
+    left_out: tuple[LeftOutEntry, ...] = ()
     digest: str = ""
     _stored: dict[str, Any] | None = PrivateAttr(None)  # the data of an older schema that it was read from
+
+    @model_serializer(mode="wrap")
+    def _only_what_is_left_out(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Without `left_out` where nothing is: the digests of all other manifests stay as they are."""
+        data: dict[str, Any] = write(self)
+        if not self.left_out:
+            data.pop("left_out", None)
+        return data
 
     def sealed(self) -> Manifest:
         """The same facts as a manifest of today's schema, with its digest filled in."""

@@ -23,6 +23,11 @@ TOKENIZER = {
     "added_tokens": [{"id": 0, "content": "<s>", "special": True}],
     "model": {"type": "BPE", "vocab": {"<s>": 0, "a": 1, "b": 2, "ab": 3}, "merges": [["a", "b"]]},
 }
+ADAPTER = {
+    "peft_type": "LORA", "base_model_name_or_path": "org/base", "r": 2, "lora_alpha": 4, "use_rslora": True,
+    "fan_in_fan_out": False, "alpha_pattern": {"q_proj": 8, ".*layers\\.0.*": 2}, "init_lora_weights": True,
+}  # fmt: skip
+GENERATION = {"temperature": 0.7, "top_k": 20, "do_sample": True, "eos_token_id": [1, 2]}
 TOKENIZER_CONFIG = {"bos_token": "<s>", "chat_template": "{{ messages[0].content }}", "model_max_length": 64}
 TENSORS = {"model.embed_tokens.weight": [6, 8], "model.layers.0.input_layernorm.weight": [8]}
 

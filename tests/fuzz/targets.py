@@ -23,10 +23,13 @@ from quantize.evaluate.record import read_record
 from quantize.files.gguf import read_gguf
 from quantize.files.gguf_split import read_summary
 from quantize.files.imatrix import read_imatrix
-from quantize.files.safetensors import INDEX_NAME, read_header
+from quantize.files.safetensors import INDEX_NAME, read_header, write_sparse
 from quantize.formats import option_models
 from quantize.model.architecture import check_config
-from quantize.model.checkpoint import open_checkpoint, tensor_table
+from quantize.model.belonging import check_headers
+from quantize.model.checkpoint import open_checkpoint, read_model, tensor_table
+from quantize.model.mended import open_tensors
+from quantize.model.mending import find_mending
 from quantize.model.shape import ModelShape, gguf_shape
 from quantize.model.source import card_metadata
 from quantize.publish.pack import read_pack
@@ -75,11 +78,38 @@ def _config(folder: Path) -> Read:
     _checkpoint(folder)
 
     def read(_: Path) -> None:
+        mending = find_mending(folder, *read_model(folder))
+        if mending is not None:
+            open_tensors(mending)
         checkpoint = open_checkpoint(folder)
+        check_headers(checkpoint)
         ModelShape.from_config(checkpoint.config)
         check_config(checkpoint.config)
 
     return _reading(folder / "config.json", read)
+
+
+def _adapter(folder: Path) -> Read:
+    """The settings of a LoRA adapter of one of the checkpoint's matrices."""
+    _checkpoint(folder)
+    beside = folder / "adapter"
+    beside.mkdir()
+    name, (out, width) = next((name, info.shape) for name, info in tensor_table(folder).items() if len(info.shape) == 2)
+    stem = f"base_model.model.{name.removesuffix('.weight')}"
+    factors = {f"{stem}.lora_A.weight": ("F32", (2, width)), f"{stem}.lora_B.weight": ("F32", (out, 2))}
+    write_sparse(beside / "adapter_model.safetensors", factors)
+
+    def read(_: Path) -> None:
+        mending = find_mending(folder, *read_model(folder), adapter=beside)
+        assert mending is not None
+        open_tensors(mending)
+
+    return _reading(beside / "adapter_config.json", read)
+
+
+def _generation(folder: Path) -> Read:
+    _checkpoint(folder)
+    return _reading(folder / "generation_config.json", lambda _: check_headers(open_checkpoint(folder)))
 
 
 def _tokenizer(folder: Path) -> Read:
@@ -225,6 +255,8 @@ TARGETS: dict[str, Target] = {
     "safetensors header": Target("safetensors", lambda _: [seeds.safetensors()], _safetensors),
     "safetensors index": Target("json", lambda _: [seeds.index()], _index),
     "config.json": Target("json", _plain(seeds.CONFIG, seeds.MIXTURE, seeds.LATENT), _config),
+    "adapter_config.json": Target("json", _plain(seeds.ADAPTER), _adapter),
+    "generation_config.json": Target("json", _plain(seeds.GENERATION), _generation),
     "tokenizer.json": Target("json", _plain(seeds.TOKENIZER), _tokenizer),
     "tokenizer_config.json": Target("json", _plain(seeds.TOKENIZER_CONFIG), _tokenizer_config),
     "GGUF header": Target("gguf", lambda folder: [seeds.gguf(folder)], _gguf),

@@ -15,7 +15,7 @@ from pydantic import Field
 from quantize.calibration.budget import BlockMemory
 from quantize.events import Reporter, note
 from quantize.formats.base import Collector, Context, SolveCost
-from quantize.formats.folder_build import LinearTable, Shape
+from quantize.formats.folder_build import LinearTable, Shape, unquantized_heads
 from quantize.formats.packed.build import PackedBuilder, Solved, feedback_bytes
 from quantize.model.architecture import block_layouts
 from quantize.model.checkpoint import Checkpoint
@@ -191,4 +191,4 @@ def _unconverted(checkpoint: Checkpoint) -> list[str]:
         for group in layout.groups:
             names += [name.removesuffix(".weight") for name in group.passengers if name.endswith(".weight")]
         names += [name.removesuffix(".weight") for name, _ in layout.kept if name.endswith(".weight")]
-    return list(dict.fromkeys(names))
+    return list(dict.fromkeys([*names, *unquantized_heads(checkpoint)]))

@@ -21,6 +21,7 @@ from quantize.formats.folder_build import (
     Shape,
     TensorLayout,
     config_text,
+    left_out,
     plan_layout,
     size_plan,
     write_beside,
@@ -80,7 +81,14 @@ class BitsandbytesBuilder(UncalibratedBuilder):
         size = _size(context.checkpoint, options)
         bits, block = (8, None) if options.type == "int8" else (4, NF4_BLOCK)
         return BuildResult(
-            (*files, *beside), size.weights_bytes, bits, block, size.bits_per_weight, size.kept, device=device
+            (*files, *beside),
+            size.weights_bytes,
+            bits,
+            block,
+            size.bits_per_weight,
+            size.kept,
+            device=device,
+            left_out=left_out(context.checkpoint),
         )
 
     def verify(self, folder: Path, checkpoint: Checkpoint, limits: RunLimits, reporter: Reporter) -> Mapping[str, Any]:
@@ -88,7 +96,9 @@ class BitsandbytesBuilder(UncalibratedBuilder):
         from quantize.formats.bitsandbytes.steps import check_loaded
 
         status(reporter, "", "loading in transformers with bitsandbytes")
-        facts: dict[str, Any] = run_step("loading in transformers", reporter, check_loaded, folder, limits.threads)
+        facts: dict[str, Any] = run_step(
+            "loading in transformers", reporter, check_loaded, folder, limits.threads, checkpoint
+        )
         return facts
 
 

@@ -14,6 +14,7 @@ from quantize.errors import MissingExtraError, disk_errors
 from quantize.events import Reporter, note, progress
 from quantize.files.shards import ShardWriter, Table, torch_dtype
 from quantize.formats.folder_build import DTYPE_NAMES
+from quantize.formats.nothing_lost import account
 from quantize.model.checkpoint import Checkpoint
 from quantize.store.staging import RESUME_NAME, read_json
 from quantize.system.files import write_durable
@@ -53,8 +54,10 @@ def write_quantized(
         return writer.finish(), device_name("cpu")
 
 
-def check_loaded(reporter: Reporter, folder: Path, threads: int) -> dict[str, Any]:
-    """Load with transformers + bitsandbytes on the CPU and generate greedily twice. Raises VerifyError."""
+def check_loaded(reporter: Reporter, folder: Path, threads: int, source: Checkpoint) -> dict[str, Any]:
+    """Find each tensor of the source again, load with transformers + bitsandbytes on the CPU and generate greedily
+    twice. Raises VerifyError.
+    """
     _check_installed()
     import torch
 
@@ -62,11 +65,12 @@ def check_loaded(reporter: Reporter, folder: Path, threads: int) -> dict[str, An
     from quantize.runtimes.transformers.load import load_causal_lm
 
     torch.set_num_threads(threads)
+    tensors = account(folder, source)
     started = time.perf_counter()
     model = load_causal_lm(folder)
     seconds = round(time.perf_counter() - started, 2)
     tokens = generate_twice(model, folder, read_prompt(folder))
-    return {"runtime": "transformers + bitsandbytes", "tokens": tokens, "load_seconds": seconds}
+    return {"runtime": "transformers + bitsandbytes", "tokens": tokens, "tensors": tensors, "load_seconds": seconds}
 
 
 def nf4_state(dtype: str, shape: tuple[int, int]) -> bytes:

@@ -16,11 +16,11 @@ from types import MappingProxyType
 from typing import Any
 
 from quantize.calibration.budget import BlockMemory
-from quantize.errors import PlanError, QuantizeError, disk_errors
+from quantize.errors import PlanError, QuantizeError, VerifyError, disk_errors
 from quantize.events import Reporter, status, warn
 from quantize.files.gguf import GgufFile, GgufTensor, read_gguf
 from quantize.files.gguf_split import read_model
-from quantize.formats.base import BuildResult, Collector, Context, KeptTensor, RunLimits, SizePlan, SolveCost
+from quantize.formats.base import BuildResult, Collector, Context, KeptTensor, LeftOut, RunLimits, SizePlan, SolveCost
 from quantize.formats.gguf.layout import GgufLayout
 from quantize.formats.gguf.options import GgufOptions
 from quantize.formats.gguf.source import Expected
@@ -28,6 +28,7 @@ from quantize.formats.gguf.types import BITS, ELEMENT_TYPES, UNQUANTIZED_TYPES, 
 from quantize.model.checkpoint import Checkpoint
 from quantize.model.source import checkpoint_key
 from quantize.runtimes.llama_cpp.convert import ConvertRequest
+from quantize.runtimes.llama_cpp.placed import read_left_out
 from quantize.runtimes.llama_cpp.quantize import QuantizeSettings, SizedFile
 from quantize.runtimes.llama_cpp.vocabulary import PRE
 from quantize.runtimes.llama_cpp.vocabulary import names as pre_tokenizers
@@ -36,6 +37,7 @@ from quantize.system.process import run_step
 
 HUB_URL = "https://huggingface.co/"
 TRY_OUT_TOKENS = 16
+NAMED = 3  # of the tensors that are left out; the manifest has all
 
 
 class GgufBuilder:
@@ -148,7 +150,10 @@ class GgufBuilder:
         weights = sum(item.size_bytes for item in tensors)
         bits = round(8 * weights / _elements(tensors), 4)
         facts = {"llama_cpp_warnings": len(warnings)}
-        return BuildResult((*names, *files[1:]), weights, BITS[options.type], None, bits, kept, facts)
+        return BuildResult(
+            (*names, *files[1:]), weights, BITS[options.type], None, bits, kept, facts,
+            left_out=tuple(LeftOut(name, why) for name, why in sorted(read_left_out(intermediate).items())),
+        )  # fmt: skip
 
     def verify(self, folder: Path, checkpoint: Checkpoint, limits: RunLimits, reporter: Reporter) -> Mapping[str, Any]:
         """Tensors, fields, template, tokens and predictions against the source's; load and generate in llama.cpp."""
@@ -159,8 +164,11 @@ class GgufBuilder:
         file = read_model(path)
         expected = self._asked(checkpoint, file, reporter)
         compare_header(file, checkpoint, expected)
+        known = {*checkpoint.tensors, *checkpoint.computed}
+        if lost := [name for name in expected.left_out if name not in known]:
+            raise VerifyError(f"{path.name}: {lost[0]} in the source are lost", hint="the converter drops them unseen")
         for what in [
-            *(f"llama.cpp's converter leaves out {name}" for name in expected.left_out[:3]),
+            *(f"{name} is left out: {why}" for name, why in [*expected.left_out.items()][:NAMED]),
             expected.unmeasured,
         ]:
             if what:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +18,7 @@ from quantize.errors import CheckpointError, VerifyError, first_line
 from quantize.events import Reporter, status
 from quantize.model.checkpoint import Checkpoint
 from quantize.model.config import first_number, text_part
+from quantize.runtimes.llama_cpp.placed import Placed
 from quantize.runtimes.token_lines import token_lines
 from quantize.system.machine import ram
 
@@ -45,7 +46,7 @@ class ExpectedTensor:
 class Expected:
     """What the source says.
 
-    fields: the converter's key-values without arrays. left_out: the source's tensors that it gave no place.
+    fields: the converter's key-values without arrays. left_out: the source's tensors that it gave no place, and why.
     lines: the text that both tokenizers read. line_ids: its ids by each reader of the source's tokenizer; transformers
     comes first, and may read tokenizer.json otherwise than it stands there. probe: token ids to run.
     log_probs: float32 [probe, vocabulary], by transformers; None, and `unmeasured` says why, where it can't run here.
@@ -53,7 +54,7 @@ class Expected:
 
     tensors: Mapping[str, ExpectedTensor]
     fields: Mapping[str, Any]
-    left_out: tuple[str, ...]
+    left_out: Mapping[str, str]
     lines: tuple[str, ...]
     line_ids: Mapping[str, Sequence[Sequence[int]]]
     probe: tuple[int, ...]
@@ -120,52 +121,19 @@ def _chats(tokenizer: Any) -> list[str]:
 
 def _converted(
     checkpoint: Checkpoint, pre_tokenizer: str | None
-) -> tuple[dict[str, ExpectedTensor], dict[str, Any], tuple[str, ...]]:
+) -> tuple[dict[str, ExpectedTensor], dict[str, Any], dict[str, str]]:
     from quantize.runtimes.llama_cpp.convert import ConvertRequest, opened_converter
 
     request = ConvertRequest(checkpoint.folder, checkpoint.dtype, {"general.name": "source"}, pre_tokenizer)
     with tempfile.TemporaryDirectory() as scratch, opened_converter(request, Path(scratch) / "source.gguf") as model:
-        placed = _Placed(model)
+        placed = Placed(model, checkpoint)
         model.prepare_tensors()
         model.prepare_metadata(vocab_only=False)
         writer = model.gguf_writer
         fields = {key: field.value for shard in writer.kv_data for key, field in shard.items()}
         tensors = {name: _sampled(info) for shard in writer.tensors for name, info in shard.items()}
-    left_out = placed.left_out(checkpoint, sum(math.prod(item.shape) for item in tensors.values()))
+    left_out = placed.left_out(sum(math.prod(item.shape) for item in tensors.values()))
     return tensors, {key: value for key, value in fields.items() if not isinstance(value, (list, tuple))}, left_out
-
-
-class _Placed:
-    """Which of the source's tensors the converter took. It may split, merge or turn them: names alone say nothing."""
-
-    def __init__(self, model: Any) -> None:
-        self.taken: set[str] = set()
-        self._names, modify = model.tensor_map, model.modify_tensors
-
-        def modify_tensors(data: Any, name: str, block: int | None) -> Iterable[tuple[str, Any]]:
-            made = list(modify(data, name, block))
-            if made or self._names.get_name(name, try_suffixes=(".weight", ".bias")) is not None:
-                self.taken.add(name)
-            return made
-
-        model.modify_tensors = modify_tensors
-
-    def left_out(self, checkpoint: Checkpoint, made: int) -> tuple[str, ...]:
-        """Tensors without a place, if there are fewer weights than the source has."""
-        if made >= checkpoint.parameters:
-            return ()
-        taken = {_plain(name) for name in self.taken}
-        missing = tuple(name for name in checkpoint.tensors if _plain(name) not in taken)
-        return missing or (f"{checkpoint.parameters - made:,} weights that have no name",)
-
-
-def _plain(name: str) -> str:
-    """A tensor's name without what converters drop from it."""
-    return (
-        name.replace("language_model.", "")
-        .removeprefix("model.")
-        .replace("e_score_correction_bias", "e_score_correction.bias")
-    )
 
 
 def sampled_rows(shape: tuple[int, ...]) -> tuple[int, ...]:

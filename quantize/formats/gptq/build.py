@@ -15,7 +15,7 @@ from pydantic import Field
 from quantize.calibration.budget import BlockMemory
 from quantize.events import Reporter, warn
 from quantize.formats.base import Context, SolveCost
-from quantize.formats.folder_build import LinearTable, Shape
+from quantize.formats.folder_build import LinearTable, Shape, unquantized_heads
 from quantize.formats.packed.build import PackedBuilder, Solved, feedback_bytes
 from quantize.model.architecture import anatomy_of, block_layouts
 from quantize.model.checkpoint import Checkpoint
@@ -87,8 +87,10 @@ class GptqBuilder(PackedBuilder):
         return table
 
     def quantization(self, checkpoint: Checkpoint, options: GptqOptions) -> Mapping[str, Any]:
-        """See PackedBuilder."""
+        """See PackedBuilder. `dynamic` names what is not quantized, as vLLM, SGLang and gptqmodel read it."""
+        ahead = unquantized_heads(checkpoint)
         return {
+            **({"dynamic": {f"-:^{re.escape(module)}\\.": {} for module in ahead}} if ahead else {}),
             "checkpoint_format": "gptq",
             "sym": options.symmetric,
             "desc_act": False,

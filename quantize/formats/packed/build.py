@@ -17,7 +17,15 @@ from quantize.errors import BuildError, PlanError
 from quantize.events import Reporter, status
 from quantize.files.shards import ShardWriter, files_bytes
 from quantize.formats.base import BuildResult, Collector, Context, RunLimits, SizePlan, SolveCost
-from quantize.formats.folder_build import LinearTable, TensorLayout, config_text, plan_layout, size_plan, write_beside
+from quantize.formats.folder_build import (
+    LinearTable,
+    TensorLayout,
+    config_text,
+    left_out,
+    plan_layout,
+    size_plan,
+    write_beside,
+)
 from quantize.model.architecture import block_count, block_index, block_layout
 from quantize.model.checkpoint import Checkpoint
 from quantize.model.layout import BlockLayout
@@ -128,7 +136,8 @@ class PackedCollector:
             tensor = tensor.to(torch.float16)
             pieces = torch.split(tensor.reshape(-1), CHECKED_ELEMENTS)  # a whole embedding takes twice its memory
             if not all(bool(torch.isfinite(piece).all()) for piece in pieces):
-                hint = "this format stores FP16; the model has weights beyond its range of 65,504"
+                hint = "this format stores FP16; the model has weights beyond its range of 65,504, which GGUF and "
+                hint += "bitsandbytes variants store as they are"
                 raise BuildError(f"tensor {self._pending} does not fit FP16", hint=hint)
         self._writer.write(self._pending, tensor)
         self._pending = next(self._names, None)
@@ -209,7 +218,7 @@ class PackedBuilder:
         size = self.sizes(context, [options], reporter)[0]
         return BuildResult(
             (*results["files"], *beside), size.weights_bytes, options.bits, options.group_size, size.bits_per_weight,
-            size.kept, {"layers": results["layers"]},
+            size.kept, {"layers": results["layers"]}, left_out=left_out(context.checkpoint),
         )  # fmt: skip
 
     def intermediates(self, context: Context) -> Sequence[tuple[str, str]]:
@@ -222,6 +231,6 @@ class PackedBuilder:
 
         status(reporter, "", "loading in transformers with gptqmodel")
         facts: dict[str, Any] = run_step(
-            "loading in transformers", reporter, check_packed, folder, self.name, limits.threads
+            "loading in transformers", reporter, check_packed, folder, self.name, limits.threads, checkpoint, self.folds
         )
         return facts

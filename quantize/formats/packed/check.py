@@ -12,9 +12,11 @@ from typing import Any
 
 from quantize.errors import NotReadWholeError, VerifyError
 from quantize.events import Reporter
+from quantize.formats.nothing_lost import account
 from quantize.formats.packed.mixtures import is_mixture
 from quantize.formats.packed.runtime import GPTQMODEL
 from quantize.formats.packed.weights import open_packed
+from quantize.model.checkpoint import Checkpoint
 from quantize.runtimes.base import ModelRef
 from quantize.runtimes.devices import CPU
 from quantize.runtimes.transformers.generate import generate_twice, read_prompt
@@ -25,21 +27,26 @@ ROWS = 256  # of a linear that are compared at once
 GIVE_BACK_AFTER = 1 << 24  # weights compared: some 64 MB of each temporary that a comparison makes
 
 
-def check_packed(reporter: Reporter, folder: Path, method: str, threads: int) -> dict[str, Any]:
-    """Load with transformers + gptqmodel, compare each linear with our own unpacking, generate greedily twice.
+def check_packed(
+    reporter: Reporter, folder: Path, method: str, threads: int, source: Checkpoint, folds: bool
+) -> dict[str, Any]:
+    """Find each tensor of the source again, load with transformers + gptqmodel, compare each linear with our own
+    unpacking, generate greedily twice. folds: scales are folded into what blocks keep in high precision.
 
     A mixture that gptqmodel does not load is compared linear by linear; measuring it then reads it block by block.
-    Raises VerifyError: does not load, weights differ, logits not finite, two runs differ. MissingExtraError.
+    Raises VerifyError: a tensor is lost, does not load, weights differ, logits not finite, two runs differ.
+    MissingExtraError.
     """
     torch = GPTQMODEL.import_torch(f"loading {method.upper()} artifacts")
     torch.set_num_threads(threads)
+    tensors = account(folder, source, folds=folds)
     prompt = read_prompt(folder)  # a tokenizer takes memory while it is read: not beside the model
     started = time.perf_counter()
     try:
         model = GPTQMODEL.load(ModelRef(folder, method), CPU).model
     except NotReadWholeError as exc:
         compared = compare_one_by_one(folder, method)
-        return {"runtime": f"gptqmodel's kernels alone: {exc.message}", "linears": compared}
+        return {"runtime": f"gptqmodel's kernels alone: {exc.message}", "linears": compared, "tensors": tensors}
     seconds = time.perf_counter() - started
     kernel = kernels(model)
     compared = _compare_weights(model, folder, method)
@@ -48,6 +55,7 @@ def check_packed(reporter: Reporter, folder: Path, method: str, threads: int) ->
     return {
         "runtime": "gptqmodel" if is_mixture(folder) else "transformers + gptqmodel",
         "linears": compared,
+        "tensors": tensors,
         "tokens": tokens,
         "load_seconds": round(seconds, 2),
         "kernel": kernel,

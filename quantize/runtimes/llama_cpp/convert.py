@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import json
+import math
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -31,7 +32,9 @@ from quantize.errors import (
 )
 from quantize.events import Reporter, progress
 from quantize.files.gguf import EXTRA, READER, padded
+from quantize.model.checkpoint import open_checkpoint
 from quantize.runtimes.llama_cpp.config import SAME_MODEL, converter_config
+from quantize.runtimes.llama_cpp.placed import Placed, write_left_out
 from quantize.runtimes.llama_cpp.tensors import show_as_published
 from quantize.runtimes.llama_cpp.vocabulary import follow_source
 
@@ -60,8 +63,11 @@ def convert(reporter: Reporter, request: ConvertRequest, out: Path, *, header_on
     Raises PlanError: the converter does not know the architecture, or fails on it. UsageError: its packages do not
     belong together. MissingExtraError, DiskFullError.
     """
+    checkpoint = open_checkpoint(request.folder)
     with opened_converter(request, out) as model:
-        _write(model, out, request.metadata.get("general.license"), reporter, header_only)
+        placed = Placed(model, checkpoint)
+        made = _write(model, out, request.metadata.get("general.license"), reporter, header_only)
+        write_left_out(out, placed.left_out(made))
 
 
 @contextmanager
@@ -297,7 +303,8 @@ def _with_name_parts(gguf: Any, metadata: Mapping[str, Any]) -> dict[str, Any]:
     return {**metadata, **parts, "general.size_label": None}
 
 
-def _write(model: Any, out: Path, license_id: str | None, reporter: Reporter, header_only: bool) -> None:
+def _write(model: Any, out: Path, license_id: str | None, reporter: Reporter, header_only: bool) -> int:
+    """Write the file; the weights that it has."""
     model.prepare_tensors()
     model.prepare_metadata(vocab_only=False)
     writer = model.gguf_writer
@@ -315,3 +322,4 @@ def _write(model: Any, out: Path, license_id: str | None, reporter: Reporter, he
         writer.write_tensors_to_file(progress=False)
         progress(reporter, "", "converting to GGUF", sum(sizes), sum(sizes))
     writer.close()
+    return sum(math.prod(info.shape) for shard in writer.tensors for info in shard.values())
