@@ -28,7 +28,7 @@ from quantize.formats.gguf.types import BITS, ELEMENT_TYPES, UNQUANTIZED_TYPES, 
 from quantize.model.checkpoint import Checkpoint
 from quantize.model.source import checkpoint_key
 from quantize.runtimes.llama_cpp.convert import ConvertRequest
-from quantize.runtimes.llama_cpp.placed import read_left_out
+from quantize.runtimes.llama_cpp.left_out import read_left_out
 from quantize.runtimes.llama_cpp.quantize import QuantizeSettings, SizedFile
 from quantize.runtimes.llama_cpp.vocabulary import PRE
 from quantize.runtimes.llama_cpp.vocabulary import names as pre_tokenizers

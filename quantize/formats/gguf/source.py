@@ -18,7 +18,7 @@ from quantize.errors import CheckpointError, VerifyError, first_line
 from quantize.events import Reporter, status
 from quantize.model.checkpoint import Checkpoint
 from quantize.model.config import first_number, text_part
-from quantize.runtimes.llama_cpp.placed import Placed
+from quantize.runtimes.llama_cpp.left_out import Followed
 from quantize.runtimes.token_lines import token_lines
 from quantize.system.machine import ram
 
@@ -126,7 +126,7 @@ def _converted(
 
     request = ConvertRequest(checkpoint.folder, checkpoint.dtype, {"general.name": "source"}, pre_tokenizer)
     with tempfile.TemporaryDirectory() as scratch, opened_converter(request, Path(scratch) / "source.gguf") as model:
-        placed = Placed(model, checkpoint)
+        placed = Followed(model, checkpoint)
         model.prepare_tensors()
         model.prepare_metadata(vocab_only=False)
         writer = model.gguf_writer

@@ -34,7 +34,7 @@ from quantize.events import Reporter, progress
 from quantize.files.gguf import EXTRA, READER, padded
 from quantize.model.checkpoint import open_checkpoint
 from quantize.runtimes.llama_cpp.config import SAME_MODEL, converter_config
-from quantize.runtimes.llama_cpp.placed import Placed, write_left_out
+from quantize.runtimes.llama_cpp.left_out import Followed, write_left_out
 from quantize.runtimes.llama_cpp.tensors import show_as_published
 from quantize.runtimes.llama_cpp.vocabulary import follow_source
 
@@ -65,7 +65,7 @@ def convert(reporter: Reporter, request: ConvertRequest, out: Path, *, header_on
     """
     checkpoint = open_checkpoint(request.folder)
     with opened_converter(request, out) as model:
-        placed = Placed(model, checkpoint)
+        placed = Followed(model, checkpoint)
         made = _write(model, out, request.metadata.get("general.license"), reporter, header_only)
         write_left_out(out, placed.left_out(made))
 

@@ -22,7 +22,7 @@ NO_PLACE = "llama.cpp's converter gives it no place"
 COMPUTED = "the model computes it for itself"
 
 
-class Placed:
+class Followed:
     """Follows a model of the converter. It may split, merge or turn tensors: names alone say nothing."""
 
     def __init__(self, model: Any, checkpoint: Checkpoint) -> None:
