@@ -1,16 +1,17 @@
 """The table of docs/anatomy.md: every causal language model class, and what is proved of it.
 
 In: nothing. Out: rows by model type; run as a module, it looks at every class of the installed transformers, a few
-minutes long, and writes the table: `python -m tests.anatomy_page`.
+minutes long, and writes the table: `python -m tests.anatomy_page [MODEL_TYPE ...]`.
 """
 
 from __future__ import annotations
 
 import sys
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
-from quantize.errors import CheckpointError, first_line
+from quantize.errors import CheckpointError
 from quantize.model.anatomy.find import find
 from quantize.model.anatomy.found import Anatomy
 from tests.anatomy_configs import config_of, model_types
@@ -32,7 +33,7 @@ class Row:
         found = self.found
         name = found.architecture
         if found.refusal:
-            return [self.kind, name, "refused", "refused", found.refusal.replace("|", "/"), f"{found.seconds:.1f}"]
+            return [self.kind, name, "refused", "refused", found.refusal.replace("|", "/").strip(), f"{found.seconds:.1f}"]
         folded, groups = found.folds
         awq = f"proved, {folded} of {groups}" if folded else "no fold"
         without = [
@@ -43,13 +44,15 @@ class Row:
         return [self.kind, name, "proved", awq, rest, f"{found.seconds:.1f}"]
 
 
+@cache
 def row_of(kind: str) -> Row:
     """What is found of a model type's class."""
     name = model_types()[kind]
     try:
         config = config_of(kind)
     except Exception as exc:  # noqa: BLE001 - a class may refuse its own defaults in any way
-        return Row(kind, Anatomy(name, refusal=f"its class refuses its own defaults: {first_line(exc)}"))
+        said = " ".join(str(exc).split())
+        return Row(kind, Anatomy(name, refusal=f"its class refuses its own defaults: {said}"))
     try:
         return Row(kind, find(config))
     except CheckpointError as exc:
@@ -63,12 +66,13 @@ def cells_of(page: str) -> dict[str, list[str]]:
     return {row[0].strip("`"): [row[0].strip("`"), *row[1:]] for row in rows}
 
 
-def write() -> None:
-    """Look at every class and write the table; the text before it stays."""
+def write(wanted: list[str]) -> None:
+    """Look at every class, or at those of the model types that are wanted, and write the table; the rest stays."""
+    known = cells_of(PAGE.read_text(encoding="utf-8"))
     lines = [HEADING, RULE]
     for kind in sorted(model_types()):
-        row = row_of(kind)
-        first, *others = row.cells()
+        is_kept = wanted and kind not in wanted and kind in known
+        first, *others = known[kind] if is_kept else row_of(kind).cells()
         lines.append(f"| `{first}` | {' | '.join(others)} |")
         print(lines[-1], file=sys.stderr, flush=True)
     before = PAGE.read_text(encoding="utf-8").partition(HEADING)[0]
@@ -76,4 +80,4 @@ def write() -> None:
 
 
 if __name__ == "__main__":
-    write()
+    write(sys.argv[1:])

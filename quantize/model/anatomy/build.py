@@ -16,10 +16,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from quantize.errors import CheckpointError, first_line
+from quantize.errors import CheckpointError
 
 SEED = 20
 MOST_WEIGHTS = 40_000_000  # of a small model
+MOST_SAID = 300  # characters of what transformers says of a config
 _NOISE = 0.3
 _MOST = 10.0  # of an initial value that noise is added to; what is beyond was never initialized
 
@@ -58,7 +59,7 @@ def load_config(config: Mapping[str, Any]) -> Any:
     try:
         return CONFIG_MAPPING[kind].from_dict({**_decoded(dict(config)), "quantization_config": None})
     except Exception as exc:  # what a config class raises of a strange config is anything
-        raise CheckpointError(f"config.json: transformers refuses it: {first_line(exc)}") from exc
+        raise CheckpointError(f"config.json: transformers refuses it: {_said(exc)}") from exc
 
 
 def check_causal(settings: Any, config: Mapping[str, Any]) -> None:
@@ -105,7 +106,7 @@ def meta_model(settings: Any, **options: Any) -> Any:
         with torch.device("meta"), quietly():
             return _model(settings, **options)
     except Exception as exc:
-        raise CheckpointError(f"transformers can't build {type(settings).__name__}: {first_line(exc)}") from exc
+        raise CheckpointError(f"transformers can't build {type(settings).__name__}: {_said(exc)}") from exc
 
 
 def random_model(settings: Any, **options: Any) -> Any:
@@ -118,7 +119,7 @@ def random_model(settings: Any, **options: Any) -> Any:
         with quietly():
             model = _model(settings, dtype=torch.float64, **options)
     except Exception as exc:
-        raise CheckpointError(f"transformers can't build a small one: {first_line(exc)}") from exc
+        raise CheckpointError(f"transformers can't build a small one: {_said(exc)}") from exc
     take_plain_experts(model)
     generator = torch.Generator().manual_seed(SEED)
     for module in model.modules():
@@ -154,6 +155,12 @@ def _decoded(value: Any) -> Any:
             return float(value["__float__"])
         return {key: _decoded(each) for key, each in value.items()}
     return [_decoded(each) for each in value] if isinstance(value, list) else value
+
+
+def _said(exc: Exception) -> str:
+    """What transformers says, on one line: a validator's own words are on its second."""
+    lines = [line.strip() for line in str(exc).splitlines() if line.strip()]
+    return " ".join(lines[:2])[:MOST_SAID] or type(exc).__name__
 
 
 def _names(config: Mapping[str, Any]) -> list[str]:
