@@ -33,7 +33,8 @@ class Row:
         found = self.found
         name = found.architecture
         if found.refusal:
-            return [self.kind, name, "refused", "refused", found.refusal.replace("|", "/").strip(), f"{found.seconds:.1f}"]
+            why = found.refusal.replace("|", "/").strip()
+            return [self.kind, name, "refused", "refused", why, f"{found.seconds:.1f}"]
         folded, groups = found.folds
         awq = f"proved, {folded} of {groups}" if folded else "no fold"
         without = [

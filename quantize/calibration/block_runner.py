@@ -8,7 +8,6 @@ runs has weights.
 
 from __future__ import annotations
 
-import math
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -61,7 +60,7 @@ class BlockRunner:
         self._skeleton = _skeleton(load_config(config), found, self.device)
         self.model = self._skeleton.model
         self.hidden_size = self._skeleton.hidden_size
-        self.width = self.hidden_size // math.prod(found.lanes)
+        self.width = self._skeleton.width
         self.blocks = len(self._skeleton.blocks)
 
     def layer(self, index: int) -> nn.Module:
@@ -170,7 +169,7 @@ class BlockRunner:
 def _skeleton(settings: Any, found: Anatomy, device: torch.device) -> Skeleton:
     """The model with the fast kernel, where it computes the same with one that it does not know."""
     kernel = register() if found.takes_kernels else found.attention
-    return Skeleton(settings, found.blocks, kernel, found.outputs, device, lanes=found.lanes)
+    return Skeleton(settings, found.blocks, kernel, found.outputs, device, lanes=found.lanes, wide=found.wide)
 
 
 def share_of(batch_number: int, device: str) -> int:

@@ -129,7 +129,8 @@ class GpuNeed:
 
 def state_bytes(config: Mapping[str, Any], tokens: int) -> int:
     """Of the hidden states of so many tokens. Raises CheckpointError."""
-    return FLOAT_BYTES * tokens * ModelShape.from_config(config).hidden_size * math.prod(anatomy_of(config).lanes)
+    found = anatomy_of(config)
+    return FLOAT_BYTES * tokens * ModelShape.from_config(config).hidden_size * math.prod(found.lanes) * found.wide
 
 
 def memory_short(least: int, budget: int) -> PlanError:

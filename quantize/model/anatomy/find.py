@@ -25,6 +25,7 @@ from quantize.model.anatomy.outside import outside, rehearse
 from quantize.model.anatomy.prove import Fold, mixture_folds, proved
 from quantize.model.anatomy.real import check_parameters, template
 from quantize.model.anatomy.shrink import VOCABULARY, shrink
+from quantize.model.anatomy.skeleton import times_wide
 from quantize.model.anatomy.watch import (
     BlockCall,
     Unknown,
@@ -83,9 +84,11 @@ def _found(whole: Any, real: Any, layers: int) -> Anatomy:
         templates, prefix = _templates(kinds, calls, on_disk, model, path)
         entry, leaving = outside(model, on_disk, path, ids[:1])
         rehearse(settings, model, path, attention, calls, entry, ids[:1])
+    states = calls[0].states
     return Anatomy(
         type(real).__name__, path, prefix, attention, takes_kernels, together, outputs_of(calls[0].output),
-        tuple(calls[0].states.shape[2:-1]), kinds.of_real, templates, entry, leaving, type(real).__module__,
+        tuple(states.shape[2:-1]), times_wide(model, states), kinds.of_real, templates, entry, leaving,
+        type(real).__module__,
     )  # fmt: skip
 
 

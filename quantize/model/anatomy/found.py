@@ -52,8 +52,8 @@ class Anatomy:
     takes_kernels: whether it computes the same with another one that does the same, under a name that it does not know.
     together: whether sequences of one length can run at once. templates: a layout of each kind, with {index}.
     outputs: what a block gives, 0 for a tensor alone, else a tuple of so many. lanes: how many hidden states a token
-    has, () for one. entry, leaving: (name on disk, path) of the parameters that are needed before and after the blocks.
-    module: where the class is.
+    has, () for one; wide: how many times the model's width each is. entry, leaving: (name on disk, path) of the
+    parameters that are needed before and after the blocks. module: where the class is.
     refusal: why blocks can't be run one at a time; "" where they can. seconds: that finding it out took.
     """
 
@@ -65,6 +65,7 @@ class Anatomy:
     together: bool = True
     outputs: int = 0
     lanes: tuple[int, ...] = ()
+    wide: int = 1
     kinds: tuple[int, ...] = ()
     templates: tuple[Template, ...] = ()
     entry: tuple[tuple[str, str], ...] = ()

@@ -121,7 +121,8 @@ def look(block: nn.Module, call: BlockCall, real: nn.Module) -> Sight:
         elif mixture is not None and path == mixture.router:
             kept[name] = ROUTER
         elif _is_few(real.get_parameter(name)):
-            kept[name] = "it has few weights, and they steer the others"
+            is_gate = mixture is not None and weight.shape[0] == 1  # of a shared expert
+            kept[name] = ROUTER if is_gate else "it has few weights, and they steer the others"
         else:
             linears.append(path)
     if mixture is not None and mixture.router and mixture.router in linears:

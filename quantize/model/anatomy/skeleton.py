@@ -21,19 +21,25 @@ from quantize.model.anatomy.watch import Arguments, first, forward_only, interce
 Read = Callable[[str], Tensor]
 
 
+def times_wide(model: Any, states: Tensor) -> int:
+    """How many times a model's width its hidden states are."""
+    return max(1, int(states.shape[-1]) // int(model.config.get_text_config().hidden_size))
+
+
 class Skeleton:
     """See above. outputs: what a block gives, as watch.outputs_of says. lanes: how many hidden states a token has; here
-    they are one, as wide as all. dtype: of all that is loaded.
+    they are one, as wide as all. wide: how many times the model's width each is. dtype: of all that is loaded.
 
     model: transformers' own; blocks: its decoder blocks.
     """
 
     def __init__(
         self, settings: Any, blocks: str, kernel: str, outputs: int, device: torch.device,
-        dtype: torch.dtype = torch.float32, lanes: tuple[int, ...] = (),
+        dtype: torch.dtype = torch.float32, lanes: tuple[int, ...] = (), wide: int = 1,
     ) -> None:  # fmt: skip
         """Raises CheckpointError: transformers can't build it."""
-        self.device, self._dtype, self._outputs, self._lanes = device, dtype, outputs, lanes
+        self.device, self._dtype, self._outputs = device, dtype, outputs
+        self._lanes, self._wide = lanes, wide
         self.model = meta_model(settings, attn_implementation=kernel, dtype=dtype)
         self.blocks: Any = self.model.get_submodule(blocks)
         inside = {id(module) for block in self.blocks for module in block.modules()}
@@ -45,7 +51,12 @@ class Skeleton:
     @property
     def hidden_size(self) -> int:
         """Width of a token's hidden states, all lanes side by side."""
-        return math.prod(self._lanes) * int(self.model.config.get_text_config().hidden_size)
+        return math.prod(self._lanes) * self._wide * self.width
+
+    @property
+    def width(self) -> int:
+        """The model's own width, which its embedding and its head have."""
+        return int(self.model.config.get_text_config().hidden_size)
 
     def embed(self, read: Read, entry: Mapping[str, str], sequences: list[Tensor]) -> Iterator[Tensor]:
         """The first block's input of each sequence, [length, hidden], as the model's own forward makes it.
