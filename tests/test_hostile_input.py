@@ -456,6 +456,8 @@ def test_gguf_metadata_that_can_not_be(fields: dict[str, Any]) -> None:
     ],
 )
 def test_layouts_that_can_not_be(changes: dict[str, Any]) -> None:
+    import torch  # noqa: F401 - what has it loaded looks for itself, and starts no process for each of these
+
     config = {**seeds.MIXTURE, "mlp_only_layers": [], **changes}
     with pytest.raises(CheckpointError):
         block_layout(config, 1)
