@@ -21,7 +21,9 @@ from quantize.runtimes.llama_cpp.log import keep_log
 from quantize.runtimes.token_lines import token_lines
 
 PRE, TEMPLATE = "tokenizer.ggml.pre", "tokenizer.chat_template"
-SCORES = "tokenizer.ggml.scores"
+SCORES, KINDS = "tokenizer.ggml.scores", "tokenizer.ggml.token_type"
+NORMAL, USER_DEFINED = 1, 4  # of llama.cpp's token types, as SentencePiece numbers them
+ADDED_SCORE = -1000.0  # what the converter gives an added token
 EOS, EOT = "tokenizer.ggml.eos_token_id", "tokenizer.ggml.eot_token_id"
 PLACEHOLDER = "quantize-pre-tokenizer"  # in the file that candidates are tried with
 TRIED_LINES = 3  # of so many lines one
@@ -75,6 +77,7 @@ def follow_source(model: Any, chosen: str | None) -> None:
                 f"({fields.get(PRE) or 'it has none'})", hint="leave `pre_tokenizer` out",
             )  # fmt: skip
         _keep_merge_order(fields, model.dir_model)
+        _keep_user_defined(fields, model.dir_model / "tokenizer.model")
         _keep_template(fields, model.dir_model)
         _keep_ends(fields, model.dir_model)
 
@@ -116,6 +119,22 @@ def _keep_merge_order(fields: _Fields, folder: Path) -> None:
     for text, number in vocabulary.items():
         if number < len(scores):
             scores[number] = -float(ranks.get(text, len(merges)))
+
+
+def _keep_user_defined(fields: _Fields, path: Path) -> None:
+    """The pieces that SentencePiece takes as they stand, before it splits the rest: Gemma's runs of spaces, its tags.
+
+    The converter looks for them in tokenizer_config.json alone.
+    """
+    kinds, scores = fields.get(KINDS), fields.get(SCORES)
+    if not path.is_file() or not isinstance(kinds, list) or not isinstance(scores, list):
+        return
+    from sentencepiece import sentencepiece_model_pb2
+
+    proto: Any = sentencepiece_model_pb2
+    for number, piece in enumerate(proto.ModelProto.FromString(path.read_bytes()).pieces):
+        if piece.type == piece.USER_DEFINED and number < len(kinds) and kinds[number] == NORMAL:
+            kinds[number], scores[number] = USER_DEFINED, ADDED_SCORE
 
 
 def _keep_template(fields: _Fields, folder: Path) -> None:
