@@ -9,6 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from quantize.evaluate.structure import NEAR as NEAR_THE_SOURCE
+from quantize.evaluate.structure import Intended, check_structure
+from quantize.events import SilentReporter
+from quantize.runtimes.base import ModelRef
 from tests.canary import PAGE, measure, rows_of_page
 from tests.families import FAMILIES, Family
 
@@ -27,6 +31,9 @@ def test_the_answers_are_those_of_transformers(family: Family, tmp_path: Path) -
     if row.right:
         assert abs(float(written[6]) - row.exact) < NEAR
         assert abs(float(written[7]) - row.kl) < NEAR
+        artifact = ModelRef(tmp_path, "gguf", "tiny-Q8_0.gguf")
+        checks = check_structure(SilentReporter(), artifact, tmp_path / "checkpoint", Intended(8))
+        assert checks.get(NEAR_THE_SOURCE, "") == ""
 
 
 def test_the_page_has_every_family_and_no_other() -> None:

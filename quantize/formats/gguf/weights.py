@@ -1,6 +1,7 @@
 """The matrices of a GGUF file as float32, one at a time, read and dequantized by the gguf package.
 
-In: a file, its source checkpoint. Out: tensors by the source's names; the order that GGUF gives rotary rows is undone.
+In: a file, its source checkpoint. Out: tensors by the source's names, rows and columns in the source's order, where
+llama.cpp's converter has another one: rotary halves, queries, keys and values in one matrix, heads of linear attention.
 """
 
 from __future__ import annotations
@@ -20,6 +21,10 @@ from quantize.model.shape import ModelShape
 if TYPE_CHECKING:
     from torch import Tensor
 
+NEAR = 0.5  # cosine of a row and the source's; Q2_K has 0.9 and more
+DEAD = 0.01  # of the mean row's energy: such a row has no direction
+SKETCH = 256  # random projections of a row, by which those that are near are found
+ROWS_AT_ONCE = 4096
 ROTARY = ("q_proj.weight", "k_proj.weight")
 _MATRIX = re.compile(r"^blk\.\d+\.(attn|ffn)_.*\.weight$")
 _ROUTER = re.compile(r"ffn_gate_inp|_norm\.")
@@ -71,9 +76,41 @@ def _gguf_reader(path: Path, checkpoint: Checkpoint) -> Reader:
         found = values(item)
         if found.shape != source.shape:
             return None
-        return _undo_rotary_order(found, source, head_dim) if name.endswith(ROTARY) else found
+        return in_source_order(_undo_rotary_order(found, source, head_dim) if name.endswith(ROTARY) else found, source)
 
     return read
+
+
+def in_source_order(found: Tensor, source: Tensor) -> Tensor:
+    """A matrix, [out, in] float32, with its rows, or its columns, where the nearest of the source's are.
+
+    Only those that are not near the source's in their place are moved, and only among each other, each to a place of
+    its own. Where that can't be, they are not the source's in another order, and the matrix is left as it is.
+    """
+    for axis in (0, 1):
+        places = _places(found if axis == 0 else found.T, source if axis == 0 else source.T)
+        if places is not None:
+            return found.index_select(axis, places)
+    return found
+
+
+def _places(found: Tensor, source: Tensor) -> Tensor | None:
+    """For each row of the source, the row of `found` that is nearest to it; None where they are no such order."""
+    import torch
+
+    energy = (source * source).sum(1)
+    near = (found * source).sum(1) >= NEAR * energy.sqrt() * found.norm(dim=1)
+    moved = torch.nonzero(~near & (energy > DEAD * energy.mean())).flatten()
+    if len(moved) < 2:
+        return None
+    mixed = torch.randn(source.shape[1], SKETCH, generator=torch.Generator().manual_seed(0))
+    here, there = (torch.nn.functional.normalize(rows[moved] @ mixed, dim=1) for rows in (found, source))
+    nearest = torch.cat([(part @ there.T).argmax(1) for part in torch.split(here, ROWS_AT_ONCE)])
+    if len(torch.unique(nearest)) < len(nearest):
+        return None
+    places = torch.arange(len(source))
+    places[moved[nearest]] = moved
+    return places
 
 
 def _undo_rotary_order(found: Tensor, source: Tensor, head_dim: int) -> Tensor:
