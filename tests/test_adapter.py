@@ -142,11 +142,14 @@ def of_another_size(folder: Path) -> None:
             of_another_size,
             r"has \[64, 64\] for model.layers.0.self_attn.q_proj.weight, which is \[96, 96\]",
         ),
+        (lambda folder: write_safetensors(folder / "adapter_model.safetensors", {}, "F32"), "has no tensors"),
+        (lambda folder: change(folder, use_dora=True), "has no magnitude, and adapter_config.json says that it is"),
         (lambda folder: (folder / "adapter_config.json").unlink(), "no adapter_config.json"),
         (lambda folder: (folder / "adapter_model.safetensors").unlink(), "no adapter_model.safetensors"),
     ],
-    ids=["method", "replication", "pissa", "alpha", "pattern", "block", "size", "no-config", "no-weights"],
-)
+    ids=["method", "replication", "pissa", "alpha", "pattern", "block", "size", "empty", "dora", "no-config",
+         "no-weights"],
+)  # fmt: skip
 def test_an_adapter_that_does_not_fit_is_refused(
     spoil: Callable[[Path], object], message: str, base: Path, tmp_path: Path
 ) -> None:

@@ -100,10 +100,11 @@ ALPACA = {"instruction": "Name the capital.", "input": "France", "output": "Pari
                                    {"role": "assistant", "content": "Paris."}]),
         ({"messages": [{"role": "user", "content": [{"type": "text", "text": "What is the capital "},
                                                     {"type": "text", "text": "of France?"}]}, ANSWERED]}, CHAT),
+        ({"messages": json.dumps(CHAT)}, CHAT),
         ({"messages": [{"role": "developer", "content": "Be brief."}, *CHAT]}, [SYSTEM, *CHAT]),
     ],
     ids=["messages", "sharegpt", "openai-in-sharegpt", "prompt", "prompt-messages", "system-column", "alpaca",
-         "alpaca-without-input", "parts", "developer"],
+         "alpaca-without-input", "parts", "messages-in-text", "developer"],
 )  # fmt: skip
 def test_a_chat_in_whatever_columns_is_what_the_template_makes_of_its_messages(
     row: dict[str, Any], messages: list[dict[str, Any]], tiny: Path, tmp_path: Path
@@ -184,9 +185,9 @@ def test_a_template_that_reads_parts_gets_parts(tiny: Path, tmp_path: Path) -> N
 
 def test_rows_that_hold_nothing_are_skipped_and_counted(tiny: Path, tmp_path: Path) -> None:
     rows = [{"text": None}, {"text": TEXT}, {"messages": []}, {"messages": None}, {"prompt": None, "completion": "x"},
-            {"text": ""}]  # fmt: skip
+            {"text": ""}, None, {"prompt": "", "completion": " "}]  # fmt: skip
     found = set_of(tmp_path, tiny, *rows, minimum_tokens=2)
-    assert (len(found.token_ids), found.skipped_rows) == (1, 5)
+    assert (len(found.token_ids), found.skipped_rows) == (1, 7)
 
 
 @pytest.mark.parametrize(

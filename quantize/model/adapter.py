@@ -143,6 +143,9 @@ def changes_of(folder: Path, own: Mapping[str, TensorInfo], base: Table) -> dict
         whole = changes[target].whole if target in changes else None
         _check_shape(folder, target, change, own, own[whole].shape if whole else base[target][1])
         changes[target] = Merge(**{**vars(change), "whole": whole})
+    if not changes:
+        what = f"source: adapter {folder.name}: {ADAPTER_WEIGHTS} has no tensors, so there is nothing to merge"
+        raise CheckpointError(what, hint="save the adapter again with PEFT, or leave it out")
     return changes
 
 
@@ -152,6 +155,8 @@ def _factors(folder: Path, module: str, parts: Mapping[str, str], settings: Mapp
     if f"{kind}A" not in parts or f"{kind}B" not in parts:
         raise _odd(folder, f"{PREFIX}{module}", "lacks one of its two factors")
     magnitude = parts.get("lora_magnitude_vector")
+    if magnitude is None and settings.get("use_dora"):
+        raise _odd(folder, f"{PREFIX}{module}", f"has no magnitude, and {ADAPTER} says that it is DoRA")
     turned = embedding or bool(settings.get("fan_in_fan_out"))
     if magnitude is not None and turned:
         raise _odd(folder, f"{PREFIX}{module}", "is DoRA of an embedding or a Conv1D, which is not merged here")

@@ -39,6 +39,8 @@ def row_of(record: object, column: str, where: str) -> Row:
     Without `column` in it, and where the spec names none, the other columns say what the row is. where: its file and
     line or number. Raises RecipeError: there is no such column, or what it holds is no text and no chat.
     """
+    if record is None:
+        return None
     if not isinstance(record, Mapping):
         raise no_column(where, column, [])
     if column in record:
@@ -64,6 +66,8 @@ def _value(record: Mapping[str, Any], column: str, where: str) -> Row:
     value = record[column]
     if value is None:
         return None
+    if isinstance(value, str) and column in CHAT_COLUMNS:
+        value = _chat_in_text(value)
     if isinstance(value, str):
         return _checked(value, where)
     if not isinstance(value, list):
@@ -71,6 +75,12 @@ def _value(record: Mapping[str, Any], column: str, where: str) -> Row:
         raise RecipeError(what, hint="mend the row, or leave it out")
     messages = messages_of(value, where)
     return Chat(messages, _tools(record, where), where) if messages else None
+
+
+def _chat_in_text(value: str) -> Any:
+    """The messages of a chat that is kept as JSON in a text; other text stays as it is."""
+    found = _parsed(value)
+    return found if isinstance(found, list) and all(isinstance(item, Mapping) for item in found) else value
 
 
 def _answered(record: Mapping[str, Any], question: str, answer: str, where: str) -> Row:
@@ -86,6 +96,8 @@ def _answered(record: Mapping[str, Any], question: str, answer: str, where: str)
             kind = type(value).__name__
             raise RecipeError(f"{where}: column `{name}` holds no text, but {kind}", hint="mend the row")
         _checked(value, where)
+    if not (asked.strip() or given.strip() or beside.strip()):
+        return None
     text = f"{asked}\n\n{beside}" if beside else asked
     messages = [{"role": "user", "content": text}, {"role": "assistant", "content": given}]
     system = record.get(SYSTEM)

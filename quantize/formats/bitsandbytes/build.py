@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from quantize.errors import PlanError
+from quantize.errors import CheckpointError, PlanError
 from quantize.events import Reporter, status
 from quantize.formats.base import BuildResult, Context, RunLimits, SizePlan, UncalibratedBuilder
 from quantize.formats.bitsandbytes.steps import NF4_BLOCK, nf4_state
@@ -26,9 +26,12 @@ from quantize.formats.folder_build import (
     size_plan,
     write_beside,
 )
+from quantize.model.architecture import block_index, block_layouts
 from quantize.model.checkpoint import Checkpoint
 from quantize.recipe.model import FormatOptions
 from quantize.system.process import run_step
+
+HEAD = "lm_head"  # where it is tied, no tensor names it
 
 
 class BitsandbytesOptions(FormatOptions):
@@ -54,9 +57,12 @@ class BitsandbytesBuilder(UncalibratedBuilder):
 
     def check(self, checkpoint: Checkpoint, options: BitsandbytesOptions) -> None:
         """Experts are no linears of their own in transformers, so bitsandbytes leaves them alone: refuse."""
-        from quantize.model.architecture import block_count, block_layout
-
-        if any(block_layout(checkpoint.config, index).experts for index in range(block_count(checkpoint.config))):
+        try:
+            has_experts = any(layout.experts for layout in block_layouts(checkpoint.config))
+        except CheckpointError as exc:
+            hint = "a gguf variant without an importance matrix may be made of this model"
+            raise PlanError(f"bitsandbytes must know what blocks are made of: {exc.message}", hint=hint) from exc
+        if has_experts:
             raise PlanError(
                 f"bitsandbytes does not quantize the experts of {checkpoint.architecture}",
                 hint="use a gguf, gptq or awq variant for this model",
@@ -125,6 +131,14 @@ def _size(checkpoint: Checkpoint, options: BitsandbytesOptions) -> SizePlan:
     return size_plan(checkpoint, layout, _config(checkpoint, options), stored_dtype=checkpoint.dtype)
 
 
+def _skipped(checkpoint: Checkpoint) -> list[str] | None:
+    """The modules that transformers is to leave as they are; None where they are those that it leaves by itself."""
+    kept = [name for layout in block_layouts(checkpoint.config) for name, _ in layout.kept]
+    outside = [name for name in checkpoint.tensors if block_index(checkpoint.config, name) is None]
+    names = {name.removesuffix(".weight") for name in (*outside, *kept) if name.endswith(".weight")}
+    return sorted(names | {HEAD}) if kept else None
+
+
 def _config(checkpoint: Checkpoint, options: BitsandbytesOptions) -> str:
     four = options.type == "nf4"
     return config_text(
@@ -136,7 +150,7 @@ def _config(checkpoint: Checkpoint, options: BitsandbytesOptions) -> str:
             "load_in_4bit": four,
             "load_in_8bit": not four,
             "llm_int8_threshold": options.threshold,
-            "llm_int8_skip_modules": None,
+            "llm_int8_skip_modules": _skipped(checkpoint),
             "llm_int8_enable_fp32_cpu_offload": False,
             "llm_int8_has_fp16_weight": False,
             "bnb_4bit_quant_type": "nf4" if four else "fp4",
