@@ -39,6 +39,7 @@ MAX_NAMES = 60
 LARGEST = 1e100
 """A loss that is more has no place."""
 SPAN = 500.0
+FAR = 20  # times the largest figure: a limit beyond that would leave no room for the figures
 """What is smaller than the largest by more lies on the lower edge, with its figure beside its name."""
 UNITS = ((1e9, "GB"), (1e6, "MB"), (1e3, "kB"), (1.0, "bytes"))
 
@@ -151,8 +152,9 @@ def _unit(marks: Sequence[Mark]) -> tuple[float, str]:
 def _loss_scale(chart: QualityChart, start: float, end: float) -> Scale:
     marks = chart.drawn
     values = [value for item in marks for value in (item.loss, item.low, item.high, item.worst)]
-    values += [chart.limit]
     known = [value for value in values if value is not None and 0 < value <= LARGEST] or [0.001]
+    if chart.limit is not None and 0 < chart.limit <= FAR * max(known):
+        known.append(chart.limit)
     high = max(known) * 1.7
     return Scale(max(min(known) / 1.7, high / SPAN), high, start, end, logarithmic=True)
 
@@ -220,6 +222,11 @@ def _limit(chart: QualityChart, y: Scale, right: float, boxes: list[Box]) -> str
     """The field over the limit, and its name, on whichever end of the line is free; remembered in `boxes`."""
     if chart.limit is None or chart.limit <= 0:
         return ""
+    if chart.limit > y.high:
+        said = f"{chart.limit_name}, above the scale"
+        spot = (right - 6 - text_width(said), y.end, right - 6, y.end + 20)
+        boxes.append(spot)
+        return text("limit-name", right - 6, y.end + 16, said, "end")
     at, wide = y(chart.limit), text_width(chart.limit_name)
     above = at - 7 if at - 22 > y.end else at + 17
     ends = {"end": right - 6, "start": LEFT + 8.0}

@@ -91,6 +91,12 @@ def test_the_limit_lies_at_the_loss_that_it_is() -> None:
     assert 'class="limit"' not in draw(chart(mark("a", 100, 0.1), limit=None))
 
 
+def test_a_limit_far_above_leaves_the_figures_their_room() -> None:
+    none, far = (draw(chart(mark("a", 100, 0.1), mark("b", 120, 0.01), limit=limit)) for limit in (None, 100))
+    assert "above the scale" in far
+    assert [dot(item) for item in groups(far).values()] == [dot(item) for item in groups(none).values()]
+
+
 def test_shapes_tell_what_colors_tell() -> None:
     shapes = {
         name: {str(item.get("class")) for item in group.iter() if item.get("class") in ("dot", "open", "cross", "ring")}
