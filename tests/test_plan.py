@@ -207,3 +207,12 @@ def test_what_llama_cpp_refuses_is_a_refusal_of_that_variant(tmp_path: Path, sto
     assert second.refusal.message == "override 'no_such_tensor' matches no tensor"
     assert third.refusal is None
     assert third.size is not None
+
+
+def test_the_blocks_of_a_refused_plan_come_without_a_traceback(tiny: Path, tmp_path: Path, run: Run) -> None:
+    """-v asks for the blocks here; that a size does not divide a width is no defect."""
+    recipe = write_recipe(tmp_path / "recipe.yaml", tiny, [{"format": "gptq", "group_size": 1000}])
+    result = run("plan", recipe, "-v", "--store", tmp_path / "store")
+    assert result.exit_code in (2, 3)
+    assert "group_size 1000 does not divide" in result.stderr
+    assert "Traceback" not in result.stderr

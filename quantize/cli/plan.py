@@ -59,6 +59,7 @@ def command(
             click.echo("\n".join(anatomy_lines(plan.source.location)))
     refused = [job.refusal for job in plan.jobs if job.refusal is not None]
     if refused:
+        click.get_current_context().meta["quantize.verbose"] = False  # -v asked for the blocks; this is no defect
         raise refused[0]
 
 
