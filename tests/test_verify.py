@@ -391,7 +391,7 @@ def test_good_files_of_models_that_the_converter_rearranges(name: str, tmp_path:
     request = ConvertRequest(checkpoint.folder, checkpoint.dtype, {"general.name": "x"}, family.pre_tokenizer)
     convert(silent, request, tmp_path / "x.gguf")
     expected = expected_of(silent, checkpoint, family.pre_tokenizer)
-    assert expected.left_out == ()
+    assert expected.left_out == {}
     compare_header(read_gguf(tmp_path / "x.gguf"), checkpoint, expected)
     facts = engine.try_out(silent, tmp_path / "x.gguf", 4, 1, checkpoint, expected)
     assert facts["divergence"] < 1e-3 * facts["divergence_elsewhere"]
