@@ -87,7 +87,7 @@ def in_source_order(found: Tensor, source: Tensor) -> Tensor:
     Only those that are not near the source's in their place are moved, and only among each other, each to a place of
     its own. Where that can't be, they are not the source's in another order, and the matrix is left as it is.
     """
-    for axis in (0, 1):
+    for axis in (0, 1) if found.dim() == 2 else ():
         places = _places(found if axis == 0 else found.T, source if axis == 0 else source.T)
         if places is not None:
             return found.index_select(axis, places)
@@ -99,8 +99,7 @@ def _places(found: Tensor, source: Tensor) -> Tensor | None:
     import torch
 
     energy = (source * source).sum(1)
-    near = (found * source).sum(1) >= NEAR * energy.sqrt() * found.norm(dim=1)
-    moved = torch.nonzero(~near & (energy > DEAD * energy.mean())).flatten()
+    moved = torch.nonzero(~_near(found, source) & (energy > DEAD * energy.mean())).flatten()
     if len(moved) < 2:
         return None
     mixed = torch.randn(source.shape[1], SKETCH, generator=torch.Generator().manual_seed(0))
@@ -110,7 +109,13 @@ def _places(found: Tensor, source: Tensor) -> Tensor | None:
         return None
     places = torch.arange(len(source))
     places[moved[nearest]] = moved
-    return places
+    return places if bool(_near(found[places[moved]], source[moved]).all()) else None
+
+
+def _near(found: Tensor, source: Tensor) -> Tensor:
+    """Whether each row points where the source's does."""
+    near: Tensor = (found * source).sum(1) >= NEAR * source.norm(dim=1) * found.norm(dim=1)
+    return near
 
 
 def _undo_rotary_order(found: Tensor, source: Tensor, head_dim: int) -> Tensor:
