@@ -12,7 +12,6 @@ from quantize.errors import CheckpointError
 from quantize.model.architecture import (
     anatomy_of,
     block_count,
-    block_index,
     block_layout,
     block_layouts,
 )
@@ -74,8 +73,8 @@ def test_missing_or_wrong_number_is_refused(value: object) -> None:
 
 def test_block_index_of_a_tensor() -> None:
     config = {"architectures": ["LlamaForCausalLM"], "num_hidden_layers": 13}
-    assert block_index(config, "model.layers.12.mlp.down_proj.weight") == 12
-    assert block_index(config, "model.norm.weight") is None
+    assert anatomy_of(config).block_of("model.layers.12.mlp.down_proj.weight") == 12
+    assert anatomy_of(config).block_of("model.norm.weight") is None
 
 
 def test_reading_the_table_imports_no_torch() -> None:

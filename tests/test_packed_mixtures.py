@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from quantize.formats.packed.mixtures import is_mixture, packed_linears
+from quantize.formats.packed.mixtures import is_mixture
+from quantize.formats.packed.weights import packed_linears
 from quantize.testing import write_recipe
 from tests.conftest import Run
 from tests.families import family_named, make_family

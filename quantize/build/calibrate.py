@@ -32,7 +32,7 @@ from quantize.errors import (
 )
 from quantize.events import Reporter, note, status, warn
 from quantize.formats.base import Builder, Collector, Context, RunLimits
-from quantize.model.architecture import block_count, block_layout
+from quantize.model.architecture import block_count, block_layouts
 from quantize.recipe.calibration import Calibration
 from quantize.recipe.model import Recipe
 from quantize.store.manifest import CalibrationEntry, tool_versions
@@ -300,7 +300,7 @@ def _spread(
         return [number for number, part in enumerate(parts) if part.error is not None]
 
     config = parts[0].context.checkpoint.config
-    layouts = [block_layout(config, index) for index in range(block_count(config))]
+    layouts = list(block_layouts(config))
     lacking = [Lacking(part.blocks, [part.collector.pieces(layout) for layout in layouts]) for part in parts]
     cluster.run(plan, lacking, journal.saved_shares, take)
 

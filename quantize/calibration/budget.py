@@ -13,9 +13,10 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from quantize.errors import PlanError
-from quantize.model.architecture import anatomy_of, block_count, block_index, block_layout
+from quantize.model.architecture import anatomy_of, block_layouts
 from quantize.model.checkpoint import Checkpoint
 from quantize.model.config import number_or
+from quantize.model.layout import BlockLayout
 from quantize.model.shape import ModelShape
 from quantize.numerics.constants import BATCH_TOKENS, GPU_BATCH_TOKENS, GPU_SOLVED_VALUES, SHARES
 from quantize.system.sizes import mebibytes_text
@@ -53,7 +54,7 @@ class Solver(Protocol):
 
 def largest_block(checkpoint: Checkpoint) -> BlockMemory:
     """The block whose weights and Gram matrices take most. Raises CheckpointError: the architecture is not known."""
-    found = [_block_memory(checkpoint, index) for index in range(block_count(checkpoint.config))]
+    found = [_block_memory(checkpoint, layout) for layout in block_layouts(checkpoint.config)]
     return max(found, key=lambda item: item.weights + sum(item.grams))
 
 
@@ -71,8 +72,8 @@ def least_bytes(checkpoint: Checkpoint, solvers: Sequence[int]) -> int:
 
 def _beside_blocks(checkpoint: Checkpoint) -> tuple[int, int]:
     """The process with its vocabulary, and what copying the largest tensor outside of the blocks takes."""
-    config = checkpoint.config
-    outside = [info.size_bytes for name, info in checkpoint.tensors.items() if block_index(config, name) is None]
+    anatomy = anatomy_of(checkpoint.config)
+    outside = [info.size_bytes for name, info in checkpoint.tensors.items() if anatomy.block_of(name) is None]
     vocabulary = TOKEN_BYTES * number_or(checkpoint.config, "vocab_size", 0)
     return BASE_BYTES + vocabulary, 2 * max(outside, default=0)  # the pages that are read, and a copy in FP16
 
@@ -143,8 +144,7 @@ def memory_short(least: int, budget: int) -> PlanError:
     )
 
 
-def _block_memory(checkpoint: Checkpoint, index: int) -> BlockMemory:
-    layout = block_layout(checkpoint.config, index)
+def _block_memory(checkpoint: Checkpoint, layout: BlockLayout) -> BlockMemory:
     shapes = {name: info for name, info in checkpoint.tensors.items() if name.startswith(layout.prefix)}
     linears = {item.tensor: shapes[item.tensor] for item in layout.linears if item.tensor in shapes}
     widths, stacks = [], []

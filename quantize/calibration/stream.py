@@ -31,7 +31,7 @@ from quantize.calibration.hidden_states import (
 )
 from quantize.errors import BuildError, CheckpointError
 from quantize.events import Reporter, SilentReporter, progress, warn
-from quantize.model.architecture import block_layout
+from quantize.model.architecture import block_layouts
 from quantize.model.layout import BlockLayout, Linear
 from quantize.numerics.constants import batch_tokens, shares_on
 from quantize.numerics.gptq import estimated_loss
@@ -123,7 +123,7 @@ def stream_blocks(
     first = _first_block(states, spill.saved, start_block, events)
     embed_all(checkpoint, runner, ordered, states if first is None else None)
     total = tokens * runner.blocks
-    layouts = [block_layout(checkpoint.config, index) for index in range(runner.blocks)]
+    layouts = list(block_layouts(checkpoint.config))
     for layout, weights in read_blocks(checkpoint, layouts[first or 0 :], runner.device):
         runner.load(layout, weights)
         index, last = layout.index, layout.index == runner.blocks - 1

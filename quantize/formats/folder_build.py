@@ -17,8 +17,9 @@ from typing import Any
 
 from quantize.files.shards import files_bytes, table_bytes
 from quantize.formats.base import Context, KeptTensor, LeftOut, SizePlan
-from quantize.model.architecture import block_index, block_layouts
-from quantize.model.belonging import prediction_tensors
+from quantize.model.anatomy.found import Anatomy
+from quantize.model.architecture import anatomy_of, block_layouts
+from quantize.model.belonging import COMPUTED, prediction_tensors
 from quantize.model.checkpoint import Checkpoint
 from quantize.model.folder_files import CONFIG_FILES, tokenizer_files
 
@@ -45,7 +46,7 @@ def plan_layout(checkpoint: Checkpoint, linear_table: LinearTable, stored_dtype:
     config = checkpoint.config
     packed = {linear.tensor for layout in block_layouts(config) for linear in layout.linears}
     table: dict[str, tuple[str, Shape]] = {}
-    for name in sorted(checkpoint.tensors, key=partial(_order, config)):
+    for name in sorted(checkpoint.tensors, key=partial(_order, anatomy_of(config))):
         shape = checkpoint.tensors[name].shape
         if name in packed:
             prefix = name.removesuffix("weight")
@@ -55,8 +56,8 @@ def plan_layout(checkpoint: Checkpoint, linear_table: LinearTable, stored_dtype:
     return TensorLayout(table, frozenset(packed))
 
 
-def _order(config: Mapping[str, Any], name: str) -> tuple[int, int, str]:
-    block = block_index(config, name)
+def _order(anatomy: Anatomy, name: str) -> tuple[int, int, str]:
+    block = anatomy.block_of(name)
     if block is not None:
         return (1, block, name)
     return (0 if "embed" in name else 2, 0, name)
@@ -77,12 +78,12 @@ def kept_tensors(
     checkpoint: Checkpoint, layout: TensorLayout, stored_dtype: str = STORED_DTYPE
 ) -> tuple[KeptTensor, ...]:
     """Every tensor that is not packed, with the reason."""
-    kept, ahead = [], frozenset(prediction_tensors(checkpoint))
+    kept, ahead, anatomy = [], frozenset(prediction_tensors(checkpoint)), anatomy_of(checkpoint.config)
     reasons = {name: reason for found in block_layouts(checkpoint.config) for name, reason in found.kept}
     for name in sorted(set(checkpoint.tensors) - layout.packed):
         if name in ahead:
             reason = "heads that predict several tokens ahead (MTP) stay unquantized"
-        elif block_index(checkpoint.config, name) is None:
+        elif anatomy.block_of(name) is None:
             reason = "embedding, head and final norm stay unquantized in this format"
         elif len(checkpoint.tensors[name].shape) <= 1:
             reason = "norms and biases stay unquantized"
@@ -94,7 +95,7 @@ def kept_tensors(
 
 def left_out(checkpoint: Checkpoint) -> tuple[LeftOut, ...]:
     """What the source's files hold and the artifact does not."""
-    return tuple(LeftOut(name, "the model computes it for itself") for name in checkpoint.computed)
+    return tuple(LeftOut(name, COMPUTED) for name in checkpoint.computed)
 
 
 def unquantized_heads(checkpoint: Checkpoint) -> tuple[str, ...]:

@@ -14,7 +14,7 @@ from typing import Any
 
 from quantize.errors import VerifyError
 from quantize.files.safetensors import TensorInfo
-from quantize.model.architecture import block_index
+from quantize.model.architecture import anatomy_of
 from quantize.model.checkpoint import Checkpoint, read_json, tensor_table
 
 WORD_BITS = 32
@@ -33,6 +33,7 @@ def account(folder: Path, checkpoint: Checkpoint, *, folds: bool = False) -> dic
     settings = read_json(folder / "config.json").get("quantization_config")
     bits = settings.get("bits") if isinstance(settings, dict) else None
     counts = {"carried": 0, "folded": 0, "quantized": 0}
+    anatomy = anatomy_of(checkpoint.config) if folds else None
     for name, info in checkpoint.tensors.items():
         weights = _quantized_weights(name, have, bits)
         if weights is not None:
@@ -45,7 +46,7 @@ def account(folder: Path, checkpoint: Checkpoint, *, folds: bool = False) -> dic
             continue
         if name not in have:
             raise VerifyError(f"{folder.name}: tensor {name} of the source is lost", hint=REBUILD)
-        kind = "folded" if folds and block_index(checkpoint.config, name) is not None else "carried"
+        kind = "folded" if anatomy is not None and anatomy.block_of(name) is not None else "carried"
         _compare(folder, name, have[name], checkpoint, values=kind == "carried")
         counts[kind] += 1
     return counts

@@ -68,8 +68,3 @@ def block_layouts(config: Config) -> Iterator[BlockLayout]:
 def block_layout(config: Config, index: int) -> BlockLayout:
     """What block `index` is made of. Raises CheckpointError."""
     return anatomy_of(config).layout(index)
-
-
-def block_index(config: Config, tensor: str) -> int | None:
-    """The block that a tensor belongs to, None outside the blocks. Raises CheckpointError."""
-    return anatomy_of(config).block_of(tensor)

@@ -38,6 +38,7 @@ NUMBERS = {
     "length_penalty": float, "top_k": int, "max_length": int, "max_new_tokens": int, "min_length": int,
     "num_beams": int, "no_repeat_ngram_size": int,
 }  # fmt: skip
+COMPUTED = "the model computes it for itself"  # why a tensor of the source is in no artifact
 NAMED = 3  # tensors that an error names
 
 

@@ -6,12 +6,12 @@ state, files (builders). The arithmetic is bitsandbytes' own; absolute maxima ar
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
+
+from quantize.numerics.dequantize import four_bit
 
 NF4_BLOCK = 64
 
@@ -29,10 +29,7 @@ class Nf4Blocks:
 
     def dequantize(self, shape: Sequence[int]) -> Tensor:
         """The weight of that shape that the codes stand for, float32."""
-        flat = self.words.flatten()
-        codes = torch.stack((flat >> 4, flat & 15), dim=1).flatten()[: math.prod(shape)]
-        scales = self.absmax.repeat_interleave(NF4_BLOCK)[: len(codes)]
-        return (self.levels[codes.long()] * scales).reshape(*shape)
+        return four_bit(self.words, self.absmax, self.levels, NF4_BLOCK, shape)
 
 
 def quantize_nf4(weight: Tensor) -> Nf4Blocks:

@@ -7,7 +7,7 @@ token ids. What token ids mean is left to the tokenizer of the source, so that b
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -48,6 +48,21 @@ class Prompted:
     token_ids: tuple[int, ...]
     max_tokens: int
     stop: frozenset[int] = frozenset()
+
+
+def in_groups(requests: Sequence[Prompted], fits: Callable[[Sequence[Prompted]], bool]) -> Iterator[list[int]]:
+    """Places of the requests that are answered together: by the length of their prompts, as many as fit.
+
+    One that does not fit alone is a group of its own.
+    """
+    members: list[int] = []
+    for index in sorted(range(len(requests)), key=lambda place: len(requests[place].token_ids)):
+        if members and not fits([requests[place] for place in (*members, index)]):
+            yield members
+            members = []
+        members.append(index)
+    if members:
+        yield members
 
 
 def goes_on(request: Prompted, chosen: list[int], token: int) -> bool:

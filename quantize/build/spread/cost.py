@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from quantize.model.architecture import block_count, block_layout
+from quantize.model.architecture import block_layouts
 from quantize.model.config import number_or
 from quantize.model.layout import BlockLayout
 from quantize.model.shape import ModelShape
@@ -52,7 +52,7 @@ class BlockCost:
 
 def block_costs(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], tokens: int) -> list[BlockCost]:
     """The cost of each block. shapes: of every tensor, by name."""
-    return [_block_cost(config, block_layout(config, index), shapes, tokens) for index in range(block_count(config))]
+    return [_block_cost(config, layout, shapes, tokens) for layout in block_layouts(config)]
 
 
 def pass_costs(plan: PassPlan) -> list[BlockCost]:

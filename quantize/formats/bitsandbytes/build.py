@@ -26,7 +26,7 @@ from quantize.formats.folder_build import (
     size_plan,
     write_beside,
 )
-from quantize.model.architecture import block_index, block_layouts
+from quantize.model.architecture import anatomy_of, block_layouts
 from quantize.model.checkpoint import Checkpoint
 from quantize.recipe.model import FormatOptions
 from quantize.system.process import run_step
@@ -134,7 +134,8 @@ def _size(checkpoint: Checkpoint, options: BitsandbytesOptions) -> SizePlan:
 def _skipped(checkpoint: Checkpoint) -> list[str] | None:
     """The modules that transformers is to leave as they are; None where they are those that it leaves by itself."""
     kept = [name for layout in block_layouts(checkpoint.config) for name, _ in layout.kept]
-    outside = [name for name in checkpoint.tensors if block_index(checkpoint.config, name) is None]
+    anatomy = anatomy_of(checkpoint.config)
+    outside = [name for name in checkpoint.tensors if anatomy.block_of(name) is None]
     names = {name.removesuffix(".weight") for name in (*outside, *kept) if name.endswith(".weight")}
     return sorted(names | {HEAD}) if kept else None
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from quantize.errors import BuildError, disk_errors
 from quantize.files.imatrix import write_imatrix
-from quantize.model.architecture import block_count, block_layout
+from quantize.model.architecture import block_count, block_layouts
 from quantize.model.checkpoint import Checkpoint
 from quantize.model.layout import BlockLayout
 from quantize.store.manifest import CalibrationEntry
@@ -94,8 +94,8 @@ def write_zeros(path: Path, checkpoint: Checkpoint) -> None:
     from safetensors.numpy import save_file
 
     rows: dict[str, Any] = {}
-    for index in range(block_count(checkpoint.config)):
-        for linear in block_layout(checkpoint.config, index).linears:
+    for layout in block_layouts(checkpoint.config):
+        for linear in layout.linears:
             rows[linear.tensor] = np.zeros(checkpoint.tensors[linear.tensor].shape[1], np.float32)
             rows[linear.tensor + ":tokens"] = np.zeros(1, np.float32)
     save_file(rows, path)

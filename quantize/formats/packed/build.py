@@ -26,7 +26,7 @@ from quantize.formats.folder_build import (
     size_plan,
     write_beside,
 )
-from quantize.model.architecture import block_count, block_index, block_layout
+from quantize.model.architecture import anatomy_of, block_layouts
 from quantize.model.checkpoint import Checkpoint
 from quantize.model.layout import BlockLayout
 from quantize.numerics.constants import SOLVED_ROWS
@@ -45,8 +45,8 @@ CHECKED_ELEMENTS = 1 << 20  # of a tensor, looked at together for values beyond 
 
 def check_group_size(checkpoint: Checkpoint, group_size: int, out_multiple: int, in_multiple: int) -> None:
     """Refuse a group size or a shape that the packed layout can't hold. Raises PlanError, CheckpointError."""
-    for index in range(block_count(checkpoint.config)):
-        for linear in block_layout(checkpoint.config, index).linears:
+    for layout in block_layouts(checkpoint.config):
+        for linear in layout.linears:
             info = checkpoint.tensors.get(linear.tensor)
             if info is None:
                 raise PlanError(f"the checkpoint lacks {linear.tensor}", hint="does its config.json belong to it?")
@@ -77,6 +77,7 @@ class PackedCollector:
         self, context: Context, layout: TensorLayout, solve: Callable[[Block], Solved], *, folds: bool
     ) -> None:
         self._context, self._layout, self._folds = context, layout, folds
+        self._anatomy = anatomy_of(context.checkpoint.config)
         self.solve = solve
         self._writer = ShardWriter(context.staging, layout.table)
         self._names: Iterator[str] = iter(layout.table)
@@ -120,7 +121,7 @@ class PackedCollector:
         (self._context.scratch / RESULTS_NAME).write_text(json.dumps(data, sort_keys=True), encoding="utf-8")
 
     def _block(self, name: str) -> int | None:
-        return block_index(self._context.checkpoint.config, name)
+        return self._anatomy.block_of(name)
 
     def _copy_until(self, block: int | None) -> None:
         """Copy tensors from the source up to the first one of `block`."""

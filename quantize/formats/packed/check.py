@@ -136,7 +136,7 @@ def _alone(words: Mapping[str, Any], bits: int, method: str) -> Any:
         setattr(module, name, tensor)
     convert_gptq_v1_to_v2_format_module(module, bits, torch.int32)
     module.post_init()
-    return module.dequantize_weight().float().T
+    return _dequantized_by_gptqmodel(module)
 
 
 def agree(theirs: Any, ours: Any) -> bool:

@@ -13,17 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from quantize.errors import NotReadWholeError, VerifyError, first_line
-from quantize.model.checkpoint import tensor_table
+from quantize.formats.packed.weights import packed_linears
 from quantize.runtimes.transformers.load import LOAD_ERRORS, quiet
 
-PACKED = ".qweight"
 REASON_CHARACTERS = 120  # gptqmodel names every tensor that it misses
 _EXPERT = re.compile(r"\.experts\.\d+\.")
-
-
-def packed_linears(folder: Path) -> set[str]:
-    """The linears that the files have as packed words, by their path in the model. Raises CheckpointError."""
-    return {name.removesuffix(PACKED) for name in tensor_table(folder) if name.endswith(PACKED)}
 
 
 def is_mixture(folder: Path) -> bool:

@@ -5,7 +5,7 @@ In: the folder of a GPTQ or AWQ artifact. Out: float32 weights by module name, o
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,6 +18,9 @@ from quantize.model.checkpoint import Checkpoint, read_json, tensor_table
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
+
+
+PACKED = ".qweight"
 
 
 @dataclass(frozen=True)
@@ -48,11 +51,11 @@ class PackedWeights:
 
     def __init__(self, folder: Path, method: str, bits: int, places: dict[str, Path]) -> None:
         self._folder, self._method, self.bits, self._places = folder, method, bits, places
-        self.linears = sorted(name.removesuffix(".qweight") for name in places if name.endswith(".qweight"))
+        self.linears = sorted(_linears(places))
 
     def words(self, linear: str) -> dict[str, torch.Tensor]:
         """The tensors of one linear, as stored, by the last part of their names. Raises VerifyError: there are none."""
-        if f"{linear}.qweight" not in self._places:
+        if linear + PACKED not in self._places:
             raise VerifyError(f"{self._folder.name}: no packed tensors for {linear}")
         parts = ("qweight", "qzeros", "scales", *(() if self._method == "awq" else ("g_idx",)))
         return {part: self._read(f"{linear}.{part}") for part in parts}
@@ -72,6 +75,15 @@ class PackedWeights:
         with safe_open(self._places[name], framework="pt") as file:
             tensor: torch.Tensor = file.get_tensor(name)
             return tensor
+
+
+def packed_linears(folder: Path) -> set[str]:
+    """The linears that the files have as packed words, by their path in the model. Raises CheckpointError."""
+    return _linears(tensor_table(folder))
+
+
+def _linears(names: Iterable[str]) -> set[str]:
+    return {name.removesuffix(PACKED) for name in names if name.endswith(PACKED)}
 
 
 def open_packed(folder: Path, method: str) -> PackedWeights:

@@ -17,7 +17,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from quantize.errors import CheckpointError, StoreError
+from quantize.errors import CheckpointError, StoreError, install_line
 from quantize.events import Reporter, SilentReporter
 from quantize.model.anatomy.found import Anatomy
 from quantize.system.cache import Cache, default_cache_root
@@ -64,7 +64,7 @@ def _remembered(key: str, config: Mapping[str, Any]) -> Anatomy:
     except PackageNotFoundError as exc:
         raise CheckpointError(
             f"what the blocks of {_said(config)} are made of is found out with {exc.name}, which is not installed",
-            hint="pip install 'quantize[torch]'",
+            hint=f"install it with: {install_line('torch')}",
         ) from exc
     disk, name = Cache(default_cache_root()), f"anatomy {_code()} {tools} {key}"
     own: list[Anatomy] = []

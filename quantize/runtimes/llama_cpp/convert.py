@@ -33,6 +33,7 @@ from quantize.errors import (
 from quantize.events import Reporter, progress
 from quantize.files.gguf import EXTRA, READER, padded
 from quantize.model.checkpoint import open_checkpoint
+from quantize.model.folder_files import read_json
 from quantize.runtimes.llama_cpp.config import SAME_MODEL, converter_config
 from quantize.runtimes.llama_cpp.left_out import Followed, write_left_out
 from quantize.runtimes.llama_cpp.tensors import show_as_published
@@ -77,7 +78,8 @@ def opened_converter(request: ConvertRequest, out: Path) -> Iterator[Any]:
     What it raises while the context is open becomes what `convert` raises.
     """
     package = converter_package()
-    written, architecture = _read_config(request.folder)
+    written = read_json(request.folder / "config.json")
+    architecture = str(written["architectures"][0])
     model_class = _model_class(package, architecture)
     metadata_path = out.with_suffix(".metadata.json")
     where = _Where(architecture)
@@ -172,16 +174,6 @@ def converter_modules() -> dict[str, UsageError | None]:
         except UsageError as exc:
             found[path.stem] = exc
     return found
-
-
-def _read_config(folder: Path) -> tuple[dict[str, Any], str]:
-    """config.json, and the architecture that it names."""
-    try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        return config, str(config["architectures"][0])
-    except (OSError, ValueError, LookupError, TypeError) as exc:
-        hint = 'it must be JSON with the class of the model: "architectures": ["LlamaForCausalLM"]'
-        raise PlanError(f"{folder / 'config.json'}: names no architecture ({first_line(exc)})", hint=hint) from exc
 
 
 def _model_class(package: ModuleType, architecture: str) -> Any:

@@ -12,14 +12,13 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from quantize.model.belonging import prediction_tensors
+from quantize.model.belonging import COMPUTED, prediction_tensors
 from quantize.model.checkpoint import Checkpoint
 
 UNKNOWN = "Can not map tensor"  # what the converter raises with
 LEFT_OUT = ".left_out.json"
 PREDICTS = "a head that predicts several tokens ahead (MTP), which llama.cpp's converter does not know here"
 NO_PLACE = "llama.cpp's converter gives it no place"
-COMPUTED = "the model computes it for itself"
 
 
 class Followed:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from quantize.errors import UsageError
-from quantize.runtimes.base import OneWindowAtATime, Prompted, block_rows, goes_on, log_softmax
+from quantize.runtimes.base import OneWindowAtATime, Prompted, block_rows, goes_on, in_groups, log_softmax
 from quantize.runtimes.devices import ON_CPU, DevicePlace
 from quantize.runtimes.llama_cpp.model import BatchToken, ModelSettings, OpenModel
 
@@ -54,27 +54,18 @@ class LlamaCppRuntime(OneWindowAtATime):
 
     def answer(self, requests: Sequence[Prompted]) -> list[list[int]]:
         """See Runtime; prompts of like length go together, as many as the context holds with their answers."""
+        for request in requests:
+            if _tokens([request]) > self._size:
+                prompt, more = len(request.token_ids), request.max_tokens
+                raise UsageError(f"a prompt of {prompt} tokens and {more} more exceed the context of {self._size}")
         answers: dict[int, list[int]] = {}
-        for members in self._together(requests):
+        for members in in_groups(requests, self._fit):
             self._model.forget()
             answers.update(self._answer({index: requests[index] for index in members}))
         return [answers[index] for index in range(len(requests))]
 
-    def _together(self, requests: Sequence[Prompted]) -> Iterator[list[int]]:
-        """Places of the requests that are answered at the same time."""
-        members: list[int] = []
-        room = self._size
-        for index in sorted(range(len(requests)), key=lambda place: len(requests[place].token_ids)):
-            prompt, more = len(requests[index].token_ids), requests[index].max_tokens
-            if prompt + more > self._size:
-                raise UsageError(f"a prompt of {prompt} tokens and {more} more exceed the context of {self._size}")
-            if members and (len(members) == ANSWERS_AT_ONCE or prompt + more > room):
-                yield members
-                members, room = [], self._size
-            members.append(index)
-            room -= prompt + more
-        if members:
-            yield members
+    def _fit(self, requests: Sequence[Prompted]) -> bool:
+        return len(requests) <= ANSWERS_AT_ONCE and _tokens(requests) <= self._size
 
     def _answer(self, requests: Mapping[int, Prompted]) -> dict[int, list[int]]:
         """Greedy answers, each in a sequence of its own; one that is done costs nothing from there on."""
@@ -106,3 +97,8 @@ class LlamaCppRuntime(OneWindowAtATime):
         self._model.decode(
             BatchToken(token, position + index, sequence, every or index == last) for index, token in enumerate(tokens)
         )
+
+
+def _tokens(requests: Sequence[Prompted]) -> int:
+    """Of prompts and answers, at most."""
+    return sum(len(request.token_ids) + request.max_tokens for request in requests)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from quantize.runtimes.base import ModelRef, OneWindowAtATime, Prompted, block_rows, goes_on, log_softmax
+from quantize.runtimes.base import ModelRef, OneWindowAtATime, Prompted, block_rows, goes_on, in_groups, log_softmax
 from quantize.runtimes.transformers.load import TransformersLoader
 
 if TYPE_CHECKING:
@@ -48,17 +48,9 @@ class TransformersRuntime(OneWindowAtATime):
 
     def answer(self, requests: Sequence[Prompted]) -> list[list[int]]:
         """See Runtime; prompts of like length go together, padded on the left."""
-        order = sorted(range(len(requests)), key=lambda index: len(requests[index].token_ids))
         answers: dict[int, list[int]] = {}
-        batch: list[int] = []
-        for index in order:
-            longest = len(requests[index].token_ids)
-            if batch and (len(batch) == BATCH_REQUESTS or longest * (len(batch) + 1) > BATCH_TOKENS):
-                answers.update(self._answer_batch(batch, requests))
-                batch = []
-            batch.append(index)
-        if batch:
-            answers.update(self._answer_batch(batch, requests))
+        for members in in_groups(requests, _fit):
+            answers.update(self._answer_batch(members, requests))
         return [answers[index] for index in range(len(requests))]
 
     def _answer_batch(self, members: list[int], requests: Sequence[Prompted]) -> dict[int, list[int]]:
@@ -96,3 +88,8 @@ class TransformersRuntime(OneWindowAtATime):
     def close(self) -> None:
         """See Runtime."""
         self._model = None
+
+
+def _fit(requests: Sequence[Prompted]) -> bool:
+    """Whether so many can be padded to the last one's prompt, which is the longest."""
+    return len(requests) <= BATCH_REQUESTS and len(requests[-1].token_ids) * len(requests) <= BATCH_TOKENS
