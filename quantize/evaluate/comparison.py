@@ -16,6 +16,7 @@ from quantize.evaluate.decision import GateThresholds, RecordModel, Verdict
 from quantize.evaluate.front import beaten_by, because, front, next_step, pick
 from quantize.evaluate.metrics import metric
 from quantize.evaluate.record import Count, Interval, Number, Quality
+from quantize.store.manifest import Manifest
 from quantize.system.sizes import size_text
 
 NAME = "comparison"
@@ -38,6 +39,12 @@ class Entrant:
     bits_per_weight: float
     verdict: Verdict
     quality: Quality | None
+
+    @classmethod
+    def of(cls, manifest: Manifest, verdict: Verdict, quality: Quality | None) -> Entrant:
+        """The artifact of a manifest."""
+        size, bits = manifest.size_bytes, manifest.bits_per_weight
+        return cls(manifest.variant, manifest.format, manifest.digest, size, bits, verdict, quality)
 
 
 class KindLoss(RecordModel):
@@ -208,10 +215,7 @@ def comparison_note(found: Comparison) -> str:
 
 
 def _figure(value: float | None, interval: Interval | None) -> str:
-    kl = metric(FIGURE)
-    if value is None:
-        return NOT_MEASURED
-    return kl.number(value) + (f" ± {kl.number(interval.half_width)}" if interval is not None else "")
+    return NOT_MEASURED if value is None else metric(FIGURE).with_interval(value, interval)
 
 
 def _place(item: Contender) -> str:

@@ -92,6 +92,10 @@ class Metric:
             return str(value)
         return f"{value:,.{self.digits}{'%' if self.is_share else 'f'}}"
 
+    def with_interval(self, value: Value, interval: Interval | None) -> str:
+        """A value of it as a cell, with the half width of its interval where it has one."""
+        return self.number(value) + ("" if interval is None else f" ± {self.number(interval.half_width)}")
+
     def with_unit(self, value: Value) -> str:
         """A value of it where no heading names the unit."""
         return f"{self.number(value)} {self.unit}".strip()
@@ -157,7 +161,7 @@ class Reading:
     @property
     def text(self) -> str:
         """The figure as a cell under its heading, with the half width of its interval."""
-        return f"{self.metric.number(self.value)}{self._give_or_take(self.interval)}"
+        return self.metric.with_interval(self.value, self.interval)
 
     @property
     def text_with_unit(self) -> str:
@@ -172,10 +176,7 @@ class Reading:
 
     def kind_text(self, item: KindReading) -> str:
         """The figure of one kind as a cell."""
-        return f"{self.metric.number(item.value)}{self._give_or_take(item.interval)}"
-
-    def _give_or_take(self, interval: Interval | None) -> str:
-        return "" if interval is None else f" ± {self.metric.number(interval.half_width)}"
+        return self.metric.with_interval(item.value, item.interval)
 
     @property
     def source_text(self) -> str:

@@ -57,10 +57,8 @@ def _siblings(artifact: Artifact, store: Store) -> list[Artifact]:
 def _entrant(item: Artifact) -> Entrant:
     manifest, summary = item.manifest, Summary.of(item.measurements())
     risk = manifest.accepted_risk is not None
-    return Entrant(
-        manifest.variant, manifest.format, manifest.digest, manifest.size_bytes, manifest.bits_per_weight,
-        Verdict.RISK_ACCEPTED if risk else summary.verdict, summary.record.quality if summary.record else None,
-    )  # fmt: skip
+    verdict = Verdict.RISK_ACCEPTED if risk else summary.verdict
+    return Entrant.of(manifest, verdict, summary.record.quality if summary.record else None)
 
 
 def _own(found: Comparison, artifact: Artifact) -> object:

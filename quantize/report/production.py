@@ -82,17 +82,11 @@ def judge(subject: PageSubject) -> Choice:
     verdicts = tuple(_verdict(entry, subject.gates) for entry in subject.entries)
     usable = tuple(sorted((item for item in verdicts if item.usable), key=lambda item: item.size_bytes))
     limits = next((item.limits for item in verdicts if item.quality is not None), None)
-    comparison = compare([_entrant(item) for item in verdicts], limits)
+    entrants = [Entrant.of(item.entry.artifact.manifest, item.word, item.quality) for item in verdicts]
+    comparison = compare(entrants, limits)
     serve = next((item for item in usable if item.entry.artifact.manifest.digest == comparison.taken), None)
     return Choice(serve, _way_back(serve, usable) if serve else None, usable, verdicts, comparison)
 
-
-def _entrant(item: ServingVerdict) -> Entrant:
-    manifest = item.entry.artifact.manifest
-    return Entrant(
-        manifest.variant, manifest.format, manifest.digest, manifest.size_bytes, manifest.bits_per_weight, item.word,
-        item.quality,
-    )  # fmt: skip
 
 
 def _way_back(serve: ServingVerdict, usable: Sequence[ServingVerdict]) -> ServingVerdict | None:
