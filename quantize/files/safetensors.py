@@ -1,7 +1,7 @@
-"""Safetensors headers and shards: what is in a file, without reading its weights.
+"""Safetensors headers and shards: what is in a file, without reading its weights; and one tensor of it.
 
 In: paths. Out: tensor tables (name, dtype, shape, place), or CheckpointError for a file that can't be trusted.
-Reading weights is left to checkpoint.py. The format: https://github.com/huggingface/safetensors, "Format".
+The format: https://github.com/huggingface/safetensors, "Format".
 """
 
 from __future__ import annotations
@@ -13,10 +13,13 @@ import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from quantize.errors import CheckpointError, first_line
 from quantize.system.untrusted import open_regular, parse_json
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 MAX_HEADER_BYTES = 100_000_000  # the limit of the reference implementation
 MAX_TENSORS = 1_000_000
@@ -75,6 +78,18 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
     tensors.sort(key=lambda item: (item.offset, item.size_bytes))
     _check_layout(path, tensors, 8 + length, size)
     return {tensor.name: tensor for tensor in tensors}
+
+
+def read_tensor(info: TensorInfo) -> Tensor:
+    """One tensor in its own dtype and shape. Needs torch. Raises CheckpointError: it can't be read."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(info.path, framework="pt") as file:
+            tensor: Tensor = file.get_tensor(info.name)
+            return tensor
+    except (SafetensorError, OSError) as exc:
+        raise CheckpointError(f"{info.path.name}: tensor {info.name!r} can't be read: {exc}") from exc
 
 
 def header_bytes(tensors: Mapping[str, tuple[str, tuple[int, ...]]]) -> bytes:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from quantize.errors import VerifyError
-from quantize.files.safetensors import TensorInfo
+from quantize.files.safetensors import TensorInfo, read_tensor
 from quantize.model.architecture import anatomy_of
 from quantize.model.checkpoint import Checkpoint, read_json, tensor_table
 
@@ -71,7 +71,6 @@ def _quantized_weights(name: str, have: Mapping[str, TensorInfo], bits: int | No
 
 def _compare(folder: Path, name: str, found: TensorInfo, checkpoint: Checkpoint, *, values: bool) -> None:
     import torch
-    from safetensors import safe_open
 
     wanted = checkpoint.tensors[name]
     if found.shape != wanted.shape:
@@ -79,7 +78,6 @@ def _compare(folder: Path, name: str, found: TensorInfo, checkpoint: Checkpoint,
         raise VerifyError(what, hint=REBUILD)
     if not values:
         return
-    with safe_open(found.path, framework="pt") as file:
-        ours = file.get_tensor(name)
+    ours = read_tensor(found)
     if not torch.equal(ours, checkpoint.read(name).to(ours.dtype)):
         raise VerifyError(f"{folder.name}: tensor {name} has other values than the source's", hint=REBUILD)

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from quantize.errors import CheckpointError
-from quantize.files.safetensors import TensorInfo, read_header
+from quantize.files.safetensors import TensorInfo, read_header, read_tensor
 from quantize.files.shards import torch_dtype
 from quantize.model.checkpoint import ADAPTER, FLOAT_DTYPES, read_json
 from quantize.model.mending import ADAPTER_WEIGHTS
@@ -105,11 +105,7 @@ class Merged:
         return out
 
     def _own_tensor(self, name: str) -> Tensor:
-        from safetensors import safe_open
-
-        with safe_open(self._own[name].path, framework="pt") as file:
-            tensor: Tensor = file.get_tensor(name)
-            return tensor
+        return read_tensor(self._own[name])
 
 
 def changes_of(folder: Path, own: Mapping[str, TensorInfo], base: Table) -> dict[str, Merge]:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from quantize.errors import CheckpointError
-from quantize.files.safetensors import INDEX_NAME, MAX_TENSORS, TensorInfo, read_header
+from quantize.files.safetensors import INDEX_NAME, MAX_TENSORS, TensorInfo, read_header, read_tensor
 from quantize.model.config import number_or
 from quantize.model.folder_files import VOCABULARY_FILES, check_inside, known_files
 from quantize.model.folder_files import read_chat_template as read_chat_template
@@ -88,15 +88,7 @@ class Checkpoint:
 
     def read(self, name: str) -> torch.Tensor:
         """One tensor in its own dtype and shape, read when asked for. Needs torch. Raises KeyError, CheckpointError."""
-        from safetensors import SafetensorError, safe_open
-
-        info = self.tensors[name]
-        try:
-            with safe_open(info.path, framework="pt") as file:
-                tensor: torch.Tensor = file.get_tensor(name)
-                return tensor
-        except (SafetensorError, OSError) as exc:
-            raise CheckpointError(f"{info.path.name}: tensor {name!r} can't be read: {exc}") from exc
+        return read_tensor(self.tensors[name])
 
 
 def open_checkpoint(folder: Path) -> Checkpoint:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from quantize.errors import CheckpointError, disk_errors
 from quantize.events import Reporter, progress
-from quantize.files.safetensors import INDEX_NAME, TensorInfo, write_sparse
+from quantize.files.safetensors import INDEX_NAME, TensorInfo, read_tensor, write_sparse
 from quantize.files.shards import ShardWriter, torch_dtype
 from quantize.model.adapter import Merged, Table, Tensors
 from quantize.model.checkpoint import WHOLE, is_computed, read_json, read_model
@@ -48,11 +48,7 @@ class Stored:
         return tensor.to(torch_dtype(item.dtype))
 
     def _get(self, name: str) -> Tensor:
-        from safetensors import safe_open
-
-        with safe_open(self._files[name].path, framework="pt") as file:
-            tensor: Tensor = file.get_tensor(name)
-            return tensor
+        return read_tensor(self._files[name])
 
 
 def open_tensors(mending: Mending) -> Tensors:

@@ -104,7 +104,9 @@ def find_renames(names: Iterable[str], config: Mapping[str, Any]) -> tuple[Renam
     """
     left = list(names)
     prefix = ""
-    while found := next((item for item in TRAINING_PREFIXES if all(n.startswith(prefix + item) for n in left)), ""):
+    while left and (
+        found := next((item for item in TRAINING_PREFIXES if all(n.startswith(prefix + item) for n in left)), "")
+    ):
         prefix += found
     remarks = [f"all names of tensors begin with `{prefix}`: it is left off"] if prefix else []
     renames = [(prefix, "")] if prefix else []

@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from quantize.files.safetensors import read_tensor
 from quantize.formats.folder import not_packed
 from quantize.formats.format import InputRounding, Options, Reader
 from quantize.model.checkpoint import Checkpoint, read_json, tensor_table
@@ -44,22 +45,18 @@ def input_rounding(folder: Path) -> InputRounding | None:
 
 
 def _reader(folder: Path) -> Reader:
-    from safetensors import safe_open
-
-    places = {name: info.path for name, info in tensor_table(folder).items()}
+    table = tensor_table(folder)
 
     def tensor(name: str) -> Tensor:
-        with safe_open(places[name], framework="pt") as file:
-            found: Tensor = file.get_tensor(name)
-            return found
+        return read_tensor(table[name])
 
     def read(name: str, source: Tensor) -> Tensor | None:
         scales = f"{name.removesuffix('weight')}SCB"
-        if scales in places:
+        if scales in table:
             from quantize.numerics.int8 import Int8Rows
 
             return Int8Rows(tensor(name), tensor(scales)).dequantize()
-        if f"{name}.absmax" in places:
+        if f"{name}.absmax" in table:
             from quantize.numerics.nf4 import Nf4Blocks
 
             blocks = Nf4Blocks(tensor(name), tensor(f"{name}.absmax"), tensor(f"{name}.quant_map"))

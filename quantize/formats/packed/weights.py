@@ -5,12 +5,13 @@ In: the folder of a GPTQ or AWQ artifact. Out: float32 weights by module name, o
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from quantize.errors import VerifyError
+from quantize.files.safetensors import TensorInfo, read_tensor
 from quantize.formats.folder import not_packed
 from quantize.formats.format import Options, Reader
 from quantize.model.checkpoint import Checkpoint, read_json, tensor_table
@@ -49,16 +50,16 @@ class PackedMatrices:
 class PackedWeights:
     """Packed linears of a folder. bits: of each weight."""
 
-    def __init__(self, folder: Path, method: str, bits: int, places: dict[str, Path]) -> None:
-        self._folder, self._method, self.bits, self._places = folder, method, bits, places
-        self.linears = sorted(_linears(places))
+    def __init__(self, folder: Path, method: str, bits: int, table: Mapping[str, TensorInfo]) -> None:
+        self._folder, self._method, self.bits, self._table = folder, method, bits, table
+        self.linears = sorted(_linears(table))
 
     def words(self, linear: str) -> dict[str, torch.Tensor]:
         """The tensors of one linear, as stored, by the last part of their names. Raises VerifyError: there are none."""
-        if linear + PACKED not in self._places:
+        if linear + PACKED not in self._table:
             raise VerifyError(f"{self._folder.name}: no packed tensors for {linear}")
         parts = ("qweight", "qzeros", "scales", *(() if self._method == "awq" else ("g_idx",)))
-        return {part: self._read(f"{linear}.{part}") for part in parts}
+        return {part: read_tensor(self._table[f"{linear}.{part}"]) for part in parts}
 
     def dequantize(self, linear: str) -> torch.Tensor:
         """float32 [out, in] of one linear. Raises VerifyError if it is not in the artifact."""
@@ -68,13 +69,6 @@ class PackedWeights:
         if self._method == "awq":
             return unpack_awq(AwqTensors(*words)).dequantize()
         return unpack_gptq(GptqTensors(*words), self.bits).dequantize()
-
-    def _read(self, name: str) -> torch.Tensor:
-        from safetensors import safe_open
-
-        with safe_open(self._places[name], framework="pt") as file:
-            tensor: torch.Tensor = file.get_tensor(name)
-            return tensor
 
 
 def packed_linears(folder: Path) -> set[str]:
@@ -92,5 +86,4 @@ def open_packed(folder: Path, method: str) -> PackedWeights:
     bits = settings.get("bits") if isinstance(settings, dict) else None
     if not isinstance(bits, int):
         raise VerifyError(f"{folder.name}: its config.json does not say how many bits a weight has")
-    places = {name: info.path for name, info in tensor_table(folder).items()}
-    return PackedWeights(folder, method, bits, places)
+    return PackedWeights(folder, method, bits, tensor_table(folder))
