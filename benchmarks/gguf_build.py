@@ -91,7 +91,7 @@ def with_quantize(checkpoint: Path, folder: Path) -> tuple[float, int]:
         f"name: bench\nsource: {{model: {checkpoint}}}\nvariants:\n  - {{format: gguf, types: [{', '.join(TYPES)}]}}\n"
     )
     env = os.environ | {"QUANTIZE_CACHE": str(folder / "cache"), "QUANTIZE_STORE": str(folder / "store")}
-    return timed([sys.executable, "-m", "quantize", "build", str(recipe), "-q"], env)
+    return timed([sys.executable, "-m", "quantize", "build", str(recipe), "-q", "--no-eval"], env)
 
 
 def demo_checkpoint(folder: Path) -> Path:
