@@ -48,7 +48,7 @@ from quantize.store.workspace import Workspace
 from quantize.system.cache import Cache
 from quantize.system.process import run_step
 from quantize.system.processor import MKL_MODE, device_name, strict_mode
-from quantize.testing import TinyModel, make_checkpoint, write_recipe, write_weights
+from quantize.testing import TinyModel, make_checkpoint, write_recipe
 from tests.conftest import build
 from tests.contract_steps import compute
 from tests.elsewhere import rebuild_elsewhere
@@ -222,22 +222,6 @@ def test_rebuilding_with_another_text_is_refused_before_the_pass(
     result = click.testing.CliRunner().invoke(main, arguments)
     assert (result.exit_code, result.stdout) == (code, "")
     assert message in result.stderr
-
-
-def test_weights_beyond_fp16_are_an_error_that_names_them(tmp_path: Path) -> None:
-    tensor = "model.embed_tokens.weight"
-    checkpoint, weights = make_checkpoint(tmp_path / "wide", dtype="BF16"), TinyModel().weights()
-    weights[tensor][-1, -1] = 70_000.0
-    write_weights(checkpoint, weights, dtype="BF16")
-    (tmp_path / "text.txt").write_text("The quick brown fox jumps over the lazy dog. " * 40)
-    path = write_recipe(tmp_path / "wide.yaml", checkpoint, VARIANTS[:1], calibration=CALIBRATION)
-    store = Store(tmp_path / "artifacts")
-    workspace = Workspace(store, Cache(tmp_path / "cache"), ListReporter())
-    (outcome,) = build(load_recipe(path, option_models()), workspace, evaluate=False)
-    assert outcome.error is not None
-    assert f"tensor {tensor} does not fit FP16" in outcome.error.message
-    assert "beyond its range of 65,504" in str(outcome.error.hint)
-    assert store.artifacts() == []
 
 
 def test_size_equals_plan(run: Run, tmp_path: Path) -> None:

@@ -465,6 +465,20 @@ def test_weights_of_another_model_are_refused(
     assert "is not the source's: a cosine of" in refused[RUNS]
 
 
+def test_what_did_not_run_is_built_again_by_other_checks(
+    write: Write, run: Run, store: Store, spoilt_by: Callable[..., dict[str, Any]]
+) -> None:
+    """And only then: a newer program may know better, and the same one says what it said before."""
+    spoilt_by(nan_in_one_tensor)
+    again, code = outcome(run, write())
+    assert (again["state"], code) == ("refused", 3), "a good builder is not even asked"
+    with installed_formats(replace(GGUF, checks=GGUF.checks + 1), PLAIN):
+        better, code = outcome(run, write())
+        assert (better["state"], code) == ("built", 0)
+        assert outcome(run, write())[0]["state"] == "up to date"
+    assert store.is_current(store.find("tiny/q8_0"))
+
+
 def test_overrides_of_the_recipe_are_intended(write: Write, run: Run) -> None:
     item, code = outcome(run, write({**Q8, "overrides": {"ffn_down": "F16"}}))
     assert code == 0, record(item["folder"])["findings"]

@@ -14,6 +14,16 @@ from tests.families import family_named, make_family
 pytestmark = pytest.mark.filterwarnings("ignore")  # transformers and its plugins warn on import
 
 
+def test_bitsandbytes_is_refused_at_plan_where_transformers_replaces_no_linear(run: Run, tmp_path: Path) -> None:
+    """Falcon's are of a class of its own; the artifact would hold INT8 weights that are read as if they were none."""
+    make_family(family_named("Falcon"), tmp_path / "model")
+    variants = [{"format": "bitsandbytes", "type": kind} for kind in ("int8", "nf4")]
+    result = run("plan", write_recipe(tmp_path / "recipe.yaml", tmp_path / "model", variants))
+    assert result.exit_code == 3
+    words = " ".join(result.stderr.split())
+    assert "the linears of FalconForCausalLM are FalconLinear, which transformers does not replace" in words
+
+
 def test_bitsandbytes_names_the_linears_of_linear_attention_that_steer(run: Run, tmp_path: Path) -> None:
     """Else transformers makes them quantized ones without their scales; building loads the artifact."""
     make_family(family_named("Qwen3.5"), tmp_path / "model")

@@ -239,6 +239,39 @@ def asked(folder: Path) -> Expected:
     return expected_of(SilentReporter(), open_checkpoint(folder), None)
 
 
+def without_token(number: int) -> Callable[[dict[str, gguf.ReaderField]], None]:
+    """A piece that no text has any more in its place: what had it is split into smaller ones."""
+
+    def change(fields: dict[str, gguf.ReaderField]) -> None:
+        tokens = fields["tokenizer.ggml.tokens"].contents()
+        tokens[number] = "\u2603\u2603\u2603"
+        fields["tokenizer.ggml.tokens"] = Other(fields["tokenizer.ggml.tokens"], tokens)
+
+    return change
+
+
+def test_a_few_lines_in_other_tokens_of_the_same_text_are_a_warning(
+    artifact: Artifact, tiny: Path, builder: GgufBuilder
+) -> None:
+    """Two good tokenizers part ways there (Gemma's long runs of spaces); with more such lines it is another one."""
+    expected, path = asked(tiny), weights(artifact)
+    plain = [set(ids) for ids in expected.line_ids["transformers"][: expected.plain_lines]]
+    others = set().union(*map(set, expected.line_ids["transformers"][expected.plain_lines :]))
+    lines = {number: sum(number in ids for ids in plain) for number in range(260, 384) if number not in others}
+    few = max((number for number in lines if 0 < lines[number] <= 10), key=lambda number: lines[number])
+    many = min((number for number in lines if lines[number] > 30), key=lambda number: lines[number])
+    good, reporter = path.read_bytes(), ListReporter()
+    rewrite(path, without_token(few))
+    facts = builder.verify(artifact.folder, open_checkpoint(tiny), RunLimits(), reporter)
+    assert 0 < facts["split_otherwise"]["lines"] <= 10
+    (said,) = [event.text for event in reporter.events if "into other tokens" in event.text]
+    assert f"llama.cpp splits {facts['split_otherwise']['lines']:,} lines of the same text" in said
+    path.write_bytes(good)
+    rewrite(path, without_token(many))
+    with pytest.raises(VerifyError, match="lines otherwise than the source, first "):
+        builder.verify(artifact.folder, open_checkpoint(tiny), RunLimits(), SilentReporter())
+
+
 def test_a_file_that_computes_otherwise_is_refused(artifact: Artifact, own_tiny: Path) -> None:
     """Everything in the file is as the converter has it, and llama.cpp rotates otherwise than the source."""
     good = asked(own_tiny)

@@ -30,6 +30,7 @@ from quantize.store.manifest import (
     LeftOutEntry,
     Manifest,
     SourceEntry,
+    StoredEntry,
 )
 from quantize.system.files import write_text
 
@@ -102,6 +103,7 @@ def _manifest(
         size_bytes=sum(item.size_bytes for item in files),
         build_key=job.build_key,
         left_out=tuple(LeftOutEntry(tensor=item.tensor, reason=item.reason) for item in result.left_out),
+        stored=None if result.stored is None else StoredEntry(type=result.stored.type, reason=result.stored.reason),
     ).sealed()
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from quantize.build.job import no_calibration
+from quantize.build.widen import widened_all
 from quantize.calibration.budget import gpu_pass_bytes, host_bytes, pass_bytes
 from quantize.calibration.journal import PassJournal
 from quantize.calibration.spread import PassSpread
@@ -52,12 +53,16 @@ SECONDS_BETWEEN_STATES = 60.0  # of a pass on a GPU, which runs a block again so
 
 @dataclass(frozen=True)
 class PassResult:
-    """What a pass leaves. device: the kind that it ran on. errors: variant -> why it got nothing from the pass."""
+    """What a pass leaves. device: the kind that it ran on. errors: variant -> why it got nothing from the pass.
+
+    wide: the source's activations come near the end of FP16's range, as far as a variant needed to know.
+    """
 
     entry: CalibrationEntry
     device: str
     errors: dict[str, QuantizeError]
     measurements: dict[str, Any]
+    wide: bool = False
 
 
 @dataclass
@@ -103,6 +108,7 @@ def _pass(
     started = time.perf_counter()
     found = load_calibration_set(spec, base, context.checkpoint.folder)
     text_seconds = time.perf_counter() - started
+    variants = widened_all(variants, reporter)
     parts = [_Part(item, builders()[name], builders()[name].collector(item, reporter)) for name, item in variants]
     with _runner(context.limits, folder, reporter) as runner:
         precision = runner.fastest_precision if spec.precision == "auto" else spec.precision
@@ -144,7 +150,7 @@ def _pass(
         "peak_memory_bytes": peak_memory_bytes(os.getpid()),
         **_measured_on_gpu(context.limits),
     }
-    return PassResult(entry, device, errors, measured)
+    return PassResult(entry, device, errors, measured, wide=variants[0][1].checkpoint.wide)
 
 
 def _say_how(limits: RunLimits, reporter: Reporter) -> None:
@@ -338,8 +344,10 @@ def _identity(context: Context, entry: CalibrationEntry, device: str) -> dict[st
 
     limits = context.limits
     solved_by = {"kernels": kernels_name(torch.device(limits.device))} if limits.on_own_gpu else {}
+    half = context.checkpoint.half
     return {
         **solved_by,
+        **({} if half == "F16" else {"stored": half}),
         "source": context.source.digest,
         "calibration": entry.model_dump(mode="json"),
         "device": device,

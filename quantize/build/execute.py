@@ -133,6 +133,8 @@ def _begin(job: VariantJob, at: Execution, held: ExitStack) -> Work | None:
         note(at.workspace.reporter, job.name, "another build has just made it")
         _settle_existing(existing, OutcomeState.UP_TO_DATE, at)
         return None
+    if not at.plan.force and at.workspace.store.find_aside(at.plan.recipe.name, job.name, job.build_key):
+        note(at.workspace.reporter, job.name, "it did not run by an earlier version's checks: it is built again")
     return held.enter_context(working(job, at))
 
 
@@ -164,7 +166,8 @@ def _run_pass(works: Sequence[Work], folder: Path, at: Execution) -> None:
         if error is not None:
             at.ledger.add(Outcome(work.job.name, OutcomeState.FAILED, error=error))
         elif at.ledger.goes_on(work.job.name):
-            context = replace(work.context, calibration=passed.entry, device=passed.device)
+            checkpoint = replace(work.context.checkpoint, wide=passed.wide)
+            context = replace(work.context, calibration=passed.entry, device=passed.device, checkpoint=checkpoint)
             _finish(replace(work, context=context), at, {"calibration_pass": passed.measurements})
 
 

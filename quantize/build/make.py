@@ -15,8 +15,10 @@ from typing import Any
 from quantize.build.assemble import Made, assemble
 from quantize.build.execution import Execution
 from quantize.build.job import VariantJob
+from quantize.build.plan import CHECKS
 from quantize.errors import VerifyError
 from quantize.events import status, warn
+from quantize.formats import find_format
 from quantize.formats.base import Context
 from quantize.store.artifact import UNJUDGED, Artifact, keep_only, set_aside
 from quantize.store.staging import store_errors, workplace
@@ -85,8 +87,9 @@ def _verified(work: Work, at: Execution) -> tuple[dict[str, Any], VerifyError | 
     if not at.run.judge:
         return {}, None
     context = work.context
+    checks = find_format(work.job.variant.format).checks
     try:
         facts = work.job.builder.verify(context.staging, at.checkpoint, context.limits, at.workspace.reporter)
     except VerifyError as exc:
-        return {"verify": {}}, exc
-    return {"verify": dict(facts)}, None
+        return {"verify": {}, CHECKS: checks}, exc
+    return {"verify": dict(facts), CHECKS: checks}, None

@@ -10,11 +10,14 @@ from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from quantize import __version__
 from quantize.build.job import VariantJob, no_calibration
 from quantize.calibration.mix import CalibrationText
 from quantize.errors import PlanError, UsageError
+from quantize.evaluate.decision import RUNS
+from quantize.evaluate.record import read_record
 from quantize.events import Reporter, note
-from quantize.formats import builders, find_format
+from quantize.formats import builders, find_format, known_format
 from quantize.formats.base import Builder
 from quantize.model.source import PinnedSource, pin_path, pin_source
 from quantize.recipe.model import DEFAULT_TEXT, Recipe, Variant
@@ -25,6 +28,7 @@ from quantize.store.store import Store
 from quantize.store.workspace import Workspace
 
 BUILD_KEY_VERSION = 2
+CHECKS = "checks"  # in measurements.json: Format.checks of what verified the artifact
 
 
 @dataclass(frozen=True)
@@ -118,11 +122,24 @@ def look(plan: Plan, store: Store) -> Plan:
 
 
 def find_existing(plan: Plan, job: VariantJob, store: Store) -> Artifact | None:
-    """The build that stands for a job: a good one, or one that was refused or has no figures yet."""
+    """The build that stands for a job: a good one, or one that was refused or has no figures yet.
+
+    One that did not even run stands for it only as long as nothing is checked otherwise.
+    """
     if plan.force or not job.build_key:
         return None
     wanted = (plan.recipe.name, job.name, job.build_key)
-    return store.find_build(*wanted) or store.find_aside(*wanted)
+    aside = (item for item in store.find_aside(*wanted) if not is_refused_by_others(item))
+    return store.find_build(*wanted) or next(aside, None)
+
+
+def is_refused_by_others(artifact: Artifact) -> bool:
+    """Whether an artifact did not load or run by another version of this program, or of its format's checks."""
+    measured, manifest = artifact.measurements(), artifact.manifest
+    record = read_record(measured)
+    if record is None or all(finding.gate != RUNS for finding in record.decision.refusals):
+        return False
+    return (manifest.tools.get(OWN), measured.get(CHECKS, 1)) != (__version__, known_format(manifest.format).checks)
 
 
 def confirm(plan: Plan, workspace: Workspace) -> Plan:

@@ -122,6 +122,28 @@ class BlockRunner:
         return torch.autocast(self.device.type, torch.bfloat16) if self._autocast else nullcontext()
 
     @contextmanager
+    def watching(self, index: int, see: Callable[[Tensor], None]) -> Iterator[None]:
+        """While open, `see` gets each floating tensor that a module without children in a block reads or gives."""
+
+        def look(_module: nn.Module, inputs: tuple[Any, ...], outputs: Any) -> None:
+            for value in (*inputs, *(outputs if isinstance(outputs, tuple) else (outputs,))):
+                if isinstance(value, Tensor) and value.is_floating_point() and value.numel():
+                    see(value)
+
+        routed = [module for module in self.layer(index).modules() if isinstance(module, _RoutedExperts)]
+        plain = [module for module in self.layer(index).modules() if not [*module.children()]]
+        handles = [module.register_forward_hook(look) for module in dict.fromkeys((*plain, *routed))]
+        for module in routed:
+            module.record = lambda _expert, _states, inner: see(inner)
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+            for module in routed:
+                module.record = None
+
+    @contextmanager
     def recording(self, layout: BlockLayout, *, output_needed: bool) -> Iterator[BlockRecorder]:
         """While open, run() of the yielded recorder also accumulates the inputs of every linear."""
         layer = self.layer(layout.index)

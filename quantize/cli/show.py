@@ -84,6 +84,8 @@ def command(artifact: str, store: Store, as_json: bool) -> None:
     print_table(
         [Column("TENSORS", "right"), Column("KEPT IN HIGHER PRECISION")], kept, empty="nothing kept in higher precision"
     )
+    if manifest.stored is not None:
+        click.echo(f"\nstored in {manifest.stored.type}: {manifest.stored.reason}")
 
 
 def _print_evaluation(artifact: Artifact) -> None:

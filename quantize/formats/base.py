@@ -48,6 +48,14 @@ class LeftOut:
 
 
 @dataclass(frozen=True)
+class StoredIn:
+    """The type that an artifact's unquantized tensors have where another one would be expected, and why."""
+
+    type: str
+    reason: str
+
+
+@dataclass(frozen=True)
 class SizePlan:
     """What a build would write, from headers alone.
 
@@ -157,6 +165,7 @@ class BuildResult:
 
     device: the kind of processor or GPU (system.processor.device_name) that numbers were computed on outside of the
     calibration pass, where another kind might give other bits. left_out: of the source's tensors, by their names.
+    stored: None where what is not quantized has the type that the format stores by itself.
     """
 
     files: tuple[str, ...]
@@ -168,6 +177,7 @@ class BuildResult:
     measurements: Mapping[str, Any] = field(default_factory=dict)
     device: str | None = None
     left_out: tuple[LeftOut, ...] = ()
+    stored: StoredIn | None = None
 
 
 class Collector(Resumable, Protocol):
@@ -206,6 +216,8 @@ class Builder(Protocol[OptionsT]):
     """How artifacts of one format are made and checked.
 
     source_copies: copies of the source's weights, in 16 bits, that a build has on disk beside source and artifact.
+    computes_in_half: whether artifacts are computed in the 16 bits that what is not quantized is stored in, so that a
+    build must know first how far the source's activations reach.
     """
 
     @property
@@ -214,6 +226,8 @@ class Builder(Protocol[OptionsT]):
     def Options(self) -> type[OptionsT]: ...  # noqa: N802 - a class, named as one
     @property
     def source_copies(self) -> int: ...
+    @property
+    def computes_in_half(self) -> bool: ...
 
     def tools(self, options: OptionsT) -> Sequence[str]:
         """Distributions whose versions can change the bytes; they enter the build key and the manifest."""
@@ -258,6 +272,7 @@ class UncalibratedBuilder:
     """What a builder says that takes no part in a calibration pass and makes nothing on the way."""
 
     source_copies = 0
+    computes_in_half = False
 
     def needs_calibration(self, options: Any) -> bool:
         """Never."""

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from quantize.files.shards import files_bytes, table_bytes
-from quantize.formats.base import Context, KeptTensor, LeftOut, SizePlan
+from quantize.formats.base import Context, KeptTensor, LeftOut, SizePlan, StoredIn
 from quantize.model.anatomy.found import Anatomy
 from quantize.model.architecture import anatomy_of, block_layouts
 from quantize.model.belonging import COMPUTED, prediction_tensors
@@ -96,6 +96,15 @@ def kept_tensors(
 def left_out(checkpoint: Checkpoint) -> tuple[LeftOut, ...]:
     """What the source's files hold and the artifact does not."""
     return tuple(LeftOut(name, COMPUTED) for name in checkpoint.computed)
+
+
+def stored_in(checkpoint: Checkpoint, *, by_itself: str = STORED_DTYPE) -> StoredIn | None:
+    """What is said of `Checkpoint.half`; None where a format stores that, or float32, by itself."""
+    if by_itself in (checkpoint.half, "F32"):
+        return None
+    wide = "the source's activations come near the end of FP16's range or pass it: it does not run in FP16"
+    reason = wide if checkpoint.wide else "the source's own type"
+    return StoredIn(checkpoint.half, reason)
 
 
 def unquantized_heads(checkpoint: Checkpoint) -> tuple[str, ...]:

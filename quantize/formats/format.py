@@ -176,6 +176,8 @@ def _nowhere(options: Options) -> str | No:
 class Format:
     """One format. revision: enters the build key; raise it when the same inputs give other bytes.
 
+    checks: of what is built and verified; raise it when what was refused before may be good now: builds that did not
+    even run are made again then, and others stay as they are.
     extra: of this program, with what building takes; what a plugin needs beyond that, its own distribution requires.
     builder: None for what can be opened but is not built here. runtime: what evaluate, verify, serve and bench open it
     with. reference: what quantization is measured against where the runtime is not the source's own. weights: for the
@@ -190,6 +192,7 @@ class Format:
     layout: Layout
     builder: Builder[Any] | None = None
     revision: int = 1
+    checks: int = 1
     runtime: RuntimeKind | None = None
     reference: ReferenceMaker | None = None
     weights: Weights | None = None

@@ -44,7 +44,8 @@ EXPONENT_MASKS = {"F16": ("<u2", 0x7C00), "BF16": ("<u2", 0x7F80), "F32": ("<u4"
 class Checkpoint:
     """A full-precision model on disk. `tensors` lists every tensor by name, in the order of the shards.
 
-    computed: tensors of the files that are not among them: the model computes them for itself.
+    computed: tensors of the files that are not among them: the model computes them for itself. wide: what it computes
+    is known to pass FP16's range.
     """
 
     folder: Path
@@ -52,6 +53,7 @@ class Checkpoint:
     tensors: Mapping[str, TensorInfo]
     tokenizer_config: Mapping[str, Any]
     computed: tuple[str, ...] = field(default=(), compare=False)
+    wide: bool = field(default=False, compare=False)
 
     @property
     def architecture(self) -> str:
@@ -75,6 +77,11 @@ class Checkpoint:
         for tensor in self.tensors.values():
             sizes[tensor.dtype] = sizes.get(tensor.dtype, 0) + tensor.elements
         return max(sorted(sizes), key=lambda name: sizes[name])
+
+    @property
+    def half(self) -> str:
+        """The type of 16 bits that holds weights and activations: BF16 where the weights are, or FP16 is too narrow."""
+        return "BF16" if self.wide or self.dtype == "BF16" else "F16"
 
     @cached_property
     def chat_template(self) -> str | None:

@@ -15,12 +15,14 @@ class Linear:
 
     tensor: full name of its weight [out, in]. module: path inside the block. input: key of the input that it reads,
     shared by all linears that read the same tensor. expert: its expert's index, None outside a mixture of experts.
+    kind: the class of its module where that is not nn.Linear itself.
     """
 
     tensor: str
     module: str
     input: str
     expert: int | None = None
+    kind: str = ""
 
 
 @dataclass(frozen=True)

@@ -173,6 +173,8 @@ def _limits(manifest: Manifest, record: EvaluationRecord | None) -> str:
     if manifest.source.quantized_before:
         before = f"its weights were {manifest.source.quantized_before} and were dequantized to 16 bits"
         lines.append(f"The source was quantized before: {before}. They can't be better than they were.")
+    if manifest.stored is not None:
+        lines.append(f"What is not quantized is stored in {manifest.stored.type}: {manifest.stored.reason}.")
     lines += known_format(manifest.format).card.limits(manifest.options)
     if manifest.calibration is not None:
         text = ", ".join(manifest.calibration.names)

@@ -153,6 +153,13 @@ class LeftOutEntry(_Frozen):
     reason: str
 
 
+class StoredEntry(_Frozen):
+    """The type of what is not quantized, where it is not the one that the format stores by itself, and why."""
+
+    type: str
+    reason: str
+
+
 class AcceptedRisk(_Frozen):
     """The gates that refused the artifact, and why whoever built it takes it all the same."""
 
@@ -187,15 +194,17 @@ class Manifest(_Frozen):
     build_key: str
     accepted_risk: AcceptedRisk | None = None
     left_out: tuple[LeftOutEntry, ...] = ()
+    stored: StoredEntry | None = None
     digest: str = ""
     _stored: dict[str, Any] | None = PrivateAttr(None)  # the data of an older schema that it was read from
 
     @model_serializer(mode="wrap")
-    def _only_what_is_left_out(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Without `left_out` where nothing is: the digests of all other manifests stay as they are."""
+    def _only_what_there_is(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Without `left_out` and `stored` where there is none: the digests of other manifests stay as they are."""
         data: dict[str, Any] = write(self)
-        if not self.left_out:
-            data.pop("left_out", None)
+        for name in ("left_out", "stored"):
+            if not getattr(self, name):
+                data.pop(name, None)
         return data
 
     def sealed(self) -> Manifest:

@@ -137,16 +137,17 @@ class Store:
                 return item
         return None
 
-    def find_aside(self, name: str, variant: str, build_key: str) -> Artifact | None:
-        """A complete build with this key that has no figures yet, or that its gates refused."""
+    def find_aside(self, name: str, variant: str, build_key: str) -> list[Artifact]:
+        """Complete builds with this key that have no figures yet, and those that their gates refused."""
+        found = []
         for place in ASIDE:
             folder = self.root / name / variant / place
             for candidate in sorted(folder.iterdir()) if folder.is_dir() else []:
                 with contextlib.suppress(VerifyError):
                     item = open_artifact(candidate)
                     if item.manifest.build_key == build_key and _complete(item):
-                        return item
-        return None
+                        found.append(item)
+        return found
 
     def refused(self) -> list[Artifact]:
         """Every build that its gates refused, by name, variant and digest."""

@@ -14,8 +14,9 @@ from pydantic import Field
 
 from quantize.calibration.budget import BlockMemory
 from quantize.events import Reporter, note
+from quantize.files.shards import torch_dtype
 from quantize.formats.base import Collector, Context, SolveCost
-from quantize.formats.folder_build import LinearTable, Shape, unquantized_heads
+from quantize.formats.folder_build import STORED_DTYPE, LinearTable, Shape, unquantized_heads
 from quantize.formats.packed.build import PackedBuilder, Solved, feedback_bytes
 from quantize.model.architecture import block_layouts
 from quantize.model.checkpoint import Checkpoint
@@ -73,7 +74,7 @@ class AwqBuilder(PackedBuilder):
 
     def solve(self, block: Block, context: Context, reporter: Reporter) -> Solved:
         """Scales, folds and rounds."""
-        return solve_block(block, context.options, context.limits.tasks_at_once)
+        return solve_block(block, context.options, context.limits.tasks_at_once, context.checkpoint.half)
 
     def solver_bytes(self, block: BlockMemory, options: AwqOptions, threads: int) -> int:
         """The folded block in 16 bit, a few copies of a linear on each thread, and samples for the search."""
@@ -89,7 +90,7 @@ class AwqBuilder(PackedBuilder):
         """Eight outputs a word."""
         return 8, 1
 
-    def words(self, options: AwqOptions) -> LinearTable:
+    def words(self, options: AwqOptions, half: str) -> LinearTable:
         """The gemm layout: words along the output axis."""
         group_size = options.group_size
 
@@ -97,7 +98,7 @@ class AwqBuilder(PackedBuilder):
             return {
                 "qweight": ("I32", (width, out // 8)),
                 "qzeros": ("I32", (width // group_size, out // 8)),
-                "scales": ("F16", (width // group_size, out)),
+                "scales": (half, (width // group_size, out)),
             }
 
         return table
@@ -107,18 +108,16 @@ class AwqBuilder(PackedBuilder):
         return {"version": "gemm", "zero_point": True, "modules_to_not_convert": _unconverted(checkpoint)}
 
 
-def solve_block(block: Block, options: AwqOptions, threads: int) -> Solved:
+def solve_block(block: Block, options: AwqOptions, threads: int, half: str = STORED_DTYPE) -> Solved:
     """All tensors of a block that change (packed linears, folded norms and biases), and each linear's loss as a share
-    of its output's energy over the calibration tokens.
+    of its output's energy over the calibration tokens. half: the type that norms are stored in.
     """
-    import torch
-
     from quantize.calibration.folding import fold_block
 
     groups = [group for group in block.layout.groups if group.source is not None]
     found = on_threads([partial(_search, group, block, options) for group in groups], threads)
     choices = {group.name: choice for group, choice in zip(groups, found, strict=True)}
-    dtypes = dict.fromkeys(block.weights, torch.float16)
+    dtypes = dict.fromkeys(block.weights, torch_dtype(half))
     scales = {name: choice.scales for name, choice in choices.items()}
     folded = fold_block(block.layout, block.weights, scales, dtypes)
     tensors = {name: folded.weights[name] for name in folded.changed}

@@ -7,6 +7,7 @@ save_pretrained of the model quantized on load. No calibration; memory holds one
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,7 +16,7 @@ from pydantic import Field
 from quantize.errors import CheckpointError, PlanError
 from quantize.events import Reporter, status
 from quantize.formats.base import BuildResult, Context, RunLimits, SizePlan, UncalibratedBuilder
-from quantize.formats.bitsandbytes.steps import NF4_BLOCK, nf4_state
+from quantize.formats.bitsandbytes.steps import NF4_BLOCK, nf4_state, stored_type
 from quantize.formats.folder_build import (
     DTYPE_NAMES,
     Shape,
@@ -24,6 +25,7 @@ from quantize.formats.folder_build import (
     left_out,
     plan_layout,
     size_plan,
+    stored_in,
     write_beside,
 )
 from quantize.model.architecture import anatomy_of, block_layouts
@@ -49,6 +51,7 @@ class BitsandbytesBuilder(UncalibratedBuilder):
     """bitsandbytes, streamed."""
 
     name = "bitsandbytes"
+    computes_in_half = True
     Options = BitsandbytesOptions
 
     def tools(self, options: BitsandbytesOptions) -> Sequence[str]:
@@ -56,17 +59,25 @@ class BitsandbytesBuilder(UncalibratedBuilder):
         return ("bitsandbytes", "torch")
 
     def check(self, checkpoint: Checkpoint, options: BitsandbytesOptions) -> None:
-        """Experts are no linears of their own in transformers, so bitsandbytes leaves them alone: refuse."""
+        """transformers puts bitsandbytes' linears in the place of plain ones: not of experts, which are no linears of
+        their own, nor of classes that are derived.
+        """
         try:
-            has_experts = any(layout.experts for layout in block_layouts(checkpoint.config))
+            layouts = list(block_layouts(checkpoint.config))
         except CheckpointError as exc:
             hint = "a gguf variant without an importance matrix may be made of this model"
             raise PlanError(f"bitsandbytes must know what blocks are made of: {exc.message}", hint=hint) from exc
-        if has_experts:
+        if any(layout.experts for layout in layouts):
             raise PlanError(
                 f"bitsandbytes does not quantize the experts of {checkpoint.architecture}",
                 hint="use a gguf, gptq or awq variant for this model",
             )
+        kinds = sorted({linear.kind for layout in layouts for linear in layout.linears if linear.kind})
+        if kinds:
+            raise PlanError(
+                f"the linears of {checkpoint.architecture} are {', '.join(kinds)}, which transformers does not replace "
+                "by bitsandbytes' own", hint="use a gguf, gptq or awq variant for this model",
+            )  # fmt: skip
 
     def sizes(self, context: Context, options: Sequence[BitsandbytesOptions], reporter: Reporter) -> list[SizePlan]:
         """By arithmetic: the layout fixes every byte."""
@@ -74,17 +85,12 @@ class BitsandbytesBuilder(UncalibratedBuilder):
 
     def build(self, context: Context, reporter: Reporter) -> BuildResult:
         """Quantize and write one tensor after another, in a worker."""
-        from quantize.formats.bitsandbytes.steps import write_quantized
-
         options: BitsandbytesOptions = context.options
-        layout = _layout(context.checkpoint, options)
         status(reporter, context.variant, f"quantizing to {options.type}")
-        files, device = run_step(
-            f"quantizing to {options.type}", reporter, write_quantized, context.checkpoint, context.staging,
-            context.scratch, layout.table, layout.packed, options.type, context.variant,
-        )  # fmt: skip
-        beside = write_beside(context, _config(context.checkpoint, options))
-        size = _size(context.checkpoint, options)
+        files, device, wide = run_step(f"quantizing to {options.type}", reporter, _write, context)
+        checkpoint = replace(context.checkpoint, wide=wide)
+        beside = write_beside(context, _config(checkpoint, options))
+        size = _size(checkpoint, options)
         bits, block = (8, None) if options.type == "int8" else (4, NF4_BLOCK)
         return BuildResult(
             (*files, *beside),
@@ -94,7 +100,8 @@ class BitsandbytesBuilder(UncalibratedBuilder):
             size.bits_per_weight,
             size.kept,
             device=device,
-            left_out=left_out(context.checkpoint),
+            left_out=left_out(checkpoint),
+            stored=stored_in(checkpoint, by_itself=checkpoint.dtype),
         )
 
     def verify(self, folder: Path, checkpoint: Checkpoint, limits: RunLimits, reporter: Reporter) -> Mapping[str, Any]:
@@ -108,8 +115,26 @@ class BitsandbytesBuilder(UncalibratedBuilder):
         return facts
 
 
+def _write(reporter: Reporter, context: Context) -> tuple[tuple[str, ...], str, bool]:
+    """In a worker: the names of the files, the kind of processor that rounded, whether FP16 is too narrow."""
+    from quantize.calibration.reach import widened
+    from quantize.formats.bitsandbytes.steps import check_installed, write_quantized
+
+    check_installed()
+    checkpoint = context.checkpoint
+    if checkpoint.dtype == "F16":
+        checkpoint = widened(checkpoint, context.source, context.cache, reporter, "cpu")
+    options: BitsandbytesOptions = context.options
+    layout = _layout(checkpoint, options)
+    files, device = write_quantized(
+        reporter, checkpoint, context.staging, context.scratch, layout.table, layout.packed, options.type,
+        context.variant,
+    )  # fmt: skip
+    return files, device, checkpoint.wide
+
+
 def _layout(checkpoint: Checkpoint, options: BitsandbytesOptions) -> TensorLayout:
-    state = len(nf4_state(checkpoint.dtype, (1, 1))) - len("[1, 1]")
+    state = len(nf4_state(stored_type(checkpoint), (1, 1))) - len("[1, 1]")
 
     def int8(out: int, width: int) -> dict[str, tuple[str, Shape]]:
         return {"SCB": ("F32", (out,)), "weight": ("I8", (out, width)), "weight_format": ("U8", ())}
@@ -123,12 +148,12 @@ def _layout(checkpoint: Checkpoint, options: BitsandbytesOptions) -> TensorLayou
             "weight.quant_state.bitsandbytes__nf4": ("U8", (state + len(f"[{out}, {width}]"),)),
         }
 
-    return plan_layout(checkpoint, int8 if options.type == "int8" else nf4, stored_dtype=checkpoint.dtype)
+    return plan_layout(checkpoint, int8 if options.type == "int8" else nf4, stored_dtype=stored_type(checkpoint))
 
 
 def _size(checkpoint: Checkpoint, options: BitsandbytesOptions) -> SizePlan:
     layout = _layout(checkpoint, options)
-    return size_plan(checkpoint, layout, _config(checkpoint, options), stored_dtype=checkpoint.dtype)
+    return size_plan(checkpoint, layout, _config(checkpoint, options), stored_dtype=stored_type(checkpoint))
 
 
 def _skipped(checkpoint: Checkpoint) -> list[str] | None:
@@ -156,8 +181,8 @@ def _config(checkpoint: Checkpoint, options: BitsandbytesOptions) -> str:
             "llm_int8_has_fp16_weight": False,
             "bnb_4bit_quant_type": "nf4" if four else "fp4",
             "bnb_4bit_use_double_quant": False,
-            "bnb_4bit_compute_dtype": DTYPE_NAMES[checkpoint.dtype] if four else "float32",
+            "bnb_4bit_compute_dtype": DTYPE_NAMES[stored_type(checkpoint)] if four else "float32",
             "bnb_4bit_quant_storage": "uint8",
         },
-        dtype=DTYPE_NAMES[checkpoint.dtype],
+        dtype=DTYPE_NAMES[stored_type(checkpoint)],
     )

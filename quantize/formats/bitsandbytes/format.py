@@ -39,6 +39,7 @@ FORMAT = Format(
     name="bitsandbytes",
     extra=BITSANDBYTES.extra,
     layout=FolderLayout("bitsandbytes"),
+    checks=2,
     builder=late("quantize.formats.bitsandbytes.build:BitsandbytesBuilder"),
     runtime=BITSANDBYTES,
     weights=BitsandbytesWeights(),

@@ -37,7 +37,7 @@ def write_quantized(
 
     What is written is recorded in `scratch` every SAVE_BYTES; a build that was stopped goes on there.
     """
-    _check_installed()
+    check_installed()
     journal = scratch / RESUME_NAME
     pending: dict[str, torch.Tensor] = {}
     with ShardWriter(staging, table) as writer:
@@ -58,7 +58,7 @@ def check_loaded(reporter: Reporter, folder: Path, threads: int, source: Checkpo
     """Find each tensor of the source again, load with transformers + bitsandbytes on the CPU and generate greedily
     twice. Raises VerifyError.
     """
-    _check_installed()
+    check_installed()
     import torch
 
     from quantize.runtimes.transformers.generate import generate_twice, read_prompt
@@ -71,6 +71,11 @@ def check_loaded(reporter: Reporter, folder: Path, threads: int, source: Checkpo
     seconds = round(time.perf_counter() - started, 2)
     tokens = generate_twice(model, folder, read_prompt(folder))
     return {"runtime": "transformers + bitsandbytes", "tokens": tokens, "tensors": tensors, "load_seconds": seconds}
+
+
+def stored_type(checkpoint: Checkpoint) -> str:
+    """What is not quantized stays in the source's type; BF16 in place of an FP16 that is too narrow for the model."""
+    return checkpoint.half if checkpoint.dtype == "F16" else checkpoint.dtype
 
 
 def nf4_state(dtype: str, shape: tuple[int, int]) -> bytes:
@@ -91,7 +96,7 @@ def _source_of(name: str, checkpoint: Checkpoint, packed: frozenset[str]) -> str
 def _tensors_of(checkpoint: Checkpoint, source: str, packed: frozenset[str], kind: str) -> dict[str, torch.Tensor]:
     weight = checkpoint.read(source)
     if source not in packed:  # as transformers casts what it loads: norms in F32 beside BF16 matrices are BF16 too
-        return {source: weight.to(torch_dtype(checkpoint.dtype))}
+        return {source: weight.to(torch_dtype(stored_type(checkpoint)))}
     prefix = source.removesuffix("weight")
     if kind == "int8":
         from quantize.numerics.int8 import quantize_int8
@@ -118,10 +123,11 @@ def _tensors_of(checkpoint: Checkpoint, source: str, packed: frozenset[str], kin
 def _state(checkpoint: Checkpoint, weight: torch.Tensor) -> torch.Tensor:
     import torch
 
-    return torch.tensor(list(nf4_state(checkpoint.dtype, (weight.shape[0], weight.shape[1]))), dtype=torch.uint8)
+    return torch.tensor(list(nf4_state(stored_type(checkpoint), (weight.shape[0], weight.shape[1]))), dtype=torch.uint8)
 
 
-def _check_installed() -> None:
+def check_installed() -> None:
+    """Raises MissingExtraError: bitsandbytes is not there."""
     try:
         import bitsandbytes  # noqa: F401 - only to say plainly that it is missing
     except ImportError as exc:

@@ -45,6 +45,7 @@ class GgufBuilder:
 
     name = "gguf"
     source_copies = 1  # the 16-bit file
+    computes_in_half = False  # llama.cpp's activations are float32
     Options = GgufOptions
 
     _expected: Mapping[Any, Expected] = MappingProxyType({})  # of the source that was asked last
@@ -157,7 +158,7 @@ class GgufBuilder:
 
     def verify(self, folder: Path, checkpoint: Checkpoint, limits: RunLimits, reporter: Reporter) -> Mapping[str, Any]:
         """Tensors, fields, template, tokens and predictions against the source's; load and generate in llama.cpp."""
-        from quantize.formats.gguf.check import compare_header
+        from quantize.formats.gguf.check import MOST_SPLIT_OTHERWISE, compare_header
         from quantize.formats.gguf.try_out import try_out
 
         path = GgufLayout().main_file(folder)
@@ -176,6 +177,10 @@ class GgufBuilder:
         facts: dict[str, Any] = run_step(
             "loading in llama.cpp", reporter, try_out, path, TRY_OUT_TOKENS, limits.threads, checkpoint, expected
         )
+        if (split := facts.get("split_otherwise")) is not None:
+            most = f"at most {MOST_SPLIT_OTHERWISE:.1%} of {facts['lines']:,} may be"
+            what = f"llama.cpp splits {split['lines']:,} lines of the same text into other tokens than the source"
+            warn(reporter, "", f"{path.name}: {what} ({most}), first {split['first']}")
         return {"runtime": "llama.cpp", **facts}
 
     def _asked(self, checkpoint: Checkpoint, file: GgufFile, reporter: Reporter) -> Expected:

@@ -42,6 +42,7 @@ FORMAT = Format(
     extra=EXTRA,
     layout=GgufLayout(),
     builder=BUILDER,
+    checks=2,
     runtime=LLAMA_CPP,
     reference=BUILDER,  # the 16-bit file that all variants are quantized from
     weights=GgufWeights(),

@@ -47,7 +47,8 @@ class Expected:
     """What the source says.
 
     fields: the converter's key-values without arrays. left_out: the source's tensors that it gave no place, and why.
-    lines: the text that both tokenizers read. line_ids: its ids by each reader of the source's tokenizer; transformers
+    lines: the text that both tokenizers read; of them `plain_lines`, the first ones, have nothing of the model in them,
+    as its added tokens or a conversation. line_ids: their ids by each reader of the source's tokenizer; transformers
     comes first, and may read tokenizer.json otherwise than it stands there. probe: token ids to run.
     log_probs: float32 [probe, vocabulary], by transformers; None, and `unmeasured` says why, where it can't run here.
     """
@@ -56,6 +57,7 @@ class Expected:
     fields: Mapping[str, Any]
     left_out: Mapping[str, str]
     lines: tuple[str, ...]
+    plain_lines: int
     line_ids: Mapping[str, Sequence[Sequence[int]]]
     probe: tuple[int, ...]
     log_probs: NDArray[np.float32] | None
@@ -76,7 +78,8 @@ def expected_of(reporter: Reporter, checkpoint: Checkpoint, pre_tokenizer: str |
         line_ids[plain.name] = _read_plainly(plain, lines)
     probe = _probe(tokenizer, line_ids["transformers"], checkpoint)
     log_probs, unmeasured = _predicted(reporter, checkpoint, probe)
-    return Expected(tensors, fields, left_out, tuple(lines), line_ids, probe, log_probs, unmeasured)
+    plain_lines = len(token_lines())
+    return Expected(tensors, fields, left_out, tuple(lines), plain_lines, line_ids, probe, log_probs, unmeasured)
 
 
 def load_tokenizer(folder: Path) -> Any:

@@ -7,7 +7,8 @@ compared with what is in formats/gguf/check.py; here are the calls into llama.cp
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from quantize.events import Reporter
 from quantize.files.gguf import GgufFile
 from quantize.files.gguf_split import read_model
 from quantize.formats.gguf import check as gguf_check
-from quantize.formats.gguf.source import PROBE_TOKENS, Expected
+from quantize.formats.gguf.source import PROBE_TOKENS, Expected, load_tokenizer
 from quantize.model.checkpoint import Checkpoint
 from quantize.runtimes.llama_cpp.model import BatchToken, ModelSettings, OpenModel
 from quantize.runtimes.llama_cpp.vocabulary import source_ends
@@ -74,11 +75,18 @@ def _header(path: Path) -> GgufFile:
 def _compare(model: OpenModel, file: GgufFile, checkpoint: Checkpoint, expected: Expected) -> dict[str, Any]:
     name = file.path.name
     found = [model.tokenize(line, special=True, start=False) for line in expected.lines]
-    facts = gguf_check.compare_tokens(name, file.fields.get("tokenizer.ggml.pre"), expected, found)
+    rules = file.fields.get("tokenizer.ggml.pre")
+    facts = gguf_check.compare_tokens(name, rules, expected, found, _decoder(checkpoint))
     ends = (number for number in source_ends(checkpoint.folder) if 0 <= number < model.vocabulary)
     facts |= gguf_check.compare_ends(file, checkpoint, frozenset(number for number in ends if model.ends(number)))
     facts |= _compare_probe(model, file, expected)
     return facts | ({"left_out": list(expected.left_out)} if expected.left_out else {})
+
+
+def _decoder(checkpoint: Checkpoint) -> Callable[[Sequence[int]], str]:
+    """Gives the text of token ids by the source's own tokenizer, which is loaded when it is first asked."""
+    tokenizer = cache(lambda: load_tokenizer(checkpoint.folder))
+    return lambda ids: str(tokenizer().decode(list(ids), clean_up_tokenization_spaces=False))
 
 
 def _compare_probe(model: OpenModel, file: GgufFile, expected: Expected) -> dict[str, Any]:

@@ -72,7 +72,7 @@ class GptqBuilder(PackedBuilder):
         multiple = {2: 16, 3: 32, 4: 8, 8: 4}[options.bits]
         return multiple, multiple
 
-    def words(self, options: GptqOptions) -> LinearTable:
+    def words(self, options: GptqOptions, half: str) -> LinearTable:
         """The v1 layout: words along the input axis."""
         bits, group_size = options.bits, options.group_size
 
@@ -81,7 +81,7 @@ class GptqBuilder(PackedBuilder):
                 "g_idx": ("I32", (width,)),
                 "qweight": ("I32", (width * bits // 32, out)),
                 "qzeros": ("I32", (width // group_size, out * bits // 32)),
-                "scales": ("F16", (width // group_size, out)),
+                "scales": (half, (width // group_size, out)),
             }
 
         return table

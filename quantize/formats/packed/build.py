@@ -15,15 +15,17 @@ from typing import TYPE_CHECKING, Any
 from quantize.calibration.budget import BlockMemory
 from quantize.errors import BuildError, PlanError
 from quantize.events import Reporter, status
-from quantize.files.shards import ShardWriter, files_bytes
+from quantize.files.shards import ShardWriter, files_bytes, torch_dtype
 from quantize.formats.base import BuildResult, Collector, Context, RunLimits, SizePlan, SolveCost
 from quantize.formats.folder_build import (
+    DTYPE_NAMES,
     LinearTable,
     TensorLayout,
     config_text,
     left_out,
     plan_layout,
     size_plan,
+    stored_in,
     write_beside,
 )
 from quantize.model.architecture import anatomy_of, block_layouts
@@ -40,7 +42,7 @@ if TYPE_CHECKING:
 
 Solved = tuple["dict[str, torch.Tensor]", dict[str, Any]]  # tensors that change, by full name; loss of each linear
 RESULTS_NAME = "pass.json"
-CHECKED_ELEMENTS = 1 << 20  # of a tensor, looked at together for values beyond FP16
+CHECKED_ELEMENTS = 1 << 20  # of a tensor, looked at together for values beyond the range of 16 bits
 
 
 def check_group_size(checkpoint: Checkpoint, group_size: int, out_multiple: int, in_multiple: int) -> None:
@@ -134,12 +136,12 @@ class PackedCollector:
 
         assert self._pending is not None
         if tensor.is_floating_point():
-            tensor = tensor.to(torch.float16)
+            stored = self._layout.table[self._pending][0]
+            tensor = tensor.to(torch_dtype(stored))
             pieces = torch.split(tensor.reshape(-1), CHECKED_ELEMENTS)  # a whole embedding takes twice its memory
             if not all(bool(torch.isfinite(piece).all()) for piece in pieces):
-                hint = "this format stores FP16; the model has weights beyond its range of 65,504, which GGUF and "
-                hint += "bitsandbytes variants store as they are"
-                raise BuildError(f"tensor {self._pending} does not fit FP16", hint=hint)
+                hint = "the model has weights beyond its range, or folding a scale made them so: another format may do"
+                raise BuildError(f"tensor {self._pending} does not fit {stored}", hint=hint)
         self._writer.write(self._pending, tensor)
         self._pending = next(self._names, None)
 
@@ -150,10 +152,11 @@ class PackedBuilder:
     name: str
     Options: type[Any]
     source_copies = 0
+    computes_in_half = True
     folds = False  # whether a group's scales go into the rows of another
 
-    def words(self, options: Any) -> LinearTable:
-        """What a linear becomes."""
+    def words(self, options: Any, half: str) -> LinearTable:
+        """What a linear becomes. half: the type of scales."""
         raise NotImplementedError
 
     def multiples(self, options: Any) -> tuple[int, int]:
@@ -182,12 +185,14 @@ class PackedBuilder:
 
     def layout(self, checkpoint: Checkpoint, options: Any) -> TensorLayout:
         """Every tensor of the artifact."""
-        return plan_layout(checkpoint, self.words(options))
+        half = checkpoint.half
+        return plan_layout(checkpoint, self.words(options, half), half)
 
     def config(self, checkpoint: Checkpoint, options: Any) -> str:
         """config.json, with the quantization_config that transformers, vLLM and SGLang read."""
         known = {"quant_method": self.name, "bits": options.bits, "group_size": options.group_size}
-        return config_text(checkpoint, {**known, **self.quantization(checkpoint, options)})
+        found = {**known, **self.quantization(checkpoint, options)}
+        return config_text(checkpoint, found, dtype=DTYPE_NAMES[checkpoint.half])
 
     def tools(self, options: Any) -> Sequence[str]:
         """The numerics run on torch; the pass on transformers' layers."""
@@ -202,7 +207,7 @@ class PackedBuilder:
         checkpoint, plans = context.checkpoint, []
         for item in options:
             layout = self.layout(checkpoint, item)
-            plan = size_plan(checkpoint, layout, self.config(checkpoint, item))
+            plan = size_plan(checkpoint, layout, self.config(checkpoint, item), checkpoint.half)
             plans.append(replace(plan, pass_bytes=files_bytes(layout.table)))
         return plans
 
@@ -220,6 +225,7 @@ class PackedBuilder:
         return BuildResult(
             (*results["files"], *beside), size.weights_bytes, options.bits, options.group_size, size.bits_per_weight,
             size.kept, {"layers": results["layers"]}, left_out=left_out(context.checkpoint),
+            stored=stored_in(context.checkpoint),
         )  # fmt: skip
 
     def intermediates(self, context: Context) -> Sequence[tuple[str, str]]:

@@ -25,6 +25,7 @@ def packed_format(name: str, builder: Builder[Any], *, folded: bool = False) -> 
         extra=GPTQMODEL.extra,
         layout=FolderLayout(name),
         builder=builder,
+        checks=2,
         runtime=GPTQMODEL,
         weights=PackedMatrices(name, folded=folded),
         vram=VramProfile("vllm", unpacked_bytes=2 * 4),

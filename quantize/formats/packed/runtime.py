@@ -6,17 +6,22 @@ A mixture of experts in gptqmodel alone: transformers has all experts of a block
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from quantize.runtimes.base import ModelRef
+from quantize.runtimes.devices import CPU, DevicePlace
 from quantize.runtimes.probe import Probe
 from quantize.runtimes.transformers.kind import Transformers
-from quantize.runtimes.transformers.load import LoadedModel, load_with_any_kernel
+from quantize.runtimes.transformers.load import LoadedModel, load_causal_lm, load_with_any_kernel
 
 # gptqmodel refuses to start with fewer workers, on machines of few cores. Offline it downloads no sources at load time.
 ENVIRONMENT = {"GPTQMODEL_CPU_WORKERS": "2", "GPTQMODEL_OFFLINE": "1"}
 # Its first choice is compiled by nvcc. Triton brings a compiler of its own; torch needs none.
 KERNELS = {"gptq": ("gptq_triton", "gptq_torch"), "awq": ("gemm_triton", "torch_awq")}
+# What gptqmodel chooses on a CPU calls torch's product of 4-bit weights, whatever their outputs; these take any number.
+CPU_KERNELS = {"gptq": "gptq_torch", "awq": "torch_awq"}
+CPU_OUTPUTS = 16
 FIRST_LOAD = "kernels are compiled the first time that a model is loaded on a GPU: minutes, once"
 
 
@@ -28,13 +33,32 @@ class PackedTransformers(Transformers):
         """See TransformersLoader. Raises NotReadWholeError: gptqmodel does not read this kind of mixture."""
         from quantize.formats.packed.mixtures import is_mixture, load_mixture
 
-        if not is_mixture(model.folder):
-            return super().load(model, device)
+        mixture, dtype = is_mixture(model.folder), self.computes_in(DevicePlace(device))
 
         def load(backend: str | None) -> Any:
-            return load_mixture(model.folder, device, backend)
+            if mixture:
+                return load_mixture(model.folder, device, backend)
+            return load_causal_lm(model.folder, device, dtype=dtype, backend=backend)
 
+        if DevicePlace(device).kind == CPU and (odd := odd_linear(model.folder, model.format)) is not None:
+            name, outputs = odd
+            backend = CPU_KERNELS[model.format]
+            why = f"{name} has {outputs:,} outputs, and torch's product of 4 bits takes multiples of {CPU_OUTPUTS}"
+            return LoadedModel(load(backend), (f"{backend} computes, slower than what could: {why}",))
         return load_with_any_kernel(load, self.kernels.get(model.format, ()))
+
+
+def odd_linear(folder: Path, method: str) -> tuple[str, int] | None:
+    """A packed linear whose outputs torch's product of 4-bit weights on a CPU does not take, and how many it has.
+
+    Raises CheckpointError, VerifyError.
+    """
+    from quantize.formats.packed.weights import open_packed
+
+    packed = open_packed(folder, method)
+    odd = (name for name in packed.linears if packed.bits == 4 and packed.outputs(name) % CPU_OUTPUTS)
+    found = next(odd, None)
+    return None if found is None else (found, packed.outputs(found))
 
 
 GPTQMODEL = PackedTransformers(

@@ -61,6 +61,10 @@ class PackedWeights:
         parts = ("qweight", "qzeros", "scales", *(() if self._method == "awq" else ("g_idx",)))
         return {part: read_tensor(self._table[f"{linear}.{part}"]) for part in parts}
 
+    def outputs(self, linear: str) -> int:
+        """How many outputs a linear has. Raises KeyError: it is not in the artifact."""
+        return self._table[f"{linear}.scales"].shape[1]
+
     def dequantize(self, linear: str) -> torch.Tensor:
         """float32 [out, in] of one linear. Raises VerifyError if it is not in the artifact."""
         from quantize.numerics.packing import AwqTensors, GptqTensors, unpack_awq, unpack_gptq

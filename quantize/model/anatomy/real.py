@@ -36,7 +36,11 @@ def template(
         several = [path for path in item.readers if f"{path}.weight" not in names.of]
         if several:
             raise Unknown(f"{several[0]} is several linears on disk")
-        linears = [Linear(names.of[f"{path}.weight"], path, key) for path in item.readers]
+        kinds = {path: type(tiny.get_submodule(path)) for path in item.readers}
+        linears = [
+            Linear(names.of[f"{path}.weight"], path, key, kind="" if kind is nn.Linear else kind.__name__)
+            for path, kind in kinds.items()
+        ]
         source = None if feed is None else _source(feed, item, tiny, real, names)
         passengers = tuple(names.of[name] for name in _ordered(item, sight))
         groups.append(FoldGroup(key, tuple(linears), source, passengers))
