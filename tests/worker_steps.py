@@ -111,3 +111,28 @@ def wait(reporter: Reporter, pid_file: Path) -> None:
 def main_name(reporter: Reporter) -> str:
     """The file of the child's __main__: not the caller's script."""
     return str(getattr(sys.modules["__main__"], "__file__", None))
+
+
+def whose_child(reporter: Reporter) -> tuple[int, str | None, bool]:
+    """The parent's process number, a variable of the environment, whether torch was loaded before the step began."""
+    return os.getppid(), os.environ.get("QUANTIZE_TEST_VARIABLE"), "torch" in sys.modules
+
+
+def spoil_torch(reporter: Reporter) -> bool:
+    """Whether an earlier step has changed the library; then change it."""
+    import torch
+
+    was = hasattr(torch, "changed_by_a_step")
+    torch.changed_by_a_step = True  # type: ignore[attr-defined]
+    return was
+
+
+def multiply_on_threads(reporter: Reporter) -> tuple[float, float]:
+    """A product that takes all threads that there are, and the same on one."""
+    import torch
+
+    torch.set_num_threads(2)
+    left = torch.arange(512.0 * 512).reshape(512, 512) % 7
+    many = float((left @ left).sum())
+    torch.set_num_threads(1)
+    return many, float((left @ left).sum())

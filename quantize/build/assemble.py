@@ -18,7 +18,6 @@ from quantize.formats.base import BuildResult, Context
 from quantize.model.checkpoint import Checkpoint
 from quantize.model.folder_files import CARRIED_FILES
 from quantize.model.source import PinnedSource
-from quantize.provenance.card import render_card
 from quantize.recipe.model import Recipe
 from quantize.store.artifact import describe_files, write_measurements
 from quantize.store.manifest import (
@@ -46,6 +45,8 @@ class Made:
 
 def assemble(recipe: Recipe, job: VariantJob, context: Context, made: Made) -> Manifest:
     """Write the papers into the staging folder and return the manifest. Raises OSError."""
+    from quantize.provenance.card import render_card  # late: it can draw
+
     staging = context.staging
     names = (*made.result.files, *_carry_papers(context))
     files = describe_files(staging, tuple(dict.fromkeys(names)))

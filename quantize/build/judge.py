@@ -36,7 +36,6 @@ from quantize.evaluate.record import (
     SourceName,
     read_record,
 )
-from quantize.evaluate.session import evaluate, evidence, prepare_source
 from quantize.evaluate.structure import Intended
 from quantize.evaluate.task_files import harness_version, pin_tasks
 from quantize.events import Event, Reporter, note
@@ -110,6 +109,8 @@ class Judge:
         calibrated: some variant is. Raises UsageError, RecipeError: text or golden prompts. RefusedError: text that is
         calibrated on. BuildError: the source can't be run here.
         """
+        from quantize.evaluate.session import prepare_source
+
         job = self._job(checkpoint, ModelRef(checkpoint.folder, UNQUANTIZED))
         if calibrated and self.recipe.calibration is not None:
             job = replace(job, calibrated_on=CalibratedOn(self.recipe.calibration, self.recipe.path.parent))
@@ -129,6 +130,8 @@ class Judge:
         Raises UsageError, RecipeError, BuildError, WorkerDied: nothing is known of the artifact then. VerifyError: its
         manifest has options that are not known here.
         """
+        from quantize.evaluate.session import evidence
+
         manifest, started = artifact.manifest, time.perf_counter()
         job = replace(
             self._job(checkpoint, _reference(artifact)),
@@ -219,6 +222,8 @@ def _evaluate(job: EvaluationJob, maker: ReferenceMaker | None, context: Context
     What its runtime does not read whole is read block by block, in another worker: the first one's libraries may have
     been changed on the way.
     """
+
+    from quantize.evaluate.session import evaluate  # late: only what is not measured yet needs it
 
     def measured(reference: Reference | None) -> Evaluation | None:
         asked = replace(job, reference=reference)

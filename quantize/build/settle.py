@@ -17,7 +17,6 @@ from quantize.evaluate.page import render_page
 from quantize.evaluate.record import NAME, EvaluationRecord, read_record
 from quantize.events import note, status, warn
 from quantize.model.checkpoint import Checkpoint
-from quantize.provenance.card import render_card
 from quantize.store.artifact import ASIDE, REFUSED, Artifact, commit, set_aside, write_measurements
 from quantize.store.manifest import CARD_NAME, EVALUATION_NAME, RECIPE_NAME, AcceptedRisk, Manifest
 from quantize.store.staging import store_errors
@@ -153,6 +152,8 @@ class GateKeeper:
 
     def _with_risk(self, artifact: Artifact, decision: Decision) -> Manifest:
         """The manifest that says so, and a card of it. Another digest: whoever pulls it can't miss it."""
+        from quantize.provenance.card import render_card  # late: it can draw
+
         gates = tuple(finding.gate for finding in decision.refusals)
         risk = AcceptedRisk(reason=str(self._accept_risk), gates=gates)
         manifest = artifact.manifest.with_risk(risk)

@@ -6,12 +6,15 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 import click
-from rich.console import Console
-from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from quantize.events import Event, EventKind, Reporter
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.progress import TaskID
 
 PLAIN_EVERY_SECONDS = 10.0
 
@@ -46,6 +49,15 @@ class LiveReporter:
     """A spinner or bar for the run and each variant, redrawn in place."""
 
     def __init__(self, console: Console) -> None:
+        from rich.progress import (
+            BarColumn,
+            Progress,
+            SpinnerColumn,
+            TextColumn,
+            TimeElapsedColumn,
+            TimeRemainingColumn,
+        )
+
         self._progress = Progress(
             SpinnerColumn(finished_text="✓"),
             TextColumn("[bold]{task.fields[subject]}"),
@@ -91,6 +103,8 @@ def console_reporter(*, quiet: bool) -> Iterator[Reporter]:
     if quiet:
         yield QuietReporter()
     elif sys.stderr.isatty():
+        from rich.console import Console
+
         with LiveReporter(Console(stderr=True)) as live:
             yield live
     else:

@@ -40,6 +40,7 @@ from quantize.system.deaths import TAIL_BYTES, evidence, explain, oom_kills
 from quantize.system.gpus import number_by_address
 from quantize.system.processor import settle_products
 from quantize.system.sizes import mebibytes_text
+from quantize.system.warm import start
 
 P = ParamSpec("P")
 Result = TypeVar("Result")
@@ -83,16 +84,14 @@ def run_step(
     Raises: the function's own QuantizeError; DiskFullError, OutOfMemory or BuildError for any other exception, with its
     traceback kept for -v; WorkerDied if the process ended without an answer, or took too long.
     """
-    context = multiprocessing.get_context("spawn")
-    parent, child = context.Pipe()
+    parent, child = multiprocessing.Pipe()
     with _log_file() as log, _interrupts(parent, reporter, stops):
         os.set_inheritable(log.fileno(), True)
         path = f"/proc/{os.getpid()}/fd/{log.fileno()}"
         work = pickle.dumps((function, args, kwargs))
-        process = context.Process(target=_child, args=(child, path, work), daemon=True)
         kills = oom_kills()
         with _starting, _plain_main():
-            process.start()
+            process = start(_child, (child, path, work, dict(os.environ)))
         child.close()
         peak, end = 0, time.monotonic() + most_seconds
         try:
@@ -171,13 +170,14 @@ def spin_briefly() -> None:
         os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 
-def _child(pipe: Connection, log: str, work: bytes) -> None:
+def _child(pipe: Connection, log: str, work: bytes, environment: dict[str, str]) -> None:
     """work: the function and its arguments, pickled: to load it imports their modules, and with them torch."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides, and kills us if it must
+    _take(environment)
     settle_libraries()
     _redirect_output(log)
     faulthandler.enable()  # a crash leaves where it was, and deaths.py reads which library that is
-    threading.Thread(target=_die_with_parent, args=(os.getppid(),), daemon=True).start()
+    threading.Thread(target=_die_with_parent, daemon=True).start()
     pipe.send(_outcome(work, PipeReporter(pipe)))
     pipe.close()
 
@@ -215,12 +215,19 @@ def _redirect_output(log: str) -> None:
     os.dup2(target, 2)
 
 
-def _die_with_parent(parent: int) -> None:
+def _take(environment: dict[str, str]) -> None:
+    """The environment of whoever asks for the step, which may have changed since the process copied was started."""
+    for name in os.environ.keys() - environment.keys():
+        del os.environ[name]
+    os.environ.update(environment)
+
+
+def _die_with_parent() -> None:
     """A step whose parent was killed must not go on writing into a folder that nobody owns any more."""
-    pause = threading.Event()
-    while os.getppid() == parent:
-        pause.wait(0.1)
-    os._exit(1)
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
 
 
 @contextlib.contextmanager
