@@ -6,6 +6,8 @@ In: a store and a name. Out: texts, and files. The HTML needs nothing but itself
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,13 +18,12 @@ from markupsafe import Markup, escape
 from quantize.bench.page import cell_text
 from quantize.charts.comparison import comparison_file
 from quantize.charts.image import png
-from quantize.errors import MissingExtraError
+from quantize.errors import MissingExtraError, UsageError, disk_full, is_disk_full
 from quantize.evaluate.metrics import figures_data
 from quantize.report.collect import PageSubject, collect
 from quantize.report.decision_text import decision_text, headline
 from quantize.report.production import Choice, judge
 from quantize.report.views import TONES, page_of
-from quantize.store.staging import store_errors
 from quantize.store.store import Store
 from quantize.system.files import write_text
 
@@ -49,7 +50,7 @@ def render(subject: PageSubject, choice: Choice | None = None) -> dict[str, str]
 def write_report(store: Store, name: str | None, output: Path | None) -> Written:
     """Write the pages, and the chart where there are figures. output: a folder; None means reports/<name>/.
 
-    Raises UsageError (nothing of that name) and StoreError (the folder can't be written).
+    Raises UsageError: nothing of that name, or the folder can't be written. DiskFullError.
     """
     subject = collect(store, name)
     choice = judge(subject)
@@ -59,7 +60,7 @@ def write_report(store: Store, name: str | None, output: Path | None) -> Written
     if chart:
         texts[CHART] = chart
     image, note = _image(chart)
-    with store_errors(folder):
+    with _writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
         for file, text in texts.items():
             write_text(folder / file, text)
@@ -69,6 +70,18 @@ def write_report(store: Store, name: str | None, output: Path | None) -> Written
             (folder / IMAGE).write_bytes(image)
     names = [*texts, *([IMAGE] if image else [])]
     return Written(choice, tuple(folder / file for file in names), note)
+
+
+@contextmanager
+def _writing(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as exc:
+        if is_disk_full(exc):
+            raise disk_full(exc, folder) from exc
+        raise UsageError(
+            f"the report can't be written to {folder}: {exc.strerror or exc}", hint="choose a folder with --output"
+        ) from exc
 
 
 def _image(chart: str) -> tuple[bytes, str | None]:
