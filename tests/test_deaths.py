@@ -93,9 +93,15 @@ def test_a_signal_without_a_name() -> None:
 
 def test_torch_in_our_own_code_is_torch() -> None:
     """A matrix product leaves no frame of its own; that torch is loaded does."""
-    code, wrote = die("import torch\nos.kill(os.getpid(), signal.SIGILL)")
+    source = "def multiply():\n    os.kill(os.getpid(), signal.SIGILL)\n"
+    ours, theirs = (
+        f"import torch\nexec(compile({source!r}, {path!r}, 'exec'))\nmultiply()"
+        for path in ("/x/quantize/numerics/gram.py", "/x/somebody/else.py")
+    )
+    code, wrote = die(ours)
     assert code == -signal.SIGILL
     assert culprit(wrote) == TORCH
+    assert culprit(die(theirs)[1]) is None, "every step has torch loaded"
 
 
 def test_our_calls_into_llama_cpp_are_its() -> None:

@@ -138,7 +138,7 @@ def start_parent(tmp_path: Path) -> tuple[subprocess.Popen[bytes], int]:
         )
     )
     parent = subprocess.Popen([sys.executable, script], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 120
     while not (pid_file.is_file() and pid_file.read_text()):
         assert time.monotonic() < deadline, "the step did not start"
         time.sleep(0.05)

@@ -22,6 +22,7 @@ from quantize.system.processor import cpu_field
 TAIL_BYTES = 1 << 16  # of what a process wrote: Python's traceback of all its threads fits
 TOLD_CHARACTERS = 2000
 WORDS_CHARACTERS = 200
+OURS = re.compile(r"/quantize/")
 OUR_LLAMA_CPP = re.compile(r"/quantize/runtimes/llama_cpp")
 # What libraries print when they give up; no prompt is ever in such a line, and no other line is looked at.
 DYING = re.compile(r"GGML_ASSERT|terminate called|what\(\):|Fatal Python error|CUDA error")
@@ -189,14 +190,17 @@ def _counters(root: Path) -> Iterator[Path]:
 def culprit(wrote: str) -> Library | None:
     """The library that a process was in when it crashed, by the traceback that it left; None if that does not tell."""
     text = _crash(wrote)
-    for path in FRAME.findall(_thread(text)):
+    frames = FRAME.findall(_thread(text))
+    for path in frames:
         if OUR_LLAMA_CPP.search(path):
             return LLAMA_CPP
         found = INSTALLED.findall(path)
         for library in LIBRARIES:
             if found and found[-1] == library.module:
                 return library
-    return TORCH if re.search(r"^Extension modules: .*\btorch\._C\b", text, re.MULTILINE) else None
+    if frames and not OURS.search(frames[0]):
+        return None
+    return TORCH if re.search(r"^Extension modules: .*\btorch\._C\b", text, re.MULTILINE) else None  # leaves no frame
 
 
 def last_words(wrote: str) -> str:
