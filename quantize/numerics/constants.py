@@ -26,3 +26,8 @@ def batch_tokens(device: str) -> int:
 def shares_on(device: str) -> int:
     """How many sums the batches of a round go into: a GPU has one, as it runs one batch after the other."""
     return SHARES if device == "cpu" else 1
+
+
+def folded_shape(width: int) -> tuple[int, int]:
+    """The shape of a symmetric matrix [width, width] that gram.fold has folded."""
+    return -(-width // 2), width + 1

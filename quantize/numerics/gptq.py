@@ -63,10 +63,10 @@ class Solution:
     fallback_rows: int
 
 
-def factorize(gram: Tensor, group_size: int, *, damping: float = DAMPING) -> Factor:
+def factorize(gram: Tensor, group_size: int, *, damping: float = DAMPING, order: Tensor | None = None) -> Factor:
     """Order the columns and factorize the damped Gram matrix; damping rises tenfold until it is positive definite.
 
-    gram: [in, in] float32, symmetric.
+    gram: [in, in] float32, symmetric. order: int64 [in], how columns are visited; None for `group_order`.
 
     Raises:
         BuildError: it is not finite, or the group size does not divide its width.
@@ -76,7 +76,7 @@ def factorize(gram: Tensor, group_size: int, *, damping: float = DAMPING) -> Fac
     mean = float(diagonal.double().mean())
     if not math.isfinite(mean):
         raise BuildError("the Gram matrix is not finite", hint="the model overflows on the calibration text")
-    order = group_order(diagonal, group_size)
+    order = group_order(diagonal, group_size) if order is None else order
     backward = order.flip(0)
     while mean > 0 and damping < 1e3:
         matrix = gram.index_select(0, backward).index_select(1, backward)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from quantize.numerics.constants import folded_shape
 from quantize.numerics.precision import gram_products
 from quantize.system.threads import without_gil
 
@@ -92,14 +93,47 @@ class GramAccumulator:
 
     def finish(self, note: str = "") -> Gram:
         """Mirror the upper triangle and return the sums; the accumulator must not be used afterwards."""
-        matrix, width = self._matrix, self._matrix.shape[0]
         _, step = self._tile_and_panel
-        for start in range(0, width, step):
-            stop = min(start + step, width)
-            square = matrix[start:stop, start:stop]
-            square.copy_(torch.triu(square) + torch.triu(square, 1).T)
-            matrix[stop:, start:stop] = matrix[start:stop, stop:].T
-        return Gram(matrix, self._tokens, note)
+        return Gram(_mirror(self._matrix, step), self._tokens, note)
+
+
+def fold(matrix: Tensor) -> Tensor:
+    """A symmetric matrix [in, in] in half the space: [in / 2, in + 1], rounded up.
+
+    A row of the upper triangle has its place beside the one that is as far from the end; where their number is odd, the
+    one in the middle is alone in its row.
+    """
+    width = matrix.shape[0]
+    rows = torch.zeros(folded_shape(width), dtype=matrix.dtype)
+    for row in range(len(rows)):
+        other = width - 1 - row
+        rows[row, : width - row] = matrix[row, row:]
+        if other != row:
+            rows[row, width - row :] = matrix[other, other:]
+    return rows
+
+
+def unfold(rows: Tensor) -> Tensor:
+    """The inverse of `fold`."""
+    width = rows.shape[1] - 1
+    matrix = rows.new_zeros(width, width)
+    for row in range(len(rows)):
+        other = width - 1 - row
+        matrix[row, row:] = rows[row, : width - row]
+        if other != row:
+            matrix[other, other:] = rows[row, width - row :]
+    return _mirror(matrix, CPU_PANEL)
+
+
+def _mirror(matrix: Tensor, step: int) -> Tensor:
+    """Have what is above the diagonal below it too."""
+    width = matrix.shape[0]
+    for start in range(0, width, step):
+        stop = min(start + step, width)
+        square = matrix[start:stop, start:stop]
+        square.copy_(torch.triu(square) + torch.triu(square, 1).T)
+        matrix[stop:, start:stop] = matrix[start:stop, stop:].T
+    return matrix
 
 
 def _add_tiles(matrix: Tensor, rows: Tensor, tile: int, panel: int) -> None:

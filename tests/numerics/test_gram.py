@@ -7,7 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from quantize.numerics.gram import Gram, GramAccumulator
+from quantize.numerics.constants import folded_shape
+from quantize.numerics.gram import Gram, GramAccumulator, fold, unfold
 
 
 @given(st.integers(0, 2**32 - 1), st.integers(1, 450), st.lists(st.integers(0, 40), min_size=1, max_size=4))
@@ -47,3 +48,14 @@ def test_leading_axes_are_tokens() -> None:
     accumulator.add(torch.ones(2, 3, 8, dtype=torch.bfloat16))
     assert accumulator.tokens == 6
     assert bool((accumulator.finish().matrix == 6).all())
+
+
+@given(st.integers(0, 2**32 - 1), st.integers(1, 260))
+@settings(max_examples=30)
+def test_a_folded_matrix_takes_half_the_space_and_nothing_is_lost(seed: int, width: int) -> None:
+    half = torch.randn(width, width, generator=torch.Generator().manual_seed(seed))
+    matrix = half + half.T
+    folded = fold(matrix)
+    assert tuple(folded.shape) == folded_shape(width)
+    assert folded.numel() <= (width * width + 2 * width + 1) / 2
+    assert torch.equal(unfold(folded), matrix)
