@@ -38,6 +38,7 @@ CHARACTERS_PER_TOKEN = 3.5  # of held-out text, which is not tokenized for a pla
 TEMPORARY_BYTES = 256 << 20  # more than the headers and the tokenizer of any model
 MEMORY_FOLDER = Path("/dev/shm")
 WIDEST_HIDDEN = 16_384
+GRAM_RATIO = 4  # of the Gram matrices that a variant may keep, and more, to a 16-bit source
 LARGEST_RATIO = 8  # of a 16-bit file to a quantized one of the same model
 
 
@@ -48,7 +49,7 @@ class Needs:
     source: a GGUF source, dequantized. baseline: the source's side of the evaluation. states: hidden states of the
     calibration pass, one copy. passed: of the artifacts, what the pass writes; before_last: before its last block.
     artifacts: everything in the artifacts' folders. intermediates: what variants share. passing: beside an artifact
-    while it is built, of the one that takes most.
+    while it is built, of the one that takes most. scratch: beside the artifacts from the pass on.
     """
 
     source: int = 0
@@ -59,16 +60,22 @@ class Needs:
     artifacts: int = 0
     intermediates: int = 0
     passing: int = 0
+    scratch: int = 0
 
     @property
     def pass_bytes(self) -> int:
         """In the store while the pass runs: both copies of the states stand together until the last block."""
-        return max(2 * self.states + self.before_last, self.states + self.passed)
+        return self.scratch + max(2 * self.states + self.before_last, self.states + self.passed)
+
+    @property
+    def making_bytes(self) -> int:
+        """In the store while the last variant is made."""
+        return self.scratch + self.artifacts + self.passing
 
     @property
     def store_bytes(self) -> int:
         """At the peak in the store."""
-        return max(self.pass_bytes, self.artifacts + self.passing)
+        return max(self.pass_bytes, self.making_bytes)
 
     @property
     def cache_bytes(self) -> int:
@@ -78,7 +85,7 @@ class Needs:
     @property
     def peak_bytes(self) -> int:
         """In both together. The shared file is made after the pass; all else stays to the end."""
-        return self.source + self.baseline + max(self.pass_bytes, self.artifacts + self.passing + self.intermediates)
+        return self.source + self.baseline + max(self.pass_bytes, self.making_bytes + self.intermediates)
 
 
 @dataclass(frozen=True)
@@ -120,6 +127,7 @@ def needs(
         artifacts=sum(size.file_bytes + carried_bytes(checkpoint) + PAPERS_BYTES for size in sizes),
         intermediates=sum(shared.values()),
         passing=max(size.passing_bytes for size in sizes),
+        scratch=sum(size.scratch_bytes for size in sizes),
     )
 
 
@@ -127,6 +135,7 @@ def most_bytes(jobs: Sequence[VariantJob], recipe: Recipe, source: PinnedSource,
     """More than the jobs can need, from file sizes alone: where so much is free, nothing has to be sized."""
     weights = sum(file.size_bytes for file in source.files) * (LARGEST_RATIO if source.quantized_before else 1)
     artifacts = sum(2 * weights + PAPERS_BYTES for _ in jobs)  # in float32 it is twice a 16-bit source
+    artifacts += sum(GRAM_RATIO * weights for job in jobs if job.is_calibrated)
     baseline = baseline_bytes(recipe, LIKELIEST) if measured else 0
     return 2 * weights + weights * source.is_derived + artifacts + baseline + 2 * states_bytes(recipe, WIDEST_HIDDEN)
 

@@ -61,7 +61,7 @@ class SizePlan:
 
     file_bytes: all weight files. pass_bytes: of them, what the calibration pass writes. intermediate_bytes: what the
     cache needs beside them (shared by variants of a key). passing_bytes: what the store needs beside them while the
-    variant is built, and no longer.
+    variant is built, and no longer. scratch_bytes: what it keeps there from the pass on, until all variants are built.
     """
 
     file_bytes: int
@@ -73,6 +73,7 @@ class SizePlan:
     intermediate_key: str = ""
     pass_bytes: int = 0
     passing_bytes: int = 0
+    scratch_bytes: int = 0
 
 
 @dataclass(frozen=True)

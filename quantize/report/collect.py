@@ -33,7 +33,7 @@ BLOCK_TENSOR = re.compile(r"(?:^|\.)(\d{1,5})\.(.+)$")
 
 @dataclass(frozen=True)
 class Layer:
-    """Rounding loss of one matrix: the share of its output's energy on calibration text; nearest: by plain rounding."""
+    """Rounding loss of one matrix: the share of its output's energy on calibration text; nearest: rounded alone."""
 
     block: int
     name: str

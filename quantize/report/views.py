@@ -330,5 +330,5 @@ def _layers_text(layers: Sequence[Layer]) -> str:
     text += ", ".join(f"block {layer.block} {layer.name} ({layer.loss:.2%})" for layer in worst) + "."
     better = [layer.loss / layer.nearest for layer in layers if layer.nearest]
     return text + (
-        f" The median matrix keeps {statistics.median(better):.0%} of the loss of plain rounding." if better else ""
+        f" The median matrix keeps {statistics.median(better):.0%} of the loss of rounding alone." if better else ""
     )

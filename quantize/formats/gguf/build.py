@@ -13,11 +13,11 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from quantize.calibration.budget import BlockMemory
 from quantize.errors import PlanError, QuantizeError, VerifyError, disk_errors
-from quantize.events import Reporter, status, warn
+from quantize.events import Reporter, note, status, warn
 from quantize.files.gguf import GgufFile, GgufTensor, read_gguf
 from quantize.files.gguf_split import read_model
 from quantize.formats.base import BuildResult, Collector, Context, KeptTensor, LeftOut, RunLimits, SizePlan, SolveCost
@@ -34,6 +34,9 @@ from quantize.runtimes.llama_cpp.vocabulary import PRE
 from quantize.runtimes.llama_cpp.vocabulary import names as pre_tokenizers
 from quantize.store.manifest import tool_versions
 from quantize.system.process import run_step
+
+if TYPE_CHECKING:
+    from quantize.formats.gguf.solve import SolvedFile
 
 HUB_URL = "https://huggingface.co/"
 TRY_OUT_TOKENS = 16
@@ -102,23 +105,26 @@ class GgufBuilder:
                 plan = _size_plan(context.checkpoint, item, result, key, ready is not None)
                 with disk_errors(context.scratch):
                     extra = _imatrix_bytes(context, result.architecture) if item.imatrix else 0
-                plans.append(replace(plan, file_bytes=plan.file_bytes + extra))
+                kept = _solving_bytes(context.checkpoint, plan) if item.gptq else 0
+                plans.append(replace(plan, file_bytes=plan.file_bytes + extra, scratch_bytes=kept))
             except PlanError as exc:
                 plans.append(exc)
         return plans
 
     def collector(self, context: Context, reporter: Reporter) -> Collector:
-        """Keeps the diagonal of every Gram matrix."""
+        """Keeps the diagonal of every Gram matrix; all of it, where it is solved with."""
+        from quantize.formats.gguf.grams import GramCollector
         from quantize.formats.gguf.imatrix import ImatrixCollector
 
-        return ImatrixCollector(context.scratch / "imatrix.safetensors")
+        diagonals = context.scratch / "imatrix.safetensors"
+        return GramCollector(context.scratch, diagonals) if context.options.gptq else ImatrixCollector(diagonals)
 
-    def solver_bytes(self, block: BlockMemory, options: Any, threads: int) -> int:
-        """Nothing that counts: a diagonal is copied."""
-        return 0
+    def solver_bytes(self, block: BlockMemory, options: GgufOptions, threads: int) -> int:
+        """The folded matrices; else nothing that counts, as a diagonal is copied."""
+        return sum(block.grams) // 2 if options.gptq else 0
 
     def solve_operations(self, cost: SolveCost) -> float:
-        """None: no block is solved."""
+        """None: it is solved after the pass."""
         return 0.0
 
     def build(self, context: Context, reporter: Reporter) -> BuildResult:
@@ -146,13 +152,17 @@ class GgufBuilder:
         names, warnings = run_step(f"quantizing to {options.type}", reporter, quantize, intermediate, out, job)
         written = read_model(context.staging / names[0])
         _check_overrides(options, [*written.tensors])
+        solved = _solve(context, intermediate, context.staging / names[0], reporter) if options.gptq else None
         tensors = list(written.tensors.values())
         kept = _kept(options, [(item.name, item.type, item.shape) for item in tensors])
         weights = sum(item.size_bytes for item in tensors)
         bits = round(8 * weights / _elements(tensors), 4)
-        facts = {"llama_cpp_warnings": len(warnings)}
+        facts: dict[str, Any] = {"llama_cpp_warnings": len(warnings)}
+        if solved is not None:
+            facts |= {"layers": solved.layers, "unsolved": solved.unsolved, "solve_seconds": solved.seconds}
         return BuildResult(
             (*names, *files[1:]), weights, BITS[options.type], None, bits, kept, facts,
+            device=solved.device if solved is not None else None,
             left_out=tuple(LeftOut(name, why) for name, why in sorted(read_left_out(intermediate).items())),
         )  # fmt: skip
 
@@ -267,7 +277,32 @@ def _settings(options: GgufOptions, limits: RunLimits, imatrix: Path | None) -> 
 def _file_name(intermediate: Path, options: GgufOptions) -> str:
     """<name>-<type>.gguf; the convention: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md."""
     stem = intermediate.stem.rpartition("-")[0]
-    return f"{stem}-{options.type}{'-imatrix' if options.imatrix else ''}.gguf"
+    return f"{stem}-{options.type}{f'-{options.made_with}' if options.made_with else ''}.gguf"
+
+
+def _solve(context: Context, intermediate: Path, quantized: Path, reporter: Reporter) -> SolvedFile:
+    """Error feedback into the types that llama.cpp chose. Says what keeps llama.cpp's own rounding."""
+    from quantize.formats.gguf.solve import SolveRequest, solve_file
+
+    limits = context.limits
+    request = SolveRequest(
+        intermediate, quantized, context.checkpoint, context.scratch, context.variant, limits.threads,
+        limits.device if limits.on_own_gpu else "cpu",
+    )  # fmt: skip
+    status(reporter, context.variant, f"solving into {context.options.type}")
+    solved: SolvedFile = run_step(f"solving into {context.options.type}", reporter, solve_file, request)
+    for why in sorted(set(solved.unsolved.values())):
+        names = [name for name, reason in solved.unsolved.items() if reason == why]
+        more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
+        note(reporter, context.variant, f"not solved: {', '.join(names[:NAMED])}{more}: {why}")
+    return solved
+
+
+def _solving_bytes(checkpoint: Checkpoint, plan: SizePlan) -> int:
+    """On disk beside the artifact: the Gram matrices, and what was solved."""
+    from quantize.formats.gguf.grams import grams_bytes
+
+    return grams_bytes(checkpoint) + plan.weights_bytes
 
 
 def _write_imatrix(context: Context, intermediate: Path, out: Path) -> None:

@@ -36,6 +36,16 @@ def _in_vllm(options: Options) -> str | No:
     return No("vLLM's GGUF support is experimental and slow", hint)
 
 
+def _limits(options: Options) -> tuple[str, ...]:
+    """What llama.cpp rounded and what was solved after it."""
+    if not options.get("gptq"):
+        return ()
+    return (
+        "Matrices were rounded with error feedback into llama.cpp's types; the token embedding, the output head and "
+        "types without a grid of their own are as llama.cpp rounds them.",
+    )
+
+
 BUILDER = late("quantize.formats.gguf.build:GgufBuilder")
 FORMAT = Format(
     name="gguf",
@@ -47,7 +57,7 @@ FORMAT = Format(
     reference=BUILDER,  # the 16-bit file that all variants are quantized from
     weights=GgufWeights(),
     vram=IN_LLAMA_CPP,
-    card=CardText(ways=_ways),
+    card=CardText(ways=_ways, limits=_limits),
     handover=Handover(vllm=_in_vllm, llama_cpp_file=True),
     probes=(LLAMA_CPP_PROBE,),
     quantization=lambda options: str(options["type"]),

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections import ChainMap
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -101,25 +101,36 @@ def write_zeros(path: Path, checkpoint: Checkpoint) -> None:
     save_file(rows, path)
 
 
+def gguf_names(architecture: str, checkpoint: Checkpoint) -> Callable[[str], tuple[str | None, int | None]]:
+    """From a tensor's name in the source to that in GGUF, None where it has none, and the expert that it is of."""
+    import gguf
+
+    kinds = {name: kind for kind, name in gguf.MODEL_ARCH_NAMES.items()}
+    names = gguf.get_tensor_name_map(kinds[architecture], block_count(checkpoint.config))
+
+    def named(tensor: str) -> tuple[str | None, int | None]:
+        expert = EXPERT.search(tensor)
+        found: str | None = names.get_name(EXPERT.sub(".experts.", tensor), try_suffixes=(".weight",))
+        return found, int(expert[1]) if expert else None
+
+    return named
+
+
 def write_from_scratch(
     scratch: Path, out: Path, architecture: str, checkpoint: Checkpoint, calibration: CalibrationEntry
 ) -> None:
     """Turn the scratch file into llama.cpp's. Raises BuildError for a linear that has no name in GGUF."""
-    import gguf
     import numpy as np
     from safetensors.numpy import load_file
 
-    kinds = {name: kind for kind, name in gguf.MODEL_ARCH_NAMES.items()}
-    names = gguf.get_tensor_name_map(kinds[architecture], block_count(checkpoint.config))
+    named = gguf_names(architecture, checkpoint)
     rows: dict[str, dict[int, tuple[Any, Any]]] = {}
     found = load_file(scratch)
     for tensor in (name for name in found if not name.endswith(":tokens")):
-        expert = EXPERT.search(tensor)
-        merged = EXPERT.sub(".experts.", tensor)
-        name = names.get_name(merged, try_suffixes=(".weight",))
+        name, expert = named(tensor)
         if name is None:
             raise BuildError(f"{tensor} has no name in GGUF's {architecture}")
-        rows.setdefault(name, {})[int(expert[1]) if expert else 0] = (found[tensor], found[tensor + ":tokens"])
+        rows.setdefault(name, {})[expert or 0] = (found[tensor], found[tensor + ":tokens"])
     sums = {
         name: (
             np.stack([experts[index][0] for index in sorted(experts)]),
@@ -128,5 +139,5 @@ def write_from_scratch(
         for name, experts in rows.items()
     }
     length = int(calibration.spec["sequence_length"])
-    names = ", ".join(calibration.names)
-    write_imatrix(out, sums, dataset=names, chunks=calibration.sequences, chunk_tokens=length)
+    text = ", ".join(calibration.names)
+    write_imatrix(out, sums, dataset=text, chunks=calibration.sequences, chunk_tokens=length)

@@ -15,6 +15,7 @@ from pydantic import (
     WithJsonSchema,
     field_validator,
     model_serializer,
+    model_validator,
 )
 
 from quantize.errors import UsageError
@@ -26,6 +27,7 @@ from quantize.system.sizes import parse_size
 from quantize.system.untrusted import check_pattern
 
 UNITS = (("g", 30), ("m", 20), ("k", 10))
+LATER = ("split_size", "gptq")  # options that came after the first artifacts
 
 
 def _file_size(value: object) -> object:
@@ -50,6 +52,10 @@ class GgufOptions(FormatOptions):
 
     type: str = Field(description="llama.cpp file type: Q4_K_M, Q5_K_M, Q8_0, …", json_schema_extra={"enum": [*FTYPES]})
     imatrix: bool = Field(False, description="weigh errors by an importance matrix from the calibration pass")
+    gptq: bool = Field(
+        False,
+        description="solve with error feedback into the same types and bytes; makes its importance matrix by itself",
+    )
     overrides: dict[str, str] = Field(
         default_factory=dict, description="type of each tensor whose name matches a regular expression"
     )
@@ -63,6 +69,16 @@ class GgufOptions(FormatOptions):
         None,
         description="cut the model into files of at most this size, such as 4G: NAME-00001-of-00003.gguf and so on",
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _with_its_matrix(cls, data: Any) -> Any:
+        """Solving begins with an importance matrix: one way to write it, and one build key."""
+        if not isinstance(data, dict) or data.get("gptq") is not True:
+            return data
+        if data.get("imatrix") is False:
+            raise ValueError("gptq: true makes an importance matrix || leave out `imatrix: false`")
+        return {**data, "imatrix": True}
 
     @field_validator("type")
     @classmethod
@@ -98,10 +114,10 @@ class GgufOptions(FormatOptions):
         return value
 
     def variant_name(self) -> str:
-        """`q4_k_m`, `q4_k_m-imatrix`, `q4_k_m-split-4g`, and a short hash where overrides or types are not the plain
-        ones.
+        """`q4_k_m`, `q4_k_m-imatrix`, `q4_k_m-gptq`, `q4_k_m-split-4g`, and a short hash where overrides or types are
+        not the plain ones.
         """
-        parts = [self.type.lower()] + (["imatrix"] if self.imatrix else []) + (["pure"] if self.pure else [])
+        parts = [self.type.lower(), *([self.made_with] if self.made_with else []), *(["pure"] if self.pure else [])]
         parts += [f"split-{_short_size(self.split_size)}"] if self.split_size else []
         special = [f"{key}={kind}" for key, kind in self.overrides.items()]
         special += [f"{name}={kind}" for name in ("output_type", "embedding_type") if (kind := getattr(self, name))]
@@ -109,11 +125,18 @@ class GgufOptions(FormatOptions):
             parts.append(hashlib.sha256("|".join(special).encode()).hexdigest()[:6])
         return "-".join(parts)
 
+    @property
+    def made_with(self) -> str:
+        """What of the calibration pass goes into it, as names have it; empty for nothing."""
+        return "gptq" if self.gptq else "imatrix" if self.imatrix else ""
+
     @model_serializer(mode="wrap")
-    def _only_where_it_is_cut(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Without `split_size` where there is none: it came after the first artifacts, whose build keys stay."""
+    def _only_what_is_asked_for(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Without `split_size` and `gptq` where there is none: they came after the first artifacts, whose build keys
+        stay.
+        """
         data: dict[str, Any] = handler(self)
-        return {key: value for key, value in data.items() if key != "split_size" or value is not None}
+        return {key: value for key, value in data.items() if key not in LATER or value}
 
 
 def _short_size(size_bytes: int) -> str:
