@@ -12,10 +12,11 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar
 
 from quantize.errors import BuildError, disk_errors
 from quantize.events import Reporter, note, progress, warn
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
 
     Bytes = NDArray[np.uint8]
 
+Result = TypeVar("Result")
 DATA_NAME, LOG_NAME = "solved.bin", "solved.jsonl"
 NO_GRAM = "its input is not among those that the calibration pass records"
 NO_GRID = "llama.cpp's own rounding: {type} is not solved"
@@ -190,7 +192,7 @@ class _InputSolver:
         weight = weight.to(self.request.device)
         factor = self._factor(place.quantized.type, order)
         solved = self._solved(weight, factor, place)
-        energy = estimated_loss(weight.float(), factor.gram)
+        energy = _on_one_thread(partial(estimated_loss, weight.float(), factor.gram))
         loss, nearest, kept = solved.figures.sum(1).tolist()
         if factor.damping > DAMPING:
             text = f"{linear.tensor}: damping raised to {factor.damping:g} to make it solvable"
@@ -226,8 +228,15 @@ class _InputSolver:
             if order:
                 places = torch.tensor(order)
                 gram = gram.index_select(0, places).index_select(1, places)
-            self._factors[form] = factor_for(gram.to(self.request.device), grid)
+            self._factors[form] = _on_one_thread(partial(factor_for, gram.to(self.request.device), grid))
         return self._factors[form]
+
+
+def _on_one_thread(task: Callable[[], Result]) -> Result:
+    """What gives the same bits whatever the number of threads."""
+    from quantize.system.threads import on_threads
+
+    return on_threads([task], 1)[0]
 
 
 def _values(place: _Place) -> torch.Tensor:
