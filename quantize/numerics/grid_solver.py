@@ -39,7 +39,7 @@ SPREAD = (1.0, 0.985, 0.97, 0.955, 0.94, 0.91)  # of the largest integer scale, 
 
 
 @dataclass(frozen=True)
-class SolvedRows:
+class GridRows:
     """Some output rows. data: uint8 [rows, bytes of a row]. figures: float64 [3, rows]: loss, that of the bytes to
     begin with, 1 where those were taken; losses are diag(ΔW G ΔWᵀ), squared output error over the calibration tokens.
     """
@@ -49,7 +49,7 @@ class SolvedRows:
 
 
 @dataclass
-class _State:
+class _Rounded:
     """Rounded rows, columns first. d, dmin: [blocks, rows]. scales, mins: [sub-blocks, rows]. picked: levels,
     [in, rows]; all float32.
     """
@@ -80,7 +80,7 @@ def block_order(diagonal: Tensor, grid: Grid) -> Tensor:
     return columns[outer].reshape(-1)
 
 
-def row_tasks(weight: Tensor, factor: Factor, grid: Grid, data: Bytes) -> list[Callable[[], SolvedRows]]:
+def row_tasks(weight: Tensor, factor: Factor, grid: Grid, data: Bytes) -> list[Callable[[], GridRows]]:
     """Solve a weight [out, in] in pieces that may run in any order, or at once; `collect` puts them together.
 
     weight: any floating type, on the factor's device. data: uint8 [out, bytes of a row], llama.cpp's rounding of it.
@@ -92,18 +92,18 @@ def row_tasks(weight: Tensor, factor: Factor, grid: Grid, data: Bytes) -> list[C
     ]
 
 
-def collect(parts: list[SolvedRows]) -> SolvedRows:
+def collect(parts: list[GridRows]) -> GridRows:
     """The results of all of `row_tasks`, in order, as one."""
-    return SolvedRows(
+    return GridRows(
         np.concatenate([part.data for part in parts]), np.concatenate([part.figures for part in parts], axis=1)
     )
 
 
-def solve_rows(weight: Tensor, factor: Factor, grid: Grid, data: Bytes) -> SolvedRows:
+def solve_rows(weight: Tensor, factor: Factor, grid: Grid, data: Bytes) -> GridRows:
     """Some rows: no one loses more under the undamped Gram matrix than the bytes that are given."""
     rows = weight.to(factor.gram.device, torch.float32)
     given = decode(grid, data.reshape(-1, grid.block_bytes))
-    start = _state(given, rows, grid)
+    start = _rounded(given, rows, grid)
     bound = row_losses(_values(start, grid).T - rows, factor.gram)
     solved = _refitted(_sweep(rows, factor, grid, start), rows, factor.gram, grid)
     loss = row_losses(_values(solved, grid).T - rows, factor.gram)
@@ -111,10 +111,10 @@ def solve_rows(weight: Tensor, factor: Factor, grid: Grid, data: Bytes) -> Solve
     found = encode(grid, _blocks(solved, grid)).reshape(data.shape)
     found[kept.cpu().numpy()] = data[kept.cpu().numpy()]
     figures = torch.stack((torch.where(kept, bound, loss), bound, kept.float())).double()
-    return SolvedRows(found, figures.cpu().numpy())
+    return GridRows(found, figures.cpu().numpy())
 
 
-def _state(blocks: Blocks, rows: Tensor, grid: Grid) -> _State:
+def _rounded(blocks: Blocks, rows: Tensor, grid: Grid) -> _Rounded:
     """Decoded blocks, columns first."""
     out, device = len(rows), rows.device
 
@@ -122,11 +122,11 @@ def _state(blocks: Blocks, rows: Tensor, grid: Grid) -> _State:
         return torch.from_numpy(values.astype(np.float32).reshape(out, -1).T.copy()).to(device)
 
     levels = np.asarray(grid.levels, np.float32)[blocks.codes]
-    return _State(*map(turned, (blocks.d, blocks.dmin, blocks.scales, blocks.mins, levels)))
+    return _Rounded(*map(turned, (blocks.d, blocks.dmin, blocks.scales, blocks.mins, levels)))
 
 
-def _blocks(state: _State, grid: Grid) -> Blocks:
-    """The inverse of `_state`."""
+def _blocks(state: _Rounded, grid: Grid) -> Blocks:
+    """The inverse of `_rounded`."""
 
     def turned(values: Tensor, width: int) -> Any:
         return values.cpu().numpy().T.reshape(-1, width)
@@ -139,7 +139,7 @@ def _blocks(state: _State, grid: Grid) -> Blocks:
     )  # fmt: skip
 
 
-def _values(state: _State, grid: Grid) -> Tensor:
+def _values(state: _Rounded, grid: Grid) -> Tensor:
     """What rounded rows stand for, [in, rows], computed as llama.cpp does."""
     subs = grid.block // grid.sub
     scale = state.d.repeat_interleave(subs, 0) * state.scales
@@ -172,12 +172,12 @@ def _ranges(low: int, high: int, mins: int) -> tuple[tuple[float, float], float,
     return (float(low), float(high)), float(mins), parts, [mins * share for share in SPREAD]
 
 
-def _sweep(rows: Tensor, factor: Factor, grid: Grid, start: _State) -> _State:
+def _sweep(rows: Tensor, factor: Factor, grid: Grid, start: _Rounded) -> _Rounded:
     """Round column after column, feeding each error forward."""
     order, feedback, weights = factor.order, factor.feedback, factor.weights
     exact = rows.T.contiguous().index_select(0, order)
     errors, picked = torch.empty_like(exact), torch.empty_like(exact)
-    found = _State(*(values.clone() for values in vars(start).values()))
+    found = _Rounded(*(values.clone() for values in vars(start).values()))
     subs, blocks = order[:: grid.sub] // grid.sub, order[:: grid.block] // grid.block
     span = grid.block if grid.scales else PLAIN_VALUES
     for first in range(0, len(exact), span):
@@ -193,7 +193,7 @@ def _sweep(rows: Tensor, factor: Factor, grid: Grid, start: _State) -> _State:
 
 
 def _sweep_part(
-    views: tuple[Tensor, ...], blocks: Tensor, subs: Tensor, start: _State, found: _State, grid: Grid
+    views: tuple[Tensor, ...], blocks: Tensor, subs: Tensor, start: _Rounded, found: _Rounded, grid: Grid
 ) -> None:
     """The blocks between two products with all earlier errors; what they get goes to its place in `found`."""
     levels, shares, first, least = _levels(grid, blocks.device), _shares(grid), start.d[blocks], start.dmin[blocks]
@@ -209,7 +209,7 @@ def _sweep_part(
     found.scales[subs], found.mins[subs] = scales, mins
 
 
-def _refitted(state: _State, rows: Tensor, gram: Tensor, grid: Grid) -> _State:
+def _refitted(state: _Rounded, rows: Tensor, gram: Tensor, grid: Grid) -> _Rounded:
     """Fit d and dmin of each block in turn to what was rounded, in closed form, rounded to float16 where that is less.
 
     Each step minimizes tr(ΔW G ΔWᵀ) over the two; pulled = G ΔWᵀ moves along.

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from quantize.numerics.gptq import Factor
-    from quantize.numerics.grid_solver import SolvedRows
+    from quantize.numerics.grid_solver import GridRows
 
     Bytes = NDArray[np.uint8]
 
@@ -205,7 +205,7 @@ class _InputSolver:
             "fallback_rows": int(kept),
         }
 
-    def _solved(self, weight: torch.Tensor, factor: Factor, place: _Place) -> SolvedRows:
+    def _solved(self, weight: torch.Tensor, factor: Factor, place: _Place) -> GridRows:
         from quantize.numerics.grid_solver import collect, row_tasks
         from quantize.numerics.kquants import GRIDS
         from quantize.system.threads import on_threads
