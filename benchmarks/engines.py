@@ -25,7 +25,7 @@ def log_probs(runtime: Any, windows: list[list[int]]) -> Rows:
     """Of each window, float32 [rows, vocabulary]."""
     import numpy as np
 
-    return [np.concatenate([block.copy() for block in blocks]) for blocks in runtime.read(windows)]
+    return [np.concatenate([block.cpu().numpy() for block in blocks]) for blocks in runtime.read(windows)]
 
 
 def by_kernel(model: Any, kernel: str, windows: list[list[int]]) -> tuple[str, Rows]:

@@ -42,7 +42,7 @@ def compute(reporter: Reporter, model: ModelRef, source: Path, device: str = CPU
     import numpy as np
 
     with closing(open_runtime(model, context=128, threads=1, place=DevicePlace(device))) as runtime:
-        theirs = np.concatenate(list(runtime.log_probs(WINDOW)))
+        theirs = np.concatenate([block.cpu().numpy() for block in runtime.log_probs(WINDOW)])
         (answered,) = runtime.answer([Prompted(WINDOW, ANSWER)])
         name = runtime.name
     serving = Serving(context=128, slots=1, device=device, threads=1, named=True)

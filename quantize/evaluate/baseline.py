@@ -22,11 +22,12 @@ from quantize.system.cache import Cache
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
+    from torch import Tensor
 
     from quantize.runtimes.base import LogProbs
 
 KIND = "baselines"
-FORMAT = 2
+FORMAT = 3
 LIKELIEST = 1024
 FILE = "baseline.npz"
 _LEAST_MASS = 1e-12  # float32 sums of probabilities are no finer
@@ -62,11 +63,14 @@ class Baseline:
         return int(self.tokens.shape[1]) == self.vocabulary
 
 
-def compress(log_probs: LogProbs, tokens: NDArray[np.int32]) -> Compressed:
-    """The log-probabilities [rows, vocabulary] of the given tokens [rows, k], and of all others together."""
+def compress(log_probs: LogProbs, tokens: Tensor) -> Compressed:
+    """The log-probabilities [rows, vocabulary] of the given tokens [rows, k], and of all others together.
+
+    Only what is chosen leaves the device.
+    """
     import numpy as np
 
-    chosen = np.take_along_axis(log_probs, tokens, axis=1).astype(np.float32)
+    chosen = log_probs.gather(1, tokens.to(log_probs.device).long()).cpu().numpy()
     if tokens.shape[1] == log_probs.shape[1]:
         return Compressed(chosen, np.full(len(chosen), -np.inf, np.float32))
     left = 1.0 - np.exp(chosen, dtype=np.float64).sum(axis=1)
@@ -85,7 +89,7 @@ class Recorder:
     def add(self, block: LogProbs, following: NDArray[np.int64]) -> None:
         """The next rows [rows, vocabulary], and the tokens that came after them [rows]."""
         best = _likeliest(block, self._keep)
-        self._tokens.append(best)
+        self._tokens.append(best.int().cpu().numpy())
         self._parts.append(compress(block, best))
         self._targets.append(target_log_probs(block, following))
 
@@ -117,9 +121,11 @@ def record(runtime: Runtime, windows: Windows, reporter: Reporter, *, keep: int 
 
 def target_log_probs(block: LogProbs, following: NDArray[np.int64]) -> NDArray[np.float32]:
     """What the rows give the tokens that came, [rows]."""
-    import numpy as np
+    import torch
 
-    return np.take_along_axis(block, following[:, None], axis=1)[:, 0]
+    tokens = torch.as_tensor(following).to(block.device)
+    found: NDArray[np.float32] = block.gather(1, tokens[:, None])[:, 0].cpu().numpy()
+    return found
 
 
 def blocks(
@@ -130,6 +136,7 @@ def blocks(
     Only of tokens that count as predicted.
     """
     import numpy as np
+    import torch
 
     row, total = 0, len(windows.token_ids)
     parts = zip(windows.token_ids, windows.starts, runtime.read(windows.token_ids), strict=True)
@@ -141,7 +148,7 @@ def blocks(
             at += len(block)
             if skipped >= len(block):
                 continue
-            counted = block[skipped:]
+            counted = torch.as_tensor(block[skipped:])  # a runtime of a plugin may give arrays
             yield row, counted, np.asarray(ids[at - len(counted) + 1 : at + 1], dtype=np.int64)
             row += len(counted)
     progress(reporter, "", f"{text} (windows)", total, total)
@@ -203,13 +210,13 @@ def find(cache: Cache, key: str) -> Baseline | None:
         return None
 
 
-def _likeliest(block: LogProbs, keep: int) -> NDArray[np.int32]:
-    """Tokens [rows, keep] by falling log-probability; of equal ones the lower id first."""
-    import numpy as np
+def _likeliest(block: LogProbs, keep: int) -> Tensor:
+    """Tokens int64 [rows, keep] by falling log-probability; of equal ones the lower id first."""
+    import torch
 
     if keep < block.shape[1]:
-        some = np.sort(np.argpartition(-block, keep - 1, axis=1)[:, :keep], axis=1)
+        some = block.topk(keep, sorted=False).indices.sort(dim=1).values
     else:
-        some = np.broadcast_to(np.arange(block.shape[1]), block.shape)
-    order = np.argsort(-np.take_along_axis(block, some, axis=1), axis=1, kind="stable")
-    return np.take_along_axis(some, order, axis=1).astype(np.int32)
+        some = torch.arange(block.shape[1], device=block.device).expand(block.shape)
+    order = block.gather(1, some).argsort(dim=1, descending=True, stable=True)
+    return some.gather(1, order)

@@ -87,6 +87,7 @@ def compare(
 ) -> Compared:  # fmt: skip
     """Row by row over all windows. text: for the user, what is done. also: is given every block too."""
     import numpy as np
+    import torch
 
     problem = other_vocabulary(runtime.vocabulary, baseline.vocabulary, windows)
     if problem:
@@ -99,8 +100,8 @@ def compare(
         tokens = baseline.tokens[rows]
         source = Compressed(baseline.distribution.chosen[rows], baseline.distribution.others[rows])
         shared = block[:, : baseline.vocabulary]
-        kl.append(divergence(source, compress(shared, tokens)))
-        same.append(shared.argmax(axis=1) == tokens[:, 0])
+        kl.append(divergence(source, compress(shared, torch.as_tensor(tokens))))
+        same.append(shared.argmax(dim=1).cpu().numpy() == tokens[:, 0])
         targets.append(target_log_probs(block, following))
         also(block, following)
     return Compared(np.concatenate(kl), np.concatenate(same), np.concatenate(targets), baseline.target_log_probs)

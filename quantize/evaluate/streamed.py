@@ -126,7 +126,7 @@ class StreamedRuntime:
 
     def _rows(self, states: Tensor) -> Iterator[LogProbs]:
         for piece in torch.split(states, block_rows(self.vocabulary)):
-            yield log_softmax(self._head.logits(piece).cpu().numpy(), self._label)
+            yield log_softmax(self._head.logits(piece), self._label)
 
     @contextmanager
     def _told(self) -> Iterator[None]:

@@ -14,12 +14,14 @@ from typing import TYPE_CHECKING, Any
 
 import jinja2
 import numpy as np
+import torch
 from lm_eval import utils
 from lm_eval.api.model import TemplateLM
 from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
 
 from quantize.calibration.text import load_tokenizer
 from quantize.errors import UsageError
+from quantize.evaluate.baseline import target_log_probs
 from quantize.events import Reporter, progress
 from quantize.model.checkpoint import read_json
 from quantize.runtimes.base import Prompted, Runtime
@@ -211,13 +213,14 @@ def _rate(
         start, at = at, at + len(block)
         if at <= first:
             continue
-        best = block[max(0, first - start) :].argmax(axis=1)
+        block = torch.as_tensor(block)  # a runtime of a plugin may give arrays
+        best = block[max(0, first - start) :].argmax(dim=1).cpu().numpy()
         for index, tokens in continuations.items():
             begin = max(start, rows - len(tokens))
             if begin >= at:
                 continue
             wanted = np.asarray(tokens[begin - (rows - len(tokens)) : at - (rows - len(tokens))])
             part = block[begin - start :]
-            total[index] += float(part[np.arange(len(wanted)), wanted].sum(dtype=np.float64))
+            total[index] += float(target_log_probs(part[: len(wanted)], wanted).sum(dtype=np.float64))
             likeliest[index] &= bool((best[len(best) - len(wanted) :] == wanted).all())
     return {index: (total[index], likeliest[index]) for index in continuations}

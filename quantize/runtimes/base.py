@@ -18,10 +18,9 @@ from quantize.runtimes.devices import Accelerator, DevicePlace
 from quantize.runtimes.served import Progress, ServedModel, Serving
 
 if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
+    from torch import Tensor
 
-    LogProbs = NDArray[np.float32]
+    LogProbs = Tensor
 
 BLOCK_BYTES = 256 * 2**20
 """Log-probabilities that are in memory at once; longer windows come in several blocks."""
@@ -87,7 +86,8 @@ class Runtime(Protocol):
     def log_probs(self, window: Sequence[int]) -> Iterator[LogProbs]:
         """Blocks of rows, in order, float32 [rows, vocabulary]: row i is the distribution of token i + 1.
 
-        There are len(window) - 1 rows in all. A block is valid until the next one. Raises VerifyError if not finite.
+        They are where the model is: what is made of them is computed there. There are len(window) - 1 rows in all. A
+        block is valid until the next one. Raises VerifyError if not finite.
         """
 
     def read(self, windows: Sequence[Sequence[int]]) -> Iterator[Iterator[LogProbs]]:
@@ -186,13 +186,13 @@ def block_rows(vocabulary: int) -> int:
 
 
 def log_softmax(logits: Any, what: str) -> LogProbs:
-    """Row-wise log-softmax of finite logits [rows, vocabulary], in place where it can. Raises VerifyError."""
-    import numpy as np
+    """Row-wise log-softmax of finite logits [rows, vocabulary], float32, where they are: on a GPU, or by all threads.
 
-    highest = logits.max(axis=-1, keepdims=True)
-    if not bool(np.isfinite(highest).all()) or bool(np.isnan(logits).any()):
+    logits: a tensor, or an array of the computer's memory. Raises VerifyError.
+    """
+    import torch
+
+    values = torch.as_tensor(logits)
+    if not bool(values.amax(dim=-1).isfinite().all()):  # of a row with NaN it is NaN
         raise VerifyError(f"{what}: the logits are not finite", hint="a tensor is damaged; quantize verify names it")
-    shifted = np.subtract(logits, highest, dtype=np.float32)
-    total = np.exp(shifted).sum(axis=-1, keepdims=True, dtype=np.float64)
-    shifted -= np.log(total).astype(np.float32)
-    return shifted  # type: ignore[no-any-return]
+    return torch.log_softmax(values, -1, dtype=torch.float32)

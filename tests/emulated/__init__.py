@@ -5,6 +5,6 @@ launches, host syncs and copies, each with the line of this project that caused 
 wrong device and how often the host and the device meet; it proves no kernel and no time.
 """
 
-from tests.emulated.device import Ledger, emulated_gpu
+from tests.emulated.device import Ledger, emulated_gpu, put_on_gpu
 
-__all__ = ["Ledger", "emulated_gpu"]
+__all__ = ["Ledger", "emulated_gpu", "put_on_gpu"]

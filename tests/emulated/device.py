@@ -14,16 +14,17 @@ from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, TypeVar
 from unittest import mock
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import quantize
 
+Model = TypeVar("Model", bound=nn.Module)
 PROJECT = f"{Path(quantize.__file__).parent}/"
 DEVICE = torch.device("cuda", 0)
 aten = torch.ops.aten
@@ -98,6 +99,9 @@ class OnDevice(Tensor):
         made.host = host
         return made
 
+    def tolist(self) -> Any:
+        return self.cpu().tolist()
+
     def __repr__(self, *, tensor_contents: object = None) -> str:
         return f"OnDevice({self.host!r})"
 
@@ -121,6 +125,22 @@ class _Emulation(TorchDispatchMode):
         if on_device or any(isinstance(item, OnDevice) for item in flat):
             return _run(_current(), function, args, kwargs)
         return function(*args, **kwargs)
+
+
+class _Generator(torch.Generator):
+    """Of random numbers on the device: the CPU's, which has the values."""
+
+    def __new__(cls, **_device: object) -> torch.Generator:  # type: ignore[misc]
+        return torch._C.Generator()
+
+
+def _tensor(data: object, *, device: object = None, **options: Any) -> Tensor:
+    """torch.tensor, which makes its storage on a device without asking anyone."""
+    made = _make_tensor(data, **options)
+    return made if device is None else made.to(device)
+
+
+_make_tensor = torch.tensor
 
 
 _ledger: Ledger | None = None
@@ -147,6 +167,8 @@ def _run(ledger: Ledger, function: Any, args: tuple[Any, ...], kwargs: dict[str,
     real_args, real_kwargs = pytree.tree_map_only(OnDevice, lambda item: item.host, (args, kwargs))
     if wanted == "cuda":
         real_kwargs["device"] = torch.device("cpu")
+    if name in {"_softmax", "_log_softmax"} and real_args[2]:  # from 16 bits to float32 in one kernel, which no CPU has
+        real_args = (real_args[0].float(), real_args[1], False)
     made = function(*real_args, **real_kwargs)
     if name == "_to_copy" and wanted == "cuda":
         made = made.clone() if any(made is item for item in pytree.arg_tree_leaves(*real_args)) else made
@@ -209,6 +231,16 @@ def _line() -> str:
     return "elsewhere"
 
 
+def put_on_gpu(model: Model) -> Model:
+    """A model whose weights are on the device from now on; call it inside `emulated_gpu()`."""
+    for module in model.modules():
+        for name, weight in [*module.named_parameters(recurse=False)]:
+            module._parameters[name] = nn.Parameter(weight.detach().to("cuda"), requires_grad=False)
+        for name, buffer in [*module.named_buffers(recurse=False)]:
+            module._buffers[name] = buffer.to("cuda")
+    return model
+
+
 @cache
 def _load_guard() -> ctypes.CDLL:
     """Compile and load the device guard that torch's CPU wheel lacks."""
@@ -242,6 +274,10 @@ def emulated_gpu(*, vram_bytes: int = 8 << 30, peak_bytes: int = 0, name: str = 
         stack.enter_context(
             mock.patch.object(Tensor, "pin_memory", lambda self: _ledger.pin(self) if _ledger else self)
         )
+        stack.enter_context(mock.patch.object(torch, "Generator", _Generator))
+        stack.enter_context(mock.patch.object(torch, "tensor", _tensor))
+        # in inference mode composite operations come undivided, with devices that nothing here understands
+        stack.enter_context(mock.patch.object(torch, "inference_mode", torch.no_grad))
         _ledger = Ledger()
         stack.enter_context(_Emulation())
         try:

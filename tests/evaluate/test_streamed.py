@@ -51,7 +51,7 @@ NEAR = 1e-4  # nats between two engines; the tests below find a hundredth of it,
 
 def rows_of(runtime: Any, windows: list[list[int]]) -> list[Any]:
     """All log-probabilities of each window."""
-    return [np.concatenate([block.copy() for block in blocks]) for blocks in runtime.read(windows)]
+    return [np.concatenate([block.numpy() for block in blocks]) for blocks in runtime.read(windows)]
 
 
 def mean_kl(first: list[Any], second: list[Any]) -> float:
@@ -99,12 +99,12 @@ def test_states_in_a_file_and_small_blocks_change_nothing(tmp_path: Path, monkey
     source, windows = save(tiny_model("LlamaForCausalLM"), tmp_path / "model"), token_ids()
     with closing(StreamedRuntime(source, "llama", STREAMED_ON_CPU, QUIET, tmp_path)) as runtime:
         whole = rows_of(runtime, windows)
-        again = [np.concatenate([block.copy() for block in runtime.log_probs(ids)]) for ids in windows]
+        again = [np.concatenate([block.numpy() for block in runtime.log_probs(ids)]) for ids in windows]
     monkeypatch.setattr("quantize.runtimes.base.BLOCK_BYTES", 4 * 96 * 16)
     monkeypatch.setattr("quantize.calibration.output_head.PIECE_BYTES", 4 * 64 * 7)
     scratch = tmp_path / "scratch"
     with closing(StreamedRuntime(source, "llama", STREAMED_ON_CPU, QUIET, scratch, state_bytes=0)) as runtime:
-        pieces = [[block.copy() for block in blocks] for blocks in runtime.read(windows)]
+        pieces = [[block.numpy() for block in blocks] for blocks in runtime.read(windows)]
     assert list(scratch.iterdir()) == [], "the file has no name, and is gone whatever happens"
     assert [len(blocks) for blocks in pieces] == [2, 1, 2, 2]
     for ours, alone, parts in zip(whole, again, pieces, strict=True):

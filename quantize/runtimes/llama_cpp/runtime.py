@@ -32,6 +32,8 @@ class LlamaCppRuntime(OneWindowAtATime):
         self.name, self.version = known
         self.warnings: tuple[str, ...] = ()
         self._file = path.name
+        if threads:
+            _limit_threads(threads)
         settings = ModelSettings(
             context, ANSWERS_AT_ONCE, shared=True, batch=block_rows, threads=threads, flash_attention=False, place=place
         )
@@ -97,6 +99,13 @@ class LlamaCppRuntime(OneWindowAtATime):
         self._model.decode(
             BatchToken(token, position + index, sequence, every or index == last) for index, token in enumerate(tokens)
         )
+
+
+def _limit_threads(threads: int) -> None:
+    """Of what is made of the logits; llama.cpp has its own."""
+    import torch
+
+    torch.set_num_threads(threads)
 
 
 def _tokens(requests: Sequence[Prompted]) -> int:

@@ -44,7 +44,7 @@ class TransformersRuntime(OneWindowAtATime):
             with torch.inference_mode():
                 output = self._model(input_ids=ids, past_key_values=cache, use_cache=last > rows)
             cache = output.past_key_values if last > rows else None
-            yield log_softmax(output.logits[0].float().cpu().numpy(), self._label)
+            yield log_softmax(output.logits[0], self._label)
 
     def answer(self, requests: Sequence[Prompted]) -> list[list[int]]:
         """See Runtime; prompts of like length go together, padded on the left."""

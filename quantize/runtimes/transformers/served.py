@@ -1,7 +1,8 @@
 """transformers as a ServedModel: whatever its kind loads, on one device.
 
-In: a model and how to serve it. Out: tokens for several sequences, each with a KV cache of its own, a step at a time in
-turn. Weights are read straight to the device; where each layer ended up is looked at, not assumed.
+In: a model and how to serve it. Out: tokens for several sequences, a step at a time: on a CPU in turn, each with a KV
+cache of its own; on a GPU together, as soon as their prompts are read. Weights are read straight to the device; where
+each layer ended up is looked at, not assumed.
 """
 
 from __future__ import annotations
@@ -16,10 +17,12 @@ from typing import Any
 import orjson
 
 from quantize.runtimes.base import ModelRef
+from quantize.runtimes.devices import CPU
 from quantize.runtimes.intake import Intake
 from quantize.runtimes.served import Chosen, Description, Embedding, Progress, PromptTokens, Refused, Sampling, Serving
 from quantize.runtimes.tool_style import tool_style
 from quantize.runtimes.transformers.load import TransformersLoader, kernels
+from quantize.runtimes.transformers.together import Together
 from quantize.system.machine import usable_cores
 
 DESK = "quantize.runtimes.transformers.desk:open_desk"
@@ -69,6 +72,7 @@ class TransformersModel:
         self._vocabulary = int(self._model.get_output_embeddings().weight.shape[0])
         self._running: dict[int, TransformersAnswer] = {}
         self._reading: dict[int, TransformersReading] = {}
+        self._together = Together(self._torch, self._model)
         self.description = self._describe(loader.name, serving)
 
     def _describe(self, runtime: str, serving: Serving) -> Description:
@@ -119,12 +123,24 @@ class TransformersModel:
             raise Refused(422, "invalid_value", "the prompt has a token that the vocabulary lacks", "prompt")
 
     def step(self) -> Mapping[int, Chosen | Embedding]:
-        """See ServedModel. Each answer goes one token on; a long prompt, or a text to read, one part."""
+        """See ServedModel. Each answer goes one token on; a long prompt, or a text to read, one part.
+
+        done of an answer that goes on together is that of its prompt.
+        """
         chosen: dict[int, Chosen | Embedding] = self._read_on()
-        for slot, item in self._running.items():
+        alone = [slot for slot in self._running if slot not in self._together]
+        pending = {slot: item.tokens[-1] for slot, item in self._running.items() if slot in self._together}
+        for slot, logits in self._together.step(pending).items():
+            chosen[slot] = self._choose(self._running[slot], logits.float())
+        for slot in alone:
+            item = self._running[slot]
             output = self._forward(self._model, item, logits_to_keep=1)
-            if item.done == len(item.tokens):
-                chosen[slot] = self._choose(item, output.logits[0, -1].float().cpu())
+            if item.done < len(item.tokens):
+                continue
+            chosen[slot] = self._choose(item, output.logits[0, -1].float())
+            if self._device != CPU and self._together.takes(item.cache):
+                self._together.join(slot, item.cache)
+                item.cache = None
         return chosen
 
     def _read_on(self) -> dict[int, Chosen | Embedding]:
@@ -162,6 +178,8 @@ class TransformersModel:
         """See ServedModel."""
         if self._reading.pop(slot, None) is None:
             del self._running[slot]
+            if slot in self._together:
+                self._together.leave(slot)
 
     def ends(self, token: int) -> bool:
         """See ServedModel."""
@@ -321,13 +339,15 @@ def _has_penalties(sampling: Sampling) -> bool:
 def _penalized(torch: Any, logits: Any, item: TransformersAnswer) -> Any:
     """OpenAI's penalties over the answer so far; the repetition penalty (arXiv:1909.05858) over the prompt too."""
     scores, sampling = logits.clone(), item.sampling
-    seen = torch.tensor(sorted(set(item.tokens)))
-    if sampling.repetition_penalty != 1.0 and len(seen):
+    if sampling.repetition_penalty != 1.0 and item.tokens:
+        seen = torch.tensor(sorted(set(item.tokens))).to(scores.device)
         picked = scores[seen]
         penalty = sampling.repetition_penalty
         scores[seen] = torch.where(picked > 0, picked / penalty, picked * penalty)
-    for token, count in item.counts.items():
-        scores[token] -= sampling.frequency_penalty * count + sampling.presence_penalty
+    if item.counts:
+        chosen, times = torch.tensor([*item.counts.items()]).T
+        less = sampling.frequency_penalty * times + sampling.presence_penalty
+        scores[chosen.to(scores.device)] -= less.to(scores.device)
     return scores
 
 
@@ -350,10 +370,13 @@ def _likeliest(torch: Any, scores: Any, sampling: Sampling) -> tuple[Any, Any, A
 
 
 def _sample(torch: Any, scores: Any, sampling: Sampling, generator: Any) -> int:
-    """top-k, top-p and min-p on the plain distribution, then temperature: the order of llama.cpp's samplers."""
+    """top-k, top-p and min-p on the plain distribution, then temperature: the order of llama.cpp's samplers.
+
+    What can be chosen is looked for where the scores are; that little alone goes to the CPU, where it is drawn.
+    """
     if sampling.temperature == 0:
         return int(scores.argmax())
-    values, order, chances = _likeliest(torch, scores, sampling)
+    values, order, chances = (part.cpu() for part in _likeliest(torch, scores, sampling))
     if sampling.top_p < 1:
         before = chances.cumsum(-1) - chances
         kept = int((before < sampling.top_p).sum())
