@@ -75,6 +75,13 @@ def test_the_job_with_a_gpu_that_is_none_runs_apart_and_its_cache_is_of_what_it_
 
     assert key() == key()
     assert len({key(), key(VERSION="2"), key(TYPES="F32")}) == 3
+    python = tmp_path / "bin" / "python"
+    python.parent.mkdir()
+    python.write_text('#!/bin/sh\necho "$PWD $3"\nexit 7\n')
+    python.chmod(0o755)
+    command = [ROOT / "ci" / "lavapipe", "bin/python", "made"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, check=False)
+    assert (done.returncode, done.stdout.decode()) == (7, f"{tmp_path}/made download\n"), "as the job calls it"
     script = (ROOT / "ci" / "lavapipe").read_text()
     assert os.access(ROOT / "ci" / "lavapipe", os.X_OK)
     assert "$here/../constraints.txt" in script  # the release whose library it stands beside
