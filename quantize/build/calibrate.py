@@ -97,7 +97,7 @@ def _pass(
     import torch
 
     from quantize.calibration.mix import CalibrationText
-    from quantize.calibration.text import load_calibration_set
+    from quantize.calibration.writing import read_text
     from quantize.formats import builders
 
     context = variants[0][1]
@@ -106,7 +106,8 @@ def _pass(
     _import_transformers(context.checkpoint.folder)
     status(reporter, "", "reading the calibration text")
     started = time.perf_counter()
-    found = load_calibration_set(spec, base, context.checkpoint.folder)
+    limits = context.limits
+    found = read_text(spec, base, context.checkpoint, limits.device if limits.on_own_gpu else "cpu", reporter)
     text_seconds = time.perf_counter() - started
     variants = widened_all(variants, reporter)
     parts = [_Part(item, builders()[name], builders()[name].collector(item, reporter)) for name, item in variants]

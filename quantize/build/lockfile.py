@@ -16,13 +16,14 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict
 
 from quantize.build.plan import Plan, make_plan
-from quantize.calibration.text import TokenSummary, summarize_tokens
+from quantize.calibration.writing import TokenSummary, summarize_tokens
 from quantize.errors import LockError, StoreError, UsageError
 from quantize.events import Reporter, warn
 from quantize.model.source import COMMIT, checkpoint_key, open_source
 from quantize.recipe.calibration import Calibration, CalibrationMix, CalibrationSpec
 from quantize.recipe.model import Recipe
 from quantize.recipe.yaml import read_document, validate
+from quantize.runtimes.devices import CPU
 from quantize.store.manifest import FileEntry, tool_versions
 from quantize.store.workspace import Workspace
 from quantize.system.digest import canonical_hash, document_digest
@@ -149,12 +150,15 @@ def write_lock(path: Path, lock: Lock) -> None:
         raise StoreError(f"{path}: can't be written: {exc.strerror}", hint="check the folder's permissions") from exc
 
 
-def make_lock(recipe: Recipe, workspace: Workspace) -> Lock:
-    """Pin a recipe as it is now, the text tokenized. Raises what planning raises."""
-    plan, device = _sound(make_plan(recipe, workspace)), None
+def make_lock(recipe: Recipe, workspace: Workspace, device: str = CPU) -> Lock:
+    """Pin a recipe as it is now, the text tokenized. Raises what planning raises.
+
+    device: what it is to be built on, where text is written that the model writes itself.
+    """
+    plan, kind = _sound(make_plan(recipe, workspace)), None
     if plan.calibrated:
-        device = run_step("looking at the processor", workspace.reporter, name_device, "cpu")
-    return _lock_of(plan, recipe, _tokens(plan, workspace), device)
+        kind = run_step("looking at the processor", workspace.reporter, name_device, device)
+    return _lock_of(plan, recipe, _tokens(plan, workspace, device), kind)
 
 
 def hold(
@@ -177,9 +181,10 @@ def hold(
         expected = expected.model_copy(update={"calibration": None})
     known = expected.calibration.device if expected.calibration is not None else None
     _refuse(differences(expected, _lock_of(plan, recipe, lock.calibration, known)), recipe)
-    _refuse(differences(expected, _lock_of(plan, recipe, _tokens(plan, workspace), known)), recipe)
     if known is not None and device is not None:
         _tell_device(known, device, workspace.reporter)
+    tokens = _tokens(plan, workspace, device or CPU)
+    _refuse(differences(expected, _lock_of(plan, recipe, tokens, known)), recipe)
     return plan
 
 
@@ -187,7 +192,7 @@ def _tell_device(locked: str, device: str, reporter: Reporter) -> None:
     here = run_step("looking at the processor", reporter, name_device, device)
     if here != locked:
         kinds = f"locked on another kind of processor: {locked} there, {here} here"
-        warn(reporter, "", f"{kinds}; calibrated variants may get other bytes")
+        warn(reporter, "", f"{kinds}; calibrated variants may get other bytes, text by the model itself may be another")
 
 
 def differences(lock: Lock, other: Lock) -> list[LockDifference]:
@@ -236,8 +241,11 @@ def _lock_of(plan: Plan, asked: Recipe, tokens: TokenSummary | LockedCalibration
     return lock.model_copy(update={"digest": lock.computed_digest()})
 
 
-def _tokens(plan: Plan, workspace: Workspace) -> TokenSummary | None:
-    """The text as the model's tokenizer reads it, remembered by all that it depends on; None where none looks at it."""
+def _tokens(plan: Plan, workspace: Workspace, device: str) -> TokenSummary | None:
+    """The text as the model's tokenizer reads it, remembered by all that it depends on; None where none looks at it.
+
+    device: of the pass, where the model writes what it writes itself.
+    """
     recipe, source, spec = plan.recipe, plan.source, plan.recipe.calibration
     if spec is None or not plan.calibrated:
         return None
@@ -246,12 +254,13 @@ def _tokens(plan: Plan, workspace: Workspace) -> TokenSummary | None:
             "source": checkpoint_key(source),
             "text": plan.calibrated[0].inputs["calibration"],
             "tools": tool_versions(TOKENIZER_TOOLS),
+            **({} if device == CPU else {"device": device}),
         }
     )
 
     def read() -> dict[str, Any]:
-        folder = open_source(source, workspace.cache, workspace.reporter).folder
-        return vars(summarize_tokens(spec, recipe.path.parent, folder, workspace.reporter))
+        checkpoint = open_source(source, workspace.cache, workspace.reporter)
+        return vars(summarize_tokens(spec, recipe.path.parent, checkpoint, device, workspace.reporter))
 
     return TokenSummary(**workspace.cache.fact(f"tokens:{key}", read))
 

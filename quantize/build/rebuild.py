@@ -32,7 +32,7 @@ from quantize.build.rebuilt import (
     tool_differences,
 )
 from quantize.calibration.mix import CalibrationText
-from quantize.calibration.text import summarize_tokens
+from quantize.calibration.writing import summarize_tokens
 from quantize.errors import BuildError, DiskFullError, PlanError, RecipeError, StoreError, UsageError, VerifyError
 from quantize.events import Event, EventKind, Reporter, note, status, warn
 from quantize.formats import find_builder, recorded_options
@@ -113,7 +113,7 @@ def rebuild(
     device = device_difference(manifest, _pass_device(manifest, limits, reporter))
     if device is not None:
         warn(reporter, job.name, f"{device}; its bytes may differ")
-    _check_text(plan, artifact, scratch)
+    _check_text(plan, artifact, scratch, limits)
     made = _taken(_executed(plan, scratch, limits), folder, manifest)
     note(reporter, job.name, f"rebuilt as {made.manifest.short_digest}")
     status(reporter, job.name, "comparing")
@@ -241,13 +241,13 @@ def _job(recipe: Recipe, source: PinnedSource, manifest: Manifest) -> VariantJob
     return job
 
 
-def _check_text(plan: Plan, artifact: Artifact, scratch: Workspace) -> None:
+def _check_text(plan: Plan, artifact: Artifact, scratch: Workspace, limits: RunLimits) -> None:
     """Before the long work: is it the same text? The same build key says so already. Raises VerifyError."""
     entry, spec, (job,) = artifact.manifest.calibration, plan.recipe.calibration, plan.jobs
     if entry is None or spec is None or job.build_key == artifact.manifest.build_key:
         return
-    folder = open_source(plan.source, scratch.cache, scratch.reporter).folder
-    found = summarize_tokens(spec, plan.recipe.path.parent, folder, scratch.reporter)
+    checkpoint = open_source(plan.source, scratch.cache, scratch.reporter)
+    found = summarize_tokens(spec, plan.recipe.path.parent, checkpoint, limits.device, scratch.reporter)
     if found.hash == entry.hash:
         return
     raise VerifyError(

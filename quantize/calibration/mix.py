@@ -15,19 +15,24 @@ from quantize.calibration.datasets import Dataset, find_dataset
 from quantize.events import Reporter
 from quantize.model.checkpoint import Checkpoint
 from quantize.recipe.calibration import SHARED_KEYS, Calibration, CalibrationMix
+from quantize.runtimes.devices import CPU
 
 
 @dataclass(frozen=True)
 class CalibrationText:
-    """The text of a recipe; a spec of one dataset is a mix of one. base: where relative paths start."""
+    """The text of a recipe; a spec of one dataset is a mix of one. base: where relative paths start.
+
+    device: that a model runs on which writes some of it.
+    """
 
     spec: Calibration
     base: Path
+    device: str = CPU
 
     @cached_property
     def datasets(self) -> tuple[Dataset, ...]:
         """One for each part, in their order."""
-        return tuple(find_dataset(part, self.base) for part in self.spec.parts)
+        return tuple(find_dataset(part, self.base, self.device) for part in self.spec.parts)
 
     @property
     def names(self) -> tuple[str, ...]:

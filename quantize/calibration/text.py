@@ -20,11 +20,10 @@ from quantize.calibration.datasets.base import Chat
 from quantize.calibration.datasets.records import messages_of
 from quantize.calibration.mix import CalibrationText
 from quantize.errors import CheckpointError, MissingExtraError, PlanError, RecipeError, first_line
-from quantize.events import Reporter, status
 from quantize.model.checkpoint import tensor_table
 from quantize.recipe.calibration import Calibration, CalibrationMix, CalibrationSpec
+from quantize.runtimes.devices import CPU
 from quantize.store.manifest import CalibrationPart
-from quantize.system.process import run_step
 
 
 @dataclass(frozen=True)
@@ -61,33 +60,15 @@ class CalibrationSet:
         return digest.hexdigest()
 
 
-@dataclass(frozen=True)
-class TokenSummary:
-    """What pins a calibration set: its hash over all token ids, and how much there is."""
-
-    hash: str
-    sequences: int
-    tokens: int
-
-
-def summarize_tokens(spec: Calibration, base: Path, folder: Path, reporter: Reporter) -> TokenSummary:
-    """Read and tokenize in a worker, keeping no tokens. Raises as load_calibration_set does."""
-    status(reporter, "", "reading the calibration text")
-    return run_step("reading the calibration text", reporter, _summary, spec, base, folder)
-
-
-def _summary(_reporter: Reporter, spec: Calibration, base: Path, folder: Path) -> TokenSummary:
-    found = load_calibration_set(spec, base, folder)
-    return TokenSummary(found.hash, len(found.token_ids), found.tokens)
-
-
-def load_calibration_set(spec: Calibration, base: Path, folder: Path) -> CalibrationSet:
+def load_calibration_set(spec: Calibration, base: Path, folder: Path, device: str = CPU) -> CalibrationSet:
     """Read, tokenize and cut the text. base: where relative paths start. folder: the model, for its tokenizer.
+
+    device: that it runs on, where it writes some of the text; other kinds of device write other texts.
 
     Raises RecipeError: a dataset is missing or has no such column. PlanError: no row is long enough, or every part of a
     mix is left out.
     """
-    text, tokenizer = CalibrationText(spec, base), load_tokenizer(folder)
+    text, tokenizer = CalibrationText(spec, base, device), load_tokenizer(folder)
     if not isinstance(spec, CalibrationMix):
         return load_dataset(text.datasets[0], folder, tokenizer)
     ids: list[tuple[int, ...]] = []

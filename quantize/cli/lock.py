@@ -7,7 +7,15 @@ from pathlib import Path
 import click
 
 from quantize.build.lockfile import Lock, LockDifference, differences, lock_path, make_lock, read_lock, write_lock
-from quantize.cli.common import json_option, open_cache, open_recipe, print_json, quiet_option, verbose_option
+from quantize.cli.common import (
+    json_option,
+    make_limits,
+    open_cache,
+    open_recipe,
+    print_json,
+    quiet_option,
+    verbose_option,
+)
 from quantize.cli.progress import console_reporter
 from quantize.errors import UsageError
 from quantize.store.store import Store
@@ -16,17 +24,20 @@ from quantize.store.workspace import Workspace
 
 @click.command("lock")
 @click.argument("recipe", type=click.Path(path_type=Path))
+@click.option(
+    "--device", default="cpu", show_default=True, help="cpu, or cuda[:N]: that it is to be built on."
+)
 @json_option
 @quiet_option
 @verbose_option
-def command(recipe: Path, as_json: bool, quiet: bool) -> None:
+def command(recipe: Path, device: str, as_json: bool, quiet: bool) -> None:
     """Write RECIPE.lock: the source's commit and file hashes, the calibration text by its token ids, each variant's
     options, tool versions and build key. `quantize build --locked` refuses anything else.
     """
-    parsed = open_recipe(recipe)
+    parsed, limits = open_recipe(recipe), make_limits(None, device, None)
     path = lock_path(parsed.path)
     with console_reporter(quiet=quiet or as_json) as reporter:
-        lock = make_lock(parsed, Workspace(Store(), open_cache(), reporter))
+        lock = make_lock(parsed, Workspace(Store(), open_cache(), reporter), limits.device)
     before = _before(path)
     changes = differences(before, lock) if before is not None else []
     write_lock(path, lock)

@@ -14,6 +14,7 @@ from quantize.calibration.datasets.own_chat import OwnChat
 from quantize.calibration.datasets.own_writing import OwnWriting
 from quantize.calibration.datasets.python_docs import PythonDocs
 from quantize.recipe.calibration import CalibrationSpec
+from quantize.runtimes.devices import CPU
 
 __all__ = ["KINDS", "Dataset", "HeldOutPart", "Row", "find_dataset", "find_held_out"]
 
@@ -21,9 +22,9 @@ __all__ = ["KINDS", "Dataset", "HeldOutPart", "Row", "find_dataset", "find_held_
 KINDS: tuple[type[Dataset], ...] = (PythonDocs, OwnWriting, OwnChat, LocalFile, HubDataset)
 
 
-def find_dataset(spec: CalibrationSpec, base: Path) -> Dataset:
-    """The dataset of a spec. base: the folder where its relative paths start, the recipe's."""
-    return next(found for kind in KINDS if (found := kind(spec, base)).knows())
+def find_dataset(spec: CalibrationSpec, base: Path, device: str = CPU) -> Dataset:
+    """The dataset of a spec. base: the folder where its relative paths start, the recipe's. device: see Dataset."""
+    return next(found for kind in KINDS if (found := kind(spec, base, device)).knows())
 
 
 def find_held_out(name: str, base: Path, column: str = "text") -> HeldOutPart | None:

@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 from quantize.errors import RecipeError
 from quantize.events import Reporter
 from quantize.recipe.calibration import CalibrationSpec
+from quantize.runtimes.devices import CPU
 
 TokenIds = tuple[int, ...]
 Message = dict[str, Any]
@@ -51,17 +52,21 @@ class HeldOutPart:
 
 @dataclass(frozen=True)
 class Dataset(ABC):
-    """The dataset that a spec names, of the kind that knows it. base: the folder where relative paths start."""
+    """The dataset that a spec names, of the kind that knows it. base: the folder where relative paths start.
+
+    device: that a model runs on which makes rows of it.
+    """
 
     spec: CalibrationSpec
     base: Path
+    device: str = CPU
 
     is_users_file: ClassVar[bool] = False
     """Whether it is a file of the user's, of which manifests have the name without its folder."""
     made_to_spec: ClassVar[bool] = False
     """Whether its rows are the spec's samples already: of their number and length, in their order."""
     holds_the_model: ClassVar[bool] = False
-    """Whether its rows are made with the whole model in memory, in float32."""
+    """Whether its rows are made with the whole model in memory: in float32, or on a GPU as it is stored."""
     not_compared: ClassVar[str | None] = None
     """Why held-out text is not held against what was calibrated on; None: it is."""
 

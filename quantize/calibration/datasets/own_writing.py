@@ -9,8 +9,8 @@ from typing import ClassVar
 
 from quantize.calibration.datasets.base import Dataset, TokenIds
 
-Writer = Callable[[Path, list[str], int, int, int], list[list[int]]]
-"""(model, prompts, samples, sequence length, seed) -> token ids of each sample."""
+Writer = Callable[[Path, list[str], int, int, int, str], list[list[int]]]
+"""(model, prompts, samples, sequence length, seed, device) -> token ids of each sample."""
 
 
 class OwnWriting(Dataset):
@@ -38,7 +38,7 @@ class OwnWriting(Dataset):
     def rows(self, model: Path) -> Iterable[TokenIds]:
         """As many as the spec has samples, of its length each. Loads the whole model."""
         spec = self.spec
-        rows = self.writer()(model, self.prompts(), spec.samples, spec.sequence_length, spec.seed)
+        rows = self.writer()(model, self.prompts(), spec.samples, spec.sequence_length, spec.seed, self.device)
         return [tuple(ids) for ids in rows]
 
     def content(self) -> str:
