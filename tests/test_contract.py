@@ -14,6 +14,7 @@ import re
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +53,7 @@ from quantize.testing import TinyModel, make_checkpoint, write_recipe
 from tests.conftest import build
 from tests.contract_steps import compute
 from tests.elsewhere import rebuild_elsewhere
-from tests.kernel_steps import load_without_compiler
+from tests.kernel_steps import load_without_compiler, try_kernels
 from tests.toy import toy_installed
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # transformers and its plugins warn on import
@@ -373,6 +374,21 @@ def test_a_kernel_that_can_not_be_compiled_is_replaced_and_said(run: Run, varian
     (said,) = warnings
     assert said.startswith(f"{instead} computes, slower than what could: the torch.ops kernels are not installed")
     assert same
+
+
+@pytest.mark.parametrize(("variant", "on_gpu"), [("gptq-int4-g64", True), ("awq-int4-g64", False)])
+def test_verification_on_a_gpu_tries_the_kernels_there(
+    run: Run, checkpoint: Path, variant: str, on_gpu: bool
+) -> None:
+    """By products. AWQ on the CPU alone: gptqmodel indexes with a list there, which the emulated GPU does not take."""
+    artifact, source = run.artifact(variant), open_checkpoint(checkpoint)
+    linears = artifact.measurements()["verify"]["linears"]
+    step = partial(try_kernels, on_gpu=on_gpu)
+    good, said, facts, asked = run_step("trying", run.reporter, step, artifact.folder, artifact.manifest.format, source)
+    assert good == linears
+    assert "computes otherwise in gptqmodel's" in said
+    if on_gpu:
+        assert (asked, facts["linears"], len(facts["tokens"])) == (["cuda:0"], linears, 16)
 
 
 # --- every format, facet by facet -------------------------------------------------------------------------------------

@@ -259,6 +259,9 @@ def digests(root: Path) -> list[str]:
 def test_out_of_gpu_memory_the_pass_goes_on_with_its_states_elsewhere(
     tiny: Path, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """And in no pass here, which is over in less than a minute, a copy of them is written for one that is stopped."""
+    saved: list[int] = []
+    monkeypatch.setattr(MemoryStates, "save", lambda _: saved.append(1))
     recipe = write_recipe(tmp_path / "demo.yaml", tiny, VARIANTS, calibration=CALIBRATION)
     said, _ = build_in_process(run, recipe, monkeypatch, peak_bytes=12345)
     assert sum("GPTQ and clip searches run in many small steps" in line for line in said) == 1
@@ -280,6 +283,7 @@ def test_out_of_gpu_memory_the_pass_goes_on_with_its_states_elsewhere(
     said, _ = build_in_process(run, recipe, monkeypatch)
     assert any("out of the GPU's memory: hidden states move to the computer's" in line for line in said)
     assert digests(tmp_path) == expected
+    assert not saved
 
 
 def test_a_pass_that_does_not_fit_a_gpu_says_so(

@@ -16,6 +16,7 @@ from quantize.build.assemble import Made, assemble
 from quantize.build.execution import Execution
 from quantize.build.job import VariantJob
 from quantize.build.plan import CHECKS
+from quantize.build.verification import Verification, verify
 from quantize.errors import VerifyError
 from quantize.events import status, warn
 from quantize.formats import find_format
@@ -86,10 +87,11 @@ def _verified(work: Work, at: Execution) -> tuple[dict[str, Any], VerifyError | 
     """What verification found out, or why it refuses; nothing where the run is not to judge."""
     if not at.run.judge:
         return {}, None
-    context = work.context
-    checks = find_format(work.job.variant.format).checks
+    job, context = work.job, work.context
+    checks = find_format(job.variant.format).checks
     try:
-        facts = work.job.builder.verify(context.staging, at.checkpoint, context.limits, at.workspace.reporter)
+        asked = Verification(job.variant.format, job.builder, context.staging, at.checkpoint)
+        facts = verify(asked, context.limits, at.workspace.reporter)
     except VerifyError as exc:
         return {"verify": {}, CHECKS: checks}, exc
-    return {"verify": dict(facts), CHECKS: checks}, None
+    return {"verify": facts, CHECKS: checks}, None

@@ -26,7 +26,7 @@ from quantize.calibration.budget import (
     state_bytes,
 )
 from quantize.calibration.mix import CalibrationText
-from quantize.errors import DiskFullError, PlanError, QuantizeError
+from quantize.errors import DiskFullError, PlanError, QuantizeError, first_line, is_out_of_memory
 from quantize.events import Reporter, SilentReporter, status
 from quantize.formats.base import Builder, Context, RunLimits, SizePlan
 from quantize.model.checkpoint import Checkpoint
@@ -40,6 +40,8 @@ from quantize.store.workspace import Workspace
 from quantize.system.cache import Cache
 from quantize.system.memory import free_gpu_bytes
 from quantize.system.process import run_step
+
+NO_GPU_WORK = "`quantize doctor` says more; or use --device cpu"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -231,8 +233,21 @@ def _gpu_need(
 
 
 def ask_gpu(_reporter: Reporter, device: str) -> int:
-    """Free bytes of a GPU."""
-    return free_gpu_bytes(device)
+    """Free bytes of a GPU that computes. Raises PlanError: its driver is too old for this torch, or torch has no code
+    for it, which only shows when something runs there.
+    """
+    import torch
+
+    try:
+        free = free_gpu_bytes(device)
+        computed = int(torch.ones(1, device=device).add_(1))
+    except RuntimeError as exc:
+        if is_out_of_memory(exc):
+            raise
+        raise PlanError(f"{device} can't compute: {first_line(exc)}", hint=NO_GPU_WORK) from exc
+    if computed != 2:
+        raise PlanError(f"{device} can't compute: 1 and 1 is {computed} there", hint=NO_GPU_WORK)
+    return free
 
 
 def _size_group(

@@ -20,6 +20,7 @@ from quantize.events import Reporter
 from quantize.model.checkpoint import Checkpoint
 from quantize.model.source import PinnedSource
 from quantize.recipe.model import FormatOptions
+from quantize.runtimes.devices import ON_CPU, DevicePlace
 from quantize.store.manifest import CalibrationEntry
 from quantize.system.cache import Cache
 
@@ -78,12 +79,16 @@ class SizePlan:
 
 @dataclass(frozen=True)
 class RunLimits:
-    """How a build runs; none of it may change a byte of what is written. spread: the calibration pass, on a cluster."""
+    """How a build runs; none of it may change a byte of what is written. spread: the calibration pass, on a cluster.
+
+    place: where a finished artifact is verified, as far as it is not wholly on `device`.
+    """
 
     threads: int = 1
     device: str = "cpu"
     memory_budget_bytes: int | None = None
     spread: PassSpread | None = None
+    place: DevicePlace = ON_CPU
 
     @property
     def on_gpu(self) -> bool:

@@ -18,6 +18,7 @@ from typing import Any
 
 import pytest
 
+from tests.conftest import Built
 from tests.serve.rewritten import rewritten
 
 ROOT = Path(__file__).parent.parent.parent
@@ -154,6 +155,16 @@ def test_a_device_that_is_too_small(serve: Callable[..., Served]) -> None:
     assert status == 503
     assert told["models"]["deep"]["state"] == "failed"
     assert served.ask("/health")[0] == 200
+
+
+def test_an_artifact_is_verified_on_it(built: Built) -> None:
+    """Every check that a build must pass, by the kernels of that device."""
+    words = ["verify", "tiny/q8_0", "--device", "vulkan:0", "--json", "--store", str(built.store.root)]
+    command = [sys.executable, "-m", "quantize", *words]
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    (facts,) = json.loads(done.stdout)
+    assert (facts["device"], facts["divergence"] < facts["divergence_elsewhere"]) == ("vulkan:0", True)
 
 
 def test_an_offloaded_file_answers_as_on_the_processor(weights: Path) -> None:

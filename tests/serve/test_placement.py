@@ -10,6 +10,7 @@ import pytest
 
 from quantize.runtimes.base import ModelRef
 from quantize.runtimes.devices import DevicePlace
+from quantize.runtimes.llama_cpp import served as llama_served
 from quantize.runtimes.llama_cpp.kind import LLAMA_CPP
 from quantize.runtimes.llama_cpp.model import ModelSettings, OpenModel
 from quantize.runtimes.llama_cpp.placement import Placed
@@ -98,6 +99,27 @@ def test_a_device_is_named_unless_it_is_auto(weights: Path, device: str) -> None
     target: Any = SimpleNamespace(name="tiny", kind=LLAMA_CPP, path=weights, format="gguf")
     placement: Any = SimpleNamespace(context=64, where=DevicePlace("cuda:0"))
     assert engine_target(target, Serving(device=device), placement).serving.named is (device != "auto")
+
+
+@pytest.mark.parametrize(
+    ("device", "kv_bits", "prefill", "flash_attention"),
+    [("cuda:0", "16", 512, None), ("vulkan:0", "16", 512, None), ("cuda:0", "8", 512, True), ("cpu", "16", 256, False)],
+)
+def test_a_gpu_reads_whole_micro_batches_and_may_choose_flash_attention(
+    device: str, kv_bits: str, prefill: int, flash_attention: bool | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[ModelSettings] = []
+
+    def opened(_path: Path, settings: ModelSettings, **_: object) -> None:
+        seen.append(settings)
+        raise Refused(503, "seen", "that is all")
+
+    monkeypatch.setattr(llama_served, "OpenModel", opened)
+    monkeypatch.setattr(llama_served, "Intake", lambda *_: None)
+    serving = Serving(4096, 2, device, named=True, kv_bits=kv_bits)
+    with pytest.raises(Refused):
+        LLAMA_CPP.serve(ModelRef(Path(), "gguf", "x.gguf"), serving, lambda _: None)
+    assert (seen[0].batch(0), seen[0].flash_attention) == (prefill, flash_attention)
 
 
 def test_transformers_layers_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -110,7 +110,7 @@ class BitsandbytesBuilder(UncalibratedBuilder):
 
         status(reporter, "", "loading in transformers with bitsandbytes")
         facts: dict[str, Any] = run_step(
-            "loading in transformers", reporter, check_loaded, folder, limits.threads, checkpoint
+            "loading in transformers", reporter, check_loaded, folder, limits.threads, checkpoint, limits.place.device
         )
         return facts
 

@@ -16,6 +16,7 @@ from quantize.files.shards import ShardWriter, Table, torch_dtype
 from quantize.formats.folder_build import DTYPE_NAMES
 from quantize.formats.nothing_lost import account
 from quantize.model.checkpoint import Checkpoint
+from quantize.runtimes.devices import CPU
 from quantize.store.staging import RESUME_NAME, read_json
 from quantize.system.files import write_durable
 from quantize.system.processor import device_name
@@ -54,8 +55,10 @@ def write_quantized(
         return writer.finish(), device_name("cpu")
 
 
-def check_loaded(reporter: Reporter, folder: Path, threads: int, source: Checkpoint) -> dict[str, Any]:
-    """Find each tensor of the source again, load with transformers + bitsandbytes on the CPU and generate greedily
+def check_loaded(
+    reporter: Reporter, folder: Path, threads: int, source: Checkpoint, device: str = CPU
+) -> dict[str, Any]:
+    """Find each tensor of the source again, load with transformers + bitsandbytes on the device and generate greedily
     twice. Raises VerifyError.
     """
     check_installed()
@@ -67,7 +70,7 @@ def check_loaded(reporter: Reporter, folder: Path, threads: int, source: Checkpo
     torch.set_num_threads(threads)
     tensors = account(folder, source)
     started = time.perf_counter()
-    model = load_causal_lm(folder)
+    model = load_causal_lm(folder, device)
     seconds = round(time.perf_counter() - started, 2)
     tokens = generate_twice(model, folder, read_prompt(folder))
     return {"runtime": "transformers + bitsandbytes", "tokens": tokens, "tensors": tensors, "load_seconds": seconds}

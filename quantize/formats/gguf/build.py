@@ -185,7 +185,8 @@ class GgufBuilder:
             if what:
                 warn(reporter, "", f"{path.name}: {what}")
         facts: dict[str, Any] = run_step(
-            "loading in llama.cpp", reporter, try_out, path, TRY_OUT_TOKENS, limits.threads, checkpoint, expected
+            "loading in llama.cpp", reporter, try_out, path, TRY_OUT_TOKENS, limits.threads, checkpoint, expected,
+            limits.place,
         )
         if (split := facts.get("split_otherwise")) is not None:
             most = f"at most {MOST_SPLIT_OTHERWISE:.1%} of {facts['lines']:,} may be"

@@ -19,6 +19,7 @@ from quantize.files.gguf_split import read_model
 from quantize.formats.gguf import check as gguf_check
 from quantize.formats.gguf.source import PROBE_TOKENS, Expected, load_tokenizer
 from quantize.model.checkpoint import Checkpoint
+from quantize.runtimes.devices import ON_CPU, DevicePlace
 from quantize.runtimes.llama_cpp.model import BatchToken, ModelSettings, OpenModel
 from quantize.runtimes.llama_cpp.vocabulary import source_ends
 
@@ -33,9 +34,11 @@ LARGE_BYTES = 1 << 30  # below it one thread is fast enough, and never waits on 
 
 def try_out(
     reporter: Reporter, path: Path, tokens: int, threads: int, checkpoint: Checkpoint | None = None,
-    expected: Expected | None = None,
+    expected: Expected | None = None, place: DevicePlace = ON_CPU,
 ) -> dict[str, Any]:  # fmt: skip
     """Load a GGUF file with every tensor checked, hold it against its source, and generate greedily twice.
+
+    place: where its layers are; llama.cpp's kernels of that device are then those that must compute the same.
 
     Returns {"tokens": [ids], "load_seconds": s} and what was compared. Raises VerifyError: does not load, does not run,
     logits not finite, two runs differ, single tokens and batches differ, or it is not what the source is.
@@ -46,7 +49,7 @@ def try_out(
     room = min(CONTEXT, trained) if isinstance(trained, int) and trained > 0 else CONTEXT
     size = sum(tensor.size_bytes for tensor in file.tensors.values())
     settings = ModelSettings(
-        room, threads=threads if size > LARGE_BYTES else 1, flash_attention=False,
+        room, threads=threads if size > LARGE_BYTES else 1, flash_attention=False, place=place,
         check_tensors=expected is None or gguf_check.is_finite(expected),
     )  # fmt: skip
     model = OpenModel(path, settings, feature=FEATURE)

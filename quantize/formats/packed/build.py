@@ -238,6 +238,7 @@ class PackedBuilder:
 
         status(reporter, "", "loading in transformers with gptqmodel")
         facts: dict[str, Any] = run_step(
-            "loading in transformers", reporter, check_packed, folder, self.name, limits.threads, checkpoint, self.folds
+            "loading in transformers", reporter, check_packed, folder, self.name, limits.threads, checkpoint,
+            self.folds, limits.place.device,
         )
         return facts

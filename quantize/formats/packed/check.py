@@ -24,16 +24,20 @@ from quantize.runtimes.transformers.load import kernels
 from quantize.system.memory import give_back_freed, give_back_mapped
 
 ROWS = 256  # of a linear that are compared at once
+PROBES = 32  # inputs that a kernel is tried with
+KERNEL_ROUNDING, LEAST_ROUNDING = 0.02, 1e-4  # 16 bits of products and sums; a wrong group is 10 % and more
 GIVE_BACK_AFTER = 1 << 24  # weights compared: some 64 MB of each temporary that a comparison makes
 
 
 def check_packed(
-    reporter: Reporter, folder: Path, method: str, threads: int, source: Checkpoint, folds: bool
+    reporter: Reporter, folder: Path, method: str, threads: int, source: Checkpoint, folds: bool, device: str = CPU
 ) -> dict[str, Any]:
     """Find each tensor of the source again, load with transformers + gptqmodel, compare each linear with our own
     unpacking, generate greedily twice. folds: scales are folded into what blocks keep in high precision.
 
-    A mixture that gptqmodel does not load is compared linear by linear; measuring it then reads it block by block.
+    On a CPU it is what gptqmodel unpacks that is compared; on a GPU, whose kernels have weights in an order of their
+    own, what they compute. A mixture that gptqmodel does not load is compared linear by linear, on the CPU; measuring
+    it then reads it block by block.
     Raises VerifyError: a tensor is lost, does not load, weights differ, logits not finite, two runs differ.
     MissingExtraError.
     """
@@ -43,14 +47,17 @@ def check_packed(
     prompt = read_prompt(folder)  # a tokenizer takes memory while it is read: not beside the model
     started = time.perf_counter()
     try:
-        model = GPTQMODEL.load(ModelRef(folder, method), CPU).model
+        model = GPTQMODEL.load(ModelRef(folder, method), device).model
     except NotReadWholeError as exc:
         compared = compare_one_by_one(folder, method)
         return {"runtime": f"gptqmodel's kernels alone: {exc.message}", "linears": compared, "tensors": tensors}
     seconds = time.perf_counter() - started
     kernel = kernels(model)
-    compared = _compare_weights(model, folder, method)
-    _first_use(model, folder)
+    if device == CPU:
+        compared = _compare_weights(model, folder, method)
+        _first_use(model, folder)
+    else:
+        compared = compare_products(model, folder, method)
     tokens = generate_twice(model, folder, prompt)
     return {
         "runtime": "gptqmodel" if is_mixture(folder) else "transformers + gptqmodel",
@@ -101,6 +108,33 @@ def _compare_weights(model: Any, folder: Path, method: str) -> int:
             f"{folder.name}: gptqmodel took {compared} linears as packed, the files have {len(unpacked.linears)}"
         )
     return compared
+
+
+def compare_products(model: Any, folder: Path, method: str) -> int:
+    """Each packed linear, as its kernel multiplies, against products with our own unpacking of the file's tensors, on
+    the model's device: of random inputs, and of zeros, which give the bias.
+
+    Raises VerifyError: an output is more than KERNEL_ROUNDING of its length away, or a linear is not there.
+    """
+    import torch
+
+    unpacked, generator = open_packed(folder, method), torch.Generator().manual_seed(0)
+    for linear in unpacked.linears:
+        weight = unpacked.dequantize(linear, model.device)
+        inputs = torch.randn(PROBES, weight.shape[1], generator=generator).to(model.device, model.dtype)
+        inputs[0] = 0
+        try:
+            module = model.get_submodule(linear)
+        except AttributeError as exc:
+            raise VerifyError(f"{folder.name}: gptqmodel has no {linear}, which the files have") from exc
+        with torch.inference_mode():
+            found, expected = module(inputs[None])[0].float(), inputs.float() @ weight.T
+        away = (found - found[:1] - expected).norm(dim=0)
+        if not bool((away <= KERNEL_ROUNDING * expected.norm(dim=0) + LEAST_ROUNDING).all()):
+            kernel = type(module).__name__
+            hint = "a packing defect, or a fault of the kernel: `quantize verify --device cpu` tells which"
+            raise VerifyError(f"{folder.name}: {linear} computes otherwise in gptqmodel's {kernel}", hint=hint)
+    return len(unpacked.linears)
 
 
 def compare_one_by_one(folder: Path, method: str) -> int:

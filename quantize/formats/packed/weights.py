@@ -65,11 +65,11 @@ class PackedWeights:
         """How many outputs a linear has. Raises KeyError: it is not in the artifact."""
         return self._table[f"{linear}.scales"].shape[1]
 
-    def dequantize(self, linear: str) -> torch.Tensor:
-        """float32 [out, in] of one linear. Raises VerifyError if it is not in the artifact."""
+    def dequantize(self, linear: str, device: torch.device | str = "cpu") -> torch.Tensor:
+        """float32 [out, in] of one linear, unpacked on a device. Raises VerifyError if it is not in the artifact."""
         from quantize.numerics.packing import AwqTensors, GptqTensors, unpack_awq, unpack_gptq
 
-        words = [*self.words(linear).values()]
+        words = [part.to(device) for part in self.words(linear).values()]
         if self._method == "awq":
             return unpack_awq(AwqTensors(*words)).dequantize()
         return unpack_gptq(GptqTensors(*words), self.bits).dequantize()

@@ -27,6 +27,7 @@ def generate_twice(model: Any, folder: Path, prompt: Any) -> list[int]:
 
     limit = model.config.get_text_config().vocab_size
     prompt = prompt[prompt < limit].reshape(1, -1) if bool((prompt >= limit).any()) else prompt
+    prompt = prompt.to(model.device)
     runs = []
     with torch.inference_mode():
         for _ in range(2):
