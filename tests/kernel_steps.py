@@ -12,7 +12,6 @@ from quantize.formats.packed.check import check_packed, compare_products
 from quantize.formats.packed.runtime import GPTQMODEL
 from quantize.model.checkpoint import Checkpoint
 from quantize.runtimes.base import ModelRef
-from quantize.runtimes.transformers.kind import Transformers
 from quantize.runtimes.transformers.load import LoadedModel, kernels
 from tests.emulated import emulated_gpu, put_on_gpu
 
@@ -65,9 +64,9 @@ def try_kernels(
     another = GPTQMODEL.load(ModelRef(folder, method), "cpu").model  # the first forward pass makes it a CPU's
     another.set_attn_implementation("eager")
 
-    def load(_self: Transformers, _model: ModelRef, device: str) -> LoadedModel:
+    def load(_self: object, _model: ModelRef, device: str) -> LoadedModel:
         asked.append(device)
         return LoadedModel(put_on_gpu(another))
 
-    with mock.patch.object(Transformers, "load", load), emulated_gpu():
+    with mock.patch.object(type(GPTQMODEL), "load", load), emulated_gpu():
         return good, said, check_packed(reporter, folder, method, 1, source, True, "cuda:0"), asked
