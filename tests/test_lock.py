@@ -286,8 +286,8 @@ def test_another_kind_of_processor_is_told_and_refuses_nothing(tmp_path: Path, r
     assert lock.calibration is not None
     here = device_name("cpu")
     assert lock.calibration.device == here
-    told = f"locked on another kind of processor: another there, {here} here"
-    for device, words in ((here, []), ("another", [f"{told}; calibrated variants may get other bytes"]), (None, [])):
+    told = f"locked on another kind of processor: another there, {here} here; calibrated variants may get other bytes"
+    for device, words in ((here, []), ("another", [f"{told}, text by the model itself may be another"]), (None, [])):
         write(path, lock.model_copy(update={"calibration": lock.calibration.model_copy(update={"device": device})}))
         reporter = ListReporter()
         workspace = Workspace(Store(tmp_path / "artifacts"), Cache(tmp_path / "cache"), reporter)
