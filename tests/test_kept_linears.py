@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from quantize.testing import write_recipe
+from quantize.testing import TinyModel, make_checkpoint, write_recipe
 from tests.conftest import Run
 from tests.families import family_named, make_family
 
@@ -35,3 +35,16 @@ def test_bitsandbytes_names_the_linears_of_linear_attention_that_steer(run: Run,
     assert "lm_head" in skipped
     assert any(name.endswith("linear_attn.in_proj_b") for name in skipped)
     assert not any(name.endswith("mlp.down_proj") for name in skipped)
+
+
+def test_outputs_that_torchs_product_of_4_bits_does_not_take_run_in_another_kernel(run: Run, tmp_path: Path) -> None:
+    """gptqmodel's first choice on a CPU calls it for any width, and fails; verification generates with the artifact."""
+    model = make_checkpoint(tmp_path / "model", TinyModel(hidden=96, intermediate=96, blocks=1, heads=4, kv_heads=1))
+    (tmp_path / "text.txt").write_text("\n\n".join(f"Part {n}: the quick brown fox jumps. " * 6 for n in range(9)))
+    calibration = {"dataset": "text.txt", "samples": 8, "sequence_length": 64, "minimum_tokens": 16}
+    variant = {"format": "awq", "group_size": 32}  # a GPTQ artifact takes the same way, to TorchLinear
+    recipe = write_recipe(tmp_path / "recipe.yaml", model, [variant], calibration=calibration)
+    result = run("build", recipe, "--no-eval", "--store", tmp_path / "store", "-q")
+    assert result.exit_code == 0, result.stderr
+    facts = [json.loads(path.read_text())["verify"] for path in (tmp_path / "store").glob("*/*/*/measurements.json")]
+    assert {item["kernel"] for item in facts} == {"AwqTorchLinear"}

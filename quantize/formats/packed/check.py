@@ -189,4 +189,8 @@ def _dequantized_by_gptqmodel(module: Any) -> Any:
         return module.awq_weight_dequantize("cpu", torch.float32).T
     if hasattr(module, "dequantize_weight"):
         return module.dequantize_weight().float().T
+    if all(hasattr(module, name) for name in ("qweight", "qzeros", "scales")):  # of AWQ in plain torch
+        from gptqmodel.quantization.awq.utils.packing_utils import dequantize_gemm
+
+        return dequantize_gemm(module.qweight, module.qzeros, module.scales, module.bits, module.group_size).float().T
     return None
