@@ -13,6 +13,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
+from quantize.calibration.mix import CalibrationText
 from quantize.errors import RecipeError
 from quantize.formats import option_models
 from quantize.recipe.model import PackageFile, Recipe, load_recipe, recipe_schema
@@ -72,6 +73,30 @@ def test_calibration_may_be_a_file_beside_or_above(tmp_path: Path) -> None:
     recipe = parse(tmp_path / "recipes", text)
     assert recipe.calibration is not None
     assert (recipe.calibration.samples, recipe.calibration.sequence_length) == (3, 2048)
+
+
+@pytest.mark.parametrize("text", ["dataset: python-docs, samples: 3", "mix: [{dataset: python-docs, samples: 3}]"])
+def test_guided_statistics_are_said_only_where_they_are_asked_for(tmp_path: Path, text: str) -> None:
+    """So that build keys, locks and manifests of all other recipes are what they were."""
+    found = {}
+    for guided in ("", ", guided: false", ", guided: true"):
+        variants = "variants:\n  - {format: gptq, bits: 4}\n"
+        recipe = parse(tmp_path, HEAD + f"calibration: {{{text}{guided}}}\n" + variants)
+        assert recipe.calibration is not None
+        assert recipe.calibration.guided == ("true" in guided)
+        assert [part.guided for part in recipe.calibration.parts] == [recipe.calibration.guided]
+        material = CalibrationText(recipe.calibration, tmp_path)
+        found[guided] = (recipe.calibration.model_dump(), material.stated(), material.identify())
+    assert found[""] == found[", guided: false"]
+    for without, asked in zip(found[""], found[", guided: true"], strict=True):
+        assert "guided" not in without
+        assert asked == {**without, "guided": True}
+
+
+def test_guided_in_a_part_of_a_mix_is_refused(tmp_path: Path) -> None:
+    text = "calibration: {mix: [{dataset: python-docs, samples: 3, guided: true}]}\n"
+    with pytest.raises(RecipeError, match=r"`guided` in a part of a mix(.|\n)*beside `mix`"):
+        parse(tmp_path, HEAD + text + "variants:\n  - {format: gguf, type: Q8_0}\n")
 
 
 def test_an_error_in_a_calibration_file_names_that_file(tmp_path: Path) -> None:

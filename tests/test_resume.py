@@ -10,6 +10,7 @@ import re
 import signal
 import tempfile
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -189,6 +190,33 @@ def test_a_pass_stopped_after_every_block_leaves_the_same_bytes(
         assert ("goes on" in passes.text) == (block > 1)
     assert passes.run(memory_budget) == undisturbed
     assert f"goes on after block {BLOCKS} of {BLOCKS}" in passes.text
+
+
+def test_a_guided_pass_goes_on_wherever_it_was_stopped(
+    recipe_path: Path, tmp_path: Path, stop_after: Callable[[int], None]
+) -> None:
+    """In the way forward, at the head, on the way back, and in the pass itself."""
+    guided = []
+    for name in ("stopped", "unbroken"):
+        (tmp_path / name).mkdir()
+        found = Pass(recipe_path, tmp_path / name / "pass")
+        assert found.recipe.calibration is not None
+        spec = found.recipe.calibration.model_copy(update={"guided": True})
+        variants = tuple(item for item in found.recipe.variants if item.format != "awq")
+        found.recipe = replace(found.recipe, calibration=spec, variants=variants)
+        guided.append(found)
+    passes, unbroken = guided
+    expected, places = unbroken.run(), []
+    for _ in range(10):
+        stop_after(4)
+        try:
+            found_now = passes.run()
+            break
+        except Stopped as exc:
+            places.append(exc.message)
+    named = {name for name in expected if not name.startswith("pass/")}
+    assert {name: found_now[name] for name in named} == {name: expected[name] for name in named}
+    assert places == [*["stopped in the guided statistics"] * 3, "stopped after block 3 of 6"]
 
 
 def test_a_part_whose_files_are_damaged_starts_over_and_the_others_go_on(

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from quantize.build.job import no_calibration
+from quantize.build.pass_words import measured_on_gpu, say_how, say_what_text
 from quantize.build.widen import widened_all
 from quantize.calibration.budget import gpu_pass_bytes, host_bytes, pass_bytes
 from quantize.calibration.journal import PassJournal
@@ -37,7 +38,6 @@ from quantize.model.architecture import block_count, block_layouts
 from quantize.recipe.calibration import Calibration
 from quantize.recipe.model import Recipe
 from quantize.store.manifest import CalibrationEntry, tool_versions
-from quantize.system.gpus import nvidia_gpus
 from quantize.system.memory import free_gpu_bytes, give_back_gpu
 from quantize.system.process import peak_memory_bytes, run_step, stop_asked
 
@@ -45,9 +45,8 @@ if TYPE_CHECKING:
     from quantize.build.spread.run import SpreadPass
     from quantize.calibration.hidden_states import SavedStates
     from quantize.calibration.stream import Block, Precision, Spill
-    from quantize.calibration.text import CalibrationSet
+    from quantize.calibration.token_weights import TokenWeights
 
-ENOUGH_TOKENS_PER_CHANNEL = 4
 SECONDS_BETWEEN_STATES = 60.0  # of a pass on a GPU, which runs a block again sooner than it writes its states
 
 
@@ -77,6 +76,20 @@ class _Part:
     error: QuantizeError | None = field(default=None)
 
 
+@dataclass(frozen=True)
+class _Material:
+    """What is run. folder: of the pass. guided: the seed of the labels, where tokens are weighted; None: they are not.
+
+    measured: facts for measurements.json, as they come.
+    """
+
+    token_ids: Sequence[Sequence[int]]
+    precision: Precision
+    folder: Path
+    guided: int | None
+    measured: dict[str, Any] = field(default_factory=dict)
+
+
 def run_pass(recipe: Recipe, variants: Sequence[tuple[str, Context]], folder: Path, reporter: Reporter) -> PassResult:
     """Run the pass for (format, context) pairs; `folder` is where it leaves what a stopped one goes on from.
 
@@ -102,7 +115,7 @@ def _pass(
 
     context = variants[0][1]
     torch.set_num_threads(context.limits.threads)
-    _say_how(context.limits, reporter)
+    say_how(context.limits, reporter)
     _import_transformers(context.checkpoint.folder)
     status(reporter, "", "reading the calibration text")
     started = time.perf_counter()
@@ -121,22 +134,19 @@ def _pass(
             seed=spec.seed,
             parts=found.parts or None,
         )
-        for shown in found.parts:
-            if shown.left_out is not None:
-                warn(reporter, "", f"calibration goes without {shown.dataset}: {shown.left_out}")
-        for said in found.remarks():
-            warn(reporter, "", f"calibration: {said}")
-        _warn_if_few(reporter, context, _asked(spec, found), len(found.token_ids), found.tokens)
+        say_what_text(reporter, context, spec, found)
         journal = PassJournal(
             folder,
             _identity(context, entry, runner.device),
             reporter,
             seconds=SECONDS_BETWEEN_STATES if context.limits.on_gpu else 0.0,
         )
+        seed = spec.seed if spec.guided else None
+        material = _Material(found.token_ids, precision, folder, seed)
         lacking = _resume(journal, parts, reporter) < block_count(context.checkpoint.config)
         with journal:
             if lacking:
-                runner.run(journal, parts, found.token_ids, precision, folder, reporter)
+                runner.run(journal, parts, material, reporter)
         device = runner.device
     for part in parts:
         _take(part, lambda part: part.collector.finish(), reporter)
@@ -149,39 +159,10 @@ def _pass(
         "text_seconds": round(text_seconds, 2),
         "solve_seconds": seconds,
         "peak_memory_bytes": peak_memory_bytes(os.getpid()),
-        **_measured_on_gpu(context.limits),
+        **measured_on_gpu(context.limits),
+        **material.measured,
     }
     return PassResult(entry, device, errors, measured, wide=variants[0][1].checkpoint.wide)
-
-
-def _say_how(limits: RunLimits, reporter: Reporter) -> None:
-    """Where there is a faster way than the one that the pass takes."""
-    import torch
-
-    from quantize.numerics.kernels import trouble
-
-    if limits.spread is not None:
-        return
-    if limits.on_gpu:
-        if (why := trouble(torch.device(limits.device))) is not None:
-            warn(reporter, "", f"{why}: GPTQ and clip searches run in many small steps, several times slower")
-    elif torch.cuda.is_available() and (gpus := nvidia_gpus()):
-        note(reporter, "", f"a GPU is there ({gpus[0].name}), and the pass runs on the CPU: --device cuda is faster")
-
-
-def _measured_on_gpu(limits: RunLimits) -> dict[str, Any]:
-    """The most of a GPU's memory that was in use, and that was held, and what solved; nothing on a CPU."""
-    import torch
-
-    from quantize.numerics.kernels import kernels_name
-
-    if not limits.on_own_gpu:
-        return {}
-    return {
-        "peak_gpu_memory_bytes": torch.cuda.max_memory_allocated(limits.device),
-        "peak_gpu_reserved_bytes": torch.cuda.max_memory_reserved(limits.device),
-        "kernels": kernels_name(torch.device(limits.device)),
-    }
 
 
 @dataclass(frozen=True)
@@ -218,24 +199,22 @@ def _resume(journal: PassJournal, parts: list[_Part], reporter: Reporter) -> int
     return start
 
 
-def _stream(
-    journal: PassJournal, parts: list[_Part], token_ids: Any, precision: Precision, folder: Path, reporter: Reporter
-) -> None:
+def _stream(journal: PassJournal, parts: list[_Part], material: _Material, reporter: Reporter) -> None:
     """Stream the blocks that a part still lacks through this process.
 
     Out of a GPU's memory, the pass goes on once more with its hidden states in the computer's. Raises OutOfMemory.
     """
     try:
-        _stream_blocks(journal, parts, token_ids, precision, _spill(journal, parts, folder), reporter)
+        _stream_blocks(journal, parts, material, _spill(journal, parts, material.folder), reporter)
         return
     except (RuntimeError, QuantizeError) as exc:
         if not parts[0].context.limits.on_gpu or not is_out_of_memory(exc):
             raise
         warn(reporter, "", f"out of the GPU's memory: hidden states move to the computer's ({first_line(exc)})")
     give_back_gpu()
-    spill = replace(_spill(journal, parts, folder), gpu_bytes=0)
+    spill = replace(_spill(journal, parts, material.folder), gpu_bytes=0)
     try:
-        _stream_blocks(journal, parts, token_ids, precision, spill, reporter)
+        _stream_blocks(journal, parts, material, spill, reporter)
     except (RuntimeError, QuantizeError) as exc:
         if not is_out_of_memory(exc):
             raise
@@ -246,14 +225,15 @@ def _stream(
 
 
 def _stream_blocks(
-    journal: PassJournal, parts: list[_Part], token_ids: Any, precision: Precision, spill: Spill, reporter: Reporter
+    journal: PassJournal, parts: list[_Part], material: _Material, spill: Spill, reporter: Reporter
 ) -> None:
     from quantize.calibration.stream import stream_blocks
 
     context = parts[0].context
     stream = stream_blocks(
-        context.checkpoint, token_ids, device=context.limits.device, precision=precision, spill=spill,
+        context.checkpoint, material.token_ids, device=context.limits.device, precision=material.precision, spill=spill,
         start_block=min(part.blocks for part in parts if part.error is None), reporter=reporter,
+        guide=_guide(journal, context, material, reporter),
     )  # fmt: skip
     for block in stream:
 
@@ -264,6 +244,29 @@ def _stream_blocks(
         del block, solve
         if all(part.error is not None for part in parts):
             break
+
+
+def _guide(
+    journal: PassJournal, context: Context, material: _Material, reporter: Reporter
+) -> TokenWeights | None:  # fmt: skip
+    """What each token counts, where the recipe asks for it. Raises Stopped if the user asked for it."""
+    if material.guided is None:
+        return None
+    from quantize.calibration.guide import GUIDE, Text, find_weights
+    from quantize.calibration.token_weights import TokenWeights
+
+    def after_block() -> None:
+        if stop_asked(reporter):
+            raise Stopped("stopped in the guided statistics", hint="run the same build again to go on there")
+
+    started, device = time.perf_counter(), context.limits.device
+    status(reporter, "", "guided statistics: the model forward and back, for what each token counts")
+    table = find_weights(
+        context.checkpoint, Text.of(material.token_ids, material.guided, device), material.folder / GUIDE,
+        journal.identity, device=device, precision=material.precision, reporter=reporter, after_block=after_block,
+    )  # fmt: skip
+    material.measured["guided_seconds"] = round(time.perf_counter() - started, 2)
+    return TokenWeights(table, (table,))
 
 
 def _spill(journal: PassJournal, parts: list[_Part], folder: Path) -> Spill:
@@ -281,8 +284,8 @@ def _spill(journal: PassJournal, parts: list[_Part], folder: Path) -> Spill:
 
 
 def _spread(
-    cluster: SpreadPass, spread: PassSpread, journal: PassJournal, parts: list[_Part], token_ids: Any, precision:
-    Precision, folder: Path, reporter: Reporter,
+    cluster: SpreadPass, spread: PassSpread, journal: PassJournal, parts: list[_Part], material: _Material,
+    reporter: Reporter,
 ) -> None:  # fmt: skip
     """Have the workers of a cluster run the blocks that a part still lacks."""
     from quantize.build.spread.passwork import PassPlan
@@ -290,7 +293,10 @@ def _spread(
 
     limits = replace(parts[0].context.limits, spread=None, threads=spread.cores)
     contexts = tuple((part.builder.name, replace(part.context, limits=limits)) for part in parts)
-    plan = PassPlan(contexts, tuple(tuple(map(int, ids)) for ids in token_ids), precision, folder)
+    token_ids = tuple(tuple(map(int, ids)) for ids in material.token_ids)
+    plan = PassPlan(
+        contexts, token_ids, material.precision, material.folder, material.guided, journal.identity
+    )  # fmt: skip
 
     def take(index: int, solved: Mapping[int, Any], after: Sequence[SavedStates]) -> list[int]:
         def add(part: _Part) -> None:
@@ -380,19 +386,3 @@ def _take(part: _Part, step: Callable[[_Part], None], reporter: Reporter) -> Non
     part.seconds += time.perf_counter() - started
     if part.error is not None:
         warn(reporter, part.context.variant, f"leaves the calibration pass: {part.error.message}")
-
-
-def _asked(spec: Calibration, found: CalibrationSet) -> int:
-    """How many sequences a spec asks for, without the parts that this source goes without."""
-    if not found.parts:
-        return spec.samples
-    return sum(part.samples for part, got in zip(spec.parts, found.parts, strict=True) if got.left_out is None)
-
-
-def _warn_if_few(reporter: Reporter, context: Context, asked: int, sequences: int, tokens: int) -> None:
-    widest = max(info.shape[-1] for info in context.checkpoint.tensors.values() if len(info.shape) == 2)
-    wanted = ENOUGH_TOKENS_PER_CHANNEL * widest
-    if tokens < wanted:
-        warn(reporter, "", f"calibration has {tokens:,} tokens; {wanted:,} or more suit a layer of {widest:,} inputs")
-    if sequences < asked:
-        note(reporter, "", f"calibration has {sequences} sequences; the spec asks for {asked}")

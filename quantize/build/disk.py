@@ -10,12 +10,14 @@ import contextlib
 import math
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from quantize.calibration.budget import guide_state_bytes, token_weights_bytes
 from quantize.errors import DiskFullError, PlanError, StoreError
 from quantize.evaluate.baseline import LIKELIEST
 from quantize.evaluate.kinds import text_parts
@@ -47,7 +49,8 @@ class Needs:
     """Bytes that a build writes into the store and the cache.
 
     source: a GGUF source, dequantized. baseline: the source's side of the evaluation. states: hidden states of the
-    calibration pass, one copy. passed: of the artifacts, what the pass writes; before_last: before its last block.
+    calibration pass, one copy. guide: of guided statistics, until the pass begins; token_weights: what stays of them
+    until it ends. passed: of the artifacts, what the pass writes; before_last: before its last block.
     artifacts: everything in the artifacts' folders. intermediates: what variants share. passing: beside an artifact
     while it is built, of the one that takes most. scratch: beside the artifacts from the pass on.
     """
@@ -55,6 +58,8 @@ class Needs:
     source: int = 0
     baseline: int = 0
     states: int = 0
+    guide: int = 0
+    token_weights: int = 0
     passed: int = 0
     before_last: int = 0
     artifacts: int = 0
@@ -65,7 +70,8 @@ class Needs:
     @property
     def pass_bytes(self) -> int:
         """In the store while the pass runs: both copies of the states stand together until the last block."""
-        return self.scratch + max(2 * self.states + self.before_last, self.states + self.passed)
+        solving = max(2 * self.states + self.before_last, self.states + self.passed)
+        return self.scratch + self.token_weights + max(self.guide, solving)
 
     @property
     def making_bytes(self) -> int:
@@ -118,10 +124,15 @@ def needs(
     measured = measured and any(job.is_measurable for job in todo)
     calibrated = any(job.is_calibrated for job in todo)
     passed, blocks = sum(size.pass_bytes for size in sizes), block_count(checkpoint.config) if calibrated else 1
+    states = states_bytes(recipe, number_or(checkpoint.config, "hidden_size", 0)) if calibrated else 0
+    spec = recipe.calibration
+    guided = calibrated and spec is not None and spec.guided
     return Needs(
         source=source_bytes,
         baseline=baseline_bytes(recipe, number_or(checkpoint.config, "vocab_size", LIKELIEST)) if measured else 0,
-        states=states_bytes(recipe, number_or(checkpoint.config, "hidden_size", 0)) if calibrated else 0,
+        states=states,
+        guide=guide_state_bytes(blocks, states) if guided else 0,
+        token_weights=token_weights_bytes(checkpoint.config, spec.tokens) if guided and spec else 0,
         passed=passed,
         before_last=passed * (blocks - 1) // blocks,
         artifacts=sum(size.file_bytes + carried_bytes(checkpoint) + PAPERS_BYTES for size in sizes),
@@ -133,6 +144,8 @@ def needs(
 
 def most_bytes(jobs: Sequence[VariantJob], recipe: Recipe, source: PinnedSource, *, measured: bool) -> int:
     """More than the jobs can need, from file sizes alone: where so much is free, nothing has to be sized."""
+    if recipe.calibration is not None and recipe.calibration.guided and any(job.is_calibrated for job in jobs):
+        return sys.maxsize  # by blocks, which headers tell
     weights = sum(file.size_bytes for file in source.files) * (LARGEST_RATIO if source.quantized_before else 1)
     artifacts = sum(2 * weights + PAPERS_BYTES for _ in jobs)  # in float32 it is twice a 16-bit source
     artifacts += sum(GRAM_RATIO * weights for job in jobs if job.is_calibrated)

@@ -94,7 +94,7 @@ def _is_sound(job: VariantJob, at: Execution) -> bool:
     try:
         if job.refusal is not None:
             raise job.refusal
-        job.builder.check(at.checkpoint, job.variant.options)
+        job.check(at.checkpoint, at.plan.recipe.calibration)
     except QuantizeError as exc:
         at.ledger.add(Outcome(job.name, OutcomeState.FAILED, error=exc))
         return False

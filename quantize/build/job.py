@@ -12,6 +12,9 @@ from typing import Any
 from quantize.errors import PlanError, QuantizeError
 from quantize.formats import builders, known_format
 from quantize.formats.base import Builder, SizePlan
+from quantize.model.architecture import check_gradient
+from quantize.model.checkpoint import Checkpoint
+from quantize.recipe.calibration import Calibration
 from quantize.recipe.model import Variant
 from quantize.store.artifact import ASIDE, Artifact
 from quantize.system.digest import canonical_hash
@@ -61,6 +64,12 @@ class VariantJob:
     def is_up_to_date(self) -> bool:
         """Built, and in its place: not refused by its gates, nor still to be held to them."""
         return self.existing is not None and self.existing.folder.parent.name not in ASIDE
+
+    def check(self, checkpoint: Checkpoint, calibration: Calibration | None) -> None:
+        """Raise PlanError or CheckpointError for what headers say can't be done."""
+        self.builder.check(checkpoint, self.variant.options)
+        if calibration is not None and calibration.guided and self.is_calibrated:
+            check_gradient(checkpoint.config)
 
     @cached_property
     def build_key(self) -> str:

@@ -32,7 +32,7 @@ from quantize.formats.base import Builder, Context, RunLimits, SizePlan
 from quantize.model.checkpoint import Checkpoint
 from quantize.model.shape import ModelShape
 from quantize.model.source import PinnedSource, is_made, open_headers
-from quantize.recipe.calibration import CalibrationMix
+from quantize.recipe.calibration import Calibration, CalibrationMix
 from quantize.recipe.model import Recipe
 from quantize.runtimes.sampling import CHATS
 from quantize.store.manifest import CalibrationEntry, CalibrationPart
@@ -79,6 +79,12 @@ class SizedPlan(Plan):
         )
         return (most,)
 
+    @property
+    def is_guided(self) -> bool:
+        """Whether the model goes forward and back before the pass, for what each token counts."""
+        spec = self.recipe.calibration
+        return self.text is not None and spec is not None and spec.guided
+
     def states_are(self, limits: RunLimits) -> str:
         """Where a pass on a GPU keeps its hidden states; empty if there is none."""
         budget = limits.memory_budget_bytes
@@ -92,6 +98,7 @@ class SizedPlan(Plan):
             "disk_parts": asdict(self.disk),
             "pass_memory_bytes": self.memory_bytes,
             "calibration": None if self.text is None else [part.model_dump(exclude={"hash"}) for part in self.shown],
+            "guided": self.is_guided,
             "pass_gpu": None if self.gpu is None else asdict(self.gpu),
             "disks": [
                 {
@@ -126,7 +133,7 @@ def measure_plan(plan: Plan, workspace: Workspace, limits: RunLimits) -> SizedPl
         expected = _expected(plan.recipe, checkpoint)
         context = Context("", None, source, checkpoint, cache, Path(scratch), Path(scratch), limits,
                           expected)  # fmt: skip
-        jobs = _size_jobs(plan.jobs, context, reporter)
+        jobs = _size_jobs(plan.jobs, context, plan.recipe.calibration, reporter)
         dequantized = _dequantized_bytes(source, checkpoint, cache)
         parts = [(job.builder, job.variant.options) for job in jobs if job.is_open and job.is_calibrated]
         gpu = _gpu_need(parts, plan.recipe, checkpoint, limits, reporter)
@@ -184,13 +191,15 @@ def _expected(recipe: Recipe, checkpoint: Checkpoint) -> CalibrationEntry | None
     )  # fmt: skip
 
 
-def _size_jobs(jobs: Sequence[VariantJob], context: Context, reporter: Reporter) -> tuple[VariantJob, ...]:
+def _size_jobs(
+    jobs: Sequence[VariantJob], context: Context, calibration: Calibration | None, reporter: Reporter
+) -> tuple[VariantJob, ...]:
     """Fill in sizes, one call for each format; a variant that can't be sized gets its refusal instead."""
     result = {job.name: job for job in jobs}
     for format_name in dict.fromkeys(job.variant.format for job in jobs):
         group = [job for job in jobs if job.variant.format == format_name]
         status(reporter, "", f"sizing {len(group)} {format_name} variants")
-        for job, outcome in _size_group(group, context, reporter):
+        for job, outcome in _size_group(group, context, calibration, reporter):
             filled = replace(job, refusal=outcome) if isinstance(outcome, QuantizeError) else replace(job, size=outcome)
             result[job.name] = filled
     return tuple(result[job.name] for job in jobs)
@@ -202,7 +211,10 @@ def _pass_memory(
     """Of the process that runs the pass: to make the text, where the model writes it, and then for the blocks."""
     if not parts:
         return 0
-    blocks = pass_bytes(checkpoint, parts, limits.threads) if limits.device == "cpu" else host_bytes(checkpoint)
+    guided = recipe.calibration is not None and recipe.calibration.guided
+    blocks = host_bytes(checkpoint)
+    if limits.device == "cpu":
+        blocks = pass_bytes(checkpoint, parts, limits.threads, guided=guided)
     if recipe.calibration is None:
         return blocks
     text = CalibrationText(recipe.calibration, recipe.path.parent)
@@ -228,7 +240,7 @@ def _gpu_need(
     if not parts or spec is None or not limits.on_own_gpu:
         return None
     free = run_step("asking the GPU for its free memory", reporter, ask_gpu, limits.device)
-    taken = gpu_pass_bytes(checkpoint, parts)
+    taken = gpu_pass_bytes(checkpoint, parts, guided=spec.guided)
     return GpuNeed(limits.device, taken, state_bytes(checkpoint.config, spec.tokens), free)
 
 
@@ -251,10 +263,10 @@ def ask_gpu(_reporter: Reporter, device: str) -> int:
 
 
 def _size_group(
-    group: Sequence[VariantJob], context: Context, reporter: Reporter
+    group: Sequence[VariantJob], context: Context, calibration: Calibration | None, reporter: Reporter
 ) -> list[tuple[VariantJob, SizePlan | QuantizeError]]:
     builder = group[0].builder
-    checked = [(job, job.refusal or _refusal(job, context.checkpoint)) for job in group]
+    checked = [(job, job.refusal or _refusal(job, context.checkpoint, calibration)) for job in group]
     refused = [(job, error) for job, error in checked if error is not None]
     good = [job for job, error in checked if error is None]
     try:
@@ -264,9 +276,9 @@ def _size_group(
     return [*refused, *zip(good, sizes, strict=True)]
 
 
-def _refusal(job: VariantJob, checkpoint: Checkpoint) -> QuantizeError | None:
+def _refusal(job: VariantJob, checkpoint: Checkpoint, calibration: Calibration | None) -> QuantizeError | None:
     try:
-        job.builder.check(checkpoint, job.variant.options)
+        job.check(checkpoint, calibration)
     except QuantizeError as exc:
         return exc
     return None

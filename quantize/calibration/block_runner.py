@@ -108,14 +108,29 @@ class BlockRunner:
         with torch.no_grad(), self._computing():
             return self._skeleton.run(index, states).float()
 
-    def finish(self, states: Tensor) -> Any:
-        """What the model gives, with its logits, where its last block gives `states` [rows, hidden]."""
+    def back(self, index: int, states: Tensor, gradient: Tensor) -> Tensor:
+        """The gradient before one block, float32, where it is `gradient` after it; both of the form of `states`."""
+        before = states.detach().clone().requires_grad_()
+        with torch.enable_grad(), self._computing():
+            after = self._skeleton.run(index, before.clone()).float()  # a block may write into what it is given
+        (found,) = torch.autograd.grad(after, before, gradient)
+        return found
+
+    def finish(self, states: Tensor, *, gradient: bool = False) -> Any:
+        """What the model gives, with its logits, where its last block gives `states` [rows, hidden]; gradient: keep
+        what a gradient in them takes.
+        """
         start = torch.zeros(1, 1, self.width, device=self.device)  # what the blocks would have read
-        return self._skeleton.finish(states[None], start)
+        return self._skeleton.finish(states[None], start, gradient=gradient)
 
     def put(self, path: str, value: Tensor) -> None:
         """Give a parameter outside of the blocks its value. Raises CheckpointError: it does not fit."""
         self._skeleton.put(path, value)
+
+    @property
+    def product_type(self) -> torch.dtype:
+        """What matrix products are in."""
+        return torch.bfloat16 if self._autocast else torch.float32
 
     def _computing(self) -> AbstractContextManager[object]:
         """The type that matrix products are in."""
@@ -164,6 +179,7 @@ class BlockRunner:
         grams = {experts.input: shared}
         routed: Any = self.layer(layout.index).get_submodule(experts.module)
         kept = torch.cat(total.kept)[:_KEPT_TOKENS]
+        counts = torch.cat(total.counts)[:_KEPT_TOKENS] if total.counts else None
         for expert in range(experts.count):
             keys = experts.expert_input.format(expert=expert), experts.output.format(expert=expert)
             own = [sums.pop(key, None) for key in keys]
@@ -174,7 +190,7 @@ class BlockRunner:
             with torch.no_grad(), self._computing():
                 inner = routed.inner(expert, kept)
             common = GramAccumulator(routed.width, self.device)
-            common.add(inner)
+            common.add(inner, counts)
             note = f"expert saw {seen} tokens, fewer than {STARVED_TOKENS}" if seen < STARVED_TOKENS else ""
             for key, part, prior in zip(keys, own, (shared, common.finish()), strict=True):
                 part = part or GramAccumulator(prior.matrix.shape[0], self.device)
@@ -201,11 +217,14 @@ def share_of(batch_number: int, device: str) -> int:
 
 
 class ShareSums:
-    """What one share of the batches adds up. sums: by input key. kept: some tokens for starved experts."""
+    """What one share of the batches adds up. sums: by input key. kept: some tokens for starved experts; counts: what
+    each of them counts, nothing where each counts 1.
+    """
 
     def __init__(self) -> None:
         self.sums: dict[str, GramAccumulator] = {}
         self.kept: list[Tensor] = []
+        self.counts: list[Tensor] = []
         self.pending: set[str] = set()
 
     def merge(self, other: ShareSums) -> None:
@@ -214,6 +233,7 @@ class ShareSums:
             part = other.sums.pop(key)
             self.sums[key] = self.sums[key].merge(part) if key in self.sums else part
         self.kept += other.kept
+        self.counts += other.counts
 
 
 class BlockRecorder:
@@ -232,14 +252,22 @@ class BlockRecorder:
         if layout.experts is not None:
             self._keys |= {layout.experts.input, "experts"}
 
-    def run(self, states: Tensor, share: int) -> Tensor | None:
+    def run(self, states: Tensor, share: int, weights: Mapping[str, Tensor] | None = None) -> Tensor | None:
         """Run the block and add to a share's sums; None when nobody needs the output and the pass stopped early.
 
-        Batches of one share must run one after the other, in order.
+        weights: what each token of the batch counts, by input key; None: 1. Batches of one share must run one after the
+        other, in order.
         """
         self._thread.share = self._shares.setdefault(share, ShareSums())
-        parts = (states,) if self._runner.anatomy.together else torch.split(states, 1)
-        outputs = [self._run(part) for part in parts]
+        self._thread.weights, size = weights, states.shape[1]
+        if self._runner.anatomy.together:
+            outputs = [self._run(states)]
+        else:
+            outputs = []
+            for number, part in enumerate(torch.split(states, 1)):
+                rows = slice(number * size, (number + 1) * size)
+                self._thread.weights = None if weights is None else {key: own[rows] for key, own in weights.items()}
+                outputs.append(self._run(part))
         return torch.cat(outputs) if self._output_needed else None
 
     def _run(self, states: Tensor) -> Tensor:
@@ -287,7 +315,7 @@ class BlockRecorder:
     def _hook(self, key: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         def record(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
             if key in self._share.pending:  # not yet recorded by routed experts that read the same tensor
-                self._add(key, inputs[0])
+                self._add(key, inputs[0], self._weights(key))
                 self._seen(key)
 
         return record
@@ -295,26 +323,41 @@ class BlockRecorder:
     def _moe_hook(self, experts: Experts) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         def record(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
             if experts.input in self._share.pending:  # not yet recorded by a shared expert that reads the same tensor
-                self._add(experts.input, inputs[0])
+                self._add(experts.input, inputs[0], self._weights(experts.input))
                 self._seen(experts.input)
-            kept = sum(states.shape[0] for states in self._share.kept)
-            if kept < _KEPT_TOKENS:
-                self._share.kept.append(inputs[0][: _KEPT_TOKENS - kept].clone())
+            room = _KEPT_TOKENS - sum(states.shape[0] for states in self._share.kept)
+            if room > 0:
+                counts = self._weights(experts.input)
+                self._share.kept.append(inputs[0][:room].clone())
+                self._share.counts += [] if counts is None else [counts[:room]]
 
         return record
 
-    def _record_expert(self, expert: int, states: Tensor, inner: Tensor) -> None:
+    def _record_expert(self, expert: int, rows: Tensor, states: Tensor, inner: Tensor) -> None:
         experts = self._layout.experts
         assert experts is not None
-        self._add(experts.expert_input.format(expert=expert), states)
-        self._add(experts.output.format(expert=expert), inner)
+        for name, x in ((experts.expert_input, states), (experts.output, inner)):
+            key = name.format(expert=expert)
+            self._add(key, x, self._weights(key, rows))
 
-    def _add(self, key: str, x: Tensor) -> None:
+    def _weights(self, key: str, rows: Tensor | None = None) -> Tensor | None:
+        """What the tokens of the run count in an input's sums; of an expert's, those of the given rows.
+
+        One that chose another expert in the backward pass, by its rounding, counts as the mean does.
+        """
+        weights: Mapping[str, Tensor] | None = self._thread.weights
+        if weights is None:
+            return None
+        if rows is None:
+            return weights[key]
+        return weights[key][rows].nan_to_num(1.0) if key in weights else torch.ones(len(rows), device=rows.device)
+
+    def _add(self, key: str, x: Tensor, weights: Tensor | None) -> None:
         sums = self._share.sums
         if key not in sums:
             sums[key] = GramAccumulator(x.shape[-1], self._runner.device)
         with torch.autocast(self._runner.device.type, enabled=False):
-            sums[key].add(x)
+            sums[key].add(x, weights)
 
     def _seen(self, key: str) -> None:
         self._share.pending.discard(key)
@@ -323,7 +366,11 @@ class BlockRecorder:
 
 
 class _RoutedExperts(nn.Module):
-    """Experts with one weight each as on disk, in the place of transformers' fused ones."""
+    """Experts with one weight each as on disk, in the place of transformers' fused ones.
+
+    record: told each expert's tokens (their rows), what its projections read and what its down projection reads. watch:
+    told its tokens and what its gate, up and down projections gave.
+    """
 
     def __init__(self, experts: Experts, weights: dict[str, Tensor], act_fn: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
@@ -333,12 +380,19 @@ class _RoutedExperts(nn.Module):
         ]
         self.act_fn = act_fn
         self.width = int(self.weights[0][2].shape[1])
-        self.record: Callable[[int, Tensor, Tensor], None] | None = None
+        self.record: Callable[[int, Tensor, Tensor, Tensor], None] | None = None
+        self.watch: Callable[[int, Tensor, Tensor, Tensor, Tensor], None] | None = None
 
     def inner(self, expert: int, states: Tensor) -> Tensor:
         """What the expert's down projection reads."""
+        return self._multiplied(*self._projected(expert, states))
+
+    def _projected(self, expert: int, states: Tensor) -> tuple[Tensor, Tensor]:
         gate, up, _ = self.weights[expert]
-        product: Tensor = self.act_fn(nn.functional.linear(states, gate)) * nn.functional.linear(states, up)
+        return nn.functional.linear(states, gate), nn.functional.linear(states, up)
+
+    def _multiplied(self, gate: Tensor, up: Tensor) -> Tensor:
+        product: Tensor = self.act_fn(gate) * up
         return product
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
@@ -353,9 +407,13 @@ class _RoutedExperts(nn.Module):
                 continue
             tokens, down = places // choices, self.weights[expert][2]
             states = hidden_states[tokens]
-            inner = self.inner(expert, states)
+            gate_out, up_out = self._projected(expert, states)
+            inner = self._multiplied(gate_out, up_out)
             if self.record is not None:
-                self.record(expert, states, inner)
-            result = nn.functional.linear(inner, down) * top_k_weights.flatten()[places, None]
+                self.record(expert, tokens, states, inner)
+            down_out = nn.functional.linear(inner, down)
+            if self.watch is not None:
+                self.watch(expert, tokens, gate_out, up_out, down_out)
+            result = down_out * top_k_weights.flatten()[places, None]
             output.index_add_(0, tokens, result.to(output.dtype))
         return output

@@ -18,15 +18,19 @@ from quantize.model.checkpoint import Checkpoint
 from quantize.model.config import number_or
 from quantize.model.layout import BlockLayout
 from quantize.model.shape import ModelShape
-from quantize.numerics.constants import BATCH_TOKENS, GPU_BATCH_TOKENS, GPU_SOLVED_VALUES, SHARES
+from quantize.numerics.constants import BATCH_TOKENS, GPU_BATCH_TOKENS, GPU_SOLVED_VALUES, LOGIT_BYTES, SHARES
 from quantize.system.sizes import mebibytes_text
 
 BASE_BYTES = 420 << 20  # Python, torch and transformers, loaded and warm
 TOKEN_BYTES = 1 << 10  # of a tokenizer's tables, for each token of the vocabulary
 SOLVER_BYTES = 40 << 20  # what any solver brings along
 PART_BYTES = 60 << 20  # what one leaves to the allocator for the next
+KEPT_ACTIVATIONS = 20  # the same, of a batch that a gradient goes back through
 ACTIVATIONS = 6  # tensors as wide as the widest input, of a batch under way
 ROW_COPIES = 6  # of the rows that are solved at a time on a GPU: target, errors, codes, rounded to nearest …
+KEPT_BYTES = 8 << 30  # of blocks' inputs on disk for a way back; more are computed again
+HEAD_PIECES, HEAD_PIECE_BYTES = 2, 64 << 20  # of the output head, converted
+LOGIT_COPIES = 6  # of the logits that are there at once: probabilities, their sums, the gradient …
 FLOAT_BYTES = 4
 
 
@@ -78,10 +82,23 @@ def _beside_blocks(checkpoint: Checkpoint) -> tuple[int, int]:
     return BASE_BYTES + vocabulary, 2 * max(outside, default=0)  # the pages that are read, and a copy in FP16
 
 
-def pass_bytes(checkpoint: Checkpoint, parts: Sequence[tuple[Solver, Any]], threads: int) -> int:
-    """As least_bytes, for builders and their options. Raises CheckpointError."""
+def pass_bytes(
+    checkpoint: Checkpoint, parts: Sequence[tuple[Solver, Any]], threads: int, *, guided: bool = False
+) -> int:
+    """As least_bytes, for builders and their options. guided: the model goes forward and back before. Raises
+    CheckpointError.
+    """
     block = largest_block(checkpoint)
-    return least_bytes(checkpoint, [builder.solver_bytes(block, options, threads) for builder, options in parts])
+    least = least_bytes(checkpoint, [builder.solver_bytes(block, options, threads) for builder, options in parts])
+    return max(least, _guide_bytes(checkpoint, block)) if guided else least
+
+
+def _guide_bytes(checkpoint: Checkpoint, block: BlockMemory) -> int:
+    """Of the way forward and back: a block with what its gradient takes, or the head with the logits of some tokens."""
+    base, copying = _beside_blocks(checkpoint)
+    working = FLOAT_BYTES * block.width * BATCH_TOKENS * SHARES * KEPT_ACTIVATIONS
+    head = copying + HEAD_PIECES * HEAD_PIECE_BYTES + LOGIT_COPIES * LOGIT_BYTES
+    return base + max(block.weights + block.weights // 2 + working, head)
 
 
 def host_bytes(checkpoint: Checkpoint) -> int:
@@ -90,14 +107,18 @@ def host_bytes(checkpoint: Checkpoint) -> int:
     return base + largest_block(checkpoint).weights + copying  # the two blocks are in 16 bits
 
 
-def gpu_pass_bytes(checkpoint: Checkpoint, parts: Sequence[tuple[Solver, Any]]) -> int:
+def gpu_pass_bytes(
+    checkpoint: Checkpoint, parts: Sequence[tuple[Solver, Any]], *, guided: bool = False
+) -> int:  # fmt: skip
     """Of a GPU's memory for a pass on it, without hidden states and the driver's own. Raises CheckpointError."""
     block = largest_block(checkpoint)
     rows = FLOAT_BYTES * min(GPU_SOLVED_VALUES, block.stacked // FLOAT_BYTES)
-    recording = block.weights // 2 + FLOAT_BYTES * block.width * GPU_BATCH_TOKENS * ACTIVATIONS
+    a_tensor = FLOAT_BYTES * block.width * GPU_BATCH_TOKENS
+    recording = block.weights // 2 + a_tensor * ACTIVATIONS
     solvers = [builder.solver_bytes(block, options, 1) for builder, options in parts]
     solving = max(solvers, default=0) + ROW_COPIES * rows
-    return block.weights + sum(block.grams) + max(recording, solving)
+    back = block.weights // 2 + a_tensor * KEPT_ACTIVATIONS if guided else 0
+    return block.weights + max(sum(block.grams) + max(recording, solving), back)
 
 
 @dataclass(frozen=True)
@@ -132,6 +153,38 @@ def state_bytes(config: Mapping[str, Any], tokens: int) -> int:
     """Of the hidden states of so many tokens. Raises CheckpointError."""
     found = anatomy_of(config)
     return FLOAT_BYTES * tokens * ModelShape.from_config(config).hidden_size * math.prod(found.lanes) * found.wide
+
+
+def kept_every(blocks: int, state_bytes: int) -> int:
+    """Of how many blocks one has its input kept until the way back: 1 where all of them take no more than KEPT_BYTES.
+
+    state_bytes: of one block's. Where even the best choice takes more, that is taken: about the root of their number.
+    """
+    choices = range(1, max(1, math.isqrt(blocks)) + 1)
+    fitting = (every for every in choices if kept_inputs(blocks, every) * state_bytes <= KEPT_BYTES)
+    return next(fitting, min(choices, key=lambda every: kept_inputs(blocks, every)))
+
+
+def kept_inputs(blocks: int, every: int) -> int:
+    """How many blocks' inputs lie on disk at once at the most, the last block's output among them."""
+    return math.ceil(blocks / every) + every
+
+
+def guide_state_bytes(blocks: int, state_bytes: int) -> int:
+    """Of the files of guided statistics before the pass begins: inputs of blocks, and gradients in two."""
+    return (kept_inputs(blocks, kept_every(blocks, state_bytes)) + 2) * state_bytes
+
+
+def token_weights_bytes(config: Mapping[str, Any], tokens: int) -> int:
+    """Of the files with what each token counts: a number for each input of a block; in a mixture two numbers and their
+    places for each expert that a token chooses. Raises CheckpointError.
+    """
+    total = 0
+    for layout in block_layouts(config):
+        total += sum(readers[0].expert is None for readers in layout.inputs.values())
+        if layout.experts is not None:
+            total += 1 + 4 * number_or(config, "num_experts_per_tok", layout.experts.count)
+    return FLOAT_BYTES * tokens * total
 
 
 def memory_short(least: int, budget: int) -> PlanError:

@@ -38,7 +38,7 @@ class Resumable(Protocol):
 
 class PassJournal:
     """The record of one pass. `saved` are the hidden states to go on from, if there are any; `saved_shares` those of a
-    pass that was spread over a cluster, share by share.
+    pass that was spread over a cluster, share by share. `identity`: all that its statistics depend on.
 
     seconds: hidden states are kept no more often than that. A pass that goes on from older ones runs the blocks between
     again: on a GPU that takes less time than writing the states of each block. A context manager: enter it for the time
@@ -50,7 +50,7 @@ class PassJournal:
 
         self.saved: SavedStates | None = None
         self.saved_shares: tuple[SavedStates, ...] = ()
-        self._folder, self._identity = folder, identity
+        self._folder, self.identity = folder, identity
         self._seconds, self._kept_at = seconds, time.monotonic()
         self._saver = ThreadPoolExecutor(1)
         self._saving: Future[SavedStates] | None = None
@@ -75,7 +75,7 @@ class PassJournal:
         """Have a part go on from its record in `scratch`; the number of blocks that it has done, 0 for none."""
         found = read_json(scratch / RESUME_NAME)
         blocks, state = found.get("blocks"), found.get("state")
-        if found.get("pass") != self._identity or not isinstance(blocks, int) or not isinstance(state, dict):
+        if found.get("pass") != self.identity or not isinstance(blocks, int) or not isinstance(state, dict):
             return 0
         return blocks if part.resume(state) else 0
 
@@ -95,16 +95,16 @@ class PassJournal:
 
         self._removed()
         for scratch, part in parts.items():
-            self._write(scratch, {"pass": self._identity, "blocks": blocks, "state": part.state()})
+            self._write(scratch, {"pass": self.identity, "blocks": blocks, "state": part.state()})
         if self._saving is not None:
             saved, self._saving = self._saving.result(), None
-            self._write(self._folder, {"pass": self._identity, "states": asdict(saved)})
+            self._write(self._folder, {"pass": self.identity, "states": asdict(saved)})
             self.saved = saved
             self._removing = self._saver.submit(remove_before, self._folder, saved.block)
 
     def commit_shares(self, shares: Sequence[SavedStates]) -> None:
         """Record the hidden states of a spread pass, one file a share, after `commit` of the block that made them."""
-        self._write(self._folder, {"pass": self._identity, "shares": [asdict(item) for item in shares]})
+        self._write(self._folder, {"pass": self.identity, "shares": [asdict(item) for item in shares]})
 
     def finish(self) -> None:
         """The last block is done: the hidden states are of no more use."""

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeVar
 
 import torch
 from torch import Tensor
@@ -29,6 +29,7 @@ from quantize.calibration.hidden_states import (
     make_batches,
     remove_before,
 )
+from quantize.calibration.token_weights import BlockWeights, TokenWeights
 from quantize.errors import BuildError, CheckpointError
 from quantize.events import Reporter, SilentReporter, progress, warn
 from quantize.model.architecture import block_layouts
@@ -40,6 +41,7 @@ from quantize.system.memory import give_back_freed
 from quantize.system.threads import in_turn, split_threads
 
 Precision = Literal["float32", "bfloat16"]
+Result = TypeVar("Result")
 
 
 def fastest_precision(device: str) -> Precision:
@@ -100,8 +102,9 @@ def stream_blocks(
     start_block: int = 0,
     tokens_per_batch: int | None = None,
     reporter: Reporter | None = None,
+    guide: TokenWeights | None = None,
 ) -> Iterator[Block]:
-    """Yield each block from `start_block` on, with its weights and Gram matrices.
+    """Yield each block from `start_block` on, with its weights and Gram matrices. guide: what each token counts.
 
     Sequences may differ in length; equal ones run together and none is padded. Blocks before `start_block` are run
     without statistics, from the first one or from saved states. Drop what a yielded Block holds before asking for the
@@ -112,12 +115,10 @@ def stream_blocks(
         BuildError: no tokens, no folder to spill to, or the disk failed.
     """
     events, spill = reporter or SilentReporter(), spill or Spill()
-    sequences = as_sequences(token_ids)
-    if not sequences:
+    batches, ordered = arranged(token_ids, tokens_per_batch or batch_tokens(device))
+    if not ordered:
         raise BuildError("the calibration set has no tokens")
     runner = BlockRunner(checkpoint.config, device, precision)
-    batches = make_batches([len(ids) for ids in sequences], tokens_per_batch or batch_tokens(device))
-    ordered = [sequences[member] for batch in batches for member in batch.members]
     tokens = sum(len(ids) for ids in ordered)
     states = open_states(runner, tokens, spill)
     first = _first_block(states, spill.saved, start_block, events)
@@ -129,7 +130,8 @@ def stream_blocks(
         index, last = layout.index, layout.index == runner.blocks - 1
         grams = None
         if index >= start_block:
-            grams = _record(runner, layout, batches, states, last)
+            counted = None if guide is None else guide.block(index, runner.device)
+            grams = _record(runner, layout, batches, states, last, counted)
         else:
             for batch in batches:
                 states.write(batch, runner.run(index, states.read(batch)))
@@ -147,6 +149,15 @@ def stream_blocks(
             yield Block(index, layout, weights, grams, inputs)
         del weights, grams
         give_back_freed()
+
+
+def arranged(
+    token_ids: Sequence[Sequence[int] | Tensor], tokens_per_batch: int
+) -> tuple[list[Batch], list[Tensor]]:  # fmt: skip
+    """A calibration set in batches, and its sequences in their order."""
+    sequences = as_sequences(token_ids)
+    batches = make_batches([len(ids) for ids in sequences], tokens_per_batch)
+    return batches, [sequences[member] for batch in batches for member in batch.members]
 
 
 def as_sequences(token_ids: Sequence[Sequence[int] | Tensor]) -> list[Tensor]:
@@ -197,9 +208,18 @@ def embed_all(checkpoint: TensorSource, runner: BlockRunner, sequences: list[Ten
         states.advance()
 
 
+def over_batches(
+    batches: Sequence[Batch], work: Callable[[Batch], Result], device: str
+) -> Iterator[tuple[Batch, Result]]:
+    """Each batch with what `work` gives for it, in order; on a CPU several at once, each with a part of the threads."""
+    with split_threads(shares_on(device)) as pools:
+        yield from zip(batches, in_turn([partial(work, batch) for batch in batches], pools), strict=True)
+
+
 def _record(
-    runner: BlockRunner, layout: BlockLayout, batches: list[Batch], states: HiddenStates, last: bool
-) -> dict[str, Gram]:
+    runner: BlockRunner, layout: BlockLayout, batches: list[Batch], states: HiddenStates, last: bool,
+    weights: BlockWeights | None,
+) -> dict[str, Gram]:  # fmt: skip
     """Run a block over all batches; on a CPU the shares run at once, each with its part of the threads.
 
     A batch's products are too small for many threads: two batches on a thread each take less time than one after the
@@ -209,7 +229,9 @@ def _record(
     with runner.recording(layout, output_needed=not last) as recorder:
 
         def run(number: int) -> Tensor | None:
-            return recorder.run(states.read(batches[number]), share_of(number, device))
+            batch = batches[number]
+            counted = None if weights is None else weights.batch(batch)
+            return recorder.run(states.read(batch), share_of(number, device), counted)
 
         with split_threads(shares_on(device)) as pools:
             for start in range(0, len(batches), ROUND_BATCHES):

@@ -75,6 +75,8 @@ def _print(plan: SizedPlan, limits: RunLimits) -> None:
     click.echo(f"source  {plan.source.uri}  sha256 {plan.source.digest[:12]}")
     for part in plan.shown:
         click.echo(f"text    {_text_of(part)}")
+    if plan.is_guided:
+        click.echo("        guided: the model goes forward and back first, for what each token counts")
     if plan.memory_bytes:
         click.echo(f"memory  {mebibytes_text(plan.memory_bytes)} at the least for the calibration pass")
     if (gpu := plan.gpu) is not None:

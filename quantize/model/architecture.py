@@ -54,6 +54,16 @@ def check_config(config: Config) -> None:
             number(text, key, MAX_EXPERTS)
 
 
+def check_gradient(config: Config) -> None:
+    """Raises CheckpointError: no gradient gets through the blocks, which guided statistics need."""
+    found = anatomy_of(config)
+    if found.no_gradient:
+        raise CheckpointError(
+            f"{found.architecture} gives no guided statistics: {found.no_gradient}",
+            hint="leave `guided` out of the calibration: it is calibrated as well without",
+        )
+
+
 def block_count(config: Config) -> int:
     """How many decoder blocks the model has. Raises CheckpointError."""
     return len(anatomy_of(config).kinds)

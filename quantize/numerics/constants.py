@@ -7,6 +7,7 @@ from __future__ import annotations
 
 BATCH_TOKENS = 512  # of a forward pass on a CPU: what fits caches between one operation and the next
 GPU_BATCH_TOKENS = 8192  # on a GPU: what fills it, and few enough batches for one round of sums
+LOGIT_BYTES = 32 << 20  # of logits in float32 that are there at once where a gradient is taken in them
 SHARES = 2  # sums that the batches of a round are dealt out to in turn, on a CPU
 SOLVED_ROWS = 1024  # output rows solved at a time: bounds memory; rows don't depend on one another
 GPU_SOLVED_VALUES = (

@@ -25,8 +25,9 @@ CUDA_TILE = 2048
 class Gram:
     """Second moments of an input.
 
-    matrix: XᵀX summed over tokens, [in, in] float32, symmetric. tokens: rows of X that were summed. note: where they
-    came from, when not from the linear's own input.
+    matrix: XᵀX summed over tokens, [in, in] float32, symmetric; of guided statistics each token times its weight, which
+    are 1 in the mean. tokens: rows of X that were summed. note: where they came from, when not from the linear's own
+    input.
     """
 
     matrix: Tensor
@@ -58,10 +59,12 @@ class GramAccumulator:
     def _tile_and_panel(self) -> tuple[int, int]:
         return (CUDA_TILE, CUDA_TILE) if self._matrix.is_cuda else (CPU_TILE, CPU_PANEL)
 
-    def add(self, x: Tensor) -> None:
-        """Add rows x [..., in] of any floating type."""
+    def add(self, x: Tensor, weights: Tensor | None = None) -> None:
+        """Add rows x [..., in] of any floating type. weights: what each row counts, float32 [rows]; None: 1."""
         width = self._matrix.shape[0]
         rows = x.reshape(-1, width).float()
+        if weights is not None:
+            rows = rows * weights.sqrt()[:, None]
         if rows.shape[0] == 0:
             return
         with gram_products(self._matrix.device):

@@ -27,6 +27,14 @@ Precision = Annotated[
         "the manifest records; Gram matrices are float32 always"
     ),
 ]
+Guided = Annotated[
+    bool,
+    Field(
+        exclude_if=lambda value: not value,
+        description="weight each token by how much the model's own loss feels it at each linear: a pass forward and "
+        "back before the one that solves",
+    ),
+]
 Samples = Annotated[int, Field(ge=1, le=MAX_SAMPLES)]
 SequenceLength = Annotated[int, Field(ge=8, le=131_072)]
 Seed = Annotated[int, Field(ge=0)]
@@ -61,6 +69,7 @@ class CalibrationSpec(_DatasetKeys):
     sequence_length: SequenceLength = 2048
     seed: Seed = 0
     precision: Precision = "auto"
+    guided: Guided = False
 
     @property
     def tokens(self) -> int:
@@ -103,6 +112,7 @@ class CalibrationMix(BaseModel):
     sequence_length: SequenceLength = 2048
     seed: Seed = 0
     precision: Precision = "auto"
+    guided: Guided = False
 
     @model_validator(mode="after")
     def _not_too_many(self) -> CalibrationMix:

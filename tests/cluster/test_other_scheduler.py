@@ -11,12 +11,15 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from quantize.build.spread import cluster
 from quantize.build.spread.cluster import SchedulerKind, check_address, connected, forms
+from quantize.build.spread.schedule import GUIDE
+from quantize.build.spread.trace import read_trace
 from quantize.calibration.spread import PassSpread
 from quantize.errors import UsageError
 from quantize.testing import write_recipe
@@ -53,6 +56,22 @@ def test_a_pass_leaves_the_bytes_of_one_machine(
     alone = passes.run(tmp_path / "alone")
     assert passes.run(tmp_path / "spread", PassSpread(address, workers=2, cores=1), said) == alone
     assert len({line for line in said.text.splitlines() if line.startswith("worker ")}) >= 1
+
+
+def test_a_guided_pass_leaves_the_bytes_of_one_machine(
+    address: str, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    passes, said = Passes(tmp_path_factory.mktemp("files")), Reporter()
+    plain = passes.run(tmp_path / "plain")
+    assert passes.recipe.calibration is not None
+    spec = passes.recipe.calibration.model_copy(update={"guided": True})
+    passes.recipe = replace(passes.recipe, calibration=spec)
+    alone = passes.run(tmp_path / "alone")
+    assert alone.keys() == plain.keys()
+    assert alone != plain
+    trace = tmp_path / "trace.json"
+    assert passes.run(tmp_path / "spread", PassSpread(address, workers=2, cores=1, trace=trace), said) == alone
+    assert sum(span.kind == GUIDE for span in read_trace(trace)) >= 2
 
 
 def test_a_worker_that_dies_is_replaced(address: str, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> None:

@@ -7,7 +7,7 @@ what when (schedule), how it gets there (pool). A worker holds one block's weigh
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from quantize.calibration.block_reader import read_block
 from quantize.calibration.block_runner import BlockRunner, ShareSums, share_of
 from quantize.calibration.budget import gpu_pass_bytes
+from quantize.calibration.guide import GUIDE, Text, find_weights
 from quantize.calibration.hidden_states import Batch, HiddenStates, SavedStates, make_batches
 from quantize.calibration.stream import (
     Block,
@@ -28,6 +29,7 @@ from quantize.calibration.stream import (
     embed_all,
     open_states,
 )
+from quantize.calibration.token_weights import TokenWeights, WeightTable
 from quantize.errors import BuildError
 from quantize.events import Event, ListReporter
 from quantize.formats import builders
@@ -36,30 +38,41 @@ from quantize.model.architecture import block_layout
 from quantize.model.layout import BlockLayout
 from quantize.numerics.constants import batch_tokens
 from quantize.numerics.gram import Gram, GramAccumulator
+from quantize.numerics.guidance import uniform_draws
 from quantize.system.memory import free_gpu_bytes, give_back_gpu
 
 Key = TypeVar("Key")
 Matrix = NDArray[np.float32]
-ShareArrays = tuple[dict[str, tuple[Matrix, int]], list[Matrix]]  # ShareSums: (sums, tokens) by key; kept tokens
+# ShareSums: (sums, tokens) by key; kept tokens, and what they count
+ShareArrays = tuple[dict[str, tuple[Matrix, int]], list[Matrix], list[Matrix]]
 GramArrays = tuple[Matrix, int, str]  # Gram: matrix, tokens, note
 
 
 @dataclass(frozen=True)
 class PassPlan:
-    """All that the workers of a pass have in common. parts: (format, context) of each variant. folder: of the pass."""
+    """All that the workers of a pass have in common. parts: (format, context) of each variant. folder: of the pass.
+
+    guided: the seed of the labels, where tokens are weighted; None: they are not. identity: all that their weights
+    depend on.
+    """
 
     parts: tuple[tuple[str, Context], ...]
     token_ids: tuple[tuple[int, ...], ...]
     precision: Precision
     folder: Path
+    guided: int | None = None
+    identity: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Share:
-    """Some of the batches, as if they were all. batches: with rows counted from 0. sequences: in their order."""
+    """Some of the batches, as if they were all. batches: with rows counted from 0. sequences: in their order. starts:
+    of each batch among all rows.
+    """
 
     batches: tuple[Batch, ...]
     sequences: tuple[torch.Tensor, ...]
+    starts: tuple[int, ...] = ()
 
     @property
     def tokens(self) -> int:
@@ -71,13 +84,15 @@ def deal(token_ids: Sequence[Sequence[int]], device: str) -> list[Share]:
     """The shares of a calibration set, as the pass on one machine with such a device sums them up."""
     sequences = as_sequences(token_ids)
     dealt: dict[int, list[Batch]] = {}
+    starts: dict[int, list[int]] = {}
     for number, batch in enumerate(make_batches([len(ids) for ids in sequences], batch_tokens(device))):
         own = dealt.setdefault(share_of(number, device), [])
+        starts.setdefault(share_of(number, device), []).append(batch.start)
         start = own[-1].start + own[-1].rows if own else 0
         own.append(Batch(batch.members, batch.length, start))
     return [
-        Share(tuple(own), tuple(sequences[member] for batch in own for member in batch.members))
-        for _, own in sorted(dealt.items())
+        Share(tuple(own), tuple(sequences[member] for batch in own for member in batch.members), tuple(starts[share]))
+        for share, own in sorted(dealt.items())
     ]
 
 
@@ -120,21 +135,36 @@ class PassWorker:
             self._runner.unload(before)
         give_back_gpu()
 
+    def guide(self, share: int) -> WeightTable:
+        """Find what each token of a share counts, going on from what another worker left of it."""
+        own, plan = self._shares[share], self._plan
+        assert plan.guided is not None
+        draws = uniform_draws(sum(other.tokens for other in self._shares), plan.guided)
+        rows = [draws[start : start + batch.rows] for start, batch in zip(own.starts, own.batches, strict=True)]
+        return find_weights(
+            self._checkpoint, Text(own.batches, own.sequences, torch.cat(rows)),
+            share_folder(plan.folder, share) / GUIDE, plan.identity, device=self._device, precision=plan.precision,
+            reporter=self._events,
+        )  # fmt: skip
+
     def forward(
-        self, share: int, block: int, saved: SavedStates | None, *, record: bool
+        self, share: int, block: int, saved: SavedStates | None, tables: Sequence[WeightTable] = (), *, record: bool
     ) -> tuple[SavedStates | None, ShareArrays | None]:
         """Take a share through a block: where the next one's input is, and the sums if they are to be recorded.
 
-        saved: the block's input, for a worker that does not hold it; None for the first block.
+        saved: the block's input, for a worker that does not hold it; None for the first block. tables: what the tokens
+        of each share count, if they are weighted.
         """
         own, states = self._shares[share], self._states(share, block, saved)
         layout, _ = self._load(block)
         last = block == self._runner.blocks - 1
         sums = None
         if record:
+            guide = TokenWeights(tables[share], tables).block(block, self._runner.device) if tables else None
             with self._runner.recording(layout, output_needed=not last) as recorder:
                 for batch in own.batches:
-                    output = recorder.run(states.read(batch), share)
+                    counted = None if guide is None else guide.batch(batch)
+                    output = recorder.run(states.read(batch), share, counted)
                     if output is not None and not last:
                         states.write(batch, output)
                 sums = _share_arrays(recorder.take(share))
@@ -222,16 +252,19 @@ class PassWorker:
 def _share_arrays(sums: ShareSums) -> ShareArrays:
     matrices = _to_host({key: part.matrix for key, part in sums.sums.items()})
     kept = _to_host(dict(enumerate(states.float() for states in sums.kept)))
-    return {key: (matrices[key], part.tokens) for key, part in sums.sums.items()}, [*kept.values()]
+    counts = _to_host(dict(enumerate(sums.counts)))
+    arrays = {key: (matrices[key], part.tokens) for key, part in sums.sums.items()}
+    return arrays, [*kept.values()], [*counts.values()]
 
 
 def _share_sums(arrays: ShareArrays, device: torch.device) -> ShareSums:
     found = ShareSums()
-    matrices, kept = arrays
+    matrices, kept, counts = arrays
     found.sums = {
         key: GramAccumulator.of(_to_device(matrix, device), tokens) for key, (matrix, tokens) in matrices.items()
     }
     found.kept = [_to_device(states, device) for states in kept]
+    found.counts = [_to_device(each, device) for each in counts]
     return found
 
 

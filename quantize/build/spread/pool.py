@@ -213,10 +213,17 @@ class Actor:
         torch.set_num_threads(plan.parts[0][1].limits.threads)
         self._work = PassWorker(plan)
 
-    def forward(self, share: int, block: int, saved: Any, record: bool) -> tuple[WorkerReport, Any]:
+    def guide(self, share: int) -> WorkerReport:
+        """See PassWorker."""
+        started = time.time()
+        return self._report(started, self._roomy(lambda: self._work.guide(share)))
+
+    def forward(
+        self, share: int, block: int, saved: Any, record: bool, tables: Sequence[Any] = ()
+    ) -> tuple[WorkerReport, Any]:
         """See PassWorker; the sums are a result of their own, which stays on this node until it is asked for."""
         started = time.time()
-        after, sums = self._roomy(lambda: self._work.forward(share, block, saved, record=record))
+        after, sums = self._roomy(lambda: self._work.forward(share, block, saved, tables, record=record))
         return self._report(started, after), sums
 
     def complete(self, block: int, keys: Sequence[str], shares: Sequence[Any]) -> tuple[Any, ...]:

@@ -17,11 +17,12 @@ from quantize.build.spread.cluster import Cluster, Handle, Lost, connected
 from quantize.build.spread.cost import pass_costs
 from quantize.build.spread.passwork import PassPlan, deal, share_folder
 from quantize.build.spread.pool import Pool, PoolWorker, WorkerMachine, WorkerReport
-from quantize.build.spread.schedule import COMPLETE, FORWARD, Schedule, Task
+from quantize.build.spread.schedule import COMPLETE, FORWARD, GUIDE, Schedule, Task
 from quantize.build.spread.trace import Span, write_trace
 from quantize.build.spread.watch import PassWatch
 from quantize.calibration.hidden_states import SavedStates, remove_before
 from quantize.calibration.spread import PassSpread
+from quantize.calibration.token_weights import WeightTable
 from quantize.errors import BuildError
 from quantize.events import Reporter, progress, status, warn
 from quantize.model.architecture import block_layout
@@ -67,6 +68,7 @@ class SpreadPass:
         self._free: list[PoolWorker] = []
         self._saved: dict[tuple[int, int], SavedStates] = {}  # (share, block) -> the block's input
         self._sums: dict[tuple[int, int], Handle] = {}  # (block, share)
+        self._tables: dict[int, WeightTable] = {}  # share -> what its tokens count
         self._grams: dict[int, dict[str, Handle]] = {}  # by block and key
         self._solved: dict[int, dict[tuple[int, int], tuple[Any, float]]] = {}
         self._nodes: dict[str, str] = {}  # worker -> node
@@ -92,7 +94,8 @@ class SpreadPass:
         start = self._start(saved, min(firsts))
         in_flight = self._in_flight(max(cost.gram_bytes for cost in costs))
         pieces = [[len(layouts) for layouts in part.pieces] for part in parts]
-        self._schedule = Schedule(pieces, len(self._shares), firsts, start, in_flight)
+        guided = plan.guided is not None
+        self._schedule = Schedule(pieces, len(self._shares), firsts, start, in_flight, guided=guided)
         formats = [name for name, _ in plan.parts]
         self._watch = PassWatch(self._reporter, costs, formats, pieces, len(self._shares), shown=self._spread.watch)
         self._pool.begin(plan)
@@ -156,9 +159,12 @@ class SpreadPass:
 
     def _call(self, worker: PoolWorker, task: Task) -> None:
         block = task.block
+        if task.kind == GUIDE:
+            self._pool.call(worker, task, "guide", (task.number,), 1)
+            return
         if task.kind == FORWARD:
-            saved = self._saved.get((task.number, block))
-            self._pool.call(worker, task, "forward", (task.number, block, saved, task.record), 2)
+            saved, tables = self._saved.get((task.number, block)), [table for _, table in sorted(self._tables.items())]
+            self._pool.call(worker, task, "forward", (task.number, block, saved, task.record, tables), 2)
             return
         keys = tuple(block_layout(self._config, block).inputs)
         if task.kind == COMPLETE:
@@ -184,7 +190,9 @@ class SpreadPass:
         for event in report.events:
             self._reporter.emit(event)
         self._note_time(worker, task, report)
-        if task.kind == FORWARD:
+        if task.kind == GUIDE:
+            self._tables[task.number] = report.answer
+        elif task.kind == FORWARD:
             if report.answer is not None:
                 self._saved[task.number, task.block + 1] = report.answer
             if task.record:
@@ -245,7 +253,8 @@ class SpreadPass:
 
     def _note_time(self, worker: PoolWorker, task: Task, report: WorkerReport) -> None:
         assert worker.machine is not None
-        what = {FORWARD: f"share {task.number}", COMPLETE: "sum"}.get(task.kind)
+        share = f"share {task.number}"
+        what = {GUIDE: share, FORWARD: share, COMPLETE: "sum"}.get(task.kind)
         what = what or f"{self._plan.parts[task.number][1].variant} {task.piece}"
         node = f"{worker.machine.address} {worker.machine.node[:6]}"
         name = f"{task.kind} {task.block}: {what}"

@@ -10,13 +10,13 @@ from __future__ import annotations
 from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
 
-FORWARD, COMPLETE, SOLVE = "forward", "complete", "solve"
+GUIDE, FORWARD, COMPLETE, SOLVE = "guide", "forward", "complete", "solve"
 
 
 @dataclass(frozen=True)
 class Task:
-    """One call of a worker. number: the share of a forward pass, the part of a solve. piece: of a solve. record: keep
-    statistics.
+    """One call of a worker. number: the share of a forward pass or of guided statistics, the part of a solve. piece: of
+    a solve. record: keep statistics.
     """
 
     kind: str
@@ -39,12 +39,14 @@ class Schedule:
     """The pass over blocks [start, blocks).
 
     firsts: for each part, the first block that it lacks. pieces: for each part, the number of pieces of each block.
-    start: the block whose input the shares have.
+    start: the block whose input the shares have. guided: what each token counts is found first, share by share.
     """
 
     def __init__(
-        self, pieces: Sequence[Sequence[int]], shares: int, firsts: Sequence[int], start: int, in_flight: int
-    ) -> None:
+        self, pieces: Sequence[Sequence[int]], shares: int, firsts: Sequence[int], start: int, in_flight: int,
+        *, guided: bool = False,
+    ) -> None:  # fmt: skip
+        self._unguided = set(range(shares)) if guided else set[int]()
         self._pieces, self._shares, self._in_flight = pieces, shares, max(1, in_flight)
         blocks = self._blocks = len(pieces[0])
         self._firsts = dict(enumerate(firsts))
@@ -84,6 +86,9 @@ class Schedule:
     def done(self, task: Task) -> None:
         """A worker has finished a task."""
         worker = self._running.pop(task)
+        if task.kind == GUIDE:
+            self._unguided.discard(task.number)
+            return
         state = self._states.setdefault(task.block, _BlockState())
         if task.kind == FORWARD:
             if (task.block, task.number) in self._again:
@@ -130,6 +135,9 @@ class Schedule:
         return [block for block in sorted(self._states) if block >= self._solved]
 
     def _ready(self) -> list[Task]:
+        if self._unguided:  # a token's weight is relative to the mean of all
+            waiting = [Task(GUIDE, 0, share) for share in self._unguided]
+            return [task for task in waiting if task not in self._running]
         found = [Task(FORWARD, block, share) for block, share in self._again]
         limit = min(self._blocks, self._solved + self._in_flight)
         for share, block in self._at.items():
@@ -153,7 +161,7 @@ class Schedule:
 
     def _urgency(self, task: Task, worker: Hashable) -> tuple[int, ...]:
         """Sums first, then solves, then forward passes; early blocks first; a worker's own shares before others'."""
-        kind = {COMPLETE: 0, SOLVE: 1, FORWARD: 2}[task.kind]
+        kind = {GUIDE: 0, COMPLETE: 0, SOLVE: 1, FORWARD: 2}[task.kind]
         owner = self._owner.get(task.number, worker) if task.kind == FORWARD else worker
         unowned = task.kind == FORWARD and task.number not in self._owner
         place = 0 if owner == worker and not unowned else 1 if unowned else 2

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from quantize.build.spread.cost import BlockCost
-from quantize.build.spread.schedule import FORWARD, SOLVE, Schedule, Task
+from quantize.build.spread.schedule import FORWARD, GUIDE, SOLVE, Schedule, Task
 from quantize.events import Reporter, status
 from quantize.formats import builders
 
@@ -40,7 +40,7 @@ class PassWatch:
     def began(self, worker: PoolWorker, task: Task) -> None:
         """A worker has a new task."""
         if self._shown and worker.machine is not None:
-            what = f"share {task.number}" if task.kind == FORWARD else ""
+            what = f"share {task.number}" if task.kind in (GUIDE, FORWARD) else ""
             what = self._formats[task.number] if task.kind == SOLVE else what
             where = f"{worker.machine.address} {worker.machine.node[:6]} {worker.name}"
             status(self._reporter, where, f"{task.kind} of block {task.block} {what}".rstrip())

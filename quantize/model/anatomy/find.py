@@ -19,6 +19,7 @@ from quantize.model.anatomy.build import check_causal, load_config, meta_model, 
 from quantize.model.anatomy.doubles import doubles
 from quantize.model.anatomy.feeds import Feed, FeedSearch
 from quantize.model.anatomy.found import Anatomy, Template
+from quantize.model.anatomy.gradient import no_gradient
 from quantize.model.anatomy.names import BlockNames, block_names, saved
 from quantize.model.anatomy.observe import Sight, look
 from quantize.model.anatomy.outside import outside, rehearse
@@ -81,14 +82,16 @@ def _found(whole: Any, real: Any, layers: int) -> Anatomy:
         together = run_apart(model, blocks, ids, calls)
         kinds = _Kinds(real.get_submodule(path), blocks)
         on_disk = saved(model)
-        templates, prefix = _templates(kinds, calls, on_disk, model, path)
+        seen = _seen(kinds, calls)
+        templates, prefix = _templates(kinds, seen, calls, on_disk, model, path)
+        backward = _no_gradient(kinds, seen, calls)
         entry, leaving = outside(model, on_disk, path, ids[:1])
         rehearse(settings, model, path, attention, calls, entry, ids[:1])
     states = calls[0].states
     return Anatomy(
         type(real).__name__, path, prefix, attention, takes_kernels, together, outputs_of(calls[0].output),
         tuple(states.shape[2:-1]), times_wide(model, states), kinds.of_real, templates, entry, leaving,
-        type(real).__module__,
+        type(real).__module__, no_gradient=backward,
     )  # fmt: skip
 
 
@@ -111,12 +114,22 @@ class _Kinds:
             check_parameters(mine[0], theirs)
 
 
+def _seen(kinds: _Kinds, calls: list[BlockCall]) -> list[Sight]:
+    """What is seen of each kind of block."""
+    parts = zip(kinds.tiny, kinds.places, kinds.real, strict=True)
+    return [_see(blocks[0], calls[place], theirs) for blocks, place, theirs in parts]
+
+
+def _no_gradient(kinds: _Kinds, seen: list[Sight], calls: list[BlockCall]) -> str:
+    """Why a gradient does not get through a kind of block; "" where it gets through all."""
+    parts = zip(kinds.tiny, kinds.places, seen, strict=True)
+    return next(filter(None, (no_gradient(own[0], calls[place], sight.linears) for own, place, sight in parts)), "")
+
+
 def _templates(
-    kinds: _Kinds, calls: list[BlockCall], on_disk: Mapping[str, Tensor], model: Any, path: str
+    kinds: _Kinds, seen: list[Sight], calls: list[BlockCall], on_disk: Mapping[str, Tensor], model: Any, path: str
 ) -> tuple[tuple[Template, ...], str]:
     """What is known of each kind of block, and how the names of a block's tensors begin on disk."""
-    parts = zip(kinds.tiny, kinds.places, kinds.real, strict=True)
-    seen = [_see(blocks[0], calls[place], theirs) for blocks, place, theirs in parts]
     named = [
         block_names(model, on_disk, path, place, sight.mixture) for place, sight in zip(kinds.places, seen, strict=True)
     ]

@@ -54,7 +54,8 @@ class Anatomy:
     outputs: what a block gives, 0 for a tensor alone, else a tuple of so many. lanes: how many hidden states a token
     has, () for one; wide: how many times the model's width each is. entry, leaving: (name on disk, path) of the
     parameters that are needed before and after the blocks. module: where the class is.
-    refusal: why blocks can't be run one at a time; "" where they can. seconds: that finding it out took.
+    refusal: why blocks can't be run one at a time; "" where they can. no_gradient: why a gradient does not get through
+    them; "" where it does. seconds: that finding it out took.
     """
 
     architecture: str
@@ -72,6 +73,7 @@ class Anatomy:
     leaving: tuple[tuple[str, str], ...] = ()
     module: str = ""
     refusal: str = ""
+    no_gradient: str = ""
     seconds: float = 0.0
 
     def layout(self, index: int) -> BlockLayout:

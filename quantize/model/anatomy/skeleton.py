@@ -115,14 +115,17 @@ class Skeleton:
         """States [sequences, length, hidden] with their lanes as dimensions."""
         return states.reshape(*states.shape[:2], *self._lanes, -1) if self._lanes else states
 
-    def finish(self, states: Tensor, start: Tensor) -> Any:
-        """What the model gives where its last block gives `states` [1, rows, hidden]; start: looked at nowhere."""
+    def finish(self, states: Tensor, start: Tensor, *, gradient: bool = False) -> Any:
+        """What the model gives where its last block gives `states` [1, rows, hidden]; start: looked at nowhere.
+
+        gradient: keep what a gradient in the states takes.
+        """
 
         def give(_number: int) -> Callable[..., Any]:
             found, outputs = self._apart(states), self._outputs
             return lambda *_args, **_kwargs: (found, *[None] * (outputs - 1)) if outputs else found
 
-        with replaced(self.blocks, give), torch.no_grad():
+        with replaced(self.blocks, give), torch.set_grad_enabled(gradient):
             return self.model(inputs_embeds=start, use_cache=False)
 
     def _table(self, entry: Mapping[str, str]) -> str:
