@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from quantize.calibration.attention import register
+from quantize.calibration.experts import RoutedExperts
 from quantize.model.anatomy.build import load_config
 from quantize.model.anatomy.found import Anatomy
 from quantize.model.anatomy.skeleton import Skeleton
@@ -83,7 +84,7 @@ class BlockRunner:
             of_experts = frozenset(item.tensor for item in layout.linears if item.expert is not None)
             run = {name: self._as_run(weights[name]) for name in of_experts}
             fused: Any = layer.get_submodule(path)
-            layer.set_submodule(path, _RoutedExperts(layout.experts, run, fused.act_fn))
+            layer.set_submodule(path, RoutedExperts(layout.experts, run, fused.act_fn))
         left = {name: tensor for name, tensor in weights.items() if name not in of_experts}
         state = {layout.module_path(name): self._as_run(tensor) for name, tensor in left.items()}
         for path, parts in layout.joined:
@@ -97,7 +98,7 @@ class BlockRunner:
     def unload(self, index: int) -> None:
         """Let go of a block's weights."""
         for module in self.layer(index).modules():
-            if isinstance(module, _RoutedExperts):
+            if isinstance(module, RoutedExperts):
                 module.weights.clear()
         self._skeleton.unload(index)
 
@@ -145,11 +146,11 @@ class BlockRunner:
                 if isinstance(value, Tensor) and value.is_floating_point() and value.numel():
                     see(value)
 
-        routed = [module for module in self.layer(index).modules() if isinstance(module, _RoutedExperts)]
+        routed = [module for module in self.layer(index).modules() if isinstance(module, RoutedExperts)]
         plain = [module for module in self.layer(index).modules() if not [*module.children()]]
         handles = [module.register_forward_hook(look) for module in dict.fromkeys((*plain, *routed))]
         for module in routed:
-            module.record = lambda _expert, _states, inner: see(inner)
+            module.record = lambda _expert, _rows, _states, inner: see(inner)
         try:
             yield
         finally:
@@ -292,7 +293,7 @@ class BlockRecorder:
         experts = self._layout.experts
         if experts is not None:
             routed = layer.get_submodule(experts.module)
-            assert isinstance(routed, _RoutedExperts)
+            assert isinstance(routed, RoutedExperts)
             routed.record = self._record_expert
             handles.append(routed.register_forward_pre_hook(self._moe_hook(experts)))
             handles.append(routed.register_forward_hook(lambda *_: self._seen("experts")))
@@ -363,57 +364,3 @@ class BlockRecorder:
         self._share.pending.discard(key)
         if not self._share.pending and not self._output_needed:
             raise _Stop
-
-
-class _RoutedExperts(nn.Module):
-    """Experts with one weight each as on disk, in the place of transformers' fused ones.
-
-    record: told each expert's tokens (their rows), what its projections read and what its down projection reads. watch:
-    told its tokens and what its gate, up and down projections gave.
-    """
-
-    def __init__(self, experts: Experts, weights: dict[str, Tensor], act_fn: Callable[[Tensor], Tensor]) -> None:
-        super().__init__()
-        self.weights = [
-            tuple(weights[name.format(expert=expert)] for name in (experts.gate, experts.up, experts.down))
-            for expert in range(experts.count)
-        ]
-        self.act_fn = act_fn
-        self.width = int(self.weights[0][2].shape[1])
-        self.record: Callable[[int, Tensor, Tensor, Tensor], None] | None = None
-        self.watch: Callable[[int, Tensor, Tensor, Tensor, Tensor], None] | None = None
-
-    def inner(self, expert: int, states: Tensor) -> Tensor:
-        """What the expert's down projection reads."""
-        return self._multiplied(*self._projected(expert, states))
-
-    def _projected(self, expert: int, states: Tensor) -> tuple[Tensor, Tensor]:
-        gate, up, _ = self.weights[expert]
-        return nn.functional.linear(states, gate), nn.functional.linear(states, up)
-
-    def _multiplied(self, gate: Tensor, up: Tensor) -> Tensor:
-        product: Tensor = self.act_fn(gate) * up
-        return product
-
-    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        """Sum of each token's chosen experts, weighted by the router."""
-        output = torch.zeros_like(hidden_states)
-        chosen, choices = top_k_index.flatten(), top_k_index.shape[1]
-        order = torch.argsort(chosen, stable=True)
-        experts = torch.arange(len(self.weights), device=chosen.device)
-        counts = (chosen[:, None] == experts).sum(0).cpu().tolist()  # the one time that the host waits
-        for expert, places in enumerate(torch.split(order, counts)):
-            if counts[expert] == 0:
-                continue
-            tokens, down = places // choices, self.weights[expert][2]
-            states = hidden_states[tokens]
-            gate_out, up_out = self._projected(expert, states)
-            inner = self._multiplied(gate_out, up_out)
-            if self.record is not None:
-                self.record(expert, tokens, states, inner)
-            down_out = nn.functional.linear(inner, down)
-            if self.watch is not None:
-                self.watch(expert, tokens, gate_out, up_out, down_out)
-            result = down_out * top_k_weights.flatten()[places, None]
-            output.index_add_(0, tokens, result.to(output.dtype))
-        return output

@@ -48,7 +48,8 @@ def loss_gradient(logits: Tensor, draws: Tensor) -> Tensor:
 def sum_of_squares(gradient: Tensor) -> Tensor:
     """Of each row of a gradient [..., out], float32 [rows]."""
     rows = gradient.reshape(-1, gradient.shape[-1]).float()
-    return torch.linalg.vector_norm(rows, dim=-1).square_()
+    squares: Tensor = torch.linalg.vector_norm(rows, dim=-1).square()
+    return squares
 
 
 def raw_weights(squares: Tensor) -> Tensor:
