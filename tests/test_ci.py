@@ -12,6 +12,8 @@ from typing import Any
 
 import yaml
 
+from tests.serve.test_lavapipe import MEASURE
+
 ROOT = Path(__file__).parent.parent
 CI = ROOT / ".github" / "workflows" / "ci.yml"
 PUBLISH = ROOT / ".github" / "workflows" / "publish-artifacts.yml"
@@ -82,6 +84,7 @@ def test_the_job_with_a_gpu_that_is_none_runs_apart_and_its_cache_is_of_what_it_
     command = [ROOT / "ci" / "lavapipe", "bin/python", "made"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, check=False)
     assert (done.returncode, done.stdout.decode()) == (7, f"{tmp_path}/made download\n"), "as the job calls it"
+    compile(MEASURE, "what the job measures", "exec")
     script = (ROOT / "ci" / "lavapipe").read_text()
     assert os.access(ROOT / "ci" / "lavapipe", os.X_OK)
     assert "$here/../constraints.txt" in script  # the release whose library it stands beside

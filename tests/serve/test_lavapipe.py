@@ -42,6 +42,7 @@ for place in (DevicePlace(), DevicePlace("vulkan:0"), DevicePlace("vulkan:0", 10
     rows.append(scores - np.log(np.exp(scores).sum(axis=1, keepdims=True)))
     model.close()
 for other in rows[1:]:
+    print(float((np.exp(rows[0]) * (rows[0] - other)).sum(axis=1).mean()))
 """
 
 
