@@ -1,4 +1,4 @@
-"""A config of every causal language model class of the installed transformers: what the table of architectures is of.
+"""A config of every class of the installed transformers that writes text on: what the tables of architectures are of.
 
 In: nothing. Out: config dictionaries as in config.json, by model type: the class's own defaults, and what they lack.
 """
@@ -34,7 +34,17 @@ EXTRAS: dict[str, dict[str, Any]] = {
     "xmod": {"default_language": "en_XX"},
     "qwen4_exp_text": _QWEN4_EXP,
 }
-TEXT_EXTRAS: dict[str, dict[str, Any]] = {"gemma4": {"hidden_size_per_layer_input": 0}, "qwen4_exp": _QWEN4_EXP}
+_ROPE: dict[str, Any] = {"rope_type": "default", "rope_theta": 1e6}
+_MROPE = {"rope_parameters": {**_ROPE, "mrope_section": [16, 24, 24]}}
+_NARROW_MROPE = {"rope_parameters": {**_ROPE, "mrope_section": [8, 12, 12]}}
+_HALF_MROPE = {"rope_parameters": {**_ROPE, "mrope_section": [8, 12, 12], "partial_rotary_factor": 0.5}}
+TEXT_EXTRAS: dict[str, dict[str, Any]] = {
+    "gemma4": {"hidden_size_per_layer_input": 0},
+    "qwen4_exp": _QWEN4_EXP,
+    **dict.fromkeys(("paddleocr_vl", "qwen2_vl", "qwen2_5_vl"), _MROPE),
+    **dict.fromkeys(("glm46v", "glm4v"), _HALF_MROPE),
+    **dict.fromkeys(("glm4v_moe", "glm_ocr"), _NARROW_MROPE),
+}
 
 
 def model_types() -> dict[str, str]:
@@ -44,15 +54,23 @@ def model_types() -> dict[str, str]:
     return dict(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
 
 
-def config_of(model_type: str) -> dict[str, Any]:
-    """The config of a model type. Raises whatever its class raises of its own defaults."""
+def image_types() -> dict[str, str]:
+    """Model type -> the name of its class that reads images beside text, where that is not its causal one too."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+
+    causal = model_types()
+    return {kind: name for kind, name in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.items() if causal.get(kind) != name}
+
+
+def config_of(model_type: str, architecture: str | None = None) -> dict[str, Any]:
+    """The config of a model type, of its causal class or another. Raises what its class raises of its own defaults."""
     from transformers import CONFIG_MAPPING
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         settings = CONFIG_MAPPING[model_type](**EXTRAS.get(model_type, {}))
     config: dict[str, Any] = settings.to_dict()
-    config["architectures"] = [model_types()[model_type]]
+    config["architectures"] = [architecture or model_types()[model_type]]
     if "is_decoder" in config:
         config["is_decoder"] = True
     if model_type in TEXT_EXTRAS:

@@ -1,7 +1,7 @@
-"""The table of docs/anatomy.md: every causal language model class, and what is proved of it.
+"""The tables of docs/anatomy.md: every class that writes text on, causal or of images too, and what is proved of it.
 
 In: nothing. Out: rows by model type; run as a module, it looks at every class of the installed transformers, a few
-minutes long, and writes the table: `python -m tests.anatomy_page [MODEL_TYPE ...]`.
+minutes long, and writes the tables: `python -m tests.anatomy_page [MODEL_TYPE ...]`.
 """
 
 from __future__ import annotations
@@ -14,10 +14,11 @@ from pathlib import Path
 from quantize.errors import CheckpointError
 from quantize.model.anatomy.find import find
 from quantize.model.anatomy.found import Anatomy
-from tests.anatomy_configs import config_of, model_types
+from tests.anatomy_configs import config_of, image_types, model_types
 
 PAGE = Path(__file__).parent.parent / "docs" / "anatomy.md"
 HEADING = "| Model type | Class | GPTQ | AWQ | Why not, or what goes without scales | Seconds |"
+IMAGES_HEADING = HEADING.replace("| Class |", "| Class that reads images too |")
 RULE = "| --- | --- | --- | --- | --- | ---: |"
 
 
@@ -46,11 +47,11 @@ class Row:
 
 
 @cache
-def row_of(kind: str) -> Row:
-    """What is found of a model type's class."""
-    name = model_types()[kind]
+def row_of(kind: str, name: str | None = None) -> Row:
+    """What is found of a model type's class: the causal one, or the one that is named."""
+    name = name or model_types()[kind]
     try:
-        config = config_of(kind)
+        config = config_of(kind, name)
     except Exception as exc:  # noqa: BLE001 - a class may refuse its own defaults in any way
         said = " ".join(str(exc).split())
         return Row(kind, Anatomy(name, refusal=f"its class refuses its own defaults: {said}"))
@@ -60,24 +61,35 @@ def row_of(kind: str) -> Row:
         return Row(kind, Anatomy(name, refusal=exc.message))
 
 
-def cells_of(page: str) -> dict[str, list[str]]:
-    """The cells of each row of the page's table, by model type."""
-    table = page.partition(HEADING)[2].splitlines()[2:]
-    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table if line.startswith("|")]
+def cells_of(page: str, heading: str = HEADING) -> dict[str, list[str]]:
+    """The cells of each row of one of the page's tables, by model type."""
+    _, table, _ = _parted(page, heading)
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table[2:]]
     return {row[0].strip("`"): [row[0].strip("`"), *row[1:]] for row in rows}
 
 
+def _parted(page: str, heading: str) -> tuple[str, list[str], str]:
+    """A page before a table, the table's lines, and what follows."""
+    before, _, rest = page.partition(f"{heading}\n")
+    lines = rest.splitlines()
+    count = next((place for place, line in enumerate(lines) if not line.startswith("|")), len(lines))
+    return before, [heading, *lines[:count]], "\n".join(lines[count:])
+
+
 def write(wanted: list[str]) -> None:
-    """Look at every class, or at those of the model types that are wanted, and write the table; the rest stays."""
-    known = cells_of(PAGE.read_text(encoding="utf-8"))
-    lines = [HEADING, RULE]
-    for kind in sorted(model_types()):
-        is_kept = wanted and kind not in wanted and kind in known
-        first, *others = known[kind] if is_kept else row_of(kind).cells()
-        lines.append(f"| `{first}` | {' | '.join(others)} |")
-        print(lines[-1], file=sys.stderr, flush=True)
-    before = PAGE.read_text(encoding="utf-8").partition(HEADING)[0]
-    PAGE.write_text(before + "\n".join(lines) + "\n", encoding="utf-8")
+    """Look at every class, or at those of the model types that are wanted, and write the tables; the rest stays."""
+    page = PAGE.read_text(encoding="utf-8")
+    for heading, types in ((HEADING, model_types()), (IMAGES_HEADING, image_types())):
+        known = cells_of(page, heading)
+        lines = [heading, RULE]
+        for kind in sorted(types):
+            is_kept = wanted and kind not in wanted and kind in known
+            first, *others = known[kind] if is_kept else row_of(kind, types[kind]).cells()
+            lines.append(f"| `{first}` | {' | '.join(others)} |")
+            print(lines[-1], file=sys.stderr, flush=True)
+        before, _, after = _parted(page, heading)
+        page = before + "\n".join(lines) + "\n" + (f"{after}\n" if after.strip() else "")
+    PAGE.write_text(page, encoding="utf-8")
 
 
 if __name__ == "__main__":

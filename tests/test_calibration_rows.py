@@ -273,3 +273,25 @@ def test_a_row_of_a_table_is_named_by_its_number(tiny: Path, tmp_path: Path) -> 
     pyarrow.parquet.write_table(pyarrow.table({"messages": chats}), tmp_path / "b.parquet")
     with pytest.raises(RecipeError, match=r"b\.parquet row 301: .*must alternate"):
         load_calibration_set(spec("b.parquet", samples=400), tmp_path, strict)
+
+
+def test_a_folder_is_no_dataset(tmp_path: Path) -> None:
+    (tmp_path / "texts").mkdir()
+    with pytest.raises(RecipeError, match="texts is a folder") as caught:
+        find_dataset(spec("./texts"), tmp_path).identify()
+    assert caught.value.hint == "it has no .txt or .jsonl or .json or .parquet"
+    (tmp_path / "texts" / "a.jsonl").write_text("{}")
+    with pytest.raises(RecipeError) as caught:
+        find_dataset(spec("./texts"), tmp_path).identify()
+    assert caught.value.hint == "name a file of it: a.jsonl"
+
+
+@pytest.mark.parametrize("name", ["rows.txt", "rows.jsonl"])
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-be", "utf-32"])
+def test_text_in_another_encoding_is_named(tmp_path: Path, name: str, encoding: str) -> None:
+    mark = "\ufeff" if encoding == "utf-16-be" else ""
+    (tmp_path / name).write_bytes(f'{mark}{{"text": "a"}}'.encode(encoding))
+    kind = encoding[:6].upper()
+    with pytest.raises(RecipeError, match=f"the text is {kind}, and UTF-8 is read") as caught:
+        find_dataset(spec(name), tmp_path).identify()
+    assert caught.value.hint == f"save it as UTF-8, or: iconv -f {kind} -t UTF-8 {name}"

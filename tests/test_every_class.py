@@ -25,8 +25,8 @@ from quantize.model.anatomy.found import Anatomy
 from quantize.model.anatomy.shrink import shrink
 from quantize.model.anatomy.watch import forward
 from quantize.model.layout import BlockLayout, FoldGroup, RowsSource
-from tests.anatomy_configs import config_of, model_types
-from tests.anatomy_page import PAGE, Row, cells_of, row_of
+from tests.anatomy_configs import config_of, image_types, model_types
+from tests.anatomy_page import IMAGES_HEADING, PAGE, Row, cells_of, row_of
 from tests.architectures import SavedCheckpoint, token_ids
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # transformers warns of much
@@ -37,6 +37,26 @@ PROVED = [
     pytest.param(kind, marks=() if number % PARTS == 0 else pytest.mark.every_class)
     for number, kind in enumerate(kind for kind, cells in CELLS.items() if cells[2].startswith("proved"))
 ]
+
+
+IMAGES = cells_of(PAGE.read_text(encoding="utf-8"), IMAGES_HEADING)
+IMAGE_PARTS = 6
+IMAGE_KINDS = [
+    pytest.param(kind, marks=() if number % IMAGE_PARTS == 0 else pytest.mark.every_class)
+    for number, kind in enumerate(sorted(image_types()))
+]
+
+
+@pytest.mark.parametrize("kind", IMAGE_KINDS)
+def test_the_page_says_what_is_found_of_classes_that_read_images(kind: str) -> None:
+    row = row_of(kind, image_types()[kind])
+    assert IMAGES[kind][:5] == row.cells()[:5], "run: python -m tests.anatomy_page"
+    assert row.found.towers or row.found.refusal
+
+
+def test_every_class_that_reads_images_is_proved_or_refused() -> None:
+    assert {*IMAGES} == {*image_types()}
+    assert all(cells[4] for cells in IMAGES.values() if cells[2] != "proved"), "refused without a reason"
 
 
 @pytest.mark.parametrize("kind", sorted(model_types()))

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file
 
 from quantize.build.find_source import reopen_source
 from quantize.build.plan import make_plan
@@ -265,3 +266,20 @@ def test_a_mended_source_is_built_described_and_found_again(
 def test_manifests_of_what_was_not_mended_are_as_they_were(tiny: Path, tmp_path: Path, run: Run, store: Store) -> None:
     assert run("build", recipe_of(tiny, tmp_path), "--no-eval").exit_code == 0
     assert "mended" not in json.loads((store.artifacts()[0].folder / "manifest.json").read_text())["source"]
+
+
+@pytest.mark.parametrize(
+    "said", [{"quant_method": "fp8", "weight_block_size": [128, 128]}, {"load_in_8bit": True}], ids=["fp8", "int8"]
+)
+def test_plain_floats_that_only_claim_to_be_quantized_are_taken_as_they_are(
+    said: dict[str, Any], own_tiny: Path, tmp_path: Path
+) -> None:
+    change_json(own_tiny / "config.json", quantization_config=said)
+    checkpoint, pinned, notes = opened(own_tiny, tmp_path)
+    assert pinned.quantized_before is None
+    (note,) = notes
+    assert "config.json says that the weights are quantized" in note
+    assert "every tensor is a plain float: they are taken as they are" in note
+    assert "quantization_config" not in checkpoint.config
+    before = load_file(own_tiny / "model.safetensors")
+    assert all(torch.equal(checkpoint.read(name), tensor) for name, tensor in before.items())

@@ -26,6 +26,7 @@ from quantize.events import note
 from quantize.formats.base import Context
 from quantize.model.checkpoint import Checkpoint
 from quantize.model.source import open_source
+from quantize.model.towers import say_text_alone
 from quantize.store.artifact import Artifact, settle
 from quantize.store.staging import clear_leftovers, clear_pass, pass_workplace, variant_lock
 from quantize.store.workspace import Workspace
@@ -46,6 +47,7 @@ def execute(plan: Plan, workspace: Workspace, run: RunOptions | None = None) -> 
             if todo:
                 check_room(plan.part(todo), workspace, run.limits)
             checkpoint = open_source(plan.source, workspace.cache, workspace.reporter)
+            say_text_alone(checkpoint, workspace.reporter)
             _work(todo, waiting, Execution(plan, workspace, run, checkpoint, gates, ledger))
         except DiskFullError as exc:
             _say_what_is_missing(exc, plan.part(todo), workspace, run, ledger)

@@ -32,6 +32,7 @@ from quantize.formats.base import Builder, Context, RunLimits, SizePlan
 from quantize.model.checkpoint import Checkpoint
 from quantize.model.shape import ModelShape
 from quantize.model.source import PinnedSource, is_made, open_headers
+from quantize.model.towers import say_text_alone
 from quantize.recipe.calibration import Calibration, CalibrationMix
 from quantize.recipe.model import Recipe
 from quantize.runtimes.sampling import CHATS
@@ -130,6 +131,7 @@ def measure_plan(plan: Plan, workspace: Workspace, limits: RunLimits) -> SizedPl
     source, cache, reporter = plan.source, workspace.cache, workspace.reporter
     with tempfile.TemporaryDirectory(prefix="quantize-plan-", dir=temporary_root()) as scratch:
         checkpoint = open_headers(source, cache, Path(scratch) / "checkpoint", reporter)
+        say_text_alone(checkpoint, reporter)
         expected = _expected(plan.recipe, checkpoint)
         context = Context("", None, source, checkpoint, cache, Path(scratch), Path(scratch), limits,
                           expected)  # fmt: skip

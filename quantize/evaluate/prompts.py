@@ -56,15 +56,15 @@ class PromptTokenizer:
             return [*self.prefix, *self.encode(text + "\n")]
         import jinja2
 
-        messages = [{"role": "user", "content": user}]
-        if system is not None:
-            messages.insert(0, {"role": "system", "content": system})
+        asked = [{"role": "user", "content": user}]
         try:
-            return self._render(messages)
-        except (jinja2.TemplateError, ValueError, TypeError) as exc:  # some templates refuse a system role
             if system is None:
-                raise UsageError(f"the source's chat template fails: {str(exc)[:200]}") from exc
+                return self._render(asked)
+            if self._shows(system):
+                return self._render([{"role": "system", "content": system}, *asked])
             return self._render([{"role": "user", "content": f"{system}\n\n{user}"}])
+        except (jinja2.TemplateError, ValueError, TypeError) as exc:
+            raise UsageError(f"the source's chat template fails: {str(exc)[:200]}") from exc
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of an answer, without special tokens."""
@@ -76,6 +76,14 @@ class PromptTokenizer:
         known = len(self._tokenizer)
         tokens: list[str | None] = self._tokenizer.convert_ids_to_tokens([i if i < known else 0 for i in ids])
         return [token if i < known else None for i, token in zip(ids, tokens, strict=True)]
+
+    def _shows(self, system: str) -> bool:
+        """Whether the chat template takes a system role: some refuse it, others leave it out without a word."""
+        messages = [{"role": "system", "content": system}, {"role": "user", "content": "?"}]
+        try:
+            return system.strip() in self._tokenizer.apply_chat_template(messages, tokenize=False)
+        except Exception:  # noqa: BLE001 - a template is a program, and may refuse in any way
+            return False
 
     def _render(self, messages: list[dict[str, str]]) -> list[int]:
         ids: list[int] = self._tokenizer.apply_chat_template(

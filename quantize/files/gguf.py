@@ -19,6 +19,7 @@ from quantize.system.untrusted import open_regular
 
 EXTRA = COMPILED_EXTRA  # of this program: what reads, writes and runs these files
 READER = "gguf"  # the distribution that knows their types
+TOWERS_START = "mmproj-"  # of the name of a file with towers, as llama.cpp and who publishes for it call it
 UNQUANTIZED = ("F32", "F16", "BF16", "F64")
 STRING, ARRAY = 8, 9
 ALIGNMENT_KEY, ALIGNMENT = "general.alignment", 32

@@ -21,11 +21,13 @@ from quantize.model.anatomy.found import Anatomy
 from quantize.model.architecture import anatomy_of, block_layouts
 from quantize.model.belonging import COMPUTED, prediction_tensors
 from quantize.model.checkpoint import Checkpoint
-from quantize.model.folder_files import CONFIG_FILES, tokenizer_files
+from quantize.model.folder_files import CONFIG_FILES, processor_files, tokenizer_files
+from quantize.model.towers import APART, tower_modules, tower_tensors
 
 Shape = tuple[int, ...]
 LinearTable = Callable[[int, int], dict[str, tuple[str, Shape]]]  # (out, in) -> suffix -> (dtype, shape)
 STORED_DTYPE = "F16"
+CARRIED_DTYPES = ("F16", "BF16")  # in which what is carried over stays bit by bit
 AFTER = re.compile(r"(model\.layers\.\d+)\.")  # a block, which is one after the last where it predicts ahead
 DTYPE_NAMES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32"}
 
@@ -45,6 +47,7 @@ def plan_layout(checkpoint: Checkpoint, linear_table: LinearTable, stored_dtype:
     """
     config = checkpoint.config
     packed = {linear.tensor for layout in block_layouts(config) for linear in layout.linears}
+    apart = tower_tensors(checkpoint)
     table: dict[str, tuple[str, Shape]] = {}
     for name in sorted(checkpoint.tensors, key=partial(_order, anatomy_of(config))):
         shape = checkpoint.tensors[name].shape
@@ -52,7 +55,8 @@ def plan_layout(checkpoint: Checkpoint, linear_table: LinearTable, stored_dtype:
             prefix = name.removesuffix("weight")
             table.update({prefix + suffix: entry for suffix, entry in linear_table(shape[0], shape[1]).items()})
         else:
-            table[name] = (stored_dtype, shape)
+            own = checkpoint.tensors[name].dtype
+            table[name] = (own if name in apart and own in CARRIED_DTYPES else stored_dtype, shape)
     return TensorLayout(table, frozenset(packed))
 
 
@@ -79,9 +83,12 @@ def kept_tensors(
 ) -> tuple[KeptTensor, ...]:
     """Every tensor that is not packed, with the reason."""
     kept, ahead, anatomy = [], frozenset(prediction_tensors(checkpoint)), anatomy_of(checkpoint.config)
+    apart = tower_tensors(checkpoint)
     reasons = {name: reason for found in block_layouts(checkpoint.config) for name, reason in found.kept}
     for name in sorted(set(checkpoint.tensors) - layout.packed):
-        if name in ahead:
+        if name in apart:
+            reason = f"{APART}: carried over as it is"
+        elif name in ahead:
             reason = "heads that predict several tokens ahead (MTP) stay unquantized"
         elif anatomy.block_of(name) is None:
             reason = "embedding, head and final norm stay unquantized in this format"
@@ -89,7 +96,7 @@ def kept_tensors(
             reason = "norms and biases stay unquantized"
         else:
             reason = reasons.get(name, "no linear of a block was found to read with it")
-        kept.append(KeptTensor(name, stored_dtype, reason))
+        kept.append(KeptTensor(name, layout.table[name][0], reason))
     return tuple(kept)
 
 
@@ -107,6 +114,26 @@ def stored_in(checkpoint: Checkpoint, *, by_itself: str = STORED_DTYPE) -> Store
     return StoredIn(checkpoint.half, reason)
 
 
+def unconverted(checkpoint: Checkpoint) -> tuple[str, ...]:
+    """The modules of towers, and of heads that predict ahead: what runtimes are to leave as it is, which take each
+    linear as quantized. Raises CheckpointError.
+    """
+    return (*tower_modules(checkpoint), *unquantized_heads(checkpoint))
+
+
+def kept_modules(checkpoint: Checkpoint) -> tuple[str, ...]:
+    """The linears of blocks that stay as they are, by the names of the files, and by transformers' where a model that
+    reads more than text has other ones.
+    """
+    anatomy, names = anatomy_of(checkpoint.config), list[str]()
+    for layout in block_layouts(checkpoint.config):
+        inside = f"{anatomy.blocks}.{layout.index}."
+        for tensor in (name for name, _ in layout.kept if name.endswith(".weight")):
+            renamed = inside + layout.module_path(tensor)
+            names += [tensor, renamed] if anatomy.towers else [tensor]
+    return tuple(dict.fromkeys(name.removesuffix(".weight") for name in names))
+
+
 def unquantized_heads(checkpoint: Checkpoint) -> tuple[str, ...]:
     """The modules that hold heads that predict ahead (MTP), for runtimes that take each linear as quantized."""
     names = prediction_tensors(checkpoint)
@@ -122,8 +149,9 @@ def config_text(checkpoint: Checkpoint, quantization_config: Mapping[str, Any], 
 
 
 def copied_files(checkpoint: Checkpoint) -> list[Path]:
-    """Tokenizer and generation settings: they go along unchanged."""
-    names = [*(name for name in CONFIG_FILES if name != "config.json"), *tokenizer_files(checkpoint.folder)]
+    """Tokenizer, generation settings, what prepares images and sound: they go along unchanged."""
+    own = [name for name in CONFIG_FILES if name != "config.json"]
+    names = [*own, *tokenizer_files(checkpoint.folder), *processor_files(checkpoint.folder)]
     return [checkpoint.folder / name for name in names if (checkpoint.folder / name).is_file()]
 
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from quantize.formats.format import Way
 
 PYTHON_TRANSFORMERS = """\
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import {class}, AutoTokenizer
 
 tokenizer = AutoTokenizer.from_pretrained(".")
-model = AutoModelForCausalLM.from_pretrained(".")
+model = {class}.from_pretrained(".")
 prompt = tokenizer("The capital of France is", return_tensors="pt")
 print(tokenizer.decode(model.generate(**prompt, max_new_tokens=16)[0]))
 """

@@ -12,6 +12,7 @@ from typing import Any
 from quantize.errors import CheckpointError
 
 MAX_NUMBER = 1 << 40
+TOWER_KEYS = ("vision_config", "audio_config")
 DECODER = "is this the config of a decoder?"
 LAYER_KEYS = (  # how many blocks; today's name first
     "num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers", "num_decoder_layers", "num_blocks",
@@ -55,3 +56,8 @@ def text_part(config: Mapping[str, Any]) -> Mapping[str, Any]:
     """The config of the decoder, where it is a part of a larger model's."""
     inner = config.get("text_config")
     return inner if isinstance(inner, Mapping) and inner else config
+
+
+def reads_more_than_text(config: Mapping[str, Any]) -> bool:
+    """Whether a config describes towers for images or sound beside a decoder."""
+    return text_part(config) is not config or any(isinstance(config.get(key), Mapping) for key in TOWER_KEYS)

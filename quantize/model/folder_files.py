@@ -20,6 +20,7 @@ TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
     "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json", "vocab.txt",
 )  # fmt: skip
+PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
 TEMPLATES = "additional_chat_templates"  # a folder, with a file for each template but the default one
 MAX_TEMPLATES = 100
 VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
@@ -32,9 +33,14 @@ def tokenizer_files(folder: Path) -> list[str]:
     return names + [f"{TEMPLATES}/{path.name}" for path in _named_templates(folder)]
 
 
+def processor_files(folder: Path) -> list[str]:
+    """The names of the files that there are of how images, video and sound are prepared."""
+    return [name for name in PROCESSOR_FILES if os.path.isfile(folder / name)]
+
+
 def known_files(folder: Path) -> list[Path]:
-    """The files beside the weights that belong to a model: config, tokenizer, index, card, licence."""
-    names = {*CONFIG_FILES, INDEX_NAME, "README.md"}
+    """The files beside the weights that belong to a model: config, tokenizer, processor, index, card, licence."""
+    names = {*CONFIG_FILES, *PROCESSOR_FILES, INDEX_NAME, "README.md"}
     found = [folder / name for name in sorted({*names, *tokenizer_files(folder)})]
     found += [path for pattern in CARRIED_FILES for path in sorted(folder.glob(pattern))]
     return [path for path in found if os.path.isfile(path)]

@@ -89,7 +89,7 @@ def _write_beside(mending: Mending, out: Path) -> None:
     for name, path in mending.beside().items():
         (out / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(path, out / name)
-    if mending.method is not None:
+    if mending.method is not None or mending.claimed is not None:
         config = {key: value for key, value in read_json(out / "config.json").items() if key != "quantization_config"}
         _write_json(out / "config.json", config)
     if mending.template:

@@ -16,8 +16,15 @@ from typing import Any
 from quantize.errors import CheckpointError
 from quantize.files.safetensors import INDEX_NAME, TensorInfo
 from quantize.model.checkpoint import ADAPTER, WHOLE, read_json
-from quantize.model.folder_files import CARRIED_FILES, CONFIG_FILES, VOCABULARY_FILES, known_files, tokenizer_files
-from quantize.model.quantized import method_of
+from quantize.model.folder_files import (
+    CARRIED_FILES,
+    CONFIG_FILES,
+    PROCESSOR_FILES,
+    VOCABULARY_FILES,
+    known_files,
+    tokenizer_files,
+)
+from quantize.model.quantized import method_of, only_claimed
 
 RULES_VERSION = 1  # enters the key of what is made
 TRAINING_PREFIXES = ("_orig_mod.", "base_model.model.", "module.")
@@ -34,8 +41,9 @@ class Mending:
     """What a model's files need. folder: theirs.
 
     renames: what names begin with -> what they begin with then, the first that fits. method: how the weights were
-    quantized, None if they were not. tokenizer, adapter: folders. template: take it from chat_template.json, where
-    transformers' tokenizers don't look. remarks: what is done, in words.
+    quantized, None if they were not. claimed: the method that config.json names of weights that are plain floats.
+    tokenizer, adapter: folders. template: take it from chat_template.json, where transformers' tokenizers don't look.
+    remarks: what is done, in words.
     """
 
     folder: Path
@@ -45,6 +53,7 @@ class Mending:
     adapter: Path | None = None
     template: bool = False
     remarks: tuple[str, ...] = ()
+    claimed: str | None = None
 
     @property
     def changes_weights(self) -> bool:
@@ -68,7 +77,8 @@ class Mending:
     def beside(self) -> dict[str, Path]:
         """The files that lie beside the weights of what is made, by name."""
         names = [path.name for pattern in (*CARRIED_FILES, "README.md") for path in sorted(self.folder.glob(pattern))]
-        found = {name: self.folder / name for name in (*CONFIG_FILES, *names) if os.path.isfile(self.folder / name)}
+        names = [*CONFIG_FILES, *PROCESSOR_FILES, *names]
+        found = {name: self.folder / name for name in names if os.path.isfile(self.folder / name)}
         source = self.tokenizer or self.folder
         return found | {name: source / name for name in tokenizer_files(source)}
 
@@ -80,7 +90,8 @@ def find_mending(
     """What a folder needs; None if nothing. Raises CheckpointError: the tokenizer or the adapter is none."""
     _check_tokenizer(tokenizer)
     _check_adapter(adapter)
-    method = method_of(config)
+    claimed = only_claimed(tensors, config)
+    method = None if claimed else method_of(config)
     renames, remarks = find_renames(tensors, config)
     if _has_stale_index(folder):
         what = f"{folder.name} has two sets of weights: {WHOLE} is taken, as transformers takes it, not those of "
@@ -90,11 +101,14 @@ def find_mending(
         remarks.append(f"the chat template is that of {OLD_TEMPLATE}")
     if method is not None:
         remarks.append(f"the weights were quantized before ({method}): they are dequantized to 16 bits")
+    if claimed is not None:
+        what = f"config.json says that the weights are quantized ({claimed}), and every tensor is a plain float"
+        remarks.append(f"{what}: they are taken as they are, and what it says is left out")
     if adapter is not None:
         remarks.append(_about(adapter))
     if not (remarks or tokenizer):
         return None
-    return Mending(folder, renames, method, tokenizer, adapter, template, tuple(remarks))
+    return Mending(folder, renames, method, tokenizer, adapter, template, tuple(remarks), claimed)
 
 
 def find_renames(names: Iterable[str], config: Mapping[str, Any]) -> tuple[Renames, list[str]]:

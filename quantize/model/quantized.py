@@ -62,6 +62,15 @@ def method_of(config: Mapping[str, Any]) -> str | None:
     return "MXFP4" if method == "mxfp4" else None
 
 
+def only_claimed(tensors: Tensors, config: Mapping[str, Any]) -> str | None:
+    """How config.json says that weights were quantized, in words, where every tensor is a plain float; else None.
+
+    Such a folder was dequantized, or never quantized, and its config.json was not told.
+    """
+    plain = all(info.dtype in FLOAT_DTYPES and not _is_beside(name, tensors) for name, info in tensors.items())
+    return method_of(config) if plain and tensors else None
+
+
 def dequantized_table(tensors: Tensors, config: Mapping[str, Any]) -> dict[str, Dequantized]:
     """What a checkpoint holds once it is dequantized, by name, in the order of the files.
 

@@ -197,6 +197,7 @@ def checkpoint_key(pinned: PinnedSource) -> str:
         return pinned.digest
     done = pinned.mending
     text = "|".join([pinned.digest, f"mending={MENDING_VERSION}", *map("=".join, done.renames), str(done.method)])
+    text += "|claimed" if done.claimed is not None else ""
     return hashlib.sha256(text.encode()).hexdigest()[:24]
 
 

@@ -25,10 +25,12 @@ from quantize.evaluate.metrics import Summary, readings
 from quantize.evaluate.record import EvaluationRecord
 from quantize.evaluate.task_table import task_lines, task_rows
 from quantize.formats import known_format
+from quantize.model.towers import APART, TEXT_ALONE
 from quantize.provenance.licence import Licence, licence_of
 from quantize.store.manifest import CHART_NAME, Manifest
 
 REASONS_SHOWN = 8
+CAUSAL, LARGER = "AutoModelForCausalLM", "AutoModelForMultimodalLM"  # of a model that reads more than text
 
 
 def render_card(
@@ -161,11 +163,19 @@ def _usage(manifest: Manifest) -> str:
     ways = kind.card.ways(manifest.options)
     main = kind.layout.main_name(entry.path for entry in manifest.files) or ""
     name = f"{manifest.name}-{manifest.variant}".lower()
-    blocks = [
-        f"{way.runtime}:\n\n```{way.language}\n{way.how.replace('{file}', main).replace('{name}', name).rstrip()}\n```"
-        for way in ways
-    ]
+    known = {"{file}": main, "{name}": name, "{class}": LARGER if _has_towers(manifest) else CAUSAL}
+    blocks = []
+    for way in ways:
+        how = way.how
+        for word, value in known.items():
+            how = how.replace(word, value)
+        blocks.append(f"{way.runtime}:\n\n```{way.language}\n{how.rstrip()}\n```")
     return "\n\n".join(["## Run it\n\nFrom the folder of these files.", *blocks]) if blocks else ""
+
+
+def _has_towers(manifest: Manifest) -> bool:
+    """Whether parts of the model that text does not pass were carried over."""
+    return any(item.reason.startswith(APART) for item in manifest.kept_in_high_precision)
 
 
 def _limits(manifest: Manifest, record: EvaluationRecord | None) -> str:
@@ -175,6 +185,8 @@ def _limits(manifest: Manifest, record: EvaluationRecord | None) -> str:
         lines.append(f"The source was quantized before: {before}. They can't be better than they were.")
     if manifest.stored is not None:
         lines.append(f"What is not quantized is stored in {manifest.stored.type}: {manifest.stored.reason}.")
+    if _has_towers(manifest):
+        lines.append(f"The model reads more than text: {TEXT_ALONE}, and nothing was measured of them.")
     lines += known_format(manifest.format).card.limits(manifest.options)
     if manifest.calibration is not None:
         text = ", ".join(manifest.calibration.names)

@@ -175,6 +175,19 @@ def test_prompts_become_token_ids_with_the_model_s_own_template(tiny: Path, tmp_
     assert tokenizer.pieces([1, 10**6]) == ["<s>", None]
 
 
+REFUSES = "{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
+SHOWS = "{% for message in messages if message.role == 'user' %}<user>{{ message.content }}{% endfor %}"
+
+
+@pytest.mark.parametrize("template", [SHOWS, REFUSES + SHOWS], ids=["leaves it out", "refuses it"])
+def test_a_system_text_goes_before_the_user_s_where_the_template_takes_none(template: str, own_tiny: Path) -> None:
+    config = json.loads((own_tiny / "tokenizer_config.json").read_text())
+    (own_tiny / "tokenizer_config.json").write_text(json.dumps({**config, "chat_template": template}))
+    tokenizer = PromptTokenizer(own_tiny)
+    assert tokenizer.decode(tokenizer.chat("What is it?", "Be brief.")) == "<user>Be brief.\n\nWhat is it?"
+    assert tokenizer.decode(tokenizer.chat("What is it?", None)) == "<user>What is it?"
+
+
 def test_a_haystack_is_as_long_as_it_may_be(tiny: Path) -> None:
     tokenizer = PromptTokenizer(tiny)
     haystack = Haystack(needle="The code is 7391.", filler=["The dog does not mind.", "The fox jumps."], depth=0.5)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from codecs import BOM_UTF8
+from codecs import BOM_UTF8, BOM_UTF16_BE, BOM_UTF16_LE, BOM_UTF32_BE, BOM_UTF32_LE
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -35,6 +35,10 @@ class LocalFile(Dataset):
     def path(self) -> Path:
         """Where it lies. Raises RecipeError: it is not there, or of no kind that can be read."""
         found = self._found()
+        if found is None and (folder := find_path(self.spec.dataset, self.base)) is not None and folder.is_dir():
+            names = sorted(item.name for item in folder.iterdir() if item.suffix in SUFFIXES)
+            hint = f"name a file of it: {', '.join(names[:5])}" if names else f"it has no {' or '.join(SUFFIXES)}"
+            raise RecipeError(f"calibration: {self.spec.dataset} is a folder", hint=hint)
         if found is None:
             hint = "check the path, or name a hub dataset"
             raise RecipeError(f"calibration: no such file: {self.spec.dataset}", hint=hint)
@@ -49,6 +53,8 @@ class LocalFile(Dataset):
     def content(self) -> str:
         """Hex sha256 of the file; of a text with a byte order mark or Windows line ends, of what is read of it."""
         path = self.path
+        with _read_errors(path):
+            _check_encoding(path)
         if path.suffix == ".txt" and _is_of_windows(path):
             with _read_errors(path):
                 return hashlib.sha256(_text(path).encode()).hexdigest()
@@ -71,6 +77,7 @@ class LocalFile(Dataset):
 
     def _rows(self, path: Path) -> Iterator[Row]:
         with _read_errors(path):
+            _check_encoding(path)
             if path.suffix == ".txt":
                 yield from (part for part in _text(path).split("\n\n") if part.strip())
             elif path.suffix == ".parquet":
@@ -104,6 +111,16 @@ def _is_of_windows(path: Path) -> bool:
     except OSError:
         return False
     return raw.startswith(BOM_UTF8) or b"\r\n" in raw
+
+
+def _check_encoding(path: Path) -> None:
+    """Raises RecipeError: the file begins with a mark of UTF-16 or UTF-32, as some editors save text."""
+    with open_regular(path) as file:
+        start = file.read(4)
+    if path.suffix != ".parquet" and start.startswith((BOM_UTF16_LE, BOM_UTF16_BE, BOM_UTF32_BE)):
+        kind = "UTF-32" if start in (BOM_UTF32_LE, BOM_UTF32_BE) else "UTF-16"
+        hint = f"save it as UTF-8, or: iconv -f {kind} -t UTF-8 {path.name}"
+        raise RecipeError(f"{path}: the text is {kind}, and UTF-8 is read", hint=hint)
 
 
 def _first_byte(path: Path) -> bytes:

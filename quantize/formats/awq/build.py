@@ -16,7 +16,7 @@ from quantize.calibration.budget import BlockMemory
 from quantize.events import Reporter, note
 from quantize.files.shards import torch_dtype
 from quantize.formats.base import Collector, Context, SolveCost
-from quantize.formats.folder_build import STORED_DTYPE, LinearTable, Shape, unquantized_heads
+from quantize.formats.folder_build import STORED_DTYPE, LinearTable, Shape, kept_modules, unconverted
 from quantize.formats.packed.build import PackedBuilder, Solved, feedback_bytes
 from quantize.model.architecture import block_layouts
 from quantize.model.checkpoint import Checkpoint
@@ -189,5 +189,4 @@ def _unconverted(checkpoint: Checkpoint) -> list[str]:
     for layout in block_layouts(checkpoint.config):
         for group in layout.groups:
             names += [name.removesuffix(".weight") for name in group.passengers if name.endswith(".weight")]
-        names += [name.removesuffix(".weight") for name, _ in layout.kept if name.endswith(".weight")]
-    return list(dict.fromkeys([*names, *unquantized_heads(checkpoint)]))
+    return list(dict.fromkeys([*names, *kept_modules(checkpoint), *unconverted(checkpoint)]))

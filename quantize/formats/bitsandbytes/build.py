@@ -22,6 +22,7 @@ from quantize.formats.folder_build import (
     Shape,
     TensorLayout,
     config_text,
+    kept_modules,
     left_out,
     plan_layout,
     size_plan,
@@ -30,6 +31,7 @@ from quantize.formats.folder_build import (
 )
 from quantize.model.architecture import anatomy_of, block_layouts
 from quantize.model.checkpoint import Checkpoint
+from quantize.model.towers import tower_modules, tower_tensors
 from quantize.recipe.model import FormatOptions
 from quantize.system.process import run_step
 
@@ -158,11 +160,10 @@ def _size(checkpoint: Checkpoint, options: BitsandbytesOptions) -> SizePlan:
 
 def _skipped(checkpoint: Checkpoint) -> list[str] | None:
     """The modules that transformers is to leave as they are; None where they are those that it leaves by itself."""
-    kept = [name for layout in block_layouts(checkpoint.config) for name, _ in layout.kept]
-    anatomy = anatomy_of(checkpoint.config)
-    outside = [name for name in checkpoint.tensors if anatomy.block_of(name) is None]
-    names = {name.removesuffix(".weight") for name in (*outside, *kept) if name.endswith(".weight")}
-    return sorted(names | {HEAD}) if kept else None
+    kept, anatomy, apart = kept_modules(checkpoint), anatomy_of(checkpoint.config), tower_tensors(checkpoint)
+    outside = [name for name in checkpoint.tensors if anatomy.block_of(name) is None and name not in apart]
+    names = {name.removesuffix(".weight") for name in outside if name.endswith(".weight")}
+    return sorted({*names, *kept, *tower_modules(checkpoint), HEAD}) if kept or apart else None
 
 
 def _config(checkpoint: Checkpoint, options: BitsandbytesOptions) -> str:

@@ -46,7 +46,7 @@ def write_quantized(
             note(reporter, variant, f"goes on at tensor {writer.written + 1} of {len(table)}")
         for name in [*table][writer.written :]:
             if name not in pending:
-                pending = _tensors_of(checkpoint, _source_of(name, checkpoint, packed), packed, kind)
+                pending = _tensors_of(checkpoint, _source_of(name, checkpoint, packed), table, packed, kind)
             writer.write(name, pending.pop(name))
             if writer.unsaved_bytes >= SAVE_BYTES:
                 with disk_errors(scratch):
@@ -96,10 +96,12 @@ def _source_of(name: str, checkpoint: Checkpoint, packed: frozenset[str]) -> str
     return f"{stem}.weight"
 
 
-def _tensors_of(checkpoint: Checkpoint, source: str, packed: frozenset[str], kind: str) -> dict[str, torch.Tensor]:
+def _tensors_of(
+    checkpoint: Checkpoint, source: str, table: Table, packed: frozenset[str], kind: str
+) -> dict[str, torch.Tensor]:
     weight = checkpoint.read(source)
     if source not in packed:  # as transformers casts what it loads: norms in F32 beside BF16 matrices are BF16 too
-        return {source: weight.to(torch_dtype(stored_type(checkpoint)))}
+        return {source: weight.to(torch_dtype(table[source][0]))}
     prefix = source.removesuffix("weight")
     if kind == "int8":
         from quantize.numerics.int8 import quantize_int8

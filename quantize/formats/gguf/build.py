@@ -24,11 +24,14 @@ from quantize.formats.base import BuildResult, Collector, Context, KeptTensor, L
 from quantize.formats.gguf.layout import GgufLayout
 from quantize.formats.gguf.options import GgufOptions
 from quantize.formats.gguf.source import Expected
+from quantize.formats.gguf.towers import copy_towers
 from quantize.formats.gguf.types import BITS, ELEMENT_TYPES, UNQUANTIZED_TYPES, base_type
 from quantize.model.checkpoint import Checkpoint
+from quantize.model.config import reads_more_than_text
 from quantize.model.source import checkpoint_key
 from quantize.runtimes.llama_cpp.convert import ConvertRequest
 from quantize.runtimes.llama_cpp.left_out import read_left_out
+from quantize.runtimes.llama_cpp.mmproj import convert_whole
 from quantize.runtimes.llama_cpp.quantize import QuantizeSettings, SizedFile
 from quantize.runtimes.llama_cpp.vocabulary import PRE
 from quantize.runtimes.llama_cpp.vocabulary import names as pre_tokenizers
@@ -102,11 +105,11 @@ class GgufBuilder:
                 continue
             try:
                 _check_overrides(item, [name for name, _, _ in result.tensors])
-                plan = _size_plan(context.checkpoint, item, result, key, ready is not None)
+                plan = _size_plan(item, result, key, ready is not None)
                 with disk_errors(context.scratch):
                     extra = _imatrix_bytes(context, result.architecture) if item.imatrix else 0
-                kept = _solving_bytes(context.checkpoint, plan) if item.gptq else 0
-                plans.append(replace(plan, file_bytes=plan.file_bytes + extra, scratch_bytes=kept))
+                kept, whole = (_solving_bytes(context.checkpoint, plan) if item.gptq else 0), plan.file_bytes + extra
+                plans.append(replace(plan, file_bytes=whole + result.towers_bytes, scratch_bytes=kept))
             except PlanError as exc:
                 plans.append(exc)
         return plans
@@ -146,6 +149,8 @@ class GgufBuilder:
             files.append(_file_name(intermediate, options).removesuffix(".gguf") + ".imatrix.gguf")
             imatrix = context.staging / files[1]
             _write_imatrix(context, intermediate, imatrix)
+        towers, carried = copy_towers(intermediate, context.staging)
+        files += towers
         status(reporter, context.variant, f"quantizing to {options.type}")
         job = _settings(options, context.limits, imatrix)
         out = context.staging / files[0]
@@ -161,7 +166,7 @@ class GgufBuilder:
         if solved is not None:
             facts |= {"layers": solved.layers, "unsolved": solved.unsolved, "solve_seconds": solved.seconds}
         return BuildResult(
-            (*names, *files[1:]), weights, BITS[options.type], None, bits, kept, facts,
+            (*names, *files[1:]), weights, BITS[options.type], None, bits, (*kept, *carried), facts,
             device=solved.device if solved is not None else None,
             left_out=tuple(LeftOut(name, why) for name, why in sorted(read_left_out(intermediate).items())),
         )  # fmt: skip
@@ -210,25 +215,31 @@ class GgufBuilder:
         """Cache key of the 16-bit file, and the file itself if it is there."""
         parts = [checkpoint_key(context.source), context.checkpoint.dtype, *_metadata_lines(context)]
         parts.append(f"pre_tokenizer={context.options.pre_tokenizer}")
+        parts += ["towers"] if reads_more_than_text(context.checkpoint.config) else []
         parts += [f"{name}={version}" for name, version in tool_versions(["auto-round", "gguf"]).items()]
         key = hashlib.sha256("\n".join(parts).encode()).hexdigest()[:24]
-        found = sorted(context.cache.entry("gguf", key).glob("*.gguf"))
-        return key, (found[0] if found else None)
+        return key, _model_file(context.cache.entry("gguf", key))
 
     @contextmanager
     def converted(self, context: Context, reporter: Reporter) -> Iterator[Path]:
         """The 16-bit file, which stays as long as the context is open."""
-        from quantize.runtimes.llama_cpp.convert import convert
-
         request = _request(context)
 
         def fill(scratch: Path) -> None:
             status(reporter, context.variant, f"converting to GGUF {request.outtype}, once for all GGUF variants")
             out = scratch / f"{context.source.name}-{request.outtype}.gguf"
-            run_step("converting to GGUF", reporter, convert, request, out)
+            run_step("converting to GGUF", reporter, convert_whole, request, out)
 
         with context.cache.using("gguf", self.intermediate(context)[0], fill) as folder:
-            yield sorted(folder.glob("*.gguf"))[0]
+            found = _model_file(folder)
+            assert found is not None
+            yield found
+
+
+def _model_file(folder: Path) -> Path | None:
+    """The 16-bit file of a cache entry."""
+    name = GgufLayout().main_name(path.name for path in folder.glob("*.gguf"))
+    return None if name is None else folder / name
 
 
 def _request(context: Context) -> ConvertRequest:
@@ -331,11 +342,11 @@ def _check_overrides(options: GgufOptions, names: list[str]) -> None:
             raise PlanError(f"override {pattern!r} matches no tensor", hint=hint)
 
 
-def _size_plan(checkpoint: Checkpoint, options: GgufOptions, sized: SizedFile, key: str, ready: bool) -> SizePlan:
+def _size_plan(options: GgufOptions, sized: SizedFile, key: str, ready: bool) -> SizePlan:
     weights = sum(size for _, _, size in sized.tensors)
     kept = _kept(options, [(name, kind, ()) for name, kind, _ in sized.tensors])
-    intermediate = 0 if ready else sized.source_bytes
-    bits = round(8 * weights / checkpoint.parameters, 4)
+    intermediate = 0 if ready else sized.source_bytes + sized.towers_bytes
+    bits = round(8 * weights / sized.weights, 4)
     largest = max(sized.shards, default=0)  # the last part is written before the whole file is cut off there
     return SizePlan(
         sized.file_bytes, weights, len(sized.tensors), bits, kept, intermediate, f"gguf-{key}", passing_bytes=largest

@@ -8,12 +8,13 @@ what the converter makes of the source now must be in the file, and the file mus
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from quantize.errors import VerifyError
-from quantize.files.gguf import GgufFile, GgufTensor
+from quantize.files.gguf import TOWERS_START, GgufFile, GgufTensor, read_gguf
 from quantize.formats.gguf.source import Expected, ExpectedTensor
 from quantize.model.checkpoint import Checkpoint
 from quantize.model.shape import ModelShape
@@ -40,22 +41,22 @@ MOST_SPLIT_OTHERWISE = 0.005  # of the lines: the same text in other tokens, whe
 
 def compare_header(file: GgufFile, checkpoint: Checkpoint, expected: Expected) -> None:
     """Raise VerifyError unless names, sizes, fields and chat template are what the converter makes of the source."""
-    _compare_tensors(file, expected)
+    _compare_tensors(file, expected.tensors)
     _compare_fields(file, expected)
     _compare_template(file, checkpoint)
 
 
-def _compare_tensors(file: GgufFile, expected: Expected) -> None:
-    found, wanted = set(file.tensors), set(expected.tensors)
+def _compare_tensors(file: GgufFile, expected: Mapping[str, ExpectedTensor]) -> None:
+    found, wanted = set(file.tensors), set(expected)
     if missing := sorted(wanted - found):
-        lost = sum(math.prod(expected.tensors[name].shape) for name in missing)
+        lost = sum(math.prod(expected[name].shape) for name in missing)
         raise VerifyError(
             f"{file.path.name}: {_named(missing)} missing: {lost:,} of the source's weights are lost", hint=REBUILD
         )
     if more := sorted(found - wanted):
         raise VerifyError(f"{file.path.name}: {_named(more)} not the source's", hint=REBUILD)
     for name, tensor in file.tensors.items():
-        shape = expected.tensors[name].shape
+        shape = expected[name].shape
         if _trimmed(tensor.shape) != _trimmed(shape):
             raise VerifyError(f"{file.path.name}: tensor {name} has the shape {tensor.shape}, the source's {shape}",
                               hint=REBUILD)  # fmt: skip
@@ -92,15 +93,30 @@ def _compare_template(file: GgufFile, checkpoint: Checkpoint) -> None:
         raise VerifyError(f"{file.path.name}: the chat template {what}", hint=hint)
 
 
-def compare_values(file: GgufFile, expected: Expected) -> None:
+def compare_towers(path: Path, expected: Expected) -> None:
+    """Hold the file with a model's towers, if it has any, against the source's. Raises VerifyError. path: of the model.
+
+    Only that no tensor is lost and none has other values: whether llama.cpp sees what the model sees is not looked at.
+    """
+    if not expected.towers:
+        return
+    found = sorted(path.parent.glob(f"{TOWERS_START}*.gguf"))
+    if not found:
+        raise VerifyError(f"{path.name}: the file with the towers is lost ({TOWERS_START}….gguf)", hint=REBUILD)
+    file = read_gguf(found[0])
+    _compare_tensors(file, expected.towers)
+    compare_values(file, expected.towers)
+
+
+def compare_values(file: GgufFile, expected: Mapping[str, ExpectedTensor]) -> None:
     """Hold some rows of every tensor, dequantized by the gguf package, against the source's. Raises VerifyError.
 
     What is not quantized must be equal but for rounding. What is must point where the source points, and be as long:
     how near depends on the bits of the tensor's own type, and is meant to tell nonsense, not quality.
     """
     for name, tensor in file.tensors.items():
-        if (found := _rows(tensor, expected.tensors[name])) is not None:
-            _compare_rows(file, tensor, found, expected.tensors[name].values)
+        if (found := _rows(tensor, expected[name])) is not None:
+            _compare_rows(file, tensor, found, expected[name].values)
 
 
 def is_finite(expected: Expected) -> bool:
@@ -297,6 +313,11 @@ def median_divergence(reference: Any, other: Any) -> float:
 def name_map(architecture: str, checkpoint: Checkpoint) -> Any:
     """llama.cpp's own table from the source's tensor names to its own. Raises VerifyError: no such architecture."""
     return _name_map(architecture, ModelShape.from_config(checkpoint.config).layers)
+
+
+def converter_name(name: str) -> str:
+    """A tensor of the source as llama.cpp's converter calls it, which leaves off that it is of a part of a model."""
+    return name.replace("language_model.", "")
 
 
 @cache

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from quantize.errors import BuildError, disk_errors
 from quantize.files.imatrix import write_imatrix
+from quantize.formats.gguf.check import converter_name
 from quantize.model.architecture import block_count, block_layouts
 from quantize.model.checkpoint import Checkpoint
 from quantize.model.layout import BlockLayout
@@ -110,7 +111,7 @@ def gguf_names(architecture: str, checkpoint: Checkpoint) -> Callable[[str], tup
 
     def named(tensor: str) -> tuple[str | None, int | None]:
         expert = EXPERT.search(tensor)
-        found: str | None = names.get_name(EXPERT.sub(".experts.", tensor), try_suffixes=(".weight",))
+        found: str | None = names.get_name(EXPERT.sub(".experts.", converter_name(tensor)), try_suffixes=(".weight",))
         return found, int(expert[1]) if expert else None
 
     return named

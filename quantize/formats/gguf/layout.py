@@ -1,21 +1,28 @@
-"""A GGUF model on disk: one file in a folder, or its parts, beside the importance matrix that it may be made with."""
+"""A GGUF model on disk: one file in a folder, or its parts, beside the importance matrix that it may be made with, and
+the file with the towers of a model that reads more than text.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from quantize.errors import VerifyError
 from quantize.estimate.vram import repacked_bytes
 from quantize.files.compare import WeightFile, gguf_file
-from quantize.files.gguf import read_gguf
+from quantize.files.gguf import TOWERS_START, read_gguf
 from quantize.files.gguf_split import read_model
 from quantize.formats.format import OnDisk
 from quantize.model.shape import gguf_shape
 
 SUFFIX = ".gguf"
 IMATRIX_SUFFIX = ".imatrix.gguf"
+
+
+def is_mmproj(name: str) -> bool:
+    """Whether a file, by its name, is one with towers."""
+    return PurePosixPath(name).name.startswith(TOWERS_START) and name.endswith(SUFFIX)
 
 
 @dataclass(frozen=True)
@@ -34,8 +41,9 @@ class GgufLayout:
         return min(self.weight_names(names), default=None)
 
     def weight_names(self, names: Iterable[str]) -> tuple[str, ...]:
-        """See Layout; an importance matrix is none."""
-        return tuple(name for name in names if name.endswith(SUFFIX) and not name.endswith(IMATRIX_SUFFIX))
+        """See Layout; an importance matrix is none, and towers are not what a variant is about."""
+        named = (name for name in names if name.endswith(SUFFIX) and not name.endswith(IMATRIX_SUFFIX))
+        return tuple(name for name in named if not is_mmproj(name))
 
     def read(self, path: Path) -> WeightFile:
         """See Layout."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +30,7 @@ SAMPLED_VALUES = 65_536  # of a tensor, at most, where its rows are not longer
 SAMPLED_ROWS = (4, 64)
 PROBE_TOKENS = 64
 ROOM = 1.2  # memory that a loaded model takes, beside its weights
+NAMELESS = {"general.name": "source"}
 PROBE_LINES = slice(100, 160)  # prose
 
 
@@ -51,6 +52,7 @@ class Expected:
     as its added tokens or a conversation. line_ids: their ids by each reader of the source's tokenizer; transformers
     comes first, and may read tokenizer.json otherwise than it stands there. probe: token ids to run.
     log_probs: float32 [probe, vocabulary], by transformers; None, and `unmeasured` says why, where it can't run here.
+    towers: the tensors of the file beside it with what reads images or sound; empty if there is none.
     """
 
     tensors: Mapping[str, ExpectedTensor]
@@ -62,6 +64,7 @@ class Expected:
     probe: tuple[int, ...]
     log_probs: NDArray[np.float32] | None
     unmeasured: str | None
+    towers: Mapping[str, ExpectedTensor] = field(default_factory=dict)
 
 
 def expected_of(reporter: Reporter, checkpoint: Checkpoint, pre_tokenizer: str | None) -> Expected:
@@ -71,6 +74,7 @@ def expected_of(reporter: Reporter, checkpoint: Checkpoint, pre_tokenizer: str |
     """
     status(reporter, "", "asking the source what a GGUF file of it holds")
     tensors, fields, left_out = _converted(checkpoint, pre_tokenizer)
+    towers, left_out = _towers(checkpoint, left_out)
     tokenizer = load_tokenizer(checkpoint.folder)
     lines = token_lines(added_tokens(tokenizer), _chats(tokenizer))
     line_ids = {"transformers": tokenizer(lines, add_special_tokens=False)["input_ids"]}
@@ -78,8 +82,8 @@ def expected_of(reporter: Reporter, checkpoint: Checkpoint, pre_tokenizer: str |
         line_ids[plain.name] = _read_plainly(plain, lines)
     probe = _probe(tokenizer, line_ids["transformers"], checkpoint)
     log_probs, unmeasured = _predicted(reporter, checkpoint, probe)
-    plain_lines = len(token_lines())
-    return Expected(tensors, fields, left_out, tuple(lines), plain_lines, line_ids, probe, log_probs, unmeasured)
+    plain_lines, said = len(token_lines()), tuple(lines)
+    return Expected(tensors, fields, left_out, said, plain_lines, line_ids, probe, log_probs, unmeasured, towers)
 
 
 def load_tokenizer(folder: Path) -> Any:
@@ -127,16 +131,34 @@ def _converted(
 ) -> tuple[dict[str, ExpectedTensor], dict[str, Any], dict[str, str]]:
     from quantize.runtimes.llama_cpp.convert import ConvertRequest, opened_converter
 
-    request = ConvertRequest(checkpoint.folder, checkpoint.dtype, {"general.name": "source"}, pre_tokenizer)
+    request = ConvertRequest(checkpoint.folder, checkpoint.dtype, NAMELESS, pre_tokenizer)
     with tempfile.TemporaryDirectory() as scratch, opened_converter(request, Path(scratch) / "source.gguf") as model:
         placed = Followed(model, checkpoint)
         model.prepare_tensors()
         model.prepare_metadata(vocab_only=False)
         writer = model.gguf_writer
-        fields = {key: field.value for shard in writer.kv_data for key, field in shard.items()}
+        fields = {key: item.value for shard in writer.kv_data for key, item in shard.items()}
         tensors = {name: _sampled(info) for shard in writer.tensors for name, info in shard.items()}
     left_out = placed.left_out(sum(math.prod(item.shape) for item in tensors.values()))
     return tensors, {key: value for key, value in fields.items() if not isinstance(value, (list, tuple))}, left_out
+
+
+def _towers(checkpoint: Checkpoint, missing: dict[str, str]) -> tuple[dict[str, ExpectedTensor], dict[str, str]]:
+    """The tensors of the file with a model's towers, and what neither file holds. missing: what the first does not."""
+    from quantize.runtimes.llama_cpp.convert import ConvertRequest
+    from quantize.runtimes.llama_cpp.mmproj import convert_towers, has_towers
+
+    if not has_towers(checkpoint, missing):
+        return {}, missing
+    tensors: dict[str, ExpectedTensor] = {}
+
+    def sample(model: Any) -> None:
+        tensors.update({name: _sampled(info) for shard in model.gguf_writer.tensors for name, info in shard.items()})
+
+    request = ConvertRequest(checkpoint.folder, checkpoint.dtype, NAMELESS)
+    with tempfile.TemporaryDirectory() as scratch:
+        found = convert_towers(request, checkpoint, missing, Path(scratch) / "towers.gguf", sample)
+    return tensors, found.left_out(missing)
 
 
 def sampled_rows(shape: tuple[int, ...]) -> tuple[int, ...]:

@@ -56,7 +56,8 @@ def try_out(
     facts: dict[str, Any] = {"load_seconds": round(time.perf_counter() - start, 3)}
     try:
         if checkpoint is not None and expected is not None:
-            gguf_check.compare_values(file, expected)
+            gguf_check.compare_values(file, expected.tensors)
+            gguf_check.compare_towers(path, expected)
             facts |= _compare(model, file, checkpoint, expected)
         first, second = (generate(model, path.name, min(tokens, room // 2)) for _ in range(2))
     finally:

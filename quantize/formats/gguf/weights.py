@@ -58,7 +58,7 @@ def _gguf_reader(path: Path, checkpoint: Checkpoint) -> Reader:
     import gguf
     import torch
 
-    from quantize.formats.gguf.check import name_map
+    from quantize.formats.gguf.check import converter_name, name_map
 
     readers = [gguf.GGUFReader(part) for part in shard_paths(path)]
     tensors = {item.name: item for reader in readers for item in reader.tensors}
@@ -70,7 +70,7 @@ def _gguf_reader(path: Path, checkpoint: Checkpoint) -> Reader:
         return torch.from_numpy(gguf.quants.dequantize(item.data, item.tensor_type).copy())
 
     def read(name: str, source: Tensor) -> Tensor | None:
-        item = tensors.get(names.get_name(name, try_suffixes=(".weight",)) or "")
+        item = tensors.get(names.get_name(converter_name(name), try_suffixes=(".weight",)) or "")
         if item is None:  # the experts of a block are one tensor in GGUF, and one each in the source
             return None
         found = values(item)

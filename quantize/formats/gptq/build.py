@@ -19,6 +19,7 @@ from quantize.formats.folder_build import LinearTable, Shape, unquantized_heads
 from quantize.formats.packed.build import PackedBuilder, Solved, feedback_bytes
 from quantize.model.architecture import anatomy_of, block_layouts
 from quantize.model.checkpoint import Checkpoint
+from quantize.model.towers import tower_modules
 from quantize.recipe.model import FormatOptions
 from quantize.system.threads import in_stages, on_threads
 
@@ -88,27 +89,29 @@ class GptqBuilder(PackedBuilder):
 
     def quantization(self, checkpoint: Checkpoint, options: GptqOptions) -> Mapping[str, Any]:
         """See PackedBuilder. `dynamic` names what is not quantized, as vLLM, SGLang and gptqmodel read it."""
-        ahead = unquantized_heads(checkpoint)
+        dynamic: dict[str, Any] = {f"-:^{re.escape(module)}\\.": {} for module in unquantized_heads(checkpoint)}
+        dynamic |= {f"-:^(.*\\.)?{re.escape(module)}\\.": {} for module in tower_modules(checkpoint)}
         return {
-            **({"dynamic": {f"-:^{re.escape(module)}\\.": {} for module in ahead}} if ahead else {}),
             "checkpoint_format": "gptq",
             "sym": options.symmetric,
             "desc_act": False,
             "true_sequential": False,
             "lm_head": False,
             "damp_percent": options.damping,
-            **_for_loaders(checkpoint),
+            **_for_loaders(checkpoint, dynamic),
         }
 
 
-def _for_loaders(checkpoint: Checkpoint) -> dict[str, Any]:
+def _for_loaders(checkpoint: Checkpoint, dynamic: dict[str, Any]) -> dict[str, Any]:
     """Where the blocks are, and which of their linears are packed, where loaders would not find it out by themselves.
+    dynamic: what else is not quantized.
 
     optimum, by which transformers loads, takes `block_name_to_quantize` and `modules_in_block_to_quantize`; gptqmodel
     and vLLM take `dynamic`. Of mixtures all is left to them.
     """
     found, layouts = anatomy_of(checkpoint.config), list(block_layouts(checkpoint.config))
     told: dict[str, Any] = {} if found.blocks == USUAL_BLOCKS else {"block_name_to_quantize": found.blocks}
+    told |= {"dynamic": dynamic} if dynamic else {}
     if any(layout.experts for layout in layouts):
         return told
     kept = {
@@ -119,7 +122,7 @@ def _for_loaders(checkpoint: Checkpoint) -> dict[str, Any]:
     if kept:
         packed = dict.fromkeys(linear.module for layout in layouts for linear in layout.linears)
         told["modules_in_block_to_quantize"] = [list(packed)]
-        told["dynamic"] = {f"-:.*\\.{re.escape(name)}$": {} for name in sorted(kept)}
+        told["dynamic"] = dynamic | {f"-:.*\\.{re.escape(name)}$": {} for name in sorted(kept)}
     return told
 
 

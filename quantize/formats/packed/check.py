@@ -16,6 +16,7 @@ from quantize.formats.nothing_lost import account
 from quantize.formats.packed.mixtures import is_mixture
 from quantize.formats.packed.runtime import GPTQMODEL
 from quantize.formats.packed.weights import open_packed
+from quantize.model.architecture import anatomy_of, block_layouts
 from quantize.model.checkpoint import Checkpoint
 from quantize.runtimes.base import ModelRef
 from quantize.runtimes.devices import CPU
@@ -54,10 +55,10 @@ def check_packed(
     seconds = time.perf_counter() - started
     kernel = kernels(model)
     if device == CPU:
-        compared = _compare_weights(model, folder, method)
+        compared = _compare_weights(model, folder, method, _names(source))
         _first_use(model, folder)
     else:
-        compared = compare_products(model, folder, method)
+        compared = compare_products(model, folder, method, _names(source))
     tokens = generate_twice(model, folder, prompt)
     return {
         "runtime": "gptqmodel" if is_mixture(folder) else "transformers + gptqmodel",
@@ -86,15 +87,25 @@ def _give_back(folder: Path) -> None:
     give_back_mapped(folder)
 
 
-def _compare_weights(model: Any, folder: Path, method: str) -> int:
+def _names(source: Checkpoint) -> dict[str, str]:
+    """Linears as transformers calls them -> as the files do, which differs where a decoder is a part of a model."""
+    anatomy = anatomy_of(source.config)
+    return {
+        f"{anatomy.blocks}.{layout.index}.{linear.module}": linear.tensor.removesuffix(".weight")
+        for layout in block_layouts(source.config) for linear in layout.linears
+    }  # fmt: skip
+
+
+def _compare_weights(model: Any, folder: Path, method: str, names: Mapping[str, str]) -> int:
     """Each packed linear, dequantized by gptqmodel, against our own unpacking of the file's tensors."""
     compared = since = 0
     unpacked = open_packed(folder, method)
+    known = frozenset(unpacked.linears)
     for name, module in model.named_modules():
         theirs = _dequantized_by_gptqmodel(module)
         if theirs is None:
             continue
-        ours = unpacked.dequantize(name)
+        ours = unpacked.dequantize(name if name in known else names.get(name, name))
         if not agree(theirs, ours):
             raise VerifyError(f"{folder.name}: {name} unpacks differently in gptqmodel", hint="a packing defect")
         compared += 1
@@ -110,21 +121,23 @@ def _compare_weights(model: Any, folder: Path, method: str) -> int:
     return compared
 
 
-def compare_products(model: Any, folder: Path, method: str) -> int:
+def compare_products(model: Any, folder: Path, method: str, names: Mapping[str, str] | None = None) -> int:
     """Each packed linear, as its kernel multiplies, against products with our own unpacking of the file's tensors, on
-    the model's device: of random inputs, and of zeros, which give the bias.
+    the model's device: of random inputs, and of zeros, which give the bias. names: of `_names`; None where they agree.
 
     Raises VerifyError: an output is more than KERNEL_ROUNDING of its length away, or a linear is not there.
     """
     import torch
 
     unpacked, generator = open_packed(folder, method), torch.Generator().manual_seed(0)
+    modules = {on_disk: name for name, on_disk in (names or {}).items()}
+    have = {name for name, _ in model.named_modules()}
     for linear in unpacked.linears:
         weight = unpacked.dequantize(linear, model.device)
         inputs = torch.randn(PROBES, weight.shape[1], generator=generator).to(model.device, model.dtype)
         inputs[0] = 0
         try:
-            module = model.get_submodule(linear)
+            module = model.get_submodule(linear if linear in have else modules.get(linear, linear))
         except AttributeError as exc:
             raise VerifyError(f"{folder.name}: gptqmodel has no {linear}, which the files have") from exc
         with torch.inference_mode():

@@ -63,14 +63,9 @@ def load_config(config: Mapping[str, Any]) -> Any:
 
 
 def check_causal(settings: Any, config: Mapping[str, Any]) -> None:
-    """Raises CheckpointError: the config is of no causal language model."""
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
-
+    """Raises CheckpointError: the config is of no model that writes text on, alone or as a part of it."""
     names = _names(config)
-    known: tuple[Any, ...] = ()
-    if type(settings) in MODEL_FOR_CAUSAL_LM_MAPPING:
-        found = MODEL_FOR_CAUSAL_LM_MAPPING[type(settings)]
-        known = found if isinstance(found, tuple) else (found,)
+    known = _known(settings)
     if known and (not names or any(each.__name__ in names for each in known)):
         return
     if _class_of(settings, names) is not None:
@@ -80,22 +75,32 @@ def check_causal(settings: Any, config: Mapping[str, Any]) -> None:
     raise CheckpointError(f"{said} is no causal language model", hint=f"calibration runs causal decoders{others}")
 
 
-def _class_of(settings: Any, names: list[str]) -> Any:
-    """The class that a config names, where transformers has none for it: of the text part of a larger model."""
-    import transformers
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+def _known(settings: Any) -> tuple[Any, ...]:
+    """The classes that transformers has for a config: causal language models, else those that read more than text."""
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MULTIMODAL_LM_MAPPING
 
-    found = getattr(transformers, names[0], None) if names else None
-    is_known = found is not None and names[0] in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
-    return found if is_known and getattr(found, "config_class", None) is type(settings) else None
+    for mapping in (MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MULTIMODAL_LM_MAPPING):
+        if type(settings) in mapping:
+            found = mapping[type(settings)]
+            return found if isinstance(found, tuple) else (found,)
+    return ()
+
+
+def _class_of(settings: Any, names: list[str]) -> Any:
+    """The class that a config names, if it is one for it: a larger model, or the text part of one."""
+    import transformers
+    from transformers.models.auto import modeling_auto as auto
+
+    writers = {*auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values(), *auto.MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES.values()}
+    found = getattr(transformers, names[0], None) if names and names[0] in writers else None
+    return found if getattr(found, "config_class", None) is type(settings) else None
 
 
 def _model(settings: Any, **options: Any) -> Any:
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
     own = copy.deepcopy(settings)  # a model changes its config: what kernel it has, for one
-    named = getattr(own, "architectures", None)
-    found = None if type(own) in MODEL_FOR_CAUSAL_LM_MAPPING else _class_of(own, named or [])
+    found = _class_of(own, getattr(own, "architectures", None) or [])
     build = AutoModelForCausalLM.from_config if found is None else found._from_config
     return build(own, **options).eval()
 

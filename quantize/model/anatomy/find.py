@@ -85,13 +85,13 @@ def _found(whole: Any, real: Any, layers: int) -> Anatomy:
         seen = _seen(kinds, calls)
         templates, prefix = _templates(kinds, seen, calls, on_disk, model, path)
         backward = _no_gradient(kinds, seen, calls)
-        entry, leaving = outside(model, on_disk, path, ids[:1])
+        entry, leaving, apart = outside(model, on_disk, path, ids[:1])
         rehearse(settings, model, path, attention, calls, entry, ids[:1])
     states = calls[0].states
     return Anatomy(
         type(real).__name__, path, prefix, attention, takes_kernels, together, outputs_of(calls[0].output),
         tuple(states.shape[2:-1]), times_wide(model, states), kinds.of_real, templates, entry, leaving,
-        type(real).__module__, no_gradient=backward,
+        type(real).__module__, no_gradient=backward, towers=apart,
     )  # fmt: skip
 
 
@@ -208,12 +208,25 @@ def _ids() -> Tensor:
 
 def _depths(real: Any) -> tuple[int, int]:
     """How many blocks the real model has, and how many it takes for one of each kind."""
-    lists = [each for _, each in real.named_modules() if isinstance(each, nn.ModuleList) and len(each)]
+    lists = _lists(_decoder(real)) or _lists(real)
     if not lists:
         raise Unknown("no list of blocks was found in it")
     longest = max(lists, key=lambda each: sum(parameter.numel() for parameter in each.parameters()))
     signatures = [_signature(block) for block in longest]
     return len(longest), 1 + max(signatures.index(kind) for kind in signatures)
+
+
+def _decoder(real: Any) -> Any:
+    """The part that reads text, of a model that says which it is; a tower beside it may be the larger one."""
+    try:
+        return real.get_decoder()
+    except (AttributeError, NotImplementedError):
+        return real
+
+
+def _lists(module: Any) -> list[nn.ModuleList]:
+    found = [] if module is None else module.modules()
+    return [each for each in found if isinstance(each, nn.ModuleList) and len(each)]
 
 
 def _signature(block: nn.Module) -> Signature:

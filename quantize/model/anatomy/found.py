@@ -53,7 +53,8 @@ class Anatomy:
     together: whether sequences of one length can run at once. templates: a layout of each kind, with {index}.
     outputs: what a block gives, 0 for a tensor alone, else a tuple of so many. lanes: how many hidden states a token
     has, () for one; wide: how many times the model's width each is. entry, leaving: (name on disk, path) of the
-    parameters that are needed before and after the blocks. module: where the class is.
+    parameters that are needed before and after the blocks. towers: paths of the outermost modules that text does not
+    pass, such as towers for images. module: where the class is.
     refusal: why blocks can't be run one at a time; "" where they can. no_gradient: why a gradient does not get through
     them; "" where it does. seconds: that finding it out took.
     """
@@ -75,6 +76,7 @@ class Anatomy:
     refusal: str = ""
     no_gradient: str = ""
     seconds: float = 0.0
+    towers: tuple[str, ...] = ()
 
     def layout(self, index: int) -> BlockLayout:
         """The layout of one block."""
@@ -106,7 +108,7 @@ class Anatomy:
         """Of `to_data`."""
         templates = tuple(_template(item) for item in data["templates"])
         pairs = {key: tuple((left, right) for left, right in data[key]) for key in ("entry", "leaving")}
-        numbers = {key: tuple(data[key]) for key in ("kinds", "lanes")}
+        numbers = {key: tuple(data[key]) for key in ("kinds", "lanes", "towers")}
         return cls(**{**data, **pairs, **numbers, "templates": templates})
 
 
@@ -141,9 +143,7 @@ def _named_experts(experts: Experts, prefix: str) -> Experts:
     return replace(experts, **names, router=prefix + experts.router if experts.router else "")
 
 
-def _with_experts(
-    groups: tuple[FoldGroup, ...], experts: Experts, prefix: str, rows: int
-) -> tuple[FoldGroup, ...]:
+def _with_experts(groups: tuple[FoldGroup, ...], experts: Experts, prefix: str, rows: int) -> tuple[FoldGroup, ...]:
     """The groups of a block with those of its routed experts: each reads its share of one input."""
     readers: list[Linear] = []
     outputs: list[FoldGroup] = []

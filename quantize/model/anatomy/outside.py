@@ -1,7 +1,7 @@
 """What lies outside of the blocks, and a rehearsal of the pass: built without weights, given them block by block.
 
 In: a tiny model in float64, where its blocks are. Out: which parameters run before the blocks and which after, with
-their names on disk; Unknown where a skeleton does not compute what the model does.
+their names on disk, and which modules text never passes; Unknown where a skeleton does not compute what the model does.
 """
 
 from __future__ import annotations
@@ -21,8 +21,9 @@ from quantize.model.anatomy.watch import BlockCall, Unknown, forward_only, outpu
 Pairs = tuple[tuple[str, str], ...]
 
 
-def outside(model: Any, on_disk: Mapping[str, Tensor], path: str, ids: Tensor) -> tuple[Pairs, Pairs]:
-    """(Name on disk, path) of what runs before the blocks, and of what runs after them. ids: [1, length].
+def outside(model: Any, on_disk: Mapping[str, Tensor], path: str, ids: Tensor) -> tuple[Pairs, Pairs, tuple[str, ...]]:
+    """(Name on disk, path) of what runs before the blocks, and of what runs after them; the outermost modules that do
+    not run: towers for images or sound, and what joins them to the rest. ids: [1, length].
 
     Raises Unknown: a parameter is saved otherwise than as it is.
     """
@@ -43,7 +44,18 @@ def outside(model: Any, on_disk: Mapping[str, Tensor], path: str, ids: Tensor) -
             if full not in names:
                 raise Unknown(f"{full} is saved in another arrangement")
             (leaving if id(module) in later else entry).append((names[full], full))
-    return tuple(entry), tuple(leaving)
+    return tuple(entry), tuple(leaving), _still(model, ran | inside)
+
+
+def _still(model: Any, used: set[int]) -> tuple[str, ...]:
+    """The paths of the outermost modules with parameters in which nothing is used."""
+    found: list[str] = []
+    for path, module in model.named_modules():
+        if path.startswith(tuple(f"{each}." for each in found)) or not any(True for _ in module.parameters()):
+            continue
+        if not any(id(each) in used for each in module.modules()):
+            found.append(path)
+    return tuple(found)
 
 
 def _order(model: Any, ids: Tensor) -> list[nn.Module]:

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from quantize.model.config import LAYER_KEYS, first_number
+from quantize.model.config import LAYER_KEYS, TOWER_KEYS, first_number, text_part
 
 VOCABULARY = 128
 HEAD_DIM = 16
@@ -52,6 +52,8 @@ _WIDTHS = frozenset({
     "pronunciation_embed_dim", "shape_embed_dim", "prompt_mid_dim", "attn_hidden_size", "adapter_in_dim",
     "adapter_input_size",
 })  # fmt: skip
+_TOWER_BLOCKS = 2
+_GIVEN = ("out_hidden_size", "text_hidden_size")  # of a tower: the width that it gives the text, if it is the text's
 _RANKS = frozenset({
     "mamba_dt_rank", "time_step_rank", "laurel_rank", "hc_lowrank", "gated_norm_rank", "adapter_rank", "d_rel",
 })  # fmt: skip
@@ -114,7 +116,21 @@ def scale_of(config: Mapping[str, Any]) -> Smaller:
 def shrink(config: Mapping[str, Any], layers: int) -> dict[str, Any]:
     """The config with `layers` blocks and tiny widths."""
     real_layers = first_number(config, LAYER_KEYS) or layers
-    return _shrunk(config, scale_of(config), real_layers, layers)
+    tiny = _shrunk(config, scale_of(config), real_layers, layers)
+    width, small = (first_number(text_part(each), _HIDDEN) for each in (config, tiny))
+    for tower in (tiny[key] for key in TOWER_KEYS if isinstance(tiny.get(key), dict)):
+        tower.update({key: small for key in _GIVEN if tower.get(key) == width and small})
+        _shrink_tower(tower)
+    return tiny
+
+
+def _shrink_tower(tower: dict[str, Any]) -> None:
+    """What towers alone have: nothing of them runs, and a few blocks are enough."""
+    heads = first_number(tower, _HEADS)
+    if _is_whole(tower.get("embed_dim")) and heads:
+        tower["embed_dim"] = heads * HEAD_DIM
+    if _is_whole(tower.get("depth")):
+        tower["depth"] = min(tower["depth"], _TOWER_BLOCKS)
 
 
 def with_layers(config: Mapping[str, Any], layers: int) -> dict[str, Any]:
@@ -145,11 +161,11 @@ def _shrunk(config: Mapping[str, Any], scale: Smaller, real_layers: int, layers:
             tiny[key] = layers
         else:
             tiny[key] = _number(key, value, scale, grouped=grouped) if _is_whole(value) else value
-    _settle(config, tiny, layers)
+    _settle(config, tiny, layers, scale)
     return tiny
 
 
-def _settle(config: Mapping[str, Any], tiny: dict[str, Any], layers: int) -> None:
+def _settle(config: Mapping[str, Any], tiny: dict[str, Any], layers: int, scale: Smaller) -> None:
     """Numbers that follow from others."""
     if _is_whole(config.get("qk_head_dim")) and _is_whole(tiny.get("qk_nope_head_dim")):
         tiny["qk_head_dim"] = tiny["qk_nope_head_dim"] + tiny["qk_rope_head_dim"]
@@ -160,7 +176,14 @@ def _settle(config: Mapping[str, Any], tiny: dict[str, Any], layers: int) -> Non
         tiny["mamba_d_ssm"] = tiny["mamba_n_heads"] * tiny["mamba_d_head"]
     section = tiny.get("mrope_section")
     if isinstance(section, list) and all(_is_whole(item) for item in section):
-        tiny["mrope_section"] = [max(1, item // 8) for item in section]
+        tiny["mrope_section"] = _in_proportion(section, round(sum(section) * scale.head_dim))
+
+
+def _in_proportion(parts: list[int], total: int) -> list[int]:
+    """Whole numbers of at least one that are to each other as `parts`, and make `total` together, if that can be."""
+    shares = [max(1, part * total // sum(parts)) for part in parts]
+    shares[-1] = max(1, shares[-1] + total - sum(shares))
+    return shares
 
 
 def _is_whole(value: object) -> bool:

@@ -36,7 +36,7 @@ from quantize.model.checkpoint import open_checkpoint
 from quantize.model.folder_files import read_json
 from quantize.runtimes.llama_cpp.config import SAME_MODEL, converter_config
 from quantize.runtimes.llama_cpp.left_out import Followed, write_left_out
-from quantize.runtimes.llama_cpp.tensors import show_as_published
+from quantize.runtimes.llama_cpp.tensors import show_as_published, show_towers_as_published
 from quantize.runtimes.llama_cpp.vocabulary import follow_source
 
 PACKAGE = "conversion"  # what the converter's own modules call it when they import each other
@@ -50,12 +50,14 @@ class ConvertRequest:
     """A checkpoint folder, the 16- or 32-bit type to convert to, and the general.* metadata to write.
 
     pre_tokenizer: llama.cpp's name of the rules that split a text before BPE; None lets the converter recognize them.
+    towers: of a model that reads more than text, the parts that text does not pass, in place of those that it does.
     """
 
     folder: Path
     outtype: str
     metadata: Mapping[str, Any]
     pre_tokenizer: str | None = None
+    towers: bool = False
 
 
 def convert(reporter: Reporter, request: ConvertRequest, out: Path, *, header_only: bool = False) -> None:
@@ -67,7 +69,9 @@ def convert(reporter: Reporter, request: ConvertRequest, out: Path, *, header_on
     checkpoint = open_checkpoint(request.folder)
     with opened_converter(request, out) as model:
         placed = Followed(model, checkpoint)
-        made = _write(model, out, request.metadata.get("general.license"), reporter, header_only)
+        model.prepare_tensors()
+        model.prepare_metadata(vocab_only=False)
+        made = write_converted(model, out, request, reporter, header_only=header_only)
         write_left_out(out, placed.left_out(made))
 
 
@@ -80,7 +84,7 @@ def opened_converter(request: ConvertRequest, out: Path) -> Iterator[Any]:
     package = converter_package()
     written = read_json(request.folder / "config.json")
     architecture = str(written["architectures"][0])
-    model_class = _model_class(package, architecture)
+    model_class = _model_class(package, architecture, towers=request.towers)
     metadata_path = out.with_suffix(".metadata.json")
     where = _Where(architecture)
     with where.errors(out), _no_code_of_the_model():
@@ -93,9 +97,13 @@ def opened_converter(request: ConvertRequest, out: Path) -> Iterator[Any]:
             config = converter_config(architecture, loaded, written)
             model = model_class(request.folder, kind, out, metadata_override=metadata_path, hparams=config)
             model = getattr(model, "impl", model)  # what stands for several architectures has the right one inside
-            show_as_published(model, architecture)
+            if request.towers:
+                show_towers_as_published(model)
+            else:
+                show_as_published(model, architecture)
             where.follow(model)
-            follow_source(model, request.pre_tokenizer)
+            if not request.towers:
+                follow_source(model, request.pre_tokenizer)
             yield model
         finally:
             metadata_path.unlink(missing_ok=True)
@@ -176,10 +184,10 @@ def converter_modules() -> dict[str, UsageError | None]:
     return found
 
 
-def _model_class(package: ModuleType, architecture: str) -> Any:
+def _model_class(package: ModuleType, architecture: str, *, towers: bool = False) -> Any:
     with _import_errors():
         try:
-            return package.get_model_class(SAME_MODEL.get(architecture, architecture))
+            return package.get_model_class(SAME_MODEL.get(architecture, architecture), towers)
         except NotImplementedError as exc:
             raise PlanError(
                 f"config.json: llama.cpp's converter does not know the architecture {architecture}",
@@ -255,6 +263,8 @@ class _Where:
             "modify_tensors": self._at_tensor,
         }
         for name, note in steps.items():
+            if not hasattr(model, name):  # towers have no vocabulary
+                continue
             setattr(model, name, _noted(note, getattr(model, name)))
 
     @contextmanager
@@ -295,11 +305,9 @@ def _with_name_parts(gguf: Any, metadata: Mapping[str, Any]) -> dict[str, Any]:
     return {**metadata, **parts, "general.size_label": None}
 
 
-def _write(model: Any, out: Path, license_id: str | None, reporter: Reporter, header_only: bool) -> int:
-    """Write the file; the weights that it has."""
-    model.prepare_tensors()
-    model.prepare_metadata(vocab_only=False)
-    writer = model.gguf_writer
+def write_converted(model: Any, out: Path, request: ConvertRequest, reporter: Reporter, *, header_only: bool) -> int:
+    """Write the file of an opened converter that has its tensors ready; returns the weights that it has."""
+    writer, license_id = model.gguf_writer, request.metadata.get("general.license")
     if license_id is not None:
         writer.add_license(license_id)  # the converter's metadata file has no key for it
     writer.write_header_to_file(path=out)

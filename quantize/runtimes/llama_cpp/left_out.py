@@ -28,6 +28,7 @@ class Followed:
         self._checkpoint = checkpoint
         self._taken: set[str] = set()
         self._names = model.tensor_map
+        self._filter = model.filter_tensors
         self._ahead = frozenset(prediction_tensors(checkpoint))
         model.modify_tensors = self._followed(model.modify_tensors)
 
@@ -44,6 +45,13 @@ class Followed:
             return made
 
         return modify_tensors
+
+    def places(self, shown_as: Callable[[str], str]) -> frozenset[str]:
+        """The names, as the source has them, of the tensors that got a place. shown_as: what the converter was shown
+        for a name that passed its filter.
+        """
+        passed = {name: self._filter((name, None)) for name in self._checkpoint.tensors}
+        return frozenset(name for name, item in passed.items() if item and shown_as(item[0]) in self._taken)
 
     def left_out(self, made: int) -> dict[str, str]:
         """Tensors without a place, each with its reason, if there are fewer weights than the source has.
@@ -62,8 +70,11 @@ class Followed:
 
 def write_left_out(file: Path, left_out: Mapping[str, str]) -> None:
     """Keep beside a converted file what it does not hold. Raises OSError."""
+    path = file.with_suffix(LEFT_OUT)
     if left_out:
-        file.with_suffix(LEFT_OUT).write_text(json.dumps(left_out, indent=2) + "\n", encoding="utf-8")
+        path.write_text(json.dumps(left_out, indent=2) + "\n", encoding="utf-8")
+    else:
+        path.unlink(missing_ok=True)
 
 
 def read_left_out(file: Path) -> dict[str, str]:

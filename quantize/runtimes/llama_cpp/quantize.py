@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import math
 import os
 import re
 import shutil
@@ -25,8 +26,9 @@ from quantize.errors import (
 )
 from quantize.events import Reporter
 from quantize.files.gguf import EXTRA, GgufFile, padded
-from quantize.runtimes.llama_cpp.convert import ConvertRequest, convert
+from quantize.runtimes.llama_cpp.convert import ConvertRequest
 from quantize.runtimes.llama_cpp.log import keep_log, telling_line
+from quantize.runtimes.llama_cpp.mmproj import convert_whole, mmproj_of
 from quantize.system.files import removed_on_failure
 
 LINE = re.compile(r"^\[\s*\d+/\s*\d+\]\s+(\S+)\s+-\s+\[([\d,\s]+)\], type =\s*(\S+), .*?(?:\((\w+)\))?\s*$")
@@ -56,6 +58,7 @@ class SizedFile:
     """What a quantization would write: total bytes of the file, and the ggml type of each tensor.
 
     source_bytes: size of the 16-bit file that it reads. shards: the bytes of each file, if it is cut into several.
+    weights: of all tensors. towers_bytes: of the file beside it that has a model's towers; 0 if there is none.
     """
 
     architecture: str
@@ -63,6 +66,8 @@ class SizedFile:
     source_bytes: int
     tensors: tuple[tuple[str, str, int], ...]  # name, type, bytes
     shards: tuple[int, ...] = ()
+    weights: int = 0
+    towers_bytes: int = 0
 
 
 def dry_run(reporter: Reporter, source: Path, jobs: Sequence[QuantizeSettings]) -> list[SizedFile | QuantizeError]:
@@ -75,6 +80,8 @@ def dry_run(reporter: Reporter, source: Path, jobs: Sequence[QuantizeSettings]) 
     header = read_gguf(source)
     data_bytes = sum(padded(tensor.size_bytes) for tensor in header.tensors.values())
     header_bytes = source.stat().st_size - data_bytes
+    weights = sum(math.prod(tensor.shape) for tensor in header.tensors.values())
+    towers = mmproj_of(source).stat().st_size if mmproj_of(source).is_file() else 0
     results: list[SizedFile | QuantizeError] = []
     for job in jobs:
         try:
@@ -89,7 +96,7 @@ def dry_run(reporter: Reporter, source: Path, jobs: Sequence[QuantizeSettings]) 
         results.append(
             SizedFile(
                 str(header.fields["general.architecture"]), sum(shards) or size, source.stat().st_size, tuple(tensors),
-                shards,
+                shards, weights, towers,
             )
         )  # fmt: skip
     return results
@@ -111,10 +118,11 @@ def convert_and_size(
 ) -> list[SizedFile | QuantizeError]:
     """For planning: convert headers only, then size every job; leaves nothing behind."""
     try:
-        convert(reporter, request, out, header_only=True)
+        convert_whole(reporter, request, out, header_only=True)
         return dry_run(reporter, out, jobs)
     finally:
-        out.unlink(missing_ok=True)
+        for path in (out, mmproj_of(out)):
+            path.unlink(missing_ok=True)
 
 
 def quantize(

@@ -43,6 +43,20 @@ STACKED_TOO: dict[str, tuple[tuple[str, str], ...]] = {
 RENAMED = {"Ernie4_5_MoeForCausalLM": ((".mlp.gate.moe_statics.", ".mlp.moe_statics."),)}
 
 
+# Towers that transformers saves without the name of the model which they are the body of.
+BODIES = re.compile(r"^(?P<start>(model\.)?vision_tower\.)(?P<rest>(encoder|embeddings|post_layernorm|pre_layrnorm)\.)")
+
+
+def show_towers_as_published(model: Any) -> None:
+    """Change the names of the towers' tensors that `model` will read."""
+    model.model_tensors = {published_tower(name): load for name, load in model.model_tensors.items()}
+
+
+def published_tower(name: str) -> str:
+    """What a tower's tensor was called where it was published."""
+    return BODIES.sub(r"\g<start>vision_model.\g<rest>", name)
+
+
 def show_as_published(model: Any, architecture: str) -> None:
     """Change the tensors that `model` will read, and how it is handed them."""
     model.model_tensors = _renamed(model.model_tensors, STACKED_TOO.get(architecture, RENAMED.get(architecture, ())))

@@ -45,20 +45,36 @@ def load_causal_lm(folder: Path, device: str = "cpu", *, dtype: Any = "auto", ba
     Raises VerifyError, with the library's ImportError as its cause where something is not installed that it runs with.
     """
     from safetensors import SafetensorError
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
     chosen: dict[str, Any] = {}
     try:
         with quiet():
+            config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
             if backend is not None:
-                chosen["config"] = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-                chosen["config"].quantization_config["backend"] = backend
-            loaded = AutoModelForCausalLM.from_pretrained(
+                config.quantization_config["backend"] = backend
+                chosen["config"] = config
+            loaded = auto_class(config).from_pretrained(
                 folder, local_files_only=True, trust_remote_code=False, device_map=device, dtype=dtype, **chosen
             )
     except (*LOAD_ERRORS, ImportError, SafetensorError) as exc:
         raise VerifyError(f"{folder.name}: transformers does not load it: {first_line(exc)}") from exc
     return loaded.eval()
+
+
+def auto_class(config: Any) -> Any:
+    """transformers' class that builds the one which config.json names: of a causal language model, or of one that reads
+    more than text, which it may have a causal one for too.
+    """
+    from transformers import MODEL_FOR_MULTIMODAL_LM_MAPPING, AutoModelForCausalLM, AutoModelForMultimodalLM
+
+    named = (getattr(config, "architectures", None) or [""])[0]
+    if type(config) not in MODEL_FOR_MULTIMODAL_LM_MAPPING:
+        return AutoModelForCausalLM
+    found = MODEL_FOR_MULTIMODAL_LM_MAPPING[type(config)]
+    classes = found if isinstance(found, tuple) else (found,)
+    is_named = any(each.__name__ == named for each in classes)
+    return AutoModelForMultimodalLM if is_named else AutoModelForCausalLM
 
 
 def load_with_any_kernel(load: Callable[[str | None], Any], backends: Sequence[str]) -> LoadedModel:
