@@ -37,6 +37,7 @@ DEMO_MIX = {
     ],
     "sequence_length": 512,
 }
+WAYS = ("llama.cpp, importance matrix", "solved", "solved, guided")
 Row = dict[str, Any]
 
 
@@ -87,8 +88,7 @@ def read(store: Path, name: str) -> list[Row]:
         rows.append(
             {
                 "type": artifact.manifest.options["type"],
-                "way": ("guided, " if name.endswith("-guided") else "")
-                + ("solved" if artifact.manifest.options.get("gptq") else "llama.cpp, importance matrix"),
+                "way": WAYS[artifact.manifest.options.get("gptq", False) + name.endswith("-guided")],
                 "bits": artifact.manifest.bits_per_weight,
                 "weights_bytes": artifact.manifest.weights_bytes,
                 "kinds": {
@@ -148,7 +148,7 @@ def main() -> None:
             name = build(work, checkpoint, args.calibration, args.types, args.effort, guided, args.threads)
             rows += read(work / "store", name)
         order = {kind: place for place, kind in enumerate(args.types)}
-        print(table(sorted(rows, key=lambda row: order[row["type"]])))
+        print(table(sorted(rows, key=lambda row: (order[row["type"]], WAYS.index(row["way"])))))
 
 
 if __name__ == "__main__":

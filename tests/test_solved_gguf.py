@@ -39,6 +39,7 @@ from quantize.store.workspace import Workspace
 from quantize.system.cache import Cache
 from quantize.testing import TinyModel, make_checkpoint, write_recipe
 from tests.conftest import build
+from tests.families import family_named, make_family
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # transformers and its plugins warn on import
 
@@ -194,6 +195,37 @@ def test_a_plan_knows_the_bytes(made: Made) -> None:
         assert job.size.file_bytes == sum(path.stat().st_size for path in files), job.name
     solved = 2 * (grams_bytes(made.checkpoint) + made.artifact("solved").manifest.weights_bytes)
     assert sized.disk.scratch == solved
+
+
+# --- mixtures ---------------------------------------------------------------------------------------------------------
+
+
+def test_each_expert_is_solved_in_its_place(tmp_path: Path) -> None:
+    """Experts are one tensor in GGUF, and one each, with a Gram matrix of its own, in the source."""
+    make_family(family_named("Qwen2-MoE"), tmp_path / "model")
+    text = [f"Paragraph {index}: the quick brown fox jumps over the lazy dog. " * 3 for index in range(40)]
+    (tmp_path / "text.txt").write_text("\n\n".join(text))
+    variants = [{"format": "gguf", "type": "Q4_K_M", "gptq": True, "pre_tokenizer": "qwen2"}]
+    recipe = load_recipe(
+        write_recipe(tmp_path / "r.yaml", tmp_path / "model", variants, calibration=CALIBRATION), option_models()
+    )
+    workspace = Workspace(Store(tmp_path / "store"), Cache(tmp_path / "cache"), SilentReporter())
+    (outcome,) = build(recipe, workspace, evaluate=False)
+    assert outcome.artifact is not None, outcome.error
+    measured = outcome.artifact.measurements()
+    losses = measured["layers"]
+    assert sum(".experts." in name for name in losses) == 2 * 4 * 3
+    assert sum(item["loss"] < item["nearest_loss"] for item in losses.values()) > len(losses) // 2
+    assert {*measured["unsolved"]} == {"token_embd.weight", "output.weight"}
+    (path,) = (path for path in outcome.artifact.folder.glob("*.gguf") if ".imatrix." not in path.name)
+    tensors = {item.name: item for item in gguf.GGUFReader(path).tensors}
+    source = open_checkpoint(tmp_path / "model")
+    for ours, theirs in (("ffn_gate_exps", "gate_proj"), ("ffn_down_exps", "down_proj")):
+        item = tensors[f"blk.1.{ours}.weight"]
+        values = gguf.quants.dequantize(item.data, item.tensor_type)
+        for expert, found in enumerate(values):
+            exact = source.read(f"model.layers.1.mlp.experts.{expert}.{theirs}.weight").float().numpy()
+            assert float((found * exact).sum()) > 0.98 * float(np.linalg.norm(found) * np.linalg.norm(exact))
 
 
 # --- stopped ----------------------------------------------------------------------------------------------------------

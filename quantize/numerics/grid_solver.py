@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from quantize.numerics import grid_loops
-from quantize.numerics.gptq import DAMPING, Factor, factorize, row_losses
+from quantize.numerics.gptq import Factor, factorize, row_losses
 from quantize.numerics.kquants import Blocks, Grid, decode, encode
 from quantize.system.threads import without_gil
 
@@ -30,6 +30,11 @@ if TYPE_CHECKING:
 
     Bytes = NDArray[np.uint8]
 
+# The share of the mean diagonal that is added to all of it. It decides how a solution does on text that was not
+# calibrated on. Loss under the Gram matrices of such text, llama.cpp's is 1; two blocks of a model of 135M, from 7,000
+# tokens: of the same kind 0.39 with 0.01, 0.40 with 0.2; English prose 0.90 and 0.77; another language 1.26 and 0.97.
+# Shrinking the matrix towards its diagonal did less.
+DAMPING = 0.2
 SOLVED_ROWS = 512  # at a time: bounds memory, keeps threads busy; rows don't depend on one another
 PLAIN_VALUES = 256  # of blocks without integer scales, between two products with all earlier errors
 WIDE_SHARES = (1.1, 1.03, 0.96, 0.89, 0.82, 0.75, 0.68, 0.61, 0.54)  # of the range, for a few levels

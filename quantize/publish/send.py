@@ -98,9 +98,7 @@ def publish(
             place.close()
 
 
-def _prepare(
-    store: Path, artifact: Artifact, title: str, notice: str, signing: Signing | None, *, anew: bool
-) -> None:
+def _prepare(store: Path, artifact: Artifact, title: str, notice: str, signing: Signing | None, *, anew: bool) -> None:
     """Have the licence checked, and the papers written and signed, while no evaluation writes beside them."""
     with artifact_lock(store, artifact), store_errors(store):
         names = (artifact.manifest.name, title)

@@ -88,7 +88,6 @@ def judge(subject: PageSubject) -> Choice:
     return Choice(serve, _way_back(serve, usable) if serve else None, usable, verdicts, comparison)
 
 
-
 def _way_back(serve: ServingVerdict, usable: Sequence[ServingVerdict]) -> ServingVerdict | None:
     """The smallest one that is larger than what is served and diverges no more."""
     above = usable[usable.index(serve) + 1 :]

@@ -183,7 +183,8 @@ class _InputSolver:
 
     def solve(self, linear: Linear, place: _Place) -> tuple[bytes, dict[str, Any]]:
         """The bytes of a linear's weight, and its facts; none, and why, where its columns are not the source's."""
-        from quantize.numerics.gptq import DAMPING, estimated_loss
+        from quantize.numerics.gptq import estimated_loss
+        from quantize.numerics.grid_solver import DAMPING
 
         weight = _values(place)
         order = column_order(weight, self.request.checkpoint.read(linear.tensor))

@@ -29,9 +29,7 @@ class Fold:
     mixture: Mixture | None
 
 
-def proved(
-    folds: Sequence[Fold], blocks: Sequence[Sequence[nn.Module]], logits: Callable[[], Tensor]
-) -> list[Fold]:
+def proved(folds: Sequence[Fold], blocks: Sequence[Sequence[nn.Module]], logits: Callable[[], Tensor]) -> list[Fold]:
     """Those that change no logit, alone and together. blocks: of each kind. logits: of the model as it is."""
     expected = logits()
 

@@ -163,4 +163,3 @@ def check_parameters(tiny: nn.Module, real: nn.Module) -> None:
     if set(ours) != set(theirs):
         other = sorted(set(ours) ^ set(theirs))[0]
         raise Unknown(f"a small block and a real one differ in {other}")
-

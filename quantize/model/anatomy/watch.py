@@ -160,9 +160,7 @@ def replaced(blocks: nn.ModuleList, forward_of: Callable[[int], Callable[..., An
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
 
-def intercept(
-    blocks: nn.ModuleList, run: Callable[[], object], outputs: int
-) -> tuple[Tensor, list[Arguments]]:
+def intercept(blocks: nn.ModuleList, run: Callable[[], object], outputs: int) -> tuple[Tensor, list[Arguments]]:
     """The first block's input, and the other arguments of every block, without running any.
 
     outputs: what a block gives, 0 for a tensor alone, else a tuple of so many. Raises Unknown: blocks are called in
@@ -250,9 +248,7 @@ def run_blocks(blocks: nn.ModuleList, states: Tensor, arguments: list[Arguments]
     return states
 
 
-def _ends_at(
-    blocks: nn.ModuleList, start: Tensor, arguments: list[Arguments], end: Tensor
-) -> bool:
+def _ends_at(blocks: nn.ModuleList, start: Tensor, arguments: list[Arguments], end: Tensor) -> bool:
     try:
         return same(run_blocks(blocks, start, arguments), end)
     except Exception:  # noqa: BLE001 - a block that lacks what another one leaves may fail in any way
