@@ -259,6 +259,12 @@ WIDTHS = {"head_dim": 32, "hidden_size": 128, "num_attention_heads": 4, "num_hid
             ["mamba", "attention", "mamba", "attention"],
         ),
         (
+            "GraniteMoeHybridForCausalLM",
+            {"num_local_experts": 0, "intermediate_size": 192, "shared_intermediate_size": 96},
+            "intermediate_size",
+            96,
+        ),
+        (
             "Gemma4ForCausalLM",
             {"layer_types": ["sliding_attention", "full_attention"], "per_layer_config": {"1": {"head_dim": 64}}},
             "global_head_dim",

@@ -17,6 +17,7 @@ SIGMOID_ROUTERS = (
     "DeepseekV3ForCausalLM", "Dots1ForCausalLM", "Glm4MoeLiteForCausalLM", "GlmMoeDsaForCausalLM",
     "MiniMaxM2ForCausalLM", "AfmoeForCausalLM", "ExaoneMoeForCausalLM", "ExaoneMoEForCausalLM", "SolarOpenForCausalLM",
 )  # fmt: skip
+GRANITE_HYBRID = "GraniteMoeHybridForCausalLM"
 # Classes of one model that the converter knows by one name only.
 SAME_MODEL = {
     "BitNetForCausalLM": "BitnetForCausalLM",
@@ -63,6 +64,8 @@ def _classic(architecture: str, config: Config) -> Config:
     for key, value in _ADDED.get(architecture, {}).items():
         if config.get(key) is None:
             _add(config, key, value(config))
+    if architecture == GRANITE_HYBRID and not config.get("num_local_experts"):  # the shared experts are all there are
+        config["intermediate_size"] = config.get("shared_intermediate_size") or config.get("intermediate_size")
     for key, names in _RENAMED.get(architecture, {}).items():
         config[key] = [names.get(item, item) for item in config.get(key) or []]
     return config
@@ -120,7 +123,7 @@ _ADDED["SolarOpenForCausalLM"]["partial_rotary_factor"] = _share
 _ADDED["Gemma4ForConditionalGeneration"] = _ADDED["Gemma4ForCausalLM"]
 # What transformers 5 calls otherwise.
 _RENAMED = {
-    "GraniteMoeHybridForCausalLM": {"layer_types": {"full_attention": "attention", "linear_attention": "mamba"}},
+    GRANITE_HYBRID: {"layer_types": {"full_attention": "attention", "linear_attention": "mamba"}},
 }
 
 
