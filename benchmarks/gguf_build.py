@@ -54,7 +54,7 @@ def timed(command: list[str], env: dict[str, str] | None = None) -> tuple[float,
 
 
 def watch(process: subprocess.Popen[bytes]) -> int:
-    """Peak of the summed resident memory of a process and its children, sampled until it ends."""
+    """Peak resident memory of a process and its children, what they share counted once; sampled until it ends."""
     import psutil
 
     peak = 0
@@ -64,7 +64,7 @@ def watch(process: subprocess.Popen[bytes]) -> int:
             root = psutil.Process(process.pid)
             for item in [root, *root.children(recursive=True)]:
                 with contextlib.suppress(psutil.Error):
-                    total += item.memory_info().rss
+                    total += item.memory_full_info().pss
         peak = max(peak, total)
         time.sleep(0.02)
     return peak

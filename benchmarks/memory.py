@@ -57,9 +57,15 @@ LEAST = (  # shape (none: the demo model), variants
     ({"layers": 2, "hidden": 2048, "intermediate": 5632, "heads": 32, "kv_heads": 8}, GPTQ + AWQ),
 )
 MEASURE = """
-import json, resource, subprocess, sys, time
+import ctypes, json, os, resource, subprocess, sys, time
+ctypes.CDLL(None).prctl(36, 1)  # PR_SET_CHILD_SUBREAPER: what outlives the command is waited for, and counts
 started = time.perf_counter()
 done = subprocess.run(sys.argv[1:], stdout=subprocess.DEVNULL)
+while True:
+    try:
+        os.wait()
+    except ChildProcessError:
+        break
 peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
 print(json.dumps({"rc": done.returncode, "seconds": round(time.perf_counter() - started, 1), "peak_bytes": peak}))
 """
