@@ -110,7 +110,8 @@ def random_awq(out: Path, source: Path, group_size: int = 128) -> Path:
 
     from quantize.files.shards import ShardWriter
     from quantize.formats.awq.build import AwqBuilder, AwqOptions
-    from quantize.model.folder_files import TOKENIZER_FILES, open_checkpoint
+    from quantize.model.checkpoint import open_checkpoint
+    from quantize.model.folder_files import TOKENIZER_FILES
 
     out.mkdir(parents=True)
     checkpoint, options, builder = open_checkpoint(source), AwqOptions(group_size=group_size), AwqBuilder()
