@@ -14,7 +14,7 @@ from torch import Tensor
 
 from benchmarks.blocks import SHAPES
 from benchmarks.launches import measure as launches_of
-from quantize.build import calibrate, size
+from quantize.build import calibrate, pass_words, size
 from quantize.calibration import block_runner
 from quantize.calibration.hidden_states import FileStates, HiddenStates, MemoryStates
 from quantize.calibration.stream import Block, Spill, open_states, stream_blocks
@@ -338,12 +338,12 @@ def test_a_gpu_that_is_too_small_for_the_pass_is_refused_before_any_work(
 
 
 def test_a_build_on_the_cpu_says_once_that_a_gpu_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(calibrate, "nvidia_gpus", lambda: (LocalGpu("GeForce", 8 << 30, 0),))
+    monkeypatch.setattr(pass_words, "nvidia_gpus", lambda: (LocalGpu("GeForce", 8 << 30, 0),))
     reporter = ListReporter()
     with emulated_gpu():
-        calibrate._say_how(RunLimits(), reporter)
+        pass_words.say_how(RunLimits(), reporter)
     assert [event.text for event in reporter.events] == [
         "a GPU is there (GeForce), and the pass runs on the CPU: --device cuda is faster"
     ]
-    calibrate._say_how(RunLimits(), reporter)
+    pass_words.say_how(RunLimits(), reporter)
     assert len(reporter.events) == 1, "torch sees none"

@@ -290,7 +290,7 @@ def test_a_build_that_ends_while_measuring_is_only_measured_later(
 ) -> None:
     path = write()
     with monkeypatch.context() as patch:
-        patch.setattr(gates_module, "evaluate", lambda *_: (_ for _ in ()).throw(stop()))
+        patch.setattr("quantize.evaluate.session.evaluate", lambda *_: (_ for _ in ()).throw(stop()))
         assert run("build", path).exit_code in (1, 130)
     assert store.artifacts() == []
     assert [entry.name for entry in (store.root / "tiny" / "q8_0").iterdir()] == [UNJUDGED]

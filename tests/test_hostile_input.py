@@ -734,7 +734,8 @@ def test_a_publication_with_half_a_surrogate_pair_in_a_path() -> None:
         ("a.jsonl", b'{"text": "\\ud800"}\n', "a.jsonl:1:1: not JSON"),
         ("a.jsonl", b'{"text": "a"}\n{"text": "' + b"x" * 100, "a.jsonl:2:1: not JSON .more than 50 bytes"),
         ("a.jsonl", b"[" * 45, "not JSON"),
-        ("a.txt", b"\xff\xfe", "a.txt: not UTF-8 text"),
+        ("a.txt", b"\xff\xfe", "a.txt: the text is UTF-16, and UTF-8 is read"),
+        ("a.txt", b"caf\xe9", "a.txt: not UTF-8 text"),
         ("a.parquet", b"PAR1 not really PAR1", "a.parquet can't be read"),
     ],
 )

@@ -182,7 +182,7 @@ def test_the_memory_of_a_model_that_writes_its_text_is_planned(
     texts: Path, tiny: Path, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its weights as they are stored and in float32, and keys and values (2 blocks, 2 of 4 heads of 64) of 16 rows."""
-    monkeypatch.setattr("quantize.build.size.pass_bytes", lambda *_: 1 << 20)
+    monkeypatch.setattr("quantize.build.size.pass_bytes", lambda *_, **_given: 1 << 20)
 
     def planned(*parts: dict[str, Any], budget: str = "1TB") -> click.testing.Result:
         calibration = {"mix": list(parts), "sequence_length": 64}

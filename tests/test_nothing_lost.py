@@ -77,7 +77,7 @@ class Made:
         self.artifacts = {item.manifest.variant: item for item in Store(root / "artifacts").artifacts()}
 
 
-@pytest.fixture(scope="module", params=KINDS)
+@pytest.fixture(scope="module", params=["blocks", pytest.param("named", marks=pytest.mark.every_class)])
 def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Made:
     return Made(tmp_path_factory.mktemp(request.param), request.param)
 

@@ -39,7 +39,7 @@ def measurements(folder: Path) -> dict[str, Any]:
     return found
 
 
-@pytest.mark.parametrize("family", ["Qwen2-MoE", "Qwen3-MoE"])
+@pytest.mark.parametrize("family", ["Qwen2-MoE", pytest.param("Qwen3-MoE", marks=pytest.mark.every_class)])
 def test_experts_are_read_back_and_measured_by_gptqmodel(run: Run, tmp_path: Path, family: str) -> None:
     found = built(run, tmp_path, family)
     assert {*found} == {"gptq", "awq"}
