@@ -11,7 +11,6 @@ import click
 
 from quantize.build.execute import execute
 from quantize.build.execution import RunOptions
-from quantize.build.lockfile import hold, lock_path, read_lock
 from quantize.build.outcome import Outcome, OutcomeState
 from quantize.build.plan import Plan, make_plan
 from quantize.build.spread.cluster import check_address, forms
@@ -92,6 +91,8 @@ def command(
         def planned(recipe: Recipe) -> Plan:
             if not locked:
                 return make_plan(recipe, workspace, only=only, force=force, evaluate=not no_eval)
+            from quantize.build.lockfile import hold, lock_path, read_lock
+
             lock, kind = read_lock(lock_path(recipe.path)), device if options is None else None
             return hold(lock, recipe, workspace, only=only, force=force, evaluate=not no_eval, device=kind)
 

@@ -52,7 +52,7 @@ def without_added(model: BaseModel, data: dict[str, Any]) -> dict[str, Any]:
 class RecordModel(BaseModel):
     """Base of all that a record holds: no value is taken for one of another kind, and what is unknown stays in it."""
 
-    model_config = ConfigDict(strict=True, frozen=True, extra="allow")
+    model_config = ConfigDict(defer_build=True, strict=True, frozen=True, extra="allow")
     ADDED: ClassVar[frozenset[str]] = frozenset()
     """Fields that records of earlier versions do not have: they are written only where they were given, so that a
     record that is read and written is the same, and what was signed stays signed.

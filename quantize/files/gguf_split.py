@@ -16,6 +16,7 @@ from pathlib import Path
 
 from quantize.errors import BuildError, CheckpointError, disk_errors
 from quantize.files.gguf import ALIGNMENT, TENSOR_TYPES, UNQUANTIZED, GgufFile, GgufTensor, padded, read_gguf
+from quantize.system.cache import Cache
 from quantize.system.files import write_all
 
 NAME = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf", re.DOTALL)
@@ -65,6 +66,16 @@ def shard_paths(path: Path) -> tuple[Path, ...]:
     Raises CheckpointError: it can't be read, is not the first, or names the ones that are missing.
     """
     return _paths(read_gguf(path))
+
+
+def known_shards(path: Path, cache: Cache) -> tuple[Path, ...]:
+    """As `shard_paths`; the header is read again only if the first file has changed. Raises CheckpointError."""
+    if not path.is_file():
+        return shard_paths(path)  # which says what is wrong
+    stat = path.stat()
+    key = f"gguf-parts:{path.resolve()}:{stat.st_size}:{stat.st_mtime_ns}:{stat.st_ino}"
+    parts = tuple(path.with_name(name) for name in cache.fact(key, lambda: [part.name for part in shard_paths(path)]))
+    return parts if all(part.is_file() for part in parts) else shard_paths(path)
 
 
 def read_model(path: Path) -> GgufFile:

@@ -289,10 +289,10 @@ def _pin_gguf(source: Source, path: Path, uri: str, beside: Beside, cache: Cache
             f"source {path.name}: a GGUF file has its tokenizer in it, and no adapter is merged into one",
             hint="name the model's folder as `model`, or leave `tokenizer` and `adapter` out",
         )
-    from quantize.files.gguf_split import GgufSummary, read_summary, shard_paths
+    from quantize.files.gguf_split import GgufSummary, known_shards, read_summary
 
     status(reporter, "", f"hashing {path.name}")
-    files = tuple(SourceFile(part.name, part.stat().st_size, cache.sha256(part)) for part in shard_paths(path))
+    files = tuple(SourceFile(part.name, part.stat().st_size, cache.sha256(part)) for part in known_shards(path, cache))
     digest = files_digest(files)
     content = files[0].sha256 if len(files) == 1 else digest
     summary = GgufSummary(**cache.fact(f"gguf:{content}", lambda: asdict(read_summary(path))))
