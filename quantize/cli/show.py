@@ -51,9 +51,9 @@ def command(artifact: str, store: Store, as_json: bool) -> None:
         ("tools", ", ".join(f"{name} {version}" for name, version in manifest.tools.items())),
     ]
     if manifest.calibration is not None:
-        facts.append(
-            ("calibration", f"{manifest.calibration.sequences} sequences, {manifest.calibration.tokens:,} tokens")
-        )
+        guided = ", guided" if manifest.calibration.spec.get("guided") else ""
+        counted = f"{manifest.calibration.sequences} sequences, {manifest.calibration.tokens:,} tokens{guided}"
+        facts.append(("calibration", counted))
     if manifest.device is not None:
         facts.append(("computed on", manifest.device))
     if manifest.accepted_risk is not None:

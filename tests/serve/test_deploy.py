@@ -94,6 +94,16 @@ def test_print_llama_server(run: Run, q8: str, built: Built) -> None:
     assert "CUDA" not in run("serve", q8, "--print", "llama-server", "--device", "cpu").stdout
 
 
+def test_the_file_that_reads_images_is_handed_over_too(run: Run, built: Built, tmp_path: Path) -> None:
+    store = built.copy(tmp_path / "own")
+    towers = store.find("tiny/q8_0").folder / "mmproj-tiny-F16.gguf"
+    towers.write_bytes(b"GGUF")
+    text = run("serve", "tiny/q8_0", "--store", store.root, "--print", "llama-server").stdout
+    assert dict(pairwise(shlex.split(text, comments=True)))["--mmproj"] == str(towers.resolve())
+    said = run("serve", "tiny/q8_0", "--store", store.root, "--print", "ollama").stdout
+    assert f"# It reads text only: {towers.name} is not in it." in said
+
+
 def test_print_ollama(run: Run, q8: str) -> None:
     lines = [line for line in run("serve", q8, "--print", "ollama").stdout.splitlines() if not line.startswith("#")]
     assert lines[0].startswith("FROM /")
