@@ -175,6 +175,9 @@ def test_a_variant_has_its_name_and_one_way_to_be_written() -> None:
     assert GgufOptions(type="Q2_K", gptq=True, pure=True).variant_name() == "q2_k-gptq-pure"
     with pytest.raises(ValidationError, match="leave out `imatrix: false`"):
         GgufOptions(type="Q4_K_M", gptq=True, imatrix=False)
+    with pytest.raises(ValidationError, match=r"nothing in F16 is rounded.*leave out `gptq: true`"):
+        GgufOptions(type="F16", gptq=True)
+    assert GgufOptions(type="F16", gptq=True, overrides={"ffn_down": "Q4_K"}).gptq
 
 
 def test_options_of_variants_that_are_not_solved_are_those_of_before() -> None:

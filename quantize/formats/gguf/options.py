@@ -19,7 +19,7 @@ from pydantic import (
 )
 
 from quantize.errors import UsageError
-from quantize.formats.gguf.types import ELEMENT_TYPES, FTYPES
+from quantize.formats.gguf.types import ELEMENT_TYPES, FTYPES, UNQUANTIZED_TYPES, base_type
 from quantize.recipe.model import FormatOptions
 from quantize.recipe.yaml import suggest
 from quantize.runtimes.llama_cpp.vocabulary import names as pre_tokenizers
@@ -112,6 +112,12 @@ class GgufOptions(FormatOptions):
             except ValueError as exc:
                 raise ValueError(f"{pattern!r} is not a regular expression ({exc}) || a dot is written `\\.`") from exc
         return value
+
+    @model_validator(mode="after")
+    def _something_is_solved(self) -> GgufOptions:
+        if self.gptq and not self.overrides and base_type(self.type) in UNQUANTIZED_TYPES:
+            raise ValueError(f"nothing in {self.type} is rounded, so nothing is solved || leave out `gptq: true`")
+        return self
 
     def variant_name(self) -> str:
         """`q4_k_m`, `q4_k_m-imatrix`, `q4_k_m-gptq`, `q4_k_m-split-4g`, and a short hash where overrides or types are
