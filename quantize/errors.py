@@ -29,7 +29,7 @@ from __future__ import annotations
 
 import errno
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -71,6 +71,11 @@ class QuantizeError(Exception):
 def first_line(exc: BaseException, limit: int = 200) -> str:
     """What a foreign exception says, cut to one line of at most `limit` characters; its kind where it says nothing."""
     return (str(exc).splitlines() or [type(exc).__name__])[0][:limit]
+
+
+def some_of(names: Sequence[str], most: int) -> str:
+    """The first names of many, and how many more there are: "a, b and 4 more"."""
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def _shown(text: str) -> str:

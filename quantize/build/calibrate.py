@@ -119,8 +119,7 @@ def _pass(
     _import_transformers(context.checkpoint.folder)
     status(reporter, "", "reading the calibration text")
     started = time.perf_counter()
-    limits = context.limits
-    found = read_text(spec, base, context.checkpoint, limits.device if limits.on_own_gpu else "cpu", reporter)
+    found = read_text(spec, base, context.checkpoint, context.limits.own_device, reporter)
     text_seconds = time.perf_counter() - started
     variants = widened_all(variants, reporter)
     parts = [_Part(item, builders()[name], builders()[name].collector(item, reporter)) for name, item in variants]

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
-from quantize.errors import CheckpointError, RecipeError, StoreError, VerifyError
+from quantize.errors import CheckpointError, RecipeError, StoreError, VerifyError, some_of
 from quantize.events import Reporter, note
 from quantize.files.gguf_split import first_shard
 from quantize.formats import option_models
@@ -170,8 +170,7 @@ def _checked(artifact: Artifact, source: PinnedSource) -> PinnedSource:
 
 
 def _named(files: list[str]) -> str:
-    more = f" and {len(files) - 3} more" if len(files) > 3 else ""
-    return f"{', '.join(files[:3])}{more} differ{'s' * (len(files) == 1)}"
+    return f"{some_of(files, 3)} differ{'s' * (len(files) == 1)}"
 
 
 def as_stated(pinned: PinnedSource, entry: SourceEntry) -> PinnedSource:

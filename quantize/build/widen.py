@@ -23,6 +23,5 @@ def widened_all(variants: Variants, reporter: Reporter) -> list[tuple[str, Conte
     if not any(builders()[name].computes_in_half for name, _ in variants):
         return list(variants)
     first = variants[0][1]
-    device = first.limits.device if first.limits.on_own_gpu else "cpu"
-    checkpoint = widened(first.checkpoint, first.source, first.cache, reporter, device)
+    checkpoint = widened(first.checkpoint, first.source, first.cache, reporter, first.limits.own_device)
     return [(name, replace(context, checkpoint=checkpoint)) for name, context in variants]

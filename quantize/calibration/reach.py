@@ -16,7 +16,8 @@ from torch import Tensor
 
 from quantize.calibration.block_reader import read_blocks
 from quantize.calibration.block_runner import BlockRunner
-from quantize.errors import CheckpointError, QuantizeError, first_line
+from quantize.calibration.text import load_tokenizer
+from quantize.errors import QuantizeError, first_line
 from quantize.events import Reporter, note, progress, status, warn
 from quantize.model.architecture import block_layouts
 from quantize.model.checkpoint import Checkpoint
@@ -96,12 +97,7 @@ def _largest_weight(checkpoint: Checkpoint, name: str) -> float:
 
 def _tokens(checkpoint: Checkpoint) -> Tensor:
     """Token ids of prose, int64 [length], begun as the tokenizer begins a sequence."""
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(checkpoint.folder, local_files_only=True, trust_remote_code=False)
-    except Exception as exc:  # tokenizers raises bare Exceptions
-        raise CheckpointError(f"transformers does not load its tokenizer: {first_line(exc)}") from exc
+    tokenizer = load_tokenizer(checkpoint.folder)
     limit = first_number(text_part(checkpoint.config), ("max_position_embeddings",)) or TOKENS
     ids = tokenizer("\n".join(token_lines()[LINES]))["input_ids"][: min(TOKENS, limit)]
     return torch.tensor(ids, dtype=torch.long)

@@ -51,18 +51,16 @@ class PromptTokenizer:
 
     def chat(self, user: str, system: str | None) -> list[int]:
         """Token ids of one turn up to where the model answers; without a chat template the bare text."""
+        folded = user if system is None else f"{system}\n\n{user}"
         if self._tokenizer.chat_template is None:
-            text = user if system is None else f"{system}\n\n{user}"
-            return [*self.prefix, *self.encode(text + "\n")]
+            return [*self.prefix, *self.encode(folded + "\n")]
         import jinja2
 
-        asked = [{"role": "user", "content": user}]
+        messages = [{"role": "user", "content": folded}]
+        if system is not None and self._shows(system):
+            messages = [{"role": "system", "content": system}, {"role": "user", "content": user}]
         try:
-            if system is None:
-                return self._render(asked)
-            if self._shows(system):
-                return self._render([{"role": "system", "content": system}, *asked])
-            return self._render([{"role": "user", "content": f"{system}\n\n{user}"}])
+            return self._render(messages)
         except (jinja2.TemplateError, ValueError, TypeError) as exc:
             raise UsageError(f"the source's chat template fails: {str(exc)[:200]}") from exc
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from quantize.errors import CheckpointError
+from quantize.errors import CheckpointError, some_of
 from quantize.evaluate.pairs import Pair, matrices, pairs
 from quantize.events import Reporter, note, progress
 from quantize.formats import find_format
@@ -69,8 +69,7 @@ def check_structure(reporter: Reporter, artifact: ModelRef, source: Path, intend
 
 
 def _told(what: str, found: list[str]) -> str:
-    more = f" and {len(found) - MAX_NAMED} more" if len(found) > MAX_NAMED else ""
-    return f"{what} {', '.join(found[:MAX_NAMED])}{more}" if found else ""
+    return f"{what} {some_of(found, MAX_NAMED)}" if found else ""
 
 
 def _template(artifact: ModelRef, checkpoint: Checkpoint) -> str:

@@ -86,6 +86,11 @@ def padded(size: int, step: int = ALIGNMENT) -> int:
     return -(-size // step) * step
 
 
+def towers_beside(path: Path) -> list[Path]:
+    """The file with towers that lies beside a model's, if there is one."""
+    return sorted(path.parent.glob(f"{TOWERS_START}*.gguf"))[:1]
+
+
 def read_gguf(path: Path) -> GgufFile:
     """Read key-values and tensor table; arrays longer than MAX_ARRAY are skipped (vocabularies).
 

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from quantize.errors import BuildError, CheckpointError, disk_errors
+from quantize.errors import BuildError, CheckpointError, disk_errors, some_of
 from quantize.files.gguf import ALIGNMENT, TENSOR_TYPES, UNQUANTIZED, GgufFile, GgufTensor, padded, read_gguf
 from quantize.system.cache import Cache
 from quantize.system.files import write_all
@@ -138,8 +138,7 @@ def _paths(first: GgufFile) -> tuple[Path, ...]:
 
 
 def _named(names: Sequence[str]) -> str:
-    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return f"{', '.join(names[:3])}{more} {'is' if len(names) == 1 else 'are'}"
+    return f"{some_of(names, 3)} {'is' if len(names) == 1 else 'are'}"
 
 
 def _not_whole(path: Path, what: str) -> CheckpointError:

@@ -101,6 +101,11 @@ class RunLimits:
         return self.on_gpu and self.spread is None
 
     @property
+    def own_device(self) -> str:
+        """The device of this machine that a step computes on: the GPU that is meant, if it is one, else the CPU."""
+        return self.device if self.on_own_gpu else "cpu"
+
+    @property
     def tasks_at_once(self) -> int:
         """How many pieces of tensor work may run at once: one for each thread, and one after the other on a GPU, where
         more of them take more memory and no less time, and the first use of a library is not safe on two threads.

@@ -15,7 +15,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from quantize.errors import CheckpointError, first_line
+from quantize.errors import CheckpointError, first_line, some_of
 from quantize.events import Reporter, status
 from quantize.files.shards import torch_dtype
 from quantize.model.checkpoint import Checkpoint
@@ -169,9 +169,8 @@ def _without_place(known: Any, config: Any, tensors: Mapping[str, tuple[str, tup
 
 def _refuse_missing(architecture: str, missing: list[str]) -> None:
     if missing:
-        more = f" and {len(missing) - NAMED} more" if len(missing) > NAMED else ""
         raise CheckpointError(
-            f"the files lack what a {architecture} by config.json has: {', '.join(missing[:NAMED])}{more}",
+            f"the files lack what a {architecture} by config.json has: {some_of(missing, NAMED)}",
             hint="does config.json belong to the weights? Save the whole model again",
         )
 

@@ -15,7 +15,7 @@ from datetime import datetime
 from functools import partial
 from pathlib import Path
 
-from quantize.errors import RefusedError, StoreError, TransferError, UsageError, VerifyError
+from quantize.errors import RefusedError, StoreError, TransferError, UsageError, VerifyError, some_of
 from quantize.evaluate.decision import Verdict
 from quantize.evaluate.metrics import Summary
 from quantize.evaluate.record import NAME
@@ -111,8 +111,7 @@ def _resolve(found: Found, reference: str, reporter: Reporter) -> Pack:
 
 def _what_there_is(place: Place) -> str:
     known = place.known()
-    more = f" and {len(known) - MOST_NAMED} more" if len(known) > MOST_NAMED else ""
-    return f"there are: {', '.join(known[:MOST_NAMED])}{more}" if known else "check the name, and that you may read it"
+    return f"there are: {some_of(known, MOST_NAMED)}" if known else "check the name, and that you may read it"
 
 
 @contextmanager

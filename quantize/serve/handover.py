@@ -11,14 +11,13 @@ import re
 import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import yaml
 
 from quantize.errors import RefusedError, UsageError
 from quantize.estimate.fit import USABLE_PERCENT
-from quantize.files.gguf import TOWERS_START
+from quantize.files.gguf import towers_beside
 from quantize.files.gguf_split import is_part
 from quantize.formats import find_format, plugin_of
 from quantize.formats.format import No
@@ -217,7 +216,7 @@ def _ollama(target: LocalTarget, wanted: HandOver) -> str:
         "# Ollama has no API keys: keep it on this machine, or put `quantize serve` in front of it:",
         f"#   quantize serve http://127.0.0.1:11434/v1#{name} --keys FILE",
         "# The chat template is the file's own.",
-        *(f"# It reads text only: {towers.name} is not in it." for towers in _towers(target)),
+        *(f"# It reads text only: {towers.name} is not in it." for towers in towers_beside(target.path)),
         f"FROM {os.path.abspath(target.path)}",
         f"PARAMETER num_ctx {wanted.context_of(target)}",
         *(["PARAMETER num_gpu 0"] if wanted.on_cpu else []),
@@ -230,7 +229,7 @@ def _llama_server(target: LocalTarget, wanted: HandOver) -> str:
     if not wanted.on_cpu:
         command = [f"CUDA_VISIBLE_DEVICES={wanted.gpu}", *command]
     options: list[tuple[str, ...]] = [
-        *(("--mmproj", os.path.abspath(towers)) for towers in _towers(target)),
+        *(("--mmproj", os.path.abspath(towers)) for towers in towers_beside(target.path)),
         ("--alias", target.name),
         ("--host", wanted.host),
         ("--port", str(wanted.port)),
@@ -244,11 +243,6 @@ def _llama_server(target: LocalTarget, wanted: HandOver) -> str:
     note = "# --ctx-size is shared by all sequences"
     note += "; flash attention changes answers, so it is off" if wanted.kv_bits == "16" else ""
     return f"{note}\n{_lines(command, options)}"
-
-
-def _towers(target: LocalTarget) -> list[Path]:
-    """The file beside a GGUF model that reads images or sound for it, if there is one."""
-    return sorted(target.path.parent.glob(f"{TOWERS_START}*.gguf"))[:1]
 
 
 def _kv_options(bits: str) -> list[tuple[str, ...]]:

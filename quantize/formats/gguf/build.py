@@ -16,7 +16,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from quantize.calibration.budget import BlockMemory
-from quantize.errors import PlanError, QuantizeError, VerifyError, disk_errors
+from quantize.errors import PlanError, QuantizeError, VerifyError, disk_errors, some_of
 from quantize.events import Reporter, note, status, warn
 from quantize.files.gguf import GgufFile, GgufTensor, read_gguf
 from quantize.files.gguf_split import read_model
@@ -299,14 +299,13 @@ def _solve(context: Context, intermediate: Path, quantized: Path, reporter: Repo
     limits = context.limits
     request = SolveRequest(
         intermediate, quantized, context.checkpoint, context.scratch, context.variant, limits.threads,
-        limits.device if limits.on_own_gpu else "cpu",
+        limits.own_device,
     )  # fmt: skip
     status(reporter, context.variant, f"solving into {context.options.type}")
     solved: SolvedFile = run_step(f"solving into {context.options.type}", reporter, solve_file, request)
     for why in sorted(set(solved.unsolved.values())):
         names = [name for name, reason in solved.unsolved.items() if reason == why]
-        more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
-        note(reporter, context.variant, f"not solved: {', '.join(names[:NAMED])}{more}: {why}")
+        note(reporter, context.variant, f"not solved: {some_of(names, NAMED)}: {why}")
     return solved
 
 

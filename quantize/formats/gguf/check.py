@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from quantize.errors import VerifyError
-from quantize.files.gguf import TOWERS_START, GgufFile, GgufTensor, read_gguf
+from quantize.files.gguf import TOWERS_START, GgufFile, GgufTensor, read_gguf, towers_beside
 from quantize.formats.gguf.source import Expected, ExpectedTensor
 from quantize.model.checkpoint import Checkpoint
 from quantize.model.shape import ModelShape
@@ -100,7 +100,7 @@ def compare_towers(path: Path, expected: Expected) -> None:
     """
     if not expected.towers:
         return
-    found = sorted(path.parent.glob(f"{TOWERS_START}*.gguf"))
+    found = towers_beside(path)
     if not found:
         raise VerifyError(f"{path.name}: the file with the towers is lost ({TOWERS_START}….gguf)", hint=REBUILD)
     file = read_gguf(found[0])
