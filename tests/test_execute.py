@@ -189,7 +189,7 @@ def recorded(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     """The steps that are run, in order, of a format that needs a pass; the pass itself does nothing."""
     seen: list[str] = []
 
-    def passing(recipe: Any, variants: list[tuple[str, Context]], folder: Path, reporter: Any) -> PassResult:
+    def passing(recipe: Any, variants: list[tuple[str, Context]], folder: Path, *_: Any) -> PassResult:
         seen.append(f"pass of {len(variants)}")
         assert folder.is_dir()
         entry = CalibrationEntry(

@@ -46,6 +46,8 @@ if TYPE_CHECKING:
     from quantize.calibration.hidden_states import SavedStates
     from quantize.calibration.stream import Block, Precision, Spill
     from quantize.calibration.token_weights import TokenWeights
+    from quantize.evaluate.job import Ride
+    from quantize.evaluate.rider import Rider
 
 SECONDS_BETWEEN_STATES = 60.0  # of a pass on a GPU, which runs a block again sooner than it writes its states
 
@@ -80,18 +82,23 @@ class _Part:
 class _Material:
     """What is run. folder: of the pass. guided: the seed of the labels, where tokens are weighted; None: they are not.
 
-    measured: facts for measurements.json, as they come.
+    rider: held-out text that goes along. measured: facts for measurements.json, as they come.
     """
 
     token_ids: Sequence[Sequence[int]]
     precision: Precision
     folder: Path
     guided: int | None
+    rider: Rider | None
     measured: dict[str, Any] = field(default_factory=dict)
 
 
-def run_pass(recipe: Recipe, variants: Sequence[tuple[str, Context]], folder: Path, reporter: Reporter) -> PassResult:
+def run_pass(
+    recipe: Recipe, variants: Sequence[tuple[str, Context]], folder: Path, reporter: Reporter, ride: Ride | None = None
+) -> PassResult:
     """Run the pass for (format, context) pairs; `folder` is where it leaves what a stopped one goes on from.
+
+    ride: held-out text that goes along. It changes nothing of what is built.
 
     Raises PlanError, BuildError, WorkerDied if it ends early; Stopped if the user asked it to end.
     """
@@ -99,18 +106,20 @@ def run_pass(recipe: Recipe, variants: Sequence[tuple[str, Context]], folder: Pa
     if recipe.calibration is None:
         raise no_calibration(names)
     status(reporter, "", f"calibration pass for {names}")
-    arguments = (recipe.calibration, recipe.path.parent, list(variants), folder)
+    arguments = (recipe.calibration, recipe.path.parent, list(variants), folder, ride)
     return run_step("the calibration pass", reporter, _pass, *arguments, stops=True)
 
 
 def _pass(
-    reporter: Reporter, spec: Calibration, base: Path, variants: list[tuple[str, Context]], folder: Path
-) -> PassResult:
+    reporter: Reporter, spec: Calibration, base: Path, variants: list[tuple[str, Context]], folder: Path,
+    ride: Ride | None = None,
+) -> PassResult:  # fmt: skip
     began = time.perf_counter()
     import torch
 
     from quantize.calibration.mix import CalibrationText
     from quantize.calibration.writing import read_text
+    from quantize.evaluate.rider import Rider
     from quantize.formats import builders
 
     context = variants[0][1]
@@ -141,7 +150,8 @@ def _pass(
             seconds=SECONDS_BETWEEN_STATES if context.limits.on_gpu else 0.0,
         )
         seed = spec.seed if spec.guided else None
-        material = _Material(found.token_ids, precision, folder, seed)
+        rider = None if ride is None else Rider(ride, context.checkpoint, folder, reporter)
+        material = _Material(found.token_ids, precision, folder, seed, rider)
         lacking = _resume(journal, parts, reporter) < block_count(context.checkpoint.config)
         with journal:
             if lacking:
@@ -232,7 +242,7 @@ def _stream_blocks(
     stream = stream_blocks(
         context.checkpoint, material.token_ids, device=context.limits.device, precision=material.precision, spill=spill,
         start_block=min(part.blocks for part in parts if part.error is None), reporter=reporter,
-        guide=_guide(journal, context, material, reporter),
+        guide=_guide(journal, context, material, reporter), passenger=material.rider,
     )  # fmt: skip
     for block in stream:
 

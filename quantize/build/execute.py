@@ -22,6 +22,7 @@ from quantize.build.plan import Plan, find_existing, look
 from quantize.build.settle import GateKeeper, Gates, NoGates
 from quantize.build.size import check_room, say_what_is_missing
 from quantize.errors import DiskFullError, QuantizeError, Stopped, StoreError
+from quantize.evaluate.job import Ride
 from quantize.events import note
 from quantize.formats.base import Context
 from quantize.model.checkpoint import Checkpoint
@@ -78,10 +79,12 @@ def _is_settled(artifact: Artifact, gates: Gates, ledger: Ledger, workspace: Wor
 def _work(todo: Sequence[VariantJob], waiting: Sequence[VariantJob], at: Execution) -> None:
     """Build one part of the jobs, settle the other."""
     todo = [job for job in todo if _is_sound(job, at)]
-    at.gates.prepare([*todo, *waiting], at.checkpoint)
+    calibrated = [job for job in todo if job.is_calibrated]
+    rides = bool(calibrated) and not waiting and at.run.limits.takes_passengers
+    ride = at.gates.prepare([*todo, *waiting], at.checkpoint, rides=rides)
     for job in waiting:
         _settle_waiting(job, at)
-    _build_calibrated([job for job in todo if job.is_calibrated], at)
+    _build_calibrated(calibrated, at, ride)
     for job in todo:
         if not job.is_calibrated and at.ledger.goes_on(job.name):
             with ExitStack() as held:
@@ -140,8 +143,8 @@ def _begin(job: VariantJob, at: Execution, held: ExitStack) -> Work | None:
     return held.enter_context(working(job, at))
 
 
-def _build_calibrated(jobs: Sequence[VariantJob], at: Execution) -> None:
-    """All calibrated variants of the plan, from one pass over the blocks."""
+def _build_calibrated(jobs: Sequence[VariantJob], at: Execution, ride: Ride | None) -> None:
+    """All calibrated variants of the plan, from one pass over the blocks. ride: of the source's own evaluation."""
     if not jobs:
         return
     with ExitStack() as held:
@@ -151,18 +154,20 @@ def _build_calibrated(jobs: Sequence[VariantJob], at: Execution) -> None:
                 works.append(work)
         if works:
             with pass_workplace(at.root, at.plan.recipe.name) as folder:
-                _run_pass(works, folder, at)
+                _run_pass(works, folder, at, ride)
 
 
-def _run_pass(works: Sequence[Work], folder: Path, at: Execution) -> None:
+def _run_pass(works: Sequence[Work], folder: Path, at: Execution, ride: Ride | None) -> None:
     variants = [(work.job.variant.format, work.context) for work in works]
     try:
-        passed = run_pass(at.plan.recipe, variants, folder, at.workspace.reporter)
+        passed = run_pass(at.plan.recipe, variants, folder, at.workspace.reporter, ride)
     except Stopped:
         raise
     except QuantizeError as exc:
         _failed(exc, works, at)
         return
+    if ride is not None:
+        at.gates.prepare([work.job for work in works], at.checkpoint)
     for work in works:
         error = passed.errors.get(work.job.name)
         if error is not None:

@@ -25,7 +25,7 @@ from quantize.evaluate.decision import RUNS, GateThresholds
 from quantize.evaluate.engine import why_not_streamed
 from quantize.evaluate.gates import decide, thresholds
 from quantize.evaluate.held_out import CalibratedOn
-from quantize.evaluate.job import Evaluation, EvaluationJob, Reference
+from quantize.evaluate.job import Evaluation, EvaluationJob, Reference, Ride
 from quantize.evaluate.kinds import LOOKED, text_name, text_parts
 from quantize.evaluate.record import (
     ArtifactName,
@@ -103,11 +103,14 @@ class Judge:
         limits = self._limits(artifact.manifest)
         return record.decided(decide(record, limits), limits)
 
-    def prepare(self, checkpoint: Checkpoint, reporter: Reporter, *, calibrated: bool) -> None:
+    def prepare(
+        self, checkpoint: Checkpoint, reporter: Reporter, *, calibrated: bool, rides: bool = False
+    ) -> Ride | None:
         """Read the text and the prompts with the source, once for all variants: what can't work fails before any build.
 
-        calibrated: some variant is. Raises UsageError, RecipeError: text or golden prompts. RefusedError: text that is
-        calibrated on. BuildError: the source can't be run here.
+        calibrated: some variant is. rides: see prepare_source; what it leaves to the pass is to be prepared after it.
+        Raises UsageError, RecipeError: text or golden prompts. RefusedError: text that is calibrated on. BuildError:
+        the source can't be run here.
         """
         from quantize.evaluate.session import prepare_source
 
@@ -116,8 +119,9 @@ class Judge:
             job = replace(job, calibrated_on=CalibratedOn(self.recipe.calibration, self.recipe.path.parent))
         for text in self._notes:
             note(reporter, "", text)
+        self._notes = []  # said once
         try:
-            run_step("reading the held-out text with the source", reporter, prepare_source, job)
+            return run_step("reading the held-out text with the source", reporter, prepare_source, job, rides=rides)
         except QuantizeError as exc:
             if isinstance(exc, (UsageError, DiskFullError)) or type(exc) is RefusedError:
                 raise

@@ -13,6 +13,7 @@ from quantize.build.job import VariantJob
 from quantize.build.judge import NOT_RUNNING, Judge
 from quantize.errors import BuildError, GateError, VerifyError
 from quantize.evaluate.decision import RUNS, Decision
+from quantize.evaluate.job import Ride
 from quantize.evaluate.page import render_page
 from quantize.evaluate.record import NAME, EvaluationRecord, read_record
 from quantize.events import note, status, warn
@@ -39,8 +40,8 @@ class Gates(Protocol):
     def settled(self, artifact: Artifact) -> Settled | None:
         """An artifact that is where it belongs, so that nothing is left to do; None if something is."""
 
-    def prepare(self, jobs: Sequence[VariantJob], checkpoint: Checkpoint) -> None:
-        """What measuring these jobs needs of the source, before anything is built."""
+    def prepare(self, jobs: Sequence[VariantJob], checkpoint: Checkpoint, *, rides: bool = False) -> Ride | None:
+        """What measuring these jobs needs of the source, before anything is built. rides: see Judge.prepare."""
 
     def settle(
         self, artifact: Artifact, checkpoint: Checkpoint, *, failure: VerifyError | None = None, anew: bool = False
@@ -58,7 +59,7 @@ class NoGates:
         """None is ever left to do."""
         return Settled(artifact, None)
 
-    def prepare(self, jobs: Sequence[VariantJob], checkpoint: Checkpoint) -> None:
+    def prepare(self, jobs: Sequence[VariantJob], checkpoint: Checkpoint, *, rides: bool = False) -> Ride | None:
         """Nothing is measured."""
 
     def settle(
@@ -82,12 +83,13 @@ class GateKeeper:
         """Whether artifacts of a format are measured where their figures are not known."""
         return self._evaluate and self.judge.can_measure(format)
 
-    def prepare(self, jobs: Sequence[VariantJob], checkpoint: Checkpoint) -> None:
+    def prepare(self, jobs: Sequence[VariantJob], checkpoint: Checkpoint, *, rides: bool = False) -> Ride | None:
         """The source's side of measuring those whose figures are not known. Raises as Judge.prepare does."""
         measured = [job for job in jobs if self.measures(job.variant.format) and not self._is_known(job.existing)]
-        if measured:
-            calibrated = any(job.is_calibrated for job in measured)
-            self.judge.prepare(checkpoint, self._reporter, calibrated=calibrated)
+        if not measured:
+            return None
+        calibrated = any(job.is_calibrated for job in measured)
+        return self.judge.prepare(checkpoint, self._reporter, calibrated=calibrated, rides=rides)
 
     def _is_known(self, artifact: Artifact | None) -> bool:
         return artifact is not None and self.judge.known(artifact) is not None

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Literal, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -92,6 +92,16 @@ class Spill:
     gpu_bytes: int | None = None
 
 
+class Passenger(Protocol):
+    """Other text that goes through the blocks of a pass on a CPU, whose weights are read once for both."""
+
+    def begin(self, block: int) -> None:
+        """The pass begins with this block."""
+
+    def take(self, layout: BlockLayout, weights: dict[str, Tensor]) -> None:
+        """The next block, with its float32 weights by full name, before the pass runs it. They must not change."""
+
+
 def stream_blocks(
     checkpoint: TensorSource,
     token_ids: Sequence[Sequence[int] | Tensor],
@@ -103,6 +113,7 @@ def stream_blocks(
     tokens_per_batch: int | None = None,
     reporter: Reporter | None = None,
     guide: TokenWeights | None = None,
+    passenger: Passenger | None = None,
 ) -> Iterator[Block]:
     """Yield each block from `start_block` on, with its weights and Gram matrices. guide: what each token counts.
 
@@ -123,9 +134,13 @@ def stream_blocks(
     states = open_states(runner, tokens, spill)
     first = _first_block(states, spill.saved, start_block, events)
     embed_all(checkpoint, runner, ordered, states if first is None else None)
+    if passenger is not None:
+        passenger.begin(first or 0)
     total = tokens * runner.blocks
     layouts = list(block_layouts(checkpoint.config))
     for layout, weights in read_blocks(checkpoint, layouts[first or 0 :], runner.device):
+        if passenger is not None:
+            passenger.take(layout, weights)
         runner.load(layout, weights)
         index, last = layout.index, layout.index == runner.blocks - 1
         grams = None

@@ -63,6 +63,18 @@ class EvaluationJob:
 
 
 @dataclass(frozen=True)
+class Ride:
+    """The source's held-out text, to go through its blocks beside a calibration pass.
+
+    token_ids: of each window. key: names the Baseline that it is for. cache: where the states after the last block go.
+    """
+
+    token_ids: tuple[tuple[int, ...], ...]
+    key: str
+    cache: Path
+
+
+@dataclass(frozen=True)
 class Evaluation:
     """What was measured of one artifact. quality: None where a check says that figures would mean nothing.
 

@@ -13,7 +13,7 @@ from typing import Any
 from quantize.evaluate.answers import compare_answers
 from quantize.evaluate.decision import RUNS
 from quantize.evaluate.device import on_device
-from quantize.evaluate.job import Evaluation, EvaluationJob
+from quantize.evaluate.job import Evaluation, EvaluationJob, Ride
 from quantize.evaluate.material import Material, read_material
 from quantize.evaluate.measure import measure, other_vocabulary
 from quantize.evaluate.prompts import PromptTokenizer
@@ -23,6 +23,7 @@ from quantize.evaluate.source_side import (
     can_answer,
     open_model,
     reference_side,
+    source_ride,
     source_side,
     task_run,
     wanted_run,
@@ -39,9 +40,16 @@ MAX_OTHER_TOKENS = 0.05
 """Share of the tokens in use that may be spelled otherwise: converters rename special and added ones."""
 
 
-def prepare_source(reporter: Reporter, job: EvaluationJob) -> None:
-    """Put the source's side into the cache. Raises UsageError, RecipeError, RefusedError, VerifyError."""
-    source_side(reporter, job, read_material(job))
+def prepare_source(reporter: Reporter, job: EvaluationJob, *, rides: bool = False) -> Ride | None:
+    """Put the source's side into the cache. rides: a calibration pass comes, and what it can do beside is left to it.
+
+    Raises UsageError, RecipeError, RefusedError, VerifyError.
+    """
+    material = read_material(job)
+    ride = source_ride(reporter, job, material) if rides else None
+    if ride is None:
+        source_side(reporter, job, material)
+    return ride
 
 
 def evaluate(reporter: Reporter, job: EvaluationJob) -> Evaluation | None:

@@ -16,22 +16,23 @@ from typing import TypeVar
 
 from quantize.errors import BuildError, VerifyError
 from quantize.evaluate.baseline import KIND, LIKELIEST, Baseline, baseline_key, find, record, save
-from quantize.evaluate.device import ModelRun, on_device
+from quantize.evaluate.device import ModelRun, find_place, on_device
 from quantize.evaluate.engine import engine_tools
-from quantize.evaluate.job import EvaluationJob, Reference
+from quantize.evaluate.job import EvaluationJob, Reference, Ride
 from quantize.evaluate.material import Material, tokenizer_folder
 from quantize.evaluate.measure import convert_and_record
 from quantize.evaluate.record import Conversion
 from quantize.evaluate.task_record import TaskScores
 from quantize.evaluate.tasks import TaskRun
 from quantize.evaluate.text import Windows
-from quantize.events import Reporter, note, status
+from quantize.events import Reporter, SilentReporter, note, status
 from quantize.formats import open_runtime
 from quantize.runtimes.base import ModelRef, Runtime
 from quantize.runtimes.devices import DevicePlace
 from quantize.system.cache import Cache
 
 ANSWERS_KIND, CONVERSIONS_KIND = "source-answers", "conversions"
+RIDDEN_KIND = "source-states"  # by the key of the Baseline that is made of them
 FILE = "found.json"
 Answers = Sequence[Sequence[int]]
 Found = TypeVar("Found")
@@ -65,6 +66,21 @@ def source_side(reporter: Reporter, job: EvaluationJob, material: Material) -> S
     return on_device(reporter, wanted, lambda place: _source_on(reporter, job, material, wanted, place))
 
 
+def source_ride(reporter: Reporter, job: EvaluationJob, material: Material) -> Ride | None:
+    """What of the source's side is left to a calibration pass: where the source is streamed and has no Baseline."""
+    place, cache = find_place(SilentReporter(), wanted_run(job, job.source, material)), Cache(job.cache)
+    if not place.streamed:
+        return None
+    tools = engine_tools(job.source, place)
+    windows = material.windows(_find(cache, ANSWERS_KIND, _answers_key(job, material, tools), _read_answers))
+    key = baseline_key(job.source_digest, windows, tools, keep=LIKELIEST)
+    done = find(cache, key) is not None or cache.entry(RIDDEN_KIND, key).is_dir()
+    if done or task_run(reporter, job, material, place).find(cache, job.source_digest, tools) is None:
+        return None
+    note(reporter, "", "the held-out text goes through the source's blocks beside the calibration text")
+    return Ride(windows.token_ids, key, job.cache)
+
+
 def reference_side(
     reporter: Reporter, job: EvaluationJob, material: Material, source: SourceSide
 ) -> ReferenceSide | None:
@@ -88,12 +104,15 @@ def wanted_run(job: EvaluationJob, model: ModelRef, material: Material) -> Model
     return ModelRun(model, job.device, material.longest, job.source.folder, job.engine)
 
 
-def open_model(reporter: Reporter, job: EvaluationJob, wanted: ModelRun, place: DevicePlace) -> Runtime:
-    """Load a model of an evaluation. Raises VerifyError, MissingExtraError."""
+def open_model(
+    reporter: Reporter, job: EvaluationJob, wanted: ModelRun, place: DevicePlace, ridden: Path | None = None
+) -> Runtime:
+    """Load a model of an evaluation. ridden: see open_streamed. Raises VerifyError, MissingExtraError."""
     if place.streamed:
         from quantize.evaluate.streamed import open_streamed
 
-        return open_streamed(wanted.model, job.source.folder, place, reporter, job.cache, threads=job.threads)
+        source = job.source.folder
+        return open_streamed(wanted.model, source, place, reporter, job.cache, threads=job.threads, ridden=ridden)
     return open_runtime(wanted.model, context=wanted.context, threads=job.threads, place=place)
 
 
@@ -118,14 +137,16 @@ def _source_on(
     answers = _find(cache, ANSWERS_KIND, answers_key, _read_answers)
     asks = answers is None and can_answer(reporter, material, place, "source")
     run = task_run(reporter, job, material, place)
-    tasks = run.find(cache, job.source_digest, tools)
-    if not asks and tasks is not None:
+    tasks, ridden = run.find(cache, job.source_digest, tools), None
+    if not asks:
         windows = material.windows(answers)
-        baseline = find(cache, baseline_key(job.source_digest, windows, tools, keep=LIKELIEST))
-        if baseline is not None:
+        key = baseline_key(job.source_digest, windows, tools, keep=LIKELIEST)
+        baseline, left = find(cache, key), cache.entry(RIDDEN_KIND, key)
+        if baseline is not None and tasks is not None:
             return _side(material, windows, baseline, answers, place, tasks)
+        ridden = left if left.is_dir() else None
     status(reporter, "", "loading the source")
-    with closing(open_model(reporter, job, wanted, place)) as runtime:
+    with closing(open_model(reporter, job, wanted, place, ridden)) as runtime:
         if asks:
             answers = texts = _ask(reporter, runtime, material)
             cache.make(ANSWERS_KIND, answers_key, lambda folder: _write(folder, json.dumps(texts)))
@@ -135,6 +156,7 @@ def _source_on(
         if baseline is None:
             baseline = made = record(runtime, windows, reporter)
             cache.make(KIND, key, lambda folder: save(made, folder))
+        cache.remove(RIDDEN_KIND, key)
         tasks = run.measure_source(runtime, cache, job.source_digest, tools)
     return _side(material, windows, baseline, answers, place, tasks)
 

@@ -9,6 +9,7 @@ Left to others: whether a model is run so (device.py). It answers nothing: each 
 
 from __future__ import annotations
 
+import json
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -21,7 +22,15 @@ from torch import Tensor, nn
 
 from quantize.calibration.block_reader import TensorSource, read_blocks
 from quantize.calibration.block_runner import BlockRunner
-from quantize.calibration.hidden_states import Batch, MemoryStates, ScratchStates, States, make_batches
+from quantize.calibration.hidden_states import (
+    Batch,
+    FileStates,
+    MemoryStates,
+    SavedStates,
+    ScratchStates,
+    States,
+    make_batches,
+)
 from quantize.calibration.output_head import OutputHead
 from quantize.calibration.stream import embed_all
 from quantize.errors import CheckpointError, UsageError, VerifyError
@@ -43,6 +52,7 @@ if TYPE_CHECKING:
     from quantize.runtimes.base import LogProbs
 
 STATE_BYTES = 1 << 30  # of hidden states that are kept in memory; more go to a file
+RIDDEN = "ride.json"  # beside the states that a calibration pass leaves
 UNPACKED_AT_ONCE = 2  # matrices: each takes a few copies of itself on the way to float32
 
 
@@ -52,14 +62,18 @@ class StreamedRuntime:
     def __init__(
         self, source: TensorSource, label: str, place: DevicePlace, reporter: Reporter, scratch: Path,
         *, threads: int = 0, state_bytes: int = STATE_BYTES, rounding: InputRounding | None = None,
+        ridden: Path | None = None,
     ) -> None:  # fmt: skip
-        """rounding: see Format.inputs. Raises VerifyError: tensors are missing or do not fit the architecture."""
+        """rounding: see Format.inputs. ridden: see open_streamed.
+
+        Raises VerifyError: tensors are missing or do not fit the architecture.
+        """
         if threads:
             torch.set_num_threads(threads)
         self.name, self.version = STREAMED, streamed_version()
         self.warnings: tuple[str, ...] = ()
         self._source, self._label, self._reporter = source, label, reporter
-        self._scratch, self._state_bytes = scratch, state_bytes
+        self._scratch, self._state_bytes, self._ridden = scratch, state_bytes, ridden
         with self._told():
             self._runner = BlockRunner(source.config, place.device, "float32")
             self._head = OutputHead(self._runner, source)
@@ -69,14 +83,14 @@ class StreamedRuntime:
 
     def read(self, windows: Sequence[Sequence[int]]) -> Iterator[Iterator[LogProbs]]:
         """See Runtime. The first window comes when all have gone through all blocks."""
-        sequences = [torch.tensor(ids[:-1], dtype=torch.long) for ids in windows]  # nothing follows the last token
-        batches = make_batches([len(ids) for ids in sequences], batch_tokens(self._runner.device.type))
-        states = self._open_states(sum(len(ids) for ids in sequences))
+        batches, ordered = in_batches(windows, self._runner.device)
+        tokens = sum(batch.rows for batch in batches)
+        states = self._after_blocks(tokens) or self._open_states(tokens)
         try:
-            with self._told():
-                ordered = [sequences[member] for batch in batches for member in batch.members]
-                embed_all(self._source, self._runner, ordered, states)
-                self._run_blocks(batches, states)
+            if not isinstance(states, FileStates):
+                with self._told():
+                    embed_all(self._source, self._runner, ordered, states)
+                    self._run_blocks(batches, states)
             places = dict(_single(batches))
             for number in range(len(windows)):
                 yield self._rows(states.read(places[number])[0])
@@ -98,6 +112,14 @@ class StreamedRuntime:
         del self._runner, self._head
         give_back_freed()
 
+    def _after_blocks(self, tokens: int) -> FileStates | None:
+        """What a calibration pass has left of the same windows."""
+        if self._ridden is None:
+            return None
+        states = FileStates(tokens, self._runner.hidden_size, self._runner.device, self._ridden)
+        saved = read_saved(self._ridden / RIDDEN)
+        return states if saved is not None and saved.block == self._runner.blocks and states.load(saved) else None
+
     def _open_states(self, tokens: int) -> MemoryStates | ScratchStates:
         hidden, device = self._runner.hidden_size, self._runner.device
         if 4 * tokens * hidden > self._state_bytes:
@@ -105,21 +127,12 @@ class StreamedRuntime:
         return MemoryStates(tokens, hidden, device, None, held=device if device.type == "cuda" else "cpu")
 
     def _run_blocks(self, batches: list[Batch], states: States) -> None:
-        """All batches through each block; on a CPU two at once, each with its part of the threads, as calibration."""
+        """All batches through each block."""
         runner, tokens = self._runner, sum(batch.rows for batch in batches)
-
-        def run(index: int, batch: Batch) -> Tensor:
-            return runner.run(index, states.read(batch))
-
         for layout, weights in read_blocks(self._source, list(block_layouts(self._source.config)), runner.device):
             runner.load(layout, weights)
             del weights
-            with split_threads(shares_on(runner.device.type)) as pools:
-                tasks = [partial(run, layout.index, batch) for batch in batches]
-                for batch, output in zip(batches, in_turn(tasks, pools), strict=True):
-                    states.write(batch, output)
-            states.advance()
-            runner.unload(layout.index)
+            run_block(runner, layout.index, batches, states)
             give_back_freed()
             text = f"running {self._label} block by block, tokens x blocks"
             progress(self._reporter, "", text, (layout.index + 1) * tokens, runner.blocks * tokens)
@@ -135,6 +148,29 @@ class StreamedRuntime:
             yield
         except CheckpointError as exc:
             raise VerifyError(f"{self._label}: {exc.message}", hint=exc.hint) from exc
+
+
+def in_batches(windows: Sequence[Sequence[int]], device: torch.device) -> tuple[list[Batch], list[Tensor]]:
+    """Windows as they go through the blocks, and the token ids of each, in that order."""
+    sequences = [torch.tensor(ids[:-1], dtype=torch.long) for ids in windows]  # nothing follows the last token
+    batches = make_batches([len(ids) for ids in sequences], batch_tokens(device.type))
+    return batches, [sequences[member] for batch in batches for member in batch.members]
+
+
+def run_block(runner: BlockRunner, index: int, batches: Sequence[Batch], states: States) -> None:
+    """All batches through a block that is loaded, which is let go; on a CPU two at once, each with its part of the
+    threads, as calibration.
+    """
+
+    def run(batch: Batch) -> Tensor:
+        return runner.run(index, states.read(batch))
+
+    with split_threads(shares_on(runner.device.type)) as pools:
+        tasks = [partial(run, batch) for batch in batches]
+        for batch, output in zip(batches, in_turn(tasks, pools), strict=True):
+            states.write(batch, output)
+    states.advance()
+    runner.unload(index)
 
 
 class ArtifactTensors:
@@ -188,10 +224,22 @@ def _round_inputs(runner: BlockRunner, layouts: Sequence[BlockLayout], rounding:
                 module.register_forward_pre_hook(hook)
 
 
+def read_saved(path: Path, key: str | None = None) -> SavedStates | None:
+    """The record that rider.py keeps of its states; None if there is none, or it has another key."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        return SavedStates(**found["states"]) if key in (None, found["key"]) else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
 def open_streamed(
-    model: ModelRef, source: Path, place: DevicePlace, reporter: Reporter, scratch: Path, *, threads: int = 0
-) -> StreamedRuntime:
+    model: ModelRef, source: Path, place: DevicePlace, reporter: Reporter, scratch: Path, *, threads: int = 0,
+    ridden: Path | None = None,
+) -> StreamedRuntime:  # fmt: skip
     """Open a model to be read block by block. source: folder of the checkpoint that it is, or was made from.
+
+    ridden: folder of what rider.py leaves of the windows that are read first; without it they go through the blocks.
 
     Raises VerifyError: it can't be read. CheckpointError: the source can't be.
     """
@@ -203,4 +251,7 @@ def open_streamed(
         raise VerifyError(f"{model.folder.name}: {exc.message}", hint=exc.hint) from exc
     inputs = None if is_source else find_format(model.format).inputs
     rounding = inputs(model.path) if inputs is not None else None
-    return StreamedRuntime(tensors, model.folder.name, place, reporter, scratch, threads=threads, rounding=rounding)
+    name = model.folder.name
+    return StreamedRuntime(
+        tensors, name, place, reporter, scratch, threads=threads, rounding=rounding, ridden=ridden
+    )  # fmt: skip

@@ -101,6 +101,11 @@ class RunLimits:
         return self.on_gpu and self.spread is None
 
     @property
+    def takes_passengers(self) -> bool:
+        """Whether the blocks of a pass are there for other text too: on this machine's CPU."""
+        return not self.on_gpu and self.spread is None
+
+    @property
     def own_device(self) -> str:
         """The device of this machine that a step computes on: the GPU that is meant, if it is one, else the CPU."""
         return self.device if self.on_own_gpu else "cpu"
