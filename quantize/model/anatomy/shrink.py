@@ -52,6 +52,7 @@ _WIDTHS = frozenset({
     "pronunciation_embed_dim", "shape_embed_dim", "prompt_mid_dim", "attn_hidden_size", "adapter_in_dim",
     "adapter_input_size",
 })  # fmt: skip
+_FOR_EACH_PAIR = ("short_factor", "long_factor")  # of values of a head that are rotated
 _TOWER_BLOCKS = 2
 _GIVEN = ("out_hidden_size", "text_hidden_size")  # of a tower: the width that it gives the text, if it is the text's
 _RANKS = frozenset({
@@ -174,6 +175,9 @@ def _settle(config: Mapping[str, Any], tiny: dict[str, Any], layers: int, scale:
             tiny[key] = layers - 1
     if _is_whole(config.get("mamba_d_ssm")) and _is_whole(tiny.get("mamba_n_heads")):
         tiny["mamba_d_ssm"] = tiny["mamba_n_heads"] * tiny["mamba_d_head"]
+    for key in _FOR_EACH_PAIR:
+        if isinstance(config.get(key), list):
+            tiny[key] = config[key][: max(1, round(len(config[key]) * scale.head_dim))]
     section = tiny.get("mrope_section")
     if isinstance(section, list) and all(_is_whole(item) for item in section):
         tiny["mrope_section"] = _in_proportion(section, round(sum(section) * scale.head_dim))

@@ -61,6 +61,7 @@ def _classic(architecture: str, config: Config) -> Config:
         if rope.get("rope_type") not in (None, "default"):
             _add(config, "rope_scaling", rope)
         _add(config, "partial_rotary_factor", rope.get("partial_rotary_factor"))
+        _add(config, "original_max_position_embeddings", rope.get("original_max_position_embeddings"))
     for key, value in _ADDED.get(architecture, {}).items():
         if config.get(key) is None:
             _add(config, key, value(config))
