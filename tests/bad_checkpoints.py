@@ -419,3 +419,32 @@ def tokenizer_not_json(folder: Path) -> None:
 @says("tokenizer_config.json: not a JSON object")
 def tokenizer_config_is_text(folder: Path) -> None:
     (folder / "tokenizer_config.json").write_text('"LlamaTokenizer"')
+
+
+@says("preprocessor_config.json: not JSON")
+def processor_cut_off(folder: Path) -> None:
+    (folder / "preprocessor_config.json").write_text('{"image_mean": [0.5, 0.5')
+
+
+@says("video_preprocessor_config.json: not a JSON object")
+def video_processor_is_a_list(folder: Path) -> None:
+    (folder / "video_preprocessor_config.json").write_text("[]")
+
+
+@says(
+    "processor_config.json: `image_processor.image_std` must be a number other than 0 for each channel, found [0.5, 0]"
+)
+def processor_divides_by_zero(folder: Path) -> None:
+    write_json(folder / "processor_config.json", {"image_processor": {"image_std": [0.5, 0]}})
+
+
+@says(
+    "preprocessor_config.json: `size` must be pixels: a whole number above 0, or several by name, found {'height': '56'"
+)
+def processor_with_text_for_a_number(folder: Path) -> None:
+    write_json(folder / "preprocessor_config.json", {"size": {"height": "56"}})
+
+
+@says("preprocessor_config.json: transformers makes no NoImageProcessor of it: Unrecognized image processor")
+def processor_of_no_known_class(folder: Path) -> None:
+    write_json(folder / "preprocessor_config.json", {"image_processor_type": "NoImageProcessor"})

@@ -111,11 +111,15 @@ class ReferenceMaker(Protocol):
 
 @dataclass(frozen=True)
 class Way:
-    """A way to run an artifact from its folder: {file} and {name} in `how` are filled in."""
+    """A way to run an artifact from its folder: {file} and {name} in `how` are filled in.
+
+    with_towers: what follows it where a file with towers lies beside the model's; {towers} is that file.
+    """
 
     runtime: str
     language: str
     how: str
+    with_towers: str = ""
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,8 @@ from quantize.events import Reporter, status
 from quantize.files.shards import torch_dtype
 from quantize.model.checkpoint import Checkpoint
 from quantize.model.config import first_number, text_part
-from quantize.model.folder_files import CONFIG_FILES, read_json, tokenizer_files
+from quantize.model.folder_files import CONFIG_FILES, processor_files, read_json, tokenizer_files
+from quantize.model.processor import check_processor, check_with_transformers
 from quantize.system.cache import Cache, hash_file
 from quantize.system.digest import canonical_hash
 from quantize.system.process import run_step
@@ -51,6 +52,7 @@ def prediction_tensors(checkpoint: Checkpoint) -> tuple[str, ...]:
 def check_headers(checkpoint: Checkpoint) -> None:
     """What is known from headers and JSON alone. Raises CheckpointError."""
     _check_generation(read_json(checkpoint.folder / "generation_config.json"))
+    check_processor(checkpoint.folder)
     _check_blocks(checkpoint)
     config, tensors = text_part(checkpoint.config), checkpoint.tensors
     rows = tensors[EMBEDDING].shape[0] if EMBEDDING in tensors else None
@@ -90,7 +92,7 @@ def check_belongs(checkpoint: Checkpoint, cache: Cache, reporter: Reporter) -> t
 
 
 def _key(checkpoint: Checkpoint, tensors: Mapping[str, Any]) -> str:
-    files = [*CONFIG_FILES, *tokenizer_files(checkpoint.folder)]
+    files = [*CONFIG_FILES, *tokenizer_files(checkpoint.folder), *processor_files(checkpoint.folder)]
     hashes = {name: hash_file(checkpoint.folder / name) for name in files if (checkpoint.folder / name).is_file()}
     return canonical_hash({
         "rules": RULES_VERSION, "tools": {name: metadata.version(name) for name in TOOLS}, "files": hashes,
@@ -176,7 +178,7 @@ def _refuse_missing(architecture: str, missing: list[str]) -> None:
 
 
 def _check_with_transformers(folder: Path) -> None:
-    """The generation settings and the tokenizer, as whoever runs the model reads them."""
+    """The generation settings, the tokenizer and what prepares images, as whoever runs the model reads them."""
     from transformers import AutoTokenizer, GenerationConfig
 
     if (folder / "generation_config.json").is_file():
@@ -193,6 +195,7 @@ def _check_with_transformers(folder: Path) -> None:
             f"transformers does not load the tokenizer: {first_line(exc)}{lacks}",
             hint="copy all tokenizer files from where the model was published",
         ) from exc
+    check_with_transformers(folder)
 
 
 def _check_generation(settings: Mapping[str, Any]) -> None:

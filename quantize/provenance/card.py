@@ -24,6 +24,7 @@ from quantize.evaluate.comparison import (
 from quantize.evaluate.metrics import Summary, readings
 from quantize.evaluate.record import EvaluationRecord
 from quantize.evaluate.task_table import task_lines, task_rows
+from quantize.files.gguf import TOWERS_START
 from quantize.formats import known_format
 from quantize.model.towers import APART, TEXT_ALONE
 from quantize.provenance.licence import Licence, licence_of
@@ -162,11 +163,13 @@ def _usage(manifest: Manifest) -> str:
     kind = known_format(manifest.format)
     ways = kind.card.ways(manifest.options)
     main = kind.layout.main_name(entry.path for entry in manifest.files) or ""
+    towers = next((item.path for item in manifest.files if item.path.startswith(TOWERS_START)), "")
     name = f"{manifest.name}-{manifest.variant}".lower()
-    known = {"{file}": main, "{name}": name, "{class}": LARGER if _has_towers(manifest) else CAUSAL}
+    known = {"{file}": main, "{name}": name, "{class}": LARGER if _has_towers(manifest) else CAUSAL,
+             "{towers}": towers}  # fmt: skip
     blocks = []
     for way in ways:
-        how = way.how
+        how = way.how + (way.with_towers if towers else "")
         for word, value in known.items():
             how = how.replace(word, value)
         blocks.append(f"{way.runtime}:\n\n```{way.language}\n{how.rstrip()}\n```")

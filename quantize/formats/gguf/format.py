@@ -24,7 +24,7 @@ def _ways(options: Options) -> tuple[Way, ...]:
     """Ollama takes no model in several files."""
     ollama = () if options.get("split_size") else (Way("Ollama", "sh", OLLAMA),)
     return (
-        Way("llama.cpp", "sh", "llama-server -m {file}"),
+        Way("llama.cpp", "sh", "llama-server -m {file}", with_towers=" --mmproj {towers}"),
         *ollama,
         Way("llama-cpp-python", "python", PYTHON_LLAMA),
         SERVE,

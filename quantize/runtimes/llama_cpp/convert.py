@@ -33,9 +33,11 @@ from quantize.errors import (
 from quantize.events import Reporter, progress
 from quantize.files.gguf import EXTRA, READER, padded
 from quantize.model.checkpoint import open_checkpoint
-from quantize.model.folder_files import read_json
+from quantize.model.folder_files import PROCESSOR_FILES, read_json
 from quantize.runtimes.llama_cpp.config import SAME_MODEL, converter_config
+from quantize.runtimes.llama_cpp.images import ProcessorSettings
 from quantize.runtimes.llama_cpp.left_out import Followed, write_left_out
+from quantize.runtimes.llama_cpp.rope import follow_rope
 from quantize.runtimes.llama_cpp.tensors import show_as_published, show_towers_as_published
 from quantize.runtimes.llama_cpp.vocabulary import follow_source
 
@@ -86,7 +88,7 @@ def opened_converter(request: ConvertRequest, out: Path) -> Iterator[Any]:
     architecture = str(written["architectures"][0])
     model_class = _model_class(package, architecture, towers=request.towers)
     metadata_path = out.with_suffix(".metadata.json")
-    where = _Where(architecture)
+    where = _Where(architecture, towers=request.towers)
     with where.errors(out), _no_code_of_the_model():
         import gguf
 
@@ -99,8 +101,10 @@ def opened_converter(request: ConvertRequest, out: Path) -> Iterator[Any]:
             model = getattr(model, "impl", model)  # what stands for several architectures has the right one inside
             if request.towers:
                 show_towers_as_published(model)
+                model.preprocessor_config = ProcessorSettings(request.folder, model.preprocessor_config)
             else:
                 show_as_published(model, architecture)
+                follow_rope(model, architecture, config)
             where.follow(model)
             if not request.towers:
                 follow_source(model, request.pre_tokenizer)
@@ -235,14 +239,14 @@ def _version(name: str) -> str:
 class _Where:
     """What of a checkpoint the converter is at, so that its exceptions can be told with a file and a remedy."""
 
-    def __init__(self, architecture: str) -> None:
+    def __init__(self, architecture: str, *, towers: bool = False) -> None:
         self._architecture = architecture
-        self._file, self._remedy = "config.json", ""
+        self._config = "config.json" if not towers else f"config.json or {PROCESSOR_FILES[0]}"  # sizes are in both
         self._at_config()
 
     def _at_config(self, *_: Any) -> None:
-        self._file = "config.json"
-        self._remedy = f"compare it with the config.json that the model was published with; {OTHER_FORMATS}"
+        self._file = self._config
+        self._remedy = f"compare it with the {self._config} that the model was published with; {OTHER_FORMATS}"
 
     def _at_tokenizer(self, *_: Any) -> None:
         self._file = "the tokenizer's files"
