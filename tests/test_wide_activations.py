@@ -15,11 +15,12 @@ import pytest
 from safetensors import safe_open
 
 from quantize.build.execution import RunOptions
-from quantize.build.outcome import Outcome
+from quantize.build.outcome import Outcome, OutcomeState
 from quantize.events import ListReporter
 from quantize.formats import option_models
 from quantize.provenance.card import render_card
 from quantize.recipe.model import load_recipe
+from quantize.store.artifact import open_artifact
 from quantize.store.store import Store
 from quantize.store.workspace import Workspace
 from quantize.system.cache import Cache
@@ -125,9 +126,10 @@ def test_a_source_in_bf16_keeps_its_own_values(tmp_path: Path) -> None:
     write_weights(source, weights, dtype="BF16")
     found = made(tmp_path, source, VARIANTS[:1], judge=False)
     assert found.outcomes["gptq"].error is None
-    with safe_open(source / "model.safetensors", "pt") as theirs, safe_open(
-        found.folder("gptq") / "model.safetensors", "pt"
-    ) as ours:
+    with (
+        safe_open(source / "model.safetensors", "pt") as theirs,
+        safe_open(found.folder("gptq") / "model.safetensors", "pt") as ours,
+    ):
         for name in ("model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"):
             assert torch.equal(ours.get_tensor(name), theirs.get_tensor(name))
     artifact = found.outcomes["gptq"].artifact
@@ -135,3 +137,21 @@ def test_a_source_in_bf16_keeps_its_own_values(tmp_path: Path) -> None:
     assert artifact.manifest.stored is not None
     assert artifact.manifest.stored.reason == "the source's own type"
     assert "how far" not in found.said
+
+
+def test_a_source_in_bf16_that_was_stored_in_fp16_is_built_again(tmp_path: Path) -> None:
+    """Its manifest says nothing of the type, as before there was a choice; what is built has the digest of today."""
+    source = make_checkpoint(tmp_path / "model", MODEL, dtype="BF16")
+    first = made(tmp_path, source, VARIANTS[:1], judge=False).folder("gptq")
+    today = open_artifact(first).manifest
+    kept = tuple(item.model_copy(update={"type": "F16"}) for item in today.kept_in_high_precision)
+    before = today.model_copy(update={"stored": None, "kept_in_high_precision": kept}).sealed()
+    (first / "manifest.json").write_text(before.to_json())
+    old = first.rename(first.with_name(before.short_digest))
+    (first.parent / "current").unlink()
+    (first.parent / "current").symlink_to(old.name)
+    again = made(tmp_path, source, VARIANTS[:1], judge=False)
+    assert f"{old.name} is of an earlier version (the source is in BF16" in again.said
+    assert again.folder("gptq") == first
+    assert open_artifact(first).manifest.digest == today.digest
+    assert made(tmp_path, source, VARIANTS[:1], judge=False).outcomes["gptq"].state is OutcomeState.UP_TO_DATE

@@ -8,7 +8,7 @@ from __future__ import annotations
 import ctypes
 import json
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +17,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from quantize.build.outdated import outdated
 from quantize.cli import main
-from quantize.errors import VerifyError
+from quantize.errors import CheckpointError, PlanError, VerifyError
 from quantize.events import Reporter, SilentReporter
 from quantize.formats import find_format
 from quantize.formats.gguf.check import compare_towers
@@ -27,11 +28,15 @@ from quantize.formats.gguf.source import expected_of
 from quantize.formats.nothing_lost import account
 from quantize.formats.packed.runtime import GPTQMODEL
 from quantize.model.checkpoint import open_checkpoint
-from quantize.model.towers import outermost, tower_tensors
+from quantize.model.source import pin_path
+from quantize.model.towers import APART, outermost, tower_tensors
+from quantize.runtimes.llama_cpp.images import ProcessorSettings
 from quantize.store.artifact import Artifact
 from quantize.store.store import Store
+from quantize.system.cache import Cache
 from quantize.system.process import run_step
 from quantize.testing import write_recipe
+from tests.bad_checkpoints import change_json
 from tests.wrappers import GEMMA_3, QWEN_2_5_VL, Wrapper, make_wrapper
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # transformers and its plugins warn on import
@@ -177,6 +182,9 @@ def test_a_gguf_has_its_tower_in_a_file_beside_it(made: Made) -> None:
     assert all(kept[name].endswith(f"carried over in {path.name}") for name in source)
     assert artifact.manifest.left_out == ()
     assert path.name in {item.path for item in artifact.manifest.files}
+    main_file = GgufLayout().main_file(artifact.folder)
+    card = (artifact.folder / "README.md").read_text()
+    assert f"llama-server -m {main_file.name} --mmproj {path.name}\n" in card
 
 
 def seen(_reporter: Reporter, model: Path, towers: Path) -> bool:
@@ -213,6 +221,46 @@ def test_a_lost_or_changed_tower_is_refused(made: Made, tmp_path: Path) -> None:
     towers.unlink()
     with pytest.raises(VerifyError, match="the file with the towers is lost"):
         compare_towers(main_file, expected)
+
+
+def without_means(made: Made, root: Path) -> Path:
+    """A copy of the source whose processor's file lacks a setting."""
+    source = Path(shutil.copytree(made.source, root / "model"))
+    change_json(source / "preprocessor_config.json", image_mean=None)
+    return source
+
+
+def test_a_processors_file_that_lacks_what_llama_cpp_takes_from_it_is_refused_at_plan(
+    made: Made, tmp_path: Path
+) -> None:
+    """By its own name; transformers has a mean by itself, so other formats are planned."""
+    variants = [
+        {"format": "gguf", "type": "Q8_0", **made.kind.pre_tokenizer},
+        {"format": "bitsandbytes", "type": "int8"},
+    ]
+    recipe = write_recipe(tmp_path / "recipe.yaml", without_means(made, tmp_path), variants)
+    result = click.testing.CliRunner().invoke(main, ["plan", str(recipe)])
+    assert result.exit_code == 3
+    assert "preprocessor_config.json: no `image_mean`, which llama.cpp takes from there" in result.stderr
+    assert [line.split()[-2:] for line in result.stdout.splitlines() if line.startswith("bnb")] == [["to", "build"]]
+
+
+def test_without_a_processors_file_that_file_is_what_is_missing(tmp_path: Path) -> None:
+    with pytest.raises(PlanError, match=r"there is no preprocessor_config\.json, which says `image_mean`"):
+        ProcessorSettings(tmp_path, {"image_std": [1.0]})["image_mean"]
+    (tmp_path / "processor_config.json").write_text("{}")
+    assert ProcessorSettings(tmp_path, {"image_std": [1.0]})["image_std"] == [1.0]
+    with pytest.raises(CheckpointError, match=r"^processor_config\.json: no `image_mean`"):
+        ProcessorSettings(tmp_path, {})["image_mean"]
+
+
+def test_a_build_that_left_towers_behind_without_a_word_is_built_again(made: Made) -> None:
+    source = pin_path(made.source, Cache(made.source.parent / "cache"), SilentReporter())
+    for artifact in made.artifacts.values():
+        assert outdated(artifact, source) == ""
+        kept = tuple(item for item in artifact.manifest.kept_in_high_precision if not item.reason.startswith(APART))
+        before = artifact.manifest.model_copy(update={"kept_in_high_precision": kept})
+        assert outdated(replace(artifact, manifest=before), source).startswith("the source reads more than text")
 
 
 @pytest.mark.every_class  # a minute and more: every variant is measured beside its source

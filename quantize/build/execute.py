@@ -18,7 +18,7 @@ from quantize.build.job import VariantJob
 from quantize.build.judge import Judge
 from quantize.build.make import Work, make, working
 from quantize.build.outcome import Ledger, Outcome, OutcomeState
-from quantize.build.plan import Plan, find_existing, look
+from quantize.build.plan import Plan, find_existing, is_refused_by_others, look
 from quantize.build.settle import GateKeeper, Gates, NoGates
 from quantize.build.size import check_room, say_what_is_missing
 from quantize.errors import DiskFullError, QuantizeError, Stopped, StoreError
@@ -138,7 +138,8 @@ def _begin(job: VariantJob, at: Execution, held: ExitStack) -> Work | None:
         note(at.workspace.reporter, job.name, "another build has just made it")
         _settle_existing(existing, OutcomeState.UP_TO_DATE, at)
         return None
-    if not at.plan.force and at.workspace.store.find_aside(at.plan.recipe.name, job.name, job.build_key):
+    aside = at.workspace.store.find_aside(at.plan.recipe.name, job.name, job.build_key)
+    if not at.plan.force and any(map(is_refused_by_others, aside)):
         note(at.workspace.reporter, job.name, "it did not run by an earlier version's checks: it is built again")
     return held.enter_context(working(job, at))
 

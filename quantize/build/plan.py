@@ -8,10 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import Any
 
 from quantize import __version__
 from quantize.build.job import VariantJob, no_calibration
+from quantize.build.outdated import outdated
 from quantize.calibration.mix import CalibrationText
 from quantize.errors import PlanError, UsageError
 from quantize.evaluate.decision import RUNS
@@ -104,7 +106,9 @@ def make_plan(
     if source.revision is not None:
         at_commit = recipe.source.model_copy(update={"revision": source.revision})
         recipe = replace(recipe, source=at_commit)
-    return look(Plan(recipe, source, identify_jobs(recipe, source, variants), force, evaluate), workspace.store)
+    plan = look(Plan(recipe, source, identify_jobs(recipe, source, variants), force, evaluate), workspace.store)
+    say_outdated(plan, workspace)
+    return plan
 
 
 def wanted(variants: Sequence[Variant], only: Collection[str]) -> tuple[Variant, ...]:
@@ -124,13 +128,25 @@ def look(plan: Plan, store: Store) -> Plan:
 def find_existing(plan: Plan, job: VariantJob, store: Store) -> Artifact | None:
     """The build that stands for a job: a good one, or one that was refused or has no figures yet.
 
-    One that did not even run stands for it only as long as nothing is checked otherwise.
+    One that did not even run stands for it only as long as nothing is checked otherwise, and any only as long as it
+    would be made so today.
     """
     if plan.force or not job.build_key:
         return None
     wanted = (plan.recipe.name, job.name, job.build_key)
     aside = (item for item in store.find_aside(*wanted) if not is_refused_by_others(item))
-    return store.find_build(*wanted) or next(aside, None)
+    found = chain(store.find_builds(*wanted), aside)
+    return next((item for item in found if not outdated(item, plan.source)), None)
+
+
+def say_outdated(plan: Plan, workspace: Workspace) -> None:
+    """Name the builds that are there and do not stand for their jobs, and why."""
+    for job in () if plan.force else plan.todo:
+        found = workspace.store.find_build(plan.recipe.name, job.name, job.build_key)
+        if found is not None:
+            why = outdated(found, plan.source)
+            note(workspace.reporter, job.name, f"{found.manifest.short_digest} is of an earlier version ({why}): "
+                 "it is built again")  # fmt: skip
 
 
 def is_refused_by_others(artifact: Artifact) -> bool:

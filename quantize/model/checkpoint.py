@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -73,10 +73,7 @@ class Checkpoint:
     @property
     def dtype(self) -> str:
         """The dtype that most weights have: F16, BF16 or F32."""
-        sizes: dict[str, int] = {}
-        for tensor in self.tensors.values():
-            sizes[tensor.dtype] = sizes.get(tensor.dtype, 0) + tensor.elements
-        return max(sorted(sizes), key=lambda name: sizes[name])
+        return main_dtype((tensor.dtype, tensor.elements) for tensor in self.tensors.values())
 
     @property
     def half(self) -> str:
@@ -96,6 +93,14 @@ class Checkpoint:
     def read(self, name: str) -> torch.Tensor:
         """One tensor in its own dtype and shape, read when asked for. Needs torch. Raises KeyError, CheckpointError."""
         return read_tensor(self.tensors[name])
+
+
+def main_dtype(tensors: Iterable[tuple[str, int]]) -> str:
+    """The dtype that most weights have. tensors: dtype and elements of each."""
+    sizes: dict[str, int] = {}
+    for dtype, elements in tensors:
+        sizes[dtype] = sizes.get(dtype, 0) + elements
+    return max(sorted(sizes), key=lambda name: sizes[name])
 
 
 def open_checkpoint(folder: Path) -> Checkpoint:

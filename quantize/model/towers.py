@@ -15,6 +15,7 @@ from quantize.model.checkpoint import Checkpoint
 from quantize.model.config import reads_more_than_text
 
 APART = "a part that text does not pass (images, sound)"  # how what is said of such a tensor begins
+NOT_CARRIED = "no mmproj file"  # and where no file holds it
 TEXT_ALONE = "its text part is quantized and measured, on text alone; the other parts are carried over as they are"
 
 

@@ -125,17 +125,21 @@ class Store:
         return f"there are: {', '.join(names[:12])}" if names else f"the store {self.root} is empty"
 
     def find_build(self, name: str, variant: str, build_key: str) -> Artifact | None:
-        """The artifact of this variant with this build key whose files are all there with their sizes.
+        """The first of `find_builds`, if there is any."""
+        return next(self.find_builds(name, variant, build_key), None)
 
-        The current one, if it is such; there may be others, with an accepted risk or a manifest of an older schema.
+    def find_builds(self, name: str, variant: str, build_key: str) -> Iterator[Artifact]:
+        """The artifacts of this variant with this build key whose files are all there with their sizes.
+
+        The current one first, if it is such; there may be others, with an accepted risk, a manifest of an older schema,
+        or made otherwise by an earlier version.
         """
         folder = self.root / name / variant
         names = sorted(folder.iterdir()) if folder.is_dir() else []
         rest = (_open(item) for item in names if digest.is_short(item.name))
         for item in chain([self.current(name, variant)], rest):
             if isinstance(item, Artifact) and item.manifest.build_key == build_key and _complete(item):
-                return item
-        return None
+                yield item
 
     def find_aside(self, name: str, variant: str, build_key: str) -> list[Artifact]:
         """Complete builds with this key that have no figures yet, and those that their gates refused."""

@@ -17,6 +17,7 @@ from quantize.events import Reporter
 from quantize.files.gguf import TOWERS_START
 from quantize.model.checkpoint import Checkpoint, open_checkpoint
 from quantize.model.config import reads_more_than_text
+from quantize.model.towers import NOT_CARRIED
 from quantize.runtimes.llama_cpp.convert import ConvertRequest, convert, opened_converter, write_converted
 from quantize.runtimes.llama_cpp.left_out import NO_PLACE, Followed, read_left_out, write_left_out
 from quantize.runtimes.llama_cpp.tensors import published_tower
@@ -36,7 +37,7 @@ class Towers:
 
     def left_out(self, missing: Mapping[str, str]) -> dict[str, str]:
         """What neither file holds, and why. missing: what the model's own file does not."""
-        reason = f"no mmproj file: {self.refusal}"
+        reason = f"{NOT_CARRIED}: {self.refusal}"
         return {
             name: reason if self.refusal and why == NO_PLACE else why
             for name, why in missing.items() if name not in self.taken
