@@ -190,7 +190,14 @@ class GgufBuilder:
             if what:
                 warn(reporter, "", f"{path.name}: {what}")
         facts: dict[str, Any] = run_step(
-            "loading in llama.cpp", reporter, try_out, path, TRY_OUT_TOKENS, limits.threads, checkpoint, expected,
+            "loading in llama.cpp",
+            reporter,
+            try_out,
+            path,
+            TRY_OUT_TOKENS,
+            limits.threads,
+            checkpoint,
+            expected,
             limits.place,
         )
         if (split := facts.get("split_otherwise")) is not None:
@@ -321,7 +328,7 @@ def _write_imatrix(context: Context, intermediate: Path, out: Path) -> None:
 
     architecture = str(read_gguf(intermediate).fields["general.architecture"])
     scratch = context.scratch / "imatrix.safetensors"
-    write_from_scratch(scratch, out, architecture, context.checkpoint, context.calibrated_on)
+    write_from_scratch(scratch, out, architecture, context.checkpoint, context.calibrated_on, intermediate)
 
 
 def _imatrix_bytes(context: Context, architecture: str) -> int:

@@ -1,7 +1,7 @@
 """The GGUF builder's part in the calibration pass: the diagonal of every Gram matrix, as an importance matrix.
 
 In: blocks of the pass. Out: first sums by Hugging Face names in a scratch file, then llama.cpp's imatrix file, once
-the GGUF architecture is known that says what each tensor is called there.
+the 16-bit file is there, which says what each tensor is called and how its columns are ordered.
 """
 
 from __future__ import annotations
@@ -13,8 +13,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from quantize.errors import BuildError, disk_errors
+from quantize.files.gguf import read_gguf
 from quantize.files.imatrix import write_imatrix
 from quantize.formats.gguf.check import converter_name
+from quantize.formats.gguf.matrices import order_of
 from quantize.model.architecture import block_count, block_layouts
 from quantize.model.checkpoint import Checkpoint
 from quantize.model.layout import BlockLayout
@@ -118,20 +120,28 @@ def gguf_names(architecture: str, checkpoint: Checkpoint) -> Callable[[str], tup
 
 
 def write_from_scratch(
-    scratch: Path, out: Path, architecture: str, checkpoint: Checkpoint, calibration: CalibrationEntry
-) -> None:
-    """Turn the scratch file into llama.cpp's. Raises BuildError for a linear that has no name in GGUF."""
+    scratch: Path, out: Path, architecture: str, checkpoint: Checkpoint, calibration: CalibrationEntry,
+    exact: Path | None = None,
+) -> None:  # fmt: skip
+    """Turn the scratch file into llama.cpp's. Raises BuildError for a linear that has no name in GGUF.
+
+    exact: the 16-bit file, whose columns may be in another order than the source's; None for the source's own.
+    """
     import numpy as np
     from safetensors.numpy import load_file
 
     named = gguf_names(architecture, checkpoint)
+    tensors = {} if exact is None else read_gguf(exact).tensors
     rows: dict[str, dict[int, tuple[Any, Any]]] = {}
     found = load_file(scratch)
     for tensor in (name for name in found if not name.endswith(":tokens")):
         name, expert = named(tensor)
         if name is None:
             raise BuildError(f"{tensor} has no name in GGUF's {architecture}")
-        rows.setdefault(name, {})[expert or 0] = (found[tensor], found[tensor + ":tokens"])
+        squares = found[tensor]
+        if name in tensors and (order := order_of(tensors[name], expert, checkpoint, tensor)):
+            squares = squares[list(order)]
+        rows.setdefault(name, {})[expert or 0] = (squares, found[tensor + ":tokens"])
     sums = {
         name: (
             np.stack([experts[index][0] for index in sorted(experts)]),

@@ -25,6 +25,7 @@ from quantize.files.gguf_split import read_model
 from quantize.formats.gguf.columns import column_order
 from quantize.formats.gguf.grams import RECORD_NAME, read_gram
 from quantize.formats.gguf.imatrix import gguf_names
+from quantize.formats.gguf.matrices import read_bytes, read_matrix, span
 from quantize.model.architecture import block_layouts
 from quantize.model.checkpoint import Checkpoint
 from quantize.model.layout import BlockLayout, Linear
@@ -32,14 +33,10 @@ from quantize.system.cache import hash_file
 from quantize.system.files import sync
 
 if TYPE_CHECKING:
-    import numpy as np
     import torch
-    from numpy.typing import NDArray
 
     from quantize.numerics.gptq import Factor
     from quantize.numerics.grid_solver import GridRows
-
-    Bytes = NDArray[np.uint8]
 
 Result = TypeVar("Result")
 DATA_NAME, LOG_NAME = "solved.bin", "solved.jsonl"
@@ -88,10 +85,7 @@ class _Place:
 
     def bytes_of(self, tensor: GgufTensor) -> tuple[int, int]:
         """Offset and size of the linear's part of a tensor."""
-        if self.expert is None:
-            return tensor.offset, tensor.size_bytes
-        size = tensor.size_bytes // tensor.shape[-1]
-        return tensor.offset + self.expert * size, size
+        return span(tensor, self.expert)
 
 
 def solve_file(reporter: Reporter, request: SolveRequest) -> SolvedFile:
@@ -186,7 +180,7 @@ class _InputSolver:
         from quantize.numerics.gptq import estimated_loss
         from quantize.numerics.grid_solver import DAMPING
 
-        weight = _values(place)
+        weight = read_matrix(place.exact, place.expert)
         order = column_order(weight, self.request.checkpoint.read(linear.tensor))
         if order is None:
             return b"", {"unsolved": "its columns are not those of the source's matrix"}
@@ -211,7 +205,7 @@ class _InputSolver:
         from quantize.numerics.kquants import GRIDS
         from quantize.system.threads import on_threads
 
-        data = _read(place.quantized, *place.bytes_of(place.quantized)).reshape(len(weight), -1)
+        data = read_bytes(place.quantized, *place.bytes_of(place.quantized)).reshape(len(weight), -1)
         tasks = row_tasks(weight, factor, GRIDS[place.quantized.type], data)
         return collect(on_threads(tasks, self.request.threads if self.request.device == "cpu" else 1))
 
@@ -238,28 +232,6 @@ def _on_one_thread(task: Callable[[], Result]) -> Result:
     from quantize.system.threads import on_threads
 
     return on_threads([task], 1)[0]
-
-
-def _values(place: _Place) -> torch.Tensor:
-    """A linear's weight in the 16-bit file, [out, in] in its own type."""
-    import torch
-
-    types = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
-    tensor = place.exact
-    if tensor.type not in types:
-        raise BuildError(f"{tensor.name} is {tensor.type} in the 16-bit file", hint="this is a fault of the converter")
-    data = torch.from_numpy(_read(tensor, *place.bytes_of(tensor)))
-    return data.view(types[tensor.type]).reshape(-1, tensor.shape[0])
-
-
-def _read(tensor: GgufTensor, offset: int, size: int) -> Bytes:
-    import numpy as np
-
-    with disk_errors(tensor.path.parent):
-        found = np.fromfile(tensor.path, np.uint8, size, offset=offset)
-    if len(found) != size:
-        raise BuildError(f"{tensor.path.name} became shorter while it was read")
-    return found
 
 
 def _patch(places: Mapping[str, _Place], log: _Log) -> None:
