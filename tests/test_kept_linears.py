@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from quantize.formats.packed.runtime import odd_linear
 from quantize.testing import TinyModel, make_checkpoint, write_recipe
 from tests.conftest import Run
 from tests.families import family_named, make_family
@@ -37,14 +38,34 @@ def test_bitsandbytes_names_the_linears_of_linear_attention_that_steer(run: Run,
     assert not any(name.endswith("mlp.down_proj") for name in skipped)
 
 
-def test_outputs_that_torchs_product_of_4_bits_does_not_take_run_in_another_kernel(run: Run, tmp_path: Path) -> None:
-    """gptqmodel's first choice on a CPU calls it for any width, and fails; verification generates with the artifact."""
-    model = make_checkpoint(tmp_path / "model", TinyModel(hidden=96, intermediate=96, blocks=1, heads=4, kv_heads=1))
+@pytest.mark.parametrize(
+    ("model", "variant", "kernel", "said"),
+    [
+        (
+            TinyModel(hidden=96, intermediate=96, blocks=1, heads=4, kv_heads=1),
+            {"format": "awq", "group_size": 32},  # a GPTQ artifact takes the same way, to TorchLinear
+            "AwqTorchLinear",
+            "k_proj has 24 outputs, and torch's product of 4 bits takes multiples of 16",
+        ),
+        (
+            TinyModel(hidden=64, intermediate=80, blocks=1, heads=4, kv_heads=4),
+            {"format": "gptq", "group_size": 16},
+            "TorchLinear",
+            "down_proj has groups of 16 weights, and torch's product of 4 bits takes 32, 64, 128, 256",
+        ),
+    ],
+    ids=["outputs", "groups"],
+)
+def test_a_shape_that_torchs_product_of_4_bits_does_not_take_runs_in_another_kernel(
+    model: TinyModel, variant: dict[str, object], kernel: str, said: str, run: Run, tmp_path: Path
+) -> None:
+    """gptqmodel's first choice on a CPU calls it for any shape, and fails; verification generates with the artifact."""
+    make_checkpoint(tmp_path / "model", model)
     (tmp_path / "text.txt").write_text("\n\n".join(f"Part {n}: the quick brown fox jumps. " * 6 for n in range(9)))
     calibration = {"dataset": "text.txt", "samples": 8, "sequence_length": 64, "minimum_tokens": 16}
-    variant = {"format": "awq", "group_size": 32}  # a GPTQ artifact takes the same way, to TorchLinear
-    recipe = write_recipe(tmp_path / "recipe.yaml", model, [variant], calibration=calibration)
+    recipe = write_recipe(tmp_path / "recipe.yaml", tmp_path / "model", [variant], calibration=calibration)
     result = run("build", recipe, "--no-eval", "--store", tmp_path / "store", "-q")
     assert result.exit_code == 0, result.stderr
-    facts = [json.loads(path.read_text())["verify"] for path in (tmp_path / "store").glob("*/*/*/measurements.json")]
-    assert {item["kernel"] for item in facts} == {"AwqTorchLinear"}
+    (folder,) = {path.parent.resolve() for path in (tmp_path / "store").glob("*/*/*/measurements.json")}
+    assert json.loads((folder / "measurements.json").read_text())["verify"]["kernel"] == kernel
+    assert said in str(odd_linear(folder, str(variant["format"])))

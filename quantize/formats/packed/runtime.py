@@ -19,9 +19,9 @@ from quantize.runtimes.transformers.load import LoadedModel, load_causal_lm, loa
 ENVIRONMENT = {"GPTQMODEL_CPU_WORKERS": "2", "GPTQMODEL_OFFLINE": "1"}
 # Its first choice is compiled by nvcc. Triton brings a compiler of its own; torch needs none.
 KERNELS = {"gptq": ("gptq_triton", "gptq_torch"), "awq": ("gemm_triton", "torch_awq")}
-# What gptqmodel chooses on a CPU calls torch's product of 4-bit weights, whatever their outputs; these take any number.
+# What gptqmodel chooses on a CPU calls torch's product of 4-bit weights, whatever their shape; these take any.
 CPU_KERNELS = {"gptq": "gptq_torch", "awq": "torch_awq"}
-CPU_OUTPUTS = 16
+CPU_OUTPUTS, CPU_GROUPS = 16, (32, 64, 128, 256)
 FIRST_LOAD = "kernels are compiled the first time that a model is loaded on a GPU: minutes, once"
 
 
@@ -41,24 +41,28 @@ class PackedTransformers(Transformers):
             return load_causal_lm(model.folder, device, dtype=dtype, backend=backend)
 
         if DevicePlace(device).kind == CPU and (odd := odd_linear(model.folder, model.format)) is not None:
-            name, outputs = odd
             backend = CPU_KERNELS[model.format]
-            why = f"{name} has {outputs:,} outputs, and torch's product of 4 bits takes multiples of {CPU_OUTPUTS}"
-            return LoadedModel(load(backend), (f"{backend} computes, slower than what could: {why}",))
+            return LoadedModel(load(backend), (f"{backend} computes, slower than what could: {odd}",))
         return load_with_any_kernel(load, self.kernels.get(model.format, ()))
 
 
-def odd_linear(folder: Path, method: str) -> tuple[str, int] | None:
-    """A packed linear whose outputs torch's product of 4-bit weights on a CPU does not take, and how many it has.
+def odd_linear(folder: Path, method: str) -> str | None:
+    """Why torch's product of 4-bit weights on a CPU does not take a packed linear; None where it takes all.
 
     Raises CheckpointError, VerifyError.
     """
     from quantize.formats.packed.weights import open_packed
 
     packed = open_packed(folder, method)
-    odd = (name for name in packed.linears if packed.bits == 4 and packed.outputs(name) % CPU_OUTPUTS)
-    found = next(odd, None)
-    return None if found is None else (found, packed.outputs(found))
+    if packed.bits != 4:
+        return None
+    for name in packed.linears:
+        if (outputs := packed.outputs(name)) % CPU_OUTPUTS:
+            return f"{name} has {outputs:,} outputs, and torch's product of 4 bits takes multiples of {CPU_OUTPUTS}"
+        if (group := packed.group_size(name)) not in CPU_GROUPS:
+            sizes = ", ".join(map(str, CPU_GROUPS))
+            return f"{name} has groups of {group:,} weights, and torch's product of 4 bits takes {sizes}"
+    return None
 
 
 GPTQMODEL = PackedTransformers(

@@ -65,6 +65,11 @@ class PackedWeights:
         """How many outputs a linear has. Raises KeyError: it is not in the artifact."""
         return self._table[f"{linear}.scales"].shape[1]
 
+    def group_size(self, linear: str) -> int:
+        """How many weights share a scale. Raises KeyError: it is not in the artifact."""
+        inputs = self._table[f"{linear}.{'qweight' if self._method == 'awq' else 'g_idx'}"].shape[0]
+        return inputs // self._table[f"{linear}.scales"].shape[0]
+
     def dequantize(self, linear: str, device: torch.device | str = "cpu") -> torch.Tensor:
         """float32 [out, in] of one linear, unpacked on a device. Raises VerifyError if it is not in the artifact."""
         from quantize.numerics.packing import AwqTensors, GptqTensors, unpack_awq, unpack_gptq
