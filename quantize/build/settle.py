@@ -12,7 +12,7 @@ from typing import Protocol
 from quantize.build.job import VariantJob
 from quantize.build.judge import NOT_RUNNING, Judge
 from quantize.errors import BuildError, GateError, VerifyError
-from quantize.evaluate.decision import RUNS, Decision
+from quantize.evaluate.decision import RUNS, STRUCTURE, Decision
 from quantize.evaluate.job import Ride
 from quantize.evaluate.page import render_page
 from quantize.evaluate.record import NAME, EvaluationRecord, read_record
@@ -173,11 +173,16 @@ class GateKeeper:
             write_text(artifact.folder / RECIPE_NAME, self.judge.recipe.text)  # whose gates were held
 
 
+NO_LIMIT = "no limit in `gates` stands for that: take another method, or say with --accept-risk why it is taken"
+
+
 def refusal(artifact: Artifact, decision: Decision, failure: VerifyError | None = None) -> GateError:
     """The error that names every limit that an artifact breaks, with its numbers. failure: why it was not measured."""
     subject = f"{artifact.manifest.name}/{artifact.manifest.variant}"
     reasons = "; ".join(f"{finding.gate}: {finding.reason}" for finding in decision.refusals)
     hint = "use more bits or another method, or loosen `gates` in the recipe and say why"
+    if all(finding.gate in STRUCTURE for finding in decision.refusals):
+        hint = NO_LIMIT
     if any(finding.gate == RUNS for finding in decision.refusals):
         hint = failure.hint if failure is not None and failure.hint else NOT_RUNNING
     return GateError(f"{subject} is refused: {reasons}", hint=f"{hint}; kept in {artifact.folder}")

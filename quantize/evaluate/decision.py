@@ -16,6 +16,9 @@ from quantize.recipe.gates import GateLimits
 
 RUNS = "loads and runs"
 """The check that no limit can be loosened for: an artifact that fails it has no figures."""
+QUANTIZED, NEAR, TEMPLATE = "nothing left unquantized", "weights near the source's", "chat template kept"
+STRUCTURE = frozenset((QUANTIZED, NEAR, TEMPLATE))
+"""What the files must be, whatever they measure (structure.py): no limit stands for that either."""
 
 
 class GateOutcome(StrEnum):
