@@ -10,10 +10,12 @@
     │   ├── SignatureError           3  an artifact is not signed, or is not what was signed
     │   ├── LicenceError             3  the licence of a source is not known, or asks for what is not there
     │   ├── VerifyError              3  an artifact is not what its manifest says, or does not run
+    │   │   ├── NotFiniteError       3  what it computes is not finite
     │   │   └── NewerSchemaError     3  its manifest is of a schema that a later version of this program writes
     │   ├── GateError                3  an artifact breaks a limit of its recipe
     │   └── LockError                3  something is not as the recipe's lock says
     ├── BuildError                   1  a step failed half-way
+    │   ├── ReferenceNotFiniteError  1  the source runs past a type's range in the runtime that it is measured in
     │   ├── WorkerDied               1  the process that ran a step was killed or crashed
     │   ├── DiskFullError            1  the disk, or the user's quota, is full
     │   └── OutOfMemory              1  a step asked for more memory than it may have
@@ -152,6 +154,10 @@ class NotReadWholeError(VerifyError):
     """The library that runs a format here does not read this kind of model, which says nothing of the files."""
 
 
+class NotFiniteError(VerifyError):
+    """What a model computes is not finite: a tensor is damaged, or a number passes the range of its type."""
+
+
 class NewerSchemaError(VerifyError):
     """A manifest is of a schema that a later version of this program writes: not damaged, and not to be removed."""
 
@@ -169,6 +175,10 @@ class LockError(RefusedError):
 
 class BuildError(QuantizeError):
     """A step of a build failed."""
+
+
+class ReferenceNotFiniteError(BuildError):
+    """What an artifact is to be measured against runs past the range of the type that it has in that runtime."""
 
 
 class WorkerDied(BuildError):

@@ -215,4 +215,5 @@ def test_the_blocks_of_a_refused_plan_come_without_a_traceback(tiny: Path, tmp_p
     result = run("plan", recipe, "-v", "--store", tmp_path / "store")
     assert result.exit_code in (2, 3)
     assert "group_size 1000 does not divide" in result.stderr
+    assert "sizes that do: 16, 32, 64, 128, 256" in result.stderr
     assert "Traceback" not in result.stderr

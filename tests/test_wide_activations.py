@@ -122,7 +122,7 @@ def test_the_model_does_not_run_in_fp16(loud: Made) -> None:
 def test_a_source_in_bf16_keeps_its_own_values(tmp_path: Path) -> None:
     """One of them is beyond FP16's range; nothing is looked at for it."""
     source, weights = make_checkpoint(tmp_path / "model", MODEL, dtype="BF16"), MODEL.weights()
-    weights["model.embed_tokens.weight"][-1, -1] = 70_000.0
+    weights["model.embed_tokens.weight"][-1, -1] = weights["model.norm.weight"][3] = 70_000.0
     write_weights(source, weights, dtype="BF16")
     found = made(tmp_path, source, VARIANTS[:1], judge=False)
     assert found.outcomes["gptq"].error is None
@@ -137,6 +137,27 @@ def test_a_source_in_bf16_keeps_its_own_values(tmp_path: Path) -> None:
     assert artifact.manifest.stored is not None
     assert artifact.manifest.stored.reason == "the source's own type"
     assert "how far" not in found.said
+
+
+def test_what_passes_fp16_inside_llama_cpp_is_measured_against_the_source_in_float32(tmp_path: Path) -> None:
+    """llama.cpp rounds inputs of FP16 weights to FP16; the artifact's own types have a scale. Dead channels beside."""
+    source, weights = make_checkpoint(tmp_path / "model", MODEL), MODEL.weights()
+    for block in range(MODEL.blocks):
+        weights[f"model.layers.{block}.post_attention_layernorm.weight"][9:12] = 0, 1, 1_000
+        weights[f"model.layers.{block}.input_layernorm.weight"][5] = 0
+    write_weights(source, weights)
+    path = write_recipe(
+        tmp_path / "recipe.yaml", source, [{"format": "gguf", "type": "Q8_0"}],
+        evaluation={"text": "prose", "windows": 2, "window": 64, "golden": []}, gates={"max_kl": 5},
+    )  # fmt: skip
+    reporter = ListReporter()
+    workspace = Workspace(Store(tmp_path / "artifacts"), Cache(tmp_path / "cache"), reporter)
+    (outcome,) = build(load_recipe(path, option_models()), workspace)
+    assert outcome.error is None
+    said = "\n".join(event.text for event in reporter.events)
+    assert "model-F16.gguf: the logits are not finite: it is measured once more in a type with more range" in said
+    assert outcome.artifact is not None
+    assert outcome.artifact.measurements()["evaluation"]["quality"]["mean_kl"] < 0.1
 
 
 def test_a_source_in_bf16_that_was_stored_in_fp16_is_built_again(tmp_path: Path) -> None:

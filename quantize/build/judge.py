@@ -17,6 +17,7 @@ from quantize.errors import (
     DiskFullError,
     NotReadWholeError,
     QuantizeError,
+    ReferenceNotFiniteError,
     RefusedError,
     UsageError,
     VerifyError,
@@ -239,14 +240,22 @@ def _evaluate(job: EvaluationJob, maker: ReferenceMaker | None, context: Context
             note(reporter, "", f"it is read block by block: {exc.message}")
             return run_step("evaluating", reporter, evaluate, replace(asked, artifact_engine="streamed"))
 
-    if maker is None:
-        found = measured(None)
-    else:
+    def against(maker: ReferenceMaker, context: Context) -> Evaluation | None:
         digest, ready = maker.intermediate(context)
         found = measured(Reference(digest, None)) if ready is None else None
         if found is None:
             with maker.converted(context, reporter) as path:
                 found = measured(Reference(digest, ModelRef(path.parent, job.artifact.format, path.name)))
+        return found
+
+    if maker is None:
+        found = measured(None)
+    else:
+        try:
+            found = against(maker, context)
+        except ReferenceNotFiniteError as exc:
+            note(reporter, "", f"{exc.message}: it is measured once more in a type with more range")
+            found = against(maker, replace(context, checkpoint=replace(context.checkpoint, wide=True)))
     assert found is not None
     return found
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from quantize.errors import BuildError, VerifyError
+from quantize.errors import BuildError, NotFiniteError, ReferenceNotFiniteError, VerifyError
 from quantize.evaluate.baseline import KIND, LIKELIEST, Baseline, baseline_key, find, record, save
 from quantize.evaluate.device import ModelRun, find_place, on_device
 from quantize.evaluate.engine import engine_tools
@@ -86,7 +86,8 @@ def reference_side(
 ) -> ReferenceSide | None:
     """The Baseline for an artifact: the source's own, or that of the job's reference. None: that is to be made first.
 
-    Raises BuildError: it does not run, which says nothing of the artifact.
+    Raises BuildError: it does not run, which says nothing of the artifact; ReferenceNotFiniteError where its type has
+    too little range.
     """
     reference = job.reference
     if reference is None:
@@ -96,7 +97,8 @@ def reference_side(
         return on_device(reporter, wanted, lambda place: _reference_on(reporter, job, reference, source, wanted, place))
     except VerifyError as exc:
         message = f"the source can't be measured as a {wanted.model.format} model: {exc.message}"
-        raise BuildError(message, hint=exc.hint) from exc
+        kind = ReferenceNotFiniteError if isinstance(exc, NotFiniteError) else BuildError
+        raise kind(message, hint=exc.hint) from exc
 
 
 def wanted_run(job: EvaluationJob, model: ModelRef, material: Material) -> ModelRun:

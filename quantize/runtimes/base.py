@@ -13,7 +13,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from quantize.errors import MissingExtraError, VerifyError
+from quantize.errors import MissingExtraError, NotFiniteError
 from quantize.runtimes.devices import Accelerator, DevicePlace
 from quantize.runtimes.served import Progress, ServedModel, Serving
 
@@ -194,5 +194,5 @@ def log_softmax(logits: Any, what: str) -> LogProbs:
 
     values = torch.as_tensor(logits)
     if not bool(values.amax(dim=-1).isfinite().all()):  # of a row with NaN it is NaN
-        raise VerifyError(f"{what}: the logits are not finite", hint="a tensor is damaged; quantize verify names it")
+        raise NotFiniteError(f"{what}: the logits are not finite", hint="a tensor is damaged; quantize verify names it")
     return torch.log_softmax(values, -1, dtype=torch.float32)

@@ -96,8 +96,8 @@ class GgufBuilder:
         if ready is not None:
             sized = run_step("sizing the GGUF files", reporter, dry_run, ready, jobs)
         else:
-            out = context.scratch / "headers.gguf"
-            sized = run_step("sizing the GGUF files", reporter, convert_and_size, _request(context), out, jobs)
+            out, request = context.scratch / "headers.gguf", _request(context, self.outtype(context))
+            sized = run_step("sizing the GGUF files", reporter, convert_and_size, request, out, jobs)
         plans: list[SizePlan | QuantizeError] = []
         for item, result in zip(options, sized, strict=True):
             if isinstance(result, QuantizeError):
@@ -218,9 +218,13 @@ class GgufBuilder:
             self._expected = {key: run_step("asking the source", reporter, expected_of, checkpoint, known)}
         return self._expected[key]
 
+    def outtype(self, context: Context) -> str:
+        """The type that is converted to: the source's, whatever its activations are."""
+        return context.checkpoint.dtype
+
     def intermediate(self, context: Context) -> tuple[str, Path | None]:
         """Cache key of the 16-bit file, and the file itself if it is there."""
-        parts = [checkpoint_key(context.source), context.checkpoint.dtype, *_metadata_lines(context)]
+        parts = [checkpoint_key(context.source), self.outtype(context), *_metadata_lines(context)]
         parts.append(f"pre_tokenizer={context.options.pre_tokenizer}")
         parts += ["towers"] if reads_more_than_text(context.checkpoint.config) else []
         parts += [f"{name}={version}" for name, version in tool_versions(["auto-round", "gguf"]).items()]
@@ -230,7 +234,7 @@ class GgufBuilder:
     @contextmanager
     def converted(self, context: Context, reporter: Reporter) -> Iterator[Path]:
         """The 16-bit file, which stays as long as the context is open."""
-        request = _request(context)
+        request = _request(context, self.outtype(context))
 
         def fill(scratch: Path) -> None:
             status(reporter, context.variant, f"converting to GGUF {request.outtype}, once for all GGUF variants")
@@ -249,9 +253,8 @@ def _model_file(folder: Path) -> Path | None:
     return None if name is None else folder / name
 
 
-def _request(context: Context) -> ConvertRequest:
-    checkpoint, chosen = context.checkpoint, context.options.pre_tokenizer
-    return ConvertRequest(checkpoint.folder, checkpoint.dtype, _metadata(context), chosen)
+def _request(context: Context, outtype: str) -> ConvertRequest:
+    return ConvertRequest(context.checkpoint.folder, outtype, _metadata(context), context.options.pre_tokenizer)
 
 
 def _metadata(context: Context) -> dict[str, Any]:

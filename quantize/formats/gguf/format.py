@@ -54,7 +54,7 @@ FORMAT = Format(
     builder=BUILDER,
     checks=2,
     runtime=LLAMA_CPP,
-    reference=BUILDER,  # the 16-bit file that all variants are quantized from
+    reference=late("quantize.formats.gguf.reference:GgufReference"),
     weights=GgufWeights(),
     vram=IN_LLAMA_CPP,
     card=CardText(ways=_ways, limits=_limits),
