@@ -25,6 +25,18 @@ def test_bitsandbytes_is_refused_at_plan_where_transformers_replaces_no_linear(r
     assert "the linears of FalconForCausalLM are FalconLinear, which transformers does not replace" in words
 
 
+def test_rows_that_blocks_of_nf4_do_not_fill_are_refused_at_plan(run: Run, tmp_path: Path) -> None:
+    """They were built, and failed in bitsandbytes' product on a CPU; INT8 has no blocks."""
+    model = make_checkpoint(tmp_path / "model", TinyModel(hidden=96, intermediate=128, blocks=1, heads=4, kv_heads=2))
+    variants = [{"format": "bitsandbytes", "type": kind} for kind in ("nf4", "int8")]
+    result = run("plan", write_recipe(tmp_path / "recipe.yaml", model, variants))
+    assert result.exit_code == 3
+    assert "self_attn.q_proj.weight has 96 inputs; NF4 takes multiples of 64\n  use int8, or a gguf" in result.stderr
+    assert [line.split()[-2:] for line in result.stdout.splitlines() if line.startswith("bnb-int8")] == [
+        ["to", "build"]
+    ]
+
+
 def test_bitsandbytes_names_the_linears_of_linear_attention_that_steer(run: Run, tmp_path: Path) -> None:
     """Else transformers makes them quantized ones without their scales; building loads the artifact."""
     make_family(family_named("Qwen3.5"), tmp_path / "model")

@@ -14,6 +14,7 @@ from quantize.events import SilentReporter
 from quantize.formats import option_models
 from quantize.formats.base import RunLimits
 from quantize.formats.gguf.build import GgufBuilder
+from quantize.formats.gguf.check import said_of_ends
 from quantize.formats.gguf.source import load_tokenizer
 from quantize.model.checkpoint import open_checkpoint, read_chat_template
 from quantize.recipe.model import load_recipe
@@ -218,3 +219,5 @@ def test_the_models_own_ends_are_taken(own_tiny: Path, tmp_path: Path, store: St
     assert fields["tokenizer.ggml.eos_token_id"] == 2
     assert fields["tokenizer.ggml.eot_token_id"] == 8
     assert facts["ends"] == [2, 8]
+    (said,) = said_of_ends(open_checkpoint(own_tiny), facts)
+    assert said == "answers end at token 2, 8, as the model's settings say; the tokenizer's own eos token is 3"

@@ -6,7 +6,7 @@ save_pretrained of the model quantized on load. No calibration; memory holds one
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -80,6 +80,8 @@ class BitsandbytesBuilder(UncalibratedBuilder):
                 f"the linears of {checkpoint.architecture} are {', '.join(kinds)}, which transformers does not replace "
                 "by bitsandbytes' own", hint="use a gguf, gptq or awq variant for this model",
             )  # fmt: skip
+        if options.type == "nf4":
+            _check_rows(checkpoint, (linear.tensor for layout in layouts for linear in layout.linears))
 
     def sizes(self, context: Context, options: Sequence[BitsandbytesOptions], reporter: Reporter) -> list[SizePlan]:
         """By arithmetic: the layout fixes every byte."""
@@ -151,6 +153,16 @@ def _layout(checkpoint: Checkpoint, options: BitsandbytesOptions) -> TensorLayou
         }
 
     return plan_layout(checkpoint, int8 if options.type == "int8" else nf4, stored_dtype=stored_type(checkpoint))
+
+
+def _check_rows(checkpoint: Checkpoint, tensors: Iterable[str]) -> None:
+    """Blocks of NF4 go over the ends of rows, and bitsandbytes' product on a CPU takes whole ones. Raises PlanError."""
+    for name in tensors:
+        if (width := checkpoint.tensors[name].shape[-1]) % NF4_BLOCK:
+            raise PlanError(
+                f"{name} has {width} inputs; NF4 takes multiples of {NF4_BLOCK}",
+                hint="use int8, or a gguf, gptq or awq variant for this model",
+            )
 
 
 def _size(checkpoint: Checkpoint, options: BitsandbytesOptions) -> SizePlan:

@@ -173,7 +173,7 @@ class GgufBuilder:
 
     def verify(self, folder: Path, checkpoint: Checkpoint, limits: RunLimits, reporter: Reporter) -> Mapping[str, Any]:
         """Tensors, fields, template, tokens and predictions against the source's; load and generate in llama.cpp."""
-        from quantize.formats.gguf.check import MOST_SPLIT_OTHERWISE, compare_header
+        from quantize.formats.gguf.check import MOST_SPLIT_OTHERWISE, compare_header, said_of_ends
         from quantize.formats.gguf.try_out import try_out
 
         path = GgufLayout().main_file(folder)
@@ -200,6 +200,8 @@ class GgufBuilder:
             expected,
             limits.place,
         )
+        for what in said_of_ends(checkpoint, facts):
+            note(reporter, "", f"{path.name}: {what}")
         if (split := facts.get("split_otherwise")) is not None:
             most = f"at most {MOST_SPLIT_OTHERWISE:.1%} of {facts['lines']:,} may be"
             what = f"llama.cpp splits {split['lines']:,} lines of the same text into other tokens than the source"

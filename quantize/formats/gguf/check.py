@@ -8,7 +8,7 @@ what the converter makes of the source now must be in the file, and the file mus
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,7 +18,7 @@ from quantize.files.gguf import TOWERS_START, GgufFile, GgufTensor, read_gguf, t
 from quantize.formats.gguf.source import Expected, ExpectedTensor
 from quantize.model.checkpoint import Checkpoint
 from quantize.model.shape import ModelShape
-from quantize.runtimes.llama_cpp.vocabulary import source_ends, turn_ends
+from quantize.runtimes.llama_cpp.vocabulary import source_ends, tokenizer_end, turn_ends
 
 if TYPE_CHECKING:
     import numpy as np
@@ -252,6 +252,19 @@ def _shortened(line: str) -> str:
 def _ids(ids: Sequence[int], part: slice) -> str:
     shown = [str(number) for number in ids[part]]
     return f"[{'…, ' * (part.start > 0)}{', '.join(shown)}{', …' * (part.stop < len(ids))}]"
+
+
+def said_of_ends(checkpoint: Checkpoint, facts: Mapping[str, Any]) -> Iterator[str]:
+    """What whoever builds has to know of where answers end. facts: of compare_ends."""
+    ends, own = facts.get("ends", ()), tokenizer_end(checkpoint.folder)
+    if ends and own is not None and own not in ends:
+        yield f"answers end at {_tokens(ends)}, as the model's settings say; the tokenizer's own eos token is {own}"
+    if left_out := facts.get("ends_left_out", ()):
+        yield f"llama.cpp does not end at {_tokens(left_out)}, where transformers does too"
+
+
+def _tokens(numbers: Iterable[int]) -> str:
+    return f"token {', '.join(map(str, numbers))}"
 
 
 def compare_ends(file: GgufFile, checkpoint: Checkpoint, ending: frozenset[int]) -> dict[str, Any]:

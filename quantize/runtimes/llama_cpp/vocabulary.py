@@ -158,17 +158,22 @@ def source_ends(folder: Path) -> tuple[int, ...]:
     """The ids that end an answer, by generation_config.json, else config.json, else the tokenizer; () if none says."""
     config = read_json(folder / "config.json")
     text = config.get("text_config")
-    settings = read_json(folder / "tokenizer_config.json")
     for said in (
         read_json(folder / "generation_config.json").get("eos_token_id"),
         config.get("eos_token_id"),
         text.get("eos_token_id") if isinstance(text, dict) else None,
-        _ids_by_text(folder).get(str(_content(settings.get("eos_token")))),
+        tokenizer_end(folder),
     ):
         values = said if isinstance(said, list) else [said]
         if found := [item for item in values if isinstance(item, int) and not isinstance(item, bool)]:
             return tuple(dict.fromkeys(found))
     return ()
+
+
+def tokenizer_end(folder: Path) -> int | None:
+    """The id of the tokenizer's own eos token."""
+    eos = _content(read_json(folder / "tokenizer_config.json").get("eos_token"))
+    return _ids_by_text(folder).get(str(eos))
 
 
 def turn_ends(folder: Path) -> frozenset[int]:
