@@ -50,15 +50,18 @@ class BlockRunner:
     all of them; width: of one of them.
     """
 
-    def __init__(self, config: Mapping[str, Any], device: str, precision: str) -> None:
-        """Raises CheckpointError: the architecture can't be run block by block."""
+    def __init__(self, config: Mapping[str, Any], device: str, precision: str, *, fast: bool = True) -> None:
+        """fast: with our kernel for attention, where transformers' own can be left out.
+
+        Raises CheckpointError: the architecture can't be run block by block.
+        """
         self.device = torch.device(device)
         self._autocast = precision == "bfloat16"
         settle_precision(self.device)
         if self.device.type == "cuda":
             torch.linalg.cholesky_ex(torch.eye(2, device=self.device))  # loads the library, which threads must not
         self.anatomy = found = anatomy_of(config)
-        self._skeleton = _skeleton(load_config(config), found, self.device)
+        self._skeleton = _skeleton(load_config(config), found, self.device, fast)
         self.model = self._skeleton.model
         self.hidden_size = self._skeleton.hidden_size
         self.width = self._skeleton.width
@@ -205,9 +208,9 @@ class BlockRunner:
         return dict(zip(keys, grams, strict=True))
 
 
-def _skeleton(settings: Any, found: Anatomy, device: torch.device) -> Skeleton:
-    """The model with the fast kernel, where it computes the same with one that it does not know."""
-    kernel = register() if found.takes_kernels else found.attention
+def _skeleton(settings: Any, found: Anatomy, device: torch.device, fast: bool) -> Skeleton:
+    """The model, with the fast kernel where it computes the same with one that it does not know."""
+    kernel = register() if fast and found.takes_kernels else found.attention
     return Skeleton(settings, found.blocks, kernel, found.outputs, device, lanes=found.lanes, wide=found.wide)
 
 

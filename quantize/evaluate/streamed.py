@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -48,10 +48,11 @@ from quantize.system.memory import give_back_freed
 from quantize.system.threads import in_turn, split_threads
 
 if TYPE_CHECKING:
-    from quantize.formats.format import InputRounding, Reader
+    from quantize.formats.format import Product, Reader
     from quantize.runtimes.base import LogProbs
 
 STATE_BYTES = 1 << 30  # of hidden states that are kept in memory; more go to a file
+Products = Callable[[str], "Product"]
 RIDDEN = "ride.json"  # beside the states that a calibration pass leaves
 UNPACKED_AT_ONCE = 2  # matrices: each takes a few copies of itself on the way to float32
 
@@ -61,29 +62,27 @@ class StreamedRuntime:
 
     def __init__(
         self, source: TensorSource, label: str, place: DevicePlace, reporter: Reporter, scratch: Path,
-        *, threads: int = 0, state_bytes: int = STATE_BYTES, rounding: InputRounding | None = None,
+        *, threads: int = 0, state_bytes: int = STATE_BYTES, products: Products | None = None,
         ridden: Path | None = None,
     ) -> None:  # fmt: skip
-        """rounding: see Format.inputs. ridden: see open_streamed.
+        """products: see Format. ridden: see open_streamed.
 
         Raises VerifyError: tensors are missing or do not fit the architecture.
         """
         if threads:
             torch.set_num_threads(threads)
-        self.name, self.version = STREAMED, streamed_version()
+        self.name, self.version, self._products = STREAMED, streamed_version(), products
         self.warnings: tuple[str, ...] = ()
         self._source, self._label, self._reporter = source, label, reporter
         self._scratch, self._state_bytes, self._ridden = scratch, state_bytes, ridden
         with self._told():
-            self._runner = BlockRunner(source.config, place.device, "float32")
+            self._runner = BlockRunner(source.config, place.device, "float32", fast=products is None)
             self._head = OutputHead(self._runner, source)
-            if rounding is not None:
-                _round_inputs(self._runner, list(block_layouts(source.config)), rounding)
         self.vocabulary = self._head.vocabulary
 
     def read(self, windows: Sequence[Sequence[int]]) -> Iterator[Iterator[LogProbs]]:
         """See Runtime. The first window comes when all have gone through all blocks."""
-        batches, ordered = in_batches(windows, self._runner.device)
+        batches, ordered = in_batches(windows, self._runner.device, alone=self._products is not None)
         tokens = sum(batch.rows for batch in batches)
         states = self._after_blocks(tokens) or self._open_states(tokens)
         try:
@@ -132,7 +131,8 @@ class StreamedRuntime:
         for layout, weights in read_blocks(self._source, list(block_layouts(self._source.config)), runner.device):
             runner.load(layout, weights)
             del weights
-            run_block(runner, layout.index, batches, states)
+            with computing_with(self._products, runner.layer(layout.index), layout):
+                run_block(runner, layout.index, batches, states)
             give_back_freed()
             text = f"running {self._label} block by block, tokens x blocks"
             progress(self._reporter, "", text, (layout.index + 1) * tokens, runner.blocks * tokens)
@@ -150,10 +150,12 @@ class StreamedRuntime:
             raise VerifyError(f"{self._label}: {exc.message}", hint=exc.hint) from exc
 
 
-def in_batches(windows: Sequence[Sequence[int]], device: torch.device) -> tuple[list[Batch], list[Tensor]]:
-    """Windows as they go through the blocks, and the token ids of each, in that order."""
+def in_batches(
+    windows: Sequence[Sequence[int]], device: torch.device, *, alone: bool = False
+) -> tuple[list[Batch], list[Tensor]]:
+    """Windows as they go through the blocks, and the token ids of each, in that order. alone: one at a time."""
     sequences = [torch.tensor(ids[:-1], dtype=torch.long) for ids in windows]  # nothing follows the last token
-    batches = make_batches([len(ids) for ids in sequences], batch_tokens(device.type))
+    batches = make_batches([len(ids) for ids in sequences], 1 if alone else batch_tokens(device.type))
     return batches, [sequences[member] for batch in batches for member in batch.members]
 
 
@@ -208,20 +210,20 @@ def _single(batches: Sequence[Batch]) -> Iterator[tuple[int, Batch]]:
             yield member, Batch((member,), batch.length, batch.start + place * batch.length)
 
 
-def _round_inputs(runner: BlockRunner, layouts: Sequence[BlockLayout], rounding: InputRounding) -> None:
-    """Have each linear, but for those of routed experts, read what its real runtime reads: of a sequence at a time."""
-
-    def hook(_module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        states, *others = inputs
-        sequences = states if states.dim() == 3 else states[None]
-        return (torch.stack([rounding(one) for one in sequences]).view_as(states), *others)
-
-    for layout in layouts:
-        layer = runner.layer(layout.index)
-        for linear in layout.linears:
-            if linear.expert is None:
-                module = layer.get_submodule(layout.module_path(linear.tensor).removesuffix(".weight"))
-                module.register_forward_pre_hook(hook)
+@contextmanager
+def computing_with(products: Products | None, layer: nn.Module, layout: BlockLayout) -> Iterator[None]:
+    """Have each linear of a loaded block, but for those of routed experts, multiply as its real runtime does."""
+    linears = [item for item in layout.linears if item.expert is None] if products is not None else []
+    modules = [layer.get_submodule(layout.module_path(item.tensor).removesuffix(".weight")) for item in linears]
+    for module, linear in zip(modules, linears, strict=True):
+        assert products is not None
+        multiply: Any = products(linear.tensor)
+        module.forward = partial(lambda module, multiply, states: multiply(states, module.bias), module, multiply)
+    try:
+        yield
+    finally:
+        for module in modules:
+            del module.forward
 
 
 def read_saved(path: Path, key: str | None = None) -> SavedStates | None:
@@ -249,9 +251,9 @@ def open_streamed(
         tensors: TensorSource = checkpoint if is_source else ArtifactTensors(model, checkpoint)
     except CheckpointError as exc:
         raise VerifyError(f"{model.folder.name}: {exc.message}", hint=exc.hint) from exc
-    inputs = None if is_source else find_format(model.format).inputs
-    rounding = inputs(model.path) if inputs is not None else None
+    of_format = None if is_source else find_format(model.format).products
+    products = of_format(model.path) if of_format is not None else None
     name = model.folder.name
     return StreamedRuntime(
-        tensors, name, place, reporter, scratch, threads=threads, rounding=rounding, ridden=ridden
+        tensors, name, place, reporter, scratch, threads=threads, products=products, ridden=ridden
     )  # fmt: skip

@@ -28,7 +28,8 @@ if TYPE_CHECKING:
     from quantize.runtimes.probe import Probe
 
 Reader = Callable[[str, "Tensor"], "Tensor | None"]
-InputRounding = Callable[["Tensor"], "Tensor"]
+Product = Callable[["Tensor", "Tensor | None"], "Tensor"]
+"""Of inputs [..., in] and a bias [out], float32 [..., out]."""
 Options = Mapping[str, Any]
 
 
@@ -187,8 +188,8 @@ class Format:
     with. reference: what quantization is measured against where the runtime is not the source's own. weights: for the
     check of the structure, and for measuring block by block. probes: the engines that it needs, each tried by doctor,
     those first that others stand on. quantization: what ModelPack calls it, by the options; the format's name where it
-    is None. inputs: what its runtime makes of the inputs [tokens, in] of an artifact's linears in one forward pass,
-    before it multiplies; None where it is nothing.
+    is None. products: how its runtime multiplies by an artifact's weights, by name, where that is no plain product of
+    the numbers that the codes stand for; of one sequence at a time.
     """
 
     name: str
@@ -204,7 +205,7 @@ class Format:
     card: CardText = field(default_factory=CardText)
     handover: Handover = field(default_factory=lambda: Handover(_nowhere))
     quantization: Callable[[Options], str] | None = None
-    inputs: Callable[[Path], InputRounding | None] | None = None
+    products: Callable[[Path], Callable[[str], Product] | None] | None = None
     probes: tuple[Probe, ...] = ()
 
     @property

@@ -1,16 +1,19 @@
 """LLM.int8 (Dettmers et al. 2022, arXiv:2208.07339): int8 codes and one absolute maximum per row.
 
-In: a weight [out, in]; what a linear reads, [tokens, in]. Out: what bitsandbytes keeps of the weight on disk, and what
-it multiplies it with. Left to others: names and files (builders). The arithmetic is bitsandbytes' own, on the float16
-values that it converts every weight and input to.
+In: a weight [out, in]; what a linear reads, [..., in]. Out: what bitsandbytes keeps of the weight on disk; the product
+of both. Left to others: names and files (builders). The arithmetic is bitsandbytes' own, on the float16 values that it
+converts every weight and input to.
 """
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from quantize.numerics.constants import INT8_LOGGER
 
 
 @dataclass(frozen=True)
@@ -33,16 +36,18 @@ def quantize_int8(weight: Tensor) -> Int8Rows:
     return Int8Rows(codes, scales)
 
 
-def round_inputs(inputs: Tensor, threshold: float) -> Tensor:
-    """What LLM.int8 multiplies a weight with in place of [tokens, in], float32.
+def multiply(rows: Int8Rows, threshold: float, inputs: Tensor, bias: Tensor | None) -> Tensor:
+    """What bitsandbytes makes of a linear: [..., out] of inputs [..., in], in their type.
 
     Each token's values are rounded to 255 levels over its absolute maximum, but for channels in which some token
-    reaches the threshold (0: none does): those are left as they are for all tokens, and values that reach it count for
-    no maximum. So the tokens of one forward pass depend on one another.
+    reaches the threshold (0: none does): those are left as they are for all tokens. So the tokens of one call depend on
+    one another.
     """
-    half = inputs.half()
-    outliers = half.abs() >= (threshold or torch.inf)
-    usual = half.masked_fill(outliers, 0).float()
-    largest = usual.abs().amax(1, keepdim=True).clamp(min=1e-20)  # a row of zeros stays one
-    rounded = torch.round(usual * (127 / largest)) * (largest / 127)
-    return torch.where(outliers.any(0), inputs.float(), rounded)
+    import bitsandbytes
+
+    logging.getLogger(INT8_LOGGER).setLevel(logging.ERROR)
+    state = bitsandbytes.MatmulLtState()
+    state.CB, state.SCB, state.threshold, state.has_fp16_weights = rows.codes, rows.scales, threshold, False
+    state.is_training = False  # in training it multiplies in floating point
+    found: Tensor = bitsandbytes.matmul(inputs, rows.codes, bias=bias, state=state)
+    return found

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from quantize.estimate.vram import VramProfile
 from quantize.formats.bitsandbytes.probe import BITSANDBYTES_PROBE
-from quantize.formats.bitsandbytes.weights import BitsandbytesWeights, input_rounding
+from quantize.formats.bitsandbytes.weights import BitsandbytesWeights, int8_products
 from quantize.formats.folder import FolderLayout
 from quantize.formats.format import CardText, Format, Handover, No, Options, Way, late
 from quantize.formats.ways import SERVE, VLLM, in_transformers
+from quantize.numerics.constants import INT8_LOGGER
 from quantize.runtimes.transformers.kind import Transformers
 from quantize.runtimes.transformers.probe import TORCH_PROBES
 
 INT8_HINT = "serve it with `quantize serve`, which runs it in transformers, or build an awq or gptq variant"
-BITSANDBYTES = Transformers("bnb", helper="bitsandbytes", chooses_dtype=True)
+BITSANDBYTES = Transformers("bnb", helper="bitsandbytes", chooses_dtype=True, silenced=(INT8_LOGGER,))
 # An int8 copy of the activations and int32 products: LLM.int8(), arXiv:2208.07339.
 VRAM = VramProfile(unpacked_bytes=2, activation_bytes=5)
 
@@ -43,7 +44,7 @@ FORMAT = Format(
     builder=late("quantize.formats.bitsandbytes.build:BitsandbytesBuilder"),
     runtime=BITSANDBYTES,
     weights=BitsandbytesWeights(),
-    inputs=input_rounding,
+    products=int8_products,
     vram=VRAM,
     card=CardText(ways=_ways, limits=_limits),
     handover=Handover(vllm=_in_vllm),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from quantize.files.safetensors import read_tensor
 from quantize.formats.folder import not_packed
-from quantize.formats.format import InputRounding, Options, Reader
+from quantize.formats.format import Options, Product, Reader
 from quantize.model.checkpoint import Checkpoint, read_json, tensor_table
 
 if TYPE_CHECKING:
@@ -34,14 +34,22 @@ class BitsandbytesWeights:
         return not_packed(path, names, ("SCB", "weight.absmax"))
 
 
-def input_rounding(folder: Path) -> InputRounding | None:
-    """What bitsandbytes makes of the inputs of INT8 linears; NF4 ones take them as they are. Raises CheckpointError."""
+def int8_products(folder: Path) -> Callable[[str], Product] | None:
+    """bitsandbytes' own product for the weight of an INT8 linear, by its name; None for NF4, whose inputs stay as they
+    are. Raises CheckpointError.
+    """
     settings = read_json(folder / "config.json").get("quantization_config")
     if not isinstance(settings, dict) or not settings.get("load_in_8bit"):
         return None
-    from quantize.numerics.int8 import round_inputs
+    from quantize.numerics.int8 import Int8Rows, multiply
 
-    return partial(round_inputs, threshold=float(settings.get("llm_int8_threshold", OUTLIERS)))
+    table, threshold = tensor_table(folder), float(settings.get("llm_int8_threshold", OUTLIERS))
+
+    def product(name: str) -> Product:
+        scales = table[f"{name.removesuffix('weight')}SCB"]
+        return partial(multiply, Int8Rows(read_tensor(table[name]), read_tensor(scales)), threshold)
+
+    return product
 
 
 def _reader(folder: Path) -> Reader:

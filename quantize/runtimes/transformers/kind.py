@@ -7,6 +7,7 @@ imported before a model is opened.
 from __future__ import annotations
 
 import importlib
+import logging
 import os
 import tempfile
 from collections.abc import Mapping
@@ -19,7 +20,13 @@ from quantize.errors import MissingExtraError
 from quantize.runtimes.base import ModelRef, Runtime, runtime_version
 from quantize.runtimes.devices import CPU, Accelerator, DevicePlace
 from quantize.runtimes.served import Progress, ServedModel, Serving
-from quantize.runtimes.transformers.load import LoadedModel, load_causal_lm, load_with_any_kernel, quiet
+from quantize.runtimes.transformers.load import (
+    LoadedModel,
+    load_causal_lm,
+    load_with_any_kernel,
+    quiet,
+    to_float32,
+)
 from quantize.system.gpus import nvidia_gpus
 
 
@@ -30,7 +37,8 @@ class Transformers:
     helper: the library that transformers needs to read the format, as a distribution and a module. environment: what
     that library wants to find, where the user has not set it. chooses_dtype: whether the folder leaves open in which
     dtype to compute. kernels: by format, what computes instead where the helper's first choice can't be compiled.
-    first_load: what takes long the first time that a model is loaded on a GPU, in words; "" for nothing.
+    first_load: what takes long the first time that a model is loaded on a GPU, in words; "" for nothing. silenced:
+    loggers of the helper whose warnings say nothing new.
     """
 
     extra: str = "torch"
@@ -39,6 +47,7 @@ class Transformers:
     chooses_dtype: bool = False
     kernels: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     first_load: str = ""
+    silenced: tuple[str, ...] = ()
     name: str = "transformers"
     memory: str = "transformers"
     kv_bits: tuple[str, ...] = ("16",)
@@ -97,7 +106,10 @@ class Transformers:
         dtype = self.computes_in(DevicePlace(device))
 
         def load(backend: str | None) -> Any:
-            return load_causal_lm(model.folder, device, dtype=dtype, backend=backend)
+            loaded = load_causal_lm(model.folder, device, dtype=dtype, backend=backend)
+            if dtype == "float32":
+                to_float32(loaded)
+            return loaded
 
         return load_with_any_kernel(load, self.kernels.get(model.format, ()))
 
@@ -114,6 +126,8 @@ class Transformers:
                     importlib.import_module(self.helper)  # transformers imports it late; say here what is missing
         except ImportError as exc:
             raise MissingExtraError(feature, self.extra) from exc
+        for logger in self.silenced:
+            logging.getLogger(logger).setLevel(logging.ERROR)
         transformers.logging.set_verbosity_error()
         transformers.logging.disable_progress_bar()
         return torch

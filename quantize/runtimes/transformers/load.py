@@ -62,6 +62,15 @@ def load_causal_lm(folder: Path, device: str = "cpu", *, dtype: Any = "auto", ba
     return loaded.eval()
 
 
+def to_float32(model: Any) -> None:
+    """Have all that is not packed in float32: of a quantized folder transformers leaves it in the type of the file."""
+    from torch import nn
+
+    for value in model.parameters():
+        if type(value) is nn.Parameter and value.is_floating_point():
+            value.data = value.data.float()
+
+
 def auto_class(config: Any) -> Any:
     """transformers' class that builds the one which config.json names: of a causal language model, or of one that reads
     more than text, which it may have a causal one for too.

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from quantize.runtimes.base import ModelRef, OneWindowAtATime, Prompted, block_rows, goes_on, in_groups, log_softmax
-from quantize.runtimes.transformers.load import TransformersLoader
+from quantize.runtimes.transformers.load import TransformersLoader, kernels
 
 if TYPE_CHECKING:
     from quantize.runtimes.base import LogProbs
@@ -27,12 +27,12 @@ class TransformersRuntime(OneWindowAtATime):
     ) -> None:
         torch = loader.import_torch(f"evaluating a {model.format} model")
         self._label = model.folder.name
-        self.name, self.version = loader.name, version
         if threads:
             torch.set_num_threads(threads)
         self._torch = torch
         self._device = device
         self._model, self.warnings = loader.load(model, self._device)
+        self.name, self.version = loader.name, ", ".join([version, *filter(None, [kernels(self._model)])])
         self.vocabulary = int(self._model.get_output_embeddings().weight.shape[0])
 
     def log_probs(self, window: Sequence[int]) -> Iterator[LogProbs]:
