@@ -18,6 +18,8 @@ from quantize.calibration.mix import CalibrationText
 from quantize.errors import PlanError, UsageError
 from quantize.evaluate.decision import RUNS
 from quantize.evaluate.record import read_record
+from quantize.evaluate.task_files import pin_tasks
+from quantize.evaluate.task_names import check_names
 from quantize.events import Reporter, note
 from quantize.formats import builders, find_format, known_format
 from quantize.formats.base import Builder
@@ -98,7 +100,8 @@ def make_plan(
 ) -> Plan:
     """Pin a recipe's source and text, make its build keys, and look what the store has. only: variants; all if empty.
 
-    Raises CheckpointError, PlanError, MissingExtraError; UsageError: a variant that is not in the recipe.
+    Raises CheckpointError, PlanError, MissingExtraError; UsageError: a variant that is not in the recipe; RecipeError: a
+    task that is none, where it is to be measured.
     """
     variants = wanted(recipe.variants, only)
     recipe = pin_calibration(recipe, workspace.reporter)
@@ -106,6 +109,8 @@ def make_plan(
     if source.revision is not None:
         at_commit = recipe.source.model_copy(update={"revision": source.revision})
         recipe = replace(recipe, source=at_commit)
+    if evaluate:
+        check_names(pin_tasks(recipe.evaluation.tasks, recipe.path, workspace.cache))
     plan = look(Plan(recipe, source, identify_jobs(recipe, source, variants), force, evaluate), workspace.store)
     say_outdated(plan, workspace)
     return plan

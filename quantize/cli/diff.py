@@ -13,6 +13,8 @@ from quantize.evaluate.difference import QualityDifference, compare_quality
 from quantize.evaluate.metric import Reading
 from quantize.evaluate.metrics import readings
 from quantize.evaluate.record import EvaluationRecord, read_record
+from quantize.evaluate.task_record import TaskMetric, TaskResult, compare_tasks
+from quantize.evaluate.task_table import metric_texts, task_verdict
 from quantize.formats.diff import Difference, compare
 from quantize.store.store import Store
 from quantize.targets import find_artifact
@@ -32,19 +34,23 @@ def command(first: str, second: str, store: Store, as_json: bool) -> None:
     one, other = find_artifact(first, store), find_artifact(second, store)
     records = [read_record(item.measurements()) for item in (one, other)]
     differences, figures = compare(one, other), _figures(records)
+    tasks = compare_tasks(*(None if record is None else record.tasks for record in records))
     if as_json:
         found = [Difference(f"evaluation.{ours.metric.key}", ours.data, theirs.data) for ours, theirs in figures]
-        print_json([*(item.__dict__ for item in (*differences, *found)), *_better(records)])
+        print_json([*(item.__dict__ for item in (*differences, *found)), *_better(records), *_tasks(tasks)])
         return
     rows = [_row(item) for item in differences]
     rows += [[ours.metric.title_with_unit, ours.text, theirs.text] for ours, theirs in figures]
+    rows += [[f"{task.title}, {item.title}", *metric_texts(item)[::-1]] for task, item in tasks if item.difference]
     columns = [Column("WHAT"), Column("FIRST"), Column("SECOND")]
     print_table(columns, rows, empty="no difference")
     if figures and len({_text_of(record) for record in records}) > 1:
         click.echo("the two were measured on different text: their figures can't be compared")
-    difference = _difference(records)
+    difference, names = _difference(records), (one.manifest.variant, other.manifest.variant)
     if difference is not None:
-        click.echo(difference.text((one.manifest.variant, other.manifest.variant)))
+        click.echo(difference.text(names))
+    for task, item in tasks:
+        click.echo(task_verdict(task, item, names))
 
 
 def _difference(records: Sequence[EvaluationRecord | None]) -> QualityDifference | None:
@@ -59,6 +65,18 @@ def _better(records: Sequence[EvaluationRecord | None]) -> list[dict[str, Any]]:
         return []
     interval = [found.low, found.high]
     return [{"what": "evaluation.better", "first": found.better == 1, "second": found.better == 2, "kl": interval}]
+
+
+def _tasks(found: Sequence[tuple[TaskResult, TaskMetric]]) -> list[dict[str, Any]]:
+    """Of each metric both values, as JSON has them, and the second less the first with its interval."""
+    return [
+        {
+            "what": f"evaluation.tasks.{task.name}.{item.title}", "first": item.source_value, "second": item.value,
+            "difference": item.difference,
+            "interval": None if item.interval is None else [item.interval.low, item.interval.high],
+        }
+        for task, item in found
+    ]  # fmt: skip
 
 
 def _figures(records: Sequence[EvaluationRecord | None]) -> list[tuple[Reading, Reading]]:

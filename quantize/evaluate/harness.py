@@ -9,21 +9,18 @@ from __future__ import annotations
 
 import os
 import random
-import re
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
 from difflib import get_close_matches
-from pathlib import Path
 from typing import Any
 
 import lm_eval
 import numpy as np
 from jinja2 import BaseLoader, StrictUndefined
 from jinja2.sandbox import ImmutableSandboxedEnvironment
-from lm_eval import tasks as own_tasks
 from lm_eval import utils
 from lm_eval.api.metrics import mean
 from lm_eval.api.registry import AGGREGATION_REGISTRY, METRIC_REGISTRY
@@ -33,6 +30,7 @@ from lm_eval.tasks._yaml_loader import load_yaml
 from quantize.errors import QuantizeError, RecipeError, first_line, is_disk_full, is_out_of_memory
 from quantize.evaluate.task_files import HARNESS, LOCAL, PinnedTask, harness_version
 from quantize.evaluate.task_model import RuntimeModel
+from quantize.evaluate.task_names import find_own
 from quantize.evaluate.task_record import MetricScores, TaskData, TaskScores
 
 SEED = 1234  # of the choice of examples; the harness's own default
@@ -138,12 +136,7 @@ def _made(pinned: PinnedTask) -> Any:
 def _own_config(pinned: PinnedTask) -> dict[str, Any]:
     """What the harness has under a name. Raises RecipeError: nothing, or what can't be pinned."""
     name = pinned.entry.label
-    folder = Path(own_tasks.__file__).parent
-    line = re.compile(rf"^task:[ \t]*['\"]?{re.escape(name)}['\"]?[ \t]*(#.*)?$", re.MULTILINE)
-    paths = sorted(folder.rglob("*.yaml"))
-    path = next((item for item in paths if line.search(item.read_text(encoding="utf-8"))), None)
-    if path is None:
-        raise _unknown(name, paths)
+    path = find_own(name)
     plain = load_yaml(path, resolve_func=False)
     where = f"`tasks`: {name} of {HARNESS} {harness_version()}"
     if "class" in plain or plain.get("custom_dataset") is not None or plain.get("dataset_path") in (None, *LOCAL):
@@ -152,21 +145,6 @@ def _own_config(pinned: PinnedTask) -> dict[str, Any]:
         raise RecipeError(f"{where} runs code that the model writes, which is not done here", hint="leave it out")
     config: dict[str, Any] = load_yaml(path, resolve_func=True)
     return config
-
-
-def _unknown(name: str, paths: list[Path]) -> RecipeError:
-    texts = [path.read_text(encoding="utf-8") for path in paths]
-    groups = re.compile(
-        rf"^(group:[ \t]*|tag:[ \t]*|tag:\n(?:[ \t]*- .*\n)*?[ \t]*- )['\"]?{re.escape(name)}['\"]?[ \t]*$",
-        re.MULTILINE,
-    )
-    if any(groups.search(text) for text in texts):
-        message = f"`tasks`: {name} is a group of tasks of {HARNESS}, each with figures of its own"
-        return RecipeError(message, hint="name the tasks of it that you mean, each with its revision")
-    known = {found for text in texts for found in re.findall(r"^task:[ \t]*['\"]?([\w./:+-]+)", text, re.MULTILINE)}
-    near = get_close_matches(name, known, n=3)
-    hint = f"did you mean {' or '.join(near)}?" if near else "`lm_eval ls tasks` lists them"
-    return RecipeError(f"`tasks`: {HARNESS} {harness_version()} has no task {name}", hint=hint)
 
 
 def _check_metrics(pinned: PinnedTask, config: dict[str, Any]) -> None:

@@ -29,6 +29,7 @@ KEYS = (
     "target_delimiter", "fewshot_delimiter", "gen_prefix", "num_fewshot", "metric_list", "output_type",
     "generation_kwargs", "repeats", "filter_list", "should_decontaminate", "doc_to_decontamination_query", "metadata",
 )  # fmt: skip
+GROUP_KEYS = ("group", "task", "metadata")  # none that aggregates: each task has its own figures
 NEEDED = ("task", "dataset_path", "output_type", "doc_to_text", "doc_to_target")
 FEWSHOT_KEYS = ("sampler", "split", "samples", "fewshot_indices", "doc_to_text", "doc_to_choice", "doc_to_target")
 FOLDER_KEYS = ("data_files", "split", "field", "delimiter", "column_names", "sep")
@@ -69,24 +70,51 @@ def pin_tasks(entries: Sequence[TaskEntry], recipe: Path, cache: Cache) -> tuple
     """
     if entries:
         harness_version()
-    found = tuple(_pinned(entry, recipe, cache) for entry in entries)
+    found = tuple(task for entry in entries for task in _pinned(entry, recipe, cache))
     for place, task in enumerate(found):
         if task.identity in {other.identity for other in found[:place]}:
             raise RecipeError(f"{recipe}: `tasks`: {task.entry.label} is here twice", hint="remove one of the two")
     return found
 
 
-def _pinned(entry: TaskEntry, recipe: Path, cache: Cache) -> PinnedTask:
-    asked = entry.model_dump(mode="json", exclude={"file", "metric"})
+def _pinned(entry: TaskEntry, recipe: Path, cache: Cache) -> list[PinnedTask]:
+    """The task of an entry, or those of the group that it names."""
     if entry.file is None:
-        return PinnedTask(entry, entry.label, identity=canonical_hash({"entry": asked}))
+        return [PinnedTask(entry, entry.label, identity=canonical_hash({"entry": _asked(entry)}))]
     path = find_path(entry.file, recipe.parent)
     if path is None or not path.is_file():
         hint = "paths start at the recipe's folder, the one above it, or the working folder"
         raise RecipeError(f"{recipe}: `tasks`: no such file: {entry.file}", hint=hint)
     document = read_document(path)
+    if isinstance(document.data, dict) and "group" in document.data:
+        members = [(entry.model_copy(update={"file": str(file)}), read_document(file)) for file in _group(document)]
+        return [_of_file(member, config, cache) for member, config in members]
+    return [_of_file(entry, document, cache)]
+
+
+def _asked(entry: TaskEntry) -> dict[str, Any]:
+    """What of an entry says what is asked."""
+    return entry.model_dump(mode="json", exclude={"file", "metric"})
+
+
+def _group(document: Document) -> list[Path]:
+    """The task files of a group, beside it. Raises RecipeError: it is none of task files."""
+    _known_keys(document, (), GROUP_KEYS)
+    named, folder = document.data.get("task"), Path(document.path).parent
+    if not isinstance(named, list) or not named:
+        raise document.error((), "a group lists its tasks", hint="write `task: [first.yaml, second.yaml]`")
+    found = []
+    for place, name in enumerate(named):
+        if not isinstance(name, str) or not (folder / name).is_file():
+            hint = "a group of yours lists task files, by paths from its folder; name the harness's tasks in the recipe"
+            raise document.error(("task", place), f"no such task file: {name}", hint=hint)
+        found.append(folder / name)
+    return found
+
+
+def _of_file(entry: TaskEntry, document: Document, cache: Cache) -> PinnedTask:
     _check(document)
-    config = dict(document.data)
+    path, config = Path(document.path), dict(document.data)
     where = _data(document, entry)
     files = {name: cache.sha256(item) for name, item in where.items()}
     said = {key: value for key, value in config.items() if key != "dataset_kwargs"}
@@ -96,7 +124,7 @@ def _pinned(entry: TaskEntry, recipe: Path, cache: Cache) -> PinnedTask:
         options["data_files"] = _with_paths(named, where)
         said["data"] = {"files": files, "named": named, "options": _without(options, "data_files")}
     try:
-        identity = canonical_hash({"entry": asked, "config": said})
+        identity = canonical_hash({"entry": _asked(entry), "config": said})
     except (ValueError, TypeError) as exc:
         message = f"{path}:1:1: a task file has text, numbers, lists and keys only ({first_line(exc)})"
         raise RecipeError(message, hint="put dates between quotes") from exc

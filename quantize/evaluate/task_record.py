@@ -66,7 +66,8 @@ class TaskMetric(RecordModel):
     """One metric of a task: artifact and source.
 
     difference: the artifact's less the source's. interval: of the difference, with 95 % confidence; None where the
-    figure is no mean of scores, or there are too few.
+    figure is no mean of scores, or there are too few. scores: the artifact's, of each sample, for comparing artifacts;
+    empty in older records.
     """
 
     name: str
@@ -79,6 +80,7 @@ class TaskMetric(RecordModel):
     interval: Interval | None
     higher_is_better: bool
     is_share: bool
+    scores: Annotated[tuple[Number, ...], Field(strict=False)] = ()
 
     @property
     def title(self) -> str:
@@ -101,7 +103,8 @@ class TaskMetric(RecordModel):
 
 class TaskResult(RecordModel):
     """One task, both models. file: the task file's name; "" for a task of the harness's own. main: place among the
-    metrics of the one that the gate looks at. runtime, source_runtime: what each ran in, with versions.
+    metrics of the one that the gate looks at. runtime, source_runtime: what each ran in, with versions. identity: names
+    the task, its data and how it is asked; "" in older records.
     """
 
     name: str
@@ -116,6 +119,7 @@ class TaskResult(RecordModel):
     runtime: str
     source_runtime: str
     metrics: Annotated[tuple[TaskMetric, ...], Field(strict=False, min_length=1)]
+    identity: str = ""
 
     @property
     def title(self) -> str:
@@ -143,6 +147,32 @@ class TasksRecord(RecordModel):
     skipped: Mapping[str, str] = {}
 
 
+def compare_tasks(first: TasksRecord | None, second: TasksRecord | None) -> list[tuple[TaskResult, TaskMetric]]:
+    """Metrics of the tasks that both artifacts were asked alike: of each, the second artifact beside the first, which
+    stands in the source's place.
+    """
+    if first is None or second is None or (first.version, first.context) != (second.version, second.context):
+        return []
+    known = {
+        (task.identity, item.name, item.filter): _scores(item)
+        for task in first.results if task.identity for item in task.metrics
+    }  # fmt: skip
+    return [
+        (task, compared(_scores(item), known[key]))
+        for task in second.results
+        for item in task.metrics
+        if (key := (task.identity, item.name, item.filter)) in known and len(known[key].scores) == len(item.scores)
+    ]
+
+
+def _scores(metric: TaskMetric) -> MetricScores:
+    """What one artifact reached."""
+    return MetricScores(
+        name=metric.name, filter=metric.filter, value=metric.value, stderr=metric.stderr,
+        higher_is_better=metric.higher_is_better, is_share=metric.is_share, scores=metric.scores,
+    )  # fmt: skip
+
+
 def compared(ours: MetricScores, theirs: MetricScores) -> TaskMetric:
     """A metric of the artifact beside its source's. Raises VerifyError: they are of different samples."""
     if len(ours.scores) != len(theirs.scores):
@@ -152,5 +182,5 @@ def compared(ours: MetricScores, theirs: MetricScores) -> TaskMetric:
         name=ours.name, filter=ours.filter, value=ours.value, stderr=ours.stderr, source_value=theirs.value,
         source_stderr=theirs.stderr, difference=ours.value - theirs.value,
         interval=None if found is None else Interval(low=found[0], high=found[1]),
-        higher_is_better=ours.higher_is_better, is_share=ours.is_share and theirs.is_share,
+        higher_is_better=ours.higher_is_better, is_share=ours.is_share and theirs.is_share, scores=ours.scores,
     )  # fmt: skip

@@ -18,11 +18,29 @@ def task_rows(record: TasksRecord | None) -> list[list[str]]:
     if record is None:
         return []
     return [
-        [task.title, item.title, _value(item, item.value, item.stderr),
-         _value(item, item.source_value, item.source_stderr), difference_text(item)]
+        [task.title, item.title, *metric_texts(item), difference_text(item)]
         for task in record.results
         for item in task.metrics
     ]  # fmt: skip
+
+
+def metric_texts(metric: TaskMetric) -> tuple[str, str]:
+    """What the artifact reaches, and what its source does, with the harness's standard errors."""
+    return (
+        _value(metric, metric.value, metric.stderr),
+        _value(metric, metric.source_value, metric.source_stderr),
+    )
+
+
+def task_verdict(task: TaskResult, metric: TaskMetric, names: tuple[str, str]) -> str:
+    """A sentence on two artifacts, of a metric of `compare_tasks`. names: of the first and the second."""
+    what, found = f"{task.title}, {metric.title}", metric.loss_interval
+    text = f"{names[1]} less {names[0]}: {difference_text(metric)}"
+    if found is None:
+        return f"{what}: {text}"
+    if found.low <= 0 <= found.high:
+        return f"{what}: no difference shown; {text} (95 %)"
+    return f"{what}: {names[0 if found.low > 0 else 1]} is better; {text} (95 %)"
 
 
 def difference_text(metric: TaskMetric) -> str:

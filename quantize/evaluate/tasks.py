@@ -119,6 +119,7 @@ def _result(task: LoadedTask, ours: TaskScores, theirs: TaskScores) -> TaskResul
         name=task.pinned.name, file=task.pinned.file, version=ours.version, data=task.data, samples=ours.samples,
         shots=ours.shots, chat=entry.chat, cut=ours.cut, main=main, runtime=f"{ours.runtime} ({ours.runtime_version})",
         source_runtime=f"{theirs.runtime} ({theirs.runtime_version})", metrics=tuple(metrics),
+        identity=task.pinned.identity,
     )  # fmt: skip
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -21,8 +22,8 @@ from quantize.evaluate.intervals import paired_difference
 from quantize.evaluate.numbers import Interval
 from quantize.evaluate.record import EvaluationRecord, Evidence
 from quantize.evaluate.task_files import PinnedTask, pin_tasks
-from quantize.evaluate.task_record import TaskData, TaskMetric, TaskResult, TasksRecord
-from quantize.evaluate.task_table import task_lines, task_rows
+from quantize.evaluate.task_record import TaskData, TaskMetric, TaskResult, TasksRecord, compare_tasks
+from quantize.evaluate.task_table import task_lines, task_rows, task_verdict
 from quantize.events import ListReporter, SilentReporter
 from quantize.formats import open_runtime, option_models
 from quantize.recipe.evaluation import TaskEntry
@@ -266,6 +267,35 @@ def test_a_task_file_that_is_none(folder: Path, cache: Cache, change: dict[str, 
     assert "other.yaml:" in str(caught.value)
 
 
+def write_group(root: Path, members: Any, **more: Any) -> str:
+    (root / "group.yaml").write_text(yaml.safe_dump({"group": "mine", "task": members, **more}, sort_keys=False))
+    return "group.yaml"
+
+
+def test_a_group_of_task_files_is_its_tasks(folder: Path, cache: Cache) -> None:
+    entry = TaskEntry(file=write_group(folder, ["own_choices.yaml", "own_texts.yaml"]), limit=5)
+    found = pinned(folder, cache, entry)
+    alone = pinned(folder, cache, *(TaskEntry(file=f"own_{name}.yaml", limit=5) for name in ("choices", "texts")))
+    assert [item.identity for item in found] == [item.identity for item in alone]
+    assert [(item.name, item.file) for item in found] == [
+        ("own_choices", "own_choices.yaml"), ("own_texts", "own_texts.yaml"),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("members", "more", "words"),
+    [
+        (["own_choices.yaml", "mmlu"], {}, r"group.yaml:4:3: no such task file: mmlu"),
+        ([], {}, "a group lists its tasks"),
+        (["own_choices.yaml"], {"aggregate_metric_list": [{"metric": "acc"}]}, "can't have `aggregate_metric_list`"),
+        (["group.yaml"], {}, "can't have `group`"),
+    ],
+)
+def test_a_group_that_is_none(folder: Path, cache: Cache, members: Any, more: dict[str, Any], words: str) -> None:
+    with pytest.raises(RecipeError, match=words):
+        pinned(folder, cache, TaskEntry(file=write_group(folder, members, **more)))
+
+
 def test_a_task_file_can_name_no_function(folder: Path, cache: Cache) -> None:
     text = (folder / "own_choices.yaml").read_text().replace("doc_to_choice: answers", "doc_to_choice: !function a.b")
     (folder / "other.yaml").write_text(text)
@@ -456,6 +486,37 @@ def test_the_gate(results: tuple[TaskResult, ...], outcome: GateOutcome, words: 
     assert TASK_SCORES not in {item.gate for item in without.findings}
 
 
+def scored(scores: Sequence[float], **changes: Any) -> TasksRecord:
+    value = sum(scores) / len(scores)
+    own = {"value": value, "difference": value - 0.6, "scores": tuple(scores)}
+    (task,) = (result(0, None),)
+    metric = task.main_metric.model_copy(update={**own, **{k: v for k, v in changes.items() if k != "identity"}})
+    return tasks(task.model_copy(update={"identity": changes.get("identity", "a" * 64), "metrics": (metric,)}))
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "changes", "verdict"),
+    [
+        ([1.0] * 90 + [0.0] * 10, [1.0] * 60 + [0.0] * 40, {}, "A is better; B less A: -30.0 ± 9.0 points (95 %)"),
+        ([1.0] * 60 + [0.0] * 40, [1.0] * 90 + [0.0] * 10, {}, "B is better; B less A: +30.0 ± 9.0 points (95 %)"),
+        ([1.0] * 90 + [0.0] * 10, [1.0] * 60 + [0.0] * 40, {"higher_is_better": False}, "B is better; B less A: -30.0"),
+        ([1.0, 0.0] * 50, [0.0, 1.0] * 50, {}, "no difference shown; B less A: +0.0 ± 19.3 points (95 %)"),
+    ],
+)
+def test_two_artifacts_are_compared_sample_by_sample(
+    first: list[float], second: list[float], changes: dict[str, Any], verdict: str
+) -> None:
+    ((task, metric),) = compare_tasks(scored(first, **changes), scored(second, **changes))
+    assert task_verdict(task, metric, ("A", "B")).startswith(f"t+0, 0-shot, acc: {verdict}")
+
+
+def test_tasks_that_were_not_asked_alike_are_not_compared() -> None:
+    ours = scored([1.0, 0.0] * 20)
+    for other in (scored([1.0] * 40, identity="b" * 64), scored([1.0] * 40, identity=""), scored([1.0] * 20), None):
+        assert compare_tasks(ours, other) == []
+    assert compare_tasks(ours, scored([1.0] * 40).model_copy(update={"context": 1024})) == []
+
+
 def test_what_is_shown() -> None:
     (row,) = task_rows(tasks(result(-0.012, 0.008)))
     assert row == ["t-0.012, 0-shot", "acc", "58.8% (2.0)", "60.0% (2.0)", "-1.2 ± 0.8 points"]
@@ -498,7 +559,8 @@ def test_a_build_measures_the_tasks_of_its_recipe(tiny: Path, folder: Path, work
     each = np.array([value for value, _ in by_the_harness(tiny, task)[1]]).reshape(-1, len(letters))
     known = [{**row, "right": int(best)} for row, best in zip(alike, each.argmax(axis=1), strict=True)]
     write_rows(folder, known)
-    path = recipe(folder, tiny, [{"file": "own_choices.yaml"}, {"file": "own_answers.yaml", "limit": 4}])
+    write_group(folder, ["own_choices.yaml"])
+    path = recipe(folder, tiny, [{"file": "group.yaml"}, {"file": "own_answers.yaml", "limit": 4}])
     reporter = ListReporter()
     outcomes = build(load_recipe(path, option_models()), Workspace(workspace.store, workspace.cache, reporter))
     assert [item.error for item in outcomes if item.error] == []
@@ -522,6 +584,17 @@ def test_a_build_measures_the_tasks_of_its_recipe(tiny: Path, folder: Path, work
     shown = run("show", outcomes[0].artifact.ref if outcomes[0].artifact else "").stdout
     assert "own_choices (version 2.0, own_choices.yaml): 48 samples of data/rows.jsonl" in shown
 
+    names = ("tiny/q8_0", "tiny/q2_k")
+    lines = [line for line in run("diff", *names).stdout.splitlines() if line.startswith("own_choices, 0-shot, acc: ")]
+    (figure,) = [item for item in data_of(run("diff", *names, "--json")) if item["what"].endswith("own_choices.acc")]
+    assert (figure["first"], figure["second"]) == (better.value, worse.value)
+    assert figure["difference"] == pytest.approx(worse.value - better.value)
+    low, high = paired_difference(worse.scores, better.scores) or (0.0, 0.0)
+    assert figure["interval"] == [low, high]
+    half = f"q2_k less q8_0: {100 * figure['difference']:+.1f} ± {50 * (high - low):.1f} points (95 %)"
+    verdict = "q8_0 is better" if high < 0 else "no difference shown"
+    assert lines == [f"own_choices, 0-shot, acc: {verdict}; {half}"]
+
     without = run("eval", outcomes[0].artifact.ref if outcomes[0].artifact else "", "--no-tasks", "--json")
     (item,) = json.loads(without.stdout)
     assert (item["recorded"], "tasks" in item["evaluation"]) == (False, False)
@@ -534,6 +607,19 @@ def test_a_build_measures_the_tasks_of_its_recipe(tiny: Path, folder: Path, work
     texts = [event.text for event in reporter.events]
     assert "asking the artifact the task own_choices" in texts, "other data are measured anew"
     assert not any("quantizing" in text for text in texts), "and nothing is built for it"
+
+
+def data_of(done: Any) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = json.loads(done.stdout)
+    return found
+
+
+@pytest.mark.parametrize(("task", "words"), [("mmlu", "mmlu is a group of tasks"), ("arc_eazy", "has no task")])
+def test_a_name_that_is_no_task_ends_a_plan(tiny: Path, folder: Path, run: Run, task: str, words: str) -> None:
+    path = recipe(folder, tiny, [{"task": task, "revision": COMMIT}])
+    done = run("plan", path)
+    assert done.exit_code == 2
+    assert words in done.stderr
 
 
 def test_a_wrong_task_ends_a_build_before_it_begins(tiny: Path, folder: Path, run: Run) -> None:
