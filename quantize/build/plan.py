@@ -100,8 +100,8 @@ def make_plan(
 ) -> Plan:
     """Pin a recipe's source and text, make its build keys, and look what the store has. only: variants; all if empty.
 
-    Raises CheckpointError, PlanError, MissingExtraError; UsageError: a variant that is not in the recipe; RecipeError: a
-    task that is none, where it is to be measured.
+    Raises CheckpointError, PlanError, MissingExtraError; UsageError: a variant that is not in the recipe; RecipeError:
+    a task that is none, where it is to be measured.
     """
     variants = wanted(recipe.variants, only)
     recipe = pin_calibration(recipe, workspace.reporter)
