@@ -2,12 +2,13 @@
 
     python benchmarks/calibration_mixes.py [--calibration NAME …] [--effort full|quick] [--work FOLDER]
 
-Builds GPTQ, AWQ, and Q4_K_M with an importance matrix and solved, of the dithered demo model (benchmarks/models.py)
-once with each calibration text, by name or as a file (`python-docs`, then `starter`), and measures all on the held-out
-texts that come along: prose, code, Vietnamese, and what the source itself answers. None of them shares a run of ten
-words with any of the calibration texts. Prints a Markdown table: the mean KL divergence to the source on each kind,
-with 95 % intervals where there are windows enough, and for each variant how much the worst kind changes from the first
-calibration to each other. With --work everything is kept there, and a second run builds nothing.
+Builds GPTQ, AWQ (as published and with error feedback), and Q4_K_M (with an importance matrix and solved), of the
+dithered demo model (benchmarks/models.py) once with each calibration text, by name or as a file (`python-docs`, then
+`starter`), and measures all on the held-out texts that come along: prose, code, Vietnamese, and what the source itself
+answers. None of them shares a run of ten words with any of the calibration texts. Prints a Markdown table: the mean KL
+divergence to the source on each kind, with 95 % intervals where there are windows enough, and for each variant how much
+the worst kind changes from the first calibration to each other. With --work everything is kept there, and a second run
+builds nothing.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ sys.path[0] = str(ROOT)
 VARIANTS = [
     {"format": "gptq", "bits": 4, "group_size": 64},
     {"format": "awq", "bits": 4, "group_size": 64},
+    {"format": "awq", "bits": 4, "group_size": 64, "rounding": "gptq"},
     {"format": "gguf", "type": "Q4_K_M", "imatrix": True},
     {"format": "gguf", "type": "Q4_K_M", "gptq": True},
 ]
