@@ -6,7 +6,8 @@ Counted on the emulated device (tests/emulated), which runs the project's own so
 a solve launches does not depend on how many output rows it has, only on how many pieces they are in, and GPTQ's sweep
 launches as much for each group after the first: so a few rows and groups are solved here, and what a group adds is
 multiplied by the groups and pieces of the real shape. `before` is what the project did at first: pieces of 1,024 rows,
-AWQ's groups one after the other; `plain` is now without Triton, `kernels` with it, each kernel counted as a launch.
+AWQ's groups one after the other, a candidate of the clip search after the other; `plain` is now without Triton,
+`kernels` with it, each kernel counted as a launch.
 Prints a Markdown table.
 """
 
@@ -116,12 +117,14 @@ def stand_ins(ledger: Ledger) -> Iterator[None]:
 def measure(shape: Shape, group: int) -> list[tuple[str, tuple[int, int], tuple[int, int]]]:
     """(way, GPTQ's launches and syncs, AWQ's) of a block."""
     found = []
+    at_first = kernels.Kernels("before", loops.round_block, loops.symmetric, loops.asymmetric)
     with emulated_gpu() as ledger:
         with mock.patch.object(kernels, "settled", return_value=(None, "counted without")):
-            found.append(
-                ("before", solve_gptq(ledger, shape, group, SOLVED_ROWS),
-                 solve_awq(ledger, shape, group, one_by_one=True))
-            )  # fmt: skip
+            with mock.patch.object(kernels, "WITHOUT_TRITON", at_first):
+                found.append(
+                    ("before", solve_gptq(ledger, shape, group, SOLVED_ROWS),
+                     solve_awq(ledger, shape, group, one_by_one=True))
+                )  # fmt: skip
             found.append(
                 ("plain", solve_gptq(ledger, shape, group, None), solve_awq(ledger, shape, group, one_by_one=False))
             )

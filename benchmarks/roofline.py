@@ -4,8 +4,8 @@
 
 For GPTQ and AWQ (4 bit, groups of 128) of 128 x 2,048 tokens. Operations and bytes are those of the code (the cost
 model of quantize/build/spread/cost.py); what a card reaches is an assumption, printed with the table. A step takes the
-longest of its operations, its bytes and its launches. Launches are rough formulas here, for 8B within a factor of two
-of what benchmarks/launches.py counts on the emulated device.
+longest of its operations, its bytes and its launches. Launches are formulas here, for 8B within 5 % of what
+benchmarks/launches.py counts on the emulated device on the plain path.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ if not __package__:  # started by its path
 
 from benchmarks.blocks import SHAPES, Shape
 from quantize.numerics.constants import GPU_BATCH_TOKENS, GPU_SOLVED_VALUES, SOLVED_ROWS
-from quantize.numerics.scales import ASYMMETRIC_GRID, SYMMETRIC_GRID
+from quantize.numerics.scales import ASYMMETRIC_GRID, GPU_SEARCHED_VALUES, SYMMETRIC_GRID
 
 TOKENS = 128 * 2048
 GROUP = 128
@@ -79,6 +79,7 @@ def steps(shape: Shape, card: Card, *, kernels: bool, states_on_card: bool) -> l
     attention = 2 * 2 * TOKENS * 2048 * shape.hidden / 2
     columns = sum(width * -(-rows // max(SOLVED_ROWS, GPU_SOLVED_VALUES // width)) for width, rows in shape.inputs)
     groups = columns / GROUP
+    searches = sum(-(-width * rows // GPU_SEARCHED_VALUES) for width, rows in shape.inputs)
     activations = TOKENS * sum(width for width, _ in shape.inputs)
     gram_moved = 4 * activations + 2 * batches * cost.gram_bytes
     ratio_moved = 20 * 20 * 4 * 1024 * shape.hidden * 4  # points, operations, inputs, rows
@@ -94,13 +95,13 @@ def steps(shape: Shape, card: Card, *, kernels: bool, states_on_card: bool) -> l
         Step("Gram matrices, TF32", GRAM_LAUNCHES * batches, cost.gram, card.tf32, gram_moved, card.memory),
         *([] if states_on_card else states),
         Step("GPTQ: factors, products", 30 * groups, cost.gptq_products, card.fp32, sweep_reads, card.memory, 16),
-        Step("GPTQ: clip search", groups * (2 if kernels else 272), 4 * symmetric * weights, card.elementwise,
-             read * (1 if kernels else 60), card.memory),
-        Step("GPTQ: column loop", columns / 64 if kernels else 5 * columns, 2 * 64 * weights, card.elementwise,
-             read * 3 if kernels else read * 64, card.memory,
+        Step("GPTQ: clip search", groups * (2 if kernels else 64), 4 * symmetric * weights, card.elementwise,
+             read * (1 if kernels else 120), card.memory),
+        Step("GPTQ: column loop", columns / 64 if kernels else 3 * columns + 12 * groups, 2 * 64 * weights,
+             card.elementwise, read * 3 if kernels else read * 70, card.memory,
              columns * COLUMN_SECONDS / WAIT_SECONDS if kernels else 0),
-        Step("AWQ: ratio search", 3000, cost.awq_products, card.fp32, ratio_moved, card.memory, 160),
-        Step("AWQ: clip search", 4 * (2 if kernels else 300), 4 * asymmetric * weights, card.elementwise,
+        Step("AWQ: ratio search", 3500, cost.awq_products, card.fp32, ratio_moved, card.memory, 160),
+        Step("AWQ: clip search", searches * (2 if kernels else 450), 4 * asymmetric * weights, card.elementwise,
              read * (3 if kernels else 150), card.memory),
         Step("packed tensors to memory", 60, 0, 1, 2 * 0.55 * weights, card.link, 40),
     ]  # fmt: skip

@@ -2,7 +2,8 @@
 
 In: the tensors of the plain functions (loops), which are the reference. Out: the same, from a launch where the
 plain path has hundreds. A kernel is used once it has given the plain path's codes on this very device; if Triton can't
-be imported, compiles nothing here, or gives other codes, `trouble` says so and the plain path runs.
+be imported, compiles nothing here, or gives other codes, `trouble` says so and the plain path runs: on a GPU the form
+of it with the fewest launches (few_launches).
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quantize.numerics import loops
+from quantize.numerics import few_launches, loops
 
 PLAIN = "plain"
 _GRID = (1.1, 1.0, 0.9, 0.75, 0.6)  # of a trial
@@ -32,9 +33,12 @@ class Kernels:
     asymmetric: Callable[[Tensor, Tensor, int, float, list[float]], tuple[Tensor, Tensor]]
 
 
+WITHOUT_TRITON = Kernels(PLAIN, few_launches.round_block, few_launches.symmetric, loops.asymmetric)
+
+
 def kernels_for(tensor: Tensor) -> Kernels | None:
-    """What runs in the place of the plain path where this tensor is; None on a CPU, or if there is nothing."""
-    return _settled(tensor.device)[0] if tensor.is_cuda else None
+    """What runs in the place of loops where this tensor is; None on a CPU, which runs them as they are."""
+    return _settled(tensor.device)[0] or WITHOUT_TRITON if tensor.is_cuda else None
 
 
 def trouble(device: torch.device) -> str | None:

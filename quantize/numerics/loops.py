@@ -30,7 +30,7 @@ def symmetric(values: Tensor, weights: Tensor, bits: int, grid: list[float]) -> 
     reach = values.abs().amax(0) / half
     exact, error = torch.empty_like(values), torch.empty_like(values)
     scale = stored_scale(reach * (2 * half / (2 * half - 1)))  # the full range of rounding to nearest
-    loss = _loss(values, weights, scale, low, high)
+    loss = weighted_error(values, weights, scale, low, high)
     for fraction in grid:
         candidate = stored_scale(reach * fraction)
         torch.mul(values, candidate.reciprocal(), out=exact)
@@ -38,12 +38,12 @@ def symmetric(values: Tensor, weights: Tensor, bits: int, grid: list[float]) -> 
         squared = candidate * candidate
         for sign in (1.0, -1.0):
             torch.clamp(rounded, -half if sign > 0 else 1 - half, half - 1 if sign > 0 else half, out=error)
-            tried = _summed(error.sub_(exact).square_(), weights).mul_(squared)
+            tried = weighted_sum(error.sub_(exact).square_(), weights).mul_(squared)
             better = tried < loss
             loss = torch.where(better, tried, loss)
             scale = torch.where(better, candidate * sign, scale)
-    fitted = _refit(values, weights, scale, low, high)
-    return torch.where(_loss(values, weights, fitted, low, high) < loss, fitted, scale)
+    fitted = refit(values, weights, scale, low, high)
+    return torch.where(weighted_error(values, weights, fitted, low, high) < loss, fitted, scale)
 
 
 def asymmetric(
@@ -56,36 +56,36 @@ def asymmetric(
     for fraction in grid:
         candidate = stored_scale((high - low) * (fraction / top))
         point = (low * -fraction / candidate).round().clamp(smallest_zero, top)
-        loss = _loss(values, weights, candidate, -point, top - point)
+        loss = weighted_error(values, weights, candidate, -point, top - point)
         better = loss < best
         best = torch.where(better, loss, best)
         scale, zero = torch.where(better, candidate, scale), torch.where(better, point, zero)
     first, around = scale, zero
     for shift in (0.0, -1.0, 1.0):
         point = (around + shift).round().clamp(smallest_zero, top)
-        candidate = _refit(values, weights, first, -point, top - point)
-        loss = _loss(values, weights, candidate, -point, top - point)
+        candidate = refit(values, weights, first, -point, top - point)
+        loss = weighted_error(values, weights, candidate, -point, top - point)
         better = loss < best
         best = torch.where(better, loss, best)
         scale, zero = torch.where(better, candidate, scale), torch.where(better, point, zero)
     return scale, zero
 
 
-def _summed(values: Tensor, weights: Tensor) -> Tensor:
+def weighted_sum(values: Tensor, weights: Tensor) -> Tensor:
     """The weighted sum of each column, [n]."""
     return torch.mv(values.t(), weights) if weights.dim() == 1 else torch.linalg.vecdot(values, weights, dim=0)
 
 
-def _loss(values: Tensor, weights: Tensor, scale: Tensor, low: Tensor, high: Tensor) -> Tensor:
+def weighted_error(values: Tensor, weights: Tensor, scale: Tensor, low: Tensor, high: Tensor) -> Tensor:
     """Squared error of each column, weighted; low and high: the limits of codes less zero point, [n]."""
     exact = values * scale.reciprocal()
     error = torch.clamp(exact.round(), low, high).sub_(exact)
-    return _summed(error.square_(), weights).mul_(scale * scale)
+    return weighted_sum(error.square_(), weights).mul_(scale * scale)
 
 
-def _refit(values: Tensor, weights: Tensor, scale: Tensor, low: Tensor, high: Tensor) -> Tensor:
+def refit(values: Tensor, weights: Tensor, scale: Tensor, low: Tensor, high: Tensor) -> Tensor:
     """The least-squares scale for the codes that a scale gives; the scale itself where there is none."""
     steps = torch.clamp((values * scale.reciprocal()).round_(), low, high)
-    below = _summed(steps * steps, weights)
-    fitted = _summed(steps.mul_(values), weights) / below
+    below = weighted_sum(steps * steps, weights)
+    fitted = weighted_sum(steps.mul_(values), weights) / below
     return stored_scale(torch.where(torch.isfinite(fitted) & (below > 0), fitted, scale))

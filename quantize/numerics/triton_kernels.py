@@ -35,7 +35,7 @@ def _stored(scale):
 
 @triton.jit
 def _error(values, weights, scale, low, high):
-    """See loops._loss."""
+    """See loops.weighted_error."""
     exact = values * tl.div_rn(tl.full(scale.shape, 1.0, tl.float32), scale)[None, :]
     wrong = _nearest(tl.minimum(tl.maximum(exact, low[None, :]), high[None, :])) - exact
     return tl.sum(wrong * wrong * weights, 0) * (scale * scale)
@@ -43,7 +43,7 @@ def _error(values, weights, scale, low, high):
 
 @triton.jit
 def _fitted(values, weights, scale, low, high):
-    """See loops._refit."""
+    """See loops.refit."""
     exact = values * tl.div_rn(tl.full(scale.shape, 1.0, tl.float32), scale)[None, :]
     steps = _nearest(tl.minimum(tl.maximum(exact, low[None, :]), high[None, :]))
     below = tl.sum(steps * steps * weights, 0)

@@ -10,8 +10,8 @@ import sys
 import pytest
 import torch
 
-from quantize.numerics import kernels
-from quantize.numerics.scales import ScaleSearch
+from quantize.numerics import few_launches, kernels, loops
+from quantize.numerics.scales import SYMMETRIC_GRID, ScaleSearch
 from tests.emulated import emulated_gpu
 
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
@@ -92,6 +92,33 @@ def test_kernels_compile_for_the_cards_that_people_have() -> None:
     env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     found = subprocess.run([sys.executable, "-c", COMPILED], capture_output=True, text=True, env=env, timeout=500)
     assert found.returncode == 0, found.stderr
+
+
+@pytest.mark.parametrize("most_tried", [few_launches.TRIED_VALUES, 5000], ids=["at once", "in parts"])
+@pytest.mark.parametrize(("size", "count", "seed"), [(64, 70, 0), (48, 32, 2), (128, 5, 3)])
+def test_few_launches_give_the_codes_of_many(
+    size: int, count: int, seed: int, most_tried: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All candidates at once; errors from what is known before the first column. Near ties may fall the other way."""
+    monkeypatch.setattr(few_launches, "TRIED_VALUES", most_tried)
+    torch.manual_seed(seed)
+    values = torch.randn(size, count) * torch.rand(count)
+    values[:, 0], values[:, 1] = 0, values[:, 1].abs()
+    own = torch.rand(size, count)
+    for weights in (own[:, 0].contiguous(), own):
+        for bits in (2, 3, 4, 8):
+            arguments = values, weights, bits, [*SYMMETRIC_GRID]
+            assert torch.equal(few_launches.symmetric(*arguments), loops.symmetric(*arguments)), bits
+    feedback = torch.triu(torch.randn(size, size) / 8, 1) + torch.eye(size)
+    low = torch.randint(-12, -4, (count,)).float()
+    steps, exact = torch.randn(size, count) * 5, torch.randn(size, count) * 5
+    found = []
+    for round_block in (few_launches.round_block, loops.round_block):
+        rounded, errors = steps.clone(), torch.full((size, count), torch.nan)
+        round_block(rounded, exact, errors, feedback, low, low + 15)
+        found.append((rounded, errors))
+    assert torch.equal(found[0][0], found[1][0])
+    assert torch.equal(found[0][1], found[1][1])
 
 
 def test_the_plain_path_is_the_reference_and_needs_no_kernel() -> None:
