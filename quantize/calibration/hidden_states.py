@@ -91,7 +91,8 @@ class HiddenStates(States, Protocol):
 class MemoryStates:
     """States in one tensor, overwritten batch by batch; `folder` is for saving them.
 
-    held: where the tensor is: the CPU's memory (pinned if a GPU reads from it), or the GPU's own.
+    held: where the tensor is: the CPU's memory (pinned if a GPU reads from it), or the GPU's own. A GPU copies to and
+    from the CPU's in the order of its work, which nobody waits for before the CPU itself reads.
     """
 
     def __init__(
@@ -108,7 +109,8 @@ class MemoryStates:
 
     def write(self, batch: Batch, states: Tensor) -> None:
         """Overwrite the batch's input with its output."""
-        self._states[batch.start : batch.start + batch.rows] = states.reshape(batch.rows, -1)
+        rows = self._states[batch.start : batch.start + batch.rows]
+        rows.copy_(states.reshape(batch.rows, -1), non_blocking=True)
 
     def advance(self) -> None:
         """Input and output share memory; only the count goes on."""
@@ -118,6 +120,8 @@ class MemoryStates:
         """Write the tensor to a file, piece by piece."""
         assert self._folder is not None
         path, digest = self._folder / file_name(self._block), hashlib.sha256()
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
         with disk_errors(self._folder), path.open("wb", buffering=0) as file:
             for rows in self._pieces():
                 data = rows.cpu().numpy().data
@@ -163,7 +167,7 @@ class FileStates:
             flat = np.fromfile(path, np.float32, count, offset=4 * batch.start * self._hidden)
         if flat.size != count:
             raise BuildError(f"hidden states in {path} are cut short", hint="run the same build again")
-        return torch.from_numpy(flat).to(self._device).view(len(batch.members), batch.length, self._hidden)
+        return _on_device(torch.from_numpy(flat), self._device).view(len(batch.members), batch.length, self._hidden)
 
     def write(self, batch: Batch, states: Tensor) -> None:
         """Append the batch's output to the next block's file."""
@@ -220,7 +224,7 @@ class ScratchStates:
                 raise BuildError(f"hidden states in {self._folder} are cut short", hint="run the same again")
             data += piece
         flat = torch.frombuffer(data, dtype=torch.float32)
-        return flat.to(self._device).view(len(batch.members), batch.length, self._hidden)
+        return _on_device(flat, self._device).view(len(batch.members), batch.length, self._hidden)
 
     def write(self, batch: Batch, states: Tensor) -> None:
         """Overwrite the batch's input with its output."""
@@ -237,6 +241,11 @@ class ScratchStates:
     def close(self) -> None:
         """Give the disk back."""
         self._file.close()
+
+
+def _on_device(read: Tensor, device: torch.device) -> Tensor:
+    """What was read from a file; a GPU copies it from pinned memory, while the CPU reads on."""
+    return read.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else read.to(device)
 
 
 def file_name(block: int) -> str:
