@@ -102,6 +102,14 @@ class OnDevice(Tensor):
     def tolist(self) -> Any:
         return self.cpu().tolist()
 
+    def __getitem__(self, index: Any) -> Tensor:
+        """Lists as indices come as tensors: torch would make them on the device without asking anyone."""
+        parts = index if isinstance(index, tuple) else (index,)
+        found: Tensor = super().__getitem__(
+            tuple(_make_tensor(item) if isinstance(item, list) else item for item in parts)
+        )
+        return found
+
     def __repr__(self, *, tensor_contents: object = None) -> str:
         return f"OnDevice({self.host!r})"
 
@@ -169,6 +177,8 @@ def _run(ledger: Ledger, function: Any, args: tuple[Any, ...], kwargs: dict[str,
         real_kwargs["device"] = torch.device("cpu")
     if name in {"_softmax", "_log_softmax"} and real_args[2]:  # from 16 bits to float32 in one kernel, which no CPU has
         real_args = (real_args[0].float(), real_args[1], False)
+    if function is aten.mm.dtype:  # of 16 bits with sums in float32, the same
+        function, real_args = aten.mm.default, tuple(item.to(real_args[2]) for item in real_args[:2])
     made = function(*real_args, **real_kwargs)
     if name == "_to_copy" and wanted == "cuda":
         made = made.clone() if any(made is item for item in pytree.arg_tree_leaves(*real_args)) else made
@@ -199,13 +209,19 @@ def _count_copy(ledger: Ledger, name: str, args: tuple[Any, ...], kwargs: dict[s
     size = source.numel() * to_type.itemsize
     if isinstance(source, OnDevice) and to == "cpu":
         ledger.to_host += size
-        ledger.sync()
+        if name == "_to_copy" or not _waits_for_nothing(args, kwargs):
+            ledger.sync()
     elif not isinstance(source, OnDevice) and to == "cuda":
         ledger.to_device += size
         ledger.converted += size if from_type != to_type and source.dim() > 0 else 0
         ledger.launch(0)
     else:
         ledger.launch()
+
+
+def _waits_for_nothing(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether `copy_` was asked not to wait: into pinned memory it then does not."""
+    return bool(kwargs.get("non_blocking", args[2] if len(args) > 2 else False))
 
 
 def _refuse_mixed(function: Any, tensors: list[Tensor]) -> None:
