@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from quantize.evaluate.decision import Decision, GateThresholds, Verdict
+from quantize.build.settle import refusal
+from quantize.errors import VerifyError
+from quantize.evaluate.decision import NEAR, RUNS, Decision, GateThresholds, Verdict
 from quantize.evaluate.gates import decide, sign_test, thresholds, with_load
 from quantize.evaluate.record import Evidence, Figures, GoldenRecord, Interval
 from quantize.recipe.gates import GateLimits
+from quantize.store.artifact import Artifact
 from tests.pages.measured import evaluation
 
 PROMPTS = GoldenRecord(
@@ -242,3 +247,27 @@ def test_a_conversion_that_breaks_the_model_is_refused_by_its_own_gate() -> None
     assert decision.refusals[0].reason == "mean 1.5000 nats before anything is quantized is over the limit of 0.02"
     without = decide(GOOD, GateThresholds())
     assert "conversion" not in {item.gate for item in without.findings}, "compared in one engine, there is none"
+
+
+@pytest.mark.parametrize(
+    ("changes", "failure", "hint"),
+    [
+        ({"mean_kl": 0.2}, None, "use more bits or another method, or loosen `gates`"),
+        ({"mean_kl": 0.2, "checks": {NEAR: "not the source's"}}, None, "use more bits or another method, or loosen"),
+        (
+            {"checks": {NEAR: "not the source's"}},
+            None,
+            "no limit in `gates` stands for that: take another method",
+        ),
+        ({"checks": {RUNS: "it does not load"}}, VerifyError("x", hint="take another format"), "take another format; "),
+        ({"checks": {RUNS: "it does not load"}}, None, "no gate can be loosened for that: build it again with --force"),
+    ],
+    ids=["limit", "limit and structure", "structure", "does not run", "does not run, nobody knows why"],
+)
+def test_a_refusal_has_a_remedy_that_fits(
+    changes: dict[str, Any], failure: VerifyError | None, hint: str, tmp_path: Path
+) -> None:
+    made = SimpleNamespace(folder=tmp_path, manifest=SimpleNamespace(name="demo", variant="q8_0"))
+    error = refusal(cast("Artifact", made), changed(**changes), failure)
+    assert str(error.hint).startswith(hint)
+    assert all(finding.reason in error.message for finding in changed(**changes).refusals)
