@@ -175,7 +175,10 @@ def index_names_a_list(folder: Path) -> None:
     change_json(folder / INDEX_NAME, weight_map={**weight_map, next(iter(weight_map)): ["a"]})
 
 
-@says("the folder: 'model.safetensors' leaves the folder")
+@says(
+    "the folder: 'model.safetensors' leaves the folder\n  this checkpoint can't be trusted; if you trust it, copy what "
+    "its links lead to: cp -rL "
+)
 def weights_are_a_link_out(folder: Path) -> None:
     (folder / WEIGHTS).rename(folder.parent / "elsewhere.safetensors")
     (folder / WEIGHTS).symlink_to(folder.parent / "elsewhere.safetensors")
@@ -409,6 +412,14 @@ def no_tokenizer(folder: Path) -> None:
 @says("the tokenizer has ids up to 383, the embedding only 300 rows\n  they are of different models")
 def tokenizer_too_large(folder: Path) -> None:
     write_weights(folder, TinyModel(vocabulary=300).weights())
+
+
+@says("; there is no tokenizer_config.json\n  copy all tokenizer files from where the model was published")
+def no_tokenizer_config(folder: Path) -> None:
+    """tokenizer.json would do alone; with what it is made of somebody must say how."""
+    for name in ("tokenizer_config.json", "tokenizer.json"):
+        (folder / name).unlink()
+    write_json(folder / "vocab.json", {"a": 0})
 
 
 @says("tokenizer.json: not JSON")
