@@ -274,7 +274,7 @@ def test_stopped_after_every_step_it_ends_with_the_same_weights(
             stops += 1
     assert found.sha256 == undisturbed
     assert stops >= 2 * 3 + 1
-    assert sorted(path.suffix for path in tmp_path.iterdir()) == [".json"] + 3 * [".safetensors"]
+    assert sorted(path.suffix for path in tmp_path.iterdir()) == [".json"] + 4 * [".safetensors"]  # and the head's
 
 
 @pytest.mark.parametrize("kind", ["inputs", "gradients", "weights"])
@@ -375,3 +375,88 @@ def test_a_class_that_no_gradient_gets_through_is_refused(no_gradient: None, lla
 
 def test_classes_that_can_be_trained_are_not(llama: SavedCheckpoint) -> None:
     check_gradient(llama.config)
+
+
+def squares_by_output(model: Any, config: Any, text: Text) -> dict[str, Tensor]:
+    """For each linear outside of experts, by autograd over the whole model: sums over all tokens of the squared
+    gradient at each output.
+    """
+    blocks, found = model.get_submodule(anatomy_of(config).blocks), dict[str, Tensor]()
+    places = [batch.start + number * batch.length for batch in text.batches for number in range(len(batch.members))]
+    for sequence, start in zip(text.sequences, places, strict=True):
+        embedded = model.get_input_embeddings()(sequence[None]).requires_grad_()
+        with Products() as products:
+            logits = model(inputs_embeds=embedded, use_cache=False).logits[0]
+        labels = labels_of(logits.detach(), text.draws[start : start + len(sequence)])
+        loss = torch.nn.functional.cross_entropy(logits, labels, reduction="sum")
+        for layout in block_layouts(config):
+            for linear in layout.linears:
+                if linear.expert is None:
+                    path = layout.module_path(linear.tensor).removesuffix(".weight")
+                    output = products.found[blocks[layout.index].get_submodule(path).weight.data_ptr()][0][1]
+                    (gradient,) = torch.autograd.grad(loss, output, retain_graph=True)
+                    sums = gradient.double().square().reshape(-1, gradient.shape[-1]).sum(0)
+                    found[linear.tensor] = found.get(linear.tensor, torch.zeros(1).double()) + sums
+    return found
+
+
+@pytest.mark.parametrize("name", ["LlamaForCausalLM", "MixtralForCausalLM"])
+def test_how_much_each_output_matters_is_that_of_the_whole_model(name: str, tmp_path: Path) -> None:
+    """Also from two parts of the sequences, as on a cluster; an expert's is its own tokens' part of all of them."""
+    model, checkpoint = checkpoint_of(name, tmp_path)
+    take_plain_experts(model)
+    model.requires_grad_(False)
+    ids = token_ids(LENGTHS)
+    expected = squares_by_output(model, checkpoint.config, text_of(ids))
+    table = weights(checkpoint, ids, tmp_path / "guide")
+    total = sum(LENGTHS)
+    for layout in block_layouts(checkpoint.config):
+        found = TokenWeights(table, (table,)).outputs(layout)
+        for linear in layout.linears:
+            if linear.expert is None:
+                own = found[linear.tensor].double() * total * total
+                torch.testing.assert_close(own, expected[linear.tensor], rtol=5e-3, atol=1e-8)
+            elif linear.tensor in found:
+                assert bool((found[linear.tensor] >= 0).all())
+        if layout.experts is None:
+            assert len(found) == len(layout.linears)
+        else:  # the sum over what the experts' outputs matter, of all outputs of one matrix, is finite and not 0
+            routed = [found[linear.tensor] for linear in layout.linears if linear.expert is not None]
+            assert len(routed) > 3
+            assert all(float(each.sum()) > 0 for each in routed)
+
+
+def test_what_head_and_embedding_must_get_right_is_that_of_the_whole_model(tmp_path: Path) -> None:
+    """By autograd, also from the sums of two parts of the text."""
+    model, checkpoint = checkpoint_of("LlamaForCausalLM", tmp_path)
+    ids = token_ids(LENGTHS)
+    text, blocks = text_of(ids), len(list(block_layouts(checkpoint.config)))
+    table = weights(checkpoint, ids, tmp_path / "guide")
+    found = TokenWeights(table, (table,)).vocabulary(blocks)
+    model.requires_grad_(False)
+    places = [batch.start + number * batch.length for batch in text.batches for number in range(len(batch.members))]
+    read, above, below, total = [], [], [], sum(LENGTHS)
+    for sequence, start in zip(text.sequences, places, strict=True):
+        embedded = model.get_input_embeddings()(sequence[None]).requires_grad_()
+        with Products() as products:
+            logits = model(inputs_embeds=embedded, use_cache=False).logits[0]
+        labels = labels_of(logits.detach(), text.draws[start : start + len(sequence)])
+        loss = torch.nn.functional.cross_entropy(logits, labels, reduction="sum")
+        states, output = products.found[model.get_output_embeddings().weight.data_ptr()][0]
+        read.append(states.detach().reshape(len(sequence), -1).double())
+        for gradient, parts in zip(torch.autograd.grad(loss, (output, embedded)), (above, below), strict=True):
+            parts.append(gradient.reshape(len(sequence), -1).double())
+    x, g, e = torch.cat(read), torch.cat(above), torch.cat(below)
+    w = g.square().sum(1).sqrt()
+    gram = (x * (w / w.mean())[:, None]).T @ x
+    torch.testing.assert_close(found.gram.double(), gram, rtol=2e-3, atol=1e-4 * float(gram.abs().max()))
+    for own, wanted in ((found.outputs, g), (found.channels, e)):
+        torch.testing.assert_close(own.double() * total**2, wanted.square().sum(0), rtol=5e-3, atol=1e-7)
+    counts = torch.bincount(torch.cat(list(text.sequences)), minlength=len(found.counts))
+    assert torch.equal(found.counts, counts)
+    lengths = model.get_input_embeddings().weight[torch.cat(list(text.sequences))].double().square().sum(1)
+    assert found.length == pytest.approx(float(lengths.mean()), rel=1e-4)
+    parts = []
+    for number, members in enumerate(([0, 1, 2], [3, 4])):
+        parts.append(weights(checkpoint, [ids[member] for member in members], tmp_path / str(number)))
+    assert int(TokenWeights(parts[0], parts).vocabulary(blocks).counts.sum()) == total

@@ -196,6 +196,12 @@ def test_a_plan_knows_the_bytes(made: Made) -> None:
         files = made.folder(job.name).glob("*.gguf")
         assert job.size is not None
         assert job.size.file_bytes == sum(path.stat().st_size for path in files), job.name
+    notes = {job.name: job.size.notes for job in sized.jobs if job.size is not None}
+    assert notes["rounded"] == ()
+    assert notes["solved"] == (
+        "up to 11 of 15 matrices are solved; 2 of types that are not solved (IQ3_S) and 2 of embedding and head keep "
+        "llama.cpp's own rounding",
+    )
     solved = 2 * (grams_bytes(made.checkpoint) + made.artifact("solved").manifest.weights_bytes)
     assert sized.disk.scratch == solved
 

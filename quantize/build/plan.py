@@ -90,6 +90,8 @@ def _job_data(job: VariantJob) -> dict[str, Any]:
         "file_bytes": size.file_bytes if size else None,
         "weights_bytes": size.weights_bytes if size else None,
         "bits_per_weight": size.bits_per_weight if size else None,
+        "at_most": size.at_most if size else None,
+        "notes": list(size.notes) if size else [],
         "tensors": size.tensors if size else None,
         "refusal": str(job.refusal) if job.refusal else None,
     }

@@ -30,6 +30,7 @@ ACTIVATIONS = 6  # tensors as wide as the widest input, of a batch under way
 ROW_COPIES = 6  # of the rows that are solved at a time on a GPU: target, errors, codes, rounded to nearest …
 KEPT_BYTES = 8 << 30  # of blocks' inputs on disk for a way back; more are computed again
 HEAD_PIECES, HEAD_PIECE_BYTES = 2, 64 << 20  # of the output head, converted
+HEAD_GRAMS = 4  # of its input: the sums in doubles, a product, and its doubles
 LOGIT_COPIES = 8  # of the logits that are there at once: probabilities, their sums, the gradient …
 FLOAT_BYTES = 4
 
@@ -97,7 +98,8 @@ def _guide_bytes(checkpoint: Checkpoint, block: BlockMemory) -> int:
     """Of the way forward and back: a block with what its gradient takes, or the head with the logits of some tokens."""
     base, copying = _beside_blocks(checkpoint)
     working = FLOAT_BYTES * block.width * BATCH_TOKENS * SHARES * KEPT_ACTIVATIONS
-    head = copying + HEAD_PIECES * HEAD_PIECE_BYTES + LOGIT_COPIES * LOGIT_BYTES
+    gram = FLOAT_BYTES * ModelShape.from_config(checkpoint.config).hidden_size ** 2
+    head = copying + HEAD_PIECES * HEAD_PIECE_BYTES + LOGIT_COPIES * LOGIT_BYTES + HEAD_GRAMS * gram
     return base + max(block.weights + block.weights // 2 + working, head)
 
 
@@ -184,7 +186,14 @@ def token_weights_bytes(config: Mapping[str, Any], tokens: int) -> int:
         total += sum(readers[0].expert is None for readers in layout.inputs.values())
         if layout.experts is not None:
             total += 1 + 4 * number_or(config, "num_experts_per_tok", layout.experts.count)
-    return FLOAT_BYTES * tokens * total
+    return FLOAT_BYTES * tokens * total + _sums_bytes(config)
+
+
+def _sums_bytes(config: Mapping[str, Any]) -> int:
+    """Of sums over tokens beside them: for each output of each linear, about, and for head and embedding."""
+    shape = ModelShape.from_config(config)
+    outputs = shape.layers * (3 * shape.intermediate_size + 6 * shape.hidden_size)
+    return 2 * FLOAT_BYTES * (outputs + shape.hidden_size * shape.hidden_size + 2 * shape.vocab_size)
 
 
 def memory_short(least: int, budget: int) -> PlanError:

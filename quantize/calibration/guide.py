@@ -25,7 +25,8 @@ from quantize.calibration.guide_files import GRADIENTS, INPUTS, TABLES, GuideFil
 from quantize.calibration.hidden_states import Batch
 from quantize.calibration.output_head import OutputHead
 from quantize.calibration.stream import Precision, arranged, embed_all, over_batches
-from quantize.calibration.token_weights import TableWriter, Weighed, WeightTable
+from quantize.calibration.token_weights import TableWriter, Weighed, WeightTable, write_table
+from quantize.calibration.vocabulary import EmbeddingSums, HeadSums
 from quantize.events import Reporter, progress
 from quantize.model.architecture import block_count, block_layouts
 from quantize.numerics.constants import batch_tokens
@@ -59,8 +60,8 @@ def find_weights(
     after_block: called where a stopped build can go on from. Raises CheckpointError, BuildError, DiskFullError; what
     after_block raises.
     """
-    files = GuideFiles(folder, identity, reporter)
-    good = [files.has(TABLES, block) for block in range(block_count(checkpoint.config))]  # looks at every one
+    files = GuideFiles(folder, {**identity, "outputs": True}, reporter)  # a table of before has none
+    good = [files.has(TABLES, block) for block in range(block_count(checkpoint.config) + 1)]  # looks at every one
     if not all(good):
         _Guide(checkpoint, text, files, device, precision, reporter, after_block).run()
         give_back_freed()
@@ -108,6 +109,8 @@ class _Guide:
     def _gradient(self) -> int | None:
         """The block whose input has its gradient on disk, and from which on all have weights; None: there is none."""
         end = len(self._layouts)
+        if not self._files.has(TABLES, end):
+            return None
         while end and self._files.has(TABLES, end - 1):
             end -= 1
         known = range(end, len(self._layouts) + 1)
@@ -144,6 +147,8 @@ class _Guide:
         """The gradient after the last block, of the loss with labels that are drawn from the model itself."""
         end, device = len(self._layouts), self._runner.device
         head, file = OutputHead(self._runner, self._checkpoint), self._files.open(GRADIENTS, end)
+        sums = HeadSums(self._runner.width, head.vocabulary, device)
+        head.watch(sums.add)
         for batch in self._text.batches:
             states = self._read(INPUTS, end, batch).flatten(0, 1)
             draws = self._text.draws[batch.start : batch.start + batch.rows].to(device)
@@ -151,6 +156,7 @@ class _Guide:
         file.advance()
         head.close()
         self._files.took(GRADIENTS, end, file.sha256)
+        self._files.took(TABLES, end, write_table(self._files.path(TABLES, end), sums.tensors()))
         self._files.commit((INPUTS, end))
         self._after_block()
 
@@ -170,16 +176,19 @@ class _Guide:
             self._after_block()
 
     def _back_through(self, block: int, backward: BlockBackward) -> None:
-        table, file = TableWriter(), self._files.open(GRADIENTS, block)
+        table, file, embedded = TableWriter(), self._files.open(GRADIENTS, block), EmbeddingSums(self._text.sequences)
 
-        def back(batch: Batch) -> tuple[Tensor, dict[str, Weighed]]:
+        def back(batch: Batch) -> tuple[Tensor, dict[str, Weighed], dict[str, Tensor]]:
             return backward.run(self._read(INPUTS, block, batch), self._read(GRADIENTS, block + 1, batch))
 
-        for batch, (gradient, weighed) in over_batches(self._text.batches, back, self._runner.device.type):
+        for batch, (gradient, weighed, outputs) in over_batches(self._text.batches, back, self._runner.device.type):
             file.write(batch, gradient)
-            table.add(batch, weighed)
+            table.add(batch, weighed, outputs)
+            if block == 0:
+                embedded.add(self._read(INPUTS, block, batch), gradient)
         file.advance()
-        self._files.took(TABLES, block, table.write(self._files.path(TABLES, block)))
+        more = embedded.tensors() if block == 0 else {}
+        self._files.took(TABLES, block, table.write(self._files.path(TABLES, block), more))
         self._files.took(GRADIENTS, block, file.sha256)
 
     def _read(self, kind: str, block: int, batch: Batch) -> Tensor:

@@ -8,7 +8,7 @@ multiplied at a time.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -45,7 +45,8 @@ class OutputHead:
             if path.rpartition(".")[0] not in (head, table):
                 runner.put(path, source.read(_known(source, named)).to(device, torch.float32))
         self._path, self._old = head, model.get_submodule(head)
-        model.set_submodule(head, _PiecewiseLinear(weight, bias, runner.product_type))
+        self._linear = _PiecewiseLinear(weight, bias, runner.product_type)
+        model.set_submodule(head, self._linear)
 
     def logits(self, states: Tensor) -> Tensor:
         """float32 [rows, vocabulary] of the last block's output [rows, hidden]."""
@@ -55,6 +56,12 @@ class OutputHead:
     def close(self) -> None:
         """Let go of the head's weight."""
         self._runner.model.set_submodule(self._path, self._old)
+
+    def watch(self, see: Callable[[Tensor, Tensor], None]) -> None:
+        """Have `see` get, for each piece of a way back, what the head reads [rows, in] and the gradient in its products
+        [rows, vocabulary].
+        """
+        self._linear.see = see
 
     def back(self, states: Tensor, draws: Tensor) -> Tensor:
         """The gradient in the last block's output [rows, hidden], float32, of the cross-entropy summed over rows whose
@@ -99,6 +106,7 @@ class _PiecewiseLinear(nn.Module):
         super().__init__()
         self._stored: tuple[Any, ...] = torch.split(weight, max(1, PIECE_BYTES // (4 * weight.shape[1])))
         self._rows, self._bias, self._type = weight.shape[0], bias, product_type
+        self.see: Callable[[Tensor, Tensor], None] | None = None
 
     def forward(self, states: Tensor) -> Tensor:
         """[..., out] of [..., in], float32."""
@@ -136,10 +144,12 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, states: Tensor, linear: _PiecewiseLinear) -> Tensor:
         """See _PiecewiseLinear.product."""
-        ctx.linear = linear
+        ctx.linear, ctx.states = linear, states.detach()
         return linear.product(states)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
         """See _PiecewiseLinear.back."""
+        if ctx.linear.see is not None:
+            ctx.linear.see(ctx.states, gradients[0])
         return ctx.linear.back(gradients[0]), None

@@ -8,7 +8,7 @@ hidden states, whatever the depth.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -30,6 +30,7 @@ from quantize.calibration.hidden_states import (
     remove_before,
 )
 from quantize.calibration.token_weights import BlockWeights, TokenWeights
+from quantize.calibration.vocabulary import VocabularyStatistics
 from quantize.errors import BuildError, CheckpointError
 from quantize.events import Reporter, SilentReporter, progress, warn
 from quantize.model.architecture import block_layouts
@@ -57,7 +58,8 @@ class Block:
     """One decoder block and the statistics of what its linears read.
 
     weights: full tensor name -> float32 tensor (exact for float16 and bfloat16 sources). grams: input key -> Gram.
-    inputs: full weight name of each linear -> its input key.
+    inputs: full weight name of each linear -> its input key. outputs: full weight name -> how much each of its
+    outputs matters (TokenWeights.outputs), of guided statistics. vocabulary: with the last block, of the same.
     """
 
     index: int
@@ -65,6 +67,8 @@ class Block:
     weights: dict[str, Tensor]
     grams: dict[str, Gram]
     inputs: dict[str, str]
+    outputs: Mapping[str, Tensor] = field(default_factory=dict)
+    vocabulary: VocabularyStatistics | None = None
     _energies: dict[str, float] = field(default_factory=dict, repr=False)
 
     def share(self, loss: float, linear: Linear) -> float:
@@ -161,7 +165,9 @@ def stream_blocks(
         if grams is not None:
             _report_notes(events, index, grams)
             inputs = {linear.tensor: linear.input for linear in layout.linears}
-            yield Block(index, layout, weights, grams, inputs)
+            outputs = {} if guide is None else guide.outputs(layout)
+            ends = guide.vocabulary(runner.blocks) if guide is not None and last else None
+            yield Block(index, layout, weights, grams, inputs, outputs, ends)
         del weights, grams
         give_back_freed()
 

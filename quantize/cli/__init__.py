@@ -25,6 +25,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "build": ("build", "Build every variant of a recipe that is not up to date."),
     "lock": ("lock", "Pin what a recipe's build is made of, for `build --locked`."),
     "estimate": ("estimate", "Memory of a model at contexts and concurrencies; whether it fits a card."),
+    "fit": ("fit", "What to build so that it fits a card, a size or bits a weight. Builds nothing."),
     "eval": ("eval", "Measure artifacts against their source, and hold the gates."),
     "list": ("list", "List artifacts, recipes or formats."),
     "show": ("show", "Show one artifact: its manifest and what was measured."),

@@ -25,7 +25,8 @@ from quantize.cli.common import (
 from quantize.cli.progress import console_reporter
 from quantize.cli.table import Column, print_table, wide_option
 from quantize.formats.base import RunLimits
-from quantize.store.artifact import REFUSED, UNJUDGED
+from quantize.store.artifact import REFUSED, UNJUDGED, Artifact
+from quantize.store.fit_facts import read_fit
 from quantize.store.manifest import CalibrationPart
 from quantize.store.store import Store
 from quantize.store.workspace import Workspace
@@ -72,6 +73,12 @@ def _print(plan: SizedPlan, limits: RunLimits) -> None:
         Column("STATE"),
     ]
     print_table(columns, [_row(job) for job in plan.jobs], empty="nothing to build")
+    for job in plan.jobs:
+        for text in job.size.notes if job.size is not None else ():
+            click.echo(f"note    {job.name}: {text}")
+    for job in plan.jobs:
+        for text in curve_lines(job.existing):
+            click.echo(text)
     click.echo(f"source  {plan.source.uri}  sha256 {plan.source.digest[:12]}")
     for part in plan.shown:
         click.echo(f"text    {_text_of(part)}")
@@ -96,12 +103,23 @@ def _text_of(part: CalibrationPart) -> str:
     return f"{part.dataset}, up to {part.sequences:,} sequences of {part.tokens // part.sequences:,} tokens"
 
 
+def curve_lines(artifact: Artifact | None) -> list[str]:
+    """Bytes against predicted loss of a fitted artifact, with the maps of llama.cpp's own among the others."""
+    facts = None if artifact is None else read_fit(artifact.measurements())
+    if artifact is None or facts is None:
+        return []
+    shown = [f"        {size_text(size):>10}  {loss:<10.4g} {name}" for size, loss, name in facts.rows]
+    return [f"curve   {artifact.manifest.variant}: size and predicted loss, {facts.unit_words}", *shown]
+
+
 def _row(job: VariantJob) -> list[str]:
     name, size = job.variant.name, job.size
     state = _state(job)
     if size is None:
         return [name, job.variant.format, "", "", "", "", "", state]
-    numbers = [str(size.tensors), size_text(size.file_bytes), f"{size.file_bytes:,}", f"{size.bits_per_weight:.2f}"]
+    most = "<= " if size.at_most else ""
+    sizes = f"{most}{size_text(size.file_bytes)}", f"{most}{size.file_bytes:,}"
+    numbers = [str(size.tensors), *sizes, f"{most}{size.bits_per_weight:.2f}"]
     return [name, job.variant.format, *numbers, str(len(size.kept)), state]
 
 

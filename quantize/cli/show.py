@@ -19,6 +19,7 @@ from quantize.evaluate.record import read_record
 from quantize.evaluate.task_table import HEADINGS, task_lines, task_rows
 from quantize.formats.memory import memory_of
 from quantize.store.artifact import Artifact
+from quantize.store.fit_facts import read_fit, solved_words
 from quantize.store.store import Store
 from quantize.system.sizes import memory_text, size_text
 from quantize.targets import find_artifact
@@ -54,6 +55,9 @@ def command(artifact: str, store: Store, as_json: bool) -> None:
         guided = ", guided" if manifest.calibration.spec.get("guided") else ""
         counted = f"{manifest.calibration.sequences} sequences, {manifest.calibration.tokens:,} tokens{guided}"
         facts.append(("calibration", counted))
+    for name, words in (("solved", solved_words(found.measurements())), ("fitted", _fitted(found))):
+        if words is not None:
+            facts.append((name, words))
     if manifest.device is not None:
         facts.append(("computed on", manifest.device))
     if manifest.accepted_risk is not None:
@@ -86,6 +90,12 @@ def command(artifact: str, store: Store, as_json: bool) -> None:
     )
     if manifest.stored is not None:
         click.echo(f"\nstored in {manifest.stored.type}: {manifest.stored.reason}")
+
+
+def _fitted(artifact: Artifact) -> str | None:
+    """What its types were chosen for, and what came of it."""
+    facts = read_fit(artifact.measurements())
+    return None if facts is None else facts.words
 
 
 def _print_evaluation(artifact: Artifact) -> None:

@@ -63,6 +63,7 @@ class SizePlan:
     file_bytes: all weight files. pass_bytes: of them, what the calibration pass writes. intermediate_bytes: what the
     cache needs beside them (shared by variants of a key). passing_bytes: what the store needs beside them while the
     variant is built, and no longer. scratch_bytes: what it keeps there from the pass on, until all variants are built.
+    at_most: the sizes are not exact but the most that there may be. notes: what more there is to say, line by line.
     """
 
     file_bytes: int
@@ -75,6 +76,8 @@ class SizePlan:
     pass_bytes: int = 0
     passing_bytes: int = 0
     scratch_bytes: int = 0
+    at_most: bool = False
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -173,6 +173,49 @@ class _Late:
         return getattr(self._made, name)
 
 
+@dataclass(frozen=True)
+class CurvePoint:
+    """A model file of so many bytes, and what it is predicted to lose; None where that is not known."""
+
+    name: str
+    bytes: int
+    loss: float | None
+
+
+@dataclass(frozen=True)
+class FitAnswer:
+    """What would be built so that it fits.
+
+    words: where the budget comes from. least_bytes: of the smallest file. stock: maps of the runtime's own. best: what
+    would be chosen, None where nothing is known of losses. types: how many matrices would have each. unit: of losses,
+    `nats` or `share`. curve: of chosen files, by size. basis: what the losses are, or why there are none. written: the
+    variant as a recipe says it.
+    """
+
+    words: str
+    budget_bytes: int
+    least_bytes: int
+    stock: tuple[CurvePoint, ...]
+    best: CurvePoint | None
+    types: Mapping[str, int]
+    unit: str
+    curve: tuple[CurvePoint, ...]
+    basis: str
+    written: str
+
+
+class Fitter(Protocol):
+    """Says what would be built for a budget, without building."""
+
+    def options(self, asked: Mapping[str, Any], beside: Sequence[Any]) -> Any:
+        """The options of a variant that must fit so, made in the way of those beside it in a recipe, which are options
+        of the format. Raises UsageError: that can't be meant.
+        """
+
+    def answer(self, context: Context, built: Sequence[Path], reporter: Reporter) -> FitAnswer:
+        """For the context's options. built: folders of artifacts of the source. Raises UsageError: nothing fits."""
+
+
 def _nowhere(options: Options) -> str | No:
     return No("is not known to run in vLLM", "serve it with `quantize serve`")
 
@@ -189,7 +232,8 @@ class Format:
     check of the structure, and for measuring block by block. probes: the engines that it needs, each tried by doctor,
     those first that others stand on. quantization: what ModelPack calls it, by the options; the format's name where it
     is None. products: how its runtime multiplies by an artifact's weights, by name, where that is no plain product of
-    the numbers that the codes stand for; of one sequence at a time.
+    the numbers that the codes stand for; of one sequence at a time. fitter: None where types are not chosen for a
+    budget.
     """
 
     name: str
@@ -207,6 +251,7 @@ class Format:
     quantization: Callable[[Options], str] | None = None
     products: Callable[[Path], Callable[[str], Product] | None] | None = None
     probes: tuple[Probe, ...] = ()
+    fitter: Fitter | None = None
 
     @property
     def is_measurable(self) -> bool:

@@ -52,6 +52,12 @@ def sum_of_squares(gradient: Tensor) -> Tensor:
     return squares
 
 
+def squares_by_output(gradient: Tensor) -> Tensor:
+    """Of each output of a gradient [..., out], the sum over its rows, float64 [out]."""
+    rows = gradient.reshape(-1, gradient.shape[-1]).float()
+    return rows.square().sum(0).double()
+
+
 def raw_weights(squares: Tensor) -> Tensor:
     """Weights before they have a mean of 1, of sums of squares over the same outputs for each token."""
     weights: Tensor = squares.float() ** POWER

@@ -28,6 +28,7 @@ from quantize.files.gguf import TOWERS_START
 from quantize.formats import known_format
 from quantize.model.towers import APART, TEXT_ALONE
 from quantize.provenance.licence import Licence, licence_of
+from quantize.store.fit_facts import read_fit, solved_words
 from quantize.store.manifest import CHART_NAME, Manifest
 
 REASONS_SHOWN = 8
@@ -58,8 +59,21 @@ def render_card(
     compared = None if measurements is None else read_comparison(measurements)
     if compared is not None:
         parts.append(_compared(manifest, compared))
+    if measurements is not None:
+        parts.append(_choices(measurements))
     parts += [_usage(manifest), _limits(manifest, record), _kept(manifest), _left_out(manifest), _provenance(manifest)]
     return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _choices(measurements: Mapping[str, Any]) -> str:
+    """What its types were chosen for, with bytes against predicted loss, and how many matrices were solved."""
+    fitted, solved = read_fit(measurements), solved_words(measurements)
+    parts = [f"Error feedback: {solved}."] if solved is not None else []
+    if fitted is not None:
+        rows = [f"| {_cell(name)} | {size:,} | {loss:.4g} |" for size, loss, name in fitted.rows]
+        head = [f"| types | bytes | predicted loss, {fitted.unit_words} |", "|---|---:|---:|"]
+        parts += [fitted.words, "\n".join([*head, *rows])]
+    return "\n\n".join(["## Types", *parts]) if parts else ""
 
 
 def _front_matter(manifest: Manifest, licence: Licence | None) -> str:

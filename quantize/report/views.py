@@ -22,6 +22,7 @@ from quantize.evaluate.record import source_lines
 from quantize.evaluate.task_record import TasksRecord
 from quantize.evaluate.task_table import HEADINGS, same_lines, task_rows
 from quantize.report.collect import Layer, MeasuredArtifact, PageSubject
+from quantize.report.fits import FitView, fit_view
 from quantize.report.golden import GoldenView, PromptState, golden_view
 from quantize.report.production import Choice, ServingVerdict
 from quantize.report.provenance import made, provenance, source_facts
@@ -89,6 +90,7 @@ class Page:
     latency_plots: tuple[str, ...]
     latency_note: str
     layers: tuple[LayerView, ...]
+    fits: tuple[FitView, ...]
     golden: GoldenView
     provenance: Table
     choice: Choice
@@ -119,6 +121,7 @@ def page_of(subject: PageSubject, choice: Choice) -> Page:
         latency_plots=_latency_plots(entries),
         latency_note=_latency_note(entries),
         layers=tuple(_layers(entry) for entry in entries if entry.layers),
+        fits=tuple(view for view in map(fit_view, entries) if view is not None),
         golden=golden_view(entries),
         provenance=provenance(entries),
         choice=choice,

@@ -189,8 +189,12 @@ class PassWorker:
         matrices = _to_host({key: gram.matrix for key, gram in grams.items()})
         return {key: (matrices[key], gram.tokens, gram.note) for key, gram in grams.items()}
 
-    def solve(self, block: int, part: int, piece: int, grams: dict[str, GramArrays]) -> Any:
-        """What a variant needs of a piece of a block. grams: of the inputs that the piece reads."""
+    def solve(
+        self, block: int, part: int, piece: int, grams: dict[str, GramArrays], tables: Sequence[WeightTable] = ()
+    ) -> Any:
+        """What a variant needs of a piece of a block. grams: of the inputs that the piece reads. tables: as `forward`
+        has them.
+        """
         layout, weights = self._load(block)
         device = self._runner.device
         matrices = {
@@ -201,7 +205,10 @@ class PassWorker:
             self._collectors[part] = builders()[name].collector(context, self._events)
         layout = self._collectors[part].pieces(layout)[piece]
         inputs = {linear.tensor: linear.input for linear in layout.linears}
-        return self._collectors[part].solve(Block(block, layout, weights, matrices, inputs))
+        guide = TokenWeights(tables[0], tables) if tables else None
+        outputs = {} if guide is None else guide.outputs(layout)
+        ends = guide.vocabulary(self._runner.blocks) if guide is not None and block == self._runner.blocks - 1 else None
+        return self._collectors[part].solve(Block(block, layout, weights, matrices, inputs, outputs, ends))
 
     def _states(self, share: int, block: int, saved: SavedStates | None) -> HiddenStates:
         """The input of a block: held since the last one, made from the tokens, or read from where it was saved."""

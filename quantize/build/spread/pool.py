@@ -232,12 +232,14 @@ class Actor:
         grams = self._roomy(lambda: self._work.complete(block, map(self._inside.fetch, shares)))
         return (self._report(started), *(grams[key] for key in keys))
 
-    def solve(self, block: int, part: int, piece: int, keys: Sequence[str], *grams: Any) -> WorkerReport:
+    def solve(
+        self, block: int, part: int, piece: int, tables: Sequence[Any], keys: Sequence[str], *grams: Any
+    ) -> WorkerReport:
         """See PassWorker; a failure is the variant's own, and comes back as its answer."""
         started = time.time()
         inputs = dict(zip(keys, grams, strict=True))
         try:
-            return self._report(started, self._roomy(lambda: self._work.solve(block, part, piece, inputs)))
+            return self._report(started, self._roomy(lambda: self._work.solve(block, part, piece, inputs, tables)))
         except OutOfMemory:  # would be the next variant's too
             raise
         except QuantizeError as exc:

@@ -163,8 +163,8 @@ class SpreadPass:
             self._pool.call(worker, task, "guide", (task.number,), 1)
             return
         if task.kind == FORWARD:
-            saved, tables = self._saved.get((task.number, block)), [table for _, table in sorted(self._tables.items())]
-            self._pool.call(worker, task, "forward", (task.number, block, saved, task.record, tables), 2)
+            saved = self._saved.get((task.number, block))
+            self._pool.call(worker, task, "forward", (task.number, block, saved, task.record, self._all_tables), 2)
             return
         keys = tuple(block_layout(self._config, block).inputs)
         if task.kind == COMPLETE:
@@ -173,7 +173,12 @@ class SpreadPass:
         else:
             keys = tuple(self._parts[task.number].pieces[block][task.piece].inputs)
             grams = [self._grams[block][key] for key in keys]
-            self._pool.call(worker, task, "solve", (block, task.number, task.piece, keys, *grams), 1)
+            self._pool.call(worker, task, "solve", (block, task.number, task.piece, self._all_tables, keys, *grams), 1)
+
+    @property
+    def _all_tables(self) -> list[WeightTable]:
+        """What the tokens of each share count, by share."""
+        return [table for _, table in sorted(self._tables.items())]
 
     def _heard(self, worker: PoolWorker, outcome: WorkerReport | Lost | None) -> None:
         if isinstance(outcome, Lost):

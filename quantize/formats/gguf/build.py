@@ -7,27 +7,42 @@ own; the calls into it are in runtimes/llama_cpp, the comparison with the source
 from __future__ import annotations
 
 import hashlib
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from quantize.calibration.budget import BlockMemory
-from quantize.errors import PlanError, QuantizeError, VerifyError, disk_errors, some_of
+from quantize.errors import PlanError, QuantizeError, UsageError, VerifyError, disk_errors
 from quantize.events import Reporter, note, status, warn
-from quantize.files.gguf import GgufFile, GgufTensor, read_gguf
+from quantize.files.gguf import GgufFile
 from quantize.files.gguf_split import read_model
-from quantize.formats.base import BuildResult, Collector, Context, KeptTensor, LeftOut, RunLimits, SizePlan, SolveCost
+from quantize.formats.base import BuildResult, Collector, Context, LeftOut, RunLimits, SizePlan, SolveCost
+from quantize.formats.gguf.fit.plan import planned
+from quantize.formats.gguf.fit.survey import Survey, survey, survey_jobs
+from quantize.formats.gguf.fit.table import NAME as FIT_NAME
 from quantize.formats.gguf.layout import GgufLayout
+from quantize.formats.gguf.making import (
+    NAMED,
+    check_overrides,
+    file_name,
+    imatrix_bytes,
+    kept_tensors,
+    make_file,
+    settings_of,
+    solved_note,
+    solving_bytes,
+    write_imatrix,
+)
 from quantize.formats.gguf.options import GgufOptions
 from quantize.formats.gguf.source import Expected
 from quantize.formats.gguf.towers import copy_towers
-from quantize.formats.gguf.types import BITS, ELEMENT_TYPES, UNQUANTIZED_TYPES, base_type
+from quantize.formats.gguf.types import BITS
 from quantize.model.checkpoint import Checkpoint
 from quantize.model.config import reads_more_than_text
+from quantize.model.shape import ModelShape
 from quantize.model.source import checkpoint_key
 from quantize.runtimes.llama_cpp.convert import ConvertRequest
 from quantize.runtimes.llama_cpp.left_out import read_left_out
@@ -38,12 +53,8 @@ from quantize.runtimes.llama_cpp.vocabulary import names as pre_tokenizers
 from quantize.store.manifest import tool_versions
 from quantize.system.process import run_step
 
-if TYPE_CHECKING:
-    from quantize.formats.gguf.solve import SolvedFile
-
 HUB_URL = "https://huggingface.co/"
 TRY_OUT_TOKENS = 16
-NAMED = 3  # of the tensors that are left out; the manifest has all
 
 
 class GgufBuilder:
@@ -89,42 +100,59 @@ class GgufBuilder:
         self, context: Context, options: Sequence[GgufOptions], reporter: Reporter
     ) -> Sequence[SizePlan | QuantizeError]:
         """The sizes of variants that share a 16-bit file."""
-        from quantize.runtimes.llama_cpp.quantize import convert_and_size, dry_run
-
-        jobs = [_settings(item, context.limits, None) for item in options]
+        groups = [_jobs(item, context.limits) for item in options]
+        sized = self._dry_runs(context, [job for group in groups for job in group], reporter)
         key, ready = self.intermediate(context)
-        if ready is not None:
-            sized = run_step("sizing the GGUF files", reporter, dry_run, ready, jobs)
-        else:
-            out, request = context.scratch / "headers.gguf", _request(context, self.outtype(context))
-            sized = run_step("sizing the GGUF files", reporter, convert_and_size, request, out, jobs)
         plans: list[SizePlan | QuantizeError] = []
-        for item, result in zip(options, sized, strict=True):
+        for item, group in zip(options, groups, strict=True):
+            found, sized = sized[: len(group)], sized[len(group) :]
+            result = found[0]
             if isinstance(result, QuantizeError):
                 plans.append(result)
                 continue
             try:
-                _check_overrides(item, [name for name, _, _ in result.tensors])
-                plan = _size_plan(item, result, key, ready is not None)
+                check_overrides(item, [name for name, _, _ in result.tensors])
+                plan = _size_plan(context, item, found, result, key, ready is not None)
                 with disk_errors(context.scratch):
-                    extra = _imatrix_bytes(context, result.architecture) if item.imatrix else 0
-                kept, whole = (_solving_bytes(context.checkpoint, plan) if item.gptq else 0), plan.file_bytes + extra
-                plans.append(replace(plan, file_bytes=whole + result.towers_bytes, scratch_bytes=kept))
-            except PlanError as exc:
+                    extra = imatrix_bytes(context, result.architecture) if item.imatrix else 0
+                whole = plan.file_bytes + extra + result.towers_bytes
+                plans.append(replace(plan, file_bytes=whole))
+            except (PlanError, UsageError) as exc:
                 plans.append(exc)
         return plans
 
+    def _dry_runs(
+        self, context: Context, jobs: Sequence[QuantizeSettings], reporter: Reporter
+    ) -> list[SizedFile | QuantizeError]:
+        """Of the 16-bit file, if it is there, else of headers that are converted for it."""
+        from quantize.runtimes.llama_cpp.quantize import convert_and_size, dry_run
+
+        _, ready = self.intermediate(context)
+        if ready is not None:
+            return run_step("sizing the GGUF files", reporter, dry_run, ready, jobs)
+        out = context.scratch / "headers.gguf"
+        request = _request(context, self.outtype(context))
+        return run_step("sizing the GGUF files", reporter, convert_and_size, request, out, jobs)
+
+    def survey(self, context: Context, reporter: Reporter) -> Survey:
+        """What choosing types needs to know of a model, for a variant that must fit. Raises as `sizes` does."""
+        found = self._dry_runs(context, survey_jobs(context.options, context.limits), reporter)
+        return survey(context.options, found, ModelShape.from_config(context.checkpoint.config))
+
     def collector(self, context: Context, reporter: Reporter) -> Collector:
         """Keeps the diagonal of every Gram matrix; all of it, where it is solved with."""
+        from quantize.formats.gguf.fit.grams import FitCollector
         from quantize.formats.gguf.grams import GramCollector
         from quantize.formats.gguf.imatrix import ImatrixCollector
 
         diagonals = context.scratch / "imatrix.safetensors"
+        if context.options.fit is not None:
+            return FitCollector(context.scratch, diagonals)
         return GramCollector(context.scratch, diagonals) if context.options.gptq else ImatrixCollector(diagonals)
 
     def solver_bytes(self, block: BlockMemory, options: GgufOptions, threads: int) -> int:
         """The folded matrices; else nothing that counts, as a diagonal is copied."""
-        return sum(block.grams) // 2 if options.gptq else 0
+        return sum(block.grams) // 2 if options.gptq or options.fit is not None else 0
 
     def solve_operations(self, cost: SolveCost) -> float:
         """None: it is solved after the pass."""
@@ -140,34 +168,31 @@ class GgufBuilder:
         return [("gguf", self.intermediate(context)[0])]
 
     def _quantize(self, context: Context, intermediate: Path, reporter: Reporter) -> BuildResult:
-        from quantize.runtimes.llama_cpp.quantize import quantize
-
         options: GgufOptions = context.options
         imatrix = None
-        files = [_file_name(intermediate, options)]
+        files = [file_name(intermediate, options)]
         if options.imatrix:
-            files.append(_file_name(intermediate, options).removesuffix(".gguf") + ".imatrix.gguf")
+            files.append(file_name(intermediate, options).removesuffix(".gguf") + ".imatrix.gguf")
             imatrix = context.staging / files[1]
-            _write_imatrix(context, intermediate, imatrix)
+            write_imatrix(context, intermediate, imatrix)
         towers, carried = copy_towers(intermediate, context.staging)
         files += towers
-        status(reporter, context.variant, f"quantizing to {options.type}")
-        job = _settings(options, context.limits, imatrix)
-        out = context.staging / files[0]
-        names, warnings = run_step(f"quantizing to {options.type}", reporter, quantize, intermediate, out, job)
-        written = read_model(context.staging / names[0])
-        _check_overrides(options, [*written.tensors])
-        solved = _solve(context, intermediate, context.staging / names[0], reporter) if options.gptq else None
-        tensors = list(written.tensors.values())
-        kept = _kept(options, [(item.name, item.type, item.shape) for item in tensors])
-        weights = sum(item.size_bytes for item in tensors)
-        bits = round(8 * weights / _elements(tensors), 4)
-        facts: dict[str, Any] = {"llama_cpp_warnings": len(warnings)}
-        if solved is not None:
-            facts |= {"layers": solved.layers, "unsolved": solved.unsolved, "solve_seconds": solved.seconds}
+        chosen: Mapping[str, str] | None = None
+        if options.fit is None:
+            job = settings_of(options, context.limits, imatrix)
+            made = make_file(context, intermediate, context.staging / files[0], job, reporter)
+            names, bits, facts = (*made.names, *files[1:]), BITS[options.type], made.facts
+        else:
+            from quantize.formats.gguf.fit.build import fit_file
+
+            assert imatrix is not None
+            fitted = fit_file(context, intermediate, files[0], imatrix, reporter)
+            made, chosen = fitted.made, fitted.record.types
+            names, bits, facts = (*files, FIT_NAME), round(made.bits_per_weight), made.facts | fitted.facts
+        kept = kept_tensors(options, [(item.name, item.type, item.shape) for item in made.tensors], chosen)
         return BuildResult(
-            (*names, *files[1:]), weights, BITS[options.type], None, bits, (*kept, *carried), facts,
-            device=solved.device if solved is not None else None,
+            names, made.weights_bytes, bits, None, made.bits_per_weight, (*kept, *carried), facts,
+            device=made.solved.device if made.solved is not None else None,
             left_out=tuple(LeftOut(name, why) for name, why in sorted(read_left_out(intermediate).items())),
         )  # fmt: skip
 
@@ -190,14 +215,7 @@ class GgufBuilder:
             if what:
                 warn(reporter, "", f"{path.name}: {what}")
         facts: dict[str, Any] = run_step(
-            "loading in llama.cpp",
-            reporter,
-            try_out,
-            path,
-            TRY_OUT_TOKENS,
-            limits.threads,
-            checkpoint,
-            expected,
+            "loading in llama.cpp", reporter, try_out, path, TRY_OUT_TOKENS, limits.threads, checkpoint, expected,
             limits.place,
         )
         for what in said_of_ends(checkpoint, facts):
@@ -284,116 +302,35 @@ def _base_model(hub_id: str | None) -> dict[str, str]:
     return {"name": name, "organization": organization, "repo_url": HUB_URL + hub_id}
 
 
-def _settings(options: GgufOptions, limits: RunLimits, imatrix: Path | None) -> QuantizeSettings:
-    return QuantizeSettings(
-        type=options.type,
-        overrides=tuple(options.overrides.items()),
-        output_type=options.output_type,
-        embedding_type=options.embedding_type,
-        pure=options.pure,
-        imatrix=imatrix,
-        imatrix_later=options.imatrix and imatrix is None,
-        threads=limits.threads,
-        split_bytes=options.split_size,
-    )
+def _jobs(options: GgufOptions, limits: RunLimits) -> list[QuantizeSettings]:
+    """The dry runs that a variant is sized by."""
+    return survey_jobs(options, limits) if options.fit is not None else [settings_of(options, limits, None)]
 
 
-def _file_name(intermediate: Path, options: GgufOptions) -> str:
-    """<name>-<type>.gguf; the convention: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md."""
-    stem = intermediate.stem.rpartition("-")[0]
-    return f"{stem}-{options.type}{f'-{options.made_with}' if options.made_with else ''}.gguf"
+def _size_plan(
+    context: Context, options: GgufOptions, found: Sequence[SizedFile | QuantizeError], sized: SizedFile, key: str,
+    ready: bool,
+) -> SizePlan:  # fmt: skip
+    """Of the dry runs of a variant; sized: the first of them. Raises PlanError."""
+    plan = _exact_plan(options, sized, key, ready) if options.fit is None else None
+    if plan is None:
+        surveyed = survey(options, found, ModelShape.from_config(context.checkpoint.config))
+        before = 0 if ready else sized.source_bytes + sized.towers_bytes
+        plan = planned(surveyed, len(sized.tensors), before, f"gguf-{key}")
+    if options.fit is None and not options.gptq:
+        return plan
+    files = 0 if options.fit is None else 1 + options.fit.check
+    solved = max(1, files) * plan.weights_bytes if options.gptq else 0
+    return replace(plan, scratch_bytes=solving_bytes(context.checkpoint, files * plan.weights_bytes + solved))
 
 
-def _solve(context: Context, intermediate: Path, quantized: Path, reporter: Reporter) -> SolvedFile:
-    """Error feedback into the types that llama.cpp chose. Says what keeps llama.cpp's own rounding."""
-    from quantize.formats.gguf.solve import SolveRequest, solve_file
-
-    limits = context.limits
-    request = SolveRequest(
-        intermediate, quantized, context.checkpoint, context.scratch, context.variant, limits.threads,
-        limits.own_device,
-    )  # fmt: skip
-    status(reporter, context.variant, f"solving into {context.options.type}")
-    solved: SolvedFile = run_step(f"solving into {context.options.type}", reporter, solve_file, request)
-    for why in sorted(set(solved.unsolved.values())):
-        names = [name for name, reason in solved.unsolved.items() if reason == why]
-        note(reporter, context.variant, f"not solved: {some_of(names, NAMED)}: {why}")
-    return solved
-
-
-def _solving_bytes(checkpoint: Checkpoint, plan: SizePlan) -> int:
-    """On disk beside the artifact: the Gram matrices, and what was solved."""
-    from quantize.formats.gguf.grams import grams_bytes
-
-    return grams_bytes(checkpoint) + plan.weights_bytes
-
-
-def _write_imatrix(context: Context, intermediate: Path, out: Path) -> None:
-    from quantize.formats.gguf.imatrix import write_from_scratch
-
-    architecture = str(read_gguf(intermediate).fields["general.architecture"])
-    scratch = context.scratch / "imatrix.safetensors"
-    write_from_scratch(scratch, out, architecture, context.checkpoint, context.calibrated_on, intermediate)
-
-
-def _imatrix_bytes(context: Context, architecture: str) -> int:
-    """Size of the importance matrix file, found by writing one of zeros."""
-    from quantize.formats.gguf.imatrix import write_from_scratch, write_zeros
-
-    scratch, out = context.scratch / "zeros.safetensors", context.scratch / "zeros.gguf"
-    write_zeros(scratch, context.checkpoint)
-    write_from_scratch(scratch, out, architecture, context.checkpoint, context.calibrated_on)
-    return out.stat().st_size
-
-
-def _check_overrides(options: GgufOptions, names: list[str]) -> None:
-    for pattern in options.overrides:
-        if not any(re.search(pattern, name) for name in names):
-            hint = f"tensors are called like: {', '.join(sorted(names)[:3])}"
-            raise PlanError(f"override {pattern!r} matches no tensor", hint=hint)
-
-
-def _size_plan(options: GgufOptions, sized: SizedFile, key: str, ready: bool) -> SizePlan:
+def _exact_plan(options: GgufOptions, sized: SizedFile, key: str, ready: bool) -> SizePlan:
     weights = sum(size for _, _, size in sized.tensors)
-    kept = _kept(options, [(name, kind, ()) for name, kind, _ in sized.tensors])
+    kept = kept_tensors(options, [(name, kind, ()) for name, kind, _ in sized.tensors])
     intermediate = 0 if ready else sized.source_bytes + sized.towers_bytes
     bits = round(8 * weights / sized.weights, 4)
     largest = max(sized.shards, default=0)  # the last part is written before the whole file is cut off there
     return SizePlan(
-        sized.file_bytes, weights, len(sized.tensors), bits, kept, intermediate, f"gguf-{key}", passing_bytes=largest
-    )
-
-
-def _kept(options: GgufOptions, tensors: list[tuple[str, str, tuple[int, ...]]]) -> tuple[KeptTensor, ...]:
-    """Tensors with more bits than the type's own, each with the reason that can be told from its shape and type."""
-    base = base_type(options.type)
-    kept = []
-    for name, kind, shape in tensors:
-        if kind == base or ELEMENT_TYPES[kind] <= ELEMENT_TYPES[base] + 0.01:
-            continue
-        kept.append(KeptTensor(name, kind, _reason(options, name, kind, shape, base)))
-    return tuple(sorted(kept, key=lambda item: item.tensor))
-
-
-def _reason(options: GgufOptions, name: str, kind: str, shape: tuple[int, ...], base: str) -> str:
-    if any(re.search(pattern, name) for pattern in options.overrides):
-        return "recipe: overrides"
-    if name == "token_embd.weight" and options.embedding_type == kind:
-        return "recipe: embedding_type"
-    if name == "output.weight" and options.output_type == kind:
-        return "recipe: output_type"
-    if kind in UNQUANTIZED_TYPES:
-        return "llama.cpp keeps norms, biases and other small tensors unquantized"
-    if shape and shape[0] % 256 and (base.endswith("_K") or base.startswith("IQ")):
-        return f"row of {shape[0]} values is no multiple of 256: {kind} instead of a 256-value type"
-    return f"llama.cpp's mixture for {options.type}"
-
-
-def _elements(tensors: list[GgufTensor]) -> int:
-    total = 0
-    for item in tensors:
-        count = 1
-        for number in item.shape:
-            count *= number
-        total += count
-    return total
+        sized.file_bytes, weights, len(sized.tensors), bits, kept, intermediate, f"gguf-{key}", passing_bytes=largest,
+        notes=(solved_note(sized),) if options.gptq else (),
+    )  # fmt: skip

@@ -37,12 +37,21 @@ def _in_vllm(options: Options) -> str | No:
 
 
 def _limits(options: Options) -> tuple[str, ...]:
-    """What llama.cpp rounded and what was solved after it."""
+    """What llama.cpp rounded, what was solved after it, and what the types were chosen for."""
+    fitted: tuple[str, ...] = ()
+    if options.get("fit"):
+        fitted = (
+            "The type of each matrix was chosen by what its error costs the model, so that the file fits; `fit.json` "
+            "has what every type would have cost, and the measurement against the best map of llama.cpp's own.",
+        )
     if not options.get("gptq"):
-        return ()
+        return fitted
     return (
+        *fitted,
         "Matrices were rounded with error feedback into llama.cpp's types; the token embedding, the output head and "
-        "types without a grid of their own are as llama.cpp rounds them.",
+        "types without a grid of their own are as llama.cpp rounds them."
+        if not fitted
+        else "Matrices were rounded with error feedback into those types; what was not is as llama.cpp rounds it.",
     )
 
 
@@ -60,5 +69,6 @@ FORMAT = Format(
     card=CardText(ways=_ways, limits=_limits),
     handover=Handover(vllm=_in_vllm, llama_cpp_file=True),
     probes=(LLAMA_CPP_PROBE,),
-    quantization=lambda options: str(options["type"]),
+    fitter=late("quantize.formats.gguf.fit.answer:GgufFitter"),
+    quantization=lambda options: str(options.get("type") or "fitted"),
 )

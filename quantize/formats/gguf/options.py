@@ -6,51 +6,29 @@ In: the variant's section. Out: GgufOptions, or pydantic's errors, which the rec
 from __future__ import annotations
 
 import hashlib
-from typing import Annotated, Any
+from typing import Any
 
-from pydantic import (
-    BeforeValidator,
-    Field,
-    SerializerFunctionWrapHandler,
-    WithJsonSchema,
-    field_validator,
-    model_serializer,
-    model_validator,
-)
+from pydantic import Field, SerializerFunctionWrapHandler, field_validator, model_serializer, model_validator
 
-from quantize.errors import UsageError
+from quantize.formats.gguf.file_size import FileSize, short_size
+from quantize.formats.gguf.fit.spec import FitSpec
 from quantize.formats.gguf.types import ELEMENT_TYPES, FTYPES, UNQUANTIZED_TYPES, base_type
 from quantize.recipe.model import FormatOptions
 from quantize.recipe.yaml import suggest
 from quantize.runtimes.llama_cpp.vocabulary import names as pre_tokenizers
-from quantize.system.sizes import parse_size
 from quantize.system.untrusted import check_pattern
 
-UNITS = (("g", 30), ("m", 20), ("k", 10))
-LATER = ("split_size", "gptq")  # options that came after the first artifacts
-
-
-def _file_size(value: object) -> object:
-    """Bytes of "4G" and the like."""
-    if isinstance(value, int) and not isinstance(value, bool) and value > 0:
-        return value
-    if not isinstance(value, str):
-        raise ValueError("must be a size || write it like 4G, 500MB or 800MiB")
-    try:
-        return parse_size(value)
-    except UsageError as exc:
-        raise ValueError(f"no size || {exc.hint}") from exc
-
-
-SIZE_TEXT = {"type": "string", "pattern": r"^\s*\d+(\.\d+)?\s*([kKmMgGtT][iI]?)?[bB]?\s*$"}
-SIZE_SCHEMA = {"anyOf": [SIZE_TEXT, {"type": "integer", "minimum": 1}]}
-FileSize = Annotated[int, BeforeValidator(_file_size), WithJsonSchema(SIZE_SCHEMA)]
+LATER = ("split_size", "gptq", "fit")  # options that came after the first artifacts
+NOT_FITTED = ("type", "pure", "split_size")  # what does not go with `fit`
 
 
 class GgufOptions(FormatOptions):
     """The recipe section of a GGUF variant."""
 
-    type: str = Field(description="llama.cpp file type: Q4_K_M, Q5_K_M, Q8_0, …", json_schema_extra={"enum": [*FTYPES]})
+    type: str = Field(
+        "", description="llama.cpp file type: Q4_K_M, Q5_K_M, Q8_0, …", json_schema_extra={"enum": [*FTYPES]}
+    )
+    fit: FitSpec | None = Field(None, description="instead of a type: what must fit, and the types are chosen")
     imatrix: bool = Field(False, description="weigh errors by an importance matrix from the calibration pass")
     gptq: bool = Field(
         False,
@@ -73,17 +51,18 @@ class GgufOptions(FormatOptions):
     @model_validator(mode="before")
     @classmethod
     def _with_its_matrix(cls, data: Any) -> Any:
-        """Solving begins with an importance matrix: one way to write it, and one build key."""
-        if not isinstance(data, dict) or data.get("gptq") is not True:
+        """Solving begins with an importance matrix, and so does fitting: one way to write it, and one build key."""
+        maker = _maker(data)
+        if maker is None:
             return data
         if data.get("imatrix") is False:
-            raise ValueError("gptq: true makes an importance matrix || leave out `imatrix: false`")
+            raise ValueError(f"{maker} makes an importance matrix || leave out `imatrix: false`")
         return {**data, "imatrix": True}
 
     @field_validator("type")
     @classmethod
     def _known_type(cls, value: str) -> str:
-        if value not in FTYPES:
+        if value and value not in FTYPES:
             raise ValueError(f"unknown type || {suggest(value, [*FTYPES])}")
         return value
 
@@ -114,8 +93,18 @@ class GgufOptions(FormatOptions):
         return value
 
     @model_validator(mode="after")
+    def _type_or_fit(self) -> GgufOptions:
+        if self.fit is None:
+            if not self.type:
+                raise ValueError("key `type` is missing || give a `type`, or what must `fit`")
+            return self
+        if given := [name for name in NOT_FITTED if getattr(self, name)]:
+            raise ValueError(f"`{given[0]}` does not go with `fit` || leave out one of the two")
+        return self
+
+    @model_validator(mode="after")
     def _something_is_solved(self) -> GgufOptions:
-        if self.gptq and not self.overrides and base_type(self.type) in UNQUANTIZED_TYPES:
+        if self.type and self.gptq and not self.overrides and base_type(self.type) in UNQUANTIZED_TYPES:
             raise ValueError(f"nothing in {self.type} is rounded, so nothing is solved || leave out `gptq: true`")
         return self
 
@@ -123,8 +112,9 @@ class GgufOptions(FormatOptions):
         """`q4_k_m`, `q4_k_m-imatrix`, `q4_k_m-gptq`, `q4_k_m-split-4g`, and a short hash where overrides or types are
         not the plain ones.
         """
-        parts = [self.type.lower(), *([self.made_with] if self.made_with else []), *(["pure"] if self.pure else [])]
-        parts += [f"split-{_short_size(self.split_size)}"] if self.split_size else []
+        kind = self.fit.label if self.fit is not None else self.type.lower()
+        parts = [kind, *([self.made_with] if self.made_with else []), *(["pure"] if self.pure else [])]
+        parts += [f"split-{short_size(self.split_size)}"] if self.split_size else []
         special = [f"{key}={kind}" for key, kind in self.overrides.items()]
         special += [f"{name}={kind}" for name in ("output_type", "embedding_type") if (kind := getattr(self, name))]
         if special:
@@ -134,20 +124,20 @@ class GgufOptions(FormatOptions):
     @property
     def made_with(self) -> str:
         """What of the calibration pass goes into it, as names have it; empty for nothing."""
-        return "gptq" if self.gptq else "imatrix" if self.imatrix else ""
+        return "gptq" if self.gptq else "imatrix" if self.imatrix and self.fit is None else ""
 
     @model_serializer(mode="wrap")
     def _only_what_is_asked_for(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Without `split_size` and `gptq` where there is none: they came after the first artifacts, whose build keys
-        stay.
+        """Without `split_size`, `gptq` and `fit` where there is none: they came after the first artifacts, whose build
+        keys stay.
         """
         data: dict[str, Any] = handler(self)
-        return {key: value for key, value in data.items() if key not in LATER or value}
+        left_out = (*LATER, "type") if self.fit is not None else LATER
+        return {key: value for key, value in data.items() if key not in left_out or value}
 
 
-def _short_size(size_bytes: int) -> str:
-    """Bytes as a part of a name: 4g, 512m, 4000000000."""
-    for unit, power in UNITS:
-        if size_bytes % 2**power == 0:
-            return f"{size_bytes >> power}{unit}"
-    return str(size_bytes)
+def _maker(data: Any) -> str | None:
+    """What in a variant makes an importance matrix by itself; None for nothing."""
+    if not isinstance(data, dict):
+        return None
+    return "gptq: true" if data.get("gptq") is True else "fit" if data.get("fit") is not None else None

@@ -26,9 +26,10 @@ from quantize.formats.gguf.columns import column_order
 from quantize.formats.gguf.grams import RECORD_NAME, read_gram
 from quantize.formats.gguf.imatrix import gguf_names
 from quantize.formats.gguf.matrices import read_bytes, read_matrix, span
+from quantize.formats.gguf.vocabulary import EMBEDDING, HEAD, VocabularyLoss, read_vocabulary, source_of
 from quantize.model.architecture import block_layouts
 from quantize.model.checkpoint import Checkpoint
-from quantize.model.layout import BlockLayout, Linear
+from quantize.model.layout import Linear
 from quantize.system.cache import hash_file
 from quantize.system.files import sync
 
@@ -48,7 +49,8 @@ NO_GRID = "llama.cpp's own rounding: {type} is not solved"
 class SolveRequest:
     """What `solve_file` is given. exact: the 16-bit file. quantized: llama.cpp's, or the first of its parts.
 
-    scratch: where the pass left its Gram matrices. device: cpu or a GPU of this machine.
+    scratch: where the pass left its Gram matrices. device: cpu or a GPU of this machine. log: a folder for what is
+    solved; None for scratch itself.
     """
 
     exact: Path
@@ -58,6 +60,7 @@ class SolveRequest:
     variant: str
     threads: int = 1
     device: str = "cpu"
+    log: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -107,10 +110,10 @@ def solve_file(reporter: Reporter, request: SolveRequest) -> SolvedFile:
     with _Log(request, device) as log:
         if log.facts:
             note(reporter, request.variant, f"goes on at matrix {len(log.facts) + 1} of {total}")
-        for layout, key, linears in _inputs(request.checkpoint, places):
+        for read, linears in _inputs(request, places):
             if all(linear.tensor in log.facts for linear in linears):
                 continue
-            solver = _InputSolver(request, reporter, read_gram(request.scratch, request.checkpoint, layout, key))
+            solver = _InputSolver(request, reporter, read())
             for linear in linears:
                 if linear.tensor in log.facts:
                     continue
@@ -142,7 +145,28 @@ def _places(request: SolveRequest) -> tuple[dict[str, _Place], dict[str, str]]:
                 continue
             unsolved.pop(name, None)
             places[linear.tensor] = _Place(_tensor(exact, name), found, expert)
+    name, tensor = _head(request, exact)
+    head = quantized.tensors.get(name)
+    if tensor is not None and head is not None and head.type in GRIDS:
+        unsolved.pop(name, None)
+        places[tensor] = _Place(_tensor(exact, name), head, None)
     return places, unsolved
+
+
+def _head(request: SolveRequest, exact: GgufFile) -> tuple[str, str | None]:
+    """The output head in the file, which may be the embedding, and its tensor in the source; None where nothing is
+    known of its input.
+    """
+    name = HEAD if HEAD in exact.tensors else EMBEDDING
+    known = read_vocabulary(request.scratch) is not None
+    return name, source_of(name, exact, request.checkpoint) if known else None
+
+
+def _head_gram(request: SolveRequest, place: _Place) -> torch.Tensor:
+    found = read_vocabulary(request.scratch)
+    assert found is not None
+    weight, tied = read_matrix(place.exact, None).float(), place.exact.name == EMBEDDING
+    return VocabularyLoss(found, weight, is_head=True, is_embedding=tied).gram()
 
 
 def _is_matrix(item: GgufTensor) -> bool:
@@ -156,14 +180,20 @@ def _tensor(file: GgufFile, name: str) -> GgufTensor:
 
 
 def _inputs(
-    checkpoint: Checkpoint, places: Mapping[str, _Place]
-) -> Iterator[tuple[BlockLayout, str, tuple[Linear, ...]]]:
-    """Each input of each block, with the linears to solve that read it, in the order in which they are solved."""
+    request: SolveRequest, places: Mapping[str, _Place]
+) -> Iterator[tuple[Callable[[], torch.Tensor], tuple[Linear, ...]]]:
+    """Each input of each block, and the head's: what gives its Gram matrix, and the linears to solve that read it, in
+    the order in which they are solved.
+    """
+    checkpoint = request.checkpoint
     for layout in block_layouts(checkpoint.config):
         for key, linears in layout.inputs.items():
             found = tuple(linear for linear in linears if linear.tensor in places)
             if found:
-                yield layout, key, found
+                yield partial(read_gram, request.scratch, checkpoint, layout, key), found
+    for tensor, place in places.items():
+        if place.exact.name in (EMBEDDING, HEAD):
+            yield partial(_head_gram, request, place), (Linear(tensor, "", ""),)
 
 
 @dataclass
@@ -257,7 +287,7 @@ class _Log:
     """
 
     def __init__(self, request: SolveRequest, device: str) -> None:
-        self.folder, self.facts = request.scratch, dict[str, dict[str, Any]]()
+        self.folder, self.facts = request.log or request.scratch, dict[str, dict[str, Any]]()
         self._spans: dict[str, tuple[int, int]] = {}
         self._end = 0
         sources = hash_file(request.scratch / RECORD_NAME), request.quantized.name, device
@@ -265,6 +295,7 @@ class _Log:
 
     def __enter__(self) -> _Log:
         with disk_errors(self.folder):
+            self.folder.mkdir(exist_ok=True)
             lines, kept = self._known(), [self._identity]
             self._data = (self.folder / DATA_NAME).open("r+b" if lines else "w+b")
             for line in lines:

@@ -12,8 +12,8 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +59,7 @@ class SizedFile:
 
     source_bytes: size of the 16-bit file that it reads. shards: the bytes of each file, if it is cut into several.
     weights: of all tensors. towers_bytes: of the file beside it that has a model's towers; 0 if there is none.
+    shapes: of tensors, as GGUF has them.
     """
 
     architecture: str
@@ -68,6 +69,12 @@ class SizedFile:
     shards: tuple[int, ...] = ()
     weights: int = 0
     towers_bytes: int = 0
+    shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+
+    @property
+    def header_bytes(self) -> int:
+        """Of the file up to its first tensor, where it is not cut into several."""
+        return self.file_bytes - sum(padded(size) for _, _, size in self.tensors)
 
 
 def dry_run(reporter: Reporter, source: Path, jobs: Sequence[QuantizeSettings]) -> list[SizedFile | QuantizeError]:
@@ -96,7 +103,7 @@ def dry_run(reporter: Reporter, source: Path, jobs: Sequence[QuantizeSettings]) 
         results.append(
             SizedFile(
                 str(header.fields["general.architecture"]), sum(shards) or size, source.stat().st_size, tuple(tensors),
-                shards, weights, towers,
+                shards, weights, towers, {name: item.shape for name, item in header.tensors.items()},
             )
         )  # fmt: skip
     return results

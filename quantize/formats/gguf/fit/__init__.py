@@ -1,0 +1,1 @@
+"""A GGUF file of the bytes that fit: types are chosen for each matrix by what their errors cost the model."""
