@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._device import _device_constructors
 
 from benchmarks.blocks import SHAPES
 from benchmarks.launches import measure as launches_of
@@ -303,6 +304,17 @@ def test_a_gpu_that_is_too_small_for_the_pass_is_refused_before_any_work(
         assert "MiB of the GPU cuda, which has 1 MiB free" in result.stderr
         assert "close what else uses the GPU" in result.stderr
         assert not (tmp_path / "artifacts").exists()
+
+
+def test_nothing_of_the_emulated_gpu_is_left_behind() -> None:
+    """torch keeps the list of functions that make tensors: without its own, models were loaded with rotary frequencies
+    that nobody had set.
+    """
+    _device_constructors.cache_clear()
+    with emulated_gpu(), torch.device("meta"):
+        assert torch.tensor([1.0]).is_meta
+    with torch.device("meta"):
+        assert torch.tensor([1.0]).is_meta
 
 
 def test_a_build_on_the_cpu_says_once_that_a_gpu_is_there(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,6 +20,7 @@ from unittest import mock
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
+from torch.utils._device import _device_constructors
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import quantize
@@ -276,6 +277,7 @@ def emulated_gpu(*, vram_bytes: int = 8 << 30, peak_bytes: int = 0, name: str = 
     """Have torch see one CUDA device in this block; tensors of it must not outlive the block."""
     global _ledger
     _load_guard()
+    _device_constructors()  # torch keeps the first answer, which must have its own functions
     answers = {
         "is_available": True, "device_count": 1, "current_device": 0, "get_device_name": name,
         "is_bf16_supported": True,
