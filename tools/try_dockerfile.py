@@ -4,10 +4,12 @@
 
 As root, on a Debian with debootstrap. FOLDER/base is made once; each stage is a copy of it, FOLDER/STAGE, into which
 COPY puts what it puts into an image. --bring: a file or folder of this machine that has to be at the same path there,
-such as pip's settings. In place of Python's and NVIDIA's images there is Debian 12 with Python 3.11, so it holds that
-the packages are there, that the users can be made and own what they must, that pip finds a set of versions, and that
-llama.cpp compiles; `stood_in` names what is done in another way. Not held: that Ubuntu's packages have the same names,
-that CUDA's compiler takes the code, and what NVIDIA's image brings along.
+such as pip's settings; variables of pip and CMake are there too (CMAKE_ARGS="-DCMAKE_C_FLAGS_RELEASE=-O0
+-DCMAKE_CXX_FLAGS_RELEASE=-O0" compiles in much less time). In place of Python's and NVIDIA's images there is Debian 12
+with Python 3.11, so it holds that the packages are there, that the users can be made and own what they must, that pip
+finds a set of versions, that llama.cpp compiles, and that the entry point starts; what is done in another way is said.
+Not held: that Ubuntu's packages have the same names, that CUDA's compiler takes the code, and what NVIDIA's image
+brings along.
 """
 
 from __future__ import annotations
@@ -33,7 +35,7 @@ PYTHON_IMAGE = (
     "apt-get update && apt-get install -y --no-install-recommends python3 python3-venv && ln -s python3 /usr/bin/python"
 )
 CUDA_FLAGS = re.compile(r"-DGGML_CUDA=on -DCMAKE_CUDA_ARCHITECTURES=[^\"\s]+")
-BROUGHT = ("PIP_", "SSL_CERT", "http_proxy", "https_proxy", "DEBIAN_FRONTEND")  # variables that a root gets, too
+BROUGHT = ("PIP_", "CMAKE_", "SSL_CERT", "http_proxy", "https_proxy", "DEBIAN_FRONTEND")  # variables of roots, too
 
 
 @dataclass(frozen=True)
@@ -57,7 +59,7 @@ def stages(text: str) -> Iterator[Stage]:
 def stood_in(line: str) -> tuple[str, tuple[str, ...]]:
     """A RUN line as it can run without CUDA, and what is otherwise than in the image."""
     told = []
-    line, changed = CUDA_FLAGS.subn("-DGGML_CUDA=off", line)
+    line, changed = CUDA_FLAGS.subn("-DGGML_CUDA=off ${CMAKE_ARGS:-}", line)
     if changed:
         told.append("llama.cpp is compiled without CUDA")
     *commands, last = re.split(r"\s&&\s", line)

@@ -55,7 +55,7 @@ def test_every_run_line_runs_in_its_stage_and_the_entry_point_as_its_user(
 def test_without_cuda_llama_cpp_is_compiled_for_the_cpu_and_what_is_not_tried_is_said() -> None:
     (line,) = [line for line in STAGES["cuda-build"].lines if line.startswith("RUN ") and "install-llama-cpp" in line]
     command, otherwise = stood_in(line.removeprefix("RUN "))
-    assert 'CMAKE_ARGS="-DGGML_CUDA=off"' in command
+    assert 'CMAKE_ARGS="-DGGML_CUDA=off ${CMAKE_ARGS:-}"' in command
     assert command.rstrip().endswith("llama-cpp-python")
     assert "torch" not in command
     assert otherwise[0] == "llama.cpp is compiled without CUDA"
