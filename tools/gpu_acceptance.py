@@ -1,6 +1,7 @@
 """The first day on a GPU: what only a card can say, in parts of at most nine minutes each.
 
-    python -m tools.gpu_acceptance environment | correctness | block | resume RECIPE [--device cuda]
+    python -m tools.gpu_acceptance environment | correctness | block [--device cuda]
+    python -m tools.gpu_acceptance resume RECIPE [--device cuda | cpu]
     python -m tools.gpu_acceptance formats | serving | kill [--model FOLDER] [--device cuda:0 | cpu]
 
 environment: what the card reaches in products, memory, copies, launches, and whether the kernels run there.
@@ -8,8 +9,8 @@ correctness: every architecture's Gram matrices and losses against the CPU's; th
 bits twice. block: a pass over two blocks of an 8B model's shape, GPTQ and AWQ, step by step against the roofline at the
 rates that `environment` finds, its memory against the estimate, and once more in 8 GB of the card. resume: a build on
 the card, killed at each block, against an undisturbed one (tools/kill_pass). formats, serving, kill: see
-tools/gpu_models.py; they run on a CPU too. Prints a table, measured and computed, and exits 1 if a line does not hold.
-It has been rehearsed on the emulated device and on a CPU only, where a time means nothing.
+tools/gpu_models.py; these and resume run on a CPU too. Prints a table, measured and computed, and exits 1 if a line
+does not hold. It has been rehearsed on the emulated device and on a CPU only, where a time means nothing.
 """
 
 from __future__ import annotations
@@ -224,7 +225,7 @@ def main() -> None:
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--model", type=Path, help="a checkpoint for formats, serving, kill; else a small one is made")
     asked = parser.parse_args()
-    if not torch.cuda.is_available() and not (asked.device == "cpu" and asked.part in PARTS):
+    if not torch.cuda.is_available() and not (asked.device == "cpu" and asked.part in (*PARTS, "resume")):
         sys.exit("torch sees no GPU here")
     if asked.part == "resume":
         if asked.recipe is None:

@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from quantize.store.staging import RESUME_NAME, STAGING, read_json
+from quantize.store.staging import INPUTS_NAME, RESUME_NAME, STAGING, read_json
 from quantize.store.store import Store
 from tools.kill_build import environment_of, leftovers_of
 
@@ -73,9 +73,13 @@ class Builds:
             return process.returncode, said.read()
 
     def blocks_done(self) -> int:
-        """Blocks that every part of a stopped pass has on record."""
-        parts = self.store.root.glob(f"{STAGING}/*.scratch/{RESUME_NAME}")
-        return min((int(found["blocks"]) for found in map(read_json, parts) if "blocks" in found), default=0)
+        """Blocks that every part of a stopped pass has on record; a part that has nothing yet has none."""
+        done = []
+        for scratch in self.store.root.glob(f"{STAGING}/*.scratch"):
+            found = read_json(scratch / RESUME_NAME)
+            begun = "blocks" in found or (not found and bool(read_json(scratch / INPUTS_NAME).get("calibration")))
+            done += [int(found.get("blocks", 0))] if begun else []
+        return min(done, default=0)
 
     def digests(self) -> dict[str, str]:
         """Digest of each variant's current artifact."""
