@@ -189,7 +189,7 @@ def row_losses(error: Tensor, gram: Tensor) -> Tensor:
 def estimated_loss(error: Tensor, gram: Tensor) -> float:
     """tr(E G Eᵀ) from every n-th output row, at most REPORT_ROWS of them: close enough for reports, cheap when wide."""
     stride = -(-error.shape[0] // REPORT_ROWS)
-    rows = error[::stride]
+    rows = error[::stride].float()
     return float(row_losses(rows, gram).double().sum()) * error.shape[0] / rows.shape[0]
 
 

@@ -316,7 +316,8 @@ def _size_plan(
     if plan is None:
         surveyed = survey(options, found, ModelShape.from_config(context.checkpoint.config))
         before = 0 if ready else sized.source_bytes + sized.towers_bytes
-        plan = planned(surveyed, len(sized.tensors), before, f"gguf-{key}")
+        guided = bool(context.calibrated_on.spec.get("guided"))
+        plan = planned(surveyed, len(sized.tensors), before, f"gguf-{key}", guided=guided)
     if options.fit is None and not options.gptq:
         return plan
     files = 0 if options.fit is None else 1 + options.fit.check

@@ -165,7 +165,7 @@ def _head(request: SolveRequest, exact: GgufFile) -> tuple[str, str | None]:
 def _head_gram(request: SolveRequest, place: _Place) -> torch.Tensor:
     found = read_vocabulary(request.scratch)
     assert found is not None
-    weight, tied = read_matrix(place.exact, None).float(), place.exact.name == EMBEDDING
+    weight, tied = read_matrix(place.exact, None), place.exact.name == EMBEDDING
     return VocabularyLoss(found, weight, is_head=True, is_embedding=tied).gram()
 
 
@@ -217,7 +217,7 @@ class _InputSolver:
         weight = weight.to(self.request.device)
         factor = self._factor(place.quantized.type, order)
         solved = self._solved(weight, factor, place)
-        energy = _on_one_thread(partial(estimated_loss, weight.float(), factor.gram))
+        energy = _on_one_thread(partial(estimated_loss, weight, factor.gram))
         loss, nearest, kept = solved.figures.sum(1).tolist()
         if factor.damping > DAMPING:
             text = f"{linear.tensor}: damping raised to {factor.damping:g} to make it solvable"

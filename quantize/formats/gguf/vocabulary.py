@@ -6,6 +6,7 @@ errors of both cost. Where the embedding is the head too, both count.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
 NAME = "vocabulary.safetensors"
 EMBEDDING, HEAD = "token_embd.weight", "output.weight"
+ROWS_AT_ONCE = 4096  # that are converted
 
 
 def write_vocabulary(folder: Path, found: VocabularyStatistics) -> Path:
@@ -58,30 +60,35 @@ def source_of(name: str, exact: GgufFile, checkpoint: Checkpoint) -> str | None:
 
 
 class VocabularyLoss:
-    """What errors of head or embedding cost, in nats a token. weight: of the matrix, float32 [vocabulary, hidden]."""
+    """What errors of head or embedding cost, in nats a token. weight: the matrix [vocabulary, hidden], of any type."""
 
     def __init__(self, found: VocabularyStatistics, weight: Tensor, *, is_head: bool, is_embedding: bool) -> None:
+        import torch
+
         rows = len(weight)
         counts = found.counts[:rows].double()
-        length = float((counts * weight.double().square().sum(1)).sum() / counts.sum())
+        parts = zip(torch.split(weight, ROWS_AT_ONCE), torch.split(counts, ROWS_AT_ONCE), strict=True)
+        lengths = (float((times * part.double().square().sum(1)).sum()) for part, times in parts)
+        length = sum(lengths) / max(1.0, float(counts.sum()))
         scale = found.length / length if length > 0 else 1.0  # of an embedding that is multiplied as it comes out
         self._gram = found.gram if is_head else None
         self._outputs = found.outputs[:rows].double()
         self._counts = counts if is_embedding else counts * 0
         self._channels = found.channels.double() * scale
 
-    def of(self, error: Tensor, rows: slice) -> float:
-        """Of an error [some rows, hidden]; as if all rows had it, where they are some of all."""
+    def of(self, errors: Iterable[Tensor], rows: slice) -> float:
+        """Of an error, [some rows, hidden] a piece after another; as if all rows had it, where they are some of all."""
         from quantize.numerics.gptq import row_losses
 
-        total = 0.0
-        if self._gram is not None:
-            losses, weights = row_losses(error, self._gram).double(), self._outputs[rows]
-            total += float((losses * weights).sum()) * _share(self._outputs, weights)
-        counts = self._counts[rows]
-        if float(counts.sum()) > 0:
-            squares = error.double().square() @ self._channels
-            total += float((squares * counts).sum()) * _share(self._counts, counts)
+        outputs, counts = self._outputs[rows], self._counts[rows]
+        of_head, of_embedding, start = 0.0, 0.0, 0
+        for error in errors:
+            part = slice(start, start + len(error))
+            start += len(error)
+            if self._gram is not None:
+                of_head += float((row_losses(error, self._gram).double() * outputs[part]).sum())
+            of_embedding += float(((error.double().square() @ self._channels) * counts[part]).sum())
+        total = of_head * _share(self._outputs, outputs) + of_embedding * _share(self._counts, counts)
         return max(0.0, total / 2)
 
     def gram(self) -> Tensor:

@@ -19,7 +19,7 @@ import json
 import re
 import statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -35,7 +35,14 @@ from quantize.formats.gguf.fit.table import Cost
 from quantize.formats.gguf.grams import RECORD_NAME, read_gram
 from quantize.formats.gguf.imatrix import gguf_names
 from quantize.formats.gguf.matrices import read_matrix
-from quantize.formats.gguf.vocabulary import EMBEDDING, HEAD, VocabularyLoss, read_vocabulary, source_of
+from quantize.formats.gguf.vocabulary import (
+    EMBEDDING,
+    HEAD,
+    ROWS_AT_ONCE,
+    VocabularyLoss,
+    read_vocabulary,
+    source_of,
+)
 from quantize.model.architecture import block_layouts
 from quantize.model.checkpoint import Checkpoint
 from quantize.model.layout import Linear
@@ -168,10 +175,9 @@ class _Finder:
         if column_order(weight, self._request.checkpoint.read(tensor)) != () or len(weight) > len(found.outputs):
             return None
         tied, kinds = HEAD not in self._exact.tensors, self._request.matrices[name].wanted
-        weight = weight.float()
         loss = VocabularyLoss(found, weight, is_head=tied or name == HEAD, is_embedding=name == EMBEDDING)
         rows = slice(None, None, -(-len(weight) // MOST_WORDS))
-        some = weight[rows].contiguous()
+        some = weight[rows]
         tasks = [partial(_vocabulary_error, some, loss, rows, kind) for kind in kinds]
         errors = dict(zip(kinds, on_threads(tasks, self._request.threads), strict=True))
         facts: dict[str, Any] = {
@@ -181,13 +187,14 @@ class _Finder:
             "is_vocabulary": True,
         }
         if self._request.solved and (tied or name == HEAD):
-            facts["ratios"] = self._ratios(some, loss.gram(), kinds)
+            facts["ratios"] = self._ratios(some[:: -(-len(some) // SOLVED_ROWS)].float(), loss.gram(), kinds)
         return facts
 
     def _alone(self, name: str) -> dict[str, Any]:
         tensor, parts = self._exact.tensors[name], list[dict[str, Any]]()
         for expert in range(tensor.shape[-1]) if len(tensor.shape) > 2 else (None,):
-            weight = read_matrix(tensor, expert).float()
+            weight = read_matrix(tensor, expert)
+            weight = weight[:: -(-len(weight) // MOST_ROWS)].float()
             parts.append(self._rows(weight, None, None, self._request.matrices[name].wanted, solving=False))
         errors = {kind: statistics.fmean(part["errors"][kind] for part in parts) for kind in parts[0]["errors"]}
         return {"errors": errors}
@@ -313,9 +320,18 @@ def _vocabulary_error(rows: Tensor, loss: VocabularyLoss, places: slice, kind: s
 
     from quantize.runtimes.llama_cpp.rounding import round_rows
 
-    delta = torch.from_numpy(_values(kind, round_rows(kind, rows.numpy(), None))) - rows
-    error = float(delta.double().square().sum() / rows.double().square().sum().clamp_min(1e-30))
-    return _Error(error, nats=loss.of(delta, places))
+    squares = [0.0, 0.0]
+
+    def errors() -> Iterator[Tensor]:
+        for part in torch.split(rows, ROWS_AT_ONCE):
+            exact = part.float().contiguous()
+            delta = torch.from_numpy(_values(kind, round_rows(kind, exact.numpy(), None))) - exact
+            squares[0] += float(delta.double().square().sum())
+            squares[1] += float(exact.double().square().sum())
+            yield delta
+
+    nats = loss.of(errors(), places)
+    return _Error(squares[0] / max(squares[1], 1e-30), nats=nats)
 
 
 def _importance(gram: Tensor) -> Tensor:

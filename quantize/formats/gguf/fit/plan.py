@@ -9,14 +9,21 @@ from quantize.formats.base import SizePlan
 from quantize.formats.gguf.fit.survey import Survey
 from quantize.system.sizes import size_text
 
+UNGUIDED = "without `guided: true` in the calibration all matrices count alike: with it types are chosen better"
 
-def planned(surveyed: Survey, tensors: int, intermediate_bytes: int, intermediate_key: str) -> SizePlan:
-    """The largest file that may come of it. Raises UsageError: none fits, with the least that would."""
+
+def planned(
+    surveyed: Survey, tensors: int, intermediate_bytes: int, intermediate_key: str, *, guided: bool
+) -> SizePlan:
+    """The largest file that may come of it. guided: the statistics are.
+
+    Raises UsageError: none fits, with the least that would.
+    """
     most = min(surveyed.budget.file_bytes, surveyed.sizes.most_bytes)
     weights = most - surveyed.frame.header_bytes
     return SizePlan(
         most, weights, tensors, round(8 * weights / surveyed.frame.elements, 4), (), intermediate_bytes,
-        intermediate_key, at_most=True, notes=notes(surveyed),
+        intermediate_key, at_most=True, notes=(*notes(surveyed), *(() if guided else (UNGUIDED,))),
     )  # fmt: skip
 
 
