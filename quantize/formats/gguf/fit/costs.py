@@ -19,7 +19,7 @@ import json
 import re
 import statistics
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -30,6 +30,7 @@ from quantize.events import Reporter, note, progress
 from quantize.files.gguf import read_gguf
 from quantize.formats.gguf.columns import column_order
 from quantize.formats.gguf.fit.grams import read_outputs
+from quantize.formats.gguf.fit.rounding import factor_of, rounding_error, short, solved_ratio, vocabulary_error
 from quantize.formats.gguf.fit.survey import Matrix
 from quantize.formats.gguf.fit.table import Cost
 from quantize.formats.gguf.grams import RECORD_NAME, read_gram
@@ -38,7 +39,6 @@ from quantize.formats.gguf.matrices import read_matrix
 from quantize.formats.gguf.vocabulary import (
     EMBEDDING,
     HEAD,
-    ROWS_AT_ONCE,
     VocabularyLoss,
     read_vocabulary,
     source_of,
@@ -50,8 +50,6 @@ from quantize.system.cache import hash_file
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-    from quantize.numerics.kquants import Grid
 
 LOG_NAME = "fit.jsonl"
 MOST_ROWS = 2048  # of a matrix, evenly spaced, that are rounded; of those the pass has no Gram matrix of, too
@@ -178,12 +176,12 @@ class _Finder:
         loss = VocabularyLoss(found, weight, is_head=tied or name == HEAD, is_embedding=name == EMBEDDING)
         rows = slice(None, None, -(-len(weight) // MOST_WORDS))
         some = weight[rows]
-        tasks = [partial(_vocabulary_error, some, loss, rows, kind) for kind in kinds]
+        tasks = [partial(vocabulary_error, some, loss, rows, kind) for kind in kinds]
         errors = dict(zip(kinds, on_threads(tasks, self._request.threads), strict=True))
         facts: dict[str, Any] = {
-            "errors": {kind: _short(item.error) for kind, item in errors.items()},
-            "shares": {kind: _short(item.error) for kind, item in errors.items()},
-            "nats": {kind: _short(item.nats) for kind, item in errors.items()},
+            "errors": {kind: short(item.error) for kind, item in errors.items()},
+            "shares": {kind: short(item.error) for kind, item in errors.items()},
+            "nats": {kind: short(item.nats) for kind, item in errors.items()},
             "is_vocabulary": True,
         }
         if self._request.solved and (tied or name == HEAD):
@@ -207,14 +205,14 @@ class _Finder:
 
         stride = -(-len(weight) // MOST_ROWS)
         rows, some = weight[::stride].contiguous(), None if outputs is None else outputs[::stride]
-        tasks = [partial(_errors, rows, gram, some, kind) for kind in kinds]
+        tasks = [partial(rounding_error, rows, gram, some, kind) for kind in kinds]
         found = dict(zip(kinds, on_threads(tasks, self._request.threads), strict=True))
         scale = len(weight) / len(rows)
-        facts: dict[str, Any] = {"errors": {kind: _short(item.error) for kind, item in found.items()}}
+        facts: dict[str, Any] = {"errors": {kind: short(item.error) for kind, item in found.items()}}
         if gram is not None:
-            facts["shares"] = {kind: _short(item.share) for kind, item in found.items()}
+            facts["shares"] = {kind: short(item.share) for kind, item in found.items()}
         if outputs is not None:
-            facts["nats"] = {kind: _short(item.nats * scale) for kind, item in found.items()}
+            facts["nats"] = {kind: short(item.nats * scale) for kind, item in found.items()}
         if solving and gram is not None:
             facts["ratios"] = self._ratios(rows, gram, kinds)
         return facts
@@ -227,10 +225,10 @@ class _Finder:
         some = rows[:: -(-len(rows) // SOLVED_ROWS)].contiguous()
         solved = [kind for kind in kinds if kind in GRIDS]
         forms = {(GRIDS[kind].block, GRIDS[kind].sub): GRIDS[kind] for kind in solved}
-        factoring = [partial(_factor, gram, grid) for grid in forms.values()]
+        factoring = [partial(factor_of, gram, grid) for grid in forms.values()]
         factors = dict(zip(forms, on_threads(factoring, self._request.threads), strict=True))
         grids = [GRIDS[kind] for kind in solved]
-        solving = [partial(_ratio, some, factors[grid.block, grid.sub], gram, grid) for grid in grids]
+        solving = [partial(solved_ratio, some, factors[grid.block, grid.sub], gram, grid) for grid in grids]
         return dict(zip(solved, on_threads(solving, self._request.threads), strict=True))
 
     def costs(self) -> tuple[dict[str, Cost], str, dict[str, dict[str, float]]]:
@@ -255,7 +253,7 @@ class _Finder:
             costs[name] = Cost(
                 elements=item.elements, allowed=item.allowed,
                 found="head" if is_vocabulary else "gram" if known else "guess",
-                losses={kind: _short(raw[kind] * left.get(kind, 1.0)) for kind in item.wanted},
+                losses={kind: short(raw[kind] * left.get(kind, 1.0)) for kind in item.wanted},
             )  # fmt: skip
         return costs, "nats" if guided else "share", ratios
 
@@ -286,86 +284,6 @@ def kind_of(name: str) -> str:
     return re.sub(r"^blk\.\d+\.|\.weight$", "", name)
 
 
-@dataclass(frozen=True)
-class _Error:
-    """error: of the weights, as a share of their squares. share: of the output's energy. nats: see the module."""
-
-    error: float
-    share: float = 0.0
-    nats: float = 0.0
-
-
-def _errors(rows: Tensor, gram: Tensor | None, outputs: Tensor | None, kind: str) -> _Error:
-    import numpy as np
-    import torch
-
-    from quantize.numerics.gptq import row_losses
-    from quantize.runtimes.llama_cpp.rounding import round_rows
-
-    importance = None if gram is None else _importance(gram)
-    data = round_rows(kind, rows.numpy(), None if importance is None else importance.numpy().astype(np.float32))
-    delta = torch.from_numpy(_values(kind, data)) - rows
-    error = float(delta.double().square().sum() / rows.double().square().sum().clamp_min(1e-30))
-    if gram is None:
-        return _Error(error)
-    losses, energy = row_losses(delta, gram).double(), float(row_losses(rows, gram).double().sum())
-    share = float(losses.sum()) / energy if energy > 0 else 0.0
-    nats = 0.0 if outputs is None else 0.5 * float((losses * outputs.double()).sum())
-    return _Error(error, share, max(0.0, nats))
-
-
-def _vocabulary_error(rows: Tensor, loss: VocabularyLoss, places: slice, kind: str) -> _Error:
-    """Of llama.cpp's rounding without an importance matrix, which has none of these two."""
-    import torch
-
-    from quantize.runtimes.llama_cpp.rounding import round_rows
-
-    squares = [0.0, 0.0]
-
-    def errors() -> Iterator[Tensor]:
-        for part in torch.split(rows, ROWS_AT_ONCE):
-            exact = part.float().contiguous()
-            delta = torch.from_numpy(_values(kind, round_rows(kind, exact.numpy(), None))) - exact
-            squares[0] += float(delta.double().square().sum())
-            squares[1] += float(exact.double().square().sum())
-            yield delta
-
-    nats = loss.of(errors(), places)
-    return _Error(squares[0] / max(squares[1], 1e-30), nats=nats)
-
-
-def _importance(gram: Tensor) -> Tensor:
-    """The diagonal, as an importance matrix has it; ones where nothing came."""
-    diagonal = gram.diagonal().float()
-    total = float(diagonal.sum())
-    return diagonal / (total / len(diagonal)) if total > 0 else diagonal.new_ones(len(diagonal))
-
-
-def _values(kind: str, data: Any) -> Any:
-    """float32 [rows, in] of the bytes of rows."""
-    import gguf
-    import numpy as np
-
-    if kind in ("F16", "F32"):
-        return data.view("<f2" if kind == "F16" else "<f4").astype(np.float32)
-    return gguf.quants.dequantize(data, gguf.GGMLQuantizationType[kind]).astype(np.float32, copy=False)
-
-
-def _factor(gram: Tensor, grid: Grid) -> Any:
-    from quantize.numerics.grid_solver import factor_for
-
-    return factor_for(gram, grid)
-
-
-def _ratio(rows: Tensor, factor: Any, gram: Tensor, grid: Grid) -> float:
-    from quantize.numerics.grid_solver import solve_rows
-    from quantize.runtimes.llama_cpp.rounding import round_rows
-
-    data = round_rows(grid.name, rows.numpy(), _importance(gram).numpy())
-    loss, nearest, _ = solve_rows(rows, factor, grid, data).figures.sum(1).tolist()
-    return _short(loss / nearest) if nearest > 0 else 1.0
-
-
 def _mean_ratios(by_name: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, dict[str, float]]:
     """Kind of matrix -> type -> the geometric mean of what was measured."""
     found: dict[str, dict[str, list[float]]] = {}
@@ -373,7 +291,7 @@ def _mean_ratios(by_name: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str
         for kind, value in (item for part in parts for item in part.get("ratios", {}).items()):
             found.setdefault(kind_of(name), {}).setdefault(kind, []).append(max(value, 1e-6))
     return {
-        name: {kind: _short(statistics.geometric_mean(values)) for kind, values in kinds.items()}
+        name: {kind: short(statistics.geometric_mean(values)) for kind, values in kinds.items()}
         for name, kinds in found.items()
     }
 
@@ -398,9 +316,3 @@ def _rates(losses: Mapping[str, Mapping[str, float]], by_name: Mapping[str, Any]
             if (error := _mean_error(by_name[name], kind)) > 0:
                 found.setdefault(kind, []).append(loss / error)
     return {kind: statistics.median(values) for kind, values in found.items()}
-
-
-def _short(value: float) -> float:
-    """As many digits as no order of additions changes."""
-    return float(f"{value:.5g}")
-
