@@ -121,6 +121,17 @@ def unconverted(checkpoint: Checkpoint) -> tuple[str, ...]:
     return (*tower_modules(checkpoint), *unquantized_heads(checkpoint))
 
 
+def unquantized_linears(checkpoint: Checkpoint) -> list[str]:
+    """The head, the routers, and all else that runtimes are to leave as it is, by full name: they match parts of names,
+    and `gate` is a part of `gate_proj`. Raises CheckpointError.
+    """
+    names = ["lm_head"]
+    for layout in block_layouts(checkpoint.config):
+        for group in layout.groups:
+            names += [name.removesuffix(".weight") for name in group.passengers if name.endswith(".weight")]
+    return list(dict.fromkeys([*names, *kept_modules(checkpoint), *unconverted(checkpoint)]))
+
+
 def kept_modules(checkpoint: Checkpoint) -> tuple[str, ...]:
     """The linears of blocks that stay as they are, by the names of the files, and by transformers' where a model that
     reads more than text has other ones.

@@ -7,6 +7,7 @@ as many weights. Runs in a worker: it reads what is carried, one tensor at a tim
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,6 +17,7 @@ from quantize.errors import VerifyError
 from quantize.files.safetensors import TensorInfo, read_tensor
 from quantize.model.architecture import anatomy_of
 from quantize.model.checkpoint import Checkpoint, read_json, tensor_table
+from quantize.model.quantized import dequantized_table
 
 WORD_BITS = 32
 WORDS = "qweight"
@@ -30,12 +32,14 @@ def account(folder: Path, checkpoint: Checkpoint, *, folds: bool = False) -> dic
     Returns how many tensors are carried, quantized, and carried with what was folded in. Raises VerifyError.
     """
     have = tensor_table(folder)
-    settings = read_json(folder / "config.json").get("quantization_config")
+    config = read_json(folder / "config.json")
+    settings = config.get("quantization_config")
     bits = settings.get("bits") if isinstance(settings, dict) else None
+    quantized = _compressed(have, config)
     counts = {"carried": 0, "folded": 0, "quantized": 0}
     anatomy = anatomy_of(checkpoint.config) if folds else None
     for name, info in checkpoint.tensors.items():
-        weights = _quantized_weights(name, have, bits)
+        weights = quantized.get(name, _quantized_weights(name, have, bits))
         if weights is not None:
             if weights != info.elements:
                 raise VerifyError(
@@ -50,6 +54,15 @@ def account(folder: Path, checkpoint: Checkpoint, *, folds: bool = False) -> dic
         _compare(folder, name, have[name], checkpoint, values=kind == "carried")
         counts[kind] += 1
     return counts
+
+
+def _compressed(have: Mapping[str, TensorInfo], config: Mapping[str, Any]) -> dict[str, int]:
+    """How many weights each quantized tensor of a compressed-tensors artifact has; nothing of other formats."""
+    settings = config.get("quantization_config")
+    if not isinstance(settings, dict) or settings.get("quant_method") != "compressed-tensors":
+        return {}
+    table = dequantized_table(have, config)
+    return {name: math.prod(item.shape) for name, item in table.items() if item.read is not None}
 
 
 def _quantized_weights(name: str, have: Mapping[str, TensorInfo], bits: int | None) -> int | None:

@@ -77,7 +77,7 @@ def dequantized_table(tensors: Tensors, config: Mapping[str, Any]) -> dict[str, 
     Raises CheckpointError: a tensor without what it needs to be read.
     """
     settings = config.get("quantization_config") or {}
-    block = _pair(settings.get("weight_block_size"))
+    block = _pair(settings.get("weight_block_size")) or _block_structure(settings)
     wide = OF_CONFIG.get(str(config.get("dtype", config.get("torch_dtype"))), "BF16")
     table: dict[str, Dequantized] = {}
     for name, info in tensors.items():
@@ -154,13 +154,21 @@ def _scaled(name: str, info: TensorInfo, tensors: Tensors, block: tuple[int, int
 
 
 def _packed(name: str, info: TensorInfo, tensors: Tensors, wide: str) -> tuple[str, Dequantized]:
-    """Integers in words, or NVFP4 in bytes, with the tensors that compressed-tensors puts beside them."""
+    """Integers in words, or NVFP4 and MXFP4 in bytes, with the tensors that compressed-tensors puts beside them."""
     stem = name.removesuffix("weight_packed")
     scales = f"{stem}weight_scale"
     if scales not in tensors or len(info.shape) != 2:
         raise _lacks(name, info, scales)
     if info.dtype == "U8":
-        whole = f"{stem}weight_global_scale"
+        whole, shape = f"{stem}weight_global_scale", (info.shape[0], info.shape[1] * 2)
+        if whole not in tensors and tensors[scales].dtype == "U8":
+
+            def read_mxfp4(get: Get) -> Tensor:
+                from quantize.numerics.dequantize import mxfp4_rows
+
+                return mxfp4_rows(get(name), get(scales))
+
+            return f"{stem}weight", Dequantized(wide, shape, name, read_mxfp4)
         if whole not in tensors:
             raise _lacks(name, info, whole)
 
@@ -169,7 +177,7 @@ def _packed(name: str, info: TensorInfo, tensors: Tensors, wide: str) -> tuple[s
 
             return nvfp4(get(name), get(scales), get(whole))
 
-        return f"{stem}weight", Dequantized(wide, (info.shape[0], info.shape[1] * 2), name, read_nvfp4)
+        return f"{stem}weight", Dequantized(wide, shape, name, read_nvfp4)
     if info.dtype != "I32" or f"{stem}weight_shape" not in tensors:
         raise _lacks(name, info, f"{stem}weight_shape")
     out, width = _integers(tensors[f"{stem}weight_shape"])
@@ -257,6 +265,15 @@ def _lacks(name: str, info: TensorInfo, what: str) -> CheckpointError:
 
 def _truth(settings: Mapping[str, Any], key: str) -> bool:
     return bool(settings.get(key) or settings.get(f"_{key}"))
+
+
+def _block_structure(settings: Mapping[str, Any]) -> tuple[int, int] | None:
+    """The blocks of weights that share a scale, as compressed-tensors names them; None where there are none."""
+    groups = settings.get("config_groups")
+    schemes = [item for item in groups.values() if isinstance(item, dict)] if isinstance(groups, dict) else []
+    weights = (item.get("weights") for item in schemes)
+    found = (_pair(item.get("block_structure")) for item in weights if isinstance(item, dict))
+    return next((block for block in found if block is not None), None)
 
 
 def _pair(value: object) -> tuple[int, int] | None:

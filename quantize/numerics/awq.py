@@ -81,8 +81,9 @@ def _tied(values: Tensor, floor: float, tie: Tie | None) -> Tensor:
 
 
 def search_scales(
-    readers: Sequence[Reader], *, group_size: int, tie: Tie | None = None, ratios: Sequence[float] = RATIOS
-) -> ScaleChoice:
+    readers: Sequence[Reader], *, group_size: int, symmetric: bool = False, tie: Tie | None = None,
+    ratios: Sequence[float] = RATIOS,
+) -> ScaleChoice:  # fmt: skip
     """The exponents that lose least over all readers: the ratio on a grid, the weights' at that ratio, both refined.
 
     Only every n-th output row is looked at, up to SEARCHED_ROWS for each Gram matrix: the best exponent is a sum over
@@ -105,7 +106,7 @@ def search_scales(
         for point in points:
             if point not in losses and point[0] >= 0:
                 found = scales(point)
-                losses[point] = sum(_rounding_loss(rows, gram, found, group_size) for rows, gram in samples)
+                losses[point] = sum(_rounding_loss(rows, gram, found, group_size, symmetric) for rows, gram in samples)
         return min(losses, key=lambda point: losses[point])
 
     best = best_with((ratio, 0.0) for ratio in (0.0, *ratios))
@@ -116,9 +117,10 @@ def search_scales(
 
 
 def quantize_scaled(
-    weights: Sequence[Tensor], energy: Tensor, scales: Tensor, *, group_size: int, clip: bool = True
-) -> list[Quantized]:
-    """4-bit asymmetric codes of already scaled weights that share one input.
+    weights: Sequence[Tensor], energy: Tensor, scales: Tensor, *, group_size: int, clip: bool = True,
+    symmetric: bool = False,
+) -> list[Quantized]:  # fmt: skip
+    """4-bit codes of already scaled weights that share one input.
 
     weights: each [out, in], multiplied by `scales` [in]. energy: diag of the unscaled input's Gram matrix, [in].
     clip=False rounds to nearest over the full range.
@@ -128,22 +130,21 @@ def quantize_scaled(
     """
     check_shape(weights[0].shape[1], BITS, group_size)
     if not clip:
-        return [round_to_nearest(each, bits=BITS, group_size=group_size, symmetric=False) for each in weights]
+        return [round_to_nearest(each, bits=BITS, group_size=group_size, symmetric=symmetric) for each in weights]
     stacked = torch.cat([each.float() for each in weights]) if len(weights) > 1 else weights[0].float()
     importance = energy / scales.square()
     if float(importance.sum()) <= 0:
         importance = torch.ones_like(importance)
-    steps, zeros = _clip(stacked, importance, group_size)
+    steps, zeros = _clip(stacked, importance, group_size, ScaleSearch(BITS, symmetric))
     encoded = encode(stacked, steps, zeros, bits=BITS, group_size=group_size)
     return list(encoded.split([each.shape[0] for each in weights]))
 
 
-def _clip(stacked: Tensor, importance: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
+def _clip(stacked: Tensor, importance: Tensor, group_size: int, search: ScaleSearch) -> tuple[Tensor, Tensor]:
     """Scales and zero points that lose least, [out, in / group_size] each.
 
     Groups don't depend on one another: a GPU searches as many at once as fill it, a CPU one after the other.
     """
-    search = ScaleSearch(BITS, symmetric=False)
     out, groups = stacked.shape[0], stacked.shape[1] // group_size
     steps, zeros = stacked.new_empty(out, groups), stacked.new_empty(out, groups)
     if not stacked.is_cuda:
@@ -162,8 +163,9 @@ def _clip(stacked: Tensor, importance: Tensor, group_size: int) -> tuple[Tensor,
 
 
 def quantize_compensated(
-    weights: Sequence[Tensor], gram: Tensor, scales: Tensor, *, group_size: int, damping: float = DAMPING
-) -> list[Solution]:
+    weights: Sequence[Tensor], gram: Tensor, scales: Tensor, *, group_size: int, damping: float = DAMPING,
+    symmetric: bool = False,
+) -> list[Solution]:  # fmt: skip
     """As quantize_scaled, but each column's rounding error is fed forward as GPTQ does, under the scaled Gram matrix.
 
     This goes beyond AWQ, which rounds to nearest; the artifact is the same kind. It roughly halves the divergence from
@@ -174,7 +176,7 @@ def quantize_compensated(
         BuildError: the Gram matrix is not finite, or the group size does not divide the input width.
     """
     factor = factorize(gram / scales / scales[:, None], group_size, damping=damping)
-    return solve(weights, factor, bits=BITS, symmetric=False, smallest_zero=0)
+    return solve(weights, factor, bits=BITS, symmetric=symmetric, smallest_zero=0)
 
 
 def _samples(readers: Sequence[Reader]) -> list[tuple[Tensor, Tensor]]:
@@ -197,6 +199,6 @@ def _energy(readers: Sequence[Reader]) -> Tensor:
     return total / max(1, sum(gram.tokens for gram in grams))
 
 
-def _rounding_loss(rows: Tensor, gram: Tensor, scales: Tensor, group_size: int) -> float:
-    rounded = round_to_nearest(rows * scales, bits=BITS, group_size=group_size, symmetric=False).dequantize()
+def _rounding_loss(rows: Tensor, gram: Tensor, scales: Tensor, group_size: int, symmetric: bool) -> float:
+    rounded = round_to_nearest(rows * scales, bits=BITS, group_size=group_size, symmetric=symmetric).dequantize()
     return float(row_losses(rounded.div_(scales).sub_(rows), gram).double().cpu().sum())

@@ -66,6 +66,11 @@ def mxfp4(blocks: Tensor, scales: Tensor) -> Tensor:
     return values.flatten(-2).transpose(-1, -2).contiguous()
 
 
+def mxfp4_rows(words: Tensor, scales: Tensor) -> Tensor:
+    """uint8 [out, in / 2] and E8M0 scales [out, in / 32] -> float32 [out, in]."""
+    return scaled(e2m1(words), torch.exp2(scales.float() - MX_BIAS))
+
+
 def nvfp4(words: Tensor, scales: Tensor, global_scale: Tensor) -> Tensor:
     """uint8 [out, in / 2], scales [out, in / 16] and what they were multiplied by -> float32 [out, in]."""
     return scaled(e2m1(words), scales.float() / global_scale.float())

@@ -1,9 +1,10 @@
 """Codes to int32 words and back, in the two layouts that runtimes read.
 
-In: Quantized. Out: the tensors of an AWQ "gemm" or a GPTQ v1 linear; and the inverse of both.
-Left to others: names, configs and files (builders). AWQ packs 8 nibbles a word along the output axis in the order
-0 2 4 6 1 3 5 7; GPTQ v1 packs codes along the input axis and zero points along the output axis, lowest bits first, and
-stores each zero point minus one.
+In: Quantized. Out: the tensors of an AWQ "gemm" or a GPTQ v1 linear, and the inverse of both; the words of
+compressed-tensors. Left to others: names, configs and files (builders). AWQ packs 8 nibbles a word along the output
+axis in the order 0 2 4 6 1 3 5 7; GPTQ v1 packs codes along the input axis and zero points along the output axis,
+lowest bits first, and stores each zero point minus one. compressed-tensors packs codes along the input axis of each row
+and zero points along the output axis, lowest bits first.
 """
 
 from __future__ import annotations
@@ -86,6 +87,17 @@ def unpack_gptq(tensors: GptqTensors, bits: int) -> Quantized:
     zeros = _unpack_bits(tensors.qzeros.T.contiguous(), bits) + 1
     group_size = codes.shape[1] // tensors.scales.shape[0]
     return Quantized(codes, tensors.scales.T.contiguous(), zeros, bits, group_size)
+
+
+def pack_rows(codes: Tensor, bits: int) -> Tensor:
+    """uint8 [out, in] -> int32 [out, ceil(in * bits / 32)]: a little-endian bit stream along each row, padded with 0.
+
+    It is what compressed-tensors calls pack-quantized, which adds half the range to signed codes first: codes here are
+    not signed, and are stored as they are.
+    """
+    padded = torch.nn.functional.pad(codes, (0, -codes.shape[1] % 32))
+    words = _pack_bits(padded.T.contiguous(), bits).T.contiguous()
+    return words[:, : -(-codes.shape[1] * bits // 32)].contiguous()
 
 
 def _pack_nibbles(values: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from quantize.calibration.budget import BlockMemory
 from quantize.events import Reporter, note
 from quantize.files.shards import torch_dtype
 from quantize.formats.base import Collector, Context, SolveCost
-from quantize.formats.folder_build import STORED_DTYPE, LinearTable, Shape, kept_modules, unconverted
+from quantize.formats.folder_build import STORED_DTYPE, LinearTable, Shape, unquantized_linears
 from quantize.formats.packed.build import PackedBuilder, Solved, feedback_bytes
 from quantize.model.architecture import block_layouts
 from quantize.model.checkpoint import Checkpoint
@@ -26,12 +26,14 @@ from quantize.recipe.model import FormatOptions
 from quantize.system.threads import on_threads
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
 
     import torch
 
     from quantize.calibration.stream import Block
+    from quantize.formats.packed.feedback import Pack
     from quantize.numerics.awq import ScaleChoice
+    from quantize.numerics.rtn import Quantized
 
 SAMPLE_COPIES = 6  # of the rows that the ratio search looks at
 SAMPLES_BYTES = 60 << 20
@@ -105,17 +107,21 @@ class AwqBuilder(PackedBuilder):
 
     def quantization(self, checkpoint: Checkpoint, options: AwqOptions) -> Mapping[str, Any]:
         """See PackedBuilder."""
-        return {"version": "gemm", "zero_point": True, "modules_to_not_convert": _unconverted(checkpoint)}
+        return {"version": "gemm", "zero_point": True, "modules_to_not_convert": unquantized_linears(checkpoint)}
 
 
-def solve_block(block: Block, options: AwqOptions, threads: int, half: str = STORED_DTYPE) -> Solved:
+def solve_block(
+    block: Block, options: AwqOptions, threads: int, half: str = STORED_DTYPE, pack: Pack | None = None, *,
+    symmetric: bool = False,
+) -> Solved:  # fmt: skip
     """All tensors of a block that change (packed linears, folded norms and biases), and each linear's loss as a share
-    of its output's energy over the calibration tokens. half: the type that norms are stored in.
+    of its output's energy over the calibration tokens. half: the type that norms are stored in. pack: the tensors of
+    one linear, by the last part of their names; None for those of the gemm layout.
     """
     from quantize.calibration.folding import fold_block
 
     groups = [group for group in block.layout.groups if group.source is not None]
-    found = on_threads([partial(_search, group, block, options) for group in groups], threads)
+    found = on_threads([partial(_search, group, block, options, symmetric) for group in groups], threads)
     choices = {group.name: choice for group, choice in zip(groups, found, strict=True)}
     dtypes = dict.fromkeys(block.weights, torch_dtype(half))
     scales = {name: choice.scales for name, choice in choices.items()}
@@ -127,7 +133,8 @@ def solve_block(block: Block, options: AwqOptions, threads: int, half: str = STO
             members = [linear for linear in group.linears if linear.input == key]
             weights = [folded.weights[linear.tensor] for linear in members]
             scale, choice = folded.scales.get(group.name), choices.get(group.name)
-            tasks.append(partial(_pack, block, members, weights, scale, choice, options))
+            quantize = partial(_quantize, weights, block.grams[key].matrix, scale, options, symmetric)
+            tasks.append(partial(_pack, block, members, quantize, choice, pack or _gemm))
     layers: dict[str, Any] = {}
     for packed_tensors, losses in on_threads(tasks, threads):
         tensors |= packed_tensors
@@ -135,36 +142,39 @@ def solve_block(block: Block, options: AwqOptions, threads: int, half: str = STO
     return tensors, layers
 
 
-def _search(group: FoldGroup, block: Block, options: AwqOptions) -> ScaleChoice:
+def _search(group: FoldGroup, block: Block, options: AwqOptions, symmetric: bool) -> ScaleChoice:
     from quantize.numerics.awq import Reader, Tie, search_scales
 
     readers = [Reader(block.weights[linear.tensor], block.grams[linear.input]) for linear in group.linears]
     tie = Tie(group.source.head_dim, group.source.repeats) if isinstance(group.source, RowsSource) else None
-    return search_scales(readers, group_size=options.group_size, tie=tie)
+    return search_scales(readers, group_size=options.group_size, symmetric=symmetric, tie=tie)
 
 
 def _pack(
-    block: Block, members: list[Linear], weights: list[torch.Tensor], scales: torch.Tensor | None,
-    choice: ScaleChoice | None, options: AwqOptions,
+    block: Block, members: list[Linear], quantize: Callable[[], list[tuple[Quantized, float]]],
+    choice: ScaleChoice | None, pack: Pack,
 ) -> Solved:  # fmt: skip
     """Packed tensors of scaled weights that read one input, and what each of the linears loses."""
-    from quantize.numerics.packing import pack_awq
-
     ratios = {"ratio": choice.ratio, "weight_ratio": choice.weight_ratio} if choice else {}
     tensors: dict[str, torch.Tensor] = {}
     layers: dict[str, Any] = {}
-    found = _quantize(weights, block.grams[members[0].input].matrix, scales, options)
-    for linear, (quantized, loss) in zip(members, found, strict=True):
-        words = pack_awq(quantized)
+    for linear, (quantized, loss) in zip(members, quantize(), strict=True):
         prefix = linear.tensor.removesuffix("weight")
-        tensors |= {f"{prefix}{field}": getattr(words, field) for field in ("qweight", "qzeros", "scales")}
+        tensors |= {f"{prefix}{name}": tensor for name, tensor in pack(quantized).items()}
         layers[prefix.removesuffix(".")] = {"loss": block.share(loss, linear), **ratios}
     return tensors, layers
 
 
+def _gemm(quantized: Quantized) -> dict[str, torch.Tensor]:
+    from quantize.numerics.packing import pack_awq
+
+    words = pack_awq(quantized)
+    return {field: getattr(words, field) for field in ("qweight", "qzeros", "scales")}
+
+
 def _quantize(
-    weights: list[torch.Tensor], gram: torch.Tensor, scales: torch.Tensor | None, options: AwqOptions
-) -> list[tuple[Any, float]]:
+    weights: list[torch.Tensor], gram: torch.Tensor, scales: torch.Tensor | None, options: AwqOptions, symmetric: bool
+) -> list[tuple[Quantized, float]]:
     """(Quantized, squared output error over the calibration tokens) of scaled weights that read one input."""
     import torch
 
@@ -173,20 +183,14 @@ def _quantize(
 
     scales = torch.ones_like(gram.diagonal()) if scales is None else scales
     if options.rounding == "gptq":
-        solutions = quantize_compensated(weights, gram, scales, group_size=options.group_size)
+        solutions = quantize_compensated(weights, gram, scales, group_size=options.group_size, symmetric=symmetric)
         found = [solution.quantized for solution in solutions]
     else:
-        found = quantize_scaled(weights, gram.diagonal(), scales, group_size=options.group_size, clip=options.clip)
+        energy = gram.diagonal()
+        found = quantize_scaled(
+            weights, energy, scales, group_size=options.group_size, clip=options.clip, symmetric=symmetric
+        )
     return [
         (quantized, estimated_loss((quantized.dequantize() - weight) / scales, gram))
         for weight, quantized in zip(weights, found, strict=True)
     ]
-
-
-def _unconverted(checkpoint: Checkpoint) -> list[str]:
-    """The head and the routers, by full name: runtimes match parts of names, and `gate` is a part of `gate_proj`."""
-    names = ["lm_head"]
-    for layout in block_layouts(checkpoint.config):
-        for group in layout.groups:
-            names += [name.removesuffix(".weight") for name in group.passengers if name.endswith(".weight")]
-    return list(dict.fromkeys([*names, *kept_modules(checkpoint), *unconverted(checkpoint)]))

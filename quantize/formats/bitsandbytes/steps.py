@@ -5,27 +5,24 @@ In: a checkpoint and the table of what to write. Out: shards. The rounding is nu
 
 from __future__ import annotations
 
-import json
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from quantize.errors import MissingExtraError, disk_errors
-from quantize.events import Reporter, note, progress
-from quantize.files.shards import ShardWriter, Table, torch_dtype
+from quantize.errors import MissingExtraError
+from quantize.events import Reporter
+from quantize.files.shards import Table, torch_dtype
 from quantize.formats.folder_build import DTYPE_NAMES
 from quantize.formats.nothing_lost import account
+from quantize.formats.one_by_one import write_one_by_one
 from quantize.model.checkpoint import Checkpoint
 from quantize.runtimes.devices import CPU
-from quantize.store.staging import RESUME_NAME, read_json
-from quantize.system.files import write_durable
 from quantize.system.processor import device_name
 
 if TYPE_CHECKING:
     import torch
 
 NF4_BLOCK = 64
-SAVE_BYTES = 256 << 20
 
 
 def write_quantized(
@@ -35,24 +32,14 @@ def write_quantized(
     """Write every tensor of `table` in order; the linears in `packed` become INT8 or NF4.
 
     Returns the file names, and the kind of processor that the rounding was computed on.
-
-    What is written is recorded in `scratch` every SAVE_BYTES; a build that was stopped goes on there.
     """
     check_installed()
-    journal = scratch / RESUME_NAME
-    pending: dict[str, torch.Tensor] = {}
-    with ShardWriter(staging, table) as writer:
-        if writer.resume(read_json(journal).get("shards", {})) and writer.written:
-            note(reporter, variant, f"goes on at tensor {writer.written + 1} of {len(table)}")
-        for name in [*table][writer.written :]:
-            if name not in pending:
-                pending = _tensors_of(checkpoint, _source_of(name, checkpoint, packed), table, packed, kind)
-            writer.write(name, pending.pop(name))
-            if writer.unsaved_bytes >= SAVE_BYTES:
-                with disk_errors(scratch):
-                    write_durable(journal, json.dumps({"shards": writer.state()}) + "\n")
-            progress(reporter, variant, f"quantizing to {kind}, tensors", writer.written, len(table))
-        return writer.finish(), device_name("cpu")
+
+    def tensors_of(name: str) -> dict[str, torch.Tensor]:
+        return _tensors_of(checkpoint, _source_of(name, checkpoint, packed), table, packed, kind)
+
+    files = write_one_by_one(reporter, staging, scratch, table, tensors_of, f"quantizing to {kind}", variant)
+    return files, device_name("cpu")
 
 
 def check_loaded(

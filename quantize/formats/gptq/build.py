@@ -7,29 +7,28 @@ search. The numbers are numerics/gptq.py's; the folder is formats/packed/'s.
 from __future__ import annotations
 
 import re
-from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
 from quantize.calibration.budget import BlockMemory
-from quantize.events import Reporter, warn
+from quantize.events import Reporter
 from quantize.formats.base import Context, SolveCost
 from quantize.formats.folder_build import LinearTable, Shape, unquantized_heads
 from quantize.formats.packed.build import PackedBuilder, Solved, feedback_bytes
+from quantize.formats.packed.feedback import Rounding, solve_with_feedback
 from quantize.model.architecture import anatomy_of, block_layouts
 from quantize.model.checkpoint import Checkpoint
 from quantize.model.towers import tower_modules
 from quantize.recipe.model import FormatOptions
-from quantize.system.threads import in_stages, on_threads
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Mapping
 
     import torch
 
     from quantize.calibration.stream import Block
-    from quantize.numerics.gptq import Factor, SolvedRows
+    from quantize.numerics.rtn import Quantized
 
 Bits = Literal[2, 3, 4, 8]
 USUAL_BLOCKS = "model.layers"  # which every loader looks for
@@ -127,40 +126,13 @@ def _for_loaders(checkpoint: Checkpoint, dynamic: dict[str, Any]) -> dict[str, A
 
 
 def solve_block(block: Block, options: GptqOptions, variant: str, reporter: Reporter, threads: int) -> Solved:
-    """Packed tensors of a block's linears, and what each one loses, with rounding to nearest beside it, as shares of
-    its output's energy over the calibration tokens; one factorization for each input.
-    """
-    from quantize.numerics.gptq import collect, factorize, row_tasks
+    """Packed tensors of a block's linears, and what each one loses: see solve_with_feedback."""
+    rounding = Rounding(options.bits, options.group_size, options.symmetric, options.damping)
+    return solve_with_feedback(block, rounding, _packed, variant, reporter, threads)
+
+
+def _packed(quantized: Quantized) -> dict[str, torch.Tensor]:
     from quantize.numerics.packing import pack_gptq
 
-    inputs = sorted(block.layout.inputs, key=lambda key: -len(block.grams[key].matrix))  # long ones first
-    weights = {key: [block.weights[linear.tensor] for linear in block.layout.inputs[key]] for key in inputs}
-    factors: dict[str, Factor] = {}
-
-    def begin(key: str) -> Sequence[Callable[[], SolvedRows]]:
-        factors[key] = factorize(block.grams[key].matrix, options.group_size, damping=options.damping)
-        return row_tasks(weights[key], factors[key], bits=options.bits, symmetric=options.symmetric)
-
-    def finish(key: str, rows: Sequence[SolvedRows]) -> Solved:
-        tensors: dict[str, torch.Tensor] = {}
-        layers: dict[str, Any] = {}
-        solutions = collect(weights[key], rows)
-        for linear, solution in zip(block.layout.inputs[key], solutions, strict=True):
-            words = pack_gptq(solution.quantized)
-            prefix = linear.tensor.removesuffix("weight")
-            tensors |= {f"{prefix}{field}": getattr(words, field) for field in ("qweight", "qzeros", "scales", "g_idx")}
-            layers[prefix.removesuffix(".")] = {
-                "loss": block.share(solution.loss, linear),
-                "nearest_loss": block.share(solution.nearest_loss, linear),
-                "damping": factors[key].damping,
-            }
-        return tensors, layers
-
-    solved = in_stages([partial(begin, key) for key in inputs], threads)
-    finished = on_threads([partial(finish, key, rows) for key, rows in zip(inputs, solved, strict=True)], threads)
-    for key, linears in block.layout.inputs.items():
-        damping = factors[key].damping
-        if damping > options.damping:
-            warn(reporter, variant, f"{linears[0].tensor}: damping raised to {damping:g} to make it solvable")
-    tensors = {name: tensor for found, _ in finished for name, tensor in found.items()}
-    return tensors, {name: layer for _, found in finished for name, layer in found.items()}
+    words = pack_gptq(quantized)
+    return {field: getattr(words, field) for field in ("qweight", "qzeros", "scales", "g_idx")}

@@ -139,7 +139,7 @@ class PackedCollector:
             stored = self._layout.table[self._pending][0]
             tensor = tensor.to(torch_dtype(stored))
             pieces = torch.split(tensor.reshape(-1), CHECKED_ELEMENTS)  # a whole embedding takes twice its memory
-            if not all(bool(torch.isfinite(piece).all()) for piece in pieces):
+            if tensor.itemsize > 1 and not all(bool(torch.isfinite(piece).all()) for piece in pieces):
                 hint = "the model has weights beyond its range, or folding a scale made them so: another format may do"
                 raise BuildError(f"tensor {self._pending} does not fit {stored}", hint=hint)
         self._writer.write(self._pending, tensor)
@@ -153,7 +153,11 @@ class PackedBuilder:
     Options: type[Any]
     source_copies = 0
     computes_in_half = True
-    folds = False  # whether a group's scales go into the rows of another
+    folds = False
+
+    def folds_scales(self, options: Any) -> bool:
+        """Whether a group's scales go into the rows of another."""
+        return self.folds
 
     def words(self, options: Any, half: str) -> LinearTable:
         """What a linear becomes. half: the type of scales."""
@@ -214,18 +218,24 @@ class PackedBuilder:
     def collector(self, context: Context, reporter: Reporter) -> Collector:
         """Solves each block as the pass yields it."""
         layout = self.layout(context.checkpoint, context.options)
-        return PackedCollector(context, layout, lambda block: self.solve(block, context, reporter), folds=self.folds)
+        folds = self.folds_scales(context.options)
+        return PackedCollector(context, layout, lambda block: self.solve(block, context, reporter), folds=folds)
 
     def build(self, context: Context, reporter: Reporter) -> BuildResult:
         """Add config and tokenizer to the shards that the pass wrote."""
-        options = context.options
         results = json.loads((context.scratch / RESULTS_NAME).read_text(encoding="utf-8"))
+        return self.finished(context, results["files"], {"layers": results["layers"]}, reporter)
+
+    def finished(
+        self, context: Context, files: Sequence[str], measurements: Mapping[str, Any], reporter: Reporter
+    ) -> BuildResult:
+        """The result, once the shards are written; writes what lies beside them."""
+        options = context.options
         beside = write_beside(context, self.config(context.checkpoint, options))
         size = self.sizes(context, [options], reporter)[0]
         return BuildResult(
-            (*results["files"], *beside), size.weights_bytes, options.bits, options.group_size, size.bits_per_weight,
-            size.kept, {"layers": results["layers"]}, left_out=left_out(context.checkpoint),
-            stored=stored_in(context.checkpoint),
+            (*files, *beside), size.weights_bytes, options.bits, options.group_size, size.bits_per_weight,
+            size.kept, measurements, left_out=left_out(context.checkpoint), stored=stored_in(context.checkpoint),
         )  # fmt: skip
 
     def intermediates(self, context: Context) -> Sequence[tuple[str, str]]:

@@ -186,12 +186,12 @@ def _alone(words: Mapping[str, Any], bits: int, method: str) -> Any:
     return _dequantized_by_gptqmodel(module)
 
 
-def agree(theirs: Any, ours: Any) -> bool:
+def agree(theirs: Any, ours: Any, tolerance: float = 2e-3) -> bool:
     """Whether two float32 [out, in] are within 0.2 %, a few rows at a time: no temporaries of a linear's size."""
     if theirs.shape != ours.shape:
         return False
     pairs = zip(theirs.split(ROWS), ours.split(ROWS), strict=True)
-    return all(bool(((left - right).abs_() <= right.abs().mul_(2e-3).add_(1e-6)).all()) for left, right in pairs)
+    return all(bool(((left - right).abs_() <= right.abs().mul_(tolerance).add_(1e-6)).all()) for left, right in pairs)
 
 
 def _dequantized_by_gptqmodel(module: Any) -> Any:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -39,8 +39,12 @@ class TransformersLoader(Protocol):
         """The model, ready to answer, all of it on one device. Raises VerifyError."""
 
 
-def load_causal_lm(folder: Path, device: str = "cpu", *, dtype: Any = "auto", backend: str | None = None) -> Any:
+def load_causal_lm(
+    folder: Path, device: str = "cpu", *, dtype: Any = "auto", backend: str | None = None,
+    reading: Mapping[str, Any] | None = None,
+) -> Any:  # fmt: skip
     """The model in a folder, ready to answer, all of it on one device. backend: of the library that reads the format.
+    reading: what else its quantization_config is to say, of how it is read.
 
     Raises VerifyError, with the library's ImportError as its cause where something is not installed that it runs with.
     """
@@ -51,8 +55,8 @@ def load_causal_lm(folder: Path, device: str = "cpu", *, dtype: Any = "auto", ba
     try:
         with quiet():
             config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-            if backend is not None:
-                config.quantization_config["backend"] = backend
+            if backend is not None or reading:
+                config.quantization_config |= {**(reading or {}), **({"backend": backend} if backend else {})}
                 chosen["config"] = config
             loaded = auto_class(config).from_pretrained(
                 folder, local_files_only=True, trust_remote_code=False, device_map=device, dtype=dtype, **chosen

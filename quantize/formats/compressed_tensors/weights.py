@@ -1,0 +1,70 @@
+"""The matrices of a compressed-tensors artifact as float32, one at a time, and what its activations are rounded to.
+
+In: the folder of an artifact. Out: float32 [out, in] by the source's tensor names. How the tensors of a linear go
+together is model/quantized.py's to say, which reads such folders as sources too; the arithmetic is in numerics/.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from quantize.files.safetensors import read_tensor
+from quantize.formats.folder import not_packed
+from quantize.formats.format import InputRounding, Options, Reader
+from quantize.model.checkpoint import Checkpoint, read_json, tensor_table
+from quantize.model.quantized import dequantized_table
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True)
+class CompressedWeights:
+    """See Weights: AWQ's scales are in neighbors."""
+
+    folded: bool = True
+
+    def reader(self, path: Path, checkpoint: Checkpoint) -> Reader:
+        """See Weights."""
+        return _reader(path)
+
+    def left(self, path: Path, names: Sequence[str], options: Options) -> list[str]:
+        """See Weights."""
+        return not_packed(path, names, ("weight_scale",))
+
+
+def _reader(folder: Path) -> Reader:
+    stored = tensor_table(folder)
+    table = dequantized_table(stored, read_json(folder / "config.json"))
+
+    def get(name: str) -> Tensor:
+        return read_tensor(stored[name])
+
+    def read(name: str, source: Tensor) -> Tensor | None:
+        found = table.get(name)
+        return found.read(get) if found is not None and found.read is not None else None
+
+    return read
+
+
+def quantized_linears(folder: Path) -> list[str]:
+    """The weights that the files have quantized, by name. Raises CheckpointError."""
+    table = dequantized_table(tensor_table(folder), read_json(folder / "config.json"))
+    return sorted(name for name, item in table.items() if item.read is not None)
+
+
+def input_rounding(folder: Path) -> InputRounding | None:
+    """What a runtime makes of the inputs of quantized linears; None where it is nothing. Raises CheckpointError."""
+    settings = read_json(folder / "config.json").get("quantization_config")
+    groups = settings.get("config_groups") if isinstance(settings, dict) else None
+    schemes = [item for item in groups.values() if isinstance(item, dict)] if isinstance(groups, dict) else []
+    inputs = next((item for scheme in schemes if isinstance(item := scheme.get("input_activations"), dict)), None)
+    if inputs is None:
+        return None
+    from quantize.numerics.activations import round_to_fp8, round_to_int8
+
+    return round_to_int8 if inputs.get("type") == "int" else partial(round_to_fp8, group=inputs.get("group_size"))
