@@ -208,6 +208,7 @@ def _digest_of(data: BinaryIO, size: int) -> str:
 _DTYPES = {
     "torch.float16": "F16", "torch.bfloat16": "BF16", "torch.float32": "F32", "torch.int32": "I32",
     "torch.int8": "I8", "torch.uint8": "U8", "torch.int64": "I64", "torch.float8_e4m3fn": "F8_E4M3",
+    "torch.uint32": "U32",
 }  # fmt: skip
 
 

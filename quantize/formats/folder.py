@@ -16,6 +16,8 @@ from quantize.model.checkpoint import tensor_table
 from quantize.model.folder_files import read_chat_template, read_json
 from quantize.model.shape import ModelShape
 
+MLX = "mlx"
+
 
 @dataclass(frozen=True)
 class FolderLayout:
@@ -60,7 +62,10 @@ class FolderLayout:
 
 def quantization_method(folder: Path) -> str | None:
     """What config.json says that the weights were quantized by; None: by nothing. Raises CheckpointError."""
-    settings = read_json(folder / "config.json").get("quantization_config")
+    config = read_json(folder / "config.json")
+    settings = config.get("quantization_config")
+    if isinstance(config.get("quantization"), dict) and not (isinstance(settings, dict) and "quant_method" in settings):
+        return MLX  # which has a key of its own, and a copy of it in the usual place that names no method
     method = settings.get("quant_method") if isinstance(settings, dict) else settings
     return None if method is None else str(method)[:40]
 

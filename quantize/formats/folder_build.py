@@ -152,10 +152,15 @@ def unquantized_heads(checkpoint: Checkpoint) -> tuple[str, ...]:
     return tuple(dict.fromkeys(found))
 
 
-def config_text(checkpoint: Checkpoint, quantization_config: Mapping[str, Any], dtype: str = "float16") -> str:
-    """config.json of the artifact: the source's, with the dtype of what stays unquantized and how the rest was."""
+def config_text(
+    checkpoint: Checkpoint, quantization_config: Mapping[str, Any], dtype: str = "float16",
+    also: Mapping[str, Any] | None = None,
+) -> str:  # fmt: skip
+    """config.json of the artifact: the source's, with the dtype of what stays unquantized and how the rest was.
+    also: what else a runtime looks for.
+    """
     config = {key: value for key, value in checkpoint.config.items() if key not in {"torch_dtype", "_name_or_path"}}
-    config |= {"dtype": dtype, "quantization_config": dict(quantization_config)}
+    config |= {"dtype": dtype, "quantization_config": dict(quantization_config), **(also or {})}
     return json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
 
 

@@ -75,6 +75,8 @@ def _quantized_weights(name: str, have: Mapping[str, TensorInfo], bits: int | No
     stem = name.removesuffix("weight")
     if (words := have.get(f"{stem}{WORDS}")) is not None:
         return words.elements * WORD_BITS // (bits or WORD_BITS)
+    if f"{stem}scales" in have and name in have and have[name].dtype == "U32":
+        return have[name].elements * WORD_BITS // (bits or WORD_BITS)
     if f"{stem}SCB" in have and name in have:
         return have[name].elements
     if f"{name}.absmax" in have and name in have:

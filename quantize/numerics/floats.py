@@ -60,8 +60,13 @@ class Fp4Scales:
 
     @classmethod
     def mxfp4(cls) -> Fp4Scales:
-        """Powers of two."""
+        """Powers of two, for any weights."""
         return cls(MXFP4_GROUP, None)
+
+    @classmethod
+    def nvfp4_alone(cls) -> Fp4Scales:
+        """E4M3 scales as they are, relative to nothing, for any weights."""
+        return cls(NVFP4_GROUP, 1.0)
 
     def nearest(self, wanted: Tensor) -> Tensor:
         """The scales, float32, that can be stored near those that are wanted; never 0."""

@@ -100,6 +100,12 @@ def pack_rows(codes: Tensor, bits: int) -> Tensor:
     return words[:, : -(-codes.shape[1] * bits // 32)].contiguous()
 
 
+def unpack_rows(words: Tensor, bits: int, width: int) -> Tensor:
+    """int32 [out, words] -> uint8 [out, width], the inverse of pack_rows."""
+    whole = torch.nn.functional.pad(words, (0, -words.shape[1] % bits))
+    return _unpack_bits(whole.T.contiguous(), bits).T[:, :width].contiguous()
+
+
 def _pack_nibbles(values: Tensor) -> Tensor:
     """uint8 [n, out] -> int32 [n, out/8] in AWQ's order."""
     words = values.reshape(values.shape[0], -1, 8)

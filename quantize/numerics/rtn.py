@@ -14,7 +14,7 @@ from torch import Tensor
 
 from quantize.errors import BuildError
 
-BITS = (2, 3, 4, 8)
+BITS = (2, 3, 4, 5, 6, 8)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,37 @@
+"""MLX as a Format."""
+
+from __future__ import annotations
+
+from quantize.estimate.vram import VramProfile
+from quantize.formats.folder import MLX, FolderLayout
+from quantize.formats.format import CardText, Format, Handover, No, Options, Way, late
+from quantize.formats.mlx.weights import MlxWeights
+from quantize.runtimes.mlx.kind import MLX_LM
+from quantize.runtimes.mlx.load import EXTRA
+from quantize.runtimes.mlx.probe import MLX_PROBE
+
+GENERATE = 'mlx_lm.generate --model . --prompt "The capital of France is"'
+WAYS = (Way("mlx-lm", "sh", GENERATE), Way("an OpenAI-compatible server", "sh", "mlx_lm.server --model ."))
+
+
+def _in_vllm(options: Options) -> str | No:
+    return No("is for mlx-lm, on Apple silicon", "serve it with `mlx_lm.server --model FOLDER`")
+
+
+def _quantization(options: Options) -> str:
+    return str(options["mode"]) if options.get("mode", "affine") != "affine" else f"int{options['bits']}"
+
+
+FORMAT = Format(
+    name=MLX,
+    extra=EXTRA,
+    layout=FolderLayout(MLX, library="mlx"),
+    builder=late("quantize.formats.mlx.build:MlxBuilder"),
+    runtime=MLX_LM,
+    weights=MlxWeights(),
+    vram=VramProfile(),
+    card=CardText(ways=lambda _options: WAYS),
+    handover=Handover(vllm=_in_vllm),
+    probes=(MLX_PROBE,),
+    quantization=_quantization,
+)

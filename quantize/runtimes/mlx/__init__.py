@@ -1,0 +1,1 @@
+"""mlx-lm: MLX artifacts, on Apple silicon and on a CPU."""
