@@ -68,15 +68,18 @@ VARIANTS: list[dict[str, Any]] = [
     {"format": "gguf", "fit": {"bits": 5}},
     {"format": "bitsandbytes", "type": "int8"},
     {"format": "bitsandbytes", "type": "nf4"},
+    {"format": "compressed-tensors", "scheme": "W4A16", "group_size": 64},
+    {"format": "compressed-tensors", "scheme": "FP8_DYNAMIC"},
+    {"format": "mlx"},
     {"format": "toy"},
     {"format": "toy", "search": True},
 ]
 # One variant of each format, for what is asked of its facets.
 OF_FORMAT = {
     "gptq": "gptq-int4-g64", "awq": "awq-int4-g64", "gguf": "q4_k_m-imatrix", "bitsandbytes": "bnb-nf4",
-    "toy": "toy-int8-searched",
+    "compressed-tensors": "ct-w4a16-g64", "mlx": "mlx-int4-g64", "toy": "toy-int8-searched",
 }  # fmt: skip
-UNCALIBRATED = ("bnb-int8", "bnb-nf4", "toy-int8")
+UNCALIBRATED = ("bnb-int8", "bnb-nf4", "ct-fp8-dynamic", "toy-int8")
 CALIBRATION = {
     "dataset": "text.txt", "samples": 8, "sequence_length": 64, "minimum_tokens": 16, "precision": "float32",
 }  # fmt: skip
@@ -132,7 +135,8 @@ def test_every_variant_is_built_and_named(run: Run) -> None:
     names = {item.manifest.variant for item in run.store.artifacts()}
     assert names == {
         "gptq-int4-g64", "gptq-int8-g32-asym", "awq-int4-g64", "awq-int4-g64-gptq", "q4_k_m-imatrix", "iq2_xxs-imatrix",
-        "fit-5bit", "bnb-int8", "bnb-nf4", "toy-int8", "toy-int8-searched",
+        "fit-5bit", "bnb-int8", "bnb-nf4", "ct-w4a16-g64", "ct-fp8-dynamic", "mlx-int4-g64", "toy-int8",
+        "toy-int8-searched",
     }  # fmt: skip
 
 
@@ -144,7 +148,7 @@ def test_one_pass_served_all_calibrated_variants(run: Run) -> None:
         for item in run.store.artifacts()
         if item.manifest.calibration is not None
     ]
-    assert len(measured) == 8
+    assert len(measured) == 10
     assert len(set(measured)) == 1
 
 
@@ -152,12 +156,12 @@ def test_the_pass_took_no_more_memory_than_the_plan_says_it_needs(run: Run, chec
     variants = [item for item in run.recipe.variants if builders()[item.format].needs_calibration(item.options)]
     parts = [(builders()[item.format], item.options) for item in variants]
     taken = run.artifact("gptq-int4-g64").measurements()["calibration_pass"]["peak_memory_bytes"]
-    assert 0.5 < taken / pass_bytes(open_checkpoint(checkpoint), parts, 2) <= 1
+    assert 0.45 < taken / pass_bytes(open_checkpoint(checkpoint), parts, 2) <= 1
 
 
 def test_the_manifest_has_the_text_by_hash(run: Run) -> None:
     entries = {item.manifest.variant: item.manifest.calibration for item in run.store.artifacts()}
-    assert [entries.pop(name) for name in UNCALIBRATED] == [None] * 3
+    assert [entries.pop(name) for name in UNCALIBRATED] == [None] * 4
     (entry,) = {json.dumps(item.model_dump(), sort_keys=True) for item in entries.values() if item}
     data = json.loads(entry)
     assert data["sequences"] == 8
@@ -170,7 +174,7 @@ def test_the_manifest_has_the_kind_of_processor_that_the_pass_ran_on(run: Run) -
     """And what is not calibrated, that its numbers were computed on; the GGUF types here are calibrated too."""
     kinds = {item.manifest.variant: item.manifest.device for item in run.store.artifacts()}
     assert kinds.pop("toy-int8") is None, "numpy rounds it, on any processor alike"
-    assert {"bnb-int8", "bnb-nf4", "q4_k_m-imatrix"} < set(kinds)
+    assert {"bnb-int8", "bnb-nf4", "ct-fp8-dynamic", "q4_k_m-imatrix"} < set(kinds)
     assert set(kinds.values()) == {device_name("cpu")}
     tools = {item.manifest.variant for item in run.store.artifacts() if "torch" in item.manifest.tools}
     assert tools == set(kinds), "the kind is beside the tools wherever torch is among them"
@@ -353,6 +357,8 @@ def test_llama_cpp_used_the_importance_matrix(run: Run, checkpoint: Path, tmp_pa
         ("gptq-int4-g64", "model.layers.1.mlp.up_proj.scales", float("nan"), "unpacks differently|not finite"),
         ("awq-int4-g64", "model.layers.0.input_layernorm.weight", float("inf"), "not finite"),
         ("bnb-int8", "model.layers.1.mlp.down_proj.SCB", float("nan"), "not finite"),
+        ("ct-w4a16-g64", "model.layers.1.mlp.up_proj.weight_scale", float("nan"), "unpacks differently|not finite"),
+        ("mlx-int4-g64", "model.layers.0.self_attn.k_proj.biases", float("nan"), "unpacks differently|not finite"),
     ],
 )
 def test_a_damaged_tensor_is_refused(

@@ -14,10 +14,10 @@ from quantize.evaluate.baseline import LIKELIEST, record
 from quantize.evaluate.measure import measure
 from quantize.events import SilentReporter
 from quantize.runtimes.base import ModelRef, Prompted, log_softmax
+from quantize.runtimes.choosing import Answer, _penalized, _sample
 from quantize.runtimes.served import Sampling
 from quantize.runtimes.transformers.load import LoadedModel
 from quantize.runtimes.transformers.runtime import TransformersRuntime
-from quantize.runtimes.transformers.served import TransformersAnswer, _penalized, _sample
 from tests.architectures import tiny_model
 from tests.emulated import emulated_gpu, put_on_gpu
 from tests.evaluate.test_metrics import TableRuntime, windows_of
@@ -107,7 +107,7 @@ def test_a_model_in_transformers_gives_its_rows_where_it_is() -> None:
 def test_a_token_is_drawn_without_copying_the_vocabulary(sampling: Sampling) -> None:
     """The default of /v1/generate among them: temperature 0.7, top_p 0.9."""
     scores = torch.randn(152_000, generator=torch.Generator().manual_seed(1)) * 8
-    item = TransformersAnswer([4, 4, 9, int(scores.argmax())], sampling, None, 1)
+    item = Answer([4, 4, 9, int(scores.argmax())], sampling, None)
     item.counts.update(item.tokens[1:])
 
     def drawn(scores: Any) -> int:

@@ -15,10 +15,12 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from quantize.runtimes.base import ModelRef
+from quantize.runtimes.choosing import _sample
 from quantize.runtimes.intake import Intake
 from quantize.runtimes.served import PromptTokens, Refused, Sampling, Serving
 from quantize.runtimes.transformers.kind import Transformers
-from quantize.runtimes.transformers.served import DESK, StreamPieces, TransformersModel, _desk_options, _sample
+from quantize.runtimes.transformers.served import TransformersModel
+from quantize.runtimes.transformers.words import DESK, StreamPieces, _desk_options
 from tests.serve.test_tools import HERMES, WEATHER
 
 torch = pytest.importorskip("torch")

@@ -105,6 +105,13 @@ class CompressedTensorsBuilder(PackedBuilder):
         files, device = run_step(text, reporter, write_rounded, context, layout)
         return replace(self.finished(context, files, {}, reporter), device=device)
 
+    def finished(
+        self, context: Context, files: Sequence[str], measurements: Mapping[str, Any], reporter: Reporter
+    ) -> BuildResult:
+        """With the group of the scheme, where a recipe has none to choose."""
+        found = super().finished(context, files, measurements, reporter)
+        return replace(found, group_size=context.options.shared)
+
     def verify(self, folder: Path, checkpoint: Checkpoint, limits: RunLimits, reporter: Reporter) -> Mapping[str, Any]:
         """Independent unpacking by compressed-tensors, and greedy generation through transformers."""
         from quantize.formats.compressed_tensors.check import check_compressed

@@ -6,12 +6,13 @@ from quantize.estimate.vram import VramProfile
 from quantize.formats.folder import MLX, FolderLayout
 from quantize.formats.format import CardText, Format, Handover, No, Options, Way, late
 from quantize.formats.mlx.weights import MlxWeights
+from quantize.formats.ways import SERVE
 from quantize.runtimes.mlx.kind import MLX_LM
 from quantize.runtimes.mlx.load import EXTRA
 from quantize.runtimes.mlx.probe import MLX_PROBE
 
 GENERATE = 'mlx_lm.generate --model . --prompt "The capital of France is"'
-WAYS = (Way("mlx-lm", "sh", GENERATE), Way("an OpenAI-compatible server", "sh", "mlx_lm.server --model ."))
+WAYS = (Way("mlx-lm", "sh", GENERATE), SERVE)
 
 
 def _in_vllm(options: Options) -> str | No:

@@ -9,7 +9,7 @@ from importlib.metadata import PackageNotFoundError, version
 from quantize.runtimes.base import ModelRef, Runtime, runtime_version
 from quantize.runtimes.devices import Accelerator, DevicePlace
 from quantize.runtimes.mlx.load import EXTRA
-from quantize.runtimes.served import Progress, Refused, ServedModel, Serving
+from quantize.runtimes.served import Progress, ServedModel, Serving
 
 
 @dataclass(frozen=True)
@@ -62,9 +62,10 @@ class MlxLm:
         return MlxRuntime(model, self.name, runtime_version(self, "evaluating an MLX model"), threads)
 
     def serve(self, model: ModelRef, serving: Serving, progress: Progress) -> ServedModel:
-        """See ServingKind: mlx-lm has a server of its own, which the gateway passes requests on to."""
-        message = f"{model.folder.name}: run `mlx_lm.server --model FOLDER`, and `quantize serve http://127.0.0.1:8080`"
-        raise Refused(503, "no_runtime", message)
+        """See RuntimeKind."""
+        from quantize.runtimes.mlx.served import MlxModel
+
+        return MlxModel(self.name, model, serving, progress)
 
 
 MLX_LM = MlxLm()

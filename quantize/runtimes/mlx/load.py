@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from quantize.errors import MissingExtraError, VerifyError, first_line
+from quantize.model.folder_files import read_json
 from quantize.runtimes.transformers.load import quiet
 
 if TYPE_CHECKING:
@@ -54,10 +55,18 @@ def dequantized(model: Any) -> Any:
     import mlx.core as mx
     from mlx_lm.utils import dequantize_model
 
+    model.set_dtype(mx.float32)  # scales and biases first: their sum is rounded to their own type
     plain = dequantize_model(model)
     plain.set_dtype(mx.float32)
     mx.eval(plain.parameters())
     return plain
+
+
+def end_tokens(folder: Path) -> list[int]:
+    """The tokens that end an answer, by the folder's generation settings. Raises CheckpointError."""
+    path = folder / "generation_config.json"
+    found = read_json(path).get("eos_token_id") if path.is_file() else None
+    return [found] if isinstance(found, int) else [item for item in found or [] if isinstance(item, int)]
 
 
 def to_torch(array: Any) -> Tensor:

@@ -31,13 +31,13 @@ class MlxRuntime(OneWindowAtATime):
         self._label, self._model = model.folder.name, load(model.folder)
         if computes_on_cpu():
             self._model = dequantized(self._model)
-        self.vocabulary = int(_logits(self._model, [0], None).shape[-1])
+        self.vocabulary = int(logits_of(self._model, [0], None).shape[-1])
 
     def log_probs(self, window: Sequence[int]) -> Iterator[LogProbs]:
         """See Runtime; a window longer than a block goes through in pieces, over one KV cache."""
-        rows, cache, last = block_rows(self.vocabulary), _cache(self._model), len(window) - 1
+        rows, cache, last = block_rows(self.vocabulary), new_cache(self._model), len(window) - 1
         for start in range(0, last, rows):
-            logits = _logits(self._model, window[start : min(start + rows, last)], cache)
+            logits = logits_of(self._model, window[start : min(start + rows, last)], cache)
             yield log_softmax(to_torch(logits), self._label)
 
     def answer(self, requests: Sequence[Prompted]) -> list[list[int]]:
@@ -55,23 +55,24 @@ def answer_greedily(model: Any, prompt: Sequence[int], tokens: int) -> list[int]
 
 
 def _answer(model: Any, request: Prompted) -> list[int]:
-    cache, chosen, ids = _cache(model), list[int](), request.token_ids
+    cache, chosen, ids = new_cache(model), list[int](), request.token_ids
     logits: Any = None
     for start in range(0, len(ids), PROMPT_TOKENS):
-        logits = _logits(model, ids[start : start + PROMPT_TOKENS], cache)
+        logits = logits_of(model, ids[start : start + PROMPT_TOKENS], cache)
     token = int(logits[-1].argmax())
     while goes_on(request, chosen, token):
-        token = int(_logits(model, [token], cache)[-1].argmax())
+        token = int(logits_of(model, [token], cache)[-1].argmax())
     return chosen
 
 
-def _cache(model: Any) -> Any:
+def new_cache(model: Any) -> Any:
+    """For one sequence."""
     from mlx_lm.models.cache import make_prompt_cache
 
     return make_prompt_cache(model)
 
 
-def _logits(model: Any, ids: Sequence[int], cache: Any) -> Any:
+def logits_of(model: Any, ids: Sequence[int], cache: Any) -> Any:
     """[tokens, vocabulary], computed."""
     import mlx.core as mx
 

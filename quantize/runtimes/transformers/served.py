@@ -7,42 +7,22 @@ each layer ended up is looked at, not assumed.
 
 from __future__ import annotations
 
-import threading
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
-import orjson
-
 from quantize.runtimes.base import ModelRef
+from quantize.runtimes.choosing import Answer, choose
 from quantize.runtimes.devices import CPU
-from quantize.runtimes.intake import Intake
 from quantize.runtimes.served import Chosen, Description, Embedding, Progress, PromptTokens, Refused, Sampling, Serving
-from quantize.runtimes.tool_style import tool_style
 from quantize.runtimes.transformers.load import TransformersLoader, kernels
 from quantize.runtimes.transformers.together import Together
+from quantize.runtimes.transformers.words import FolderWords
 from quantize.system.machine import usable_cores
 
-DESK = "quantize.runtimes.transformers.desk:open_desk"
 PREFILL_TOKENS = 512
-FEW_TOKENS = 1024
-NO_TEXT = "\ufffd"
 SUPPORTS = ("top_k", "min_p", "penalties", "repetition_penalty", "logprobs", "embeddings")
-
-
-@dataclass
-class TransformersAnswer:
-    """One answer in progress. done: tokens that the KV cache has of it."""
-
-    tokens: list[int]
-    sampling: Sampling
-    generator: Any
-    prompt: int
-    done: int = 0
-    cache: Any = None
-    counts: Counter[int] = field(default_factory=Counter)
 
 
 @dataclass
@@ -55,7 +35,7 @@ class TransformersReading:
     total: Any = 0.0
 
 
-class TransformersModel:
+class TransformersModel(FolderWords):
     """See ServedModel."""
 
     def __init__(self, loader: TransformersLoader, model: ModelRef, serving: Serving, progress: Progress) -> None:
@@ -64,13 +44,12 @@ class TransformersModel:
         self._device = serving.device
         if self._device.startswith("cuda") and not self._torch.cuda.is_available():
             raise Refused(503, "no_gpu", "this torch sees no GPU: install one built for CUDA, or use --device cpu")
-        self._tokenizer = _open_tokenizer(model.folder)
-        self._intake = Intake(DESK, _desk_options(self._tokenizer))
+        super().__init__(model.folder)
         with Reporting(progress):
             self._model, self._warnings = loader.load(model, self._device)
-        self._ends = _end_tokens(self._model, self._tokenizer)
+        self.end_with(getattr(self._model.generation_config, "eos_token_id", None))
         self._vocabulary = int(self._model.get_output_embeddings().weight.shape[0])
-        self._running: dict[int, TransformersAnswer] = {}
+        self._running: dict[int, Answer] = {}
         self._reading: dict[int, TransformersReading] = {}
         self._together = Together(self._torch, self._model)
         self.description = self._describe(loader.name, serving)
@@ -84,27 +63,18 @@ class TransformersModel:
             if serving.named:
                 raise Refused(503, "not_on_device", f"{astray}; --device auto takes what there is")
             warnings.append(astray)
-        if template := self._intake.warning():
+        if template := self.warning():
             warnings.append(template)
         return Description(
             runtime, serving.context, serving.slots, self._device, SUPPORTS, devices, warnings,
-            tool_style(_template_of(self._tokenizer) or ""), kernels(self._model),
+            self.tool_style(), kernels(self._model),
         )  # fmt: skip
-
-    def read(self, order: Mapping[str, Any], cancelled: threading.Event) -> PromptTokens:
-        """See ServedModel."""
-        return self._intake.read(order, cancelled)
 
     def begin(self, prompt: PromptTokens, sampling: Sampling) -> int:
         """See ServedModel."""
         self._check(prompt.tokens)
-        generator = self._torch.Generator()
-        if sampling.seed is None:
-            generator.seed()
-        else:
-            generator.manual_seed(sampling.seed % (1 << 63))
         slot = self._free()
-        self._running[slot] = TransformersAnswer(list(prompt.tokens), sampling, generator, len(prompt.tokens))
+        self._running[slot] = Answer.to(list(prompt.tokens), sampling)
         return slot
 
     def begin_embedding(self, tokens: Sequence[int]) -> int:
@@ -131,13 +101,13 @@ class TransformersModel:
         alone = [slot for slot in self._running if slot not in self._together]
         pending = {slot: item.tokens[-1] for slot, item in self._running.items() if slot in self._together}
         for slot, logits in self._together.step(pending).items():
-            chosen[slot] = self._choose(self._running[slot], logits.float())
+            chosen[slot] = choose(self._torch, self._running[slot], logits.float())
         for slot in alone:
             item = self._running[slot]
             output = self._forward(self._model, item, logits_to_keep=1)
             if item.done < len(item.tokens):
                 continue
-            chosen[slot] = self._choose(item, output.logits[0, -1].float())
+            chosen[slot] = choose(self._torch, item, output.logits[0, -1].float())
             if self._device != CPU and self._together.takes(item.cache):
                 self._together.join(slot, item.cache)
                 item.cache = None
@@ -152,7 +122,7 @@ class TransformersModel:
                 found[slot] = Embedding.of(item.total)
         return found
 
-    def _forward(self, model: Any, item: TransformersAnswer | TransformersReading, **options: Any) -> Any:
+    def _forward(self, model: Any, item: Answer | TransformersReading, **options: Any) -> Any:
         """Run the next tokens of a sequence, at most PREFILL_TOKENS; its cache then has them."""
         stop = min(len(item.tokens), item.done + PREFILL_TOKENS)
         ids = self._torch.tensor([item.tokens[item.done : stop]], device=self._device)
@@ -161,47 +131,12 @@ class TransformersModel:
         item.cache, item.done = output.past_key_values, stop
         return output
 
-    def _choose(self, item: TransformersAnswer, logits: Any) -> Chosen:
-        sampling = item.sampling
-        scores = _penalized(self._torch, logits, item) if _has_penalties(sampling) else logits
-        token = _sample(self._torch, scores, sampling, item.generator)
-        item.tokens.append(token)
-        item.counts[token] += 1
-        if sampling.logprobs is None:
-            return Chosen(token)
-        logprobs = self._torch.log_softmax(logits, -1)
-        best = logprobs.topk(sampling.logprobs) if sampling.logprobs else None
-        top = tuple(zip(best.indices.tolist(), best.values.tolist(), strict=True)) if best is not None else ()
-        return Chosen(token, float(logprobs[token]), top)
-
     def end(self, slot: int) -> None:
         """See ServedModel."""
         if self._reading.pop(slot, None) is None:
             del self._running[slot]
             if slot in self._together:
                 self._together.leave(slot)
-
-    def ends(self, token: int) -> bool:
-        """See ServedModel."""
-        return token in self._ends
-
-    def token_of(self, text: str) -> int | None:
-        """See ServedModel."""
-        token = self._tokenizer.convert_tokens_to_ids(text)  # that of unknown text, where there is no such token
-        known = token in self._tokenizer.all_special_ids and self._tokenizer.convert_ids_to_tokens(token) == text
-        return token if known else None
-
-    def detokenizer(self) -> StreamPieces:
-        """See ServedModel."""
-        return StreamPieces(self._tokenizer)
-
-    def token_bytes(self, token: int) -> bytes:
-        """See ServedModel."""
-        return str(self._tokenizer.decode([token])).encode("utf-8")
-
-    def close(self) -> None:
-        """See ServedModel."""
-        self._intake.close()
 
     def memory(self) -> dict[str, Any]:
         """See ServedModel."""
@@ -213,35 +148,6 @@ class TransformersModel:
             "vram_allocated": cuda.memory_allocated(self._device),
             "vram_reserved": cuda.memory_reserved(self._device),
         }
-
-
-class StreamPieces:
-    """A Detokenizer by the tokenizer's own streaming decoder: control tokens write nothing.
-
-    Where a model writes bytes that are no text, that decoder can fail ("Invalid prefix encountered", as in
-    vllm-project/vllm#17448), and would go on failing: a new one goes on, after a character for what was lost.
-    """
-
-    def __init__(self, tokenizer: Any) -> None:
-        self._tokenizer = tokenizer._tokenizer
-        self._begin()
-
-    def _begin(self) -> None:
-        from tokenizers.decoders import DecodeStream
-
-        self._stream = DecodeStream(skip_special_tokens=True)
-
-    def add(self, token: int) -> str:
-        """See Detokenizer."""
-        try:
-            return self._stream.step(self._tokenizer, token) or ""
-        except Exception:  # noqa: BLE001 - the library raises no other kind
-            self._begin()
-            return NO_TEXT + (self._stream.step(self._tokenizer, token) or "")
-
-    def flush(self) -> str:
-        """See Detokenizer: what is not whole by now never will be."""
-        return ""
 
 
 class Reporting:
@@ -287,41 +193,6 @@ class _Counted:
         return None
 
 
-def _open_tokenizer(folder: Path) -> Any:
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-
-
-def _template_of(tokenizer: Any) -> str | None:
-    """The template of plain chats; None: there is none."""
-    try:
-        found: str = tokenizer.get_chat_template()
-    except ValueError:
-        return None
-    return found
-
-
-def _desk_options(tokenizer: Any) -> bytes:
-    """The tokenizer as it was loaded, for the process that reads requests."""
-    return orjson.dumps({
-        "tokenizer": tokenizer.backend_tokenizer.to_str(),
-        "template": _template_of(tokenizer),
-        "special": tokenizer.special_tokens_map,
-    })  # fmt: skip
-
-
-def _end_tokens(model: Any, tokenizer: Any) -> frozenset[int]:
-    """Tokens that end an answer: the generation config's, and the tokenizer's own."""
-    found: set[int] = set()
-    for value in (getattr(model.generation_config, "eos_token_id", None), tokenizer.eos_token_id):
-        if isinstance(value, int):
-            found.add(value)
-        elif value is not None:
-            found.update(int(item) for item in value)
-    return frozenset(found)
-
-
 def _devices(model: Any) -> dict[str, int]:
     """How many decoder layers are on which device, from where their tensors are; on several: all of them."""
     layers = next((module for name, module in model.named_modules() if name.endswith("layers")), None)
@@ -330,59 +201,3 @@ def _devices(model: Any) -> dict[str, int]:
         tensors = [*layer.parameters(), *layer.buffers()]
         counts["+".join(sorted({str(tensor.device) for tensor in tensors}))] += 1
     return dict(counts)
-
-
-def _has_penalties(sampling: Sampling) -> bool:
-    return (sampling.repetition_penalty, sampling.frequency_penalty, sampling.presence_penalty) != (1.0, 0.0, 0.0)
-
-
-def _penalized(torch: Any, logits: Any, item: TransformersAnswer) -> Any:
-    """OpenAI's penalties over the answer so far; the repetition penalty (arXiv:1909.05858) over the prompt too."""
-    scores, sampling = logits.clone(), item.sampling
-    if sampling.repetition_penalty != 1.0 and item.tokens:
-        seen = torch.tensor(sorted(set(item.tokens))).to(scores.device)
-        picked = scores[seen]
-        penalty = sampling.repetition_penalty
-        scores[seen] = torch.where(picked > 0, picked / penalty, picked * penalty)
-    if item.counts:
-        chosen, times = torch.tensor([*item.counts.items()]).T
-        less = sampling.frequency_penalty * times + sampling.presence_penalty
-        scores[chosen.to(scores.device)] -= less.to(scores.device)
-    return scores
-
-
-def _likeliest(torch: Any, scores: Any, sampling: Sampling) -> tuple[Any, Any, Any]:
-    """Scores from the highest on, their tokens and their chances: as many as can be chosen, and some that can't.
-
-    A sort of a whole vocabulary takes as long as a step of a small model; nearly always the first few are enough.
-    """
-    if sampling.top_k:
-        values, order = scores.topk(min(sampling.top_k, len(scores)))
-        return values, order, torch.softmax(values, -1)
-    shares = torch.softmax(scores, -1)
-    if len(scores) > FEW_TOKENS and (sampling.top_p < 1 or sampling.min_p):
-        values, order = scores.topk(FEW_TOKENS)
-        chances = shares[order]
-        if chances.sum() >= sampling.top_p or chances[-1] < sampling.min_p * chances[0]:
-            return values, order, chances
-    values, order = scores.sort(descending=True)
-    return values, order, shares[order]
-
-
-def _sample(torch: Any, scores: Any, sampling: Sampling, generator: Any) -> int:
-    """top-k, top-p and min-p on the plain distribution, then temperature: the order of llama.cpp's samplers.
-
-    What can be chosen is looked for where the scores are; that little alone goes to the CPU, where it is drawn.
-    """
-    if sampling.temperature == 0:
-        return int(scores.argmax())
-    values, order, chances = (part.cpu() for part in _likeliest(torch, scores, sampling))
-    if sampling.top_p < 1:
-        before = chances.cumsum(-1) - chances
-        kept = int((before < sampling.top_p).sum())
-        values, order, chances = values[:kept], order[:kept], chances[:kept]
-    if sampling.min_p:
-        kept = max(1, int((chances >= sampling.min_p * chances[0]).sum()))
-        values, order = values[:kept], order[:kept]
-    picked = torch.multinomial(torch.softmax(values / sampling.temperature, -1), 1, generator=generator)
-    return int(order[picked])
