@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -122,19 +123,29 @@ def _recipe_row(path: Path, shown: str) -> dict[str, Any]:
 @json_option
 @verbose_option
 def list_formats(as_json: bool) -> None:
-    """List the formats that can be built, with the options that a recipe may give."""
+    """List the formats that can be built, with the options that a recipe may give, and where their artifacts run."""
     from quantize.formats import formats, option_models
 
-    rows = [
-        {"format": name, "extra": formats()[name].extra, "options": list(model.model_fields)}
+    rows: list[dict[str, Any]] = [
+        {
+            "format": name, "extra": formats()[name].extra, "options": list(model.model_fields),
+            "runs": [asdict(item) for item in formats()[name].runs],
+        }
         for name, model in option_models().items()
-    ]
+    ]  # fmt: skip
     if as_json:
         print_json(rows)
         return
     columns = [Column("FORMAT"), Column("EXTRA"), Column("OPTIONS")]
     table = [[str(row["format"]), str(row["extra"]), ", ".join(row["options"])] for row in rows]
     print_table(columns, table, empty="no formats")
+    click.echo()
+    columns = [Column("FORMAT"), Column("KIND"), Column("RUNS IN"), Column("CUDA FROM", "right", rank=1)]
+    table = [
+        [str(row["format"]), item["kind"] or "all", item["runtimes"], item["capability"], item["remark"]]
+        for row in rows for item in row["runs"]
+    ]  # fmt: skip
+    print_table([*columns, Column("REMARK", rank=2)], table, empty="")
 
 
 def _row(item: Artifact) -> list[str]:

@@ -24,6 +24,7 @@ from quantize.cli.common import (
 )
 from quantize.cli.progress import console_reporter
 from quantize.cli.table import Column, print_table, wide_option
+from quantize.formats import find_format
 from quantize.formats.base import RunLimits
 from quantize.store.artifact import REFUSED, UNJUDGED, Artifact
 from quantize.store.fit_facts import read_fit
@@ -80,6 +81,8 @@ def _print(plan: SizedPlan, limits: RunLimits) -> None:
         for text in curve_lines(job.existing):
             click.echo(text)
     click.echo(f"source  {plan.source.uri}  sha256 {plan.source.digest[:12]}")
+    for advice in _advice(plan):
+        click.echo(f"note    {advice}")
     for part in plan.shown:
         click.echo(f"text    {_text_of(part)}")
     if plan.is_guided:
@@ -95,6 +98,15 @@ def _print(plan: SizedPlan, limits: RunLimits) -> None:
         needed, free = size_text(room.needed_bytes), size_text(room.free_bytes)
         what = "disk " if len(plan.rooms) == 1 else room.what
         click.echo(f"{what}   {needed} needed at the peak, {free} free{missing}")
+
+
+def _advice(plan: SizedPlan) -> list[str]:
+    """What the formats have to say of what is to be built; the same words once, with the variants before them."""
+    said: dict[str, list[str]] = {}
+    for job in plan.jobs:
+        if text := find_format(job.variant.format).advice(job.variant.options.model_dump()):
+            said.setdefault(text, []).append(job.variant.name)
+    return [f"{', '.join(names)}: {text}" for text, names in said.items()]
 
 
 def _text_of(part: CalibrationPart) -> str:

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from quantize.serve.router import Rules
     from quantize.serve.targets import LocalTarget, UpstreamTarget
 
-RUNTIMES = ("vllm", "docker", "ollama", "llama-server", "compose")
+RUNTIMES = ("vllm", "sglang", "docker", "ollama", "llama-server", "mlx", "compose")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -143,11 +143,27 @@ class No:
 class Handover:
     """Which other runtimes take artifacts of the format: by options, a remark for whoever uses it, or No.
 
-    vllm: runs the folder. llama_cpp_file: llama-server and Ollama run the main file.
+    vllm: runs the folder. llama_cpp_file: llama-server and Ollama run the main file. sglang, mlx: SGLang, mlx-lm runs
+    the folder.
     """
 
     vllm: Callable[[Options], str | No]
     llama_cpp_file: bool = False
+    sglang: bool = False
+    mlx: bool = False
+
+
+@dataclass(frozen=True)
+class Runs:
+    """Where artifacts of one kind run. kind: the options that make it, in words; "" for all of the format. runtimes:
+    their names. capability: the least CUDA compute capability that it takes there, as in "7.5"; "" where none is
+    needed. remark: what else is to be known, a phrase.
+    """
+
+    kind: str
+    runtimes: str
+    capability: str = ""
+    remark: str = ""
 
 
 def late(where: str) -> Any:
@@ -231,9 +247,10 @@ class Format:
     with. reference: what quantization is measured against where the runtime is not the source's own. weights: for the
     check of the structure, and for measuring block by block. probes: the engines that it needs, each tried by doctor,
     those first that others stand on. quantization: what ModelPack calls it, by the options; the format's name where it
-    is None. products: how its runtime multiplies by an artifact's weights, by name, where that is no plain product of
-    the numbers that the codes stand for; of one sequence at a time. fitter: None where types are not chosen for a
-    budget.
+    is None. runs: where artifacts run, for `quantize list formats`. advice: what whoever writes a recipe is told at
+    plan; "" for nothing. products: how its runtime multiplies by an artifact's weights, by name, where that is no plain
+    product of the numbers that the codes stand for; of one sequence at a time. fitter: None where types are not chosen
+    for a budget.
     """
 
     name: str
@@ -249,6 +266,8 @@ class Format:
     card: CardText = field(default_factory=CardText)
     handover: Handover = field(default_factory=lambda: Handover(_nowhere))
     quantization: Callable[[Options], str] | None = None
+    runs: tuple[Runs, ...] = ()
+    advice: Callable[[Options], str] = lambda _options: ""
     products: Callable[[Path], Callable[[str], Product] | None] | None = None
     probes: tuple[Probe, ...] = ()
     fitter: Fitter | None = None

@@ -14,6 +14,8 @@ print(tokenizer.decode(model.generate(**prompt, max_new_tokens=16)[0]))
 """
 SERVE = Way("quantize", "sh", "quantize serve .")
 VLLM = Way("vLLM", "sh", "vllm serve .")
+# RFC 30136 and 39583 of vllm-project/vllm: compressed-tensors stays, AWQ's and GPTQ's own files are legacy.
+FOR_VLLM = "vLLM calls this format legacy; `format: compressed-tensors, scheme: W4A16` writes the same codes for it"
 SGLANG = Way("SGLang", "sh", "python -m sglang.launch_server --model-path .")
 
 

@@ -245,6 +245,46 @@ def _llama_server(target: LocalTarget, wanted: HandOver) -> str:
     return f"{note}\n{_lines(command, options)}"
 
 
+def _sglang(target: LocalTarget, wanted: HandOver) -> str:
+    answer = find_format(target.format).handover
+    if not answer.sglang:
+        hint = "build a compressed-tensors, awq or gptq variant, or use `quantize serve`"
+        raise RefusedError(f"{target.name}: SGLang is not known to take {target.format} artifacts", hint=hint)
+    if wanted.on_cpu:
+        raise RefusedError(f"{target.name}: SGLang's quantized formats need a GPU", hint="use `quantize serve`")
+    wanted.refuse_small_kv("SGLang")
+    command = [f"CUDA_VISIBLE_DEVICES={wanted.gpu}", "python", "-m", "sglang.launch_server"]
+    options: list[tuple[str, ...]] = [
+        ("--model-path", str(target.folder.resolve())),
+        ("--served-model-name", target.name),
+        ("--host", wanted.host),
+        ("--port", str(wanted.port)),
+        ("--mem-fraction-static", f"{wanted.memory_share:g}"),
+        ("--context-length", str(wanted.context_of(target))),
+        ("--max-running-requests", str(wanted.concurrency)),
+        ("--api-key", KEY),
+    ]
+    remark = _in_vllm(target)
+    notes = [f"# {target.name} ({target.format}) in SGLang; the key is read from the environment"]
+    notes += [f"# {remark}"] if isinstance(remark, str) and remark else []
+    return "\n".join([*notes, _lines(command, options)])
+
+
+def _mlx(target: LocalTarget, wanted: HandOver) -> str:
+    if not find_format(target.format).handover.mlx:
+        hint = "build an mlx variant, or use `quantize serve`"
+        raise RefusedError(f"{target.name}: mlx-lm takes MLX artifacts, this is {target.format}", hint=hint)
+    wanted.refuse_small_kv("mlx_lm.server")
+    options: list[tuple[str, ...]] = [
+        ("--model", str(target.folder.resolve())),
+        ("--host", wanted.host),
+        ("--port", str(wanted.port)),
+        ("--decode-concurrency", str(wanted.concurrency)),
+    ]
+    note = "# mlx_lm.server asks for no key: whoever reaches the port is answered"
+    return f"{note}\n{_lines(['mlx_lm.server'], options)}"
+
+
 def _kv_options(bits: str) -> list[tuple[str, ...]]:
     if bits == "16":
         return [("--flash-attn", "off")]
@@ -345,4 +385,6 @@ _RENDERERS: dict[str, Callable[[LocalTarget, HandOver], str]] = {
     "docker": _docker,
     "ollama": _ollama,
     "llama-server": _llama_server,
+    "sglang": _sglang,
+    "mlx": _mlx,
 }

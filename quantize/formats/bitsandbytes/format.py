@@ -6,7 +6,7 @@ from quantize.estimate.vram import VramProfile
 from quantize.formats.bitsandbytes.probe import BITSANDBYTES_PROBE
 from quantize.formats.bitsandbytes.weights import BitsandbytesWeights, int8_products
 from quantize.formats.folder import FolderLayout
-from quantize.formats.format import CardText, Format, Handover, No, Options, Way, late
+from quantize.formats.format import CardText, Format, Handover, No, Options, Runs, Way, late
 from quantize.formats.ways import SERVE, VLLM, in_transformers
 from quantize.numerics.constants import INT8_LOGGER
 from quantize.runtimes.transformers.kind import Transformers
@@ -48,5 +48,9 @@ FORMAT = Format(
     vram=VRAM,
     card=CardText(ways=_ways, limits=_limits),
     handover=Handover(vllm=_in_vllm),
+    runs=(
+        Runs("type: int8", "transformers with bitsandbytes", "7.5"),
+        Runs("type: nf4", "transformers with bitsandbytes, vLLM", "6.0", "slow in vLLM"),
+    ),
     probes=(*TORCH_PROBES, BITSANDBYTES_PROBE),
 )

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from quantize.estimate.vram import VramProfile
 from quantize.formats.compressed_tensors.runtime import COMPRESSED_TENSORS, COMPRESSED_TENSORS_PROBE, EXTRA
-from quantize.formats.compressed_tensors.schemes import SCHEMES
+from quantize.formats.compressed_tensors.schemes import LEAST, SCHEMES
 from quantize.formats.compressed_tensors.weights import CompressedWeights, input_rounding
 from quantize.formats.folder import FolderLayout
-from quantize.formats.format import CardText, Format, Handover, Options, late
+from quantize.formats.format import CardText, Format, Handover, Options, Runs, late
 from quantize.formats.ways import SERVE, SGLANG, VLLM, in_transformers
 from quantize.runtimes.transformers.probe import TORCH_PROBES
 
@@ -17,10 +17,17 @@ WAYS = (VLLM, SGLANG, in_transformers("compressed-tensors"), SERVE)
 def _remark(options: Options) -> str:
     """Which GPUs run it, where not every one does that vLLM supports."""
     scheme = SCHEMES.get(str(options.get("scheme")))
-    if scheme is None or scheme.capability <= (7, 5):
+    if scheme is None or scheme.capability == LEAST:
         return ""
-    major, minor = scheme.capability
-    return f"it multiplies in FP8 from compute capability {major}.{minor} on; on older GPUs {scheme.on_older}"
+    gpus = f"GPUs of compute capability {scheme.capability} or more"
+    if scheme.on_older:
+        return f"activations are FP8 on {gpus}; {scheme.on_older}"
+    return f"{options['scheme']} runs on {gpus}"
+
+
+def _runs() -> tuple[Runs, ...]:
+    vllm = "vLLM, SGLang, transformers with compressed-tensors"
+    return tuple(Runs(f"scheme: {name}", vllm, item.capability, item.on_older) for name, item in SCHEMES.items())
 
 
 def _limits(options: Options) -> tuple[str, ...]:
@@ -37,7 +44,9 @@ FORMAT = Format(
     inputs=input_rounding,
     vram=VramProfile("vllm", unpacked_bytes=2 * 4),
     card=CardText(ways=lambda _options: WAYS, limits=_limits),
-    handover=Handover(vllm=_remark),
+    handover=Handover(vllm=_remark, sglang=True),
+    runs=_runs(),
+    advice=_remark,
     probes=(*TORCH_PROBES, COMPRESSED_TENSORS_PROBE),
     quantization=lambda options: str(options["scheme"]),
 )

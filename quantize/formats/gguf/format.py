@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from quantize.estimate.vram import IN_LLAMA_CPP
 from quantize.files.gguf import EXTRA
-from quantize.formats.format import CardText, Format, Handover, No, Options, Way, late
+from quantize.formats.format import CardText, Format, Handover, No, Options, Runs, Way, late
 from quantize.formats.gguf.layout import GgufLayout
 from quantize.formats.gguf.weights import GgufWeights
 from quantize.formats.ways import SERVE
@@ -68,6 +68,7 @@ FORMAT = Format(
     vram=IN_LLAMA_CPP,
     card=CardText(ways=_ways, limits=_limits),
     handover=Handover(vllm=_in_vllm, llama_cpp_file=True),
+    runs=(Runs("", "llama.cpp, Ollama, LM Studio", "", "on a CPU, or on any GPU that llama.cpp is compiled for"),),
     probes=(LLAMA_CPP_PROBE,),
     fitter=late("quantize.formats.gguf.fit.answer:GgufFitter"),
     quantization=lambda options: str(options.get("type") or "fitted"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from quantize.estimate.vram import VramProfile
 from quantize.formats.folder import MLX, FolderLayout
-from quantize.formats.format import CardText, Format, Handover, No, Options, Way, late
+from quantize.formats.format import CardText, Format, Handover, No, Options, Runs, Way, late
 from quantize.formats.mlx.weights import MlxWeights
 from quantize.formats.ways import SERVE
 from quantize.runtimes.mlx.kind import MLX_LM
@@ -32,7 +32,8 @@ FORMAT = Format(
     weights=MlxWeights(),
     vram=VramProfile(),
     card=CardText(ways=lambda _options: WAYS),
-    handover=Handover(vllm=_in_vllm),
+    handover=Handover(vllm=_in_vllm, mlx=True),
+    runs=(Runs("", "mlx-lm, LM Studio", "", "made for Apple silicon; it runs on a CPU, slowly"),),
     probes=(MLX_PROBE,),
     quantization=_quantization,
 )

@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING, Any
 
 from quantize.estimate.vram import VramProfile
 from quantize.formats.folder import FolderLayout
-from quantize.formats.format import CardText, Format, Handover
+from quantize.formats.format import CardText, Format, Handover, Runs
 from quantize.formats.packed.runtime import GPTQMODEL, GPTQMODEL_PROBE
 from quantize.formats.packed.weights import PackedMatrices
-from quantize.formats.ways import SERVE, SGLANG, VLLM, in_transformers
+from quantize.formats.ways import FOR_VLLM, SERVE, SGLANG, VLLM, in_transformers
 from quantize.runtimes.transformers.probe import TORCH_PROBES
 
 if TYPE_CHECKING:
@@ -30,6 +30,8 @@ def packed_format(name: str, builder: Builder[Any], *, folded: bool = False) -> 
         weights=PackedMatrices(name, folded=folded),
         vram=VramProfile("vllm", unpacked_bytes=2 * 4),
         card=CardText(ways=lambda _options: WAYS),
-        handover=Handover(vllm=lambda _options: ""),
+        handover=Handover(vllm=lambda _options: "", sglang=True),
+        runs=(Runs("", "vLLM, SGLang, transformers with gptqmodel", "7.5"),),
+        advice=lambda _options: FOR_VLLM,
         probes=(*TORCH_PROBES, GPTQMODEL_PROBE),
     )

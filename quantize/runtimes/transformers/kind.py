@@ -34,11 +34,11 @@ from quantize.system.gpus import nvidia_gpus
 class Transformers:
     """See RuntimeKind.
 
-    helper: the library that transformers needs to read the format, as a distribution and a module. environment: what
-    that library wants to find, where the user has not set it. chooses_dtype: whether the folder leaves open in which
-    dtype to compute. kernels: by format, what computes instead where the helper's first choice can't be compiled.
-    first_load: what takes long the first time that a model is loaded on a GPU, in words; "" for nothing. silenced:
-    loggers of the helper whose warnings say nothing new.
+    helper: the module of the library that transformers needs to read the format; its distribution has the same name,
+    with hyphens. environment: what that library wants to find, where the user has not set it. chooses_dtype: whether
+    the folder leaves open in which dtype to compute. kernels: by format, what computes instead where the helper's first
+    choice can't be compiled. first_load: what takes long the first time that a model is loaded on a GPU, in words; ""
+    for nothing. silenced: loggers of the helper whose warnings say nothing new.
     """
 
     extra: str = "torch"
@@ -55,7 +55,7 @@ class Transformers:
     @property
     def packages(self) -> tuple[str, ...]:
         """transformers, torch and the helper."""
-        return ("transformers", "torch", *([self.helper] if self.helper else []))
+        return ("transformers", "torch", *([self.helper.replace("_", "-")] if self.helper else []))
 
     @property
     def devices(self) -> str:
