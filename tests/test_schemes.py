@@ -7,6 +7,7 @@ config.json says is what llm-compressor 0.14 writes for the scheme.
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from quantize.cli import main
 from quantize.events import ListReporter
 from quantize.formats import option_models
 from quantize.formats.base import RunLimits
+from quantize.formats.compressed_tensors.schemes import SCHEMES
 from quantize.recipe.model import load_recipe
 from quantize.runtimes.base import ModelRef
 from quantize.store.artifact import Artifact
@@ -167,6 +169,29 @@ def test_a_quantized_artifact_is_a_source_too(store: Store, tmp_path: Path) -> N
         path = write_recipe(tmp_path / f"{name}.yaml", store.find(f"tiny/{name}").folder, [{"format": "mlx"}])
         result = click.testing.CliRunner().invoke(main, ["plan", str(path)])
         assert (result.exit_code, "were quantized before" in result.stderr) == (0, True), result.stderr
+
+
+def test_other_servers_get_their_line(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("QUANTIZE_STORE", str(store.root))
+    serve = partial(click.testing.CliRunner().invoke, main)
+    sglang = serve(["serve", "tiny/ct-fp8-block", "--print", "sglang", "--device", "cuda:0"]).stdout
+    folder = str(store.find("tiny/ct-fp8-block").folder)
+    assert sglang.splitlines()[1].startswith("# activations are FP8 on GPUs of compute capability 8.9 or more; older")
+    assert f"--model-path {folder}" in sglang.replace("\\\n", "")
+    mlx = serve(["serve", "tiny/mlx-mxfp4", "--print", "mlx", "--port", "8123"]).stdout
+    assert "mlx_lm.server" in mlx
+    assert "--port 8123" in mlx
+    for name, runtime in (("tiny/mlx-mxfp4", "sglang"), ("tiny/ct-w8a8", "mlx"), ("tiny/mlx-mxfp4", "vllm")):
+        refused = serve(["serve", name, "--print", runtime, "--device", "cuda:0"])
+        assert (refused.exit_code, refused.stdout) == (3, ""), refused.stderr
+
+
+def test_the_list_of_formats_says_where_each_runs() -> None:
+    rows = json.loads(click.testing.CliRunner().invoke(main, ["list", "formats", "--json"]).stdout)
+    runs = {row["format"]: {item["kind"]: item["capability"] for item in row["runs"]} for row in rows}
+    assert runs["compressed-tensors"]["scheme: FP8_DYNAMIC"] == "8.9"
+    assert set(runs["compressed-tensors"]) == {f"scheme: {name}" for name in SCHEMES}
+    assert runs["mlx"] == {"": ""}
 
 
 @pytest.mark.parametrize(
