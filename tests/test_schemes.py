@@ -40,6 +40,7 @@ CT: list[dict[str, Any]] = [
     {"scheme": "W4A16_ASYM", "group_size": 64, "method": "awq"},
     {"scheme": "W8A16"},
     {"scheme": "W8A8"},
+    {"scheme": "W8A8", "smooth": True},
     {"scheme": "FP8_BLOCK"},
     {"scheme": "NVFP4A16"},
     {"scheme": "MXFP4A16"},
@@ -53,7 +54,8 @@ MLX: list[dict[str, Any]] = [
 ]
 VARIANTS = [{"format": "compressed-tensors", **item} for item in CT] + [{"format": "mlx", **item} for item in MLX]
 NAMES = [
-    "ct-w4a16-g32-awq", "ct-w4a16-asym-g128", "ct-w4a16-asym-g64-awq", "ct-w8a16-g128", "ct-w8a8", "ct-fp8-block",
+    "ct-w4a16-g32-awq", "ct-w4a16-asym-g128", "ct-w4a16-asym-g64-awq", "ct-w8a16-g128", "ct-w8a8", "ct-w8a8-smooth",
+    "ct-fp8-block",
     "ct-nvfp4a16", "ct-mxfp4a16", "mlx-int3-g32", "mlx-int6-g64", "mlx-int8-g128", "mlx-mxfp4", "mlx-nvfp4",
 ]  # fmt: skip
 Q_PROJ = "model.layers.0.self_attn.q_proj."
@@ -132,7 +134,7 @@ def test_config_says_what_llm_compressor_says(store: Store) -> None:
     from compressed_tensors.quantization import QuantizationConfig
     from compressed_tensors.quantization.quant_scheme import preset_name_to_scheme
 
-    for name in NAMES[:8]:
+    for name in NAMES[:9]:
         made = store.find(f"tiny/{name}")
         settings = json.loads((made.folder / "config.json").read_text())["quantization_config"]
         found = QuantizationConfig.model_validate(settings)
@@ -199,6 +201,7 @@ def test_the_list_of_formats_says_where_each_runs() -> None:
     [
         ({"format": "compressed-tensors", "scheme": "W8A8", "group_size": 64}, "W8A8 has no group size to choose"),
         ({"format": "compressed-tensors", "scheme": "NVFP4A16", "method": "awq"}, "method: awq works with W4A16"),
+        ({"format": "compressed-tensors", "scheme": "W4A16", "smooth": True}, "smooth: true works with W8A8"),
         ({"format": "compressed-tensors", "scheme": "W4A4"}, "scheme"),
         ({"format": "mlx", "mode": "mxfp4", "bits": 8}, "mxfp4 has 4 bits in groups of 32"),
         ({"format": "mlx", "group_size": 16}, "affine groups are of 32, 64 or 128"),

@@ -115,9 +115,9 @@ def test_activations_are_rounded_as_the_library_rounds_them(seed: int, spread: f
 
 
 def test_a_scale_may_put_the_largest_weight_on_four() -> None:
-    """E2M1 has no level between 4 and 6: 0.6 and 0.45 are 6 and 4.5 of one scale, 4 and 3 of another."""
+    """E2M1 has no level between 4 and 6: 0.6 and 0.45 are 6 and 4.5 of one scale, near 4 and 3 of another."""
     weight = torch.tensor([[1.2] * 16 + [0.6, 0.45] * 8])  # the first group is what the range is for
     scales = Fp4Scales.nvfp4([weight])
     (solved,) = solve_fp4([weight], factorize(torch.eye(32), 16), scales)
     assert solved.rounded.codes[0, 16:].unique().tolist() == [E2M1.index(3.0), E2M1.index(4.0)]
-    assert solved.loss < 0.1 * solved.nearest_loss
+    assert solved.loss < 0.6 * solved.nearest_loss

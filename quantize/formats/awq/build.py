@@ -7,32 +7,29 @@ folder is formats/packed/'s.
 
 from __future__ import annotations
 
-from functools import partial
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
 from quantize.calibration.budget import BlockMemory
 from quantize.events import Reporter, note
-from quantize.files.shards import torch_dtype
 from quantize.formats.base import Collector, Context, SolveCost
 from quantize.formats.folder_build import STORED_DTYPE, LinearTable, Shape, unquantized_linears
 from quantize.formats.packed.build import PackedBuilder, Solved, feedback_bytes
+from quantize.formats.packed.scaled import solve_scaled
 from quantize.model.architecture import block_layouts
 from quantize.model.checkpoint import Checkpoint
-from quantize.model.layout import FoldGroup, Linear, RowsSource
 from quantize.numerics.constants import SEARCHED_ROWS
 from quantize.recipe.model import FormatOptions
-from quantize.system.threads import on_threads
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Mapping, Sequence
 
     import torch
 
     from quantize.calibration.stream import Block
-    from quantize.formats.packed.feedback import Pack
-    from quantize.numerics.awq import ScaleChoice
+    from quantize.numerics.awq import Reader, ScaleChoice, Tie
     from quantize.numerics.rtn import Quantized
 
 SAMPLE_COPIES = 6  # of the rows that the ratio search looks at
@@ -110,59 +107,42 @@ class AwqBuilder(PackedBuilder):
         return {"version": "gemm", "zero_point": True, "modules_to_not_convert": unquantized_linears(checkpoint)}
 
 
-def solve_block(
-    block: Block, options: AwqOptions, threads: int, half: str = STORED_DTYPE, pack: Pack | None = None, *,
-    symmetric: bool = False,
-) -> Solved:  # fmt: skip
-    """All tensors of a block that change (packed linears, folded norms and biases), and each linear's loss as a share
-    of its output's energy over the calibration tokens. half: the type that norms are stored in. pack: the tensors of
-    one linear, by the last part of their names; None for those of the gemm layout.
-    """
-    from quantize.calibration.folding import fold_block
+@dataclass(frozen=True)
+class AwqScaling:
+    """See Scaling."""
 
-    groups = [group for group in block.layout.groups if group.source is not None]
-    found = on_threads([partial(_search, group, block, options, symmetric) for group in groups], threads)
-    choices = {group.name: choice for group, choice in zip(groups, found, strict=True)}
-    dtypes = dict.fromkeys(block.weights, torch_dtype(half))
-    scales = {name: choice.scales for name, choice in choices.items()}
-    folded = fold_block(block.layout, block.weights, scales, dtypes)
-    tensors = {name: folded.weights[name] for name in folded.changed}
-    tasks = []
-    for group in block.layout.groups:
-        for key in dict.fromkeys(linear.input for linear in group.linears):
-            members = [linear for linear in group.linears if linear.input == key]
-            weights = [folded.weights[linear.tensor] for linear in members]
-            scale, choice = folded.scales.get(group.name), choices.get(group.name)
-            quantize = partial(_quantize, weights, block.grams[key].matrix, scale, options, symmetric)
-            tasks.append(partial(_pack, block, members, quantize, choice, pack or _gemm))
-    layers: dict[str, Any] = {}
-    for packed_tensors, losses in on_threads(tasks, threads):
-        tensors |= packed_tensors
-        layers |= losses
-    return tensors, layers
+    options: AwqOptions
+    symmetric: bool = False
 
+    def search(self, readers: Sequence[Reader], tie: Tie | None) -> ScaleChoice:
+        """See Scaling."""
+        from quantize.numerics.awq import search_scales
 
-def _search(group: FoldGroup, block: Block, options: AwqOptions, symmetric: bool) -> ScaleChoice:
-    from quantize.numerics.awq import Reader, Tie, search_scales
+        return search_scales(readers, group_size=self.options.group_size, symmetric=self.symmetric, tie=tie)
 
-    readers = [Reader(block.weights[linear.tensor], block.grams[linear.input]) for linear in group.linears]
-    tie = Tie(group.source.head_dim, group.source.repeats) if isinstance(group.source, RowsSource) else None
-    return search_scales(readers, group_size=options.group_size, symmetric=symmetric, tie=tie)
+    def quantize(
+        self, weights: list[torch.Tensor], gram: torch.Tensor, scales: torch.Tensor
+    ) -> list[tuple[Quantized, float]]:
+        """See Scaling."""
+        from quantize.numerics.awq import quantize_compensated, quantize_scaled
+        from quantize.numerics.gptq import estimated_loss
+
+        size, symmetric = self.options.group_size, self.symmetric
+        if self.options.rounding == "gptq":
+            solutions = quantize_compensated(weights, gram, scales, group_size=size, symmetric=symmetric)
+            found = [solution.quantized for solution in solutions]
+        else:
+            energy, clip = gram.diagonal(), self.options.clip
+            found = quantize_scaled(weights, energy, scales, group_size=size, clip=clip, symmetric=symmetric)
+        return [
+            (quantized, estimated_loss((quantized.dequantize() - weight) / scales, gram))
+            for weight, quantized in zip(weights, found, strict=True)
+        ]
 
 
-def _pack(
-    block: Block, members: list[Linear], quantize: Callable[[], list[tuple[Quantized, float]]],
-    choice: ScaleChoice | None, pack: Pack,
-) -> Solved:  # fmt: skip
-    """Packed tensors of scaled weights that read one input, and what each of the linears loses."""
-    ratios = {"ratio": choice.ratio, "weight_ratio": choice.weight_ratio} if choice else {}
-    tensors: dict[str, torch.Tensor] = {}
-    layers: dict[str, Any] = {}
-    for linear, (quantized, loss) in zip(members, quantize(), strict=True):
-        prefix = linear.tensor.removesuffix("weight")
-        tensors |= {f"{prefix}{name}": tensor for name, tensor in pack(quantized).items()}
-        layers[prefix.removesuffix(".")] = {"loss": block.share(loss, linear), **ratios}
-    return tensors, layers
+def solve_block(block: Block, options: AwqOptions, threads: int, half: str = STORED_DTYPE) -> Solved:
+    """Packed linears and folded norms of a block, and what each linear loses: see solve_scaled."""
+    return solve_scaled(block, AwqScaling(options), _gemm, threads, half)
 
 
 def _gemm(quantized: Quantized) -> dict[str, torch.Tensor]:
@@ -170,27 +150,3 @@ def _gemm(quantized: Quantized) -> dict[str, torch.Tensor]:
 
     words = pack_awq(quantized)
     return {field: getattr(words, field) for field in ("qweight", "qzeros", "scales")}
-
-
-def _quantize(
-    weights: list[torch.Tensor], gram: torch.Tensor, scales: torch.Tensor | None, options: AwqOptions, symmetric: bool
-) -> list[tuple[Quantized, float]]:
-    """(Quantized, squared output error over the calibration tokens) of scaled weights that read one input."""
-    import torch
-
-    from quantize.numerics.awq import quantize_compensated, quantize_scaled
-    from quantize.numerics.gptq import estimated_loss
-
-    scales = torch.ones_like(gram.diagonal()) if scales is None else scales
-    if options.rounding == "gptq":
-        solutions = quantize_compensated(weights, gram, scales, group_size=options.group_size, symmetric=symmetric)
-        found = [solution.quantized for solution in solutions]
-    else:
-        energy = gram.diagonal()
-        found = quantize_scaled(
-            weights, energy, scales, group_size=options.group_size, clip=options.clip, symmetric=symmetric
-        )
-    return [
-        (quantized, estimated_loss((quantized.dequantize() - weight) / scales, gram))
-        for weight, quantized in zip(weights, found, strict=True)
-    ]

@@ -28,7 +28,7 @@ from quantize.system.process import run_step
 if TYPE_CHECKING:
     from quantize.calibration.stream import Block
 
-SEARCH_BYTES = 60 << 20  # of AWQ's search
+SEARCH_BYTES = 60 << 20  # of the search for scales
 
 
 class CompressedTensorsBuilder(PackedBuilder):
@@ -38,8 +38,8 @@ class CompressedTensorsBuilder(PackedBuilder):
     Options = CompressedTensorsOptions
 
     def folds_scales(self, options: CompressedTensorsOptions) -> bool:
-        """AWQ puts the inverse of its scales into norms and neighbors."""
-        return options.method == "awq"
+        """AWQ and SmoothQuant put the inverse of their scales into norms and neighbors."""
+        return options.folds
 
     def needs_calibration(self, options: CompressedTensorsOptions) -> bool:
         """FP8 is rounded to nearest."""
@@ -57,11 +57,12 @@ class CompressedTensorsBuilder(PackedBuilder):
         return solve_block(block, options, context.variant, reporter, limits.tasks_at_once, context.checkpoint.half)
 
     def solver_bytes(self, block: BlockMemory, options: CompressedTensorsOptions, threads: int) -> int:
-        """Factorizations and rows with their errors; AWQ's folded block and samples."""
-        if options.method == "gptq":
+        """Factorizations and rows with their errors; a folded block, and samples of the search for scales."""
+        if not options.folds:
             return feedback_bytes(block, threads)
         samples = 6 * threads * 4 * SEARCHED_ROWS * block.width + SEARCH_BYTES
-        return block.weights // 2 + 4 * threads * block.largest + samples
+        rounding = feedback_bytes(block, threads) if options.smooth else 0
+        return block.weights // 2 + max(4 * threads * block.largest + samples, rounding)
 
     def solve_operations(self, cost: SolveCost) -> float:
         """See Builder; the costlier of the two methods."""

@@ -23,6 +23,9 @@ class CompressedTensorsOptions(FormatOptions):
     method: Literal["gptq", "awq"] = Field(
         "gptq", description="gptq feeds rounding errors forward; awq scales input channels first (W4A16, W4A16_ASYM)"
     )
+    smooth: bool = Field(
+        False, description="share the range of activations with the weights first (SmoothQuant), of W8A8"
+    )
     damping: float = Field(0.01, gt=0, lt=1, description="share of the mean diagonal that is added to the Gram matrix")
 
     @model_validator(mode="before")
@@ -39,7 +42,14 @@ class CompressedTensorsOptions(FormatOptions):
             raise ValueError(f"{self.scheme} has no group size to choose || leave out `group_size`")
         if self.method == "awq" and self.scheme not in AWQ_SCHEMES:
             raise ValueError(f"method: awq works with {' and '.join(AWQ_SCHEMES)} || leave out `method`")
+        if self.smooth and self.scheme != "W8A8":
+            raise ValueError(f"smooth: true works with W8A8, not with {self.scheme} || leave out `smooth`")
         return self
+
+    @property
+    def folds(self) -> bool:
+        """Whether scales go into norms and neighbors."""
+        return self.smooth or self.method == "awq"
 
     @property
     def kind(self) -> Scheme:
@@ -57,6 +67,7 @@ class CompressedTensorsOptions(FormatOptions):
         return self.group_size or self.kind.weights["group_size"] or None
 
     def variant_name(self) -> str:
-        """`ct-w4a16-g128`, `ct-w4a16-g64-awq`, `ct-fp8-dynamic`."""
+        """`ct-w4a16-g128`, `ct-w4a16-g64-awq`, `ct-w8a8-smooth`, `ct-fp8-dynamic`."""
         group = f"-g{self.group_size}" if self.group_size else ""
-        return f"ct-{self.scheme.lower().replace('_', '-')}{group}{'-awq' if self.method == 'awq' else ''}"
+        how = "-awq" if self.method == "awq" else "-smooth" if self.smooth else ""
+        return f"ct-{self.scheme.lower().replace('_', '-')}{group}{how}"

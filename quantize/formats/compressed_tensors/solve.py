@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -9,16 +11,18 @@ from torch import Tensor
 
 from quantize.calibration.stream import Block
 from quantize.events import Reporter
-from quantize.formats.awq.build import AwqOptions
-from quantize.formats.awq.build import solve_block as solve_awq
+from quantize.formats.awq.build import AwqOptions, AwqScaling
 from quantize.formats.compressed_tensors.options import CompressedTensorsOptions
 from quantize.formats.compressed_tensors.schemes import INTEGERS, NVFP4, PACKED
 from quantize.formats.packed.build import Solved
 from quantize.formats.packed.feedback import Rounding, solve_with_feedback
 from quantize.formats.packed.fp4 import solve_fp4_block
+from quantize.formats.packed.scaled import solve_scaled
+from quantize.numerics.awq import Reader, ScaleChoice, Tie
 from quantize.numerics.floats import Fp4, Fp4Scales
 from quantize.numerics.packing import pack_rows
 from quantize.numerics.rtn import Quantized
+from quantize.numerics.smooth import quantize_rows, search_smoothing
 
 SIGN = 128  # of 8-bit codes, between those that are signed and those that are not
 
@@ -34,9 +38,28 @@ def solve_block(
     pack = partial(_rows if scheme.layout == INTEGERS else _packed, symmetric=scheme.symmetric)
     if options.method == "awq":
         found = AwqOptions.model_validate({"group_size": options.group_size})
-        return solve_awq(block, found, threads, half, pack, symmetric=scheme.symmetric)
+        return solve_scaled(block, AwqScaling(found, scheme.symmetric), pack, threads, half)
+    if options.smooth:
+        return solve_scaled(block, Smoothing(options.damping), pack, threads, half)
     rounding = Rounding(options.bits, options.group_size, scheme.symmetric, options.damping, smallest_zero=0)
     return solve_with_feedback(block, rounding, pack, variant, reporter, threads)
+
+
+@dataclass(frozen=True)
+class Smoothing:
+    """See Scaling."""
+
+    damping: float
+
+    def search(self, readers: Sequence[Reader], tie: Tie | None) -> ScaleChoice:
+        """See Scaling."""
+        return search_smoothing(readers, tie)
+
+    def quantize(self, weights: list[Tensor], gram: Tensor, scales: Tensor) -> list[tuple[Quantized, float]]:
+        """See Scaling."""
+        return [
+            (item.quantized, item.loss) for item in quantize_rows(weights, gram, scales, damping=self.damping)
+        ]
 
 
 def _packed(quantized: Quantized, *, symmetric: bool) -> dict[str, Tensor]:
