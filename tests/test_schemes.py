@@ -31,6 +31,7 @@ from quantize.system.process import run_step
 from quantize.testing import TinyModel, make_checkpoint, write_recipe
 from tests.conftest import build
 from tests.contract_steps import compute
+from tests.evaluate.test_streamed import compare_engines
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # transformers and its plugins warn on import
 
@@ -58,6 +59,7 @@ NAMES = [
     "ct-fp8-block",
     "ct-nvfp4a16", "ct-mxfp4a16", "mlx-int3-g32", "mlx-int6-g64", "mlx-int8-g128", "mlx-mxfp4", "mlx-nvfp4",
 ]  # fmt: skip
+COMPUTED = ("ct-w4a16-asym-g128", "ct-w8a8", "ct-nvfp4a16", "mlx-int3-g32", "mlx-mxfp4")  # the others are like these
 Q_PROJ = "model.layers.0.self_attn.q_proj."
 # Of q_proj [256, 256]: what llm-compressor 0.14.0.1 wrote for the scheme, BF16 scales as F16 here.
 TENSORS = {
@@ -76,6 +78,11 @@ TENSORS = {
     },
     "ct-mxfp4a16": {"weight_packed": ("U8", [256, 128]), "weight_scale": ("U8", [256, 8])},
 }  # fmt: skip
+
+
+def other_kind(name: str) -> Any:
+    """Of a kind that is tested: with the other classes."""
+    return pytest.param(name, marks=pytest.mark.every_class)
 
 
 @pytest.fixture(scope="module")
@@ -111,14 +118,26 @@ def test_each_was_read_back_by_another_program(artifact: Artifact) -> None:
     assert len(facts["tokens"]) >= 8
 
 
-def test_the_runtime_computes_what_is_read(artifact: Artifact, checkpoint: Path) -> None:
+@pytest.mark.parametrize("name", [name if name in COMPUTED else other_kind(name) for name in NAMES])
+def test_the_runtime_computes_what_is_read(store: Store, checkpoint: Path, name: str) -> None:
     """In float32; activations that are rounded too are a part of the distance where the scheme rounds them."""
+    artifact = store.find(f"tiny/{name}")
     found = run_step(
         "computing", ListReporter(), compute, ModelRef(artifact.folder, artifact.manifest.format), checkpoint
     )
     rounds_inputs = artifact.manifest.options.get("scheme") in ("W8A8", "FP8_BLOCK")
     assert found.answered == found.served
     assert found.from_weights < (0.5 if rounds_inputs else 0.02) * found.from_source
+
+
+@pytest.mark.parametrize("name", ["ct-w8a8-smooth", "ct-fp8-block", "mlx-int6-g64"])
+def test_block_by_block_it_is_what_its_runtime_gives(store: Store, checkpoint: Path, name: str) -> None:
+    """Rounded activations too: the order of sums alone sends some of them to the other of two levels."""
+    artifact = store.find(f"tiny/{name}")
+    found = run_step(
+        "comparing", ListReporter(), compare_engines, ModelRef(artifact.folder, artifact.manifest.format), checkpoint
+    )
+    assert found.apart < 0.1 * found.real
 
 
 @pytest.mark.parametrize("name", TENSORS)

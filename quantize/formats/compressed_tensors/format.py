@@ -5,7 +5,7 @@ from __future__ import annotations
 from quantize.estimate.vram import VramProfile
 from quantize.formats.compressed_tensors.runtime import COMPRESSED_TENSORS, COMPRESSED_TENSORS_PROBE, EXTRA
 from quantize.formats.compressed_tensors.schemes import LEAST, SCHEMES
-from quantize.formats.compressed_tensors.weights import CompressedWeights, input_rounding
+from quantize.formats.compressed_tensors.weights import CompressedWeights, rounded_products
 from quantize.formats.folder import FolderLayout
 from quantize.formats.format import CardText, Format, Handover, Options, Runs, late
 from quantize.formats.ways import SERVE, SGLANG, VLLM, in_transformers
@@ -41,7 +41,7 @@ FORMAT = Format(
     builder=late("quantize.formats.compressed_tensors.build:CompressedTensorsBuilder"),
     runtime=COMPRESSED_TENSORS,
     weights=CompressedWeights(),
-    inputs=input_rounding,
+    products=rounded_products,
     vram=VramProfile("vllm", unpacked_bytes=2 * 4),
     card=CardText(ways=lambda _options: WAYS, limits=_limits),
     handover=Handover(vllm=_remark, sglang=True),

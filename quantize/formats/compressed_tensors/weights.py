@@ -6,7 +6,7 @@ together is model/quantized.py's to say, which reads such folders as sources too
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from quantize.files.safetensors import read_tensor
 from quantize.formats.folder import not_packed
-from quantize.formats.format import InputRounding, Options, Reader
+from quantize.formats.format import Options, Product, Reader
 from quantize.model.checkpoint import Checkpoint, read_json, tensor_table
 from quantize.model.quantized import dequantized_table
 
@@ -57,8 +57,34 @@ def quantized_linears(folder: Path) -> list[str]:
     return sorted(name for name, item in table.items() if item.read is not None)
 
 
-def input_rounding(folder: Path) -> InputRounding | None:
-    """What a runtime makes of the inputs of quantized linears; None where it is nothing. Raises CheckpointError."""
+def rounded_products(folder: Path) -> Callable[[str], Product] | None:
+    """The product of inputs that are rounded first, as a runtime multiplies, for the weight of a linear by its name;
+    None where inputs stay as they are. Raises CheckpointError.
+    """
+    rounding = _input_rounding(folder)
+    if rounding is None:
+        return None
+    stored = tensor_table(folder)
+    table = dequantized_table(stored, read_json(folder / "config.json"))
+
+    def product(name: str) -> Product:
+        matrix = table[name].read
+        assert matrix is not None
+        return partial(_multiply, matrix(lambda part: read_tensor(stored[part])), rounding)
+
+    return product
+
+
+def _multiply(
+    matrix: Tensor, rounding: Callable[[Tensor], Tensor], inputs: Tensor, bias: Tensor | None
+) -> Tensor:
+    from torch.nn.functional import linear
+
+    return linear(rounding(inputs), matrix, bias)
+
+
+def _input_rounding(folder: Path) -> Callable[[Tensor], Tensor] | None:
+    """What becomes of the inputs [..., in] of quantized linears; None where it is nothing."""
     settings = read_json(folder / "config.json").get("quantization_config")
     groups = settings.get("config_groups") if isinstance(settings, dict) else None
     schemes = [item for item in groups.values() if isinstance(item, dict)] if isinstance(groups, dict) else []
