@@ -17,6 +17,7 @@ from safetensors import safe_open
 
 from quantize.build.execution import RunOptions
 from quantize.cli import main
+from quantize.evaluate.structure import Intended
 from quantize.events import ListReporter
 from quantize.formats import option_models
 from quantize.formats.base import RunLimits
@@ -169,6 +170,12 @@ def test_config_says_what_llm_compressor_says(store: Store) -> None:
         assert (found.quant_method, found.quantization_status) == ("compressed-tensors", "compressed")
         assert found.ignore == ["lm_head"]
         assert found.format == scheme.format
+
+
+def test_a_solved_row_may_lose_more_of_a_small_group_than_a_rounded_one() -> None:
+    """One scale for a whole row leaves little of a group far below the rest; a wrong scale is still found."""
+    assert Intended(8, None, calibrated=True).gains == (0.6, 1.5)
+    assert Intended(8, None).gains == Intended(8, 64, calibrated=True).gains == (0.8, 1.25)
 
 
 def test_mlx_says_how_it_is_packed(store: Store) -> None:

@@ -141,7 +141,9 @@ class Judge:
         job = replace(
             self._job(checkpoint, _reference(artifact)),
             calibrated_on=self._calibrated_on(manifest),
-            intended=Intended(manifest.bits, manifest.group_size, manifest.options),
+            intended=Intended(
+                manifest.bits, manifest.group_size, manifest.options, calibrated=manifest.calibration is not None
+            ),
         )
         said = _Named(reporter, manifest.variant)
         maker = find_format(manifest.format).reference
