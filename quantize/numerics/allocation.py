@@ -4,11 +4,13 @@ In: for each unit its choices, a size and a loss each. Out: an Allocation, and h
 Method: the multiple-choice knapsack by its Lagrangian relaxation (Shoham and Gersho 1988, "Efficient bit allocation for
 an arbitrary set of quantizers"; Kellerer, Pferschy and Pisinger, "Knapsack Problems", chapter 11). Each unit walks up
 the convex hull of its choices, the step that gains most for a byte first; that is the best for the bytes that it takes.
-What is left is filled with single choices, then with pairs of which one takes what the other gives back.
+What is left is filled with single choices, then with pairs of which one takes what the other gives back. Where units
+and sizes are few, all sums of sizes are gone through instead (dynamic programming), which gives the best there is.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -21,6 +23,7 @@ if TYPE_CHECKING:
 
 Choices = Sequence[tuple[int, float]]  # size, loss
 MOST_EXCHANGES = 1000
+MOST_CELLS = 8_000_000  # units times sums of sizes, that all of them are gone through
 
 
 @dataclass(frozen=True)
@@ -65,7 +68,7 @@ def least_size(units: Sequence[Choices]) -> int:
 
 
 def allocate(units: Sequence[Choices], budget: int) -> Allocation:
-    """The choices with the least loss that a hull walk, a fill and exchanges find within a budget.
+    """The choices with the least loss within a budget: the best, or what a hull walk, a fill and exchanges find.
 
     Raises ValueError: the smallest choices together are over the budget.
     """
@@ -74,12 +77,41 @@ def allocate(units: Sequence[Choices], budget: int) -> Allocation:
     state.left = budget - sum(units[unit][choice][0] for unit, choice in enumerate(state.picked))
     if state.left < 0:
         raise ValueError(f"the least is {budget - state.left}, more than {budget}")
+    smallest = [min(size for size, _ in choices) for choices in units]
+    steps = [size - least for choices, least in zip(units, smallest, strict=True) for size, _ in choices]
+    step = math.gcd(*steps) or 1
+    if len(units) * (min(state.left, sum(steps)) // step + 1) <= MOST_CELLS:
+        return _best(units, smallest, min(state.left, sum(steps)) // step, step)
     bound = _walk(state, hulls)
     for _ in range(MOST_EXCHANGES):
         if not _exchange(state):
             break
     chosen = [units[unit][choice] for unit, choice in enumerate(state.picked)]
     return Allocation(tuple(state.picked), sum(size for size, _ in chosen), sum(loss for _, loss in chosen), bound)
+
+
+def _best(units: Sequence[Choices], smallest: Sequence[int], room: int, step: int) -> Allocation:
+    """The best of all. room: steps that all units together may be larger than the smallest choices."""
+    least = np.zeros(room + 1)  # loss of the units so far, with so many steps or fewer
+    taken = np.zeros((len(units), room + 1), np.uint8)
+    for unit, (choices, start) in enumerate(zip(units, smallest, strict=True)):
+        found = np.full(room + 1, np.inf)
+        for index, (size, loss) in enumerate(choices):
+            more = (size - start) // step
+            if more > room:
+                continue
+            tried = least[: room + 1 - more] + loss
+            better = tried < found[more:]
+            found[more:][better] = tried[better]
+            taken[unit, more:][better] = index
+        least = found
+    picked, left = [0] * len(units), room
+    for unit in reversed(range(len(units))):
+        picked[unit] = int(taken[unit, left])
+        left -= (units[unit][picked[unit]][0] - smallest[unit]) // step
+    chosen = [choices[choice] for choices, choice in zip(units, picked, strict=True)]
+    loss = sum(loss for _, loss in chosen)
+    return Allocation(tuple(picked), sum(size for size, _ in chosen), loss, loss)
 
 
 def _hull(choices: Choices) -> list[int]:
