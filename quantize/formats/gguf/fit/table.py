@@ -17,7 +17,6 @@ from pydantic import BaseModel, Field, ValidationError
 from quantize.errors import PlanError, StoreError
 from quantize.files.gguf import TENSOR_TYPES, padded
 from quantize.formats.gguf.fit.types import group_of
-from quantize.numerics.allocation import allocate
 from quantize.recipe.yaml import STRICT
 
 NAME = "fit.json"
@@ -119,6 +118,8 @@ class CostTable(BaseModel):
         """The map that costs least within so many bytes of the file. Raises PlanError: there is none."""
         if most_bytes < self.least_bytes:
             raise PlanError(f"{most_bytes:,} bytes are not enough", hint=f"the least is {self.least_bytes:,}")
+        from quantize.numerics.allocation import allocate  # with numpy, which plans of other variants go without
+
         found = allocate(self._units, most_bytes - self.other_bytes)
         types = {
             name: self.matrices[names[0]].allowed[choice]
