@@ -22,7 +22,6 @@ from quantize.formats.gguf.options import GgufOptions
 from quantize.formats.gguf.types import ELEMENT_TYPES, UNQUANTIZED_TYPES, base_type
 from quantize.formats.gguf.vocabulary import EMBEDDING, HEAD
 from quantize.model.checkpoint import Checkpoint
-from quantize.numerics.kquants import GRIDS
 from quantize.runtimes.llama_cpp.quantize import QuantizeSettings, SizedFile
 from quantize.system.process import run_step
 
@@ -124,6 +123,8 @@ def _solve(
 
 def solved_note(sized: SizedFile) -> str:
     """How many matrices of a file will be solved, and which keep llama.cpp's own rounding."""
+    from quantize.numerics.kquants import GRIDS
+
     kinds = {name: kind for name, kind, _ in sized.tensors if len(sized.shapes[name]) > 1}
     matrices = {name: kind for name, kind in kinds.items() if kind not in UNQUANTIZED_TYPES}
     ends = [name for name in matrices if name in (EMBEDDING, HEAD)]

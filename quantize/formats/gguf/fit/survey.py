@@ -22,7 +22,6 @@ from quantize.formats.gguf.making import settings_of
 from quantize.formats.gguf.options import GgufOptions
 from quantize.formats.gguf.vocabulary import EMBEDDING, HEAD
 from quantize.model.shape import ModelShape
-from quantize.numerics.kquants import GRIDS
 from quantize.runtimes.llama_cpp.quantize import QuantizeSettings, SizedFile
 
 LARGEST = "Q8_0"  # the type map in which every matrix that is quantized at all shows
@@ -86,6 +85,8 @@ def survey(
     options: GgufOptions, found: Sequence[SizedFile | QuantizeError], shape: ModelShape, *, spec: FitSpec | None = None
 ) -> Survey:
     """Of the results of `survey_jobs`. spec: another one than the variant's. Raises PlanError, or as a dry run."""
+    from quantize.numerics.kquants import GRIDS
+
     spec, largest = spec or options.fit, found[0]
     assert spec is not None
     if isinstance(largest, QuantizeError):
