@@ -17,9 +17,8 @@ from safetensors import safe_open
 
 from quantize.build.execution import RunOptions
 from quantize.cli import main
-from quantize.evaluate.structure import Intended
 from quantize.events import ListReporter
-from quantize.formats import option_models
+from quantize.formats import find_format, option_models
 from quantize.formats.base import RunLimits
 from quantize.formats.compressed_tensors.schemes import SCHEMES
 from quantize.recipe.model import load_recipe
@@ -174,8 +173,9 @@ def test_config_says_what_llm_compressor_says(store: Store) -> None:
 
 def test_a_solved_row_may_lose_more_of_a_small_group_than_a_rounded_one() -> None:
     """One scale for a whole row leaves little of a group far below the rest; a wrong scale is still found."""
-    assert Intended(8, None, calibrated=True).gains == (0.6, 1.5)
-    assert Intended(8, None).gains == Intended(8, 64, calibrated=True).gains == (0.8, 1.25)
+    gains = find_format("compressed-tensors").gains
+    assert gains({"scheme": "W8A8"}) == (0.6, 1.5)
+    assert gains({"scheme": "FP8_DYNAMIC"}) is gains({"scheme": "W8A16"}) is None
 
 
 def test_mlx_says_how_it_is_packed(store: Store) -> None:

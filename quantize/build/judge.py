@@ -141,9 +141,7 @@ class Judge:
         job = replace(
             self._job(checkpoint, _reference(artifact)),
             calibrated_on=self._calibrated_on(manifest),
-            intended=Intended(
-                manifest.bits, manifest.group_size, manifest.options, calibrated=manifest.calibration is not None
-            ),
+            intended=Intended(manifest.bits, manifest.group_size, manifest.options),
         )
         said = _Named(reporter, manifest.variant)
         maker = find_format(manifest.format).reference

@@ -27,35 +27,23 @@ MAX_NAMED = 3
 SMALLEST_SHARE = 0.01  # of the mean group's energy: under that a group is next to nothing
 # What a group of weights may be as a multiple of the source's, in the direction of the source's. Measured on the demo
 # model: 8 bit 0.96 to 1.03; 4 bit 0.45 (GPTQ, whose scales are searched) to 1.44 (AWQ); Q2_K 0.87 to 1.11.
-# 8 bits with one scale for a whole row, solved with error feedback: 0.76, of a group far below the rest of its row.
-GAINS_8_BIT, GAINS_FEWER_BITS, GAINS_SOLVED_ROWS = (0.8, 1.25), (0.25, 1.8), (0.6, 1.5)
+GAINS_8_BIT, GAINS_FEWER_BITS = (0.8, 1.25), (0.25, 1.8)
 GROUP = 32  # of weights, where the format names none
 ROUNDS = 4  # of taking factors of columns and of rows out: each is measured with what the other has left
 
 
 @dataclass(frozen=True)
 class Intended:
-    """What the recipe asked for: bits a weight, weights that share a scale (None where the format says), options.
-
-    calibrated: codes were solved against calibration text.
-    """
+    """What the recipe asked for: bits a weight, weights that share a scale (None where the format says), options."""
 
     bits: int | None
     group_size: int | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
-    calibrated: bool = False
 
     @property
     def is_quantized(self) -> bool:
         """Whether fewer than 16 bits were asked for."""
         return self.bits is not None and self.bits < 16
-
-    @property
-    def gains(self) -> tuple[float, float]:
-        """Between which a group of weights may be."""
-        if self.is_quantized and (self.bits or 0) < 8:
-            return GAINS_FEWER_BITS
-        return GAINS_SOLVED_ROWS if self.bits == 8 and self.group_size is None and self.calibrated else GAINS_8_BIT
 
 
 def check_structure(reporter: Reporter, artifact: ModelRef, source: Path, intended: Intended) -> dict[str, str]:
@@ -77,7 +65,9 @@ def check_structure(reporter: Reporter, artifact: ModelRef, source: Path, intend
     if intended.is_quantized:
         checks[QUANTIZED] = _told("left unquantized:", weights.left(artifact.path, names, intended.options))
     found = pairs(weights.reader(artifact.path, checkpoint), checkpoint)
-    checks[NEAR] = _told("not the source's:", list(_far(reporter, weights, found, intended, len(names))))
+    usual = GAINS_FEWER_BITS if intended.is_quantized and (intended.bits or 0) < 8 else GAINS_8_BIT
+    between = find_format(artifact.format).gains(intended.options) or usual
+    checks[NEAR] = _told("not the source's:", list(_far(reporter, weights, found, intended, between, len(names))))
     return checks
 
 
@@ -92,9 +82,12 @@ def _template(artifact: ModelRef, checkpoint: Checkpoint) -> str:
     return "it is lost" if found is None else "it differs from the source's"
 
 
-def _far(reporter: Reporter, weights: Weights, found: Iterable[Pair], intended: Intended, total: int) -> Iterator[str]:
+def _far(
+    reporter: Reporter, weights: Weights, found: Iterable[Pair], intended: Intended, between: tuple[float, float],
+    total: int,
+) -> Iterator[str]:  # fmt: skip
     """Matrices with a group of weights that no rounding explains."""
-    low, high = intended.gains
+    low, high = between
     group = intended.group_size or GROUP
     for done, pair in enumerate(found, start=1):
         progress(reporter, "", "comparing weights with the source's, matrices", done, total)

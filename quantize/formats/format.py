@@ -248,9 +248,10 @@ class Format:
     check of the structure, and for measuring block by block. probes: the engines that it needs, each tried by doctor,
     those first that others stand on. quantization: what ModelPack calls it, by the options; the format's name where it
     is None. runs: where artifacts run, for `quantize list formats`. advice: what whoever writes a recipe is told at
-    plan; "" for nothing. products: how its runtime multiplies by an artifact's weights, by name, where that is no plain
-    product of the numbers that the codes stand for; of one sequence at a time. fitter: None where types are not chosen
-    for a budget.
+    plan; "" for nothing. gains: what a group of weights may be as a multiple of the source's, by the options; None for
+    the usual. products: how its runtime multiplies by an artifact's weights, by name, where that is no plain product of
+    the numbers that the codes stand for; of one sequence at a time. fitter: None where types are not chosen for a
+    budget.
     """
 
     name: str
@@ -268,6 +269,7 @@ class Format:
     quantization: Callable[[Options], str] | None = None
     runs: tuple[Runs, ...] = ()
     advice: Callable[[Options], str] = lambda _options: ""
+    gains: Callable[[Options], tuple[float, float] | None] = lambda _options: None
     products: Callable[[Path], Callable[[str], Product] | None] | None = None
     probes: tuple[Probe, ...] = ()
     fitter: Fitter | None = None
