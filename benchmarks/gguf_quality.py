@@ -53,10 +53,9 @@ def build(
     from benchmarks.formats import REFUSE_NOTHING
 
     name = f"gguf-quality-{calibration}{'-guided' if guided else ''}"
-    text = (
-        DEMO_MIX if calibration == "demo" else {"dataset": DOCS, "samples": 32, "sequence_length": 512}
-        if calibration == DOCS else {"mix": calibration}
-    )  # fmt: skip
+    known = {"demo": DEMO_MIX, DOCS: {"dataset": DOCS, "samples": 32, "sequence_length": 512}}
+    named = ROOT / "calibration" / f"{calibration}.yaml"
+    text = known[calibration] if calibration in known else yaml.safe_load(named.read_text(encoding="utf-8"))
     kinds = {name: name for name in ("prose", "code", "vietnamese")} | ({"docs": DOCS} if calibration == DOCS else {})
     recipe = {
         "name": name,

@@ -7,6 +7,8 @@ config.json says is what llm-compressor 0.14 writes for the scheme.
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -199,6 +201,16 @@ def test_a_quantized_artifact_is_a_source_too(store: Store, tmp_path: Path) -> N
         assert (result.exit_code, "were quantized before" in result.stderr) == (0, True), result.stderr
 
 
+def test_the_code_in_a_card_runs(store: Store) -> None:
+    """Where transformers must be told to dequantize: zero points, and FP4 beside FP16."""
+    for name in ("ct-w4a16-asym-g128", "ct-nvfp4a16"):
+        folder = store.find(f"tiny/{name}").folder
+        code = (folder / "README.md").read_text().partition("```python\n")[2].partition("```")[0]
+        assert "dequantize=True" in code
+        ran = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True)
+        assert (ran.returncode, ran.stdout != "") == (0, True), ran.stderr[-2000:]
+
+
 def test_other_servers_get_their_line(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("QUANTIZE_STORE", str(store.root))
     serve = partial(click.testing.CliRunner().invoke, main)
@@ -228,6 +240,7 @@ def test_the_list_of_formats_says_where_each_runs() -> None:
         ({"format": "compressed-tensors", "scheme": "W8A8", "group_size": 64}, "W8A8 has no group size to choose"),
         ({"format": "compressed-tensors", "scheme": "NVFP4A16", "method": "awq"}, "method: awq works with W4A16"),
         ({"format": "compressed-tensors", "scheme": "W4A16", "smooth": True}, "smooth: true works with W8A8"),
+        ({"format": "compressed-tensors", "scheme": "FP8_DYNAMIC", "damping": 0.5}, "FP8_DYNAMIC has no damping"),
         ({"format": "compressed-tensors", "scheme": "W4A4"}, "scheme"),
         ({"format": "mlx", "mode": "mxfp4", "bits": 8}, "mxfp4 has 4 bits in groups of 32"),
         ({"format": "mlx", "group_size": 16}, "affine groups are of 32, 64 or 128"),
@@ -246,8 +259,10 @@ def test_what_does_not_go_together_is_refused(
 def test_a_width_that_is_not_whole_groups_is_refused_at_plan(tmp_path: Path) -> None:
     """144 is 9 groups of 16 and no whole number of 32."""
     source = make_checkpoint(tmp_path / "odd", TinyModel(hidden=144, intermediate=288, blocks=1, heads=4, kv_heads=4))
-    variants = [{"format": "compressed-tensors", "scheme": name} for name in ("MXFP4A16", "FP8_DYNAMIC", "NVFP4A16")]
+    names = ("MXFP4A16", "FP8_DYNAMIC", "NVFP4A16", "FP8_BLOCK")
+    variants = [{"format": "compressed-tensors", "scheme": name} for name in names]
     path = write_recipe(tmp_path / "odd.yaml", source, [*variants, {"format": "mlx", "group_size": 32}])
     result = click.testing.CliRunner().invoke(main, ["plan", str(path)])
     assert "MXFP4A16 has groups of 32, which do not divide the 144 inputs" in result.stderr + result.stdout
+    assert "FP8_BLOCK has groups of 128, which do not divide the 144 inputs" in result.stderr + result.stdout
     assert "group_size 32 does not divide the 144 inputs" in result.stderr + result.stdout

@@ -67,5 +67,5 @@ def _questions(plan: Plan, asked: Mapping[str, Any]) -> list[tuple[str, Format, 
     names = {item.name for item in fitting}
     jobs = [job for job in plan.jobs if job.variant.format in names and getattr(job.variant.options, "fit", None)]
     if not jobs:
-        raise UsageError("no variant of the recipe must fit", hint="give --gpu, --vram, --size or --bits")
+        raise UsageError("no variant of the recipe has `fit`", hint="give --gpu, --vram, --size or --bits")
     return [(job.name, find_format(job.variant.format), job.variant.options) for job in jobs]

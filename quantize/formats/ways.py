@@ -14,11 +14,18 @@ print(tokenizer.decode(model.generate(**prompt, max_new_tokens=16)[0]))
 """
 SERVE = Way("quantize", "sh", "quantize serve .")
 VLLM = Way("vLLM", "sh", "vllm serve .")
+DEQUANTIZED = """\
+how = CompressedTensorsConfig(dequantize=True)
+model = {class}.from_pretrained(".", quantization_config=how)"""
 # RFC 30136 and 39583 of vllm-project/vllm: compressed-tensors stays, AWQ's and GPTQ's own files are legacy.
 FOR_VLLM = "vLLM calls this format legacy; `format: compressed-tensors, scheme: W4A16` writes the same codes for it"
 SGLANG = Way("SGLang", "sh", "python -m sglang.launch_server --model-path .")
 
 
-def in_transformers(helper: str) -> Way:
-    """transformers with the library that reads the format."""
-    return Way(f"transformers with {helper}", "python", PYTHON_TRANSFORMERS)
+def in_transformers(helper: str, *, dequantized: bool = False) -> Way:
+    """transformers with the library that reads the format. dequantized: it must be told to dequantize as it reads."""
+    code = PYTHON_TRANSFORMERS
+    if dequantized:
+        code = code.replace("AutoTokenizer\n", "AutoTokenizer, CompressedTensorsConfig\n", 1)
+        code = code.replace('model = {class}.from_pretrained(".")', DEQUANTIZED, 1)
+    return Way(f"transformers with {helper}", "python", code)

@@ -39,7 +39,7 @@ def search_smoothing(readers: Sequence[Reader], tie: Tie | None = None) -> Scale
     plain = torch.ones_like(spread)
     best, least, nothing = (0.0, plain), float("inf"), 0.0
     for exponent in (0.0, *EXPONENTS):
-        scales = plain if exponent == 0 else _scales(spread, largest, exponent)
+        scales = plain if exponent == 0 else _scales(spread, largest, exponent, tie)
         loss = sum(_loss(reader, scales, tokens) for reader in readers)
         nothing = loss if exponent == 0 else nothing
         if loss < least:
@@ -58,8 +58,9 @@ def quantize_rows(weights: Sequence[Tensor], gram: Tensor, scales: Tensor, *, da
     return solve(weights, factor, bits=BITS, symmetric=True, smallest_zero=0)
 
 
-def _scales(spread: Tensor, largest: Tensor, exponent: float) -> Tensor:
+def _scales(spread: Tensor, largest: Tensor, exponent: float, tie: Tie | None) -> Tensor:
     found = spread.pow(exponent) / largest.pow(1 - exponent)
+    found = found if tie is None else tie.mean(found)  # a power depends on where in a vector a number stands
     return found / (found.amax() * found.amin()).sqrt()
 
 

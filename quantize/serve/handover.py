@@ -312,6 +312,9 @@ def _compose(each: Sequence[tuple[LocalTarget, HandOver]]) -> str:
 def _service(target: LocalTarget, wanted: HandOver) -> tuple[list[str], dict[str, Any]]:
     """vLLM where it takes the format and there is a GPU; else this gateway's own image (deploy/Dockerfile)."""
     answer = _in_vllm(target)
+    if find_format(target.format).handover.mlx:
+        hint = "use --print mlx, or `quantize serve`"
+        raise RefusedError(f"{target.name}: MLX runs on Apple silicon, which no container reaches", hint=hint)
     in_vllm = not wanted.on_cpu and not isinstance(answer, No)
     service = _vllm_service(target, wanted) if in_vllm else _gateway_service(target, wanted)
     service |= {

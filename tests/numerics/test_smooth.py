@@ -63,6 +63,15 @@ def test_tied_channels_share_a_scale_and_readers_share_theirs() -> None:
     assert torch.equal(runs[:, 0], runs[:, 1])
 
 
+def test_ties_hold_for_widths_that_no_vector_fills() -> None:
+    """A power of equal numbers differs between the body and the tail of a vector."""
+    x = torch.randn(TOKENS, 40, generator=torch.Generator().manual_seed(3))
+    x[:, [1, 22]] *= 60
+    w = torch.randn(24, 40, generator=torch.Generator().manual_seed(4)) * 0.05
+    runs = search_smoothing([Reader(w, gram(x))], Tie(20, 2)).scales.view(1, 2, 20)
+    assert torch.equal(runs[:, 0], runs[:, 1])
+
+
 def test_rows_are_solved_under_the_scaled_gram_matrix() -> None:
     x, w = inputs(60.0), weight()
     scales = search_smoothing([Reader(w, gram(x))]).scales

@@ -16,7 +16,7 @@ from quantize.errors import PlanError
 from quantize.events import Reporter, status
 from quantize.formats.base import BuildResult, Context, RunLimits, SolveCost
 from quantize.formats.compressed_tensors.layouts import table_of
-from quantize.formats.compressed_tensors.options import CompressedTensorsOptions
+from quantize.formats.compressed_tensors.options import GROUP_SIZES, CompressedTensorsOptions
 from quantize.formats.compressed_tensors.schemes import GROUPED, config_groups
 from quantize.formats.folder_build import DTYPE_NAMES, LinearTable, config_text, unquantized_linears
 from quantize.formats.packed.build import PackedBuilder, Solved, check_group_size, feedback_bytes
@@ -69,13 +69,11 @@ class CompressedTensorsBuilder(PackedBuilder):
         return max(cost.gptq_products, cost.awq_products) + cost.clip_products
 
     def check(self, checkpoint: Checkpoint, options: CompressedTensorsOptions) -> None:
-        """Inputs must be whole groups; of FP8 anything goes. Raises PlanError, CheckpointError."""
+        """Inputs must be whole groups, of weights or of activations. Raises PlanError, CheckpointError."""
         if options.scheme in GROUPED:
-            check_group_size(checkpoint, options.group_size or 0, 1, 1)
-        elif (shared := options.shared) is not None and options.kind.calibrated:
-            _check_width(checkpoint, options.scheme, shared)
-        else:
-            list(block_layouts(checkpoint.config))
+            check_group_size(checkpoint, options.group_size or 0, 1, 1, GROUP_SIZES)
+        groups = [item["group_size"] for item in (options.kind.weights, options.kind.inputs) if item]
+        _check_width(checkpoint, options.scheme, max((size or 1 for size in groups), default=1))
 
     def words(self, options: CompressedTensorsOptions, half: str) -> LinearTable:
         """See PackedBuilder."""
@@ -129,9 +127,12 @@ def _check_width(checkpoint: Checkpoint, scheme: str, group: int) -> None:
     """Raises PlanError: an input that is not whole groups."""
     for layout in block_layouts(checkpoint.config):
         for linear in layout.linears:
-            width = checkpoint.tensors[linear.tensor].shape[1]
+            info = checkpoint.tensors.get(linear.tensor)
+            if info is None:
+                raise PlanError(f"the checkpoint lacks {linear.tensor}", hint="does its config.json belong to it?")
+            width = info.shape[1]
             if width % group:
                 raise PlanError(
                     f"{scheme} has groups of {group}, which do not divide the {width} inputs of {linear.tensor}",
-                    hint="FP8_DYNAMIC takes any width; W4A16 takes `group_size: 32` or 64",
+                    hint="FP8_DYNAMIC and W8A8 take any width",
                 )

@@ -7,13 +7,19 @@ from quantize.formats.compressed_tensors.runtime import COMPRESSED_TENSORS, COMP
 from quantize.formats.compressed_tensors.schemes import LEAST, SCHEMES
 from quantize.formats.compressed_tensors.weights import CompressedWeights, rounded_products
 from quantize.formats.folder import FolderLayout
-from quantize.formats.format import CardText, Format, Handover, Options, Runs, late
+from quantize.formats.format import CardText, Format, Handover, Options, Runs, Way, late
 from quantize.formats.ways import SERVE, SGLANG, VLLM, in_transformers
 from quantize.runtimes.transformers.probe import TORCH_PROBES
 
 # Solved with one scale for a whole row, a group far below the rest of its row: 0.76 on the demo model.
 GAINS_OF_SOLVED_ROWS = (0.6, 1.5)
-WAYS = (VLLM, SGLANG, in_transformers("compressed-tensors"), SERVE)
+
+
+def _ways(options: Options) -> tuple[Way, ...]:
+    """Weights alone are dequantized as transformers reads them: runtime.py says why."""
+    scheme = SCHEMES.get(str(options.get("scheme")))
+    alone = scheme is not None and scheme.inputs is None
+    return (VLLM, SGLANG, in_transformers("compressed-tensors", dequantized=alone), SERVE)
 
 
 def _remark(options: Options) -> str:
@@ -45,7 +51,7 @@ FORMAT = Format(
     weights=CompressedWeights(),
     products=rounded_products,
     vram=VramProfile("vllm", unpacked_bytes=2 * 4),
-    card=CardText(ways=lambda _options: WAYS, limits=_limits),
+    card=CardText(ways=_ways, limits=_limits),
     handover=Handover(vllm=_remark, sglang=True),
     runs=_runs(),
     advice=_remark,

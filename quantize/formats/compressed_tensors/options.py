@@ -10,7 +10,8 @@ from quantize.formats.compressed_tensors.schemes import GROUPED, SCHEMES, Name, 
 from quantize.recipe.model import FormatOptions
 
 AWQ_SCHEMES = ("W4A16", "W4A16_ASYM")
-DEFAULT_GROUP = 128
+DEFAULT_GROUP, DEFAULT_DAMPING = 128, 0.01
+GROUP_SIZES = (32, 64, 128)
 
 
 class CompressedTensorsOptions(FormatOptions):
@@ -26,7 +27,9 @@ class CompressedTensorsOptions(FormatOptions):
     smooth: bool = Field(
         False, description="share the range of activations with the weights first (SmoothQuant), of W8A8"
     )
-    damping: float = Field(0.01, gt=0, lt=1, description="share of the mean diagonal that is added to the Gram matrix")
+    damping: float = Field(
+        DEFAULT_DAMPING, gt=0, lt=1, description="share of the mean diagonal that is added to the Gram matrix"
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -42,6 +45,9 @@ class CompressedTensorsOptions(FormatOptions):
             raise ValueError(f"{self.scheme} has no group size to choose || leave out `group_size`")
         if self.method == "awq" and self.scheme not in AWQ_SCHEMES:
             raise ValueError(f"method: awq works with {' and '.join(AWQ_SCHEMES)} || leave out `method`")
+        if self.damping != DEFAULT_DAMPING and (self.method == "awq" or not self.kind.calibrated):
+            what = "method: awq" if self.method == "awq" else self.scheme
+            raise ValueError(f"{what} has no damping || leave out `damping`")
         if self.smooth and self.scheme != "W8A8":
             raise ValueError(f"smooth: true works with W8A8, not with {self.scheme} || leave out `smooth`")
         return self

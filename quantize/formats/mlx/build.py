@@ -15,7 +15,7 @@ from quantize.calibration.budget import BlockMemory
 from quantize.events import Reporter, status
 from quantize.formats.base import Context, RunLimits, SolveCost
 from quantize.formats.folder_build import DTYPE_NAMES, LinearTable, Shape, config_text
-from quantize.formats.mlx.options import MlxOptions
+from quantize.formats.mlx.options import AFFINE_GROUPS, MlxOptions
 from quantize.formats.packed.build import PackedBuilder, Solved, check_group_size, feedback_bytes
 from quantize.model.checkpoint import Checkpoint
 from quantize.system.process import run_step
@@ -47,7 +47,7 @@ class MlxBuilder(PackedBuilder):
 
     def check(self, checkpoint: Checkpoint, options: MlxOptions) -> None:
         """Inputs must be whole groups. Raises PlanError, CheckpointError."""
-        check_group_size(checkpoint, options.group_size, 1, 32)
+        check_group_size(checkpoint, options.group_size, 1, 32, AFFINE_GROUPS)
 
     def words(self, options: MlxOptions, half: str) -> LinearTable:
         """Words along the inputs, lowest bits first; `weight` keeps its name."""

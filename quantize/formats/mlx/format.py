@@ -16,7 +16,7 @@ WAYS = (Way("mlx-lm", "sh", GENERATE), SERVE)
 
 
 def _in_vllm(options: Options) -> str | No:
-    return No("is for mlx-lm, on Apple silicon", "serve it with `mlx_lm.server --model FOLDER`")
+    return No("is for mlx-lm, on Apple silicon", "use --print mlx, or `quantize serve`")
 
 
 def _quantization(options: Options) -> str:

@@ -9,7 +9,8 @@ from pydantic import Field, model_validator
 from quantize.recipe.model import FormatOptions
 
 FP4_GROUPS = {"mxfp4": 32, "nvfp4": 16}
-DEFAULT_BITS, DEFAULT_GROUP = 4, 64
+DEFAULT_BITS = 4
+AFFINE_GROUPS = (32, 64, 128)
 
 
 class MlxOptions(FormatOptions):
@@ -35,7 +36,7 @@ class MlxOptions(FormatOptions):
         group = FP4_GROUPS.get(self.mode)
         if group is not None and (self.group_size, self.bits) != (group, DEFAULT_BITS):
             raise ValueError(f"{self.mode} has 4 bits in groups of {group} || leave out `bits` and `group_size`")
-        if group is None and self.group_size not in (32, 64, 128):
+        if group is None and self.group_size not in AFFINE_GROUPS:
             raise ValueError("affine groups are of 32, 64 or 128 || write `group_size: 32`")
         return self
 

@@ -42,11 +42,17 @@ if TYPE_CHECKING:
 
 Solved = tuple["dict[str, torch.Tensor]", dict[str, Any]]  # tensors that change, by full name; loss of each linear
 RESULTS_NAME = "pass.json"
+GROUP_SIZES = (16, 32, 64, 128, 256)  # that are named where another one does not fit
 CHECKED_ELEMENTS = 1 << 20  # of a tensor, looked at together for values beyond the range of 16 bits
 
 
-def check_group_size(checkpoint: Checkpoint, group_size: int, out_multiple: int, in_multiple: int) -> None:
-    """Refuse a group size or a shape that the packed layout can't hold. Raises PlanError, CheckpointError."""
+def check_group_size(
+    checkpoint: Checkpoint, group_size: int, out_multiple: int, in_multiple: int, sizes: Sequence[int] = GROUP_SIZES
+) -> None:
+    """Refuse a group size or a shape that the packed layout can't hold. sizes: those that a recipe may have.
+
+    Raises PlanError, CheckpointError.
+    """
     for layout in block_layouts(checkpoint.config):
         for linear in layout.linears:
             info = checkpoint.tensors.get(linear.tensor)
@@ -54,10 +60,11 @@ def check_group_size(checkpoint: Checkpoint, group_size: int, out_multiple: int,
                 raise PlanError(f"the checkpoint lacks {linear.tensor}", hint="does its config.json belong to it?")
             out, width = info.shape
             if width % group_size:
-                fits = [size for size in (16, 32, 64, 128, 256) if width % size == 0]
+                fits = ", ".join(str(size) for size in sizes if width % size == 0)
+                other = str(width) if sizes == GROUP_SIZES else "none that the format has"
                 raise PlanError(
                     f"group_size {group_size} does not divide the {width} inputs of {linear.tensor}",
-                    hint=f"sizes that do: {', '.join(map(str, fits)) or width}",
+                    hint=f"sizes that do: {fits or other}",
                 )
             if out % out_multiple or width % in_multiple:
                 raise PlanError(
