@@ -61,7 +61,7 @@ def test_the_extra_in_a_hint_is_one_that_there_is(format: str, monkeypatch: pyte
     monkeypatch.setattr("quantize.runtimes.base.version", missing)
     with pytest.raises(MissingExtraError) as caught:
         runtime_version(runtime_kind(format), "evaluating a model")
-    extra = re.fullmatch(r"install it with: .*pip install .*'quantize-models\[(\w+)\]'", str(caught.value.hint))
+    extra = re.fullmatch(r"install it with: .*pip install .*'quantize-models\[([\w-]+)\]'", str(caught.value.hint))
     assert extra is not None
     assert extra[1] in PROJECT["optional-dependencies"]
 

@@ -17,6 +17,7 @@ import pytest
 
 import quantize.build.judge as gates_module
 import quantize.formats.gguf.build as gguf_backend
+import quantize.formats.gguf.making as making
 from quantize.evaluate.decision import RUNS
 from quantize.evaluate.structure import NEAR, QUANTIZED, TEMPLATE, Intended, check_structure
 from quantize.events import SilentReporter
@@ -50,11 +51,12 @@ Write = Callable[..., Path]
 def _in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
     """Steps without their workers: a tiny model is measured in less time than torch takes to import."""
 
-    def call(step: str, reporter: Any, function: Callable[..., Any], *args: Any) -> Any:
-        return function(reporter, *args)
+    def call(step: str, reporter: Any, function: Callable[..., Any], *args: Any, **options: Any) -> Any:
+        return function(reporter, *args, **options)
 
     monkeypatch.setattr(gates_module, "run_step", call)
     monkeypatch.setattr(gguf_backend, "run_step", call)
+    monkeypatch.setattr(making, "run_step", call)
 
 
 @pytest.fixture
@@ -443,13 +445,14 @@ def test_a_wrong_scale_in_one_group_is_refused_by_its_own_gate(spoilt_by: Callab
 def test_a_layer_left_unquantized_is_refused(
     spoilt_by: Callable[..., dict[str, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = gguf_backend._settings
+    real = making.settings_of
 
     def settings(*args: Any) -> QuantizeSettings:
         made = real(*args)
         return QuantizeSettings(**{**made.__dict__, "overrides": (("blk\\.0\\.ffn_down", "F16"),)})
 
-    monkeypatch.setattr(gguf_backend, "_settings", settings)
+    for module in (making, gguf_backend):
+        monkeypatch.setattr(module, "settings_of", settings)
     assert reasons(spoilt_by(lambda _: None)) == {QUANTIZED: "left unquantized: blk.0.ffn_down.weight (F16)"}
 
 

@@ -102,7 +102,7 @@ def test_a_process_finds_it_beside_the_built_in_ones() -> None:
     found = {
         item["format"]: item for item in json.loads(subprocess.run(command, capture_output=True, check=True).stdout)
     }
-    assert found["toy"] == {"format": "toy", "extra": "torch", "options": ["search"]}
+    assert found["toy"] == {"format": "toy", "extra": "torch", "options": ["search"], "runs": []}
     assert {"awq", "bitsandbytes", "gguf", "gptq"} < set(found)
 
 

@@ -95,7 +95,7 @@ def fitted(
     chosen = list(range(len(columns)))
     while room is not None and _total([least[index] for index in chosen]) > room:
         worst = max(chosen, key=lambda index: (columns[index].rank, index))
-        if columns[worst].rank == 0:
+        if columns[worst].rank == 0 or len(chosen) == 1:
             break
         chosen.remove(worst)
     widths = [full[index] for index in chosen]

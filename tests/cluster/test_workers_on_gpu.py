@@ -138,13 +138,13 @@ def failing(error: Exception, *, on_gpu: bool) -> tuple[Actor, list[str]]:
 def test_memory_that_runs_out_is_not_the_variant_s_failure(on_gpu: bool, asked: list[str], message: str) -> None:
     actor, done = failing(torch.OutOfMemoryError(FULL), on_gpu=on_gpu)
     with pytest.raises(OutOfMemory, match=message):
-        actor.solve(0, 0, 0, [])
+        actor.solve(0, 0, 0, [], [])
     assert done == asked
 
 
 def test_any_other_failure_is_the_variant_s_own() -> None:
     actor, done = failing(RuntimeError("not positive definite"), on_gpu=True)
-    report = actor.solve(0, 0, 0, [])
+    report = actor.solve(0, 0, 0, [], [])
     assert isinstance(report.error, BuildError)
     assert report.error.message == "not positive definite"
     assert done == ["solve"]
