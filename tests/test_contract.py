@@ -156,7 +156,7 @@ def test_the_pass_took_no_more_memory_than_the_plan_says_it_needs(run: Run, chec
     variants = [item for item in run.recipe.variants if builders()[item.format].needs_calibration(item.options)]
     parts = [(builders()[item.format], item.options) for item in variants]
     taken = run.artifact("gptq-int4-g64").measurements()["calibration_pass"]["peak_memory_bytes"]
-    assert 0.45 < taken / pass_bytes(open_checkpoint(checkpoint), parts, 2) <= 1
+    assert 0.35 < taken / pass_bytes(open_checkpoint(checkpoint), parts, 2) <= 1  # a part is counted for each variant
 
 
 def test_the_manifest_has_the_text_by_hash(run: Run) -> None:
