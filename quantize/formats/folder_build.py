@@ -9,12 +9,13 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from quantize.errors import PlanError
 from quantize.files.shards import files_bytes, table_bytes
 from quantize.formats.base import Context, KeptTensor, LeftOut, SizePlan, StoredIn
 from quantize.model.anatomy.found import Anatomy
@@ -119,6 +120,17 @@ def unconverted(checkpoint: Checkpoint) -> tuple[str, ...]:
     linear as quantized. Raises CheckpointError.
     """
     return (*tower_modules(checkpoint), *unquantized_heads(checkpoint))
+
+
+def linear_shapes(checkpoint: Checkpoint) -> Iterator[tuple[str, int, int]]:
+    """Tensor, outputs and inputs of each linear of a block. Raises PlanError: one is not there; CheckpointError."""
+    for layout in block_layouts(checkpoint.config):
+        for linear in layout.linears:
+            info = checkpoint.tensors.get(linear.tensor)
+            if info is None:
+                raise PlanError(f"the checkpoint lacks {linear.tensor}", hint="does its config.json belong to it?")
+            out, width = info.shape
+            yield linear.tensor, out, width
 
 
 def unquantized_linears(checkpoint: Checkpoint) -> list[str]:

@@ -267,11 +267,15 @@ def _truth(settings: Mapping[str, Any], key: str) -> bool:
     return bool(settings.get(key) or settings.get(f"_{key}"))
 
 
+def schemes_of(settings: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """What compressed-tensors does with groups of modules, by a folder's quantization_config; [] of other formats."""
+    groups = settings.get("config_groups")
+    return [item for item in groups.values() if isinstance(item, dict)] if isinstance(groups, dict) else []
+
+
 def _block_structure(settings: Mapping[str, Any]) -> tuple[int, int] | None:
     """The blocks of weights that share a scale, as compressed-tensors names them; None where there are none."""
-    groups = settings.get("config_groups")
-    schemes = [item for item in groups.values() if isinstance(item, dict)] if isinstance(groups, dict) else []
-    weights = (item.get("weights") for item in schemes)
+    weights = (item.get("weights") for item in schemes_of(settings))
     found = (_pair(item.get("block_structure")) for item in weights if isinstance(item, dict))
     return next((block for block in found if block is not None), None)
 

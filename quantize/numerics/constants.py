@@ -18,6 +18,7 @@ RATIOS = tuple(step / 10 for step in range(10))  # exponents of the inputs that 
 WEIGHT_RATIOS = (0.15, 0.3, 0.45, 0.6)  # of the weights, at the best of these
 INT8_LOGGER = "bitsandbytes.autograd._functions"  # says of each INT8 product that it rounds its inputs
 REFINEMENT = (-0.1, -0.05, 0.05, 0.1)  # steps of the ratio around the best so far
+NF4_BLOCK = 64  # weights that share an absolute maximum
 
 
 def batch_tokens(device: str) -> int:

@@ -11,9 +11,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from quantize.numerics.constants import NF4_BLOCK
 from quantize.numerics.dequantize import four_bit
-
-NF4_BLOCK = 64
 
 
 @dataclass(frozen=True)

@@ -6,10 +6,11 @@ In: logits of one position, on whatever device torch has them. Out: a token, wit
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from quantize.runtimes.served import Chosen, Sampling
+from quantize.runtimes.served import Chosen, Refused, Sampling
 
 FEW_TOKENS = 1024
 
@@ -36,6 +37,12 @@ class Answer:
         else:
             generator.manual_seed(sampling.seed % (1 << 63))
         return cls(prompt, sampling, generator)
+
+
+def check_known(tokens: Sequence[int], vocabulary: int) -> None:
+    """Raises Refused: a prompt has a token that a model does not know."""
+    if any(not 0 <= token < vocabulary for token in tokens):
+        raise Refused(422, "invalid_value", "the prompt has a token that the vocabulary lacks", "prompt")
 
 
 def choose(torch: Any, item: Answer, logits: Any) -> Chosen:

@@ -13,7 +13,7 @@ import os
 import shutil
 import sqlite3
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -190,6 +190,13 @@ def hash_file(path: Path, progress: Callable[[int], None] | None = None) -> str:
             if progress is not None:
                 progress(len(chunk))
     return digest.hexdigest()
+
+
+def are_whole(folder: Path, files: Mapping[str, str]) -> bool:
+    """Whether files that a stopped build left are there as it left them. files: name -> sha256."""
+    paths = {folder / Path(name).name: sha256 for name, sha256 in files.items()}
+    return all(path.is_file() and hash_file(path) == sha256 for path, sha256 in paths.items())
+
 
 
 def _stamp(path: Path) -> tuple[int, int, int] | None:

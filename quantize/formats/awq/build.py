@@ -16,11 +16,10 @@ from quantize.calibration.budget import BlockMemory
 from quantize.events import Reporter, note
 from quantize.formats.base import Collector, Context, SolveCost
 from quantize.formats.folder_build import STORED_DTYPE, LinearTable, Shape, unquantized_linears
-from quantize.formats.packed.build import PackedBuilder, Solved, feedback_bytes
+from quantize.formats.packed.build import PackedBuilder, Solved, scaled_bytes
 from quantize.formats.packed.scaled import solve_scaled
 from quantize.model.architecture import block_layouts
 from quantize.model.checkpoint import Checkpoint
-from quantize.numerics.constants import SEARCHED_ROWS
 from quantize.recipe.model import FormatOptions
 
 if TYPE_CHECKING:
@@ -31,9 +30,6 @@ if TYPE_CHECKING:
     from quantize.calibration.stream import Block
     from quantize.numerics.awq import Reader, ScaleChoice, Tie
     from quantize.numerics.rtn import Quantized
-
-SAMPLE_COPIES = 6  # of the rows that the ratio search looks at
-SAMPLES_BYTES = 60 << 20
 
 
 class AwqOptions(FormatOptions):
@@ -76,10 +72,8 @@ class AwqBuilder(PackedBuilder):
         return solve_block(block, context.options, context.limits.tasks_at_once, context.checkpoint.half)
 
     def solver_bytes(self, block: BlockMemory, options: AwqOptions, threads: int) -> int:
-        """The folded block in 16 bit, a few copies of a linear on each thread, and samples for the search."""
-        samples = SAMPLE_COPIES * threads * 4 * SEARCHED_ROWS * block.width + SAMPLES_BYTES
-        rounding = feedback_bytes(block, threads) if options.rounding == "gptq" else 0
-        return block.weights // 2 + max(4 * threads * block.largest + samples, rounding)
+        """The folded block, and the search."""
+        return scaled_bytes(block, threads, feedback=options.rounding == "gptq")
 
     def solve_operations(self, cost: SolveCost) -> float:
         """See Builder."""

@@ -6,7 +6,7 @@ save_pretrained of the model quantized on load. No calibration; memory holds one
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -16,7 +16,7 @@ from pydantic import Field
 from quantize.errors import CheckpointError, PlanError
 from quantize.events import Reporter, status
 from quantize.formats.base import BuildResult, Context, RunLimits, SizePlan, UncalibratedBuilder
-from quantize.formats.bitsandbytes.steps import NF4_BLOCK, nf4_state, stored_type
+from quantize.formats.bitsandbytes.steps import nf4_state, stored_type
 from quantize.formats.folder_build import (
     DTYPE_NAMES,
     Shape,
@@ -24,6 +24,7 @@ from quantize.formats.folder_build import (
     config_text,
     kept_modules,
     left_out,
+    linear_shapes,
     plan_layout,
     size_plan,
     stored_in,
@@ -32,6 +33,7 @@ from quantize.formats.folder_build import (
 from quantize.model.architecture import anatomy_of, block_layouts
 from quantize.model.checkpoint import Checkpoint
 from quantize.model.towers import tower_modules, tower_tensors
+from quantize.numerics.constants import NF4_BLOCK
 from quantize.recipe.model import FormatOptions
 from quantize.system.process import run_step
 
@@ -81,7 +83,7 @@ class BitsandbytesBuilder(UncalibratedBuilder):
                 "by bitsandbytes' own", hint="use a gguf, gptq or awq variant for this model",
             )  # fmt: skip
         if options.type == "nf4":
-            _check_rows(checkpoint, (linear.tensor for layout in layouts for linear in layout.linears))
+            _check_rows(checkpoint)
 
     def sizes(self, context: Context, options: Sequence[BitsandbytesOptions], reporter: Reporter) -> list[SizePlan]:
         """By arithmetic: the layout fixes every byte."""
@@ -155,10 +157,10 @@ def _layout(checkpoint: Checkpoint, options: BitsandbytesOptions) -> TensorLayou
     return plan_layout(checkpoint, int8 if options.type == "int8" else nf4, stored_dtype=stored_type(checkpoint))
 
 
-def _check_rows(checkpoint: Checkpoint, tensors: Iterable[str]) -> None:
+def _check_rows(checkpoint: Checkpoint) -> None:
     """Blocks of NF4 go over the ends of rows, and bitsandbytes' product on a CPU takes whole ones. Raises PlanError."""
-    for name in tensors:
-        if (width := checkpoint.tensors[name].shape[-1]) % NF4_BLOCK:
+    for name, _, width in linear_shapes(checkpoint):
+        if width % NF4_BLOCK:
             raise PlanError(
                 f"{name} has {width} inputs; NF4 takes multiples of {NF4_BLOCK}",
                 hint="use int8, or a gguf, gptq or awq variant for this model",

@@ -16,13 +16,13 @@ from quantize.formats.folder_build import DTYPE_NAMES
 from quantize.formats.nothing_lost import account
 from quantize.formats.one_by_one import write_one_by_one
 from quantize.model.checkpoint import Checkpoint
+from quantize.numerics.constants import NF4_BLOCK
 from quantize.runtimes.devices import CPU
 from quantize.system.processor import device_name
 
 if TYPE_CHECKING:
     import torch
 
-NF4_BLOCK = 64
 
 
 def write_quantized(

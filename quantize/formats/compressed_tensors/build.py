@@ -18,17 +18,13 @@ from quantize.formats.base import BuildResult, Context, RunLimits, SolveCost
 from quantize.formats.compressed_tensors.layouts import table_of
 from quantize.formats.compressed_tensors.options import GROUP_SIZES, CompressedTensorsOptions
 from quantize.formats.compressed_tensors.schemes import GROUPED, config_groups
-from quantize.formats.folder_build import DTYPE_NAMES, LinearTable, config_text, unquantized_linears
-from quantize.formats.packed.build import PackedBuilder, Solved, check_group_size, feedback_bytes
-from quantize.model.architecture import block_layouts
+from quantize.formats.folder_build import DTYPE_NAMES, LinearTable, config_text, linear_shapes, unquantized_linears
+from quantize.formats.packed.build import PackedBuilder, Solved, check_group_size, feedback_bytes, scaled_bytes
 from quantize.model.checkpoint import Checkpoint
-from quantize.numerics.constants import SEARCHED_ROWS
 from quantize.system.process import run_step
 
 if TYPE_CHECKING:
     from quantize.calibration.stream import Block
-
-SEARCH_BYTES = 60 << 20  # of the search for scales
 
 
 class CompressedTensorsBuilder(PackedBuilder):
@@ -60,9 +56,7 @@ class CompressedTensorsBuilder(PackedBuilder):
         """Factorizations and rows with their errors; a folded block, and samples of the search for scales."""
         if not options.folds:
             return feedback_bytes(block, threads)
-        samples = 6 * threads * 4 * SEARCHED_ROWS * block.width + SEARCH_BYTES
-        rounding = feedback_bytes(block, threads) if options.smooth else 0
-        return block.weights // 2 + max(4 * threads * block.largest + samples, rounding)
+        return scaled_bytes(block, threads, feedback=options.smooth)
 
     def solve_operations(self, cost: SolveCost) -> float:
         """See Builder; the costlier of the two methods."""
@@ -125,14 +119,9 @@ class CompressedTensorsBuilder(PackedBuilder):
 
 def _check_width(checkpoint: Checkpoint, scheme: str, group: int) -> None:
     """Raises PlanError: an input that is not whole groups."""
-    for layout in block_layouts(checkpoint.config):
-        for linear in layout.linears:
-            info = checkpoint.tensors.get(linear.tensor)
-            if info is None:
-                raise PlanError(f"the checkpoint lacks {linear.tensor}", hint="does its config.json belong to it?")
-            width = info.shape[1]
-            if width % group:
-                raise PlanError(
-                    f"{scheme} has groups of {group}, which do not divide the {width} inputs of {linear.tensor}",
-                    hint="FP8_DYNAMIC and W8A8 take any width",
-                )
+    for name, _, width in linear_shapes(checkpoint):
+        if width % group:
+            raise PlanError(
+                f"{scheme} has groups of {group}, which do not divide the {width} inputs of {name}",
+                hint="FP8_DYNAMIC and W8A8 take any width",
+            )

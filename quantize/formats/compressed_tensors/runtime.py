@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from quantize.model.checkpoint import read_json
+from quantize.model.quantized import schemes_of
 from quantize.runtimes.base import ModelRef
 from quantize.runtimes.devices import DevicePlace
 from quantize.runtimes.probe import Probe
@@ -24,8 +25,7 @@ class CompressedTransformers(Transformers):
     def load(self, model: ModelRef, device: str) -> LoadedModel:
         """See TransformersLoader. Where activations are rounded too, it is the library that does it."""
         settings = read_json(model.folder / "config.json").get("quantization_config", {})
-        groups = settings.get("config_groups", {}).values()
-        alone = not any(group.get("input_activations") for group in groups)
+        alone = not any(scheme.get("input_activations") for scheme in schemes_of(settings))
         dtype = self.computes_in(DevicePlace(device))
         return LoadedModel(load_causal_lm(model.folder, device, dtype=dtype, reading=DEQUANTIZED if alone else None))
 

@@ -6,17 +6,17 @@ together is model/quantized.py's to say, which reads such folders as sources too
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from quantize.files.safetensors import read_tensor
+from quantize.files.safetensors import TensorInfo, read_tensor
 from quantize.formats.folder import not_packed
 from quantize.formats.format import Options, Product, Reader
 from quantize.model.checkpoint import Checkpoint, read_json, tensor_table
-from quantize.model.quantized import dequantized_table
+from quantize.model.quantized import Dequantized, dequantized_table, schemes_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -30,31 +30,37 @@ class CompressedWeights:
 
     def reader(self, path: Path, checkpoint: Checkpoint) -> Reader:
         """See Weights."""
-        return _reader(path)
+        opened = _Opened.of(path)
+        return lambda name, _source: opened.matrix(name)
 
     def left(self, path: Path, names: Sequence[str], options: Options) -> list[str]:
         """See Weights."""
         return not_packed(path, names, ("weight_scale",))
 
 
-def _reader(folder: Path) -> Reader:
-    stored = tensor_table(folder)
-    table = dequantized_table(stored, read_json(folder / "config.json"))
+@dataclass(frozen=True)
+class _Opened:
+    """A folder's tensors as they are stored, and as they are once dequantized."""
 
-    def get(name: str) -> Tensor:
-        return read_tensor(stored[name])
+    stored: Mapping[str, TensorInfo]
+    table: Mapping[str, Dequantized]
 
-    def read(name: str, source: Tensor) -> Tensor | None:
-        found = table.get(name)
-        return found.read(get) if found is not None and found.read is not None else None
+    @classmethod
+    def of(cls, folder: Path) -> _Opened:
+        stored = tensor_table(folder)
+        return cls(stored, dequantized_table(stored, read_json(folder / "config.json")))
 
-    return read
+    def matrix(self, name: str) -> Tensor | None:
+        """float32; None where it is not quantized."""
+        found = self.table.get(name)
+        if found is None or found.read is None:
+            return None
+        return found.read(lambda part: read_tensor(self.stored[part]))
 
 
 def quantized_linears(folder: Path) -> list[str]:
     """The weights that the files have quantized, by name. Raises CheckpointError."""
-    table = dequantized_table(tensor_table(folder), read_json(folder / "config.json"))
-    return sorted(name for name, item in table.items() if item.read is not None)
+    return sorted(name for name, item in _Opened.of(folder).table.items() if item.read is not None)
 
 
 def rounded_products(folder: Path) -> Callable[[str], Product] | None:
@@ -64,13 +70,12 @@ def rounded_products(folder: Path) -> Callable[[str], Product] | None:
     rounding = _input_rounding(folder)
     if rounding is None:
         return None
-    stored = tensor_table(folder)
-    table = dequantized_table(stored, read_json(folder / "config.json"))
+    opened = _Opened.of(folder)
 
     def product(name: str) -> Product:
-        matrix = table[name].read
+        matrix = opened.matrix(name)
         assert matrix is not None
-        return partial(_multiply, matrix(lambda part: read_tensor(stored[part])), rounding)
+        return partial(_multiply, matrix, rounding)
 
     return product
 
@@ -86,8 +91,7 @@ def _multiply(
 def _input_rounding(folder: Path) -> Callable[[Tensor], Tensor] | None:
     """What becomes of the inputs [..., in] of quantized linears; None where it is nothing."""
     settings = read_json(folder / "config.json").get("quantization_config")
-    groups = settings.get("config_groups") if isinstance(settings, dict) else None
-    schemes = [item for item in groups.values() if isinstance(item, dict)] if isinstance(groups, dict) else []
+    schemes = schemes_of(settings) if isinstance(settings, dict) else []
     inputs = next((item for scheme in schemes if isinstance(item := scheme.get("input_activations"), dict)), None)
     if inputs is None:
         return None

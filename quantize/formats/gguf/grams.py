@@ -18,7 +18,7 @@ from quantize.model.architecture import block_layouts
 from quantize.model.checkpoint import Checkpoint
 from quantize.model.layout import BlockLayout
 from quantize.numerics.constants import folded_shape
-from quantize.system.cache import hash_file
+from quantize.system.cache import are_whole, hash_file
 from quantize.system.files import sync, write_durable
 
 if TYPE_CHECKING:
@@ -69,11 +69,7 @@ class GramCollector:
         files, imatrix = state.get("grams"), state.get("imatrix")
         if not isinstance(files, dict) or not isinstance(imatrix, dict):
             return False
-        for name, sha256 in files.items():
-            path = self._folder / Path(name).name
-            if not path.is_file() or hash_file(path) != sha256:
-                return False
-        if not self._imatrix.resume(imatrix):
+        if not are_whole(self._folder, files) or not self._imatrix.resume(imatrix):
             return False
         self._files = dict(files)
         return True

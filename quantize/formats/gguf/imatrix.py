@@ -21,7 +21,7 @@ from quantize.model.architecture import block_count, block_layouts
 from quantize.model.checkpoint import Checkpoint
 from quantize.model.layout import BlockLayout
 from quantize.store.manifest import CalibrationEntry
-from quantize.system.cache import hash_file
+from quantize.system.cache import are_whole, hash_file
 from quantize.system.files import sync
 
 if TYPE_CHECKING:
@@ -71,12 +71,8 @@ class ImatrixCollector:
     def resume(self, state: Mapping[str, Any]) -> bool:
         """Go on with the files of a stopped build."""
         files = state.get("files")
-        if not isinstance(files, dict):
+        if not isinstance(files, dict) or not are_whole(self._path.parent, files):
             return False
-        for name, sha256 in files.items():
-            path = self._path.with_name(Path(name).name)
-            if not path.is_file() or hash_file(path) != sha256:
-                return False
         self._files = dict(files)
         return True
 

@@ -190,9 +190,9 @@ def kept_tensors(
 def _reason(options: GgufOptions, name: str, kind: str, shape: tuple[int, ...], base: str) -> str:
     if any(re.search(pattern, name) for pattern in options.overrides):
         return "recipe: overrides"
-    if name == "token_embd.weight" and options.embedding_type == kind:
+    if name == EMBEDDING and options.embedding_type == kind:
         return "recipe: embedding_type"
-    if name == "output.weight" and options.output_type == kind:
+    if name == HEAD and options.output_type == kind:
         return "recipe: output_type"
     if kind in UNQUANTIZED_TYPES:
         return "llama.cpp keeps norms, biases and other small tensors unquantized"

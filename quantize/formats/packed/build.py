@@ -23,15 +23,16 @@ from quantize.formats.folder_build import (
     TensorLayout,
     config_text,
     left_out,
+    linear_shapes,
     plan_layout,
     size_plan,
     stored_in,
     write_beside,
 )
-from quantize.model.architecture import anatomy_of, block_layouts
+from quantize.model.architecture import anatomy_of
 from quantize.model.checkpoint import Checkpoint
 from quantize.model.layout import BlockLayout
-from quantize.numerics.constants import SOLVED_ROWS
+from quantize.numerics.constants import SEARCHED_ROWS, SOLVED_ROWS
 from quantize.system.memory import give_back_freed
 from quantize.system.process import run_step
 
@@ -42,6 +43,8 @@ if TYPE_CHECKING:
 
 Solved = tuple["dict[str, torch.Tensor]", dict[str, Any]]  # tensors that change, by full name; loss of each linear
 RESULTS_NAME = "pass.json"
+SAMPLE_COPIES = 6  # of the rows that a search for scales looks at
+SAMPLES_BYTES = 60 << 20
 GROUP_SIZES = (16, 32, 64, 128, 256)  # that are named where another one does not fit
 CHECKED_ELEMENTS = 1 << 20  # of a tensor, looked at together for values beyond the range of 16 bits
 
@@ -53,23 +56,16 @@ def check_group_size(
 
     Raises PlanError, CheckpointError.
     """
-    for layout in block_layouts(checkpoint.config):
-        for linear in layout.linears:
-            info = checkpoint.tensors.get(linear.tensor)
-            if info is None:
-                raise PlanError(f"the checkpoint lacks {linear.tensor}", hint="does its config.json belong to it?")
-            out, width = info.shape
-            if width % group_size:
-                fits = ", ".join(str(size) for size in sizes if width % size == 0)
-                other = str(width) if sizes == GROUP_SIZES else "none that the format has"
-                raise PlanError(
-                    f"group_size {group_size} does not divide the {width} inputs of {linear.tensor}",
-                    hint=f"sizes that do: {fits or other}",
-                )
-            if out % out_multiple or width % in_multiple:
-                raise PlanError(
-                    f"{linear.tensor} is {out} x {width}; packing needs multiples of {out_multiple} x {in_multiple}"
-                )
+    for name, out, width in linear_shapes(checkpoint):
+        if width % group_size:
+            fits = ", ".join(str(size) for size in sizes if width % size == 0)
+            other = str(width) if sizes == GROUP_SIZES else "none that the format has"
+            raise PlanError(
+                f"group_size {group_size} does not divide the {width} inputs of {name}",
+                hint=f"sizes that do: {fits or other}",
+            )
+        if out % out_multiple or width % in_multiple:
+            raise PlanError(f"{name} is {out} x {width}; packing needs multiples of {out_multiple} x {in_multiple}")
 
 
 def feedback_bytes(block: BlockMemory, threads: int) -> int:
@@ -77,6 +73,15 @@ def feedback_bytes(block: BlockMemory, threads: int) -> int:
     factorizing = 4 * sum(block.grams[:threads])
     rows = 8 * threads * 4 * SOLVED_ROWS * block.width
     return max(factorizing, rows) + sum(block.grams) + block.stacked
+
+
+def scaled_bytes(block: BlockMemory, threads: int, *, feedback: bool) -> int:
+    """What scaling channels first takes: the folded block in 16 bits, a few copies of a linear on each thread, samples
+    for the search. feedback: scaled weights are rounded with error feedback.
+    """
+    samples = SAMPLE_COPIES * threads * 4 * SEARCHED_ROWS * block.width + SAMPLES_BYTES
+    rounding = feedback_bytes(block, threads) if feedback else 0
+    return block.weights // 2 + max(4 * threads * block.largest + samples, rounding)
 
 
 class PackedCollector:

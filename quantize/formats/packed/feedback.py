@@ -1,7 +1,7 @@
 """A block's linears rounded with error feedback, an input at a time, whatever they are packed as.
 
-In: a block of the calibration pass. Out: its packed tensors, and what each linear loses. The numbers are
-numerics/gptq.py's; which tensors codes and scales become is for each format to say.
+In: a block of the calibration pass. Out: its packed tensors, and what each linear loses. The numbers of integers are
+numerics/gptq.py's, of FP4 fp4.py's; which tensors codes and scales become is for each format to say.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     import torch
 
     from quantize.calibration.stream import Block
-    from quantize.numerics.gptq import Factor, SolvedRows
     from quantize.numerics.rtn import Quantized
 
     Pack = Callable[[Quantized], Mapping[str, torch.Tensor]]
@@ -36,54 +35,75 @@ class Rounding:
     smallest_zero: int = 1
 
 
-def solve_with_feedback(
-    block: Block, rounding: Rounding, pack: Pack, variant: str, reporter: Reporter, threads: int
-) -> Solved:
-    """Packed tensors of a block's linears, and what each one loses, with rounding to nearest beside it, as shares of
-    its output's energy over the calibration tokens; one factorization for each input.
-
-    pack: the tensors of one linear, by the last part of their names.
+@dataclass(frozen=True)
+class Begun:
+    """The work on one input: its tasks may run in any order, or at once. damping: that made it solvable. finish: of
+    what they gave, for each linear its packed tensors, by the last part of their names, its loss and rounding to
+    nearest's.
     """
-    from quantize.numerics.gptq import collect, factorize, row_tasks
 
+    damping: float
+    tasks: Sequence[Callable[[], Any]]
+    finish: Callable[[Sequence[Any]], Sequence[tuple[Mapping[str, torch.Tensor], float, float]]]
+
+
+Begin = Callable[["list[torch.Tensor]", "torch.Tensor"], Begun]
+
+
+def solve_inputs(block: Block, begin: Begin, asked: float, variant: str, reporter: Reporter, threads: int) -> Solved:
+    """Packed tensors of a block's linears, and what each one loses, with rounding to nearest beside it, as shares of
+    its output's energy over the calibration tokens.
+
+    begin: of the weights that read one input, and its Gram matrix. asked: the damping, of which more is said.
+    """
     inputs = sorted(block.layout.inputs, key=lambda key: -len(block.grams[key].matrix))  # long ones first
-    weights = {key: [block.weights[linear.tensor] for linear in block.layout.inputs[key]] for key in inputs}
-    factors: dict[str, Factor] = {}
+    begun: dict[str, Begun] = {}
 
-    def begin(key: str) -> Sequence[Callable[[], SolvedRows]]:
-        gram = block.grams[key].matrix
-        factors[key] = factorize(gram, rounding.group_size or len(gram), damping=rounding.damping)
-        return row_tasks(
-            weights[key], factors[key], bits=rounding.bits, symmetric=rounding.symmetric,
-            smallest_zero=rounding.smallest_zero,
-        )  # fmt: skip
+    def tasks(key: str) -> Sequence[Callable[[], Any]]:
+        weights = [block.weights[linear.tensor] for linear in block.layout.inputs[key]]
+        begun[key] = begin(weights, block.grams[key].matrix)
+        return begun[key].tasks
 
-    def finish(key: str, rows: Sequence[SolvedRows]) -> Solved:
+    def finish(key: str, parts: Sequence[Any]) -> Solved:
         tensors: dict[str, torch.Tensor] = {}
         layers: dict[str, Any] = {}
-        solutions = collect(weights[key], rows)
-        for linear, solution in zip(block.layout.inputs[key], solutions, strict=True):
+        linears = block.layout.inputs[key]
+        for linear, (packed, loss, nearest) in zip(linears, begun[key].finish(parts), strict=True):
             prefix = linear.tensor.removesuffix("weight")
-            tensors |= {f"{prefix}{name}": tensor for name, tensor in pack(solution.quantized).items()}
+            tensors |= {f"{prefix}{name}": tensor for name, tensor in packed.items()}
             layers[prefix.removesuffix(".")] = {
-                "loss": block.share(solution.loss, linear),
-                "nearest_loss": block.share(solution.nearest_loss, linear),
-                "damping": factors[key].damping,
+                "loss": block.share(loss, linear),
+                "nearest_loss": block.share(nearest, linear),
+                "damping": begun[key].damping,
             }
         return tensors, layers
 
-    solved = in_stages([partial(begin, key) for key in inputs], threads)
-    finished = on_threads([partial(finish, key, rows) for key, rows in zip(inputs, solved, strict=True)], threads)
-    say_raised_damping(block, factors, rounding.damping, variant, reporter)
+    solved = in_stages([partial(tasks, key) for key in inputs], threads)
+    finished = on_threads([partial(finish, key, parts) for key, parts in zip(inputs, solved, strict=True)], threads)
+    for key, linears in block.layout.inputs.items():
+        damping = begun[key].damping
+        if damping > asked:
+            warn(reporter, variant, f"{linears[0].tensor}: damping raised to {damping:g} to make it solvable")
     tensors = {name: tensor for found, _ in finished for name, tensor in found.items()}
     return tensors, {name: layer for _, found in finished for name, layer in found.items()}
 
 
-def say_raised_damping(
-    block: Block, factors: Mapping[str, Factor], asked: float, variant: str, reporter: Reporter
-) -> None:
-    """Warn of inputs whose Gram matrix could only be factorized with more damping than was asked for."""
-    for key, linears in block.layout.inputs.items():
-        damping = factors[key].damping
-        if damping > asked:
-            warn(reporter, variant, f"{linears[0].tensor}: damping raised to {damping:g} to make it solvable")
+def solve_with_feedback(
+    block: Block, rounding: Rounding, pack: Pack, variant: str, reporter: Reporter, threads: int
+) -> Solved:
+    """See solve_inputs: integers, with one factorization for each input. pack: the tensors of one linear."""
+    from quantize.numerics.gptq import collect, factorize, row_tasks
+
+    def begin(weights: list[torch.Tensor], gram: torch.Tensor) -> Begun:
+        factor = factorize(gram, rounding.group_size or len(gram), damping=rounding.damping)
+        tasks = row_tasks(
+            weights, factor, bits=rounding.bits, symmetric=rounding.symmetric, smallest_zero=rounding.smallest_zero
+        )
+
+        def finish(rows: Sequence[Any]) -> list[tuple[Mapping[str, torch.Tensor], float, float]]:
+            found = collect(weights, rows)
+            return [(pack(item.quantized), item.loss, item.nearest_loss) for item in found]
+
+        return Begun(factor.damping, tasks, finish)
+
+    return solve_inputs(block, begin, rounding.damping, variant, reporter, threads)

@@ -9,14 +9,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from quantize.errors import MissingExtraError, VerifyError, first_line
-from quantize.model.folder_files import read_json
-from quantize.runtimes.transformers.load import quiet
+from quantize.runtimes.transformers.load import LOAD_ERRORS, quiet
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 EXTRA = "mlx"
-LOAD_ERRORS = (ValueError, OSError, RuntimeError, KeyError, TypeError, AttributeError, NotImplementedError, ImportError)
 
 
 def check_installed(feature: str) -> None:
@@ -36,7 +34,7 @@ def load(folder: Path) -> Any:
     try:
         with quiet():
             model, _ = load_model(folder)
-    except LOAD_ERRORS as exc:
+    except (*LOAD_ERRORS, ImportError) as exc:
         raise VerifyError(f"{folder.name}: mlx-lm does not load it: {first_line(exc)}") from exc
     return model
 
@@ -60,13 +58,6 @@ def dequantized(model: Any) -> Any:
     plain.set_dtype(mx.float32)
     mx.eval(plain.parameters())
     return plain
-
-
-def end_tokens(folder: Path) -> list[int]:
-    """The tokens that end an answer, by the folder's generation settings. Raises CheckpointError."""
-    path = folder / "generation_config.json"
-    found = read_json(path).get("eos_token_id") if path.is_file() else None
-    return [found] if isinstance(found, int) else [item for item in found or [] if isinstance(item, int)]
 
 
 def to_torch(array: Any) -> Tensor:

@@ -9,10 +9,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from quantize.model.folder_files import read_json
 from quantize.runtimes.base import ModelRef
-from quantize.runtimes.choosing import Answer, choose
+from quantize.runtimes.choosing import Answer, check_known, choose
 from quantize.runtimes.devices import CPU
-from quantize.runtimes.mlx.load import check_installed, computes_on_cpu, dequantized, end_tokens, load, to_torch
+from quantize.runtimes.mlx.load import check_installed, computes_on_cpu, dequantized, load, to_torch
 from quantize.runtimes.mlx.runtime import PROMPT_TOKENS, logits_of, new_cache
 from quantize.runtimes.served import Chosen, Description, Progress, PromptTokens, Refused, Sampling, Serving
 from quantize.runtimes.transformers.words import FolderWords
@@ -36,7 +37,7 @@ class MlxModel(FolderWords):
         if computes_on_cpu():
             self._model = dequantized(self._model)
         progress(1.0)
-        self.end_with(*end_tokens(model.folder))
+        self.end_with(read_json(model.folder / "generation_config.json").get("eos_token_id"))
         self._vocabulary = int(logits_of(self._model, [0], None).shape[-1])
         self._running: dict[int, Answer] = {}
         warnings = [warning] if (warning := self.warning()) else []
@@ -47,8 +48,7 @@ class MlxModel(FolderWords):
 
     def begin(self, prompt: PromptTokens, sampling: Sampling) -> int:
         """See ServedModel."""
-        if any(not 0 <= token < self._vocabulary for token in prompt.tokens):
-            raise Refused(422, "invalid_value", "the prompt has a token that the vocabulary lacks", "prompt")
+        check_known(prompt.tokens, self._vocabulary)
         slot = next(number for number in range(self.description.slots) if number not in self._running)
         self._running[slot] = Answer.to(list(prompt.tokens), sampling)
         self._running[slot].cache = new_cache(self._model)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from quantize.runtimes.base import ModelRef
-from quantize.runtimes.choosing import Answer, choose
+from quantize.runtimes.choosing import Answer, check_known, choose
 from quantize.runtimes.devices import CPU
 from quantize.runtimes.served import Chosen, Description, Embedding, Progress, PromptTokens, Refused, Sampling, Serving
 from quantize.runtimes.transformers.load import TransformersLoader, kernels
@@ -72,14 +72,14 @@ class TransformersModel(FolderWords):
 
     def begin(self, prompt: PromptTokens, sampling: Sampling) -> int:
         """See ServedModel."""
-        self._check(prompt.tokens)
+        check_known(prompt.tokens, self._vocabulary)
         slot = self._free()
         self._running[slot] = Answer.to(list(prompt.tokens), sampling)
         return slot
 
     def begin_embedding(self, tokens: Sequence[int]) -> int:
         """See ServedModel. The mean of the last layer's outputs over all tokens."""
-        self._check(tokens)
+        check_known(tokens, self._vocabulary)
         slot = self._free()
         self._reading[slot] = TransformersReading(list(tokens))
         return slot
@@ -87,10 +87,6 @@ class TransformersModel(FolderWords):
     def _free(self) -> int:
         taken = {*self._running, *self._reading}
         return next(number for number in range(self.description.slots) if number not in taken)
-
-    def _check(self, tokens: Sequence[int]) -> None:
-        if any(not 0 <= token < self._vocabulary for token in tokens):
-            raise Refused(422, "invalid_value", "the prompt has a token that the vocabulary lacks", "prompt")
 
     def step(self) -> Mapping[int, Chosen | Embedding]:
         """See ServedModel. Each answer goes one token on; a long prompt, or a text to read, one part.

@@ -55,14 +55,14 @@ def fit_file(context: Context, intermediate: Path, name: str, imatrix: Path, rep
     table, facts = _costs(context, intermediate, surveyed, reporter)
     chosen = table.choose(budget.file_bytes)
     note(reporter, variant, f"fit: {chosen.bytes:,} of {budget.file_bytes:,} bytes ({budget.words})")
-    best = _Making(context, intermediate, imatrix, table, reporter).make(FITTED, chosen.types, chosen.bytes)
+    making = _Making(context, intermediate, imatrix, table, reporter)
+    best = making.make(FITTED, chosen.types, chosen.bytes)
     stock = table.best_stock(budget.file_bytes)
     taken, measured = best, None
     if stock is not None and options.fit.check and dict(table.stock[stock].types) != dict(chosen.types):
-        making = _Making(context, intermediate, imatrix, table, reporter)
         other = making.make(stock, table.stock[stock].types, table.stock[stock].bytes)
         measured = _measure(context, intermediate, best, other, reporter)
-        taken = other if measured.stock_kl < measured.chosen_kl else best
+        taken = other if measured.is_stock_better else best
     _put(taken, context.staging, name)
     record = _record(context, surveyed, table, chosen, taken, stock, measured)
     with disk_errors(context.staging):
@@ -134,7 +134,7 @@ def _measure(
         "measuring two maps", reporter, nearness, intermediate, files, context.variant, context.limits.threads
     )  # fmt: skip
     kl = Measured(chosen_kl=found.kl[0], stock_kl=found.kl[1], tokens=found.tokens)
-    verdict = f"{other.name} is better and is taken" if kl.stock_kl < kl.chosen_kl else "the chosen types are taken"
+    verdict = f"{other.name} is better and is taken" if kl.is_stock_better else "the chosen types are taken"
     note(
         reporter, context.variant,
         f"fit: mean KL {kl.chosen_kl:.4g} with the chosen types, {kl.stock_kl:.4g} with {other.name}: {verdict}",

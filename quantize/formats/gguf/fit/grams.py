@@ -15,7 +15,7 @@ from quantize.errors import disk_errors
 from quantize.formats.gguf.grams import GramCollector
 from quantize.formats.gguf.vocabulary import write_vocabulary
 from quantize.model.layout import BlockLayout
-from quantize.system.cache import hash_file
+from quantize.system.cache import are_whole, hash_file
 from quantize.system.files import sync
 
 if TYPE_CHECKING:
@@ -68,12 +68,8 @@ class FitCollector:
     def resume(self, state: Mapping[str, Any]) -> bool:
         """Go on with the files of a stopped build."""
         files = state.get("outputs")
-        if not isinstance(files, dict) or not self._grams.resume(state):
+        if not isinstance(files, dict) or not self._grams.resume(state) or not are_whole(self._folder, files):
             return False
-        for name, sha256 in files.items():
-            path = self._folder / Path(name).name
-            if not path.is_file() or hash_file(path) != sha256:
-                return False
         self._files = dict(files)
         return True
 

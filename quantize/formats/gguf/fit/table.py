@@ -161,6 +161,11 @@ class Measured(BaseModel):
     stock_kl: Loss
     tokens: Count
 
+    @property
+    def is_stock_better(self) -> bool:
+        """Whether the stock map is the one to take."""
+        return self.stock_kl < self.chosen_kl
+
 
 class FitRecord(BaseModel):
     """What lies beside a fitted model. budget_bytes: of the file. taken: the map that the file has: `fitted`, or the
