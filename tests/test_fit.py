@@ -33,7 +33,6 @@ from quantize.estimate.vram import EstimateSettings, estimate
 from quantize.events import ListReporter, SilentReporter
 from quantize.files.gguf import read_gguf
 from quantize.files.imatrix import read_imatrix
-from quantize.formats import option_models
 from quantize.formats.base import RunLimits
 from quantize.formats.gguf.columns import column_order
 from quantize.formats.gguf.fit import build as fit_build
@@ -46,18 +45,14 @@ from quantize.formats.gguf.fit.types import NARROW, candidates
 from quantize.formats.gguf.making import settings_of
 from quantize.formats.gguf.options import GgufOptions
 from quantize.formats.gguf.types import ELEMENT_TYPES
-from quantize.model.checkpoint import open_checkpoint
 from quantize.model.shape import ModelShape, gguf_shape
-from quantize.recipe.model import load_recipe
 from quantize.runtimes.llama_cpp.convert import ConvertRequest, convert
 from quantize.runtimes.llama_cpp.quantize import SizedFile, dry_run
 from quantize.runtimes.llama_cpp.rounding import round_rows
-from quantize.store.artifact import Artifact
 from quantize.store.store import Store
-from quantize.store.workspace import Workspace
-from quantize.system.cache import Cache
-from quantize.testing import TinyModel, make_checkpoint, write_json, write_recipe, write_tokenizer
+from quantize.testing import TinyModel, write_json, write_recipe, write_tokenizer
 from tests.conftest import build
+from tests.gguf_build import GgufBuild
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # transformers and its plugins warn on import
 
@@ -75,26 +70,11 @@ LLAMA_3B = TinyModel(3072, 8192, 28, 24, 8, 128256, tied=True)
 LLAMA_8B = TinyModel(4096, 14336, 32, 32, 8, 128256)
 
 
-class Made:
+class Made(GgufBuild):
     """One build of all variants, from guided statistics."""
 
     def __init__(self, root: Path) -> None:
-        self.root, self.said = root, ListReporter()
-        self.checkpoint = open_checkpoint(make_checkpoint(root / "tiny", TinyModel()))
-        text = [f"Paragraph {index}: the quick brown fox jumps over the lazy dog. " * 3 for index in range(40)]
-        (root / "text.txt").write_text("\n\n".join(text))
-        path = write_recipe(root / "tiny.yaml", self.checkpoint.folder, VARIANTS, calibration=CALIBRATION)
-        self.recipe = load_recipe(path, option_models())
-        self.workspace = Workspace(Store(root / "store"), Cache(root / "cache"), self.said)
-        outcomes = build(self.recipe, self.workspace, RunOptions(keep_intermediates=True), evaluate=False)
-        assert [item.error for item in outcomes if item.error] == []
-        self.artifacts = {item.variant: item.artifact for item in outcomes if item.artifact}
-
-    def artifact(self, variant: str) -> Artifact:
-        return self.artifacts[variant]
-
-    def file(self, variant: str) -> Path:
-        return min(path for path in self.artifact(variant).folder.glob("*.gguf") if ".imatrix.gguf" not in path.name)
+        super().__init__(root, VARIANTS, CALIBRATION, RunOptions(keep_intermediates=True))
 
     def record(self, variant: str) -> FitRecord:
         return read_record(self.artifact(variant).folder / NAME)

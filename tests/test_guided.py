@@ -377,11 +377,10 @@ def test_classes_that_can_be_trained_are_not(llama: SavedCheckpoint) -> None:
     check_gradient(llama.config)
 
 
-def squares_by_output(model: Any, config: Any, text: Text) -> dict[str, Tensor]:
-    """For each linear outside of experts, by autograd over the whole model: sums over all tokens of the squared
-    gradient at each output.
+def losses_of(model: Any, text: Text) -> Iterator[tuple[Tensor, Tensor, Products, Tensor]]:
+    """Of each sequence: its ids, what comes out of the embedding, all products of the model, and the loss that a guided
+    pass has, over the whole model.
     """
-    blocks, found = model.get_submodule(anatomy_of(config).blocks), dict[str, Tensor]()
     places = [batch.start + number * batch.length for batch in text.batches for number in range(len(batch.members))]
     for sequence, start in zip(text.sequences, places, strict=True):
         embedded = model.get_input_embeddings()(sequence[None]).requires_grad_()
@@ -389,6 +388,15 @@ def squares_by_output(model: Any, config: Any, text: Text) -> dict[str, Tensor]:
             logits = model(inputs_embeds=embedded, use_cache=False).logits[0]
         labels = labels_of(logits.detach(), text.draws[start : start + len(sequence)])
         loss = torch.nn.functional.cross_entropy(logits, labels, reduction="sum")
+        yield sequence, embedded, products, loss
+
+
+def squares_by_output(model: Any, config: Any, text: Text) -> dict[str, Tensor]:
+    """For each linear outside of experts, by autograd over the whole model: sums over all tokens of the squared
+    gradient at each output.
+    """
+    blocks, found = model.get_submodule(anatomy_of(config).blocks), dict[str, Tensor]()
+    for _, _, products, loss in losses_of(model, text):
         for layout in block_layouts(config):
             for linear in layout.linears:
                 if linear.expert is None:
@@ -434,14 +442,8 @@ def test_what_head_and_embedding_must_get_right_is_that_of_the_whole_model(tmp_p
     table = weights(checkpoint, ids, tmp_path / "guide")
     found = TokenWeights(table, (table,)).vocabulary(blocks)
     model.requires_grad_(False)
-    places = [batch.start + number * batch.length for batch in text.batches for number in range(len(batch.members))]
     read, above, below, total = [], [], [], sum(LENGTHS)
-    for sequence, start in zip(text.sequences, places, strict=True):
-        embedded = model.get_input_embeddings()(sequence[None]).requires_grad_()
-        with Products() as products:
-            logits = model(inputs_embeds=embedded, use_cache=False).logits[0]
-        labels = labels_of(logits.detach(), text.draws[start : start + len(sequence)])
-        loss = torch.nn.functional.cross_entropy(logits, labels, reduction="sum")
+    for sequence, embedded, products, loss in losses_of(model, text):
         states, output = products.found[model.get_output_embeddings().weight.data_ptr()][0]
         read.append(states.detach().reshape(len(sequence), -1).double())
         for gradient, parts in zip(torch.autograd.grad(loss, (output, embedded)), (above, below), strict=True):

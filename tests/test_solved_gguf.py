@@ -33,13 +33,13 @@ from quantize.formats.gguf.solve import NO_GRAM, SolveRequest, solve_file
 from quantize.model.checkpoint import open_checkpoint
 from quantize.numerics.gptq import row_losses
 from quantize.recipe.model import load_recipe
-from quantize.store.artifact import Artifact
 from quantize.store.store import Store
 from quantize.store.workspace import Workspace
 from quantize.system.cache import Cache
-from quantize.testing import TinyModel, make_checkpoint, write_recipe
+from quantize.testing import write_recipe
 from tests.conftest import build
 from tests.families import family_named, make_family
+from tests.gguf_build import GgufBuild
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # transformers and its plugins warn on import
 
@@ -54,29 +54,14 @@ VARIANTS: list[dict[str, Any]] = [
 SAME = ("token_embd.weight", "output.weight", "blk.0.attn_k.weight", "blk.1.attn_k.weight")
 
 
-class Made:
+class Made(GgufBuild):
     """One build of all variants, and the statistics of its calibration text."""
 
     def __init__(self, root: Path) -> None:
-        self.root, self.said = root, ListReporter()
-        self.checkpoint = open_checkpoint(make_checkpoint(root / "tiny", TinyModel()))
-        text = [f"Paragraph {index}: the quick brown fox jumps over the lazy dog. " * 3 for index in range(40)]
-        (root / "text.txt").write_text("\n\n".join(text))
-        path = write_recipe(root / "tiny.yaml", self.checkpoint.folder, VARIANTS, calibration=CALIBRATION)
-        self.recipe = load_recipe(path, option_models())
-        self.workspace = Workspace(Store(root / "store"), Cache(root / "cache"), self.said)
-        outcomes = build(self.recipe, self.workspace, evaluate=False)
-        assert [item.error for item in outcomes if item.error] == []
-        self.artifacts = {item.variant: item.artifact for item in outcomes if item.artifact}
-
-    def file(self, variant: str) -> Path:
-        return min(path for path in self.folder(variant).glob("*.gguf") if ".imatrix.gguf" not in path.name)
+        super().__init__(root, VARIANTS, CALIBRATION)
 
     def folder(self, variant: str) -> Path:
         return self.artifact(variant).folder
-
-    def artifact(self, variant: str) -> Artifact:
-        return self.artifacts[variant]
 
     def tensors(self, variant: str) -> dict[str, Any]:
         paths = sorted(self.folder(variant).glob("*.gguf"))
